@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python with pip and venv, make and a package index; they build .venv themselves.
+# Which Python builds it: make PYTHON=python3.12 test. Which index serves it: pip's own variables (CONTRIBUTING.md).
+PYTHON ?= python3
+BIN := .venv/bin
+BUILT := .venv/.built
+OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
+
+.PHONY: help demo test check gpu bench readme assets format
+help:     ## list the targets
+	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile
+
+demo: $(BUILT)     ## fine-tune the demo model on the demo data, a few minutes on a laptop
+	$(BIN)/lit-sparse fit --config smt.yaml --config trainers/demo.yaml
+
+test: $(BUILT)     ## all tests but the long campaigns
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+check: $(BUILT)     ## style, format, types, and the tables of README.md
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	test ! -e benchmarks/readme.py || $(BIN)/python benchmarks/readme.py --check
+
+gpu: $(BUILT)     ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmarks/results
+	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+readme: $(BUILT)     ## write the tables of README.md from benchmarks/results
+	$(BIN)/python benchmarks/readme.py
+
+assets: $(BUILT)     ## bring the demo model and data into the cache
+	$(BIN)/python -c "from lit_sparse import demo; print(demo.model_folder(), demo.dataset_file('gsm8k').parent)"
+
+format: $(BUILT)     ## sort imports, mend what ruff can, and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# The stamp is written last and taken away first, so a .venv without it was never finished and is built anew. One that
+# was finished is only brought up to date when pyproject.toml or constraints.txt changed.
+$(BUILT): pyproject.toml constraints.txt
+	@test -e $@ || $(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || { echo '$(OLD)' >&2; exit 1; }
+	test -e $@ || $(PYTHON) -m venv --clear .venv
+	rm -f $@
+	$(BIN)/python -m pip install --editable '.[dev]' --constraint constraints.txt
+	touch $@

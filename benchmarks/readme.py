@@ -1,0 +1,151 @@
+"""Rewrites the generated tables of README.md from the measurements in benchmarks/results.
+
+`python benchmarks/readme.py` rewrites what stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`;
+with `--check` it writes nothing, and exits with 1 if the README is not what it would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MARKED = re.compile(r"(<!-- begin:(?P<name>[\w-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
+MARK = re.compile(r"<!-- (?:begin|end):")
+
+PROVENANCE = {"commit", "date", "device", "versions"}
+
+Line = dict[str, Any]
+
+
+def peers(results: Path) -> str:
+    """Each way to train beside the frozen floor: one table a device, of the newest line for each mode and pair."""
+    lines = read_lines(results / "peers.jsonl", "python benchmarks/peers.py")
+    return "\n\n".join(peers_on(device, lines) for device in dict.fromkeys(line["device"] for line in lines))
+
+
+def peers_on(device: str, lines: Sequence[Line]) -> str:
+    here = [line for line in lines if line["device"] == device]
+    modes = newest((line for line in here if "mode" in line), key="mode")
+    pairs = newest((line for line in here if "pair" in line), key="pair")
+    rows = [peers_row(line, pairs.get(json.dumps([line["mode"], "floor"]))) for line in modes.values()]
+    head = ["mode", "trainable", "step time / frozen floor [95 %]", "peak resident, GiB", "saved for backward, MiB"]
+    return f"{caption('python benchmarks/peers.py', [*modes.values(), *pairs.values()])}\n\n{table(head, rows)}"
+
+
+def peers_row(line: Line, pair: Line | None) -> list[str]:
+    saved = f"{line['saved_bytes'] / 2**20:.1f}"
+    if line["saved_formula"] is not None:
+        saved += f" (by formula {line['saved_formula'] / 2**20:.1f})"
+    return [
+        line["mode"],
+        f"{line['trainable']:,} ({line['trainable_share']:.2%})",
+        step_time(line["mode"], pair),
+        f"{line['peak_rss'] / 2**30:.2f}",
+        saved,
+    ]
+
+
+def step_time(mode: str, pair: Line | None) -> str:
+    if mode == "floor":
+        return "1"
+    if pair is None:
+        return "not timed"
+    return f"{pair['ratio_median']:.3f} [{pair['ratio_low']:.3f}, {pair['ratio_high']:.3f}]"
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers}
+
+
+def read_lines(path: Path, command: str) -> list[Line]:
+    """The measurements in a file of JSON lines, which `command` writes.
+
+    Raises:
+        ValueError: if the file is missing or empty, or a line of it is no JSON object with its provenance.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [parsed(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} has no measurements; run `{command}` first.")
+    return lines
+
+
+def parsed(line: str, where: str) -> Line:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error}); correct or delete the line.") from error
+    if not isinstance(value, dict) or not value.keys() >= PROVENANCE:
+        raise ValueError(f"{where} is no measurement: no object with {sorted(PROVENANCE)}; correct or delete the line.")
+    return value
+
+
+def newest(lines: Iterable[Line], key: str) -> dict[str, Line]:
+    """The newest line for each value of `key`, in the order in which the values first appear."""
+    found: dict[str, Line] = {}
+    for line in lines:
+        name = json.dumps(line[key])
+        if name not in found or line["date"] >= found[name]["date"]:
+            found[name] = line
+    return found
+
+
+def caption(command: str, lines: Sequence[Line]) -> str:
+    """Where the numbers come from: the command, the device, and every date, commit and version among the lines."""
+    versions = {f"{name} {version}" for line in lines for name, version in line["versions"].items()}
+    dates, commits = ({line[key] for line in lines} for key in ("date", "commit"))
+    facts = [lines[0]["device"], *sorted(versions), " and ".join(sorted(dates)), f"commit {', '.join(sorted(commits))}"]
+    return f"Measured by `{command}` on {', '.join(facts)}; table by `python benchmarks/readme.py`."
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    ruler = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ruler, *rows])
+
+
+def rewritten(readme: str, results: Path) -> str:
+    """`readme` with all its blocks made anew.
+
+    Raises:
+        ValueError: if a block has no end, or a name that nothing makes.
+    """
+
+    def block(match: re.Match[str]) -> str:
+        if match["name"] not in BLOCKS:
+            raise ValueError(f"README.md has a block {match['name']!r}; known are {', '.join(BLOCKS)}.")
+        return f"{match[1]}{BLOCKS[match['name']](results)}\n{match[3]}"
+
+    if MARK.search(MARKED.sub("", readme)):
+        raise ValueError("README.md has a begin or end mark without its counterpart; write both, each on its line.")
+    return MARKED.sub(block, readme)
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    """Rewrite the README of the checkout `root`, or check it; the exit status."""
+    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md.")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if README.md is not up to date"
+    )
+    check = parser.parse_args(arguments).check
+    path = root / "README.md"
+    try:
+        old = path.read_text(encoding="utf-8")
+        new = rewritten(old, root / "benchmarks" / "results")
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if check and new != old:
+        print("README.md differs from benchmarks/results: run `python benchmarks/readme.py`.", file=sys.stderr)
+        return 1
+    if not check:
+        path.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Fine-tune language models while changing few of their weights, and know what that costs."""

@@ -1,0 +1,144 @@
+"""Where things are in a Hugging Face language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_sparse.errors import BadInput
+
+ROLES = {
+    "q": ("q_proj", "query", "q_lin", "wq"),
+    "k": ("k_proj", "key", "k_lin", "wk"),
+    "v": ("v_proj", "value", "v_lin", "wv"),
+    "qkv": ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj"),
+    "o": ("o_proj", "out_proj", "out_lin", "wo", "attention.dense", "attn.c_proj", "attention.output.dense"),
+    "gate": ("gate_proj", "w1"),
+    "up": ("up_proj", "c_fc", "fc1", "fc_in", "lin1", "w3", "dense_h_to_4h", "intermediate.dense"),
+    "gate_up": ("gate_up_proj",),
+    "down": ("down_proj", "mlp.c_proj", "fc2", "fc_out", "lin2", "w2", "dense_4h_to_h", "output.dense"),
+}
+"""What the usual names of linear layers do: the query, key, value and output projections, and the MLP's matrices."""
+
+
+def role(name: str) -> str:
+    """The role of the linear layer called `name` (a key of ROLES), or the last part of its name where it has none."""
+    matches = [
+        (len(ending), role)
+        for role, endings in ROLES.items()
+        for ending in endings
+        if f".{name}".endswith(f".{ending}")
+    ]
+    return max(matches)[1] if matches else name.rpartition(".")[2]
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The list of `model`'s layers: its first ModuleList that is as long as its configuration says.
+
+    Raises:
+        BadInput: where the model has no such list.
+    """
+    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    for module in lists.values():
+        if len(module) == count:
+            return module
+    found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+    raise BadInput(
+        f"the layers of {type(model).__name__} were not found: its config.num_hidden_layers is {count}, and its module "
+        f"lists are {found}; only models that keep their layers in one such list can be trained by layer."
+    )
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers inside `model`'s layers by qualified name, `nn.Linear` and GPT-2's `Conv1D`; not the head."""
+    layers = set(decoder_layers(model).modules())
+    return {name: module for name, module in model.named_modules() if module in layers and is_linear(module)}  # pyright: ignore
+
+
+def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of `model` that `targets` name by role, by an ending of their name, or by `all`.
+
+    Raises:
+        BadInput: if there are none.
+    """
+    found = linears(model)
+    chosen = {
+        name: linear
+        for name, linear in found.items()
+        if any(t in ("all", role(name)) or f".{name}".endswith(f".{t}") for t in targets)
+    }
+    if not chosen:
+        roles = ", ".join(sorted({role(name) for name in found})) or "none"
+        raise BadInput(
+            f"no linear layer of {type(model).__name__} is among the targets {list(targets)}; its layers have: {roles}."
+        )
+    return chosen
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is exactly a plain linear layer (subclasses are quantised or wrapped ones)."""
+    return type(module) in (nn.Linear, Conv1D)
+
+
+def matrix(linear: nn.Linear | Conv1D) -> Tensor:
+    """The weight as (out, in), a view that shares memory; GPT-2's Conv1D keeps it transposed."""
+    return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
+
+
+def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+    """Groups of the named modules that read the very same input tensor (q, k and v of a layer, for example).
+
+    Found by a forward pass over a few dummy tokens, so that no model's structure need be known.
+    """
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept: its id must not be given to another
+
+    def watcher(name: str):
+        def watch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.setdefault(id(args[0]), (args[0], []))[1].append(name)
+
+        return watch
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(watcher(name)) for name in names]
+    try:
+        dummy_forward(model, "logits")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    groups = [group for _, group in seen.values()]
+    missing = set(names) - {name for group in groups for name in group}
+    return groups + [[name] for name in sorted(missing)]
+
+
+def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
+    """A field of `model`'s output for three dummy tokens, in evaluation mode and without a graph, (1, 3, ...)."""
+    device = next(model.parameters()).device
+    with torch.no_grad(), evaluating(model):
+        return model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False)[field]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode, then each of its modules as it was."""
+    was = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was.items():
+            module.training = training
+
+
+def weight_count(model: nn.Module) -> int:
+    """Weights in the model's matrices (embeddings and head included, tied ones once, norms and biases not)."""
+    return sum(p.numel() for p in model.parameters() if p.ndim == 2)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,247 @@
+"""The verbs of `lit-sparse`: LightningCLI's own, and plain functions beside them."""
+
+import inspect
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import lightning as L
+import yaml
+from jsonargparse import auto_cli, set_parsing_settings
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+import lit_sparse
+import lit_sparse.data
+import lit_sparse.strategies
+from lit_sparse.callbacks import Recorder
+from lit_sparse.errors import BadInput
+from lit_sparse.export import export, generate
+from lit_sparse.modules import CausalLM
+from lit_sparse.runs import last_checkpoint, new_run_folder
+
+RUNS = "runs"
+NOISE = (
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    "By default only one JsonargparseDeprecationWarning",
+    "`is_gradient_checkpointing` is deprecated",
+    "`loftq_config` specified but will be ignored",
+    "fan_in_fan_out is set to False but the target module is",
+    "The '.*' does not have many workers",
+    "Checkpoint directory .* exists and is not empty",  # the run that is resumed
+)
+"""Warnings with which our dependencies address one another: there is nothing in them that a user could act on."""
+STACKED = ("trainers", "data", "models")
+"""Folders of configs/ whose YAMLs stack on a method's and do not name a run."""
+
+
+def configs_folder() -> Path:
+    """The YAMLs that come with lit_sparse: beside the package in a checkout, else where the wheel laid them."""
+    checkout = Path(lit_sparse.__file__).parents[1] / "configs"
+    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lit-sparse" / "configs"
+
+
+def find_configs(argv: Sequence[str]) -> list[str]:
+    """`argv` with each `--config NAME` that is no file here replaced by the file of that name in `configs_folder`."""
+    out = list(argv)
+    for i, word in enumerate(out):
+        if word in ("-c", "--config") and i + 1 < len(out):
+            out[i + 1] = _found(out[i + 1])
+        elif word.startswith("--config="):
+            out[i] = "--config=" + _found(word.removeprefix("--config="))
+    return out
+
+
+def _found(name: str) -> str:
+    shipped = configs_folder() / name
+    return str(shipped) if not Path(name).exists() and shipped.is_file() else name
+
+
+class Trainer(L.Trainer):
+    """Lightning's Trainer; the place for further verbs."""
+
+
+class CLI(LightningCLI):
+    """LightningCLI with a folder for each run, a record, small checkpoints, and resuming by name."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        return super().init_parser(parser_mode="omegaconf", exit_on_error=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            default=None,
+            help="Name of the run; its folder gets a number too. Default: the names of the method YAMLs.",
+        )
+        parser.set_defaults({"data": {"class_path": "lit_sparse.data.Embedded"}})
+        parser.link_arguments("model.base", "data.init_args.tokenizer")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[str(self.subcommand)]
+        self.folder: Path | None = None
+        self.new_folder = False
+        if self.subcommand != "fit":
+            return
+        root, name = Path(config.trainer.default_root_dir), config.run or self._run_name(config)
+        if config.ckpt_path == "last":
+            config.ckpt_path = str(last_checkpoint(root, name))
+        if config.ckpt_path is None:
+            self.folder, self.new_folder = new_run_folder(root, name), True
+        else:
+            self.folder = Path(config.ckpt_path).parents[1]
+            self._tell_differences(self.folder / "config.yaml")
+
+    def _run_name(self, config: Any) -> str:
+        paths = [Path(str(path)) for path in config.config or []]
+        methods = [path.stem for path in paths if path.parent.name not in STACKED]
+        return "+".join(methods) or "run"
+
+    def _tell_differences(self, before: Path) -> None:
+        """Print what this configuration changes of the one that the run started with: the YAML given now wins."""
+        if not before.is_file():
+            return
+        then, now = flat(yaml.safe_load(before.read_text())), flat(self._dumped())
+        for key in sorted(then.keys() | now.keys()):
+            if then.get(key) != now.get(key) and key.partition(".")[0] in ("model", "data", "trainer"):
+                rank_zero_info(f"Resuming with {key} = {now.get(key)!r}; the run had {then.get(key)!r}.")
+
+    def _dumped(self) -> dict[str, Any]:
+        """The configuration as it is saved with the run."""
+        subcommand = str(self.subcommand)
+        return yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self._get(self.config_init, "trainer")
+        if self.folder is None:
+            return super().instantiate_trainer(logger=config.logger or False)
+        callbacks = list(config.callbacks or [])
+        if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", every_n_train_steps=100, save_last=True))
+        callbacks.append(Recorder(self.folder, self._dumped()))
+        return super().instantiate_trainer(logger=self._loggers(config.logger), callbacks=callbacks)
+
+    def _loggers(self, configured: Any) -> list[Logger] | bool:
+        """CSV and TensorBoard files in the run's folder, and the loggers of the configuration beside them."""
+        assert self.folder is not None
+        if configured is False:
+            return False
+        own: list[Logger] = [
+            CSVLogger(self.folder.parent, name="", version=self.folder.name),
+            TensorBoardLogger(self.folder, name="", version="tensorboard"),
+        ]
+        more = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
+        return own + more
+
+    def fit(self, **arguments: Any) -> None:
+        """Train; a run that is refused before its first checkpoint leaves no folder behind."""
+        assert self.folder is not None
+        self.model.resume_from = arguments["ckpt_path"]
+        if not self.new_folder:
+            keep_metrics(self.folder, self.trainer.loggers)
+        try:
+            self.trainer.fit(**arguments)
+        except BadInput:
+            if self.new_folder and not any(self.folder.glob("checkpoints/*")):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+
+def keep_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
+    """Set the metrics of a run that is to be resumed aside, since the CSV logger starts its file anew."""
+    metrics = folder / "metrics.csv"
+    if metrics.is_file():
+        metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics*.csv')))}.csv")
+    with warnings.catch_warnings():  # it announces that it will delete what was just set aside
+        warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
+        for logger in loggers:
+            _ = logger.experiment  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one of dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}.{name}".lstrip(".")).items()
+    }
+
+
+def list_strategies() -> None:
+    """List the update strategies with their claims and a line each, and the YAMLs that come with them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("class", "claims", "what it does")
+    for name in lit_sparse.strategies.__all__:
+        kind = getattr(lit_sparse.strategies, name)
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, lit_sparse.strategies.UpdateStrategy)
+            and kind is not lit_sparse.strategies.UpdateStrategy
+        ):
+            table.add_row(name, ", ".join(sorted(kind.claims)) or "-", (kind.__doc__ or "").strip().splitlines()[0])
+    console = Console()
+    console.print(table)
+    console.print("YAMLs: " + ", ".join(sorted(path.name for path in configs_folder().glob("*.yaml"))))
+
+
+def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
+    """`argv` with `--name` written out as `--name=true` where the verb's parameter is a bool and no value follows."""
+    switches = {
+        f"--{name}" for name, parameter in inspect.signature(verb).parameters.items() if parameter.annotation is bool
+    }
+    following = [*argv[1:], ""]
+    bare = [word in switches and after not in ("true", "false") for word, after in zip(argv, following, strict=True)]
+    return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
+
+
+VERBS: dict[str, Callable[..., Any]] = {"export": export, "generate": generate, "list": list_strategies}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Do what `argv` (without the program's name) says."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    if argv and argv[0] in VERBS:
+        verb = VERBS[argv[0]]
+        auto_cli(verb, args=switched_on(verb, argv[1:]), exit_on_error=False)
+        return
+    sys.argv[1:] = find_configs(argv)
+    CLI(
+        CausalLM,
+        L.LightningDataModule,
+        subclass_mode_data=True,
+        trainer_class=Trainer,
+        trainer_defaults={
+            "max_epochs": 1,
+            "use_distributed_sampler": False,
+            "num_sanity_val_steps": -1,
+            "log_every_n_steps": 10,
+            "default_root_dir": RUNS,
+        },
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+def main() -> None:
+    """The command `lit-sparse`: one sentence and status 2 for what the user must act on."""
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message)
+    try:
+        run(sys.argv[1:])
+    except (BadInput, jsonargparse.ArgumentError) as error:
+        sentence = " ".join(str(error).split())
+        print(f"lit-sparse: {sentence}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

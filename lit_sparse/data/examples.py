@@ -1,0 +1,134 @@
+"""Tokenised rows as flat arrays, and their cache on disk."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from lit_sparse.data.encoding import Encoder, Example
+from lit_sparse.data.rows import IGNORED, parse
+from lit_sparse.data.sources import Row, blame, digest
+from lit_sparse.demo import cache_folder
+from lit_sparse.errors import BadInput
+
+Overlong = Literal["drop", "truncate"]
+
+CACHE_VERSION = 1
+"""Rises whenever the same rows and settings would become other tokens."""
+
+
+class Examples(Dataset[Example]):
+    """Sequences of different lengths, stored end to end.
+
+    Attributes:
+        ids: All token ids, (tokens,) int32.
+        labels: As many labels, -100 where no loss is taken, (tokens,) int32.
+        starts: Where each sequence begins, and at last the number of tokens, (sequences + 1,) int64.
+        dropped: How many rows were too long to become an example.
+    """
+
+    def __init__(self, ids: Any, labels: Any, starts: Any, dropped: int = 0) -> None:
+        self.ids, self.labels, self.starts, self.dropped = ids, labels, starts, dropped
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], dropped: int = 0) -> "Examples":
+        """The arrays of `examples`."""
+        starts = np.cumsum([0, *(len(example.input_ids) for example in examples)], dtype=np.int64)
+        ids = np.fromiter((token for example in examples for token in example.input_ids), np.int32, starts[-1])
+        labels = np.fromiter((label for example in examples for label in example.labels), np.int32, starts[-1])
+        return cls(ids, labels, starts, dropped)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> Example:
+        part = slice(self.starts[index], self.starts[index + 1])
+        return Example(self.ids[part].tolist(), self.labels[part].tolist())
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return np.diff(self.starts).tolist()
+
+    def part(self, begin: int, end: int) -> "Examples":
+        """The sequences from number `begin` to before number `end`."""
+        starts = self.starts[begin : end + 1]
+        tokens = slice(starts[0], starts[-1])
+        return Examples(self.ids[tokens], self.labels[tokens], starts - starts[0])
+
+    def save(self, path: Path) -> None:
+        """Writes the arrays to `path`, which appears complete or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            try:
+                np.savez(file, ids=self.ids, labels=self.labels, starts=self.starts, dropped=np.int64(self.dropped))
+                file.close()
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+
+    @classmethod
+    def load(cls, path: Path) -> "Examples":
+        """What `save` wrote to `path`."""
+        with np.load(path) as arrays:
+            return cls(arrays["ids"], arrays["labels"], arrays["starts"], int(arrays["dropped"]))
+
+
+def cached(settings: Sequence[object], make: Callable[[], Examples]) -> Examples:
+    """What `make` gives, out of the cache where it was made before with the same `settings` (text and numbers)."""
+    key = hashlib.sha256(json.dumps([CACHE_VERSION, *settings]).encode()).hexdigest()
+    path = cache_folder() / "tokens" / f"{key}.npz"
+    if path.is_file():
+        return Examples.load(path)
+    examples = make()
+    try:
+        examples.save(path)
+    except OSError as error:
+        raise BadInput(
+            f"Tokenised data cannot be written to {path.parent} ({error.strerror}); point LIT_SPARSE_CACHE elsewhere."
+        ) from error
+    return examples
+
+
+def tokenised(rows: Sequence[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
+    """The examples of `rows`, cached; see `encode`."""
+    settings = ["rows", encoder.fingerprint(), max_length, overlong, [digest(row) for row in rows]]
+    return cached(settings, lambda: encode(rows, encoder, max_length, overlong))
+
+
+def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
+    """Tokenises `rows`; those with more than `max_length` tokens are dropped or lose their end.
+
+    Raises:
+        BadInput: a bad row (its file and line are named), or nothing is left after dropping what is too long.
+    """
+    kept, dropped = [], 0
+    for row in rows:
+        with blame(row):
+            example = fitted(encoder.example(parse(row.data)), max_length, overlong)
+        if example is None:
+            dropped += 1
+        else:
+            kept.append(example)
+    if not kept:
+        raise BadInput(
+            f"None of {dropped} rows fits into max_length={max_length} tokens; raise it or shorten the rows."
+        )
+    return Examples.of(kept, dropped)
+
+
+def fitted(example: Example, max_length: int, overlong: Overlong) -> Example | None:
+    """`example` with at most `max_length` tokens, or None where it is dropped or nothing learnt is left of it."""
+    if len(example.input_ids) <= max_length:
+        return example
+    labels = example.labels[:max_length]
+    if overlong == "drop" or all(label == IGNORED for label in labels[1:]):
+        return None
+    return Example(example.input_ids[:max_length], labels)

@@ -1,0 +1,166 @@
+"""Rows out of local files and Hugging Face data sets, each with the place that it came from."""
+
+import csv
+import hashlib
+import importlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_sparse.data.rows import BadRow
+from lit_sparse.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row and where it stands, such as "train.jsonl line 3"."""
+
+    where: str
+    data: dict[str, Any]
+
+
+@contextmanager
+def blame(row: Row) -> Iterator[None]:
+    """Names the file and the line of a row that turns out to be bad."""
+    try:
+        yield
+    except BadRow as error:
+        raise BadInput(f"{row.where}: {error}.") from error
+
+
+def read(name: str, config: str | None = None) -> list[Row]:
+    """All rows of a file, or of a Hugging Face data set.
+
+    Args:
+        name: Path of a .json, .jsonl, .csv or .parquet file, or the name of a data set with its split, such as
+            "openai/gsm8k:test" (without a split: train).
+        config: Which configuration of a Hugging Face data set, where it has several.
+
+    Raises:
+        BadInput: there is no such file or data set, it cannot be read, or it is empty; names file and line.
+    """
+    path = Path(name).expanduser()
+    if path.suffix in READERS:
+        rows = list(READERS[path.suffix](existing(path)))
+    elif path.exists():
+        raise BadInput(f"{path} is no data file; give one that ends in {', '.join(READERS)}.")
+    else:
+        rows = list(hub_rows(name, config))
+    if not rows:
+        raise BadInput(f"{name} has no rows; give a file or a split that has some.")
+    return rows
+
+
+def existing(path: Path) -> Path:
+    """`path`, if there is such a file."""
+    if not path.is_file():
+        raise BadInput(f"There is no data file {path} (looked from {Path.cwd()}); check the path.")
+    return path
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """One JSON list of objects, or an object a line."""
+    content = path.read_text(encoding="utf-8")
+    if not content.lstrip().startswith("["):
+        yield from line_rows(path)
+        return
+    for number, value in enumerate(decoded(content, str(path)), 1):
+        yield row(f"{path} row {number}", value)
+
+
+def line_rows(path: Path) -> Iterator[Row]:
+    """One JSON object a line; empty lines are passed over."""
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            where = f"{path} line {number}"
+            if line.strip():
+                yield row(where, decoded(line, where))
+
+
+def decoded(content: str, where: str) -> Any:
+    """The JSON value written in `content`."""
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{where}: no valid JSON ({error}).") from error
+
+
+def row(where: str, value: Any) -> Row:
+    """A row, which must be an object with keys."""
+    if not isinstance(value, dict):
+        raise BadInput(f"{where}: a {type(value).__name__} where an object with keys is wanted.")
+    return Row(where, value)
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    """A header line of keys, then a row each; all values are text."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for values in reader:
+            if None in values or None in values.values():
+                raise BadInput(f"{path} line {reader.line_num}: more or fewer fields than the header has.")
+            yield Row(f"{path} line {reader.line_num}", values)
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """A row of a Parquet table each."""
+    table = extra("pyarrow.parquet", str(path)).read_table(path)
+    for number, value in enumerate(table.to_pylist(), 1):
+        yield Row(f"{path} row {number}", value)
+
+
+def hub_rows(name: str, config: str | None) -> Iterator[Row]:
+    """The rows of a Hugging Face data set, `name` or `name:split`."""
+    datasets = extra("datasets", name)
+    where, _, split = name.partition(":")
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(where, name=config, split=split or "train")
+    except (OSError, ValueError) as error:  # no such set, split or configuration; no network
+        said = " ".join(str(error).split())
+        raise BadInput(f"{name} is no file here, nor a data set that could be loaded ({said}).") from error
+    for number, value in enumerate(rows, 1):
+        yield Row(f"{name} row {number}", value)
+
+
+def extra(module: str, wanted_for: str) -> Any:
+    """A module of the extra `data`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise BadInput(
+            f"{wanted_for} is no local json, jsonl or csv file, and anything else needs the extra `data`; "
+            "run `pip install 'lit-sparse[data]'` or check the path."
+        ) from error
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".json": json_rows,
+    ".jsonl": line_rows,
+    ".csv": csv_rows,
+    ".parquet": parquet_rows,
+}
+
+
+def digest(row: Row) -> str:
+    """A hash of what the row says, the same wherever it stands and on every machine."""
+    return hashlib.sha256(json.dumps(row.data, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def split(rows: list[Row], heldout: int, name: str) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows: those with the `heldout` smallest hashes are held out, copies of a row with it.
+
+    The split depends on nothing but the rows' contents, so it survives reordering and is the same in every run.
+
+    Raises:
+        BadInput: so many held-out rows leave none to train on.
+    """
+    hashes = [digest(row) for row in rows]
+    distinct = sorted(set(hashes))
+    if heldout >= len(distinct):
+        raise BadInput(f"{name} has {len(distinct)} different rows, too few to hold out {heldout}; lower `heldout`.")
+    out = set(distinct[:heldout])
+    marked = list(zip(rows, hashes, strict=True))
+    return [row for row, mark in marked if mark not in out], [row for row, mark in marked if mark in out]

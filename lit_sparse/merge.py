@@ -1,0 +1,193 @@
+"""A run's model with all that was trained merged in fp32, and what became of its base."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lit_sparse.anatomy import dummy_forward, matrix
+from lit_sparse.blocks import Blocks
+from lit_sparse.delta import Change, ChangedBlocks, ChangedParameter, Delta
+from lit_sparse.demo import resolve
+from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM
+from lit_sparse.optim import trainable
+from lit_sparse.runs import load_run
+from lit_sparse.strategies import SMT
+
+MERGE_TOLERANCE = (1e-2, 1e-5)
+"""What merging may do to the logits, as shares of what training did to them and of the logits; rounding does less."""
+
+NOTABLE_LOSS = 0.1
+"""Share of the change from which on its loss to the cast is followed by advice."""
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """A run's model with all that was trained merged in fp32, beside its base.
+
+    Attributes:
+        run: Name of the run.
+        module: The run's module, its strategies taken off.
+        model: Its model, plain, in fp32.
+        base: The base, in the type of its files.
+        choice: The blocks in training, by name of the linear layer; empty where none were chosen.
+    """
+
+    run: str
+    module: CausalLM
+    model: PreTrainedModel
+    base: PreTrainedModel
+    choice: Mapping[str, Blocks]
+
+    @classmethod
+    def of(cls, run: Path) -> "Merge":
+        """The merge of the run in the folder `run`.
+
+        Raises:
+            BadInput: if it cannot be loaded, or what it trained cannot be merged.
+        """
+        module, _ = load_run(run)
+        check_mergeable(module, run.resolve().name)
+        choice = {k: v for update in module.updates if isinstance(update, SMT) for k, v in update.choice.items()}
+        base = module.auto_class.from_pretrained(resolve(module.base), dtype="auto")
+        return cls(run.resolve().name, module, merged(module, base), base, choice)
+
+    @property
+    def updates(self) -> list[str]:
+        """Names of the strategies that the run trained with."""
+        return [type(update).__name__ for update in self.module.updates]
+
+    def changes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each parameter that differs from the base's: its name, and its values before and after, both fp32.
+
+        Raises:
+            BadInput: if the model has a parameter that the base lacks.
+        """
+        bases = dict(self.base.named_parameters(remove_duplicate=False))
+        for name, parameter in self.model.named_parameters():
+            if name not in bases:
+                raise BadInput(f"{self.run} left the model with a parameter {name} that its base lacks; use load_run.")
+            # As the run loaded it: what its precision rounded off the base is no change that it trained.
+            before, after = bases[name].detach().to(self.module.frozen_dtype).float(), parameter.detach()
+            if not torch.equal(before, after):
+                yield name, before, after
+
+    def delta(self) -> Delta:
+        """What the run changed of its base.
+
+        Raises:
+            BadInput: if the merged model has other parameters than the base (a head that is no longer tied).
+        """
+        names, base_names = ({name for name, _ in model.named_parameters()} for model in (self.model, self.base))
+        if names != base_names:
+            raise BadInput(
+                f"{self.run} left the model with other parameters than its base has ({min(names ^ base_names)}), which "
+                "a delta cannot hold; export it with --to hf."
+            )
+        changes = tuple(self._change(*change) for change in self.changes())
+        return Delta(self.module.base, self.module.base_fingerprint, tuple(self.updates), changes)
+
+    def _change(self, name: str, before: Tensor, after: Tensor) -> Change:
+        """The blocks in training where they are all that changed, else the whole parameter."""
+        layer = name.removesuffix(".weight")
+        if layer not in self.choice:
+            return ChangedParameter(name, after)
+        linear, blocks, rebuilt = self.model.get_submodule(layer), self.choice[layer], before.clone()
+        values = blocks.read(matrix(linear).detach())  # pyright: ignore[reportArgumentType]
+        blocks.write(rebuilt.t() if isinstance(linear, Conv1D) else rebuilt, values)
+        return ChangedBlocks(layer, blocks, values) if torch.equal(rebuilt, after) else ChangedParameter(name, after)
+
+
+def check_mergeable(module: CausalLM, run: str) -> None:
+    """Refuse a run that cannot be a plain model, or that diverged.
+
+    Raises:
+        BadInput: if it is one.
+    """
+    for update in module.updates:
+        if update.leaves == "own_forward":
+            raise BadInput(
+                f"{run} was trained with {type(update).__name__}, whose model has a forward of its own that neither a "
+                "Hugging Face folder nor a delta can hold; use it through lit_sparse.runs.load_run."
+            )
+    for name, parameter in trainable(module):
+        if not parameter.isfinite().all():
+            raise BadInput(f"{run} diverged: {name} is not finite; train it anew with a lower model.lr.")
+
+
+def merged(module: CausalLM, base: PreTrainedModel) -> PreTrainedModel:
+    """The model of `module` with its strategies taken off, in fp32.
+
+    Raises:
+        BadInput: if merging an adapter would change what the model computes (one on a tied head, for example).
+    """
+    model = module.build().float()  # before merging, so that the merge itself does not round
+    if all(update.leaves == "plain" for update in module.updates):
+        return module.detach()
+    before = dummy_forward(model)
+    after = dummy_forward(module.detach())
+    trained, whole = (before - dummy_forward(base)).norm(), before.norm()
+    if not (after - before).norm() <= MERGE_TOLERANCE[0] * trained + MERGE_TOLERANCE[1] * whole:
+        updates = " and ".join(type(update).__name__ for update in module.updates)
+        raise BadInput(
+            f"what {updates} trained cannot be merged into {module.base} without changing its outputs (are tied "
+            "weights among what was adapted?); train other modules."
+        )
+    return model
+
+
+@dataclass(frozen=True)
+class CastError:
+    """What casting the merged fp32 weights cost, over the weights that differ from the base's.
+
+    Attributes:
+        dtype: The type cast to.
+        weights: How many weights differ from the base's.
+        largest: Largest absolute error.
+        of_weights: RMS error over RMS of the weights.
+        of_change: RMS error over RMS of the change that training made.
+        undone: Share of the changed weights that are back at the base's value.
+    """
+
+    dtype: str
+    weights: int
+    largest: float
+    of_weights: float
+    of_change: float
+    undone: float
+
+    def sentence(self) -> str:
+        """The cost in words."""
+        merged = f"Merged in float32, cast to {self.dtype}"
+        if not self.weights:
+            return f"{merged}: no weight differs from the base's."
+        if not self.largest:
+            return f"{merged}: {self.weights:,} weights changed; the cast loses nothing of them."
+        advice = " Give --dtype float32 to keep the change whole." if self.of_change > NOTABLE_LOSS else ""
+        return (
+            f"{merged}: {self.weights:,} weights changed; the cast errs by at most {self.largest:.2g} "
+            f"({self.of_weights:.2%} of the weights, RMS), which is {self.of_change:.2%} of their change, and "
+            f"{self.undone:.2%} of them are back at the base's value.{advice}"
+        )
+
+
+def cast_error(changes: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> CastError:
+    """What casting to `dtype` costs, from pairs of fp32 tensors before and after training."""
+    count, undone, largest = 0, 0, 0.0
+    squares = torch.zeros(3, dtype=torch.float64)  # of the errors, the weights, the changes
+    for before, after in changes:
+        moved = before != after
+        if not moved.any():
+            continue
+        was, now = before[moved], after[moved]
+        error = now.to(dtype).float() - now
+        squares += torch.stack([x.double().square().sum() for x in (error, now, now - was)])
+        count, undone = count + now.numel(), undone + int((now.to(dtype) == was.to(dtype)).sum())
+        largest = max(largest, error.abs().max().item())
+    of_weights, of_change = (squares[0] / squares[1:].clamp_min(torch.finfo(torch.float64).tiny)).sqrt().tolist()
+    return CastError(str(dtype).removeprefix("torch."), count, largest, of_weights, of_change, undone / max(1, count))

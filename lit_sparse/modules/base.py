@@ -1,0 +1,369 @@
+"""The host: a LightningModule that trains a Hugging Face model with update strategies, and knows no method's name."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
+from packaging.version import Version
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoConfig, PreTrainedModel
+
+from lit_sparse.checkpoints import fingerprint, read_checkpoint
+from lit_sparse.demo import DEMO, model_folder
+from lit_sparse.errors import BadInput
+from lit_sparse.modules.schedule import Schedule, factor
+from lit_sparse.optim import match_by_name, parameter_groups, regroup, trainable
+from lit_sparse.strategies.base import UpdateStrategy, compose
+from lit_sparse_profiling.phases import Phases
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class LitSparse(L.LightningModule):
+    """Train a Hugging Face model with update strategies.
+
+    Args:
+        base: The model: `demo` (SmolLM2-135M-Instruct, downloaded once), a folder, a Hugging Face name, a `config.json`
+            (random weights), or in Python a loaded transformers model.
+        updates: Update strategies to train with, together; none is full fine-tuning.
+        lr: Peak learning rate.
+        optimizer: Optimizer of the trainable parameters. Biases and norms are in a group without weight decay.
+        schedule: Course of the learning rate after warm-up, a step at a time, to the end of training.
+        warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps.
+        precision: Type of the frozen weights and of the computation. What is trained is kept in fp32 always. `auto` is
+            bfloat16 on a GPU and float32 on a CPU.
+        activation_checkpointing: Recompute activations layer by layer in the backward instead of keeping them.
+        attention: Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`, ...
+        compile: Compile the model with torch.compile.
+        full_checkpoints: Save all weights in checkpoints instead of what was trained.
+    """
+
+    auto_class: ClassVar[Any]
+    """The transformers Auto class that loads the model of this task."""
+
+    def __init__(
+        self,
+        base: Any = DEMO,
+        updates: list[UpdateStrategy] = [],  # noqa: B006 - jsonargparse shows and appends to this default; it is copied
+        lr: float = 2e-5,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        schedule: Schedule = "linear",
+        warmup_steps: float = 0,
+        precision: Precision = "auto",
+        activation_checkpointing: bool = False,
+        attention: str = "sdpa",
+        compile: bool = False,
+        full_checkpoints: bool = False,
+    ) -> None:
+        super().__init__()
+        self.base, self.updates = base, compose(updates)
+        self.lr, self.make_optimizer = lr, optimizer
+        self.schedule: Schedule = schedule
+        self.warmup_steps = warmup_steps
+        self.precision: Precision = precision
+        self.activation_checkpointing, self.attention, self.compile_model = activation_checkpointing, attention, compile
+        self.full_checkpoints = full_checkpoints
+        self.model: PreTrainedModel | None = None
+        self.base_fingerprint = ""
+        self.base_parameters = 0
+        self.resume_from: str | Path | None = None
+        self.phases = Phases()
+        self.strict_loading = (
+            False  # checkpoints hold what was trained; on_load_checkpoint checks that all of it is there
+        )
+        self.trained: set[str] = set()  # names of what was trainable at any time: small checkpoints hold just these
+        self._attached = False
+        self._rng: dict[str, Any] | None = None
+
+    # ---- the task's part
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """Mean loss of a batch (scalar with a graph), and the model's output, for strategies with a penalty."""
+        raise TypeError(f"{type(self).__name__} is no task: use CausalLM.")
+
+    # ---- building
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self._refuse_trainer_settings()
+
+    def configure_model(self) -> None:
+        with self.phases("loading"):
+            self.build()
+        if self._attached or self.trainer.state.fn != "fit":
+            return
+        if self.resume_from is not None:
+            self.restore(read_checkpoint(self.resume_from))
+        else:
+            self._attach()
+
+    def build(self) -> PreTrainedModel:
+        """The base model, loaded in the precision of its frozen weights (also set as `self.model`)."""
+        if self.model is None:
+            self.model = self._build()
+            self.base_fingerprint = fingerprint(self.model)
+            self.base_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        return self.model
+
+    @property
+    def base_name(self) -> str:
+        """The base model in words: what `base` says, or the class of a model that was given loaded."""
+        return self.base if isinstance(self.base, str) else type(self.base).__name__
+
+    def _build(self) -> PreTrainedModel:
+        if isinstance(self.base, PreTrainedModel):
+            return self.base
+        if not isinstance(self.base, str):
+            raise BadInput(
+                f"model.base is {self.base!r}; it must be demo, a folder, a Hugging Face name, or a config.json."
+            )
+        source = str(model_folder()) if self.base == DEMO else self.base
+        options = {"dtype": self.frozen_dtype, "attn_implementation": self.attention}
+        try:
+            if source.endswith(".json"):
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)  # the same random weights whenever the run is loaded again
+                    return self.auto_class.from_config(AutoConfig.from_pretrained(source), **options)
+            return self.auto_class.from_pretrained(source, **options)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BadInput(f"no model could be loaded from {self.base!r}: {reason}") from error
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Type of the weights that are not trained, and of the computation."""
+        on_gpu = self.device_to_be.type == "cuda"
+        return {
+            "auto": torch.bfloat16 if on_gpu else torch.float32,
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+        }[self.precision]
+
+    @property
+    def device_to_be(self) -> torch.device:
+        """The trainer's device, where the model may not have been moved yet; the module's own without a trainer."""
+        return self.trainer.strategy.root_device if self._trainer is not None else self.device
+
+    def _attach(self) -> None:
+        assert self.model is not None
+        self.model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
+        self._checkpoint_activations()
+        self.model.train()
+        with self.phases("selection"), _forked_rng(self.device_to_be):
+            for update in self.updates:
+                update.attach(self.model, self.probe)
+        self._after_attach()
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Rebuild what the strategies made of the model, from a checkpoint of the same configuration.
+
+        Raises:
+            BadInput: if the checkpoint is of another base or of other strategies.
+        """
+        model, ours = self.build(), checkpoint["lit_sparse"]
+        if ours["base"] != self.base_fingerprint:
+            raise BadInput(
+                f"the checkpoint was trained on another base than {self.base!r}; give the base of the run that "
+                f"wrote it."
+            )
+        names = [type(update).__name__ for update in self.updates]
+        if names != [entry["class"] for entry in ours["updates"]]:
+            raise BadInput(
+                f"the checkpoint was trained with "
+                f"{[e['class'] for e in ours['updates']] or 'full fine-tuning'}, this run has "
+                f"{names or 'full fine-tuning'}; give the configuration of the run that wrote it."
+            )
+        self._checkpoint_activations()
+        model.train()
+        with _forked_rng(self.device_to_be):
+            for update, entry in zip(self.updates, ours["updates"], strict=True):
+                update.restore(model, entry["state"])
+        self._after_attach()
+
+    def _after_attach(self) -> None:
+        assert self.model is not None
+        self._attached = True
+        for _, parameter in trainable(self.model):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()  # an update at a small lr is mostly lost in bf16
+        if not trainable(self.model):
+            raise BadInput(f"nothing is left to train with {self.updates}.")
+        if self.compile_model:
+            self.model.base_model.compile()
+        self._note_trained()
+
+    def _note_trained(self) -> None:
+        self.trained |= {f"model.{name}" for name, _ in trainable(self.build())}
+
+    def _checkpoint_activations(self) -> None:
+        if not self.activation_checkpointing:
+            return
+        assert self.model is not None
+        if Version(version("transformers")) >= Version("5.18"):
+            self.model.activation_checkpointing_enable()
+        else:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs.
+        self.model.disable_input_require_grads()
+
+    def detach(self) -> PreTrainedModel:
+        """Take every strategy off again, last one first, and return the plain model with what was trained merged in."""
+        model = self.build()
+        for update in reversed(self.updates):
+            update.detach(model)
+        self._attached = False
+        return model
+
+    def probe(self, steps: int) -> Iterator[Tensor]:
+        """Losses of the first `steps` training batches (or as many as there are), in the training's precision."""
+        names = " and ".join(type(update).__name__ for update in self.updates)
+        rank_zero_info(f"{names} looks at {steps} training batches before training.")
+        loader = self.trainer.fit_loop._data_source.dataloader()
+        for _, batch in zip(range(steps), loader, strict=False):
+            with self.autocast():
+                yield self.loss(move_data_to_device(batch, self.device_to_be))[0]
+
+    def _refuse_trainer_settings(self) -> None:
+        if self.trainer.precision != "32-true":
+            raise BadInput(
+                f"trainer.precision is {self.trainer.precision}, but the module keeps what is trained in fp32 "
+                f"itself; leave it at 32-true and set model.precision."
+            )
+        for update in self.updates:
+            self._refuse_for(type(update))
+
+    def _refuse_for(self, kind: type[UpdateStrategy]) -> None:
+        if kind.backward == "autograd":
+            return
+        settings = {
+            "accumulate_grad_batches": self.trainer.accumulate_grad_batches > 1,
+            "gradient_clip_val": bool(self.trainer.gradient_clip_val),
+        }
+        for key, given in settings.items():
+            if given:
+                raise BadInput(
+                    f"{kind.__name__} has no gradients that live until the step (its backward is "
+                    f"{kind.backward}), so trainer.{key} cannot act on it; remove trainer.{key}."
+                )
+
+    # ---- training
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The computation's precision: autocast to bfloat16 where the frozen weights are."""
+        if self.frozen_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_to_be.type, self.frozen_dtype)
+
+    def on_fit_start(self) -> None:
+        frozen = str(self.frozen_dtype).removeprefix("torch.")
+        rank_zero_info(f"Frozen weights and computation are in {frozen}, what is trained and its optimizer in float32.")
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._rng is not None:  # only now: making the loaders' iterators draws random numbers too
+            _set_rng(self._rng)
+            self._rng = None
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        with self.autocast():
+            loss, output = self.loss(batch)
+            penalties = [p for update in self.updates if (p := update.penalty(batch, output)) is not None]
+        self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss + torch.stack(penalties).sum() if penalties else loss
+
+    def configure_optimizers(self) -> Any:
+        assert self.model is not None
+        named = [(f"model.{name}", parameter) for name, parameter in trainable(self.model)]
+        own = [
+            (update, optimizer)
+            for update in self.updates
+            if (optimizer := update.optimizer(named, self.lr)) is not None
+        ]
+        if own and self.make_optimizer is not torch.optim.AdamW:
+            raise BadInput(
+                f"model.optimizer is set, but {type(own[0][0]).__name__} brings its own optimizer; remove "
+                f"model.optimizer."
+            )
+        optimizer = own[0][1] if own else self.make_optimizer(parameter_groups(named), lr=self.lr)  # pyright: ignore
+        match_by_name(optimizer)
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
+        scheduler = LambdaLR(optimizer, lambda step: factor(self.schedule, step, int(warmup), total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for update in self.updates:
+            update.before_step(self.global_step + 1, optimizer)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        plain = getattr(optimizer, "optimizer", optimizer)
+        # Here, since later hooks come after the checkpoint is written; global_step rises after this one.
+        changed = [update.after_step(self.global_step + 1, plain) for update in self.updates]
+        if any(changed):
+            assert self.model is not None
+            regroup(plain, [(f"model.{name}", parameter) for name, parameter in trainable(self.model)])
+            self._note_trained()
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.full_checkpoints:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.trained}
+        checkpoint["lit_sparse"] = {
+            "base": self.base_fingerprint,
+            "updates": [{"class": type(update).__name__, "state": update.state_dict()} for update in self.updates],
+            "rng": _get_rng(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "lit_sparse" not in checkpoint:
+            raise BadInput("this is not a checkpoint of a lit_sparse run.")
+        if self.resume_from is None:  # given to the Trainer alone: what was prepared for a fresh start is taken back
+            if self._attached:
+                self.detach()
+            self.restore(checkpoint)
+        self.check_complete(checkpoint)
+        self._rng = checkpoint["lit_sparse"]["rng"]
+
+    def check_complete(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that lacks a value of what this module trains; call it after `restore`.
+
+        Raises:
+            BadInput: naming the first that is missing.
+        """
+        if missing := sorted(self.trained - set(checkpoint["state_dict"])):
+            raise BadInput(
+                f"the checkpoint lacks {len(missing)} trained parameters of this configuration, the first is "
+                f"{missing[0]}."
+            )
+        if not self.full_checkpoints:
+            self.trained |= set(checkpoint["state_dict"])
+
+
+def _forked_rng(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _get_rng() -> dict[str, Any]:
+    kind, words, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [kind, list(words), gauss]}
+
+
+def _set_rng(state: Mapping[str, Any]) -> None:
+    kind, words, gauss = state["python"]
+    random.setstate((kind, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,162 @@
+"""The task of a causal language model: predict the next token; scored by loss, choices, and generated answers."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import AutoModelForCausalLM
+
+from lit_sparse.anatomy import dummy_forward, evaluating, is_linear
+from lit_sparse.data import Synthetic, TokenData, final_number
+from lit_sparse.data.packing import check_packing
+from lit_sparse.errors import BadInput
+from lit_sparse.modules.base import LitSparse
+from lit_sparse.modules.loss import IGNORED, next_token_loss, next_token_scores
+from lit_sparse.modules.metrics import TokenScores
+
+ANSWER_TOKENS = 200
+"""New tokens at most in an answer that is compared with its reference."""
+
+
+class CausalLM(LitSparse):
+    """Train a Hugging Face causal language model with update strategies."""
+
+    auto_class: ClassVar[Any] = AutoModelForCausalLM
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.val_scores: dict[str, TokenScores] = {}
+        self.test_scores: dict[str, MeanMetric] = {}
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, TokenData) and data.packing:
+            check_packing(self.build())
+
+    # ---- loss
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        inputs = model_inputs(batch)
+        if not self.head_is_plain:
+            output = self.build()(**inputs)
+            labels = batch["labels"][:, 1:].flatten()
+            return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED), output
+        output = self.build().base_model(**inputs)
+        return next_token_loss(output.last_hidden_state, *self.head, batch["labels"]), output
+
+    @torch.no_grad()
+    def scores(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Per-token nll (B, S-1) fp32, 0 where no label, and whether the label was the likeliest token, bool."""
+        inputs = model_inputs(batch)
+        if not self.head_is_plain:
+            logits, labels = self.build()(**inputs).logits[:, :-1].float(), batch["labels"][:, 1:]
+            nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+            return nll, (logits.argmax(-1) == labels) & (labels != IGNORED)
+        hidden = self.build().base_model(**inputs).last_hidden_state
+        return next_token_scores(hidden, *self.head, batch["labels"])
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The output embedding's weight (V, H) and bias."""
+        head = self.build().get_output_embeddings()
+        return head.weight, head.bias  # pyright: ignore
+
+    @property
+    def head_is_plain(self) -> bool:
+        """Whether the logits are the head's linear map of the last hidden states and nothing else (Gemma 2 caps them).
+
+        Found out by comparing the two for three dummy tokens, once; only then are the logits never held whole.
+        """
+        model = self.build()
+        if not is_linear(model.get_output_embeddings()):  # an adapter sits on it
+            return False
+        if self._head_is_plain is None:
+            hidden = dummy_forward(model.base_model, "last_hidden_state")
+            with torch.no_grad():
+                ours, theirs = F.linear(hidden, *self.head), dummy_forward(model)
+            self._head_is_plain = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3)
+            if not self._head_is_plain:
+                rank_zero_info(f"{type(model).__name__} changes its logits after the head: they are held whole.")
+        return self._head_is_plain
+
+    _head_is_plain: bool | None = None
+
+    # ---- validation
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        with self.autocast():
+            nll, hits = self.scores(batch)
+        name = self._set_name("val", dataloader_idx)
+        if name not in self.val_scores:
+            self.val_scores[name] = TokenScores().to(self.device)
+        self.val_scores[name].update(nll, hits, batch["labels"])
+
+    def _set_name(self, kind: Literal["val", "test"], index: int) -> str:
+        """What the data module calls an evaluation set, or `val0`, `val1`, ... where bare loaders are used."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(data, TokenData | Synthetic):
+            return f"{kind}{index}"
+        return (data.val_names if kind == "val" else data.test_names)[index]
+
+    def on_validation_epoch_end(self) -> None:
+        for name, scores in self.val_scores.items():
+            for key, value in scores.compute().items():
+                self.log(f"{name}_{key}", value.float(), prog_bar=key == "loss")
+            scores.reset()
+
+    # ---- test
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        right = self._chosen_right(batch) if "item" in batch else self._answered_right(batch)
+        name = self._set_name("test", dataloader_idx)
+        if name not in self.test_scores:
+            self.test_scores[name] = MeanMetric().to(self.device)
+        self.test_scores[name].update(right.float())
+
+    def on_test_epoch_end(self) -> None:
+        for name, scores in self.test_scores.items():
+            self.log(f"{name}_accuracy", scores.compute())
+            scores.reset()
+
+    def _chosen_right(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Whether the choice of the highest log-probability is the right one, (items,) bool."""
+        with self.autocast():
+            nll, _ = self.scores(batch)
+        table = torch.full((len(batch["label"]), int(batch["choice"].max()) + 1), torch.inf, device=nll.device)
+        table[batch["item"], batch["choice"]] = nll.sum(1)
+        return table.argmin(1) == batch["label"]
+
+    def _answered_right(self, batch: Mapping[str, Any]) -> Tensor:
+        """Whether the greedy answer's last number is the reference's, (B,) bool (exact match as for GSM8K)."""
+        answers = self.answer(batch["prompt_ids"], batch["prompt_mask"], ANSWER_TOKENS)
+        return torch.tensor([final_number(a) == b for a, b in zip(answers, batch["answer"], strict=True)])
+
+    @torch.no_grad()
+    def answer(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: int) -> list[str]:
+        """Greedy continuations of left-padded prompts (B, S), at most `tokens` long, decoded."""
+        model, data = self.build(), self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if not isinstance(data, TokenData):
+            raise BadInput(
+                f"answers need a tokenizer, but {type(data).__name__} has none; use data of lit_sparse.data."
+            )
+        tokenizer = data.tokenizer
+        with self.autocast(), evaluating(model):
+            out = model.generate(  # pyright: ignore[reportCallIssue]
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask,
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return tokenizer.batch_decode(out[:, prompt_ids.shape[1] :], skip_special_tokens=True)
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What of a batch the model reads; nothing is cached for generation."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}

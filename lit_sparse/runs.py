@@ -1,0 +1,91 @@
+"""Run folders: `runs/<name>-<n>/{config.yaml, record.json, metrics.csv, checkpoints/}`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
+from lit_sparse.checkpoints import read_checkpoint
+from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM
+
+LAST = Path("checkpoints") / "last.ckpt"
+
+
+def run_folders(root: Path, name: str) -> list[Path]:
+    """The folders of runs called `name` under `root`, oldest first."""
+    pattern = re.compile(re.escape(name) + r"-(\d+)")
+    numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def new_run_folder(root: Path, name: str) -> Path:
+    """The next free folder for a run called `name`; it is not made yet."""
+    taken = run_folders(root, name)
+    number = int(taken[-1].name.rpartition("-")[2]) + 1 if taken else 1
+    return root / f"{name}-{number}"
+
+
+def last_checkpoint(root: Path, name: str) -> Path:
+    """The newest last checkpoint of the runs called `name`.
+
+    Raises:
+        BadInput: if none has one.
+    """
+    for folder in reversed(run_folders(root, name)):
+        if (folder / LAST).is_file():
+            return folder / LAST
+    raise BadInput(
+        f"--ckpt_path last was asked for, but no run {name}-<n> under {root}/ has {LAST}; start without "
+        f"--ckpt_path, or name a file."
+    )
+
+
+def load_run(folder: Path) -> tuple[CausalLM, dict[str, Any]]:
+    """The module of a run at its last checkpoint (in evaluation mode, on the CPU), and its configuration.
+
+    Raises:
+        BadInput: if `folder` is no run, or has no checkpoint yet.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise BadInput(
+            f"{folder} is not a run: it has no config.yaml; give a folder that lit-sparse fit wrote, such as "
+            f"runs/smt-1."
+        )
+    config = read_config(folder / "config.yaml")
+    module = build_module({"model": {**config["model"], "compile": False}})
+    checkpoint = read_checkpoint(folder / LAST)
+    module.restore(checkpoint)
+    module.check_complete(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    module.eval()
+    return module, config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's configuration.
+
+    Raises:
+        BadInput: if it is no YAML with a model in it.
+    """
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise BadInput(
+            f"{path} cannot be read as YAML ({type(error).__name__}); restore it, or make the run again."
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise BadInput(f"{path} configures no model; restore it, or make the run again.")
+    return config
+
+
+def build_module(config: dict[str, Any]) -> CausalLM:
+    """The module that a run's configuration describes, not built yet (its model is loaded by `build`)."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(CausalLM, "model")
+    return parser.instantiate(parser.parse_object({"model": config["model"]})).model

@@ -1,0 +1,94 @@
+"""What every update strategy has in common, and which of them go together."""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_sparse.errors import BadInput
+
+Claim = Literal["modules", "trainable", "optimizer", "backward"]
+"""What no second strategy can also take: the module tree, the trainable set, the optimizer, the backward."""
+
+Probe = Callable[[int], Iterator[Tensor]]
+"""`probe(steps)` yields the losses (scalars with a graph) of the first `steps` training batches, without an update."""
+
+
+class UpdateStrategy(ABC):
+    """One way to update a model. Subclasses are dataclasses: their fields are the keys in YAML.
+
+    Every hook has an honest default that does nothing; a subclass is final (nobody derives from a concrete strategy)
+    and imports no Lightning, so that it also serves a bare loop or another trainer.
+
+    Attributes:
+        claims: What no second strategy of the same run may also take.
+        backward: How gradients reach the weights: by `autograd`, `fused` into the backward pass, or `none` at all.
+        leaves: What `detach` gives back: the `plain` model (bitwise the base, where nothing was trained), a model
+            whose `adapter` was merged, or one with its `own_forward`.
+    """
+
+    claims: ClassVar[frozenset[Claim]] = frozenset()
+    backward: ClassVar[Literal["autograd", "fused", "none"]] = "autograd"
+    leaves: ClassVar[Literal["plain", "adapter", "own_forward"]] = "plain"
+
+    def attach(self, model: nn.Module, probe: Probe) -> None:
+        """Prepare `model` in place, once, before the optimizer exists. `probe` gives losses on training batches."""
+
+    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        """Prepare `model` as `attach` did, from what `state_dict` gave; trained values are loaded afterwards."""
+        self.attach(model, no_probe)
+
+    def optimizer(self, named_params: Sequence[tuple[str, nn.Parameter]], lr: float) -> Optimizer | None:
+        """The optimizer that this method insists on; None leaves the configured one."""
+        return None
+
+    def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
+        """A scalar to add to this batch's loss, or None."""
+        return None
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Called once an optimizer step, with the accumulated, unclipped gradients in place."""
+
+    def after_step(self, step: int, optimizer: Optimizer) -> bool:
+        """Called after the optimizer's `step`-th step (from 1). True: the set of trainable parameters changed."""
+        return False
+
+    def detach(self, model: nn.Module) -> None:
+        """Merge what was trained, put the model's own modules back, take every hook off."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `restore` needs: tensors, numbers, strings, and lists or dicts of them."""
+        return {}
+
+
+def no_probe(steps: int) -> Iterator[Tensor]:
+    """The probe of a place that has no training data.
+
+    Raises:
+        BadInput: always, when asked for a loss.
+    """
+    raise BadInput(
+        f"{steps} training batches were asked for to look at, but none are at hand here; give the run training data."
+    )
+
+
+def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
+    """`strategies` as a list, if they go together.
+
+    Raises:
+        BadInput: if two of them claim the same part of the training.
+    """
+    taken: dict[str, UpdateStrategy] = {}
+    for strategy in strategies:
+        for claim in sorted(strategy.claims):
+            if claim in taken:
+                first, second = type(taken[claim]).__name__, type(strategy).__name__
+                raise BadInput(
+                    f"{first} and {second} cannot be combined: both take over the model's {claim}; keep one of the two."
+                )
+            taken[claim] = strategy
+    return list(strategies)

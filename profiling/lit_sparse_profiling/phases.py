@@ -1,0 +1,113 @@
+"""How long the phases of a run take, and what they hold at their peak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from time import perf_counter
+
+import torch
+
+from lit_sparse_profiling.memory import ResidentMemory
+from lit_sparse_profiling.record import Phase
+
+
+@dataclass(frozen=True)
+class _Peaks:
+    peak_rss: int | None
+    peak_allocated: int | None = None
+    peak_reserved: int | None = None
+
+
+class Phases:
+    """A stop-watch and peak meter: `with phases("selection"): ...`.
+
+    A phase may be entered many times: seconds and calls add up, peaks are the highest of any call. Phases may nest or
+    overlap: each has everything that happened between its begin and its end, so that inner time and inner peaks count
+    in both, and seconds of nested phases must not be added up. A phase cannot be entered while it is open.
+
+    Peaks are read and set back at every begin and end, for the whole process: have one `Phases` at a time, and let
+    nobody else reset the CUDA peaks meanwhile. On CUDA the device is synchronised there too, and nowhere else.
+
+    Args:
+        device: The device whose allocator is read too, if it is a CUDA device.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.memory = ResidentMemory()
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._begun: dict[str, float] = {}
+        self._phases: dict[str, Phase] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Everything in the `with` block is the phase `name`, also if it ends by an exception."""
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self.end(name)
+
+    def begin(self, name: str) -> None:
+        """Open the phase `name`.
+
+        Raises:
+            ValueError: if it is open already, since its time would count twice.
+        """
+        if name in self._begun:
+            raise ValueError(
+                f"Phase {name!r} is to begin, but it is open already; end it first, or name the inner one otherwise."
+            )
+        self._boundary()
+        self._phases.setdefault(name, Phase(name, 0.0, 0))
+        self._begun[name] = perf_counter()
+
+    def end(self, name: str) -> None:
+        """Close the phase `name`.
+
+        Raises:
+            ValueError: if it is not open.
+        """
+        if name not in self._begun:
+            raise ValueError(f"Phase {name!r} is to end, but it is not open; begin it first.")
+        now = self._boundary()
+        phase = self._phases[name]
+        seconds = phase.seconds + now - self._begun.pop(name)
+        self._phases[name] = replace(phase, seconds=seconds, calls=phase.calls + 1)
+
+    def to_list(self) -> list[Phase]:
+        """The phases that have ended at least once, in the order of their first begin."""
+        return [phase for phase in self._phases.values() if phase.calls]
+
+    def _boundary(self) -> float:
+        """The time here, before the peaks since the last boundary go to all open phases and start anew."""
+        if self._cuda is not None:
+            torch.cuda.synchronize(self._cuda)
+        now = perf_counter()
+        peaks = self._lap()
+        for name in self._begun:
+            self._phases[name] = _raised(self._phases[name], peaks)
+        return now
+
+    def _lap(self) -> _Peaks:
+        resident = self.memory.lap()
+        if self._cuda is None:
+            return _Peaks(resident)
+        allocated = torch.cuda.max_memory_allocated(self._cuda)
+        reserved = torch.cuda.max_memory_reserved(self._cuda)
+        torch.cuda.reset_peak_memory_stats(self._cuda)
+        return _Peaks(resident, allocated, reserved)
+
+
+def _raised(phase: Phase, peaks: _Peaks) -> Phase:
+    return replace(
+        phase,
+        peak_rss=_highest(phase.peak_rss, peaks.peak_rss),
+        peak_allocated=_highest(phase.peak_allocated, peaks.peak_allocated),
+        peak_reserved=_highest(phase.peak_reserved, peaks.peak_reserved),
+    )
+
+
+def _highest(a: int | None, b: int | None) -> int | None:
+    return max((x for x in (a, b) if x is not None), default=None)

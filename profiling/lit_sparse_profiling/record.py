@@ -1,0 +1,208 @@
+"""What one run took and gave, as one JSON document: the only thing that reports, tables and comparisons read.
+
+Sizes are bytes, times are seconds. What was not measured is None, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from lit_sparse_profiling.documents import finite, typed
+
+SCHEMA = 1
+"""Raised when a record of the version before can no longer be read; a new field with a default does not raise it."""
+
+Status = Literal["ok", "oom", "refused", "failed"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where the run took place: `kind` is "cpu" or "cuda", `memory` what the device has."""
+
+    kind: str
+    name: str
+    cores: int | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The model trained: its `base` (a name or folder), and how many of its `parameters` are `trainable`."""
+
+    base: str
+    parameters: int
+    trainable: int
+
+    @property
+    def trainable_share(self) -> float:
+        """Trainable parameters as a share of all, 0 to 1."""
+        return self.trainable / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """All calls of one phase: their `seconds` together, and the highest peaks of any (a phase has its inner ones').
+
+    Attributes:
+        peak_rss: Resident memory of the process; how it was measured stands in the record's `memory.method`.
+        peak_allocated: What the CUDA allocator had given out.
+        peak_reserved: What the CUDA allocator had taken from the driver.
+    """
+
+    name: str
+    seconds: float
+    calls: int
+    peak_rss: int | None = None
+    peak_allocated: int | None = None
+    peak_reserved: int | None = None
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Exact bytes of the storages a training state holds; each storage counts in one category only."""
+
+    trainable: int = 0
+    frozen: int = 0
+    buffers: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    strategy: int = 0
+
+    @property
+    def total(self) -> int:
+        """All categories together."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The run's peaks: resident memory of the process, `method` saying how it was read, and what backward needed."""
+
+    peak_resident: int | None
+    method: str
+    saved_for_backward: int | None = None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What the timed steps worked through: `tokens` without padding, `padded_tokens` with it.
+
+    Raises:
+        ValueError: if no time passed, or if there are fewer tokens with padding than without.
+    """
+
+    tokens: int
+    padded_tokens: int
+    seconds: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"A throughput needs timed steps, but {self.seconds} seconds were given.")
+        if self.padded_tokens < self.tokens:
+            raise ValueError(f"{self.padded_tokens} tokens with padding are fewer than the {self.tokens} without.")
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second, padding not counted."""
+        return self.tokens / self.seconds
+
+    @property
+    def padded_tokens_per_second(self) -> float:
+        """Token positions computed a second, padding included."""
+        return self.padded_tokens / self.seconds
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run. Only the name is needed: a run refused before it began has a record too.
+
+    Attributes:
+        status: How it ended; out of memory is a result.
+        reason: One sentence that says why `status` is not "ok"; None if it is.
+        created: When, in ISO form.
+        versions: Package name to version.
+        updates: One `{"class": ..., "fields": {...}}` an update strategy.
+        settings: What else defines the run: batch size, length, precision, seed.
+        outcome: Metrics by moment: `{"before": {"loss": ...}, "after": {"loss": ...}}`.
+        samples: Texts generated, or whatever else is to be shown.
+
+    Raises:
+        ValueError: if the status and the reason contradict each other.
+    """
+
+    schema: int = SCHEMA
+    name: str
+    status: Status = "ok"
+    reason: str | None = None
+    created: str = field(default_factory=_now)
+    versions: dict[str, str] = field(default_factory=dict)
+    device: Device | None = None
+    model: ModelSize | None = None
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    phases: list[Phase] = field(default_factory=list)
+    ledger: Ledger | None = None
+    memory: Memory | None = None
+    throughput: Throughput | None = None
+    outcome: dict[str, dict[str, float]] = field(default_factory=dict)
+    samples: list[Any] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if (self.status == "ok") != (self.reason is None):
+            raise ValueError(f'Status {self.status!r} and reason {self.reason!r}: just what is not "ok" has a reason.')
+
+    def write(self, path: str | Path) -> None:
+        """Write the record to `path` at one stroke: a reader sees the old document or the new one, never a half.
+
+        JSON has no number for them, so that NaN and infinities are written as "NaN", "Infinity" and "-Infinity".
+
+        Raises:
+            TypeError: if a value is none that JSON has (a tensor, a path); nothing is written then.
+            ValueError: if a field holds what `read` would refuse; nothing is written then.
+        """
+        document = json.dumps(finite(asdict(self)), indent=1, allow_nan=False) + "\n"
+        typed(json.loads(document), type(self), "record")
+        path = Path(path)
+        draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(document)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """The record in the file `path`.
+
+        Raises:
+            ValueError: if the file is no whole record of this schema; the sentence names file, finding and way out.
+            FileNotFoundError: if there is no such file.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a whole JSON document ({error}); make the run again.") from error
+        if not isinstance(document, dict) or "schema" not in document:
+            raise ValueError(f"{path} is JSON but no run record (it has no schema); give a run's record.json.")
+        if document["schema"] != SCHEMA:
+            raise ValueError(
+                f"{path} is a record of schema {document['schema']}, and this version reads schema {SCHEMA}; "
+                "read it with the version that wrote it, or make the run again."
+            )
+        try:
+            return typed(document, cls, "record")
+        except ValueError as error:
+            raise ValueError(f"{path} is no valid run record: {error}; correct it, or make the run again.") from error

@@ -1,0 +1,113 @@
+"""Packed rows: the same logits and the same loss as alone, or a refusal."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from lit_sparse.data.collate import Padded, Padding, token_counts
+from lit_sparse.data.encoding import Example
+from lit_sparse.data.examples import Examples
+from lit_sparse.data.packing import Packed, PackedRows, check_packing
+from lit_sparse.errors import BadInput
+
+SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, **HEADS),
+    "qwen2": Qwen2Config(**SIZES, **HEADS),
+    "mistral": MistralConfig(**SIZES, **HEADS, sliding_window=4),
+    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2),
+}
+
+
+def model(name: str, attention: str) -> Any:
+    torch.manual_seed(0)
+    built = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention)
+    for parameter in built.parameters():
+        nn.init.normal_(parameter, std=0.2)  # as initialised, attention hardly matters to the logits
+    return built.eval()
+
+
+def examples() -> Examples:
+    torch.manual_seed(1)
+    ids = [torch.randint(64, (length,)).tolist() for length in (9, 3, 7, 5, 2, 12)]
+    return Examples.of([Example(one, one) for one in ids])
+
+
+def total_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids") if key in batch}
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_rows_give_the_loss_and_gradient_of_single_ones(name, attention):
+    net, data = model(name, attention), examples()
+    packed = PackedRows(data, data.lengths, 16)
+    assert len(packed) < len(data)
+    batch = Packed(Padding(multiple=8))([packed[index] for index in range(len(packed))])
+    losses = [total_loss(net, batch), sum(total_loss(net, Padded(Padding())([data[i]])) for i in range(len(data)))]
+    gradients = [torch.autograd.grad(loss, tuple(net.parameters())) for loss in losses]
+    torch.testing.assert_close(losses[0], losses[1])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_check_accepts_models_that_keep_examples_apart(name, attention):
+    net = model(name, attention).train()
+    check_packing(net)
+    check_packing(net.bfloat16())
+    assert net.training
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_check_refuses_models_that_mix_them(name, monkeypatch):
+    net = model(name, "sdpa")
+
+    whole = net.forward
+
+    def mixing(input_ids: torch.Tensor, **inputs: Any) -> Any:
+        mask = torch.ones_like(input_ids)  # given one, the model does not look for examples in the positions
+        return whole(input_ids=input_ids, attention_mask=mask, **inputs)
+
+    monkeypatch.setattr(net, "forward", mixing)
+    with pytest.raises(BadInput, match=r"ForCausalLM|LMHeadModel lets the examples of a packed row see each other"):
+        check_packing(net)
+
+
+def test_check_refuses_models_that_count_positions_themselves(monkeypatch):
+    net = model("gpt2", "sdpa")
+    whole = net.forward
+
+    def counting(input_ids: torch.Tensor, position_ids: torch.Tensor, use_cache: bool) -> Any:
+        apart = (position_ids.diff(prepend=position_ids[:, :1]) < 0).cumsum(1)
+        mask = (apart[:, None, :, None] == apart[:, None, None, :]) & torch.ones(2 * apart.shape[-1:]).tril().bool()
+        return whole(input_ids, attention_mask=mask, use_cache=use_cache)
+
+    monkeypatch.setattr(net, "forward", counting)
+    with pytest.raises(BadInput, match="see each other"):
+        check_packing(net)
+
+
+def test_rows_hold_every_example_once_and_no_more_than_fits():
+    lengths = [1 + (index * 7) % 16 for index in range(100)]
+    packed = PackedRows(Examples.of([Example([0] * n, [0] * n) for n in lengths]), lengths, 16)
+    assert sorted(index for row in packed.rows for index in row) == list(range(100))
+    assert packed.lengths == [sum(lengths[index] for index in row) for row in packed.rows]
+    assert max(packed.lengths) <= 16
+    assert len(packed) <= 1.05 * sum(lengths) / 16 + 1
+
+
+def test_packed_batch():
+    batch = Packed(Padding(token=1))([[Example([5, 6], [5, 6]), Example([7, 8], [-100, 8])], [Example([9], [9])]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [9, 1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8], [-100, -100, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 0, 0]]
+    assert "attention_mask" not in batch
+    assert token_counts(batch) == (5, 8)

@@ -1,0 +1,78 @@
+"""The chunked loss, against the plain one."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_sparse.modules import loss as module
+from lit_sparse.modules.loss import next_token_loss, next_token_scores
+
+
+def example(dtype=torch.float64, bias=True):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 9, 12, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(31, 12, generator=generator, dtype=dtype).requires_grad_()
+    offset = torch.randn(31, generator=generator, dtype=dtype).requires_grad_() if bias else None
+    labels = torch.randint(0, 31, (3, 9), generator=generator)
+    labels[0, :5] = labels[2, 4] = -100
+    return hidden, weight, offset, labels
+
+
+def plain(hidden, weight, bias, labels):
+    logits = F.linear(hidden[:, :-1], weight, bias).flatten(0, 1)
+    return F.cross_entropy(logits.float(), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("chunk", [1, 31 * 5, 2**24])
+@pytest.mark.parametrize("bias", [True, False])
+def test_loss_and_gradients_are_the_plain_ones(chunk, bias, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    hidden, weight, offset, labels = example(torch.float32, bias)
+    wanted = [tensor for tensor in (hidden, weight, offset) if tensor is not None]
+    exact = [tensor.detach().double().requires_grad_() for tensor in wanted]
+    theirs = plain(exact[0], exact[1], exact[2] if bias else None, labels)
+    ours = next_token_loss(hidden, weight, offset, labels)
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-6, atol=1e-6)
+    (ours * 3).backward()
+    (theirs * 3).backward()
+    for tensor, reference in zip(wanted, exact, strict=True):
+        torch.testing.assert_close(tensor.grad, reference.grad.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_states_get_theirs():
+    hidden, weight, _, labels = example(torch.float32, False)
+    frozen = weight.detach()
+    next_token_loss(hidden, frozen, None, labels).backward()
+    (expected,) = torch.autograd.grad(plain(hidden, frozen, None, labels), hidden)
+    torch.testing.assert_close(hidden.grad, expected)
+
+
+def test_no_label_is_no_loss_and_no_gradient():
+    hidden, weight, offset, labels = example(torch.float32)
+    loss = next_token_loss(hidden, weight, offset, torch.full_like(labels, -100))
+    loss.backward()
+    assert loss == 0
+    assert not hidden.grad.any()
+
+
+def test_scores_are_the_tokens_losses_and_hits():
+    hidden, weight, offset, labels = example(torch.float32)
+    nll, hits = next_token_scores(hidden, weight, offset, labels)
+    logits = F.linear(hidden[:, :-1], weight, offset)
+    expected = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
+    torch.testing.assert_close(nll, expected)
+    assert torch.equal(hits, (logits.argmax(-1) == labels[:, 1:]))
+
+
+def test_bf16_is_as_close_to_fp64_as_eager_bf16():
+    hidden, weight, _, labels = (
+        part.bfloat16() if i < 2 else part for i, part in enumerate(example(torch.float32, True))
+    )
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach()
+    exact = hidden.detach().double().requires_grad_()
+    plain(exact, weight.double(), None, labels).backward()
+    eager = hidden.detach().requires_grad_()
+    plain(eager, weight, None, labels).backward()
+    next_token_loss(hidden, weight, None, labels).backward()
+    error = (hidden.grad.double() - exact.grad).norm()
+    assert error <= 2 * (eager.grad.double() - exact.grad).norm() + 1e-4

@@ -1,0 +1,184 @@
+"""Phases: what adds up, what nests, and that CUDA is read at the boundaries only."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lit_sparse_profiling import memory, phases
+from lit_sparse_profiling.phases import Phases
+from lit_sparse_profiling.record import Phase
+
+MIB = 2**20
+
+
+class Clock:
+    """A clock that only moves when told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(phases, "perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def by_name() -> Callable[[Phases], dict[str, Phase]]:
+    return lambda measured: {phase.name: phase for phase in measured.to_list()}
+
+
+def test_seconds_and_calls_add_up(clock: Clock) -> None:
+    measured = Phases()
+    for seconds in (1.0, 2.0):
+        with measured("forward"):
+            clock.now += seconds
+        clock.now += 10
+    (phase,) = measured.to_list()
+    assert (phase.name, phase.seconds, phase.calls) == ("forward", 3.0, 2)
+    assert (phase.peak_allocated, phase.peak_reserved) == (None, None)
+
+
+def test_inner_time_counts_in_both(clock: Clock) -> None:
+    measured = Phases()
+    with measured("selection"):
+        clock.now += 1
+        with measured("forward"):
+            clock.now += 2
+        clock.now += 4
+    assert [(p.name, p.seconds) for p in measured.to_list()] == [("selection", 7.0), ("forward", 2.0)]
+
+
+def test_phases_may_overlap(clock: Clock) -> None:
+    measured = Phases()
+    measured.begin("a")
+    clock.now += 1
+    measured.begin("b")
+    clock.now += 2
+    measured.end("a")
+    clock.now += 4
+    measured.end("b")
+    assert [(p.name, p.seconds) for p in measured.to_list()] == [("a", 3.0), ("b", 6.0)]
+
+
+def test_a_phase_that_fails_is_counted(clock: Clock) -> None:
+    measured = Phases()
+
+    def forward() -> None:
+        with measured("forward"):
+            clock.now += 1
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        forward()
+    with measured("forward"):
+        clock.now += 1
+    assert [(p.seconds, p.calls) for p in measured.to_list()] == [(2.0, 2)]
+
+
+def test_a_phase_within_itself_and_an_end_without_begin_are_refused() -> None:
+    measured = Phases()
+    with measured("forward"), pytest.raises(ValueError, match="'forward' is to begin, but it is open already"):
+        measured.begin("forward")
+    with pytest.raises(ValueError, match="'forward' is to end, but it is not open"):
+        measured.end("forward")
+
+
+def test_a_phase_still_open_is_not_listed() -> None:
+    measured = Phases()
+    measured.begin("fit")
+    assert measured.to_list() == []
+
+
+def test_resident_peaks_belong_to_their_phase(by_name: Callable[[Phases], dict[str, Phase]]) -> None:
+    measured = Phases()
+    if measured.memory.method != memory.PER_PHASE:
+        pytest.skip(f"this system cannot set the peak back: {measured.memory.method}")
+    with measured("large"):
+        torch.ones(32 * MIB)
+    with measured("outer"):
+        with measured("inner"):
+            torch.ones(16 * MIB)
+        with measured("after"):
+            torch.ones(1)
+    with measured("large"):
+        torch.ones(1)
+    peaks = {name: (phase.peak_rss or 0) / MIB for name, phase in by_name(measured).items()}
+    assert peaks["large"] - peaks["after"] == pytest.approx(128, abs=8)
+    assert peaks["inner"] - peaks["after"] == pytest.approx(64, abs=8)
+    assert peaks["outer"] == peaks["inner"]
+
+
+class Allocator:
+    """Stands in for CUDA's: its peaks fall back to what is held when they are reset."""
+
+    def __init__(self) -> None:
+        self.held = self.peak = self.synchronised = 0
+
+    def use(self, size: int, keep: bool = False) -> None:
+        self.peak = max(self.peak, self.held + size)
+        self.held += size if keep else 0
+
+    def reset(self, _: torch.device) -> None:
+        self.peak = self.held
+
+    def synchronize(self, _: torch.device) -> None:
+        self.synchronised += 1
+
+
+@pytest.fixture
+def allocator(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    allocator = Allocator()
+    monkeypatch.setattr(torch.cuda, "synchronize", allocator.synchronize)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: allocator.peak)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: allocator.peak + 1)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", allocator.reset)
+    return allocator
+
+
+def test_allocator_peaks_belong_to_their_phase(allocator: Allocator) -> None:
+    allocator.use(1000)  # before any phase: in none
+    measured = Phases(torch.device("cuda"))
+    with measured("outer"):
+        allocator.use(10, keep=True)
+        with measured("inner"):
+            allocator.use(100)
+        allocator.use(1)
+    with measured("inner"):
+        allocator.use(50)
+    found = {phase.name: (phase.peak_allocated, phase.peak_reserved) for phase in measured.to_list()}
+    assert found == {"outer": (110, 111), "inner": (110, 111)}
+
+
+def test_cuda_waits_at_the_boundaries_and_nowhere_else(allocator: Allocator) -> None:
+    measured = Phases(torch.device("cuda"))
+    with measured("forward"):
+        assert allocator.synchronised == 1
+    assert allocator.synchronised == 2
+    measured.to_list()
+    assert allocator.synchronised == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_peaks_of_a_real_device() -> None:
+    device = torch.device("cuda")
+    torch.ones(64 * MIB, device=device)
+    measured = Phases(device)
+    with measured("small"):
+        kept = torch.ones(MIB, device=device)
+    with measured("large"):
+        torch.ones(16 * MIB, device=device)
+    small, large = measured.to_list()
+    assert small.peak_allocated is not None
+    assert large.peak_allocated is not None
+    assert small.peak_allocated < 64 * MIB
+    assert large.peak_allocated - small.peak_allocated == 64 * MIB
+    assert (large.peak_reserved or 0) >= large.peak_allocated
+    assert kept.numel() == MIB

@@ -1,0 +1,167 @@
+"""The run record: what is written is read back, and nothing else is taken for a record."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lit_sparse_profiling.record import (
+    SCHEMA,
+    Device,
+    Ledger,
+    Memory,
+    ModelSize,
+    Phase,
+    RunRecord,
+    Throughput,
+)
+
+FULL = RunRecord(
+    name="smt-1",
+    created="2026-11-21T10:00:00+00:00",
+    versions={"torch": "2.13.0"},
+    device=Device("cpu", "a processor", cores=2, memory=2**33),
+    model=ModelSize("a/model", parameters=1000, trainable=50),
+    updates=[{"class": "SMT", "fields": {"trainable_fraction": 0.05}}],
+    settings={"batch_size": 4, "precision": "bf16", "packed": None},
+    phases=[Phase("forward", 1.5, 3, peak_rss=10), Phase("backward", 2.0, 3, 10, 20, 30)],
+    ledger=Ledger(trainable=1, frozen=2, buffers=3, gradients=4, optimizer=5, strategy=6),
+    memory=Memory(peak_resident=2**30, method="VmHWM", saved_for_backward=2**20),
+    throughput=Throughput(tokens=90, padded_tokens=120, seconds=3.0, steps=2),
+    outcome={"before": {"loss": 2.0}, "after": {"loss": 1.0}},
+    samples=["a text", {"question": "a", "answer": "b"}],
+)
+
+
+def document(path: Path, **changes: object) -> Path:
+    """A valid document with `changes`, in the file `path`."""
+    FULL.write(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+@pytest.mark.parametrize("record", [FULL, RunRecord(name="x", status="oom", reason="out of memory")])
+def test_what_is_written_is_read_back(tmp_path: Path, record: RunRecord) -> None:
+    record.write(tmp_path / "record.json")
+    assert RunRecord.read(tmp_path / "record.json") == record
+    assert [file.name for file in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_derived_figures() -> None:
+    assert FULL.model is not None
+    assert FULL.model.trainable_share == 0.05
+    assert FULL.throughput is not None
+    assert FULL.throughput.tokens_per_second == 30
+    assert FULL.throughput.padded_tokens_per_second == 40
+    assert FULL.ledger is not None
+    assert FULL.ledger.total == 21
+
+
+def test_a_diverged_loss_survives_in_valid_json(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    outcome = {"after": {"loss": math.nan, "worst": math.inf, "best": -math.inf}}
+    RunRecord(name="x", outcome=outcome).write(path)
+    json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    after = RunRecord.read(path).outcome["after"]
+    assert math.isnan(after["loss"])
+    assert (after["worst"], after["best"]) == (math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        (RunRecord(name="x", settings={"folder": Path("a")}), TypeError),
+        (RunRecord(name="x", phases=[Phase("forward", "1", 1)]), ValueError),  # pyright: ignore[reportArgumentType]
+    ],
+)
+def test_a_failed_write_leaves_the_old_record(tmp_path: Path, bad: RunRecord, error: type[Exception]) -> None:
+    path = tmp_path / "record.json"
+    FULL.write(path)
+    with pytest.raises(error):
+        bad.write(path)
+    assert RunRecord.read(path) == FULL
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_of_the_old_record_is_not_disturbed(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    FULL.write(path)
+    old = path.read_text()
+    with path.open() as reader:
+        RunRecord(name="new").write(path)
+        assert reader.read() == old
+    assert RunRecord.read(path).name == "new"
+
+
+def test_a_write_that_is_cut_off_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(_: int) -> None:
+        raise OSError("no space left on device")
+
+    path = tmp_path / "record.json"
+    FULL.write(path)
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        RunRecord(name="new").write(path)
+    assert RunRecord.read(path) == FULL
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, -3])
+def test_a_truncated_file_is_named(tmp_path: Path, length: int) -> None:
+    path = tmp_path / "record.json"
+    FULL.write(path)
+    path.write_text(path.read_text()[:length])
+    with pytest.raises(ValueError, match=r"record\.json is not a whole JSON document .*; make the run again"):
+        RunRecord.read(path)
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"record\.json is not a whole JSON document"):
+        RunRecord.read(tmp_path / "record.json")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"name": "x"}'])
+def test_other_json_is_no_record(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"metrics\.json is JSON but no run record .*give a run's record\.json"):
+        RunRecord.read(tmp_path / "metrics.json")
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    path = document(tmp_path / "record.json", schema=SCHEMA + 1, news=1)
+    with pytest.raises(ValueError, match=rf"schema {SCHEMA + 1}, and this version reads schema {SCHEMA}; read it with"):
+        RunRecord.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        ({"color": "red"}, "record has unknown fields: color"),
+        ({"ledger": {"frozen": 1, "activations": 2}}, r"record\.ledger has unknown fields: activations"),
+        ({"phases": [{"name": "forward", "seconds": 1.0}]}, r"record\.phases\[0\] lacks: calls"),
+        ({"phases": [{"name": "f", "seconds": "1", "calls": 1}]}, r"record\.phases\[0\]\.seconds is '1' where float"),
+        ({"phases": {}}, r"record\.phases is {} where list is due"),
+        ({"name": None}, r"record\.name is None where str is due"),
+        ({"status": "fine"}, r"record\.status is 'fine'"),
+        ({"status": "failed"}, r"Status 'failed' and reason None"),
+        ({"reason": "because"}, r"Status 'ok' and reason 'because'"),
+        ({"device": "cpu"}, r"record\.device is 'cpu' where an object is due"),
+        ({"model": {"base": "a", "parameters": True, "trainable": 0}}, r"model\.parameters is True where int"),
+        ({"outcome": {"after": {"loss": None}}}, r"outcome\.after\.loss is None where float"),
+        ({"throughput": {"tokens": 1, "padded_tokens": 1, "seconds": 0.0, "steps": 1}}, "needs timed steps"),
+        ({"throughput": {"tokens": 2, "padded_tokens": 1, "seconds": 1.0, "steps": 1}}, "fewer than the 2 without"),
+    ],
+)
+def test_a_malformed_record_is_refused_and_the_place_named(
+    tmp_path: Path, changes: dict[str, object], finding: str
+) -> None:
+    path = document(tmp_path / "record.json", **changes)
+    with pytest.raises(ValueError, match=rf"record\.json is no valid run record: .*{finding}.*make the run again"):
+        RunRecord.read(path)
+
+
+def test_a_record_without_a_later_field_is_read(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text(json.dumps({"schema": SCHEMA, "name": "x"}))
+    assert RunRecord.read(tmp_path / "record.json").phases == []

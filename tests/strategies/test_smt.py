@@ -1,0 +1,346 @@
+"""Block-sparse tuning against dense training: the oracles of the method."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lit_sparse.anatomy import linears, matrix
+from lit_sparse.blocks import Blocks
+from lit_sparse.errors import BadInput
+from lit_sparse.optim import trainable
+from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.smt import SMT, BlockLinear, SharedColumns, _BlockLinear
+from lit_sparse.testing import TINY, tiny_llm
+from lit_sparse_profiling.ledger import saved_for_backward
+
+
+def tokens(seed=0, shape=(2, 12)):
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model, seed=0):
+    ids = tokens(seed)
+    return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def probe_of(model):
+    return lambda steps: (loss_of(model, seed) for seed in range(steps))
+
+
+def attached(kind="llama", dtype=torch.float32, **options):
+    model = tiny_llm(kind).to(dtype)
+    strategy = SMT(
+        **{"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["all"], **options}
+    )
+    strategy.attach(model, probe_of(model))
+    return model, strategy
+
+
+def dense_gradients(kind, dtype):
+    """Gradients of all linear layers' weights as (out, in), by ordinary autograd."""
+    model = tiny_llm(kind).to(dtype)
+    loss_of(model).backward()
+    layers = linears(model)
+    return {
+        name: layer.weight.grad.t() if isinstance(layer, Conv1D) else layer.weight.grad
+        for name, layer in layers.items()
+    }
+
+
+# Oracle 1: the blocks' gradients are the dense gradient's blocks.
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("size", [8, 16, (16, 8)])
+def test_gradients_are_blocks_of_the_dense_ones(kind, dtype, tolerance, size):
+    model, strategy = attached(kind, dtype, block_size=size, blocks="random", trainable_fraction=0.2)
+    loss_of(model).backward()
+    dense = dense_gradients(kind, dtype)
+    parameters = dict(model.named_parameters())
+    scale = max(float(gradient.abs().max()) for gradient in dense.values())
+    for name, blocks in strategy.choice.items():
+        expected = blocks.read(dense[name])
+        torch.testing.assert_close(parameters[f"{name}.blocks"].grad, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_bf16_accumulates_in_fp32():
+    layer = nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
+    blocks = Blocks.of((16, 16), torch.tensor([[0, 1], [2, 3]]))
+    sparse = BlockLinear(layer, blocks, SharedColumns([blocks]))
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(512, 64, generator=generator).bfloat16() for _ in range(2))
+    sparse(x).backward(dy)
+    exact = blocks.read(dy.double().t() @ x.double())
+    assert (sparse.blocks.grad.double() - exact).norm() / exact.norm() < 2e-6
+
+
+# Oracle 2: what flows on is what a dense layer passes on.
+def test_input_gradient_is_the_dense_one():
+    layer = nn.Linear(24, 16)
+    blocks = Blocks.of((8, 8), torch.tensor([[0, 1]]))
+    sparse = BlockLinear(copy.deepcopy(layer).requires_grad_(False), blocks, SharedColumns([blocks]))
+    x, y = (torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    layer(x).square().sum().backward()
+    sparse(y).square().sum().backward()
+    assert torch.equal(x.grad, y.grad)
+
+
+# The trained blocks are what the model computes with.
+@pytest.mark.parametrize("kind", TINY)
+def test_trained_blocks_change_the_forward(kind):
+    model, strategy = attached(kind)
+    before = model(input_ids=tokens()).logits
+    optimizer = torch.optim.SGD([parameter for _, parameter in trainable(model)], lr=1.0)
+    for name, _ in trainable(model):  # each one on its own
+        model.zero_grad()
+        loss_of(model).backward()
+        kept = copy.deepcopy(model.state_dict())
+        for other, parameter in trainable(model):
+            if other != name:
+                parameter.grad = None
+        optimizer.step()
+        strategy.after_step(1, optimizer)
+        assert not torch.equal(model(input_ids=tokens()).logits, before), name
+        model.load_state_dict(kept)
+        assert torch.equal(model(input_ids=tokens()).logits, before), name
+
+
+def train(model, parameters, steps, after=lambda: None, weight_decay=0.0):
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=weight_decay)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, seed).backward()
+        optimizer.step()
+        after()
+    return optimizer
+
+
+# Oracle 3: with every block chosen it is full training of those matrices.
+@pytest.mark.parametrize("kind", TINY)
+def test_all_blocks_train_as_the_dense_matrices(kind):
+    sparse, strategy = attached(kind, blocks="random", num_blocks=everything(kind), trainable_fraction=1.0)
+    dense = tiny_llm(kind).requires_grad_(False)
+    for linear in linears(dense).values():
+        linear.weight.requires_grad_(True)
+    train(sparse, [p for _, p in trainable(sparse)], 4, lambda: strategy.after_step(1, None))
+    train(dense, [p for _, p in trainable(dense)], 4)
+    strategy.detach(sparse)
+    for (name, a), b in zip(sparse.named_parameters(), dense.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def everything(kind):
+    return sum(-(-m.shape[0] // 8) * -(-m.shape[1] // 8) for m in map(matrix, linears(tiny_llm(kind)).values()))
+
+
+# Oracle 4: what was not chosen does not move by a bit.
+@pytest.mark.parametrize("kind", TINY)
+def test_the_rest_stays_bit_for_bit(kind):
+    base = tiny_llm(kind)
+    model, strategy = attached(kind)
+    choice = strategy.choice
+    train(model, [p for _, p in trainable(model)], 5, lambda: strategy.after_step(1, None), weight_decay=0.1)
+    strategy.detach(model)
+    for name, blocks in choice.items():
+        before, after = matrix(base.get_submodule(name)), matrix(model.get_submodule(name))
+        mask = torch.zeros_like(before)
+        blocks.write(mask, torch.ones(len(blocks.index), *blocks.size))
+        assert torch.equal(after[mask == 0], before[mask == 0]), name
+        assert not torch.equal(after[mask == 1], before[mask == 1]), name
+    untouched = {name for name, _ in base.named_parameters()} - {f"{name}.weight" for name in choice}
+    for name in untouched:
+        assert torch.equal(model.get_parameter(name), base.get_parameter(name)), name
+
+
+# Oracle 5: dense AdamW on gradients masked to the blocks walks the same path.
+def test_masked_dense_training_is_the_same():
+    sparse, strategy = attached("llama")
+    choice = strategy.choice
+    dense = tiny_llm("llama").requires_grad_(False)
+    masked = {name: dense.get_submodule(name).weight.requires_grad_(True) for name in choice}
+    for name, weight in masked.items():
+        mask = torch.zeros_like(weight)
+        choice[name].write(mask, torch.ones(len(choice[name].index), *choice[name].size))
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+    train(sparse, [p for _, p in trainable(sparse)], 6, lambda: strategy.after_step(1, None))
+    train(dense, list(masked.values()), 6)
+    strategy.detach(sparse)
+    for name, weight in masked.items():
+        torch.testing.assert_close(sparse.get_submodule(name).weight, weight, rtol=1e-5, atol=2e-6)
+
+
+# Oracle 7: a block that carries the signal is found.
+@pytest.mark.parametrize("score", ["abs_mean", "l2"])
+def test_a_planted_block_is_found(score):
+    model = tiny_llm("llama")
+    layer = model.model.layers[1].mlp.up_proj
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * torch.where(torch.arange(32) // 8 == 2, 50.0, 1.0),))
+    layer.register_forward_hook(lambda _, args, out: out * torch.where(torch.arange(64) // 8 == 5, 50.0, 1.0))
+    strategy = SMT(num_blocks=1, block_size=8, targets=["all"], score=score, selection_batches=4)
+    strategy.attach(model, probe_of(model))
+    assert {name: blocks.index.tolist() for name, blocks in strategy.choice.items()} == {
+        "model.layers.1.mlp.up_proj": [[5, 2]]
+    }
+
+
+# Oracle 8: real copies, counted to the byte, one for all who share an input.
+def test_saved_bytes_are_the_packed_columns():
+    layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
+    blocks = Blocks.of((8, 8), torch.tensor([[0, 1], [3, 1], [2, 6]]))
+    sparse = BlockLinear(layer, blocks, SharedColumns([blocks]))
+    x = torch.randn(4, 16, 64)
+    with saved_for_backward(sparse) as saved:
+        out = sparse(x)
+    assert saved.peak == 4 * 16 * 2 * 8 * 4
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("fraction", [0.03, 0.1])
+def test_saved_bytes_of_a_model_are_the_frozen_ones_and_the_columns(fraction):
+    model, strategy = attached("llama", trainable_fraction=fraction, targets=["q", "k", "v"], blocks="random")
+    frozen = tiny_llm("llama").requires_grad_(False)
+    start = min(int(name.split(".")[2]) for name in strategy.choice)
+    frozen.model.layers[start].input_layernorm.register_forward_hook(lambda _, args, out: out.detach().requires_grad_())
+    ids = tokens()
+    with saved_for_backward(frozen) as floor:
+        kept = frozen(input_ids=ids).logits
+    with saved_for_backward(model) as saved:
+        out = model(input_ids=ids).logits
+    groups = {id(linear.shared): linear.shared for _, linear in strategy._swapped.values()}.values()
+    assert saved.peak - floor.peak == sum(ids.numel() * len(group.columns) * group.width * 4 for group in groups)
+    assert out.requires_grad
+    assert kept.requires_grad
+
+
+def test_siblings_share_one_copy():
+    _, strategy = attached("llama", blocks="random", trainable_fraction=0.3)
+    groups = [
+        sorted(name.rpartition(".")[2] for name, _ in group)
+        for _, group in itertools.groupby(
+            sorted(((n, id(p[1].shared)) for n, p in strategy._swapped.items()), key=lambda e: e[1]), key=lambda e: e[1]
+        )
+    ]
+    assert ["k_proj", "q_proj", "v_proj"] in groups
+    assert ["gate_proj", "up_proj"] in groups
+    assert all(
+        set(group) <= {"q_proj", "k_proj", "v_proj"} or set(group) <= {"gate_proj", "up_proj"} or len(group) == 1
+        for group in groups
+    )
+
+
+def test_backward_stops_below_the_lowest_block(tmp_path):
+    (tmp_path / "b.json").write_text('{"model.layers.2.self_attn.v_proj": {"size": [8, 8], "index": [[0, 0]]}}')
+    model, _ = attached("llama", blocks=str(tmp_path / "b.json"))
+    reached = []
+    for i, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(
+            lambda _, args, out, i=i: reached.append(
+                (i, (out if isinstance(out, torch.Tensor) else out[0]).requires_grad)
+            )
+        )
+    loss_of(model).backward()
+    assert reached == [(0, False), (1, False), (2, True)]
+
+
+# Oracle 9: ragged edges, by finite differences.
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_on_ragged_blocks(bias):
+    layer = nn.Linear(11, 7, bias=bias).double().requires_grad_(False)
+    blocks = Blocks.of((4, 4), torch.tensor([[1, 2], [0, 0], [1, 0]]))
+    shared = SharedColumns([blocks])
+
+    def function(x, values):
+        weight = layer.weight.clone()
+        blocks.write(weight, values)
+        packed = shared.pack(x)
+        return _BlockLinear.apply(x, weight, layer.bias, values, packed, shared.places(blocks), blocks.size)
+
+    x = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, blocks.read(layer.weight).requires_grad_()))
+
+
+# Oracle 10: recomputation changes nothing.
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_checkpointed_gradients_are_the_plain_ones(kind):
+    plain, _ = attached(kind)
+    checkpointed, _ = attached(kind)
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False}) if not hasattr(
+        checkpointed, "activation_checkpointing_enable"
+    ) else checkpointed.activation_checkpointing_enable()
+    checkpointed.disable_input_require_grads()
+    for model in (plain, checkpointed):
+        model.train()
+        loss_of(model).backward()
+    for (name, a), (_, b) in zip(trainable(plain), trainable(checkpointed), strict=True):
+        assert torch.equal(a.grad, b.grad), name
+
+
+def test_accumulated_gradients_add_up():
+    model, _ = attached("llama")
+    single = []
+    for seed in (0, 1):
+        model.zero_grad()
+        loss_of(model, seed).backward()
+        single.append([p.grad.clone() for _, p in trainable(model)])
+    model.zero_grad()
+    for seed in (0, 1):
+        loss_of(model, seed).backward()
+    for (_, p), a, b in zip(trainable(model), *single, strict=True):
+        torch.testing.assert_close(p.grad, a + b)
+
+
+def test_tied_embeddings_stay_tied_and_frozen():
+    model, strategy = attached("qwen2")
+    train(model, [p for _, p in trainable(model)], 2, lambda: strategy.after_step(1, None))
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, tiny_llm("qwen2").get_input_embeddings().weight)
+
+
+def test_autocast_matches_a_bf16_model():
+    model, _ = attached("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss_of(model).backward()
+    gradients = [p.grad.clone() for _, p in trainable(model)]
+    model.zero_grad()
+    loss_of(model).backward()
+    for (name, p), low in zip(trainable(model), gradients, strict=True):
+        assert torch.nn.functional.cosine_similarity(p.grad.flatten(), low.flatten(), dim=0) > 0.99, name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": 512}, "a block of 512 x 512 is larger than"),
+        ({"num_blocks": 10**6}, "1000000 blocks were asked for, but the targets"),
+        ({"trainable_fraction": 1e-6}, "is less than one block of 8 x 8"),
+        ({"targets": ["nowhere"]}, "no linear layer of LlamaForCausalLM is among the targets"),
+        ({"blocks": "no/such/file.json"}, "no choice of blocks could be read"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(options, message):
+    with pytest.raises(BadInput, match=message):
+        attached("llama", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trainable_fraction": 0.0},
+        {"trainable_fraction": 1.5},
+        {"num_blocks": 0},
+        {"selection_batches": 0},
+        {"block_size": "large"},
+        {"block_size": -8},
+    ],
+)
+def test_bad_fields_are_refused_at_once(options):
+    with pytest.raises(BadInput, match=f"SMT: {next(iter(options))} is"):
+        SMT(**options)
+
+
+def test_scoring_needs_data():
+    with pytest.raises(BadInput, match="training batches were asked for"):
+        SMT(block_size=8, trainable_fraction=0.05).attach(tiny_llm(), no_probe)

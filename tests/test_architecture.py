@@ -1,0 +1,171 @@
+"""The layout's promises, read from the source: which way imports run, which names are free, what every file brings."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "profiling")
+KERNELS = ROOT / "kernels" / "lit_sparse_kernels"
+PROFILING = ROOT / "profiling" / "lit_sparse_profiling"
+PACKAGES = (ROOT / "lit_sparse", KERNELS, PROFILING)
+
+# What a part of lit_sparse never imports, neither itself nor through another part. cli is on top: it imports them all.
+NEVER_REACHES = {
+    "optim": {"strategies", "modules", "callbacks", "data", "demo", "export", "checkpoints", "testing", "cli"},
+    "anatomy": {"strategies", "modules", "callbacks", "data", "demo", "export", "checkpoints", "testing", "cli"},
+    "strategies": {"modules", "callbacks", "data", "demo", "export", "checkpoints", "testing", "cli"},
+    "demo": {"strategies", "modules", "callbacks", "data", "export", "checkpoints", "testing", "cli"},
+    "data": {"strategies", "modules", "callbacks", "export", "checkpoints", "testing", "cli"},
+    "checkpoints": {"modules", "callbacks", "export", "testing", "cli"},
+    "modules": {"callbacks", "testing", "cli"},
+    "callbacks": {"testing", "cli"},
+    "export": {"testing", "cli"},
+    "testing": {"cli"},
+}
+# Taken by the standard library (profile, and profiling from 3.15 on) and by what transformers, peft and torch import.
+TAKEN_NAMES = ("kernels", "profiling", "datasets", "transformers", "triton", "profile")
+EMPTY_NAMES = {"utils", "common", "core", "helpers", "layers"}
+NOT_KEPT = {"build", "dist", "runs", "shared", "lightning_logs", "__pycache__"}
+MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:work|root|farm|home|Users|tmp)/")
+
+
+def kept_files() -> Iterator[Path]:
+    """The repository's own files, without environments, caches and what builds and runs leave behind."""
+    for folder, folders, files in os.walk(ROOT):
+        folders[:] = [name for name in folders if name == ".ci" or not is_litter(name)]
+        yield from (Path(folder, name) for name in files if name != ".git")
+
+
+def is_litter(folder: str) -> bool:
+    return folder in NOT_KEPT or folder.startswith(".") or folder.endswith(".egg-info")
+
+
+def sources(package: Path) -> Iterator[Path]:
+    return (path for path in sorted(package.rglob("*.py")) if "__pycache__" not in path.parts)
+
+
+def dotted(path: Path) -> str:
+    """The name under which the module in `path` is imported."""
+    package = next(package for package in PACKAGES if path.is_relative_to(package))
+    parts = path.relative_to(package.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Every module named by an import statement in `path`; `from a import b` names `a` and `a.b`."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield str(node.module)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def tops(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def parts_imported() -> dict[str, set[str]]:
+    """For every part (file or folder directly in lit_sparse) the other parts that it imports."""
+    names = {path.stem for path in (ROOT / "lit_sparse").iterdir()}
+    parts: dict[str, set[str]] = {}
+    for path in sources(ROOT / "lit_sparse"):
+        own = dotted(path).removeprefix("lit_sparse").lstrip(".").split(".")[0] or "__init__"
+        found = {name.split(".")[1] for name in imported(path) if name.startswith("lit_sparse.")}
+        parts.setdefault(own, set()).update((found & names) - {own})
+    return parts
+
+
+def reached(part: str, parts: dict[str, set[str]]) -> set[str]:
+    """Every part that `part` imports, directly or through others; itself too where imports run in a circle."""
+    found: set[str] = set()
+    ahead = set(parts.get(part, ()))
+    while ahead:
+        found |= ahead
+        ahead = {further for name in ahead for further in parts.get(name, ())} - found
+    return found
+
+
+def defined(path: Path) -> set[str]:
+    """The functions, classes and values that the module in `path` defines at its top level."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names.update(target.id for target in targets if isinstance(target, ast.Name))
+    return names
+
+
+def test_imports_run_one_way() -> None:
+    parts = parts_imported()
+    assert parts["strategies"], "no import was found where there are some: the test reads nothing"
+    assert [part for part in parts if part in reached(part, parts)] == [], "imports in a circle"
+    wrong = {part: reached(part, parts) & never for part, never in NEVER_REACHES.items()}
+    assert {part: found for part, found in wrong.items() if found} == {}
+
+
+@pytest.mark.parametrize("leaf", [KERNELS, PROFILING], ids=lambda leaf: leaf.name)
+def test_leaves_stand_alone(leaf: Path) -> None:
+    foreign = {"lit_sparse", "lightning", "lightning_fabric", "pytorch_lightning", KERNELS.name, PROFILING.name}
+    foreign -= {leaf.name}
+    assert {dotted(path): tops(path) & foreign for path in sources(leaf) if tops(path) & foreign} == {}
+
+
+def test_strategies_import_no_lightning_and_no_profiler() -> None:
+    foreign = {"lightning", "lightning_fabric", "pytorch_lightning", "lightning_utilities", PROFILING.name}
+    strategies = sources(ROOT / "lit_sparse" / "strategies")
+    assert {dotted(path): tops(path) & foreign for path in strategies if tops(path) & foreign} == {}
+
+
+def test_strategies_load_without_lightning() -> None:
+    """What a bare loop or another trainer relies on; it also sees what the packages on the way import."""
+    code = "import sys, lit_sparse.strategies; sys.exit('lightning' in sys.modules)"
+    search = os.pathsep.join(map(str, SOURCE_ROOTS))
+    assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": search}).returncode == 0
+
+
+def test_product_imports_neither_benchmarks_nor_tests() -> None:
+    paths = [path for package in PACKAGES for path in sources(package)]
+    assert [dotted(path) for path in paths if tops(path) & {"benchmarks", "tests"}] == []
+
+
+@pytest.mark.parametrize("root", SOURCE_ROOTS, ids=lambda root: root.name)
+def test_source_roots_shadow_no_other_package(root: Path) -> None:
+    found = {name: (root / f"{name}.py").exists() or (root / name / "__init__.py").exists() for name in TAKEN_NAMES}
+    assert [name for name, exists in found.items() if exists] == []
+
+
+def test_names_say_what_is_inside() -> None:
+    named = [path.relative_to(ROOT) for path in kept_files()]
+    assert [str(path) for path in named if EMPTY_NAMES & {*path.parts[:-1], path.stem}] == []
+
+
+def test_strategies_are_registered_by_a_config() -> None:
+    configs = "\n".join(path.read_text("utf-8") for path in (ROOT / "configs").glob("*.yaml"))
+    used = set(re.findall(r"class_path:\s*(?:[\w.]+\.)?(\w+)", configs))
+    paths = [path for path in sources(ROOT / "lit_sparse" / "strategies") if path.stem not in ("__init__", "base")]
+    assert [path.name for path in paths if not defined(path) & used] == [], "strategies that no configs/*.yaml uses"
+
+
+def test_kernels_bring_a_reference_and_cases() -> None:
+    paths = [path for path in sources(KERNELS) if path.stem != "__init__"]
+    missing = {path.name: {"reference", "CASES"} - defined(path) for path in paths}
+    assert {name: names for name, names in missing.items() if names} == {}
+
+
+def test_tree_names_no_machine_path() -> None:
+    found = []
+    for path in kept_files():
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        found += [f"{path.relative_to(ROOT)}: {match.group()}" for match in MACHINE_PATH.finditer(text)]
+    assert found == []

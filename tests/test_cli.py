@@ -1,0 +1,192 @@
+"""The command line: what is found by name, what a run leaves behind, and what is refused in one sentence."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lit_sparse import cli
+from lit_sparse.testing import tiny_llm
+from lit_sparse_profiling.record import RunRecord
+
+SMALL = [
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--trainer.accelerator=cpu",
+    "--trainer.log_every_n_steps=1",
+]
+ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(3)]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty folder to work in, with a tiny model and its tokenizer, and rows to train on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
+    tiny_llm("llama").save_pretrained("tiny")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "and", *map(str, range(40))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained("tiny")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path
+
+
+def fit(*words: str) -> None:
+    data = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"]
+    cli.run(["fit", *words[:2], "--model.base", "tiny", *data, *SMALL, *words[2:]])
+
+
+def refused(capsys, monkeypatch, *words: str) -> str:
+    """The one sentence with which the command refuses `words`; it exits with status 2."""
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("lit-sparse: ")
+    return message
+
+
+def test_a_config_is_found_by_name(home):
+    found = cli.find_configs(
+        ["fit", "--config", "smt.yaml", "-c", "trainers/demo.yaml", "--config=lora.yaml", "--model.lr=1"]
+    )
+    shipped = cli.configs_folder()
+    assert found == [
+        "fit",
+        "--config",
+        f"{shipped}/smt.yaml",
+        "-c",
+        f"{shipped}/trainers/demo.yaml",
+        f"--config={shipped}/lora.yaml",
+        "--model.lr=1",
+    ]
+    Path("smt.yaml").write_text("")
+    assert cli.find_configs(["fit", "--config", "smt.yaml"]) == ["fit", "--config", "smt.yaml"]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_is_a_folder_and_goes_on_by_name(home, capsys):
+    fit("--config", "smt.yaml", "--trainer.max_steps=2")
+    run = Path("runs/smt-1")
+    assert {"config.yaml", "record.json", "metrics.csv", "checkpoints", "tensorboard"} <= {
+        p.name for p in run.iterdir()
+    }
+    assert RunRecord.read(run / "record.json").status == "ok"
+    fit("--config", "smt.yaml", "--trainer.max_steps=4", "--ckpt_path=last")
+    assert [p.name for p in Path("runs").iterdir()] == ["smt-1"]
+    assert RunRecord.read(run / "record.json").throughput.steps == 4
+    assert (run / "metrics-1.csv").is_file()
+    assert "Resuming with trainer.max_steps = 4; the run had 2." in capsys.readouterr().err
+    fit("--config", "smt.yaml", "--trainer.max_steps=1")
+    assert Path("runs/smt-2").is_dir()
+
+
+def test_yamls_compose_in_either_order(home):
+    Path("other.yaml").write_text("model:\n  updates+:\n    - class_path: tests.test_cli.Nothing\n")
+    for files in (["smt.yaml", "lora.yaml"], ["lora.yaml", "smt.yaml"]):
+        parser = cli.LightningArgumentParser(parser_mode="omegaconf", exit_on_error=False)
+        parser.add_argument("--config", action=cli.jsonargparse.ActionConfigFile)
+        parser.add_class_arguments(cli.CausalLM, "model")
+        words = cli.find_configs([word for file in files for word in ("--config", file)])
+        updates = parser.parse_args(words).model.updates
+        assert [update.class_path.rpartition(".")[2] for update in updates] == [
+            {"smt.yaml": "SMT", "lora.yaml": "PEFT"}[f] for f in files
+        ]
+
+
+BAD = {
+    "unknown key": (["--config", "smt.yaml", "--model.blocksize=4"], "blocksize"),
+    "wrong type": (["--config", "smt.yaml", "--model.lr=fast"], "model.lr"),
+    "no such config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "no such model": (["--config", "smt.yaml", "--model.base=nowhere/"], "could be loaded from 'nowhere/'"),
+    "large block": (["--config", "smt.yaml", "--model.updates.block_size=512"], "a block of 512 x 512 is larger than"),
+    "many blocks": (["--config", "smt.yaml", "--model.updates.num_blocks=100000"], "100000 blocks were asked for"),
+    "two claims": (["--config", "smt.yaml", "--config", "lora.yaml"], "SMT and PEFT cannot be combined"),
+    "nothing to resume": (
+        ["--config", "smt.yaml", "--ckpt_path=last"],
+        "no run smt-<n> under runs/ has checkpoints/last.ckpt",
+    ),
+    "trainer's precision": (["--config", "smt.yaml", "--trainer.precision=bf16-mixed"], "leave it at 32-true"),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing(home, capsys, monkeypatch, words, message):
+    data = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"]
+    base = [] if any(word.startswith("--model.base") for word in words) else ["--model.base", "tiny"]
+    assert message in refused(capsys, monkeypatch, "fit", *words, *base, *data, *SMALL, "--trainer.max_steps=1")
+    assert not list(Path().glob("runs/*"))
+
+
+def test_a_model_without_a_tokenizer_is_named(home, capsys, monkeypatch):
+    tiny_llm("llama").save_pretrained("bare")
+    data = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4"]
+    message = refused(capsys, monkeypatch, "fit", "--config", "smt.yaml", "--model.base", "bare", *data, *SMALL)
+    assert re.search(r"bare.*tokenizer", message)
+    assert not list(Path().glob("runs/*"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "rows.jsonl"),
+        ('{"prompt": "1", "completion": "2"}\n{"prompt"\n', "rows.jsonl line 2"),
+        ('{"a": 1}\n{"a": 2}\n', "rows.jsonl line 1"),
+    ],
+)
+def test_a_bad_data_file_is_named_with_its_line(home, capsys, monkeypatch, content, message):
+    Path("rows.jsonl").write_text(content)
+    data = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "1"]
+    assert message in refused(capsys, monkeypatch, "fit", "--config", "smt.yaml", "--model.base", "tiny", *data, *SMALL)
+    assert not list(Path().glob("runs/*"))
+
+
+def test_a_killed_or_failed_run_says_so_in_its_record(home, monkeypatch):
+    def broken(self, batch, batch_idx):
+        raise RuntimeError("the card fell out")
+
+    monkeypatch.setattr(cli.CausalLM, "training_step", broken)
+    with pytest.raises(RuntimeError, match="the card fell out"):
+        fit("--config", "smt.yaml", "--trainer.max_steps=2")
+    record = RunRecord.read("runs/smt-1/record.json")
+    assert (record.status, record.reason) == ("failed", "RuntimeError: the card fell out")
+
+
+def test_help_documents_every_field(home, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", "fit", "--model.updates.help", "SMT"])
+    with pytest.raises(SystemExit):
+        cli.run(["fit", "--model.updates.help", "SMT"])
+    text = capsys.readouterr().out
+    assert "How blocks are chosen" in text
+    with pytest.raises(SystemExit):
+        cli.run(["fit", "--help"])
+    text = capsys.readouterr().out
+    for phrase in ("Peak learning rate", "Type of the frozen weights", "Name of the run", "Recompute activations"):
+        assert phrase in text, phrase
+
+
+def test_list_names_every_strategy_and_yaml(home, capsys):
+    cli.run(["list"])
+    text = capsys.readouterr().out
+    for word in ("SMT", "PEFT", "modules, trainable", "smt.yaml", "full.yaml"):
+        assert word in text
+
+
+def test_every_shipped_yaml_has_a_comment_for_each_key():
+    for path in cli.configs_folder().rglob("*.yaml"):
+        yaml.safe_load(path.read_text())
+        assert path.read_text().startswith("#"), path
+        for line in path.read_text().splitlines():
+            value = line.partition(":")[2].split("#")[0].strip().strip("-")
+            assert not value or line.lstrip().startswith(("#", "- class_path", "class_path")) or "#" in line, (
+                f"{path}: {line}"
+            )

@@ -1,0 +1,169 @@
+"""What every method under configs/ owes: each YAML is tested from the moment it exists."""
+
+import copy
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_sparse.callbacks import Recorder
+from lit_sparse.cli import configs_folder
+from lit_sparse.data import Synthetic
+from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM
+from lit_sparse.optim import trainable
+from lit_sparse.runs import build_module
+from lit_sparse.testing import TINY, contract, tiny_llm
+from lit_sparse_profiling.record import RunRecord
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # PEFT puts it right itself for GPT-2
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # the resumed runs save nothing
+]
+METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
+
+
+def module(method: str, base: object, **options: object) -> CausalLM:
+    """The module of a method's YAML on a tiny model."""
+    config = yaml.safe_load((configs_folder() / f"{method}.yaml").read_text())["model"]
+    return build_module({"model": {**config, "base": str(base), **options}})
+
+
+@pytest.fixture(params=TINY)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def folder(kind, tmp_path):
+    tiny_llm(kind, dropout=0.1).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trainer(steps: int, **options) -> L.Trainer:
+    defaults = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(accelerator="cpu", max_steps=steps, use_distributed_sampler=False, **{**defaults, **options})
+
+
+def data(**options) -> Synthetic:
+    return Synthetic(**{"vocab_size": 96, "max_length": 12, "rows": 14, "heldout": 2, "batch_size": 2, **options})
+
+
+def trained(model: CausalLM) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainable(model.build())}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_contract(method, kind):
+    contract(lambda: module(method, "unused").updates, kind)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 2)])
+def test_resumed_is_straight(method, folder, tmp_path, workers, accumulate):
+    """Bit for bit, from the middle of an epoch, with dropout, clipping, workers and accumulation."""
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
+    L.seed_everything(0)
+    straight = module(method, folder)
+    trainer(5, callbacks=[checkpoint], enable_checkpointing=True, **options).fit(
+        straight, datamodule=data(num_workers=workers)
+    )
+    L.seed_everything(1)  # nothing of it may matter
+    resumed = module(method, folder)
+    resumed.resume_from = tmp_path / "ckpt" / "step=2.ckpt"
+    trainer(5, **options).fit(resumed, datamodule=data(num_workers=workers), ckpt_path=resumed.resume_from)
+    expected = trained(straight)
+    assert expected.keys() == trained(resumed).keys()
+    for name, value in trained(resumed).items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_given_to_the_trainer_alone_resumes_too(method, tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    straight, resumed = module(method, tmp_path / "base"), module(method, tmp_path / "base")
+    trainer(4, callbacks=[checkpoint], enable_checkpointing=True).fit(straight, datamodule=data())
+    trainer(4).fit(resumed, datamodule=data(), ckpt_path=tmp_path / "ckpt" / "step=2.ckpt")
+    for name, value in trained(resumed).items():
+        assert torch.equal(value, trained(straight)[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fit_writes_a_record_and_a_small_checkpoint(method, folder, tmp_path):
+    run = tmp_path / "run-1"
+    run.mkdir()
+    model = module(method, folder)
+    trainer(2, callbacks=[Recorder(run, {})], num_sanity_val_steps=-1, val_check_interval=2).fit(
+        model, datamodule=data()
+    )
+    record = RunRecord.read(run / "record.json")
+    assert record.status == "ok"
+    assert {phase.name for phase in record.phases} >= {"selection", "training", "evaluation"}
+    assert record.throughput.tokens == 2 * 2 * 12
+    sizes = [parameter.numel() * parameter.element_size() for _, parameter in trainable(model.build())]
+    assert record.ledger.trainable == sum(sizes)
+    assert record.ledger.optimizer >= 2 * sum(sizes)
+    assert set(record.outcome) == {"before", "after"}
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert sorted(saved["state_dict"]) == sorted(f"model.{name}" for name, _ in trainable(model.build()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_yaml_to_object_to_yaml(method):
+    first = module(method, "unused")
+    text = (configs_folder() / f"{method}.yaml").read_text()
+    keys = yaml.safe_load(text)["model"]
+    assert first.lr == pytest.approx(float(keys["lr"]))
+    given = keys.get("updates+", keys.get("updates", []))
+    assert [type(update).__name__ for update in first.updates] == [entry["class_path"] for entry in given]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_precision_of_the_trainer_is_refused(method, tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    with pytest.raises(BadInput, match=r"leave it at 32-true and set model\.precision"):
+        trainer(1, precision="bf16-true").fit(module(method, tmp_path / "base"), datamodule=data())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_keeps_what_is_trained_in_fp32(method, tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    model = module(method, tmp_path / "base", precision="bfloat16")
+    trainer(2).fit(model, datamodule=data())
+    parameters = list(model.build().parameters())
+    assert {p.dtype for p in parameters if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in parameters if not p.requires_grad} <= {torch.bfloat16}
+
+
+def test_checkpoints_of_others_are_refused(tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    tiny_llm("llama", seed=1).save_pretrained(tmp_path / "other")
+    model = module("smt", tmp_path / "base")
+    fit = trainer(1)
+    fit.fit(model, datamodule=data())
+    fit.save_checkpoint(tmp_path / "run.ckpt")
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    with pytest.raises(BadInput, match="was trained on another base"):
+        module("smt", tmp_path / "other").restore(checkpoint)
+    with pytest.raises(BadInput, match=r"was trained with \['SMT'\], this run has \['PEFT'\]"):
+        module("lora", tmp_path / "base").restore(checkpoint)
+    broken = copy.deepcopy(checkpoint)
+    broken["state_dict"].popitem()
+    torch.save(broken, tmp_path / "broken.ckpt")
+    with pytest.raises(BadInput, match="lacks 1 trained parameters"):
+        trainer(2).fit(module("smt", tmp_path / "base"), datamodule=data(), ckpt_path=tmp_path / "broken.ckpt")
+
+
+def test_every_method_is_here():
+    assert {"full", "smt", "lora", "dora"} <= set(METHODS)
+    assert Path(configs_folder()).is_dir()

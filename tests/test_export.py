@@ -1,0 +1,421 @@
+"""What a run exports is what it trained, and nothing half-written is left behind."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from lit_sparse import export as exporting
+from lit_sparse.delta import ChangedBlocks, Delta
+from lit_sparse.errors import BadInput
+from lit_sparse.export import MARK, export, generate
+from lit_sparse.merge import CastError, cast_error
+from lit_sparse.runs import LAST, build_module
+from lit_sparse.testing import TINY, tiny_llm
+
+pytestmark = [
+    # PEFT reads an attribute that transformers renamed, is given by jsonargparse what it has as default, and is told
+    # to adapt tied weights, about which we say our own.
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*loftq_config"),
+    pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
+]
+
+SMT = {"class_path": "SMT", "init_args": {"blocks": "random", "num_blocks": 6, "block_size": [16, 24]}}
+
+
+def lora(**settings: Any) -> list[dict[str, Any]]:
+    config = {"class_path": "peft.LoraConfig", "init_args": {"r": 4, **settings}}
+    return [{"class_path": "PEFT", "init_args": {"config": config}}]
+
+
+METHODS = {
+    "smt": [SMT],
+    "full": [],
+    "lora": lora(target_modules="all-linear", fan_in_fan_out=True),  # for GPT-2's Conv1D
+    "dora": lora(target_modules=["q_proj", "down_proj"], use_dora=True),
+}
+RUNS = [("smt", "llama"), ("smt", "qwen2"), ("smt", "gpt2"), ("full", "qwen2"), ("lora", "gpt2"), ("dora", "llama")]
+
+
+class Batches(L.LightningDataModule):
+    """Two batches of tokens."""
+
+    val_names = ("heldout",)
+    test_names = ()
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        tokens = torch.arange(3, 95).repeat(2)[: 2 * 4 * 16].reshape(2, 4, 16)
+        return DataLoader([{"input_ids": ids, "labels": ids} for ids in tokens], batch_size=None)  # pyright: ignore
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return [self.train_dataloader()]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, its base's folder, and what the model said when training ended."""
+
+    folder: Path
+    base: Path
+    logits: Tensor
+
+
+def make_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Path:
+    tiny_llm(kind).to(dtype).save_pretrained(folder)  # pyright: ignore[reportArgumentType]
+    return folder
+
+
+def make_run(root: Path, kind: str, updates: list[dict[str, Any]], **model: Any) -> Run:
+    """Two real steps on a tiny base."""
+    torch.manual_seed(0)
+    base, folder = root / "base", root / "runs" / "try-1"
+    if not base.exists():
+        make_base(base, kind)
+    config = {"model": {"base": str(base), "updates": updates, "lr": 1e-2, "schedule": "constant", **model}}
+    module = build_module(config)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, Batches())
+    trainer.save_checkpoint(folder / LAST)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with module.autocast():
+        return Run(folder, base, logits(module.build()))
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 20)[None]).logits
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+@pytest.fixture(scope="module", params=RUNS, ids="-".join)
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    method, kind = request.param
+    return make_run(tmp_path_factory.mktemp("run"), kind, METHODS[method])
+
+
+@pytest.fixture(scope="module")
+def smt(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("smt"), "llama", METHODS["smt"])
+
+
+def test_folder_says_what_the_run_says(run: Run, tmp_path: Path) -> None:
+    found = load(export(run.folder, output=tmp_path / "out"))
+    assert found.dtype == torch.float32
+    merges = "PEFT" in (run.folder / "config.yaml").read_text()
+    torch.testing.assert_close(logits(found), run.logits, rtol=0, atol=1e-5 if merges else 0)
+    assert not torch.allclose(logits(found), logits(load(run.base)), atol=1e-2)
+
+
+def test_delta_on_the_base_says_what_the_run_says(run: Run, tmp_path: Path) -> None:
+    delta = Delta.load(export(run.folder, "delta", tmp_path / "delta"))
+    model = load(run.base)
+    before = weights(model)
+    with delta.applied(model):
+        assert same(weights(model), weights(load(export(run.folder, output=tmp_path / "out"))))
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_delta_of_smt_is_its_blocks(kind: str, tmp_path: Path) -> None:
+    run = make_run(tmp_path, kind, METHODS["smt"])
+    delta = Delta.load(export(run.folder, "delta"))
+    checkpoint = torch.load(run.folder / LAST, weights_only=True)
+    masters = {key.removeprefix("model.").removesuffix(".blocks"): x for key, x in checkpoint["state_dict"].items()}
+    chosen = checkpoint["lit_sparse"]["updates"][0]["state"]
+    assert {change.name for change in delta.changes} == set(masters)
+    for change in delta.changes:
+        assert isinstance(change, ChangedBlocks)
+        assert torch.equal(change.values, masters[change.name])
+        assert torch.equal(change.blocks.index, chosen[change.name]["index"])
+    assert (delta.base, delta.updates) == (str(run.base), ("SMT",))
+    assert delta.base_fingerprint == checkpoint["lit_sparse"]["base"]
+
+
+def test_delta_of_a_frozen_bf16_base_keeps_the_masters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_base(tmp_path / "base", "llama", torch.bfloat16)
+    run = make_run(tmp_path, "llama", METHODS["smt"], precision="bfloat16")
+    delta = Delta.load(export(run.folder, "delta"))
+    model = load(run.base).float()
+    before = weights(model)
+    with delta.applied(model):
+        exact = weights(model)
+    cast = load(export(run.folder))
+    assert cast.dtype == torch.bfloat16
+    assert same(weights(cast), {name: value.bfloat16() for name, value in exact.items()})
+    whole = load(export(run.folder, dtype="float32", overwrite=True))
+    assert same(weights(whole), exact)
+    assert not same(weights(whole), {name: value.float() for name, value in weights(cast).items()})
+    said = capsys.readouterr().out
+    expected = cast_error([(before[name], exact[name]) for name in exact], torch.bfloat16)
+    assert expected.sentence() in said
+    assert expected.weights > 0
+    assert expected.of_change > 0
+    assert CastError("float32", expected.weights, 0, 0, 0, 0).sentence() in said
+
+
+def test_precision_of_the_run_is_no_change(tmp_path: Path) -> None:
+    """A base in fp32 that the run loaded in bf16: rounding it was not training."""
+    run = make_run(tmp_path, "llama", METHODS["smt"], precision="bfloat16")
+    delta = Delta.load(export(run.folder, "delta"))
+    assert delta.changes
+    assert all(isinstance(change, ChangedBlocks) for change in delta.changes)
+
+
+def test_cast_error() -> None:
+    small, large = 2**-10, 2**-5  # bf16 has 7 bits after the point: 1 + small and 8 + large are lost
+    before = torch.tensor([1.0, 1.0, 1.0, 8.0, 0.5])
+    after = torch.tensor([1.0, 1.0 + small, 1.5, 8.0 + large, 0.5])
+    error = cast_error([(before, after)], torch.bfloat16)
+    assert (error.weights, error.largest, error.undone) == (3, large, 2 / 3)
+    lost = small**2 + large**2
+    assert error.of_change == pytest.approx((lost / (lost + 0.5**2)) ** 0.5)
+    assert error.of_weights == pytest.approx((lost / ((1 + small) ** 2 + 1.5**2 + (8 + large) ** 2)) ** 0.5)
+    assert "--dtype float32" not in error.sentence()
+    error = cast_error([(before[:2], after[:2])], torch.bfloat16)
+    assert error.of_change == 1
+    assert "--dtype float32" in error.sentence()
+    assert cast_error([], torch.bfloat16) == CastError("bfloat16", 0, 0.0, 0.0, 0.0, 0.0)
+    assert "no weight differs" in cast_error([], torch.bfloat16).sentence()
+
+
+def test_untied_head(tmp_path: Path) -> None:
+    """A head that was tied and trained on its own: a folder holds it, a delta cannot."""
+    run = make_run(tmp_path, "qwen2", lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    found = load(export(run.folder))
+    torch.testing.assert_close(logits(found), run.logits, rtol=0, atol=1e-5)
+    with pytest.raises(BadInput, match=r"other parameters than its base has \(lm_head.weight\)"):
+        export(run.folder, "delta")
+
+
+def test_refuses_a_merge_that_changes_the_outputs(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "qwen2", lora(target_modules=["q_proj", "embed_tokens"]))
+    with pytest.raises(BadInput, match=r"PEFT trained cannot be merged into .* without changing its outputs"):
+        export(run.folder)
+
+
+def test_refuses_a_run_that_diverged(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "llama", METHODS["smt"])
+    checkpoint = torch.load(run.folder / LAST, weights_only=True)
+    next(iter(checkpoint["state_dict"].values()))[0, 0, 0] = torch.nan
+    torch.save(checkpoint, run.folder / LAST)
+    with pytest.raises(BadInput, match=r"try-1 diverged: .*\.blocks is not finite"):
+        export(run.folder)
+
+
+def test_refuses_what_is_no_run(smt: Run, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="is not a run"):
+        export(tmp_path)
+    (tmp_path / "config.yaml").write_text((smt.folder / "config.yaml").read_text())
+    with pytest.raises(BadInput, match="there is no checkpoint"):
+        export(tmp_path)
+    assert files(tmp_path) == {tmp_path / "config.yaml"}
+
+
+def test_refuses_unknown_wishes(smt: Run, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="'onnx' was asked for; there is hf and delta"):
+        export(smt.folder, "onnx", tmp_path / "out")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(BadInput, match="a delta in bfloat16"):
+        export(smt.folder, "delta", tmp_path / "out", dtype="bfloat16")
+    assert not files(tmp_path)
+
+
+def test_says_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, "llama", METHODS["smt"])
+    assert export(run.folder) == run.folder / "hf"
+    assert export(run.folder, "delta") == run.folder / "delta.safetensors"
+    said = capsys.readouterr().out
+    assert f"Wrote {run.folder / 'hf'}." in said
+    assert f"Wrote {run.folder / 'delta.safetensors'}." in said
+    mark = json.loads((run.folder / "hf" / MARK).read_text())
+    assert (mark["run"], mark["base"], mark["updates"]) == ("try-1", str(run.base), ["SMT"])
+    assert mark["cast"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("to", ["hf", "delta"])
+def test_overwrites_only_an_export_and_only_when_told(to: Literal["hf", "delta"], smt: Run, tmp_path: Path) -> None:
+    output = tmp_path / "deep" / "out"
+    export(smt.folder, to, output)
+    once = files(tmp_path)
+    with pytest.raises(BadInput, match="is there already"):
+        export(smt.folder, to, output)
+    stray = output / "model-00001-of-00002.safetensors"  # of an earlier, larger export
+    if to == "hf":
+        stray.touch()
+    export(smt.folder, to, output, overwrite=True)
+    assert files(tmp_path) == once
+
+
+def test_leaves_other_things_alone(smt: Run, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    before = files(tmp_path)
+    with pytest.raises(BadInput, match="something else than an export"):
+        export(smt.folder, output=tmp_path / "folder", overwrite=True)
+    with pytest.raises(BadInput, match="is a file, but --to hf writes a folder"):
+        export(smt.folder, output=tmp_path / "file", overwrite=True)
+    with pytest.raises(BadInput, match="is a folder, but a delta is one file"):
+        export(smt.folder, "delta", tmp_path / "folder", overwrite=True)
+    with pytest.raises(BadInput, match="could not be written"):
+        export(smt.folder, output=tmp_path / "file" / "out")
+    assert files(tmp_path) == before
+    (tmp_path / "empty").mkdir()
+    assert (export(smt.folder, output=tmp_path / "empty") / "config.json").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("earlier", [False, True], ids=["new", "overwriting"])
+def test_nothing_is_left_behind(
+    error: BaseException, earlier: bool, smt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    if earlier:
+        export(smt.folder, output=output)
+    before = files(tmp_path)
+
+    def fail(merge: exporting.Merge, folder: Path) -> None:
+        assert (folder / "model.safetensors").is_file()
+        raise error
+
+    monkeypatch.setattr(exporting, "check_loads", fail)
+    with pytest.raises(BadInput if isinstance(error, OSError) else KeyboardInterrupt):
+        export(smt.folder, output=output, overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_earlier_export_is_put_back(smt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = export(smt.folder, output=tmp_path / "out")
+    before, rename = files(tmp_path), Path.rename
+
+    def fail_once(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise PermissionError(13, "Permission denied")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(BadInput, match="could not be written"):
+        export(smt.folder, output=output, overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_refuses_a_folder_that_would_load_otherwise(smt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = tiny_llm(seed=1)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", reader := Reader(other))
+    with pytest.raises(BadInput, match="would not load again as it was saved"):
+        export(smt.folder, output=tmp_path / "out")
+    assert reader.asked
+    assert not files(tmp_path)
+
+
+class Reader:
+    """Loads models, but from an export's draft another one than is there."""
+
+    def __init__(self, other: nn.Module) -> None:
+        self.other, self.asked, self.load = other, False, AutoModelForCausalLM.from_pretrained
+
+    def __call__(self, source: Any, **options: Any) -> Any:
+        self.asked = Path(source).name == "new"
+        return self.other if self.asked else self.load(source, **options)
+
+
+# ---- tokenizers and text
+
+
+def add_tokenizer(folder: Path, chat: bool) -> None:
+    """A tokenizer of the tiny models' 96 tokens: words t3 to t95."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, 96)}
+    backend = Tokenizer(models.WordLevel(words, unk_token="t3"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="t3")
+    if chat:
+        tokenizer.chat_template = "{% for m in messages %}{{ {'user': 't9'}[m.role] }} {{ m.content }} {% endfor %}t8"
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(params=[True, False], ids=["chat", "plain"])
+def talking(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
+    add_tokenizer(make_base(tmp_path / "base", "llama"), chat=request.param)
+    return make_run(tmp_path, "llama", METHODS["full"])
+
+
+def greedy(model: Any, ids: list[int], count: int) -> str:
+    """The likeliest tokens one after the other, without a cache."""
+    for _ in range(count):
+        with torch.no_grad():
+            ids = [*ids, int(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]
+    return " ".join(f"t{token}" for token in ids[-count:] if token > 2)
+
+
+def test_generates(talking: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    exported = export(talking.folder)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(talking.base).get_vocab()
+    ids = [9, 5, 6, 8] if tokenizer.chat_template else [5, 6]
+    run, base = (greedy(load(folder), ids, 5) for folder in (exported, talking.base))
+    assert run != base
+    capsys.readouterr()
+    generate(talking.folder, "t5 t6", max_new_tokens=5)
+    assert capsys.readouterr().out == f"{run}\n"
+    generate(talking.folder, "t5 t6", base=True, max_new_tokens=5)
+    assert capsys.readouterr().out == f"--- try-1\n{run}\n--- base: {talking.base}\n{base}\n"
+
+
+def test_draws_from_the_seed_alone(talking: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_rng_state()
+    answers = []
+    for seed in (0, 0, 1):
+        generate(talking.folder, "t5 t6", max_new_tokens=20, temperature=2.0, seed=seed)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # transformers finds none for one, makes up one for the other
+def test_base_without_a_tokenizer(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path, kind, METHODS["smt"])
+    output = export(run.folder)
+    assert "The export has no tokenizer." in capsys.readouterr().out
+    assert not list(output.glob("token*"))
+    assert torch.equal(logits(load(output)), run.logits)
+    with pytest.raises(BadInput, match="tokenizer"):
+        generate(run.folder, "t5")
+
+
+@pytest.mark.parametrize("wish", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}], ids=str)
+def test_refuses_numbers_without_sense(wish: dict[str, Any], smt: Run) -> None:
+    with pytest.raises(BadInput, match="at least 1 and at least 0"):
+        generate(smt.folder, "t5", **wish)
