@@ -3,8 +3,9 @@
 `python benchmarks/peers.py` appends its measurements to benchmarks/results/peers.jsonl and judges what is promised.
 The demo model is trained on one batch of random tokens, in fp32 on the CPU, each mode in a process of its own
 (benchmarks/peer.py). For times, two modes step in turn, a round at a time, and who is first alternates: what slows the
-machine slows both. A round gives one ratio; the interval of their median is bootstrapped. Memory is of a fresh process
-that does nothing else.
+machine slows both. A round gives one ratio; the interval of their median is bootstrapped. Memory is of fresh processes
+that do nothing else: one as anybody's, and one whose allocator gives freed tensors back to the system at once, so that
+its peak is what was needed and not what glibc kept (`..._returned`; elsewhere than with glibc it is like the other).
 
 The frozen floor is forward and backward through frozen weights: the outputs of q, k and v of the first decoder layer
 become leaves that want a gradient, so that its graph is that of a method that trains q, k and v of that layer, without
@@ -26,6 +27,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import rich
@@ -43,6 +45,9 @@ MODES = (FLOOR, SMT_1, SMT_5, SMT_LORA, LORA_QKV, LORA_ALL, DORA, SHIRA, FULL)
 PAIRS = (*((mode, FLOOR) for mode in MODES[1:]), (SMT_1, LORA_ALL), (SMT_5, LORA_ALL))
 WARMUP = 2
 
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
+"""Makes glibc map and unmap every block from 128 KiB on by itself; it would raise that limit as it goes."""
+
 Line = dict[str, Any]
 Key = tuple[str, ...]
 
@@ -50,10 +55,12 @@ Key = tuple[str, ...]
 class Worker:
     """A mode's process, which computes only while it is asked."""
 
-    def __init__(self, mode: str, options: Sequence[str]) -> None:
+    def __init__(self, mode: str, options: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})) -> None:
         self.mode = mode
+        environment = {**os.environ, **variables}
         command = [sys.executable, str(ROOT / "benchmarks" / "peer.py"), mode, *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
     def ask(self, command: str) -> Any:
         """The process's answer, once its training is there.
@@ -77,9 +84,12 @@ class Worker:
 
 
 def measured(mode: str, options: Sequence[str]) -> Line:
-    """The line of one mode, alone in a fresh process."""
+    """The line of one mode, alone in a fresh process, and the peaks of a second one that returns freed memory."""
     with closing(Worker(mode, options)) as worker:
-        return {"mode": mode, **worker.ask("measure")}
+        line = {"mode": mode, **worker.ask("measure")}
+    with closing(Worker(mode, options, RETURNING)) as worker:
+        second = worker.ask("measure")
+    return line | {f"{name}_returned": second[name] for name in ("peak_rss", "selection_peak_rss")}
 
 
 def compared(pair: tuple[str, str], options: Sequence[str], rounds: int, steps: int) -> Line:
@@ -164,18 +174,21 @@ def verdicts(lines: Mapping[Key, Line]) -> Iterator[tuple[str, bool]]:
             most = line["ratio_max"]
             yield f"{mode}: slowest of {line['rounds']} rounds {most:.3f} of {LORA_ALL}, below 1", most < 1
     if (ours := lines.get(("mode", SMT_LORA))) and (theirs := lines.get(("mode", LORA_QKV))):
-        yield memory_verdict(ours, theirs)
+        yield memory_verdict("peak of the steps", ours, theirs, ["peak_rss"])
+        names = ["peak_rss_returned", "selection_peak_rss_returned"]
+        yield memory_verdict("peak with selection, freed memory returned", ours, theirs, names)
     for line in lines.values():
         if line.get("saved_formula") is not None:
             saved, formula = line["saved_bytes"], line["saved_formula"]
             yield f"{line['mode']}: {saved:,} bytes saved for backward, by formula {formula:,}", saved == formula
 
 
-def memory_verdict(ours: Line, theirs: Line) -> tuple[str, bool]:
-    peaks = [line["peak_rss"] / 2**20 for line in (ours, theirs)]
-    text = f"{SMT_LORA}: peak {peaks[0]:,.0f} MiB, below {peaks[1]:,.0f} MiB"
-    counts = f" ({ours['trainable']:,} and {theirs['trainable']:,} trained weights)"
-    return text + counts, peaks[0] < peaks[1] and ours["trainable"] == theirs["trainable"]
+def memory_verdict(what: str, ours: Line, theirs: Line, names: Sequence[str]) -> tuple[str, bool]:
+    """Whether the highest of the sizes `names` is below that of the other, which trains as many weights."""
+    mine, other = (max(line[name] for name in names) / 2**20 for line in (ours, theirs))
+    counts = f"{ours['trainable']:,} and {theirs['trainable']:,} trained weights"
+    text = f"{SMT_LORA}: {what} {mine:,.0f} MiB, below {other:,.0f} MiB ({counts})"
+    return text, mine < other and ours["trainable"] == theirs["trainable"]
 
 
 def show(lines: Mapping[Key, Line]) -> None:
@@ -200,7 +213,7 @@ def mode_row(line: Line) -> dict[str, str]:
         "from layer": str(line["lowest_layer"]) if selects else "",
         "step s": f"{line['step_seconds_median']:.3f}",
         "peak MiB": f"{line['peak_rss'] / 2**20:,.0f}",
-        "before": f"{line['rss_before'] / 2**20:,.0f}",
+        "returned": f"{line['peak_rss_returned'] / 2**20:,.0f}",
         "saved MiB": f"{line['saved_bytes'] / 2**20:,.1f}",
         "selection s": f"{line['selection_seconds']:.1f}" if selects else "",
         "its peak": f"{line['selection_peak_rss'] / 2**20:,.0f}" if selects else "",

@@ -49,6 +49,7 @@ class Recorder(Callback):
         self._tokens: list[Tensor] = []
         self._positions = 0
         self._steps = 0
+        self._saved = -1
 
     # ---- phases
 
@@ -58,9 +59,9 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
         pl_module.phases.end("training")
+        if self._saved != trainer.global_step:  # the training ended by a time limit, say
+            self._save(trainer, pl_module)
         self._answer(trainer, pl_module, "after")
-        with pl_module.phases("saving"):
-            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
         if trainer.is_global_zero:
             record = self.record(trainer, pl_module)
             record.write(self.folder / "record.json")
@@ -87,7 +88,12 @@ class Recorder(Callback):
         mask = batch["token_mask"] if "token_mask" in batch else batch["attention_mask"]
         self._tokens.append(mask.sum())  # read at the end: reading it now would wait for the device
         self._positions += mask.numel()
-        self._steps = trainer.global_step
+        self._steps += 1
+        # Saved here and not at the end of training, where Lightning has counted an unfinished epoch as finished.
+        if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
+            pl_module.phases.end("training")
+            self._save(trainer, pl_module)
+            pl_module.phases.begin("training")
 
     def on_exception(self, trainer: L.Trainer, pl_module: CausalLM, exception: BaseException) -> None:  # pyright: ignore
         if isinstance(exception, BadInput) or not trainer.is_global_zero or not self.folder.is_dir():
@@ -99,6 +105,11 @@ class Recorder(Callback):
         )
 
     # ---- results
+
+    def _save(self, trainer: L.Trainer, module: CausalLM) -> None:
+        with module.phases("saving"):
+            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        self._saved = trainer.global_step
 
     def _answer(self, trainer: L.Trainer, module: CausalLM, moment: str) -> None:
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]

@@ -197,7 +197,7 @@ def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
     switches = {
         f"--{name}" for name, parameter in inspect.signature(verb).parameters.items() if parameter.annotation is bool
     }
-    following = [*argv[1:], ""]
+    following = [*argv, ""][1:]
     bare = [word in switches and after not in ("true", "false") for word, after in zip(argv, following, strict=True)]
     return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -74,7 +75,7 @@ def test_a_config_is_found_by_name(home):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_a_run_is_a_folder_and_goes_on_by_name(home, capsys):
+def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     fit("--config", "smt.yaml", "--trainer.max_steps=2")
     run = Path("runs/smt-1")
     assert {"config.yaml", "record.json", "metrics.csv", "checkpoints", "tensorboard"} <= {
@@ -83,9 +84,11 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, capsys):
     assert RunRecord.read(run / "record.json").status == "ok"
     fit("--config", "smt.yaml", "--trainer.max_steps=4", "--ckpt_path=last")
     assert [p.name for p in Path("runs").iterdir()] == ["smt-1"]
-    assert RunRecord.read(run / "record.json").throughput.steps == 4
+    assert RunRecord.read(run / "record.json").throughput.steps == 2  # of this fit
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     assert (run / "metrics-1.csv").is_file()
-    assert "Resuming with trainer.max_steps = 4; the run had 2." in capsys.readouterr().err
+    told = [message for message in caplog.messages if message.startswith("Resuming with")]
+    assert told == ["Resuming with trainer.max_steps = 4; the run had 2."]
     fit("--config", "smt.yaml", "--trainer.max_steps=1")
     assert Path("runs/smt-2").is_dir()
 

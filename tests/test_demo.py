@@ -19,11 +19,6 @@ from lit_sparse import demo
 from lit_sparse.data import Embedded
 from lit_sparse.errors import BadInput
 
-needs_demo = [
-    pytest.mark.needs_demo,
-    pytest.mark.skipif(not demo.cached(), reason="the demo's model and data are not in the cache; run `make demo`"),
-]
-
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -198,7 +193,7 @@ def test_data_are_converted(tmp_path):
 class TestRealAssets:
     """Of what pip brought. The first use of the demo puts it into the cache."""
 
-    pytestmark = needs_demo
+    pytestmark = pytest.mark.needs_demo
 
     def test_model_speaks_english(self):
         import torch

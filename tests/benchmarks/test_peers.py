@@ -26,7 +26,8 @@ class Clock:
 
 
 def mode(name: str, **figures: Any) -> dict[str, Any]:
-    known = {"trainable": 10, "peak_rss": 2**30, "saved_bytes": 7, "saved_formula": None}
+    peaks = {"peak_rss": 2**30, "peak_rss_returned": 2**30, "selection_peak_rss_returned": 0}
+    known = {"trainable": 10, **peaks, "saved_bytes": 7, "saved_formula": None}
     return {"mode": name, **known, **figures}
 
 
@@ -130,9 +131,14 @@ def test_promises_are_kept_up_to_their_limit_only() -> None:
 
 def test_memory_is_compared_at_equal_counts_only() -> None:
     theirs = mode(peers.LORA_QKV)
-    assert judged(mode(peers.SMT_LORA, peak_rss=2**30 - 1), theirs) == [True]
-    assert judged(mode(peers.SMT_LORA, peak_rss=2**30), theirs) == [False]
-    assert judged(mode(peers.SMT_LORA, peak_rss=1, trainable=9), theirs) == [False]
+    assert judged(mode(peers.SMT_LORA, peak_rss=2**30 - 1), theirs) == [True, False]
+    assert judged(mode(peers.SMT_LORA, peak_rss_returned=2**30 - 1), theirs) == [False, True]
+    assert judged(mode(peers.SMT_LORA, peak_rss=1, peak_rss_returned=1, trainable=9), theirs) == [False, False]
+
+
+def test_memory_counts_the_selection() -> None:
+    ours = mode(peers.SMT_LORA, peak_rss=1, peak_rss_returned=1, selection_peak_rss_returned=2**30)
+    assert judged(ours, mode(peers.LORA_QKV)) == [True, False]
 
 
 @pytest.fixture
@@ -144,7 +150,7 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     del line["mode"]
 
     class Stub(Clock):
-        def __init__(self, name: str, options: list[str]) -> None:
+        def __init__(self, name: str, options: list[str], variables: Any = None) -> None:
             super().__init__(name, 1.0, asked)
 
         def ask(self, command: str) -> Any:
@@ -161,7 +167,7 @@ def test_lines_are_what_the_readme_reads(tmp_path: Path, stubbed: list[str]) -> 
     path = tmp_path / "results" / "peers.jsonl"
     assert peers.main(["--results", str(path), "--rounds", "2", "--modes", peers.FLOOR, peers.SMT_5]) == 0
     assert f"| {peers.SMT_5} | 10 (10.00%) | 1.0" in readme.peers(path.parent)
-    assert stubbed.count(f"end of {peers.SMT_5}") == 2
+    assert stubbed.count(f"end of {peers.SMT_5}") == 3  # two for memory, one for times
 
 
 def test_resume_measures_what_is_missing(tmp_path: Path, stubbed: list[str]) -> None:

@@ -166,7 +166,6 @@ def test_cuda_waits_at_the_boundaries_and_nowhere_else(allocator: Allocator) -> 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_peaks_of_a_real_device() -> None:
     device = torch.device("cuda")
     torch.ones(64 * MIB, device=device)

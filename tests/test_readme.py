@@ -1,0 +1,53 @@
+"""The README's commands are real, and its tables are those of the committed records."""
+
+import itertools
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_sparse import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(lit-sparse .*?)(?:\s+#.*)?$", README, re.MULTILINE)
+
+
+def test_tables_are_those_of_the_records():
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "readme.py", "--check"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_both_set_up_commands_are_targets():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one_that_parses(command, monkeypatch, capsys):
+    verb, *words = cli.find_configs(shlex.split(command)[1:])
+    if verb in cli.VERBS:
+        parser = cli.jsonargparse.ArgumentParser(exit_on_error=False)
+        parser.add_function_arguments(cli.VERBS[verb], as_positional=True)
+        parser.parse_args(cli.switched_on(cli.VERBS[verb], words))
+        return
+    words = [word for word in words if not word.startswith("runs/")]
+    parsed = [word for flag, word in itertools.pairwise(words) if flag == "--config"]
+    assert all(Path(word).is_file() for word in parsed if not word.startswith("--")), command
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", verb, "--help"])
+    with pytest.raises(SystemExit):
+        cli.run([verb, "--help"])
+    text = capsys.readouterr().out
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert all(flag in text or flag.startswith("--data.") for flag in flags), flags
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 5
