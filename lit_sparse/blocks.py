@@ -10,12 +10,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
 
 Score = Literal["abs_mean", "mean_abs", "l2"]
@@ -159,18 +160,22 @@ def _unflatten(flat: Tensor, columns: int, size: Size) -> Blocks:
 
 
 def read_choice(path: Path, matrices: Mapping[str, Tensor]) -> dict[str, Blocks]:
-    """A choice of blocks from a JSON file: {matrix name: {"size": [h, w], "index": [[row, column], ...]}}.
+    """A choice of blocks from a run's checkpoint (.ckpt), or from a JSON file of the same form.
+
+    The form is {name of the linear layer: {"size": [height, width], "index": [[row, column], ...]}}.
 
     Raises:
         BadInput: if the file is missing or malformed, or names a matrix or block that the model does not have.
     """
     try:
-        raw = json.loads(path.read_text())
+        raw = _choice_of_run(path) if path.suffix == ".ckpt" else json.loads(path.read_text())
         choice = {
-            name: Blocks.of((int(entry["size"][0]), int(entry["size"][1])), torch.tensor(entry["index"]).reshape(-1, 2))
+            name: Blocks.of(
+                (int(entry["size"][0]), int(entry["size"][1])), torch.as_tensor(entry["index"]).reshape(-1, 2)
+            )
             for name, entry in raw.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise BadInput(
             f"no choice of blocks could be read from {path} ({error}); give gradient, random, diagonal, or a "
             f"file written by a run."
@@ -194,10 +199,9 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor]) -> dict[str, Blocks]
     return choice
 
 
-def write_choice(path: Path, choice: Mapping[str, Blocks]) -> None:
-    """Write a choice of blocks as `read_choice` reads it."""
-    raw = {name: {"size": list(blocks.size), "index": blocks.index.tolist()} for name, blocks in choice.items()}
-    path.write_text(json.dumps(raw))
+def _choice_of_run(path: Path) -> dict[str, Any]:
+    updates = read_checkpoint(path)["lit_sparse"]["updates"]
+    return next(update["state"] for update in updates if update["class"] == "SMT")
 
 
 class ScoreSheet:

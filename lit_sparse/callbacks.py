@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from rich.text import Text
 from torch import Tensor
 
 from lit_sparse.data import TokenData
-from lit_sparse.data.collate import Question, Questions
+from lit_sparse.data.collate import Question, Questions, token_counts
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
@@ -29,7 +30,9 @@ from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.record import Device, Memory, ModelSize, RunRecord, Status, Throughput
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
-SAMPLE_TOKENS = 128
+SAMPLE_TOKENS = 96
+CHECKPOINT_STEPS = 100
+"""Optimizer steps from one last checkpoint to the next."""
 
 
 class Recorder(Callback):
@@ -85,12 +88,13 @@ class Recorder(Callback):
     def on_train_batch_end(  # pyright: ignore
         self, trainer: L.Trainer, pl_module: CausalLM, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        mask = batch["token_mask"] if "token_mask" in batch else batch["attention_mask"]
-        self._tokens.append(mask.sum())  # read at the end: reading it now would wait for the device
-        self._positions += mask.numel()
+        tokens, positions = token_counts(batch)
+        self._tokens.append(tokens)  # read at the end: reading it now would wait for the device
+        self._positions += positions
         self._steps += 1
+        step = trainer.global_step
         # Saved here and not at the end of training, where Lightning has counted an unfinished epoch as finished.
-        if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
+        if step != self._saved and (step % CHECKPOINT_STEPS == 0 or step == trainer.max_steps or trainer.is_last_batch):
             pl_module.phases.end("training")
             self._save(trainer, pl_module)
             pl_module.phases.begin("training")
@@ -107,8 +111,11 @@ class Recorder(Callback):
     # ---- results
 
     def _save(self, trainer: L.Trainer, module: CausalLM) -> None:
-        with module.phases("saving"):
-            trainer.save_checkpoint(self.folder / "checkpoints" / "last.ckpt")
+        last = self.folder / "checkpoints" / "last.ckpt"
+        with module.phases("saving"):  # a run that is killed here keeps the checkpoint before
+            trainer.save_checkpoint(last.with_suffix(".part"))
+            if trainer.is_global_zero:
+                os.replace(last.with_suffix(".part"), last)
         self._saved = trainer.global_step
 
     def _answer(self, trainer: L.Trainer, module: CausalLM, moment: str) -> None:
@@ -136,7 +143,7 @@ class Recorder(Callback):
             name=self.folder.name,
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
             device=device_of(module),
-            model=ModelSize(base=module.base_name, parameters=module.base_parameters, trainable=trained),
+            model=ModelSize(base=module.base, parameters=module.base_parameters, trainable=trained),
             updates=[{"class": type(u).__name__, "fields": fields(u)} for u in module.updates],
             settings=self.settings,
             phases=phases,

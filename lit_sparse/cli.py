@@ -34,7 +34,6 @@ NOISE = (
     "`loftq_config` specified but will be ignored",
     "fan_in_fan_out is set to False but the target module is",
     "The '.*' does not have many workers",
-    "Checkpoint directory .* exists and is not empty",  # the run that is resumed
 )
 """Warnings with which our dependencies address one another: there is nothing in them that a user could act on."""
 STACKED = ("trainers", "data", "models")
@@ -61,10 +60,6 @@ def find_configs(argv: Sequence[str]) -> list[str]:
 def _found(name: str) -> str:
     shipped = configs_folder() / name
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name
-
-
-class Trainer(L.Trainer):
-    """Lightning's Trainer; the place for further verbs."""
 
 
 class CLI(LightningCLI):
@@ -121,11 +116,10 @@ class CLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         if self.folder is None:
             return super().instantiate_trainer(logger=config.logger or False)
-        callbacks = list(config.callbacks or [])
-        if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-            callbacks.append(ModelCheckpoint(self.folder / "checkpoints", every_n_train_steps=100, save_last=True))
-        callbacks.append(Recorder(self.folder, self._dumped()))
-        return super().instantiate_trainer(logger=self._loggers(config.logger), callbacks=callbacks)
+        callbacks = [*(config.callbacks or []), Recorder(self.folder, self._dumped())]
+        more = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # beside the recorder's last one
+        loggers = self._loggers(config.logger)
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, enable_checkpointing=more)
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         """CSV and TensorBoard files in the run's folder, and the loggers of the configuration beside them."""
@@ -217,7 +211,6 @@ def run(argv: Sequence[str]) -> None:
         CausalLM,
         L.LightningDataModule,
         subclass_mode_data=True,
-        trainer_class=Trainer,
         trainer_defaults={
             "max_epochs": 1,
             "use_distributed_sampler": False,

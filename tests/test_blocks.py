@@ -14,7 +14,6 @@ from lit_sparse.blocks import (
     random_blocks,
     read_choice,
     top_blocks,
-    write_choice,
 )
 from lit_sparse.errors import BadInput
 
@@ -124,12 +123,18 @@ def test_automatic_size_divides_and_leaves_a_choice():
     assert automatic_size({"odd": torch.zeros(37, 41)}, weights=1e9) == (8, 8)
 
 
-def test_a_choice_survives_its_file(tmp_path):
-    choice = {"q": Blocks.of((4, 2), torch.tensor([[1, 0], [0, 3]]))}
-    write_choice(tmp_path / "blocks.json", choice)
-    back = read_choice(tmp_path / "blocks.json", {"q": torch.zeros(8, 8)})
-    assert back["q"].size == (4, 2)
-    assert torch.equal(back["q"].index, choice["q"].index)
+def test_a_choice_is_read_from_json_or_a_run(tmp_path):
+    state = {"q": {"size": [4, 2], "index": torch.tensor([[1, 0], [0, 3]], dtype=torch.int32)}}
+    updates = [{"class": "PEFT", "state": {}}, {"class": "SMT", "state": state}]
+    torch.save({"lit_sparse": {"updates": updates}}, tmp_path / "last.ckpt")
+    (tmp_path / "blocks.json").write_text('{"q": {"size": [4, 2], "index": [[1, 0], [0, 3]]}}')
+    for name in ("last.ckpt", "blocks.json"):
+        back = read_choice(tmp_path / name, {"q": torch.zeros(8, 8)})
+        assert back["q"].size == (4, 2)
+        assert torch.equal(back["q"].index, state["q"]["index"])
+    torch.save({"lit_sparse": {"updates": []}}, tmp_path / "other.ckpt")
+    with pytest.raises(BadInput, match="no choice of blocks could be read"):
+        read_choice(tmp_path / "other.ckpt", {"q": torch.zeros(8, 8)})
 
 
 @pytest.mark.parametrize(
@@ -161,7 +166,7 @@ def test_scores_add_up_and_no_gradient_stays():
         (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.weight)
         expected += block_scores(gradient, (4, 4), "abs_mean")
     torch.testing.assert_close(sheet.close()["w"], expected)
-    layer(x).sum().backward()
+    layer(torch.ones(1, 8)).sum().backward()
     assert layer.weight.grad is not None  # the hook is off
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +75,6 @@ def test_a_config_is_found_by_name(home):
     assert cli.find_configs(["fit", "--config", "smt.yaml"]) == ["fit", "--config", "smt.yaml"]
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     fit("--config", "smt.yaml", "--trainer.max_steps=2")
     run = Path("runs/smt-1")
@@ -88,6 +88,7 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
     assert (run / "metrics-1.csv").is_file()
     told = [message for message in caplog.messages if message.startswith("Resuming with")]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert told == ["Resuming with trainer.max_steps = 4; the run had 2."]
     fit("--config", "smt.yaml", "--trainer.max_steps=1")
     assert Path("runs/smt-2").is_dir()
@@ -97,7 +98,7 @@ def test_yamls_compose_in_either_order(home):
     Path("other.yaml").write_text("model:\n  updates+:\n    - class_path: tests.test_cli.Nothing\n")
     for files in (["smt.yaml", "lora.yaml"], ["lora.yaml", "smt.yaml"]):
         parser = cli.LightningArgumentParser(parser_mode="omegaconf", exit_on_error=False)
-        parser.add_argument("--config", action=cli.jsonargparse.ActionConfigFile)
+        parser.add_argument("--config", action=ActionConfigFile)
         parser.add_class_arguments(cli.CausalLM, "model")
         words = cli.find_configs([word for file in files for word in ("--config", file)])
         updates = parser.parse_args(words).model.updates

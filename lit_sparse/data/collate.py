@@ -40,16 +40,26 @@ class Padding:
 
 @dataclass(frozen=True)
 class Padded:
-    """Collates `Example`s: `input_ids`, `attention_mask`, `labels` (-100 where no loss), all (B, S)."""
+    """Collates `Example`s: `input_ids`, `attention_mask`, `labels` (-100 where no loss), all (B, S); and `scored`."""
 
     padding: Padding
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        labels = self.padding.right([one.labels for one in examples], IGNORED)
         return {
             "input_ids": self.padding.right([one.input_ids for one in examples], self.padding.token),
             "attention_mask": self.padding.right([[1] * len(one.input_ids) for one in examples], 0),
-            "labels": self.padding.right([one.labels for one in examples], IGNORED),
+            "labels": labels,
+            "scored": scored(labels),
         }
+
+
+def scored(labels: Tensor) -> Tensor:
+    """Places (N,) in the flattened (B, S-1) predictions whose label counts, so that only they need logits.
+
+    Found here, on the host: on a GPU the training step would have to wait for the device to know how many there are.
+    """
+    return (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ class Questions:
         }
 
 
-def token_counts(batch: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Tokens of a padded or packed batch without padding, and with it."""
+def token_counts(batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    """Tokens of a padded or packed batch without padding (a scalar on its device: reading it waits), and with it."""
     mask = batch["token_mask"] if "token_mask" in batch else batch["attention_mask"]
-    return int(mask.sum()), mask.numel()
+    return mask.sum(), mask.numel()

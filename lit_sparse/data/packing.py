@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from lit_sparse.data.collate import Padding
+from lit_sparse.data.collate import Padding, scored
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.errors import BadInput
@@ -18,7 +18,9 @@ from lit_sparse.errors import BadInput
 
 @dataclass(frozen=True)
 class Packed:
-    """Collates lists of `Example`s that share a row: `input_ids`, `labels`, `position_ids`, `token_mask`, all (B, S).
+    """Collates lists of `Example`s that share a row.
+
+    `input_ids`, `labels`, `position_ids`, `token_mask`, all (B, S); and `scored` as in `Padded`.
 
     `position_ids` begin at 0 with each example, from which a Hugging Face model, given no `attention_mask` and no
     cache, makes the block-diagonal mask of its own attention implementation. `token_mask` (1 for tokens, 0 for padding)
@@ -31,10 +33,12 @@ class Packed:
     def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
         ids = [[token for one in row for token in one.input_ids] for row in rows]
         labels = [[label for one in row for label in [IGNORED, *one.labels[1:]]] for row in rows]
+        padded_labels = self.padding.right(labels, IGNORED)
         positions = [[place for one in row for place in range(len(one.input_ids))] for row in rows]
         return {
             "input_ids": self.padding.right(ids, self.padding.token),
-            "labels": self.padding.right(labels, IGNORED),
+            "labels": padded_labels,
+            "scored": scored(padded_labels),
             "position_ids": self.padding.right(positions, 0),
             "token_mask": self.padding.right([[1] * len(row) for row in ids], 0),
         }

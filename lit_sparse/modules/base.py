@@ -66,7 +66,10 @@ class LitSparse(L.LightningModule):
         full_checkpoints: bool = False,
     ) -> None:
         super().__init__()
-        self.base, self.updates = base, compose(updates)
+        # A loaded model is kept in a tuple: as an attribute it would be a submodule, beside `self.model`.
+        self._given: tuple[PreTrainedModel, ...] = (base,) if isinstance(base, PreTrainedModel) else ()
+        self.base: Any = type(base).__name__ if self._given else base
+        self.updates = compose(updates)
         self.lr, self.make_optimizer = lr, optimizer
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
@@ -115,14 +118,9 @@ class LitSparse(L.LightningModule):
             self.base_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return self.model
 
-    @property
-    def base_name(self) -> str:
-        """The base model in words: what `base` says, or the class of a model that was given loaded."""
-        return self.base if isinstance(self.base, str) else type(self.base).__name__
-
     def _build(self) -> PreTrainedModel:
-        if isinstance(self.base, PreTrainedModel):
-            return self.base
+        if self._given:
+            return self._given[0]
         if not isinstance(self.base, str):
             raise BadInput(
                 f"model.base is {self.base!r}; it must be demo, a folder, a Hugging Face name, or a config.json."

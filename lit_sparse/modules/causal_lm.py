@@ -47,7 +47,7 @@ class CausalLM(LitSparse):
             labels = batch["labels"][:, 1:].flatten()
             return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED), output
         output = self.build().base_model(**inputs)
-        return next_token_loss(output.last_hidden_state, *self.head, batch["labels"]), output
+        return next_token_loss(output.last_hidden_state, *self.head, batch["labels"], batch.get("scored")), output
 
     @torch.no_grad()
     def scores(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class CausalLM(LitSparse):
             nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
             return nll, (logits.argmax(-1) == labels) & (labels != IGNORED)
         hidden = self.build().base_model(**inputs).last_hidden_state
-        return next_token_scores(hidden, *self.head, batch["labels"])
+        return next_token_scores(hidden, *self.head, batch["labels"], batch.get("scored"))
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -73,13 +73,14 @@ class CausalLM(LitSparse):
         Found out by comparing the two for three dummy tokens, once; only then are the logits never held whole.
         """
         model = self.build()
-        if not is_linear(model.get_output_embeddings()):  # an adapter sits on it
+        head = model.get_output_embeddings()
+        if head is None or not is_linear(head):  # an adapter sits on it
             return False
         if self._head_is_plain is None:
             hidden = dummy_forward(model.base_model, "last_hidden_state")
             with torch.no_grad():
                 ours, theirs = F.linear(hidden, *self.head), dummy_forward(model)
-            self._head_is_plain = torch.allclose(ours, theirs, rtol=1e-2, atol=1e-3)
+            self._head_is_plain = torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
             if not self._head_is_plain:
                 rank_zero_info(f"{type(model).__name__} changes its logits after the head: they are held whole.")
         return self._head_is_plain

@@ -78,9 +78,11 @@ def _chunk(
 
 
 def _flat(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scored: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    if scored is not None:
+        hidden, labels = hidden.index_select(0, scored), labels.index_select(0, scored)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -88,7 +90,9 @@ def _flat(
     return hidden, weight, bias, labels
 
 
-def next_token_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def next_token_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scored: Tensor | None = None
+) -> Tensor:
     """Mean cross-entropy (nats per labelled token) of predicting each token from the hidden state before it.
 
     Args:
@@ -96,26 +100,36 @@ def next_token_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels:
         weight: Output embedding, (V, H).
         bias: Its bias (V,), or None.
         labels: (B, S) int64, -100 where a token is not scored.
+        scored: Places (N,) of the labelled tokens in the flattened (B, S-1) predictions, where they are known: no
+            logits are formed for the others, which changes nothing else.
 
     Returns:
         fp32 scalar with a graph; 0 where no token is labelled.
     """
-    hidden, weight, bias, labels = _flat(hidden, weight, bias, labels)
+    hidden, weight, bias, labels = _flat(hidden, weight, bias, labels, scored)
     return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
-def next_token_scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Per-token results of the same prediction, for evaluation.
 
     Returns:
         nll (B, S-1) fp32 with 0 where no label, and hits (B, S-1) bool: whether the label was the likeliest token.
     """
     shape = (labels.shape[0], labels.shape[1] - 1)
-    hidden, weight, bias, labels = _flat(hidden, weight, bias, labels)
+    hidden, weight, bias, labels = _flat(hidden, weight, bias, labels, scored)
     nlls, hits = [], []
     for part in _parts(len(labels), len(weight)):
         logits, nll, target, kept = _chunk(hidden[part], weight, bias, labels[part])
         nlls.append(nll)
         hits.append((logits.argmax(-1) == target) & kept)
-    return torch.cat(nlls).view(shape), torch.cat(hits).view(shape)
+    return _placed(torch.cat(nlls), scored, shape), _placed(torch.cat(hits), scored, shape)
+
+
+def _placed(values: Tensor, scored: Tensor | None, shape: tuple[int, int]) -> Tensor:
+    if scored is None:
+        return values.view(shape)
+    return values.new_zeros(shape[0] * shape[1]).index_copy_(0, scored, values).view(shape)

@@ -48,7 +48,8 @@ class SMT(UpdateStrategy):
 
     Args:
         blocks: How blocks are chosen: `gradient` (largest gradients on the first training batches), `random`,
-            `diagonal` (one block per row and column of a grid, arXiv 2506.03230), or a file written by a run.
+            `diagonal` (one block per row and column of a grid, arXiv 2506.03230), or a file: a run's
+            checkpoints/last.ckpt for that run's blocks, or JSON of the same form.
         trainable_fraction: Share of all the model's weights to train; the blocks lie in `targets` all the same.
         num_blocks: Number of blocks instead; when given, it takes the place of trainable_fraction.
         block_size: `auto` (the largest of 256, 128, ... that divides every target matrix and leaves a choice), one
@@ -252,7 +253,8 @@ class BlockLinear(nn.Module):
         """Write the master into the weight, cast to its dtype."""
         self.chosen.write(self.matrix, self.blocks)
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.compiler.disable  # what q, k and v share between their calls is state that cannot be traced
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, bias = self.matrix, self.bias
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)

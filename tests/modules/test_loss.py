@@ -55,6 +55,26 @@ def test_no_label_is_no_loss_and_no_gradient():
     assert not hidden.grad.any()
 
 
+def test_leaving_the_others_out_changes_nothing():
+    hidden, weight, offset, labels = example(torch.float32)
+    scored = (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
+    losses = []
+    for places in (None, scored):
+        for tensor in (hidden, weight, offset):
+            tensor.grad = None
+        loss = next_token_loss(hidden, weight, offset, labels, places)
+        loss.backward()
+        losses.append((loss.detach(), hidden.grad, weight.grad, offset.grad))
+    for whole, some in zip(*losses, strict=True):
+        torch.testing.assert_close(some, whole)
+    for whole, some in zip(
+        next_token_scores(hidden, weight, offset, labels),
+        next_token_scores(hidden, weight, offset, labels, scored),
+        strict=True,
+    ):
+        torch.testing.assert_close(some, whole)
+
+
 def test_scores_are_the_tokens_losses_and_hits():
     hidden, weight, offset, labels = example(torch.float32)
     nll, hits = next_token_scores(hidden, weight, offset, labels)

@@ -1,0 +1,208 @@
+"""The host: what it refuses, what its keys do, and a strategy that changes what is trained in the middle of a fit."""
+
+import dataclasses
+from typing import ClassVar
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lit_sparse.anatomy import decoder_layers
+from lit_sparse.data import Synthetic
+from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM
+from lit_sparse.modules.schedule import factor
+from lit_sparse.optim import trainable
+from lit_sparse.strategies import SMT, UpdateStrategy, compose
+from lit_sparse.testing import tiny_llm
+
+
+@dataclasses.dataclass
+class Fused(UpdateStrategy):
+    """Updates weights inside the backward (as far as the host is told)."""
+
+    backward: ClassVar = "fused"
+    claims: ClassVar = frozenset({"backward"})
+
+
+@dataclasses.dataclass
+class OwnOptimizer(UpdateStrategy):
+    """Brings its optimizer."""
+
+    claims: ClassVar = frozenset({"optimizer"})
+
+    def optimizer(self, named_params, lr):
+        return torch.optim.SGD(
+            [{"params": [p for _, p in named_params], "param_names": [n for n, _ in named_params]}], lr
+        )
+
+
+@dataclasses.dataclass
+class OneLayer(UpdateStrategy):
+    """Trains one layer, another one after every second step."""
+
+    claims: ClassVar = frozenset({"trainable"})
+
+    def attach(self, model, probe):
+        self.layers = decoder_layers(model)
+        self.choose(model, 0)
+
+    def choose(self, model, number):
+        model.requires_grad_(False)
+        self.layers[number].requires_grad_(True)
+
+    def after_step(self, step, optimizer):
+        if step % 2:
+            return False
+        for number, layer in enumerate(self.layers):
+            layer.requires_grad_(number == step // 2 % len(self.layers))
+        return True
+
+
+@dataclasses.dataclass
+class Pull(UpdateStrategy):
+    """A penalty of a constant size."""
+
+    size: float = 3.0
+
+    def penalty(self, batch, output):
+        return output.last_hidden_state.sum() * 0 + self.size
+
+
+def data():
+    return Synthetic(vocab_size=96, max_length=12, rows=14, heldout=2, batch_size=2)
+
+
+def trainer(steps=1, **options):
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(accelerator="cpu", max_steps=steps, use_distributed_sampler=False, **{**quiet, **options})
+
+
+def fitted(steps=1, base=None, trainer_options=None, **options):
+    model = CausalLM(base=base or tiny_llm("llama"), **{"lr": 1e-2, **options})
+    fit = trainer(steps, **(trainer_options or {}))
+    fit.fit(model, datamodule=data())
+    return model, fit
+
+
+@pytest.mark.parametrize("setting", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}])
+def test_settings_that_a_fused_backward_cannot_follow_are_refused(setting):
+    with pytest.raises(BadInput, match=rf"Fused has no gradients .* remove trainer\.{next(iter(setting))}"):
+        fitted(updates=[Fused()], trainer_options=setting)
+
+
+def test_an_optimizer_that_a_strategy_overrides_is_refused():
+    with pytest.raises(BadInput, match=r"model\.optimizer is set, but OwnOptimizer brings its own"):
+        fitted(updates=[OwnOptimizer()], optimizer=torch.optim.SGD)
+    _, fit = fitted(updates=[OwnOptimizer()])
+    assert isinstance(fit.optimizers[0], torch.optim.SGD)
+
+
+def test_two_strategies_with_one_claim_are_refused():
+    with pytest.raises(BadInput, match="SMT and OneLayer cannot be combined: both take over the model's trainable"):
+        compose([SMT(), OneLayer()])
+    assert len(compose([OneLayer(), OwnOptimizer(), Fused()])) == 3
+
+
+def test_a_penalty_is_added():
+    model = CausalLM(base=tiny_llm("llama"), updates=[Pull(3.0), Pull(0.5)])
+    plain = CausalLM(base=tiny_llm("llama"))
+    for module in (model, plain):
+        trainer(1).fit(module, datamodule=data())
+        module.log = lambda *args, **kwargs: None  # there is no trainer to log to any more
+    batch = next(iter(data().train_dataloader()))
+    assert float((model.training_step(batch, 0) - model.loss(batch)[0]).detach()) == pytest.approx(3.5)
+    assert plain.training_step(batch, 0) == plain.loss(batch)[0]
+
+
+def test_what_is_trained_may_change_and_resumes(tmp_path):
+    keep = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    base = str(tmp_path / "base")
+    model, fit = fitted(5, base, {"callbacks": [keep], "enable_checkpointing": True}, updates=[OneLayer()])
+    fresh = tiny_llm("llama")
+    moved = {n.split(".")[2] for n, p in model.build().named_parameters() if not torch.equal(p, fresh.get_parameter(n))}
+    assert moved == {"0", "1", "2"}
+    names = {name for group in fit.optimizers[0].param_groups for name in group["param_names"]}
+    assert names == {f"model.{name}" for name, _ in trainable(model.build())}
+    assert {id(p) for p in fit.optimizers[0].state} <= {id(p) for _, p in trainable(model.build())}
+    saved = torch.load(tmp_path / "ckpt" / "step=3.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[3] for name in saved} == {"0", "1"}, "layers trained earlier belong into the checkpoint"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("updates", [[], [SMT(trainable_fraction=0.05, block_size=8)]], ids=["full", "smt"])
+def test_activation_checkpointing_changes_nothing_but_memory(kind, updates):
+    values = []
+    for checkpointing in (False, True):
+        model, _ = fitted(
+            3, tiny_llm(kind), updates=[dataclasses.replace(u) for u in updates], activation_checkpointing=checkpointing
+        )
+        assert model.build().is_gradient_checkpointing == checkpointing
+        values.append([p.detach() for _, p in trainable(model.build())])
+    for plain, checkpointed in zip(*values, strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_is_passed_on(tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path)
+    assert CausalLM(base=str(tmp_path), attention="eager").build().config._attn_implementation == "eager"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what the compiler says to itself
+def test_a_compiled_model_trains_to_the_same_loss():
+    batch = next(iter(data().train_dataloader()))
+    losses = []
+    for compiled in (False, True):
+        model, _ = fitted(2, updates=[SMT(trainable_fraction=0.05, block_size=8)], compile=compiled)
+        losses.append(model.loss(batch)[0])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_caps_its_logits_is_noticed():
+    model = CausalLM(base=tiny_llm("llama"))
+    assert model.head_is_plain
+    capped = CausalLM(base=tiny_llm("llama"))
+    capped.build().lm_head.register_forward_hook(lambda _, args, out: torch.tanh(out))
+    assert not capped.head_is_plain
+    batch = next(iter(data().train_dataloader()))
+    logits = capped.build()(batch["input_ids"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(capped.loss(batch)[0], expected)
+    nll, _ = capped.scores(batch)
+    torch.testing.assert_close(nll.mean(), expected)
+
+
+def test_a_loaded_model_is_there_once():
+    model = CausalLM(base=tiny_llm("llama"))
+    model.build()
+    assert all(name.startswith("model.") for name in model.state_dict())
+    assert model.base == "LlamaForCausalLM"
+
+
+def test_a_bare_configuration_has_the_same_weights_each_time(tmp_path):
+    tiny_llm("llama").config.save_pretrained(tmp_path)
+    first, second = (CausalLM(base=str(tmp_path / "config.json")) for _ in range(2))
+    first.build()
+    torch.manual_seed(5)
+    second.build()
+    assert first.base_fingerprint == second.base_fingerprint
+
+
+def test_a_base_of_another_type_is_refused():
+    with pytest.raises(BadInput, match=r"model\.base is 7; it must be demo"):
+        CausalLM(base=7).build()
+
+
+def test_schedules():
+    assert [factor("linear", step, 2, 6) for step in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert factor("cosine", 4, 2, 6) == pytest.approx(0.5)
+    assert factor("constant", 5, 0, 6) == 1.0
