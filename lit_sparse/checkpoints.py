@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -45,3 +48,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
         raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")
     return checkpoint
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[Any]:
+    """A block after which torch's random numbers, on the CPU and on `device`, go on as if it had not been."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def get_rng() -> dict[str, Any]:
+    """The state of torch's and Python's random numbers, as tensors and plain values."""
+    kind, words, gauss = random.getstate()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [kind, list(words), gauss]}
+
+
+def set_rng(state: Mapping[str, Any]) -> None:
+    """Go on from a state that `get_rng` gave."""
+    kind, words, gauss = state["python"]
+    random.setstate((kind, tuple(words), gauss))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -10,7 +10,6 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
 from lit_sparse.data.encoding import Encoder, load_tokenizer, named
 from lit_sparse.data.rows import BadRow, Chat, Message
@@ -83,7 +82,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
     merge.model.save_pretrained(folder)  # pyright: ignore
     check_loads(merge, folder)
     try:
-        base_tokenizer(merge.module.base).save_pretrained(folder)
+        named(merge.module.base).save_pretrained(folder)
     except BadInput as missing:
         print(f"{missing} The export has no tokenizer.")
     origin = {
@@ -106,19 +105,6 @@ def check_loads(merge: Merge, folder: Path) -> None:
             raise BadInput(
                 f"{merge.run} cannot be exported as a Hugging Face folder: {name} would not load again as it was saved."
             )
-
-
-def base_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that comes with a base.
-
-    Raises:
-        BadInput: if it has none.
-    """
-    tokenizer = named(base)
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.get_added_vocab()  # pyright: ignore
-    if vocabulary.keys() <= added.keys():  # transformers makes up an empty one for some models
-        raise BadInput(f"{base} has no tokenizer (no tokenizer.json or vocabulary beside its weights).")
-    return tokenizer
 
 
 # ---- files
@@ -221,7 +207,7 @@ class Sampling:
 
     def answer(self, module: CausalLM, prompt: str) -> str:
         """The answer of `module` to `prompt`, decoded."""
-        tokenizer = load_tokenizer(base_tokenizer(module.base))
+        tokenizer = load_tokenizer(module.base)
         ids = torch.tensor([prompt_ids(Encoder(tokenizer), prompt)])
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         drawn = {"do_sample": True, "temperature": self.temperature}

@@ -20,7 +20,7 @@ PACKAGES = (ROOT / "lit_sparse", KERNELS, PROFILING)
 NEVER_REACHES = {
     "optim": {"strategies", "modules", "callbacks", "data", "demo", "export", "checkpoints", "testing", "cli"},
     "anatomy": {"strategies", "modules", "callbacks", "data", "demo", "export", "checkpoints", "testing", "cli"},
-    "strategies": {"modules", "callbacks", "data", "demo", "export", "checkpoints", "testing", "cli"},
+    "strategies": {"modules", "callbacks", "data", "demo", "export", "runs", "testing", "cli"},
     "demo": {"strategies", "modules", "callbacks", "data", "export", "checkpoints", "testing", "cli"},
     "data": {"strategies", "modules", "callbacks", "export", "checkpoints", "testing", "cli"},
     "checkpoints": {"modules", "callbacks", "export", "testing", "cli"},

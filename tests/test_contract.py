@@ -164,6 +164,12 @@ def test_checkpoints_of_others_are_refused(tmp_path):
         trainer(2).fit(module("smt", tmp_path / "base"), datamodule=data(), ckpt_path=tmp_path / "broken.ckpt")
 
 
+@pytest.mark.parametrize(("given", "size"), [(16, 16), ("auto", "auto"), ([16, 8], (16, 8))])
+def test_a_block_size_is_a_number_two_numbers_or_auto(given, size):
+    update = {"class_path": "SMT", "init_args": {"block_size": given}}
+    assert build_module({"model": {"updates": [update]}}).updates[0].block_size == size
+
+
 def test_every_method_is_here():
     assert {"full", "smt", "lora", "dora"} <= set(METHODS)
     assert Path(configs_folder()).is_dir()

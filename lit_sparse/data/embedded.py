@@ -2,6 +2,8 @@
 
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lit_sparse import demo
 from lit_sparse.data.base import HELDOUT, TRAIN, TokenData, at_least
 from lit_sparse.data.sources import Row, read, split
@@ -26,6 +28,13 @@ class Embedded(TokenData):
         at_least(0, heldout=heldout)
         self.task, self.heldout = task, heldout
         self.val_names = [HELDOUT, "text"] if heldout else []
+
+    def prepare_data(self) -> None:
+        """As in all data modules; and says what the split is."""
+        super().prepare_data()
+        rank_zero_info(
+            f"{self.task} is an evaluation set, split by a hash of each row: its scores compare with no paper's."
+        )
 
     def read_rows(self) -> dict[str, list[Row]]:
         """The task's rows, split, and the passages."""

@@ -51,14 +51,21 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
 
 
 def named(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a Hugging Face name."""
+    """The tokenizer of a folder, a Hugging Face name or "demo".
+
+    Raises:
+        BadInput: there is none.
+    """
     try:
-        return AutoTokenizer.from_pretrained(demo.resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(demo.resolve(name))
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise BadInput(
             f"No tokenizer could be loaded from {name!r} ({said}); give a folder or a name that has one."
         ) from error
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # some models get an empty one made up
+        raise BadInput(f"{name!r} has no tokenizer (no tokenizer.json beside its weights); give one that has.")
+    return tokenizer
 
 
 class Encoder:

@@ -1,9 +1,8 @@
 """The host: a LightningModule that trains a Hugging Face model with update strategies, and knows no method's name."""
 
-import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -12,15 +11,15 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
-from packaging.version import Version
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from lit_sparse.checkpoints import fingerprint, read_checkpoint
-from lit_sparse.demo import DEMO, model_folder
+from lit_sparse.checkpoints import fingerprint, forked_rng, get_rng, read_checkpoint, set_rng
+from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.loading import checkpoint_activations, load_base
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.optim import match_by_name, parameter_groups, regroup, trainable
 from lit_sparse.strategies.base import UpdateStrategy, compose
@@ -29,7 +28,7 @@ from lit_sparse_profiling.phases import Phases
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-class LitSparse(L.LightningModule):
+class LitSparse(L.LightningModule, ABC):
     """Train a Hugging Face model with update strategies.
 
     Args:
@@ -37,7 +36,8 @@ class LitSparse(L.LightningModule):
             (random weights), or in Python a loaded transformers model.
         updates: Update strategies to train with, together; none is full fine-tuning.
         lr: Peak learning rate.
-        optimizer: Optimizer of the trainable parameters. Biases and norms are in a group without weight decay.
+        optimizer: Optimizer of the trainable parameters; none is AdamW, or what an update strategy insists on. Biases
+            and norms are in a group without weight decay.
         schedule: Course of the learning rate after warm-up, a step at a time, to the end of training.
         warmup_steps: Optimizer steps of linear warm-up; below 1, a share of all steps.
         precision: Type of the frozen weights and of the computation. What is trained is kept in fp32 always. `auto` is
@@ -56,7 +56,7 @@ class LitSparse(L.LightningModule):
         base: Any = DEMO,
         updates: list[UpdateStrategy] = [],  # noqa: B006 - jsonargparse shows and appends to this default; it is copied
         lr: float = 2e-5,
-        optimizer: OptimizerCallable = torch.optim.AdamW,
+        optimizer: OptimizerCallable | None = None,
         schedule: Schedule = "linear",
         warmup_steps: float = 0,
         precision: Precision = "auto",
@@ -81,23 +81,22 @@ class LitSparse(L.LightningModule):
         self.base_parameters = 0
         self.resume_from: str | Path | None = None
         self.phases = Phases()
-        self.strict_loading = (
-            False  # checkpoints hold what was trained; on_load_checkpoint checks that all of it is there
-        )
+        self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.trained: set[str] = set()  # names of what was trainable at any time: small checkpoints hold just these
         self._attached = False
         self._rng: dict[str, Any] | None = None
 
     # ---- the task's part
 
+    @abstractmethod
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         """Mean loss of a batch (scalar with a graph), and the model's output, for strategies with a penalty."""
-        raise TypeError(f"{type(self).__name__} is no task: use CausalLM.")
 
     # ---- building
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
+            self.phases = Phases(self.device_to_be)
             self._refuse_trainer_settings()
 
     def configure_model(self) -> None:
@@ -113,29 +112,11 @@ class LitSparse(L.LightningModule):
     def build(self) -> PreTrainedModel:
         """The base model, loaded in the precision of its frozen weights (also set as `self.model`)."""
         if self.model is None:
-            self.model = self._build()
+            task, dtype = self.auto_class, self.frozen_dtype
+            self.model = self._given[0] if self._given else load_base(task, self.base, dtype, self.attention)
             self.base_fingerprint = fingerprint(self.model)
             self.base_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return self.model
-
-    def _build(self) -> PreTrainedModel:
-        if self._given:
-            return self._given[0]
-        if not isinstance(self.base, str):
-            raise BadInput(
-                f"model.base is {self.base!r}; it must be demo, a folder, a Hugging Face name, or a config.json."
-            )
-        source = str(model_folder()) if self.base == DEMO else self.base
-        options = {"dtype": self.frozen_dtype, "attn_implementation": self.attention}
-        try:
-            if source.endswith(".json"):
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(0)  # the same random weights whenever the run is loaded again
-                    return self.auto_class.from_config(AutoConfig.from_pretrained(source), **options)
-            return self.auto_class.from_pretrained(source, **options)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise BadInput(f"no model could be loaded from {self.base!r}: {reason}") from error
 
     @property
     def frozen_dtype(self) -> torch.dtype:
@@ -155,9 +136,10 @@ class LitSparse(L.LightningModule):
     def _attach(self) -> None:
         assert self.model is not None
         self.model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
-        self._checkpoint_activations()
+        if self.activation_checkpointing:
+            checkpoint_activations(self.model)
         self.model.train()
-        with self.phases("selection"), _forked_rng(self.device_to_be):
+        with self.phases("selection"), forked_rng(self.device_to_be):
             for update in self.updates:
                 update.attach(self.model, self.probe)
         self._after_attach()
@@ -181,9 +163,10 @@ class LitSparse(L.LightningModule):
                 f"{[e['class'] for e in ours['updates']] or 'full fine-tuning'}, this run has "
                 f"{names or 'full fine-tuning'}; give the configuration of the run that wrote it."
             )
-        self._checkpoint_activations()
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
         model.train()
-        with _forked_rng(self.device_to_be):
+        with forked_rng(self.device_to_be):
             for update, entry in zip(self.updates, ours["updates"], strict=True):
                 update.restore(model, entry["state"])
         self._after_attach()
@@ -202,17 +185,6 @@ class LitSparse(L.LightningModule):
 
     def _note_trained(self) -> None:
         self.trained |= {f"model.{name}" for name, _ in trainable(self.build())}
-
-    def _checkpoint_activations(self) -> None:
-        if not self.activation_checkpointing:
-            return
-        assert self.model is not None
-        if Version(version("transformers")) >= Version("5.18"):
-            self.model.activation_checkpointing_enable()
-        else:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs.
-        self.model.disable_input_require_grads()
 
     def detach(self) -> PreTrainedModel:
         """Take every strategy off again, last one first, and return the plain model with what was trained merged in."""
@@ -268,7 +240,7 @@ class LitSparse(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._rng is not None:  # only now: making the loaders' iterators draws random numbers too
-            _set_rng(self._rng)
+            set_rng(self._rng)
             self._rng = None
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -286,12 +258,13 @@ class LitSparse(L.LightningModule):
             for update in self.updates
             if (optimizer := update.optimizer(named, self.lr)) is not None
         ]
-        if own and self.make_optimizer is not torch.optim.AdamW:
+        if own and self.make_optimizer is not None:
             raise BadInput(
                 f"model.optimizer is set, but {type(own[0][0]).__name__} brings its own optimizer; remove "
                 f"model.optimizer."
             )
-        optimizer = own[0][1] if own else self.make_optimizer(parameter_groups(named), lr=self.lr)  # pyright: ignore
+        make = self.make_optimizer or torch.optim.AdamW
+        optimizer = own[0][1] if own else make(parameter_groups(named), lr=self.lr)  # pyright: ignore
         match_by_name(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
@@ -321,7 +294,7 @@ class LitSparse(L.LightningModule):
         checkpoint["lit_sparse"] = {
             "base": self.base_fingerprint,
             "updates": [{"class": type(update).__name__, "state": update.state_dict()} for update in self.updates],
-            "rng": _get_rng(),
+            "rng": get_rng(),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -347,21 +320,3 @@ class LitSparse(L.LightningModule):
             )
         if not self.full_checkpoints:
             self.trained |= set(checkpoint["state_dict"])
-
-
-def _forked_rng(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def _get_rng() -> dict[str, Any]:
-    kind, words, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [kind, list(words), gauss]}
-
-
-def _set_rng(state: Mapping[str, Any]) -> None:
-    kind, words, gauss = state["python"]
-    random.setstate((kind, tuple(words), gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
