@@ -42,7 +42,7 @@ def choose(rank: int, folder: Path) -> None:
 
 
 def test_ranks_choose_the_same_blocks_of_all_data(tmp_path):
-    torch.multiprocessing.spawn(choose, (tmp_path,), nprocs=2)
+    torch.multiprocessing.spawn(choose, (tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second == chosen([0, 1, 10, 11])
     assert first != chosen([0, 1]), "the other rank's data must matter, or this proves nothing"
