@@ -49,7 +49,7 @@ class Recorder(Callback):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.answers: list[dict[str, Any]] = []
-        self._tokens: list[Tensor] = []
+        self._tokens: Tensor | int = 0
         self._positions = 0
         self._steps = 0
         self._saved = -1
@@ -89,7 +89,7 @@ class Recorder(Callback):
         self, trainer: L.Trainer, pl_module: CausalLM, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         tokens, positions = token_counts(batch)
-        self._tokens.append(tokens)  # read at the end: reading it now would wait for the device
+        self._tokens = self._tokens + tokens  # read at the end: reading it now would wait for the device
         self._positions += positions
         self._steps += 1
         step = trainer.global_step
@@ -138,7 +138,6 @@ class Recorder(Callback):
         model, phases, memory = module.build(), module.phases.to_list(), module.phases.memory
         seconds = next(phase.seconds for phase in phases if phase.name == "training")
         trained = sum(parameter.numel() for _, parameter in trainable(model))
-        tokens = sum(int(tokens) for tokens in self._tokens)
         return RunRecord(
             name=self.folder.name,
             versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
@@ -149,7 +148,7 @@ class Recorder(Callback):
             phases=phases,
             ledger=ledger(model, trainer.optimizers[0], [update.state_dict() for update in module.updates]),
             memory=Memory(memory.peak(), memory.method),
-            throughput=Throughput(tokens, self._positions, seconds, self._steps) if self._tokens else None,
+            throughput=Throughput(int(self._tokens), self._positions, seconds, self._steps) if self._steps else None,
             outcome={moment: scores for moment, scores in (("before", self.before), ("after", self.after)) if scores},
             samples=self.answers,
         )

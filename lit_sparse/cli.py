@@ -115,6 +115,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         if self.folder is None:
+            self.save_config_callback = None  # it would write into the runs' root
             return super().instantiate_trainer(logger=config.logger or False)
         callbacks = [*(config.callbacks or []), Recorder(self.folder, self._dumped())]
         more = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # beside the recorder's last one

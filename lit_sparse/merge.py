@@ -12,9 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from lit_sparse.anatomy import dummy_forward, matrix
 from lit_sparse.blocks import Blocks
 from lit_sparse.delta import Change, ChangedBlocks, ChangedParameter, Delta
-from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
+from lit_sparse.modules.loading import load_base
 from lit_sparse.optim import trainable
 from lit_sparse.runs import load_run
 from lit_sparse.strategies import SMT
@@ -54,7 +54,9 @@ class Merge:
         module, _ = load_run(run)
         check_mergeable(module, run.resolve().name)
         choice = {k: v for update in module.updates if isinstance(update, SMT) for k, v in update.choice.items()}
-        base = module.auto_class.from_pretrained(resolve(module.base), dtype="auto")
+        # A bare configuration's random weights are those of the run in the run's type only.
+        dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
+        base = load_base(module.auto_class, module.base, dtype, module.attention)
         return cls(run.resolve().name, module, merged(module, base), base, choice)
 
     @property

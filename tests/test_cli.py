@@ -22,6 +22,7 @@ SMALL = [
     "--trainer.accelerator=cpu",
     "--trainer.log_every_n_steps=1",
 ]
+DATA = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"]
 ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(3)]
 
 
@@ -42,8 +43,7 @@ def home(tmp_path, monkeypatch):
 
 
 def fit(*words: str) -> None:
-    data = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"]
-    cli.run(["fit", *words[:2], "--model.base", "tiny", *data, *SMALL, *words[2:]])
+    cli.run(["fit", *words[:2], "--model.base", "tiny", *DATA, *SMALL, *words[2:]])
 
 
 def refused(capsys, monkeypatch, *words: str) -> str:
@@ -90,6 +90,9 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     told = [message for message in caplog.messages if message.startswith("Resuming with")]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert told == ["Resuming with trainer.max_steps = 4; the run had 2."]
+    words = [*DATA, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--trainer.accelerator=cpu"]
+    cli.run(["validate", "--config", "smt.yaml", "--model.base", "tiny", *words])
+    assert [p.name for p in Path("runs").iterdir()] == ["smt-1"]
     fit("--config", "smt.yaml", "--trainer.max_steps=1")
     assert Path("runs/smt-2").is_dir()
 

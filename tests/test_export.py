@@ -140,6 +140,13 @@ def test_folder_says_what_the_run_says(run: Run, tmp_path: Path) -> None:
     assert not torch.allclose(logits(found), logits(load(run.base)), atol=1e-2)
 
 
+def test_base_of_random_weights(tmp_path: Path) -> None:
+    configuration = tmp_path / "base.json"
+    tiny_llm("llama").config.to_json_file(configuration)
+    run = make_run(tmp_path, "llama", [SMT], base=str(configuration))
+    torch.testing.assert_close(logits(load(export(run.folder, output=tmp_path / "out"))), run.logits, rtol=0, atol=0)
+
+
 def test_delta_on_the_base_says_what_the_run_says(run: Run, tmp_path: Path) -> None:
     delta = Delta.load(export(run.folder, "delta", tmp_path / "delta"))
     model = load(run.base)

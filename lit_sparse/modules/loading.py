@@ -1,7 +1,7 @@
 """Getting a base model ready: loading it, and having it recompute activations."""
 
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from packaging.version import Version
@@ -11,13 +11,13 @@ from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 
 
-def load_base(auto_class: Any, base: Any, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_base(auto_class: Any, base: Any, dtype: torch.dtype | Literal["auto"], attention: str) -> PreTrainedModel:
     """The model that `base` names, its weights in `dtype`.
 
     Args:
         auto_class: The transformers Auto class of the task.
         base: `demo`, a folder, a Hugging Face name, or a `config.json` (random weights, the same each time).
-        dtype: Of all weights.
+        dtype: Of all weights; `auto` is the type of the files.
         attention: Attention implementation of transformers.
 
     Raises:

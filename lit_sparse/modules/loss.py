@@ -62,7 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _parts(tokens: int, vocabulary: int) -> list[slice]:
     size = max(1, CHUNK_LOGITS // vocabulary)
-    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    return [slice(start, min(start + size, tokens)) for start in range(0, max(1, tokens), size)]
 
 
 def _chunk(

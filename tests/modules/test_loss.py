@@ -55,6 +55,19 @@ def test_no_label_is_no_loss_and_no_gradient():
     assert not hidden.grad.any()
 
 
+def test_no_scored_place_is_no_loss_and_no_hit():
+    hidden, weight, offset, labels = example(torch.float32)
+    nowhere, labels = torch.zeros(0, dtype=torch.int64), torch.full_like(labels, -100)
+    loss = next_token_loss(hidden, weight, offset, labels, nowhere)
+    loss.backward()
+    nll, hits = next_token_scores(hidden, weight, offset, labels, nowhere)
+    assert loss == 0
+    assert not hidden.grad.any()
+    assert nll.shape == hits.shape == (labels.shape[0], labels.shape[1] - 1)
+    assert not nll.any()
+    assert not hits.any()
+
+
 def test_leaving_the_others_out_changes_nothing():
     hidden, weight, offset, labels = example(torch.float32)
     scored = (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
