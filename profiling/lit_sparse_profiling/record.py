@@ -80,17 +80,178 @@ class Ledger:
 
 
 @dataclass(frozen=True)
+class Held:
+    """What a training step held at the moment when it held most, counted storage by storage in an untimed step.
+
+    Each storage counts in one category only.
+
+    Attributes:
+        ledger: Weights, buffers, gradients and states, as far as they were there at that moment.
+        batch: The step's inputs.
+        saved: What autograd had saved for backward and is none of the above.
+        temporaries: Other outputs of operations that were alive.
+        phase: Where in the step that was: forward, backward, optimizer step.
+    """
+
+    ledger: Ledger
+    batch: int
+    saved: int
+    temporaries: int
+    phase: str
+
+    @property
+    def total(self) -> int:
+        """All categories together."""
+        return self.ledger.total + self.batch + self.saved + self.temporaries
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """What torch's allocator said of the same step.
+
+    Attributes:
+        method: Which allocator, and how it was read.
+        requested: Most bytes that were asked for and not given back yet.
+        allocated: The same as the allocator rounds them; None on a CPU, which does not.
+        reserved: Most that it had taken from the driver.
+        inactive_split: Free rests of segments in use after the step, which only requests as small can use.
+        left_behind: Bytes that the step left allocated beyond the change of the ledger.
+        retries: Times in the run that the cache was flushed since nothing in it fitted.
+    """
+
+    method: str
+    requested: int
+    left_behind: int
+    allocated: int | None = None
+    reserved: int | None = None
+    inactive_split: int | None = None
+    retries: int = 0
+
+
+@dataclass(frozen=True)
 class Memory:
-    """The run's peaks: resident memory of the process, `method` saying how it was read, and what backward needed."""
+    """The run's peaks: resident memory of the process, `method` saying how it was read, and what a step held.
+
+    Attributes:
+        saved_for_backward: The most that autograd had saved at one time in the examined step.
+    """
 
     peak_resident: int | None
     method: str
     saved_for_backward: int | None = None
+    held: Held | None = None
+    allocator: Allocator | None = None
+
+
+Attribution = Literal["own pid", "only process", "device delta"]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What NVML said of the device while the run used it.
+
+    Attributes:
+        device: Name of the device; `uuid` is its own or that of the MIG instance, if `mig`.
+        memory: Which call told the memory: "v2" (what the driver reserves is apart) or "v1" (it is within `used`).
+        attribution: How this process's share was found: by its own pid, as the only process there (a container sees
+            other pids than the driver), or as what the device's use rose by.
+        used: Most bytes in use on the device, by anyone.
+        process: Most bytes that were this process's.
+        context: This process's bytes after CUDA began and before the first tensor; None if that was not caught.
+        foreign: Most bytes that others held on the device.
+        joules: Energy of the device over the run's timed windows; None if it does not count it.
+        watts: Mean power over the same windows; `watts_peak` is the highest sample.
+        sm_mhz: Median and lowest clock of the multiprocessors among the samples.
+        samples: How many samples were taken.
+        lost: One sentence, if the device or NVML failed meanwhile: what is above is what was known until then.
+    """
+
+    device: str
+    uuid: str
+    driver: str
+    mig: bool
+    memory: Literal["v2", "v1"]
+    attribution: Attribution
+    used: int
+    process: int
+    context: int | None
+    foreign: int
+    samples: int
+    joules: float | None = None
+    watts: float | None = None
+    watts_peak: float | None = None
+    sm_mhz: list[float] = field(default_factory=list)
+    lost: str | None = None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a profiled step (on a CPU: one op). All figures are of one step.
+
+    Attributes:
+        op: The op that launched it; on a CPU, the op itself.
+        seconds: On the device; on a CPU the op's own, without those that it calls.
+        flops: Counted from shapes; None where there is no count.
+        bytes: Of the op's inputs and outputs, each once; None where they were not seen.
+        ours: Whether it is a kernel or op of this project.
+    """
+
+    name: str
+    op: str
+    calls: float
+    seconds: float
+    flops: float | None = None
+    bytes: float | None = None
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Where the time of a step goes.
+
+    Attributes:
+        steps: Steps profiled.
+        seconds: Of a profiled step, from begin to end.
+        gaps: Share of it in which the device ran no kernel (on a CPU: in which no op ran, which is Python's share).
+        flops_ceiling: FLOP/s of a large matrix product in `dtype` on this device, measured in the same run.
+        bytes_ceiling: Bytes/s, read and written, of a large copy.
+        top: Those that take longest, longest first; `count` is how many there are in all.
+        trace: File of the Chrome trace, if one was asked for.
+    """
+
+    steps: int
+    seconds: float
+    gaps: float
+    dtype: str
+    flops_ceiling: float
+    bytes_ceiling: float
+    count: int
+    top: list[Kernel]
+    trace: str | None = None
+
+    def share(self, kernel: Kernel) -> float:
+        """The kernel's share of the step, 0 to 1."""
+        return kernel.seconds / self.seconds
+
+    def achieved(self, kernel: Kernel) -> tuple[float, Literal["FLOP/s", "B/s"]] | None:
+        """The share of that ceiling that the kernel comes nearer to, and which it is; None if nothing was counted."""
+        rates: list[tuple[float, Literal["FLOP/s", "B/s"]]] = []
+        if kernel.flops and kernel.seconds:
+            rates.append((kernel.flops / kernel.seconds / self.flops_ceiling, "FLOP/s"))
+        if kernel.bytes and kernel.seconds:
+            rates.append((kernel.bytes / kernel.seconds / self.bytes_ceiling, "B/s"))
+        return max(rates, default=None)
 
 
 @dataclass(frozen=True)
 class Throughput:
     """What the timed steps worked through: `tokens` without padding, `padded_tokens` with it.
+
+    Attributes:
+        seconds: Of all timed steps together.
+        steps: How many were timed: neither those of warm-up nor examined ones.
+        median_step: Median seconds of a step; `longest_step` is the longest.
+        flops: Floating-point operations executed in one (counted) step, recomputation included.
 
     Raises:
         ValueError: if no time passed, or if there are fewer tokens with padding than without.
@@ -100,6 +261,9 @@ class Throughput:
     padded_tokens: int
     seconds: float
     steps: int
+    median_step: float | None = None
+    longest_step: float | None = None
+    flops: int | None = None
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
@@ -154,12 +318,22 @@ class RunRecord:
     ledger: Ledger | None = None
     memory: Memory | None = None
     throughput: Throughput | None = None
+    driver: Driver | None = None
+    kernels: Kernels | None = None
     outcome: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.reason is None):
             raise ValueError(f'Status {self.status!r} and reason {self.reason!r}: just what is not "ok" has a reason.')
+
+    @property
+    def utilization(self) -> float | None:
+        """FLOP/s of the timed steps as a share of the device's measured matrix-product rate; None if not measured."""
+        if self.throughput is None or self.kernels is None or not self.throughput.flops:
+            return None
+        seconds = self.throughput.median_step or self.throughput.seconds / self.throughput.steps
+        return self.throughput.flops / seconds / self.kernels.flops_ceiling
 
     def write(self, path: str | Path) -> None:
         """Write the record to `path` at one stroke: a reader sees the old document or the new one, never a half.
