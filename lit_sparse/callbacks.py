@@ -1,227 +1,205 @@
-"""Bridges from Lightning to the record of a run."""
+"""Bridges from Lightning to the profiler: any LightningModule's fit leaves a record of what it took."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import psutil
 import torch
 from lightning.pytorch.callbacks import Callback
-from peft import PeftConfig
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from torch import Tensor
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import Profiler as LightningProfiler
 
-from lit_sparse.data import TokenData
-from lit_sparse.data.collate import Question, Questions, token_counts
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import CausalLM
-from lit_sparse.optim import trainable
-from lit_sparse.strategies.base import UpdateStrategy
-from lit_sparse_profiling.ledger import ledger
-from lit_sparse_profiling.record import Device, Memory, ModelSize, RunRecord, Status, Throughput
+from lit_sparse_profiling.nvml import NVML
+from lit_sparse_profiling.phases import Phases
+from lit_sparse_profiling.profiler import Plan, Profiler, Tokens, count_tokens, opened
+from lit_sparse_profiling.record import RunRecord, Status
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
-SAMPLE_TOKENS = 96
-CHECKPOINT_STEPS = 100
-"""Optimizer steps from one last checkpoint to the next."""
+CPU_OOM = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+"""What torch says when the host's memory is used up; it has no exception of its own for that."""
 
 
-class Recorder(Callback):
-    """Writes the record of a fit, keeps its last checkpoint, and prints what the fit changed and what it took.
+class PhaseProfiler(LightningProfiler):
+    """Tells a `Profile` where in a step Lightning is: forward, backward, optimizer step; and when it saves."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self.profile_ = profile
+        self._stepping = self._after_backward = False
+
+    def start(self, action_name: str) -> None:
+        profiler, hook = self.profile_.profiler, action_name.rpartition(".")[2]
+        if action_name == "save_checkpoint":
+            self.profile_.leave_training("saving")
+        elif profiler is None:
+            return
+        elif hook in STRATEGY_PHASES and action_name.startswith("[Strategy]"):
+            profiler.begin_phase(STRATEGY_PHASES[hook])
+        elif hook == "optimizer_step":
+            self._stepping = True
+
+    def stop(self, action_name: str) -> None:
+        profiler, hook = self.profile_.profiler, action_name.rpartition(".")[2]
+        if action_name == "save_checkpoint":
+            self.profile_.return_to_training("saving")
+        elif profiler is None:
+            return
+        elif hook in STRATEGY_PHASES and action_name.startswith("[Strategy]"):
+            profiler.end_phase(STRATEGY_PHASES[hook])
+            if hook == "backward" and self._stepping:  # the optimizer's own part of what Lightning calls its step
+                profiler.begin_phase("optimizer step")
+                self._after_backward = True
+        elif hook == "optimizer_step":
+            if self._after_backward:
+                profiler.end_phase("optimizer step")
+            self._stepping = self._after_backward = False
+
+
+STRATEGY_PHASES = {"training_step": "forward", "backward": "backward"}
+
+
+class Profile(Callback):
+    """Measures a fit and leaves `folder/record.json`: `Trainer(callbacks=[Profile("runs/mine")])`, for any module.
+
+    A step is an optimizer step, with all the batches that it accumulates. A fit that fails or runs out of memory leaves
+    a record too, with what was known until then.
 
     Args:
-        folder: The run's folder.
-        settings: The run's configuration, for the record.
-        samples: How many held-out questions are answered before and after training.
+        folder: Where the record goes; the folder's name is the run's.
+        plan: Which steps are for what.
+        settings: What else defines the run, for the record.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], samples: int = 2) -> None:
-        self.folder, self.settings, self.samples = folder, dict(settings), samples
-        self.before: dict[str, float] = {}
-        self.after: dict[str, float] = {}
-        self.answers: list[dict[str, Any]] = []
-        self._tokens: Tensor | int = 0
-        self._positions = 0
-        self._steps = 0
-        self._saved = -1
+    def __init__(self, folder: str | Path, plan: Plan | None = None, settings: Mapping[str, Any] | None = None) -> None:
+        self.folder, self.plan, self.settings = Path(folder), plan or Plan(), dict(settings or {})
+        self.profiler: Profiler | None = None
+        self.phases: Phases | None = None
+        self._tokens = Tokens()
+        self._step = 0
+        self._nvml: NVML | None = None
+        self._notes: list[str] = []
+
+    # ---- the course of a fit
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        own = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it in a function
+        if stage == "fit" and isinstance(own, PassThroughProfiler):  # one of the user's stays
+            trainer.profiler = PhaseProfiler(self)  # pyright: ignore[reportAttributeAccessIssue]
+        device = trainer.strategy.root_device
+        if stage == "fit" and device.type == "cuda":
+            torch.cuda.synchronize(device)  # CUDA begins: what the process holds now is its context
+            self._nvml = opened(device, self._notes)
+            if self._nvml is not None:
+                self._nvml.mark_context()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.phases = getattr(pl_module, "phases", None) or Phases(pl_module.device)
+        self.profiler = Profiler(
+            pl_module,
+            trainer.optimizers[0] if trainer.optimizers else None,
+            self.plan_of(pl_module),
+            device=pl_module.device,
+            phases=self.phases,
+            nvml=self._nvml,
+            **self.about(pl_module),
+        )
+        self.profiler.notes += [note for note in self._notes if note not in self.profiler.notes]
+        if len(trainer.optimizers) > 1:
+            self.profiler.notes.append(f"The ledger has the first of {len(trainer.optimizers)} optimizers only.")
+        self._step = trainer.global_step
+
+    def plan_of(self, module: L.LightningModule) -> Plan:
+        """The plan, its trace in the run's folder."""
+        trace = self.plan.trace
+        return dataclasses.replace(self.plan, trace=None if trace is None else str(self.folder / trace))
+
+    def about(self, module: L.LightningModule) -> dict[str, Any]:
+        """What else the profiler is to know of the module."""
+        return {}
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.profiler is not None
+        if not self.profiler.in_step:
+            self.profiler.begin_step(batch)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self.profiler is not None
+        self._tokens.add(count_tokens(batch))
+        if trainer.global_step == self._step:  # more batches are accumulated
+            return
+        self.profiler.end_step(self._tokens.counts)
+        self._tokens, self._step = Tokens(), trainer.global_step
+        if self.profiler.done:
+            trainer.should_stop = True
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.leave_training("evaluation")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.return_to_training("evaluation")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self.profiler is not None
+        self.profiler.close()
+        self.finish(trainer, pl_module)
+
+    def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Write the record of the fit that has just ended."""
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.record(trainer, module).write(self.folder / "record.json")
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self.profiler is not None:
+            self.profiler.abort()
+            self.profiler.close()
+        if isinstance(exception, BadInput) or not trainer.is_global_zero or not self.folder.is_dir():
+            return
+        reason = f"{type(exception).__name__}: {exception}".strip().splitlines()[0]
+        status: Status = "oom" if is_oom(exception) else "failed"
+        self.record(trainer, pl_module, status=status, reason=reason).write(self.folder / "record.json")
 
     # ---- phases
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
-        self._answer(trainer, pl_module, "before")
-        pl_module.phases.begin("training")
+    def leave_training(self, name: str) -> None:
+        """What follows is not training, but the phase `name`."""
+        if self.profiler is not None:
+            self.profiler.pause()
+        if self.phases is not None:
+            self.phases.begin(name)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
-        pl_module.phases.end("training")
-        if self._saved != trainer.global_step:  # the training ended by a time limit, say
-            self._save(trainer, pl_module)
-        self._answer(trainer, pl_module, "after")
-        if trainer.is_global_zero:
-            record = self.record(trainer, pl_module)
-            record.write(self.folder / "record.json")
-            print_summary(record, self.folder)
+    def return_to_training(self, name: str) -> None:
+        """The phase `name` is over."""
+        if self.phases is not None:
+            self.phases.end(name)
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
-            pl_module.phases.end("training")
-        pl_module.phases.begin("evaluation")
+    # ---- the record
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
-        pl_module.phases.end("evaluation")
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "train_loss"}
-        if trainer.sanity_checking:
-            self.before = scores
-            return
-        self.after = scores
-        if trainer.state.fn == "fit":
-            pl_module.phases.begin("training")
-
-    def on_train_batch_end(  # pyright: ignore
-        self, trainer: L.Trainer, pl_module: CausalLM, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        tokens, positions = token_counts(batch)
-        self._tokens = self._tokens + tokens  # read at the end: reading it now would wait for the device
-        self._positions += positions
-        self._steps += 1
-        step = trainer.global_step
-        # Saved here and not at the end of training, where Lightning has counted an unfinished epoch as finished.
-        if step != self._saved and (step % CHECKPOINT_STEPS == 0 or step == trainer.max_steps or trainer.is_last_batch):
-            pl_module.phases.end("training")
-            self._save(trainer, pl_module)
-            pl_module.phases.begin("training")
-
-    def on_exception(self, trainer: L.Trainer, pl_module: CausalLM, exception: BaseException) -> None:  # pyright: ignore
-        if isinstance(exception, BadInput) or not trainer.is_global_zero or not self.folder.is_dir():
-            return
-        status: Status = "oom" if isinstance(exception, torch.OutOfMemoryError) else "failed"
-        reason = f"{type(exception).__name__}: {exception}".splitlines()[0]
-        RunRecord(name=self.folder.name, status=status, reason=reason, settings=self.settings).write(
-            self.folder / "record.json"
-        )
-
-    # ---- results
-
-    def _save(self, trainer: L.Trainer, module: CausalLM) -> None:
-        last = self.folder / "checkpoints" / "last.ckpt"
-        with module.phases("saving"):  # a run that is killed here keeps the checkpoint before
-            trainer.save_checkpoint(last.with_suffix(".part"))
-            if trainer.is_global_zero:
-                os.replace(last.with_suffix(".part"), last)
-        self._saved = trainer.global_step
-
-    def _answer(self, trainer: L.Trainer, module: CausalLM, moment: str) -> None:
-        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        samples = data.samples[: self.samples] if isinstance(data, TokenData) else []
-        if not samples:
-            return
-        with module.phases("samples"):
-            batch = Questions(data.padding)([Question(sample["prompt_ids"], "") for sample in samples])
-            texts = module.answer(
-                batch["prompt_ids"].to(module.device), batch["prompt_mask"].to(module.device), SAMPLE_TOKENS
-            )
-        if not self.answers:
-            self.answers = [{"prompt": s["prompt"], "reference": s["reference"]} for s in samples]
-        for answer, text in zip(self.answers, texts, strict=True):
-            answer[moment] = text.strip()
-
-    def record(self, trainer: L.Trainer, module: CausalLM) -> RunRecord:
-        """The record of the fit that has just ended."""
-        model, phases, memory = module.build(), module.phases.to_list(), module.phases.memory
-        seconds = next(phase.seconds for phase in phases if phase.name == "training")
-        trained = sum(parameter.numel() for _, parameter in trainable(model))
+    def record(self, trainer: L.Trainer, module: L.LightningModule, **fields: Any) -> RunRecord:
+        """The record of the fit, as far as it has come; `fields` win over what was measured."""
+        versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+        failed = fields.get("status", "ok") != "ok"
+        measured = self.profiler.results(failed) if self.profiler is not None else {}
+        if not measured and self.phases is not None:
+            measured = {"phases": self.phases.to_list()}
         return RunRecord(
-            name=self.folder.name,
-            versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-            device=device_of(module),
-            model=ModelSize(base=module.base, parameters=module.base_parameters, trainable=trained),
-            updates=[{"class": type(u).__name__, "fields": fields(u)} for u in module.updates],
-            settings=self.settings,
-            phases=phases,
-            ledger=ledger(model, trainer.optimizers[0], [update.state_dict() for update in module.updates]),
-            memory=Memory(memory.peak(), memory.method),
-            throughput=Throughput(int(self._tokens), self._positions, seconds, self._steps) if self._steps else None,
-            outcome={moment: scores for moment, scores in (("before", self.before), ("after", self.after)) if scores},
-            samples=self.answers,
+            name=self.folder.name, **{"versions": versions, "settings": self.settings, **measured, **fields}
         )
 
 
-def fields(update: UpdateStrategy) -> dict[str, Any]:
-    """The fields of a strategy as plain values, for a record."""
-    if not dataclasses.is_dataclass(update):
-        return {}
-    values = {field.name: getattr(update, field.name) for field in dataclasses.fields(update)}
-    return {name: value.to_dict() if isinstance(value, PeftConfig) else value for name, value in values.items()}
-
-
-def device_of(module: L.LightningModule) -> Device:
-    """The device that the module is on."""
-    if module.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(module.device)
-        return Device("cuda", properties.name, memory=properties.total_memory)
-    return Device(
-        "cpu",
-        platform.processor() or platform.machine(),
-        cores=torch.get_num_threads(),
-        memory=psutil.virtual_memory().total,
-    )
-
-
-def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:
-    """What a fit changed and what it took, as tables on the terminal."""
-    console = console or Console()
-    console.print(summary(record))
-    for sample in record.samples:
-        console.print(answers(sample))
-    console.print(f"Files: {folder}/ (config.yaml, record.json, metrics.csv, checkpoints/last.ckpt)")
-
-
-def summary(record: RunRecord) -> Table:
-    """The table at the end of a fit."""
-    table = Table(title=f"{record.name}: what the fit changed, and what it took")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for name in record.outcome.get("after", {}):
-        before = record.outcome.get("before", {}).get(name)
-        table.add_row(
-            name.replace("_", " "), "-" if before is None else f"{before:.4f}", f"{record.outcome['after'][name]:.4f}"
-        )
-    table.add_section()
-    for name, value in totals(record):
-        table.add_row(name, "", value)
-    return table
-
-
-def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Sizes, speed, and seconds of a fit, in words."""
-    if record.model is not None:
-        model = record.model
-        yield "trainable", f"{model.trainable:,} of {model.parameters:,} ({model.trainable / model.parameters:.2%})"
-    if record.throughput is not None:
-        yield (
-            "tokens/s (with padding)",
-            f"{record.throughput.tokens_per_second:,.0f} ({record.throughput.padded_tokens_per_second:,.0f})",
-        )
-    if record.memory is not None and record.memory.peak_resident is not None:
-        yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
-    for phase in record.phases:
-        peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
-        yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"
-
-
-def answers(sample: Mapping[str, str]) -> Table:
-    """A held-out question with the answers before and after training."""
-    table = Table(show_header=False)
-    for key in ("prompt", "reference", "before", "after"):
-        if key in sample:
-            table.add_row(key, Text(sample[key]))  # Text: nothing in it is markup
-    return table
+def is_oom(exception: BaseException) -> bool:
+    """Whether memory was used up, of the device or of the host."""
+    if isinstance(exception, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(exception, RuntimeError) and any(text in str(exception) for text in CPU_OOM)

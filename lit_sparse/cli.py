@@ -1,5 +1,6 @@
 """The verbs of `lit-sparse`: LightningCLI's own, and plain functions beside them."""
 
+import argparse
 import inspect
 import shutil
 import sys
@@ -17,14 +18,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-import lit_sparse
 import lit_sparse.data
 import lit_sparse.strategies
-from lit_sparse.callbacks import Recorder
+from lit_sparse.bench import bench
+from lit_sparse.configs import STACKED, find_configs, methods
 from lit_sparse.errors import BadInput
 from lit_sparse.export import export, generate
 from lit_sparse.modules import CausalLM
+from lit_sparse.recorder import CHECKPOINT_STEPS, Recorder
 from lit_sparse.runs import last_checkpoint, new_run_folder
+from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.report import report
 
 RUNS = "runs"
 NOISE = (
@@ -36,30 +40,6 @@ NOISE = (
     "The '.*' does not have many workers",
 )
 """Warnings with which our dependencies address one another: there is nothing in them that a user could act on."""
-STACKED = ("trainers", "data", "models")
-"""Folders of configs/ whose YAMLs stack on a method's and do not name a run."""
-
-
-def configs_folder() -> Path:
-    """The YAMLs that come with lit_sparse: beside the package in a checkout, else where the wheel laid them."""
-    checkout = Path(lit_sparse.__file__).parents[1] / "configs"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lit-sparse" / "configs"
-
-
-def find_configs(argv: Sequence[str]) -> list[str]:
-    """`argv` with each `--config NAME` that is no file here replaced by the file of that name in `configs_folder`."""
-    out = list(argv)
-    for i, word in enumerate(out):
-        if word in ("-c", "--config") and i + 1 < len(out):
-            out[i + 1] = _found(out[i + 1])
-        elif word.startswith("--config="):
-            out[i] = "--config=" + _found(word.removeprefix("--config="))
-    return out
-
-
-def _found(name: str) -> str:
-    shipped = configs_folder() / name
-    return str(shipped) if not Path(name).exists() and shipped.is_file() else name
 
 
 class CLI(LightningCLI):
@@ -74,6 +54,14 @@ class CLI(LightningCLI):
             type=str | None,
             default=None,
             help="Name of the run; its folder gets a number too. Default: the names of the method YAMLs.",
+        )
+        parser.add_argument("--profile", type=Plan, default=Plan(), help="Which training steps are measured, and how.")
+        parser.add_argument("--samples", type=int, default=2, help="Held-out questions answered before and after.")
+        parser.add_argument(
+            "--checkpoint_steps",
+            type=int,
+            default=CHECKPOINT_STEPS,
+            help="Optimizer steps from one last checkpoint to the next; 0 keeps none.",
         )
         parser.set_defaults({"data": {"class_path": "lit_sparse.data.Embedded"}})
         parser.link_arguments("model.base", "data.init_args.tokenizer")
@@ -117,7 +105,9 @@ class CLI(LightningCLI):
         if self.folder is None:
             self.save_config_callback = None  # it would write into the runs' root
             return super().instantiate_trainer(logger=config.logger or False)
-        callbacks = [*(config.callbacks or []), Recorder(self.folder, self._dumped())]
+        plan, samples, steps = (self._get(self.config_init, key) for key in ("profile", "samples", "checkpoint_steps"))
+        recorder = Recorder(self.folder, plan, self._dumped(), samples, steps)
+        callbacks = [*(config.callbacks or []), recorder]
         more = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # beside the recorder's last one
         loggers = self._loggers(config.logger)
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, enable_checkpointing=more)
@@ -184,7 +174,7 @@ def list_strategies() -> None:
             table.add_row(name, ", ".join(sorted(kind.claims)) or "-", (kind.__doc__ or "").strip().splitlines()[0])
     console = Console()
     console.print(table)
-    console.print("YAMLs: " + ", ".join(sorted(path.name for path in configs_folder().glob("*.yaml"))))
+    console.print("YAMLs: " + ", ".join(path.name for path in methods()))
 
 
 def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
@@ -197,16 +187,39 @@ def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
     return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
 
 
+def compare(argv: Sequence[str]) -> int:
+    """The verb `report`: its exit status, 1 if a baseline's gate failed.
+
+    Raises:
+        BadInput: if a path has no record, or a baseline cannot be read.
+    """
+    parser = argparse.ArgumentParser(prog="lit-sparse report", description="Compare runs by their records.")
+    parser.add_argument("runs", nargs="+", help="run folders, folders of run folders, or files of records")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    parser.add_argument("--check", metavar="FILE", help="a baseline: no run may have become worse than in there")
+    parser.add_argument("--tolerance", default="5%", help="by how much memory and speed may be worse (default 5%%)")
+    parser.add_argument("--save_baseline", metavar="FILE", help="keep these runs' figures as a baseline")
+    try:
+        return report(**vars(parser.parse_args(argv)))
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
 VERBS: dict[str, Callable[..., Any]] = {"export": export, "generate": generate, "list": list_strategies}
+"""Verbs whose parameters are their options."""
+RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "report": compare}
+"""Verbs that take any number of names, and have an exit status."""
 
 
-def run(argv: Sequence[str]) -> None:
-    """Do what `argv` (without the program's name) says."""
+def run(argv: Sequence[str]) -> int:
+    """Do what `argv` (without the program's name) says; the exit status."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    if argv and argv[0] in RUN_VERBS:
+        return RUN_VERBS[argv[0]](argv[1:])
     if argv and argv[0] in VERBS:
         verb = VERBS[argv[0]]
         auto_cli(verb, args=switched_on(verb, argv[1:]), exit_on_error=False)
-        return
+        return 0
     sys.argv[1:] = find_configs(argv)
     CLI(
         CausalLM,
@@ -223,6 +236,7 @@ def run(argv: Sequence[str]) -> None:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
     )
+    return 0
 
 
 def main() -> None:
@@ -230,7 +244,7 @@ def main() -> None:
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     try:
-        run(sys.argv[1:])
+        sys.exit(run(sys.argv[1:]))
     except (BadInput, jsonargparse.ArgumentError) as error:
         sentence = " ".join(str(error).split())
         print(f"lit-sparse: {sentence}", file=sys.stderr)

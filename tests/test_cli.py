@@ -12,7 +12,7 @@ from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImport
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lit_sparse import cli
+from lit_sparse import cli, configs
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 
@@ -21,6 +21,9 @@ SMALL = [
     "--trainer.enable_model_summary=false",
     "--trainer.accelerator=cpu",
     "--trainer.log_every_n_steps=1",
+    "--profile.warmup=0",
+    "--profile.examine=false",
+    "--profile.profiled=0",
 ]
 DATA = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"]
 ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(3)]
@@ -58,10 +61,10 @@ def refused(capsys, monkeypatch, *words: str) -> str:
 
 
 def test_a_config_is_found_by_name(home):
-    found = cli.find_configs(
+    found = configs.find_configs(
         ["fit", "--config", "smt.yaml", "-c", "trainers/demo.yaml", "--config=lora.yaml", "--model.lr=1"]
     )
-    shipped = cli.configs_folder()
+    shipped = configs.configs_folder()
     assert found == [
         "fit",
         "--config",
@@ -72,7 +75,7 @@ def test_a_config_is_found_by_name(home):
         "--model.lr=1",
     ]
     Path("smt.yaml").write_text("")
-    assert cli.find_configs(["fit", "--config", "smt.yaml"]) == ["fit", "--config", "smt.yaml"]
+    assert configs.find_configs(["fit", "--config", "smt.yaml"]) == ["fit", "--config", "smt.yaml"]
 
 
 def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
@@ -103,7 +106,7 @@ def test_yamls_compose_in_either_order(home):
         parser = cli.LightningArgumentParser(parser_mode="omegaconf", exit_on_error=False)
         parser.add_argument("--config", action=ActionConfigFile)
         parser.add_class_arguments(cli.CausalLM, "model")
-        words = cli.find_configs([word for file in files for word in ("--config", file)])
+        words = configs.find_configs([word for file in files for word in ("--config", file)])
         updates = parser.parse_args(words).model.updates
         assert [update.class_path.rpartition(".")[2] for update in updates] == [
             {"smt.yaml": "SMT", "lora.yaml": "PEFT"}[f] for f in files
@@ -166,6 +169,7 @@ def test_a_killed_or_failed_run_says_so_in_its_record(home, monkeypatch):
         fit("--config", "smt.yaml", "--trainer.max_steps=2")
     record = RunRecord.read("runs/smt-1/record.json")
     assert (record.status, record.reason) == ("failed", "RuntimeError: the card fell out")
+    assert record.ledger.frozen > 0
 
 
 def test_help_documents_every_field(home, capsys, monkeypatch):
@@ -189,7 +193,7 @@ def test_list_names_every_strategy_and_yaml(home, capsys):
 
 
 def test_every_shipped_yaml_has_a_comment_for_each_key():
-    for path in cli.configs_folder().rglob("*.yaml"):
+    for path in configs.configs_folder().rglob("*.yaml"):
         yaml.safe_load(path.read_text())
         assert path.read_text().startswith("#"), path
         for line in path.read_text().splitlines():

@@ -9,14 +9,16 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lit_sparse.callbacks import Recorder
-from lit_sparse.cli import configs_folder
+from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
+from lit_sparse.recorder import Recorder
 from lit_sparse.runs import build_module
 from lit_sparse.testing import TINY, contract, tiny_llm
+from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
 
 pytestmark = [
@@ -103,13 +105,16 @@ def test_a_fit_writes_a_record_and_a_small_checkpoint(method, folder, tmp_path):
     run = tmp_path / "run-1"
     run.mkdir()
     model = module(method, folder)
-    trainer(2, callbacks=[Recorder(run, {})], num_sanity_val_steps=-1, val_check_interval=2).fit(
-        model, datamodule=data()
-    )
+    recorder = Recorder(run, Plan(warmup=1, profiled=1))  # and two examined ones, before three that are timed
+    trainer(7, callbacks=[recorder], num_sanity_val_steps=-1, val_check_interval=7).fit(model, datamodule=data())
     record = RunRecord.read(run / "record.json")
     assert record.status == "ok"
     assert {phase.name for phase in record.phases} >= {"selection", "training", "evaluation"}
-    assert record.throughput.tokens == 2 * 2 * 12
+    assert record.throughput.tokens == 3 * 2 * 12
+    assert abs(residue(record)) < 0.05
+    assert findings(record) == []
+    assert record.memory.held.ledger.frozen == record.ledger.frozen
+    assert record.kernels.top
     sizes = [parameter.numel() * parameter.element_size() for _, parameter in trainable(model.build())]
     assert record.ledger.trainable == sum(sizes)
     assert record.ledger.optimizer >= 2 * sum(sizes)

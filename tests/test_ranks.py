@@ -10,7 +10,7 @@ import torch.distributed as dist
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from lit_sparse.cli import configs_folder
+from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module

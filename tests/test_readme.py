@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lit_sparse import cli
+from lit_sparse.configs import find_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,7 +33,7 @@ def test_both_set_up_commands_are_targets():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_is_one_that_parses(command, monkeypatch, capsys):
-    verb, *words = cli.find_configs(shlex.split(command)[1:])
+    verb, *words = find_configs(shlex.split(command)[1:])
     if verb in cli.VERBS:
         parser = cli.jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_function_arguments(cli.VERBS[verb], as_positional=True)

@@ -21,6 +21,7 @@ class Batches(Sampler[list[int]]):
 
     Rows are shuffled, every `STEPS_SORTED` steps of them sorted by length and cut into steps, and the steps shuffled.
     A step is one batch on each rank, so that ranks wait for each other as little as possible; every rank has as many.
+    The very first step is the largest of its epoch, so that what does not fit into memory shows at once.
     All rows come once an epoch, but for fewer than `world` of them, others in each epoch.
 
     Args:
@@ -68,9 +69,14 @@ class Batches(Sampler[list[int]]):
             some = some[np.argsort(-self.lengths[some], kind="stable")]
             steps += [some[first : first + rows] for first in range(0, len(some), rows)]
         steps = [step for step in steps if len(step) >= self.world]
-        return [
-            np.array_split(steps[index], self.world)[self.rank].tolist() for index in random.permutation(len(steps))
-        ]
+        turns = random.permutation(len(steps)).tolist()
+        if number == 0:
+            turns.insert(0, turns.pop(turns.index(self._largest(steps))))
+        return [np.array_split(steps[index], self.world)[self.rank].tolist() for index in turns]
+
+    def _largest(self, steps: Sequence[np.ndarray]) -> int:
+        """Index of the step with the most token positions, padding included."""
+        return int(np.argmax([self.lengths[step].max() * len(step) for step in steps]))
 
     def fingerprint(self) -> str:
         """A hash of everything that decides the order, but for the rank."""

@@ -5,11 +5,14 @@ from typing import Any
 import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig
 
 from lit_sparse.data.base import at_least, first_epoch, replica
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
+from lit_sparse.demo import DEMO, resolve
+from lit_sparse.errors import BadInput
 
 
 class RandomRows(Dataset[Example]):
@@ -26,11 +29,24 @@ class RandomRows(Dataset[Example]):
         return Example(ids, ids)
 
 
+def vocabulary(model: str) -> int:
+    """How many tokens the model of that name knows.
+
+    Raises:
+        BadInput: if there is no such model.
+    """
+    try:
+        return AutoConfig.from_pretrained(resolve(model)).get_text_config().vocab_size
+    except (OSError, ValueError) as error:
+        raise BadInput(f"no vocabulary of {model!r} is known: {str(error).strip().splitlines()[0]}") from error
+
+
 class Synthetic(L.LightningDataModule):
     """Rows of random tokens, all of the same length and all learnt: for plan and bench. Needs no tokenizer.
 
     Args:
-        vocab_size: Tokens are drawn from 0 to `vocab_size` - 1; at most the model's vocabulary.
+        tokenizer: The model (a name, a folder or a `config.json`) whose vocabulary the tokens are drawn from.
+        vocab_size: Tokens are drawn from 0 to `vocab_size` - 1; none is the model's whole vocabulary.
         max_length: Tokens of every row.
         rows: Rows of an epoch.
         heldout: Rows that are scored.
@@ -46,7 +62,8 @@ class Synthetic(L.LightningDataModule):
 
     def __init__(
         self,
-        vocab_size: int = 49152,
+        tokenizer: str = DEMO,
+        vocab_size: int | None = None,
         max_length: int = 512,
         rows: int = 1024,
         heldout: int = 8,
@@ -55,6 +72,7 @@ class Synthetic(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        vocab_size = vocabulary(tokenizer) if vocab_size is None else vocab_size
         at_least(1, vocab_size=vocab_size, max_length=max_length, rows=rows, batch_size=batch_size)
         at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
         self.max_length, self.batch_size, self.num_workers, self.seed = max_length, batch_size, num_workers, seed

@@ -284,6 +284,7 @@ class LitSparse(L.LightningModule, ABC):
             assert self.model is not None
             regroup(plain, [(f"model.{name}", parameter) for name, parameter in trainable(self.model)])
             self._note_trained()
+        plain.zero_grad()  # Lightning does it after the next forward only, which gradients need not live through
 
     # ---- checkpoints
 

@@ -69,8 +69,7 @@ def _chunk(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities (fp32), nll (0 where ignored), targets (0 where ignored), mask of kept tokens."""
-    logits = F.linear(hidden, weight, bias).float()
-    logits -= logits.logsumexp(-1, keepdim=True)
+    logits = F.linear(hidden, weight, bias).log_softmax(-1, dtype=torch.float32)
     kept = labels != IGNORED
     target = labels.clamp_min(0)
     nll = -logits.gather(1, target[:, None])[:, 0] * kept

@@ -35,6 +35,14 @@ class UpdateStrategy(ABC):
     backward: ClassVar[Literal["autograd", "fused", "none"]] = "autograd"
     leaves: ClassVar[Literal["plain", "adapter", "own_forward"]] = "plain"
 
+    @property
+    def period(self) -> int | None:
+        """Optimizer steps from one change of the trainable set to the next; None if it never changes.
+
+        Memory and speed are measured after the first of them.
+        """
+        return None
+
     def attach(self, model: nn.Module, probe: Probe) -> None:
         """Prepare `model` in place, once, before the optimizer exists. `probe` gives losses on training batches."""
 

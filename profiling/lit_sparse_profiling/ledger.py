@@ -1,4 +1,4 @@
-"""Exact bytes of what a training state holds, and of what a forward pass saves for backward.
+"""Exact bytes of what a training state holds.
 
 What counts is the storage, not the tensor: a view keeps its whole storage alive. Tensors that share a storage count
 once. Of a distributed tensor, the local shard counts. A tensor on the meta device, or a fake one, counts what it
@@ -7,9 +7,7 @@ would take.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,18 +35,23 @@ def ledger(model: nn.Module, optimizer: Optimizer | None = None, strategy_state:
         optimizer: Its state and options as far as they are tensors; what other objects hold in there is not seen.
         strategy_state: Tensors nested in dicts, lists and tuples; everything else in there is ignored.
     """
+    seen: set[Key] = set()
+    members = categories(model, optimizer, strategy_state)
+    return Ledger(**{category: _unseen_bytes(tensors, seen) for category, tensors in members.items()})
+
+
+def categories(model: nn.Module, optimizer: Optimizer | None, strategy_state: Any) -> dict[str, list[Tensor]]:
+    """The tensors of each category of a `Ledger`, in the order in which a storage's category is decided."""
     groups = [] if optimizer is None else optimizer.param_groups
     weights = [*model.parameters(), *(p for group in groups for p in group["params"])]
-    held = {
+    return {
         "trainable": [p for p in weights if p.requires_grad],
         "frozen": [p for p in weights if not p.requires_grad],
-        "buffers": model.buffers(),
+        "buffers": list(model.buffers()),
         "gradients": [p.grad for p in weights if p.grad is not None],
-        "optimizer": [] if optimizer is None else tensors([optimizer.state, groups]),
-        "strategy": tensors(strategy_state),
+        "optimizer": [] if optimizer is None else list(tensors([optimizer.state, groups])),
+        "strategy": list(tensors(strategy_state)),
     }
-    seen: set[Key] = set()
-    return Ledger(**{category: _unseen_bytes(members, seen) for category, members in held.items()})
 
 
 def tensors(nested: Any) -> Iterator[Tensor]:
@@ -62,68 +65,21 @@ def tensors(nested: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-class SavedBytes:
-    """Bytes of the storages that autograd holds for backward: `now`, and at most so far, `peak`."""
-
-    def __init__(self, exclude: nn.Module) -> None:
-        self.now = 0
-        self.peak = 0
-        self._excluded = {key for t in [*exclude.parameters(), *exclude.buffers()] for key, _ in storages(t)}
-        self._holders: Counter[Key] = Counter()
-
-    def take(self, shares: list[Share]) -> None:
-        """One more saved tensor lives in these storages."""
-        for key, size in shares:
-            self.now += 0 if self._holders[key] or key in self._excluded else size
-            self._holders[key] += 1
-        self.peak = max(self.peak, self.now)
-
-    def release(self, shares: list[Share]) -> None:
-        """One saved tensor in these storages is gone."""
-        for key, size in shares:
-            self._holders[key] -= 1
-            self.now -= 0 if self._holders[key] or key in self._excluded else size
-
-
-class _Packed:
-    """A saved tensor in autograd's hands. Autograd drops it when it drops the tensor: no address is reused before."""
-
-    def __init__(self, tensor: Tensor, shares: list[Share], counter: SavedBytes) -> None:
-        self.tensor, self.shares, self.counter = tensor, shares, counter
-        counter.take(shares)
-
-    def __del__(self) -> None:
-        self.counter.release(self.shares)
-
-
-@contextmanager
-def saved_for_backward(exclude: nn.Module) -> Iterator[SavedBytes]:
-    """Count what the forward passes inside this block save for backward; backward may run inside or later.
-
-    `peak` is the most that was saved at one time, so that it also holds for accumulated batches. The storages of
-    `exclude`'s parameters and buffers do not count; a batch that is saved does. Use it for an untimed step. Not seen
-    are tensors that a custom function keeps without `save_for_backward`, and what non-reentrant activation
-    checkpointing computes again during backward.
-    """
-    counter = SavedBytes(exclude)
-
-    def pack(tensor: Tensor) -> _Packed:
-        return _Packed(tensor, list(storages(tensor)), counter)
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
-        yield counter
-
-
 def storages(tensor: Tensor) -> Iterator[Share]:
-    """The storages that hold `tensor`: one, or those of the parts of a sparse, distributed or quantized tensor."""
-    parts = _parts(tensor)
-    for part in parts:
-        yield from storages(part)
-    if not parts:
-        storage = tensor.untyped_storage()
+    """Keys and bytes of the storages that hold `tensor`."""
+    for storage in untyped_storages(tensor):
         # fake and meta storages have no address, and are told apart by themselves
         identity = storage._cdata if storage.device.type == "meta" else storage.data_ptr()
         yield (str(storage.device), identity), storage.nbytes()
+
+
+def untyped_storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The storages that hold `tensor`: one, or those of the parts of a sparse, distributed or quantized tensor."""
+    parts = _parts(tensor)
+    for part in parts:
+        yield from untyped_storages(part)
+    if not parts:
+        yield tensor.untyped_storage()
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:

@@ -16,6 +16,7 @@ from lit_sparse_profiling.record import Phase
 @dataclass(frozen=True)
 class _Peaks:
     peak_rss: int | None
+    peak_requested: int | None = None
     peak_allocated: int | None = None
     peak_reserved: int | None = None
 
@@ -94,16 +95,17 @@ class Phases:
         resident = self.memory.lap()
         if self._cuda is None:
             return _Peaks(resident)
-        allocated = torch.cuda.max_memory_allocated(self._cuda)
-        reserved = torch.cuda.max_memory_reserved(self._cuda)
+        stats = torch.cuda.memory_stats(self._cuda)  # empty before CUDA has begun
         torch.cuda.reset_peak_memory_stats(self._cuda)
-        return _Peaks(resident, allocated, reserved)
+        names = ("requested_bytes", "allocated_bytes", "reserved_bytes")
+        return _Peaks(resident, *(stats.get(f"{name}.all.peak", 0) for name in names))
 
 
 def _raised(phase: Phase, peaks: _Peaks) -> Phase:
     return replace(
         phase,
         peak_rss=_highest(phase.peak_rss, peaks.peak_rss),
+        peak_requested=_highest(phase.peak_requested, peaks.peak_requested),
         peak_allocated=_highest(phase.peak_allocated, peaks.peak_allocated),
         peak_reserved=_highest(phase.peak_reserved, peaks.peak_reserved),
     )

@@ -50,7 +50,8 @@ class Phase:
 
     Attributes:
         peak_rss: Resident memory of the process; how it was measured stands in the record's `memory.method`.
-        peak_allocated: What the CUDA allocator had given out.
+        peak_requested: What had been asked for of the CUDA allocator and not given back.
+        peak_allocated: The same as it rounds them.
         peak_reserved: What the CUDA allocator had taken from the driver.
     """
 
@@ -58,6 +59,7 @@ class Phase:
     seconds: float
     calls: int
     peak_rss: int | None = None
+    peak_requested: int | None = None
     peak_allocated: int | None = None
     peak_reserved: int | None = None
 
@@ -245,9 +247,10 @@ class Kernels:
 
 @dataclass(frozen=True)
 class Throughput:
-    """What the timed steps worked through: `tokens` without padding, `padded_tokens` with it.
+    """What the timed steps worked through.
 
     Attributes:
+        tokens: Without padding, `padded_tokens` with it; None where the batches do not tell.
         seconds: Of all timed steps together.
         steps: How many were timed: neither those of warm-up nor examined ones.
         median_step: Median seconds of a step; `longest_step` is the longest.
@@ -257,8 +260,8 @@ class Throughput:
         ValueError: if no time passed, or if there are fewer tokens with padding than without.
     """
 
-    tokens: int
-    padded_tokens: int
+    tokens: int | None
+    padded_tokens: int | None
     seconds: float
     steps: int
     median_step: float | None = None
@@ -268,18 +271,18 @@ class Throughput:
     def __post_init__(self) -> None:
         if not self.seconds > 0:
             raise ValueError(f"A throughput needs timed steps, but {self.seconds} seconds were given.")
-        if self.padded_tokens < self.tokens:
+        if (self.padded_tokens or 0) < (self.tokens or 0):
             raise ValueError(f"{self.padded_tokens} tokens with padding are fewer than the {self.tokens} without.")
 
     @property
-    def tokens_per_second(self) -> float:
+    def tokens_per_second(self) -> float | None:
         """Tokens a second, padding not counted."""
-        return self.tokens / self.seconds
+        return None if self.tokens is None else self.tokens / self.seconds
 
     @property
-    def padded_tokens_per_second(self) -> float:
+    def padded_tokens_per_second(self) -> float | None:
         """Token positions computed a second, padding included."""
-        return self.padded_tokens / self.seconds
+        return None if self.padded_tokens is None else self.padded_tokens / self.seconds
 
 
 def _now() -> str:
@@ -299,6 +302,7 @@ class RunRecord:
         settings: What else defines the run: batch size, length, precision, seed.
         outcome: Metrics by moment: `{"before": {"loss": ...}, "after": {"loss": ...}}`.
         samples: Texts generated, or whatever else is to be shown.
+        notes: What could not be measured, a sentence each.
 
     Raises:
         ValueError: if the status and the reason contradict each other.
@@ -322,6 +326,7 @@ class RunRecord:
     kernels: Kernels | None = None
     outcome: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if (self.status == "ok") != (self.reason is None):

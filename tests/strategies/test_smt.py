@@ -15,7 +15,7 @@ from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.strategies.smt import SMT, BlockLinear, SharedColumns, _BlockLinear
 from lit_sparse.testing import TINY, tiny_llm
-from lit_sparse_profiling.ledger import saved_for_backward
+from lit_sparse_profiling.counted import Counter
 
 
 def tokens(seed=0, shape=(2, 12)):
@@ -192,9 +192,9 @@ def test_saved_bytes_are_the_packed_columns():
     blocks = Blocks.of((8, 8), torch.tensor([[0, 1], [3, 1], [2, 6]]))
     sparse = BlockLinear(layer, blocks, SharedColumns([blocks]))
     x = torch.randn(4, 16, 64)
-    with saved_for_backward(sparse) as saved:
+    with Counter(sparse) as saved:
         out = sparse(x)
-    assert saved.peak == 4 * 16 * 2 * 8 * 4
+    assert saved.saved_peak == 4 * 16 * 2 * 8 * 4
     out.sum().backward()
 
 
@@ -205,12 +205,13 @@ def test_saved_bytes_of_a_model_are_the_frozen_ones_and_the_columns(fraction):
     start = min(int(name.split(".")[2]) for name in strategy.choice)
     frozen.model.layers[start].input_layernorm.register_forward_hook(lambda _, args, out: out.detach().requires_grad_())
     ids = tokens()
-    with saved_for_backward(frozen) as floor:
+    with Counter(frozen) as floor:
         kept = frozen(input_ids=ids).logits
-    with saved_for_backward(model) as saved:
+    with Counter(model) as saved:
         out = model(input_ids=ids).logits
     groups = {id(linear.shared): linear.shared for _, linear in strategy._swapped.values()}.values()
-    assert saved.peak - floor.peak == sum(ids.numel() * len(group.columns) * group.width * 4 for group in groups)
+    columns = sum(ids.numel() * len(group.columns) * group.width * 4 for group in groups)
+    assert saved.saved_peak - floor.saved_peak == columns
     assert out.requires_grad
     assert kept.requires_grad
 

@@ -1,0 +1,172 @@
+"""`lit-sparse bench`: a few measured steps of each way to train, on the same model and batches."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import lit_sparse
+import lit_sparse_kernels
+import lit_sparse_profiling
+from lit_sparse.configs import configs_folder, found, methods
+from lit_sparse.errors import BadInput
+from lit_sparse_profiling.bench import Job, Turn, execute, sources, turns
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.report import report
+
+UNENDING = 10**6
+"""Optimizer steps that the learning rate's course is laid out for: a bench never comes to its end."""
+GRACE = 600.0
+"""Seconds beyond --minutes for loading and for choosing what is trained, after which a run is stopped."""
+OWN = ("--repeat", "--steps", "--minutes", "--into", "--config")
+MEASURED = (
+    "--trainer.limit_val_batches=0",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.max_epochs=-1",
+    f"--trainer.max_steps={UNENDING}",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+    "--samples=0",
+    "--checkpoint_steps=0",
+)
+"""What makes a fit a measurement: nothing but training steps."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the verb; what it does not know goes to each fit."""
+    out = argparse.ArgumentParser(prog="lit-sparse bench", description=__doc__, allow_abbrev=False)
+    out.add_argument("yamls", nargs="*", help="methods to compare; a.yaml+b.yaml is both at once (default: all)")
+    out.add_argument("--config", action="append", default=[], help="a YAML that is common to all of them")
+    out.add_argument("--steps", type=int, default=5, help="timed steps of each run (default 5)")
+    out.add_argument("--minutes", type=float, help="most minutes of training of each run")
+    out.add_argument("--repeat", type=int, default=1, help="runs of each, all in turn (default 1)")
+    out.add_argument("--into", default="runs/bench", help="folder of the runs (default runs/bench)")
+    out.epilog = (
+        "Any key of `lit-sparse fit` goes to all runs, as in --model.base NAME or --data.batch_size 8. Without data of "
+        "yours, rows are random tokens (configs/data/synthetic.yaml). The same command again makes what is missing."
+    )
+    return out
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Measure what `argv` says; the exit status is 1 if a run failed.
+
+    Raises:
+        BadInput: if what is asked for makes no sense; runs that are refused are results.
+    """
+    own, passed = split(argv)
+    asked = parser().parse_args(own)
+    if asked.repeat < 1 or asked.steps < 1 or (asked.minutes is not None and asked.minutes <= 0):
+        raise BadInput(f"--repeat {asked.repeat}, --steps {asked.steps}, --minutes {asked.minutes}: must be above 0.")
+    jobs = [job(yaml_, asked, passed) for yaml_ in asked.yamls or [path.name for path in methods()]]
+    names = [one.name for one in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadInput(f"{twice[0]} is asked for twice; name each way to train once, and give --repeat.")
+    return run(jobs, Path(asked.into), asked.repeat, None if asked.minutes is None else asked.minutes * 60 + GRACE)
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """`argv` as the bench's own words and those for each fit (an option that is not ours, and its value)."""
+    own: list[str] = []
+    passed: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        ours = not word.startswith("-") or word.partition("=")[0] in (*OWN, "-h", "--help")
+        into = own if ours else passed
+        into.append(word)
+        takes_value = word.startswith("--") and "=" not in word and word != "--help"
+        if takes_value and words and not words[0].startswith("--"):
+            into.append(words.pop(0))
+    return own, passed
+
+
+def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
+    """The run of one YAML, or of several joined by +.
+
+    Raises:
+        BadInput: if there is no such file.
+    """
+    files = [*map(existing, asked.config), *map(existing, name.split("+"))]
+    if not has_data(files, passed):
+        files.insert(0, configs_folder() / "data" / "synthetic.yaml")
+    configs = [f"--config={path}" for path in files]
+    most = [] if asked.minutes is None else [f"--trainer.max_time={max_time(asked.minutes)}"]
+    command = [sys.executable, "-m", "lit_sparse", "fit", *configs, *MEASURED, *most, *passed]
+    packages = [Path(package.__path__[0]) for package in (lit_sparse, lit_sparse_kernels, lit_sparse_profiling)]
+    settings = {
+        **{path.name: path.read_text(encoding="utf-8") for path in files},
+        **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
+        "code": sources(packages),
+    }
+    stems = "+".join(Path(part).stem for part in name.split("+"))
+    place = [f"--trainer.default_root_dir={asked.into}", f"--run={stems}", f"--profile.timed={asked.steps}"]
+    return Job(stems, [*command, *place], settings)
+
+
+def existing(name: str) -> Path:
+    """The YAML of that name, here or among those that come with lit_sparse.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    path = Path(found(name))
+    if not path.is_file():
+        shipped = ", ".join(path.name for path in methods())
+        raise BadInput(f"there is no {name}, neither here nor among the YAMLs of lit_sparse ({shipped}).")
+    return path
+
+
+def has_data(files: Sequence[Path], passed: Sequence[str]) -> bool:
+    """Whether the training data are named."""
+    return any(word.startswith("--data") for word in passed) or any("data" in _keys(path) for path in files)
+
+
+def _keys(path: Path) -> set[str]:
+    """Top-level keys of a YAML; none if it cannot be read, which its fit will say."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError:
+        return set()
+    return set(document) if isinstance(document, dict) else set()
+
+
+def max_time(minutes: float) -> str:
+    """Lightning's form of a time limit, days:hours:minutes:seconds."""
+    seconds = max(1, round(minutes * 60))
+    return f"{seconds // 86400:02d}:{seconds // 3600 % 24:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+
+
+def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> int:
+    """Make the runs that are missing, showing how far it is, and compare all; the exit status."""
+    console = Console()
+    done: list[Path] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        plan = turns(jobs, root, repeat)
+        task = progress.add_task("bench", total=len(plan))
+        for turn in plan:
+            progress.update(task, description=f"{turn.job.name} ({turn.number} of {repeat})")
+            done.append(turn.folder or execute(turn.job, root, limit, tick=progress.refresh))
+            progress.console.print(outcome(turn, done[-1]), highlight=False)
+            progress.advance(task)
+    report([str(folder) for folder in done])
+    console.print(f"The same again: lit-sparse report {root}", highlight=False)
+    return int(any(RunRecord.read(folder / "record.json").status == "failed" for folder in done))
+
+
+def outcome(turn: Turn, folder: Path) -> str:
+    """One line on a run."""
+    record = RunRecord.read(folder / "record.json")
+    said = record.reason or ""
+    if record.status == "ok" and record.throughput is not None and record.throughput.median_step is not None:
+        said = f"{record.throughput.median_step:.3f} s a step"
+    earlier = " (made earlier)" if turn.folder is not None else ""
+    return f"{folder.name}: {record.status}{earlier} {said}".rstrip()

@@ -1,0 +1,203 @@
+"""The record of a fit with update strategies: beside what it took, what it changed, in numbers and in answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from peft import PeftConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lit_sparse.callbacks import Profile
+from lit_sparse.data import TokenData
+from lit_sparse.data.collate import Question, Questions
+from lit_sparse.modules import CausalLM
+from lit_sparse.optim import trainable
+from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.record import ModelSize, RunRecord
+
+SAMPLE_TOKENS = 96
+CHECKPOINT_STEPS = 100
+
+
+class Recorder(Profile):
+    """Writes the record of a fit, keeps its last checkpoint, and prints what the fit changed and what it took.
+
+    Args:
+        folder: The run's folder.
+        plan: Which steps are for what.
+        settings: The run's configuration, for the record.
+        samples: How many held-out questions are answered before and after training.
+        checkpoint_steps: Optimizer steps from one last checkpoint to the next; 0 keeps none.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan | None = None,
+        settings: Mapping[str, Any] | None = None,
+        samples: int = 2,
+        checkpoint_steps: int = CHECKPOINT_STEPS,
+    ) -> None:
+        super().__init__(folder, plan, settings)
+        self.samples, self.checkpoint_steps = samples, checkpoint_steps
+        self.before: dict[str, float] = {}
+        self.after: dict[str, float] = {}
+        self.answers: list[dict[str, Any]] = []
+        self._saved = -1
+
+    # ---- the course of a fit
+
+    def setup(self, trainer: L.Trainer, pl_module: CausalLM, stage: str) -> None:  # pyright: ignore
+        super().setup(trainer, pl_module, stage)
+        self.phases = pl_module.phases  # from here on: loading and selection come before training
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
+        self._answer(trainer, pl_module, "before")
+        super().on_train_start(trainer, pl_module)
+
+    def plan_of(self, module: CausalLM) -> Plan:  # pyright: ignore[reportIncompatibleMethodOverride]
+        plan = super().plan_of(module)
+        periods = [update.period for update in module.updates if update.period is not None]
+        return dataclasses.replace(plan, warmup=plan.warmup + max(periods, default=0))  # past one switch
+
+    def about(self, module: CausalLM) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return {
+            "dtype": module.frozen_dtype,
+            "state": lambda: [update.state_dict() for update in module.updates],
+        }
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
+        if self.checkpoint_steps and self._saved != trainer.global_step:  # the training ended by a time limit, say
+            self._save(trainer)
+        super().on_train_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
+        super().on_validation_end(trainer, pl_module)
+        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "train_loss"}
+        if trainer.sanity_checking:
+            self.before = scores
+        else:
+            self.after = scores
+
+    def on_train_batch_end(  # pyright: ignore
+        self, trainer: L.Trainer, pl_module: CausalLM, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        step = trainer.global_step
+        # Saved here and not at the end of training, where Lightning has counted an unfinished epoch as finished.
+        if self.checkpoint_steps == 0 or step == self._saved:
+            return
+        if step % self.checkpoint_steps == 0 or step == trainer.max_steps or trainer.is_last_batch:
+            self._save(trainer)
+
+    def finish(self, trainer: L.Trainer, module: CausalLM) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._answer(trainer, module, "after")
+        super().finish(trainer, module)
+        if trainer.is_global_zero:
+            print_summary(RunRecord.read(self.folder / "record.json"), self.folder)
+
+    # ---- results
+
+    def _save(self, trainer: L.Trainer) -> None:
+        last = self.folder / "checkpoints" / "last.ckpt"
+        trainer.save_checkpoint(last.with_suffix(".part"))  # a run that is killed here keeps the checkpoint before
+        if trainer.is_global_zero:
+            os.replace(last.with_suffix(".part"), last)
+        self._saved = trainer.global_step
+
+    def _answer(self, trainer: L.Trainer, module: CausalLM, moment: str) -> None:
+        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        samples = data.samples[: self.samples] if isinstance(data, TokenData) else []
+        if not samples:
+            return
+        with module.phases("samples"):
+            batch = Questions(data.padding)([Question(sample["prompt_ids"], "") for sample in samples])
+            texts = module.answer(
+                batch["prompt_ids"].to(module.device), batch["prompt_mask"].to(module.device), SAMPLE_TOKENS
+            )
+        if not self.answers:
+            self.answers = [{"prompt": s["prompt"], "reference": s["reference"]} for s in samples]
+        for answer, text in zip(self.answers, texts, strict=True):
+            answer[moment] = text.strip()
+
+    def record(self, trainer: L.Trainer, module: CausalLM, **fields: Any) -> RunRecord:  # pyright: ignore
+        """The record of the fit, as far as it has come."""
+        ours: dict[str, Any] = {
+            "updates": [{"class": type(u).__name__, "fields": fields_of(u)} for u in module.updates],
+            "outcome": {
+                moment: scores for moment, scores in (("before", self.before), ("after", self.after)) if scores
+            },
+            "samples": self.answers,
+        }
+        if module.model is not None:
+            trained = sum(parameter.numel() for _, parameter in trainable(module.model))
+            ours["model"] = ModelSize(base=module.base, parameters=module.base_parameters, trainable=trained)
+        return super().record(trainer, module, **{**ours, **fields})
+
+
+def fields_of(update: UpdateStrategy) -> dict[str, Any]:
+    """The fields of a strategy as plain values, for a record."""
+    if not dataclasses.is_dataclass(update):
+        return {}
+    values = {field.name: getattr(update, field.name) for field in dataclasses.fields(update)}
+    return {name: value.to_dict() if isinstance(value, PeftConfig) else value for name, value in values.items()}
+
+
+def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:
+    """What a fit changed and what it took, as tables on the terminal."""
+    console = console or Console()
+    console.print(summary(record))
+    for sample in record.samples:
+        console.print(answers(sample))
+    console.print(f"Files: {folder}/ (config.yaml, record.json, metrics.csv, checkpoints/last.ckpt)")
+
+
+def summary(record: RunRecord) -> Table:
+    """The table at the end of a fit."""
+    table = Table(title=f"{record.name}: what the fit changed, and what it took")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name in record.outcome.get("after", {}):
+        before = record.outcome.get("before", {}).get(name)
+        table.add_row(
+            name.replace("_", " "), "-" if before is None else f"{before:.4f}", f"{record.outcome['after'][name]:.4f}"
+        )
+    table.add_section()
+    for name, value in totals(record):
+        table.add_row(name, "", value)
+    return table
+
+
+def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
+    """Sizes, speed, and seconds of a fit, in words."""
+    if record.model is not None:
+        model = record.model
+        yield "trainable", f"{model.trainable:,} of {model.parameters:,} ({model.trainable / model.parameters:.2%})"
+    if record.throughput is not None:
+        yield (
+            "tokens/s (with padding)",
+            f"{record.throughput.tokens_per_second:,.0f} ({record.throughput.padded_tokens_per_second:,.0f})",
+        )
+    if record.memory is not None and record.memory.peak_resident is not None:
+        yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
+    for phase in record.phases:
+        peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
+        yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"
+
+
+def answers(sample: Mapping[str, str]) -> Table:
+    """A held-out question with the answers before and after training."""
+    table = Table(show_header=False)
+    for key in ("prompt", "reference", "before", "after"):
+        if key in sample:
+            table.add_row(key, Text(sample[key]))  # Text: nothing in it is markup
+    return table

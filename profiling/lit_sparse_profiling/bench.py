@@ -1,0 +1,173 @@
+"""Runs what is to be compared one after another, each in a fresh process, and has a record of every one."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_sparse_profiling.record import RunRecord, Status
+
+RECORD, JOB, LOG = "record.json", "bench.json", "log.txt"
+REFUSAL = re.compile(r"^lit-sparse: (.+)$", re.MULTILINE)
+REFUSED = 2
+"""Exit status of a process that refused its input, and said why in a last line that begins with `lit-sparse: `."""
+FINAL: tuple[Status, ...] = ("ok", "oom", "refused")
+"""What is a result; a run that failed is made again."""
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make.
+
+    Attributes:
+        name: Of the runs: their folders are `<name>-<n>`.
+        command: What is executed; it makes the next free one of these folders, and a record in it.
+        settings: What else makes its result another one: contents of files, versions.
+    """
+
+    name: str
+    command: Sequence[str]
+    settings: Mapping[str, str]
+
+    @property
+    def identity(self) -> str:
+        """A hash: runs of the same one are repetitions of each other."""
+        return hashlib.sha256(json.dumps([list(self.command), dict(self.settings)]).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The `number`-th run (from 1) of a job; `folder` is there if it was made earlier."""
+
+    job: Job
+    number: int
+    folder: Path | None
+
+
+def turns(jobs: Sequence[Job], root: Path, repeat: int) -> list[Turn]:
+    """What there is to do, and what is done: all jobs once, then all of them again, so that drift meets all alike."""
+    done = {job.identity: finished(root, job) for job in jobs}
+    return [
+        Turn(job, number, done[job.identity][number - 1] if number <= len(done[job.identity]) else None)
+        for number in range(1, repeat + 1)
+        for job in jobs
+    ]
+
+
+def finished(root: Path, job: Job) -> list[Path]:
+    """The folders of this very job's runs that have a result, oldest first."""
+    return [folder for folder in folders(root, job.name) if _identity(folder) == job.identity and _is_final(folder)]
+
+
+def folders(root: Path, name: str) -> list[Path]:
+    """The folders `<name>-<n>` in `root`, by number."""
+    pattern = re.compile(re.escape(name) + r"-(\d+)")
+    numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def next_folder(root: Path, name: str) -> Path:
+    """The next free folder `<name>-<n>`; it is not made."""
+    taken = folders(root, name)
+    return root / f"{name}-{int(taken[-1].name.rpartition('-')[2]) + 1 if taken else 1}"
+
+
+def _identity(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / JOB).read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError):  # not ours, or killed while it was written: no result of this job
+        return None
+
+
+def _is_final(folder: Path) -> bool:
+    try:
+        return RunRecord.read(folder / RECORD).status in FINAL
+    except (OSError, ValueError):  # killed before or while it was written
+        return False
+
+
+def execute(job: Job, root: Path, limit: float | None = None, tick: Callable[[], None] = lambda: None) -> Path:
+    """Run the job in a process of its own and see that there is a record of it; its folder.
+
+    Args:
+        job: What to run.
+        root: Where the command makes its folder. Nobody else makes runs there meanwhile.
+        limit: Seconds after which the process is killed.
+        tick: Called a few times a second meanwhile.
+    """
+    folder, log = next_folder(root, job.name), root / f"{job.name}.log"
+    root.mkdir(parents=True, exist_ok=True)
+    code = _wait(job.command, log, limit, tick)
+    folder.mkdir(exist_ok=True)  # the process made it, unless it failed before
+    os.replace(log, folder / LOG)
+    if not (folder / RECORD).exists():
+        status, reason = verdict(code, (folder / LOG).read_text(encoding="utf-8", errors="replace"), limit)
+        RunRecord(name=folder.name, status=status, reason=reason).write(folder / RECORD)
+    (folder / JOB).write_text(json.dumps({"identity": job.identity, "command": job.command}), encoding="utf-8")
+    return folder
+
+
+def _wait(command: Sequence[str], log: Path, limit: float | None, tick: Callable[[], None]) -> int | None:
+    """The exit status of `command`; None if it was killed at the limit."""
+    begin = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_preexec()
+        )
+        try:
+            while process.poll() is None:
+                if limit is not None and time.monotonic() - begin > limit:
+                    return None
+                tick()
+                time.sleep(0.2)
+            return process.returncode
+        finally:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+
+
+def _preexec() -> Callable[[], object] | None:
+    """On Linux, a process that lost its bench ends too, rather than hold the device while the next bench measures."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)  # loaded here: not to be done between fork and exec
+    return lambda: libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def verdict(code: int | None, log: str, limit: float | None) -> tuple[Status, str]:
+    """How a process ended that left no record, and why, in a sentence."""
+    refusals = REFUSAL.findall(log)
+    lines = [line for line in log.splitlines() if line.strip()]
+    if code is None:
+        return "failed", f"it had not ended after {limit:,.0f} seconds and was stopped."
+    if code == REFUSED and refusals:
+        return "refused", refusals[-1]
+    if code < 0:
+        hint = "; Linux ends so what takes too much memory" if -code == signal.SIGKILL else ""
+        return "failed", f"the process was ended by {signal.Signals(-code).name}{hint}."
+    return "failed", f"exit status {code} without a record; the log ends: {lines[-1] if lines else '(empty)'}"
+
+
+def sources(folders: Sequence[Path]) -> str:
+    """A hash of the Python files in these folders: a changed program measures something else."""
+    digest = hashlib.sha256()
+    for path in _python_files(folders):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _python_files(folders: Sequence[Path]) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted(path for path in folder.rglob("*.py") if os.sep + "__pycache__" not in str(path))

@@ -1,0 +1,173 @@
+"""What a training step holds, counted storage by storage while it runs.
+
+Every operation's outputs are seen as they are made and as they die, so that nothing here is "the rest": what an
+allocator's own peak has beyond this count was allocated inside operations, where nobody sees it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
+from lit_sparse_profiling.record import Held, Ledger
+
+SAVED, TEMPORARY, BATCH, GRADIENTS = "saved", "temporaries", "batch", "gradients"
+Sizes = dict[str, int]
+
+
+@dataclass
+class _Block:
+    """A storage that is alive: its bytes, the category that it has for good, and how many saved tensors live in it."""
+
+    size: int
+    category: str | None
+    saves: int = 0
+
+    @property
+    def counts_as(self) -> str:
+        return self.category or (SAVED if self.saves else TEMPORARY)
+
+
+class _Saved:
+    """A saved tensor in autograd's hands, and its blocks."""
+
+    def __init__(self, tensor: Tensor, counter: Counter) -> None:
+        # Detached: a node that saves its own output would keep itself alive through it, if no backward comes.
+        self.tensor, self.counter, self.blocks = tensor.detach(), counter, counter.blocks(tensor)
+        for block in self.blocks:
+            counter.change(block, saves=block.saves + 1)
+
+    def __del__(self) -> None:
+        for block in self.blocks:
+            self.counter.change(block, saves=block.saves - 1)
+
+
+class Counter(TorchDispatchMode):
+    """Counts what is alive while a training step runs under it: `with Counter(model, optimizer, state, batch): ...`.
+
+    Not for a timed step. A model under torch.compile runs its layers eagerly meanwhile, and is not counted as it runs
+    otherwise.
+
+    Args:
+        model: Its parameters, gradients and buffers are categories of their own.
+        optimizer: So is its state.
+        strategy_state: And the tensors in here.
+        batch: And in here.
+        device: The device whose storages count.
+
+    Attributes:
+        now: Bytes alive by category.
+        peak: The same at the moment when it was most.
+        phase: What the step is at, told by whoever runs it; `peak_phase` is that of the peak.
+        saved_peak: The most that was saved for backward at one time.
+        start: Bytes alive when the count began.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        strategy_state: Any = None,
+        batch: Any = None,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.device = device or next(model.parameters()).device
+        self.phase = self.peak_phase = "forward"
+        self.now: Sizes = {}
+        self.peak: Sizes = {}
+        self.saved_peak = 0
+        self._total = self._peak_total = 0
+        self._blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for category, members in {**categories(model, optimizer, strategy_state), BATCH: tensors(batch)}.items():
+            for tensor in members:
+                self.blocks(tensor, category)
+        self.start = self._total
+        self._weights = [p for group in (optimizer.param_groups if optimizer else []) for p in group["params"]]
+        self._weights += [p for p in model.parameters() if p.requires_grad]
+
+    # ---- the step
+
+    def __enter__(self) -> Counter:
+        super().__enter__()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
+        self._hooks.__enter__()
+        self._handles = [
+            p.register_post_accumulate_grad_hook(self._gradient) for p in set(self._weights) if p.requires_grad
+        ]
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._hooks.__exit__(*raised)
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.blocks(leaf)
+        return out
+
+    def _gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # a fused optimizer's hook may have taken it away
+            for block in self.blocks(parameter.grad):
+                self.change(block, category=block.category or GRADIENTS)
+
+    # ---- the count
+
+    def blocks(self, tensor: Tensor, category: str | None = None) -> list[_Block]:
+        """The blocks of a tensor's storages on the device; those not seen before come to life."""
+        if tensor.device != self.device:
+            return []
+        return [self._block(storage, category) for storage in untyped_storages(tensor)]
+
+    def _block(self, storage: torch.UntypedStorage, category: str | None) -> _Block:
+        if storage in self._blocks:
+            return self._blocks[storage]
+        block = self._blocks[storage] = _Block(storage.nbytes(), category)
+        weakref.finalize(storage, self._add, block, -1).atexit = False
+        self._add(block, 1)
+        return block
+
+    def change(self, block: _Block, **fields: Any) -> None:
+        """Give a block other fields; a block that is dead already has no bytes in the count and gets none."""
+        alive = block.size > 0
+        self._move(block, -block.size)
+        for name, value in fields.items():
+            setattr(block, name, value)
+        self._move(block, block.size if alive else 0)
+
+    def _add(self, block: _Block, sign: int) -> None:
+        self._move(block, sign * block.size)
+        if sign < 0:
+            block.size = 0
+        elif self._total > self._peak_total:
+            self._peak_total, self.peak, self.peak_phase = self._total, dict(self.now), self.phase
+
+    def _move(self, block: _Block, size: int) -> None:
+        self._total += size
+        self.now[block.counts_as] = self.now.get(block.counts_as, 0) + size
+        self.saved_peak = max(self.saved_peak, self.saved)
+
+    @property
+    def saved(self) -> int:
+        """Bytes saved for backward now that are in no other category."""
+        return self.now.get(SAVED, 0)
+
+    def held(self) -> Held:
+        """What was held at the peak."""
+        ledger = Ledger(**{name: self.peak.get(name, 0) for name in Ledger.__dataclass_fields__})
+        rest = {name: self.peak.get(name, 0) for name in (BATCH, SAVED, TEMPORARY)}
+        return Held(ledger=ledger, phase=self.peak_phase, **rest)

@@ -1,0 +1,166 @@
+"""Calls, floating-point operations and bytes of every op of a training step, counted from their shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from lit_sparse_profiling.ledger import storages, tensors
+
+aten = torch.ops.aten
+
+SAME_FORMULA = {
+    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
+}
+"""Ops without a FLOP formula in torch, and others that have one and begin with the same arguments."""
+
+ALLOCATES = {
+    *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::empty_permuted"),
+    *("aten::new_empty", "aten::new_empty_strided", "aten::record_stream"),
+}
+"""Their outputs are not written, whatever their schemas say."""
+
+OVERWRITES = {
+    *("aten::copy_", "aten::fill_", "aten::zero_", "aten::normal_", "aten::uniform_", "aten::bernoulli_"),
+    *("aten::_foreach_copy_", "aten::_foreach_zero_", "aten::nll_loss_backward"),
+}
+"""Their `self` is not read: it is written to, or tells no more than a shape."""
+
+PICKS = {
+    **dict.fromkeys(("aten::index", "aten::index_select", "aten::gather", "aten::nll_loss_forward"), "self"),
+    **dict.fromkeys(("aten::index_put_", "aten::_index_put_impl_", "aten::index_add_", "aten::index_copy_"), "self"),
+    **dict.fromkeys(("aten::scatter_", "aten::scatter_add_"), "self"),
+    "aten::embedding": "weight",
+}
+"""The argument of which they touch only as much as their other tensors have."""
+
+
+@dataclass
+class OpCount:
+    """All calls of one op: `bytes` are those read and written, each once; None is what there is no count of."""
+
+    calls: int = 0
+    flops: int | None = None
+    bytes: int | None = None
+
+
+class OpCounts(TorchDispatchMode):
+    """Counts the ops that run inside the block, forward and backward: `with OpCounts() as counts: ...`.
+
+    For one whole training step that is not timed; what it has counted stays when the block ends, no tensor does. FLOPs
+    are those of torch's own formulas (matrix products, convolutions, attention; causal attention counts as full). Bytes
+    are those that a perfect kernel would move: every tensor that the op reads and every one that it writes, once. A
+    dimension that was expanded counts once, and ops that only make views or allocate move nothing.
+
+    Attributes:
+        ops: By name as torch.profiler spells it (`aten::mm`). Of an op that is made of others these
+            are there; of a higher-order op (cond, flex attention) only itself is, without bytes.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: dict[str, OpCount] = {}
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of all ops."""
+        return sum(op.flops or 0 for op in self.ops.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all ops read and wrote."""
+        return sum(op.bytes or 0 for op in self.ops.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload):
+            with self:  # in inference mode composite ops come here whole
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        self._count(func, args, kwargs, out)
+        return out
+
+    def _count(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        overload = isinstance(func, OpOverload)
+        packet = func.overloadpacket if overload else func  # a higher-order op, such as flex attention, has no schema
+        count = self.ops.setdefault(func._schema.name if overload else func.name(), OpCount())
+        count.calls += 1
+        formula = flop_registry.get(SAME_FORMULA.get(packet, packet))
+        if formula is not None:
+            count.flops = (count.flops or 0) + formula(*args, **kwargs, out_val=out)
+        if overload:
+            count.bytes = (count.bytes or 0) + moved_bytes(func, args, kwargs, out)
+
+
+def moved_bytes(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
+    """The bytes that a call of `op` with these arguments and this result read and wrote."""
+    schema = op._schema
+    if schema.name in ALLOCATES or torch.Tag.inplace_view in op.tags:
+        return 0
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
+    written = {argument.name for argument in schema.arguments if _is_written(argument, given)}
+    fresh, viewed = _outputs(given, out)
+    if viewed and not fresh and not written:
+        return 0
+    sizes = _sizes(given)
+    if schema.name in PICKS:
+        picked = PICKS[schema.name]
+        others = sum(size for name, size in sizes.items() if name != picked)
+        sizes[picked] = min(sizes[picked], others + fresh)
+    unread = _unread(schema)
+    return fresh + sum(size * ((name not in unread) + (name in written)) for name, size in sizes.items())
+
+
+def _is_written(argument: Any, given: dict[str, Any]) -> bool:
+    # the fused optimizers say that they write gradients: they do so only to take the loss scale out
+    spared = argument.name == "grads" and given.get("grad_scale") is None
+    return argument.is_write and not spared
+
+
+def _unread(schema: Any) -> set[str]:
+    """Names of the arguments that are not read: those to write to, and those that only tell a shape."""
+    stem = schema.name.split("::")[-1]
+    shape_only = schema.name in OVERWRITES or stem.endswith("_like") or stem.startswith("new_")
+    return {argument.name for argument in schema.arguments if argument.is_out} | ({"self"} if shape_only else set())
+
+
+def _outputs(given: dict[str, Any], out: Any) -> tuple[int, bool]:
+    """Bytes of the outputs that live in no input's storage, and whether there are others."""
+    known = {key for tensor in tensors(given) for key, _ in storages(tensor)}
+    shares = [(span(tensor), any(key in known for key, _ in storages(tensor))) for tensor in tensors(out)]
+    return sum(size for size, viewed in shares if not viewed), any(viewed for _, viewed in shares)
+
+
+def _sizes(given: dict[str, Any]) -> dict[str, int]:
+    """Bytes of each argument's tensors; a tensor that is given twice counts where it is given first."""
+    seen: set[int] = set()
+
+    def unseen(nested: Any) -> Iterator[Tensor]:
+        for tensor in tensors(nested):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+    return {name: sum(span(tensor) for tensor in unseen(value)) for name, value in given.items()}
+
+
+def span(tensor: Tensor) -> int:
+    """Bytes that a tensor shows: of a view only those seen through it, of an expanded dimension one."""
+    if tensor.layout is not torch.strided:
+        return sum(size for _, size in storages(tensor))
+    numel = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        numel *= size if stride or not size else 1
+    return numel * tensor.element_size()

@@ -1,0 +1,232 @@
+"""A record's ledgers brought together: what was counted, what the allocator and the driver say, and what lies between.
+
+Nothing is made to fit: what does not add up has a line and a name of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lit_sparse_profiling.record import Allocator, Driver, Phase, RunRecord
+
+RESIDUE = "residue: counted by neither"
+NOT_COUNTED = "not counted: no step was examined"
+ELSEWHERE = "reserved outside of the step"
+CONTEXT = "CUDA context"
+DRIVER_RESIDUE = "residue of the driver"
+CONTEXT_UNKNOWN = "CUDA context and residue of the driver"
+ALLOCATOR_UNKNOWN = "all else: the allocator was not read"
+
+LEAK_SHARE, LEAK_FLOOR = 0.001, 4096
+FOREIGN_LIMIT = 64 * 2**20
+UNITS = ("KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes under a name. A `total` is the sum of all lines above it that are none, to the byte."""
+
+    name: str
+    bytes: int
+    note: str = ""
+    total: bool = False
+
+
+def reconcile(record: RunRecord) -> list[Line]:
+    """From the weights up to what the driver says: parts, and the totals that they add up to.
+
+    A part that lies between two measured totals is their difference, also if it is 0 or negative. What was not measured
+    has no line. The driver's peak is that of the whole run and the step's is not: where another phase reserved more
+    than the step, a part of its own says so. Below the last total stands what others held on the device.
+    """
+    lines = _counted(record)
+    _add_allocator(lines, record)
+    _add_other_phases(lines, record)
+    _add_driver(lines, record)
+    return lines
+
+
+def residue(record: RunRecord) -> float | None:
+    """What the allocator gave out beyond what was counted, as a share of what it gave out; None if not measured."""
+    memory = record.memory
+    if memory is None or memory.allocator is None or memory.held is None:
+        return None
+    return _share(memory.allocator.requested - memory.held.total, memory.allocator.requested)
+
+
+def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
+    """What in the memory figures is not as it should be, a sentence each; none if all is well.
+
+    Args:
+        limit: Share of the total above which residues and fragmentation are worth a sentence, 0 to 1.
+    """
+    found = {line.name: line.bytes for line in reconcile(record)}
+    sentences: list[str] = []
+    if RESIDUE in found:
+        sentences += _residue(found[RESIDUE], found["allocator requested"], limit)
+    if record.memory is not None and record.memory.allocator is not None:
+        sentences += _allocator(record.memory.allocator, limit)
+    if DRIVER_RESIDUE in found:
+        sentences += _driver_residue(found[DRIVER_RESIDUE], found["process"], limit)
+    if record.driver is not None:
+        sentences += _driver(record.driver)
+    return sentences
+
+
+def amount(size: int) -> str:
+    """Bytes in the largest unit of which there is at least one: 1536 is "1.50 KiB"."""
+    if abs(size) < 1024:
+        return f"{size} bytes"
+    power = min((abs(size).bit_length() - 1) // 10, len(UNITS))
+    return f"{size / 1024**power:.2f} {UNITS[power - 1]}"
+
+
+# ---- lines
+
+
+def _counted(record: RunRecord) -> list[Line]:
+    held = None if record.memory is None else record.memory.held
+    ledger = record.ledger if held is None else held.ledger
+    if ledger is None:
+        return []
+    lines = [
+        Line("frozen weights", ledger.frozen),
+        Line("trainable weights", ledger.trainable),
+        Line("buffers", ledger.buffers),
+        Line("gradients", ledger.gradients),
+        Line("optimizer state", ledger.optimizer),
+        Line("strategy state", ledger.strategy),
+    ]
+    note = "at the end of the run"
+    if held is not None:
+        lines += [Line("batch", held.batch), Line("saved for backward", held.saved)]
+        lines += [Line("temporaries", held.temporaries)]
+        note = f"a step's peak, in its {held.phase}"
+    return [*lines, Line("counted", _sum(lines), note, total=True)]
+
+
+def _add_allocator(lines: list[Line], record: RunRecord) -> None:
+    if record.memory is None or record.memory.allocator is None:
+        return
+    allocator = record.memory.allocator
+    part = NOT_COUNTED if record.memory.held is None else RESIDUE
+    _rise(lines, part, "allocator requested", allocator.requested, note=allocator.method)
+    if allocator.allocated is not None:
+        _rise(lines, "rounding", "allocator allocated", allocator.allocated)
+    if allocator.reserved is not None:
+        split = allocator.inactive_split
+        of_which = "" if split is None else f"of which {amount(split)} are rests of split segments"
+        _rise(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
+
+
+def _add_other_phases(lines: list[Line], record: RunRecord) -> None:
+    highest = _highest_reserved(record)
+    if highest is not None and (highest.peak_reserved or 0) > _sum(lines):
+        _rise(lines, ELSEWHERE, "reserved at most", highest.peak_reserved or 0, note=f"in {highest.name}")
+
+
+def _add_driver(lines: list[Line], record: RunRecord) -> None:
+    driver = record.driver
+    if driver is None:
+        return
+    if driver.context is not None:
+        lines.append(Line(CONTEXT, driver.context))
+    part = DRIVER_RESIDUE if driver.context is not None else CONTEXT_UNKNOWN
+    _rise(
+        lines,
+        part if _reserved_known(record) else ALLOCATOR_UNKNOWN,
+        "process",
+        driver.process,
+        note=f"as the driver says, by {driver.attribution}",
+    )
+    lines.append(Line("foreign", driver.foreign, "most that others held on the device; no part of the process"))
+
+
+def _rise(lines: list[Line], part: str, total: str, size: int, note: str = "", part_note: str = "") -> None:
+    """Append the total, and before it the part that it has beyond all parts so far."""
+    lines.append(Line(part, size - _sum(lines), part_note))
+    lines.append(Line(total, size, note, total=True))
+
+
+def _sum(lines: list[Line]) -> int:
+    return sum(line.bytes for line in lines if not line.total)
+
+
+def _highest_reserved(record: RunRecord) -> Phase | None:
+    known = [phase for phase in record.phases if phase.peak_reserved is not None]
+    return max(known, key=lambda phase: phase.peak_reserved or 0, default=None)
+
+
+def _reserved_known(record: RunRecord) -> bool:
+    allocator = None if record.memory is None else record.memory.allocator
+    return (allocator is not None and allocator.reserved is not None) or _highest_reserved(record) is not None
+
+
+# ---- findings
+
+
+def _share(part: int, whole: int) -> float:
+    return part / max(whole, 1)  # nothing asked for and something counted is a finding, not a division by zero
+
+
+def _residue(size: int, requested: int, limit: float) -> Iterator[str]:
+    share = _share(size, requested)
+    if share > limit:
+        yield (
+            f"The allocator gave out {amount(size)} ({share:.1%} of its peak) more than was counted: usually "
+            "workspaces inside of operations, or tensors that an extension holds."
+        )
+    elif share < -limit:
+        yield (
+            f"{amount(-size)} ({-share:.1%} of the allocator's peak) more were counted than it gave out: usually "
+            "tensors in memory that is not its own, such as mapped weight files and arrays of other libraries."
+        )
+
+
+def _allocator(allocator: Allocator, limit: float) -> Iterator[str]:
+    if allocator.left_behind > max(LEAK_SHARE * allocator.requested, LEAK_FLOOR):
+        yield (
+            f"Each step leaves {allocator.left_behind:,} bytes allocated that no category holds: a leak, such as a "
+            "list of losses that still have their graphs."
+        )
+    split, reserved = allocator.inactive_split, allocator.reserved
+    if split is not None and reserved is not None and split > limit * reserved:
+        yield (
+            f"{amount(split)} ({_share(split, reserved):.1%} of what the allocator reserved) are free rests of split "
+            "segments, which is fragmentation; PYTORCH_ALLOC_CONF=expandable_segments:True usually mends it."
+        )
+    if allocator.retries:
+        yield (
+            f"The allocator flushed its cache {allocator.retries} times since nothing in it fitted, and each time "
+            "costs speed: leave it more room."
+        )
+
+
+def _driver_residue(size: int, process: int, limit: float) -> Iterator[str]:
+    share = _share(size, process)
+    if share > limit:
+        yield (
+            f"The driver says {amount(size)} ({share:.1%} of the process) more than the allocator reserved and the "
+            "CUDA context together: usually buffers of libraries (cuBLAS, NCCL), and kernels loaded late."
+        )
+    elif share < -limit:
+        yield (
+            f"The driver says {amount(-size)} ({-share:.1%} of the process) less than the allocator reserved and the "
+            "CUDA context together: its samples missed the peak, or the process was not fully attributed."
+        )
+
+
+def _driver(driver: Driver) -> Iterator[str]:
+    if driver.foreign > FOREIGN_LIMIT:
+        yield (
+            f"Other processes held up to {amount(driver.foreign)} on {driver.device}: neither its speed nor its room "
+            "was all this run's."
+        )
+    if driver.attribution == "device delta":
+        yield (
+            "The driver did not tell this process's memory apart: its figure is what the device's use rose by, "
+            "whoever it was."
+        )
+    if driver.lost is not None:
+        yield f"The driver's figures end before the run does: {driver.lost}"
