@@ -21,11 +21,13 @@ check: $(BUILT)     ## style, format, types, and the tables of README.md
 	$(BIN)/pyright
 	test ! -e benchmarks/readme.py || $(BIN)/python benchmarks/readme.py --check
 
-gpu: $(BUILT)     ## the tests that need a CUDA device
+gpu: $(BUILT)     ## the tests that need a CUDA device, then memory, speed and energy of the methods on it
+	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device, and torch sees none here')"
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m benchmarks.gpu
 
 bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmarks/results
-	$(BIN)/python benchmarks/peers.py $(ARGS)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 readme: $(BUILT)     ## write the tables of README.md from benchmarks/results
 	$(BIN)/python benchmarks/readme.py

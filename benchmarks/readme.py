@@ -25,7 +25,7 @@ Line = dict[str, Any]
 
 def peers(results: Path) -> str:
     """Each way to train beside the frozen floor: one table a device, of the newest line for each mode and pair."""
-    lines = read_lines(results / "peers.jsonl", "python benchmarks/peers.py")
+    lines = read_lines(results / "peers.jsonl", "python -m benchmarks.peers")
     return "\n\n".join(peers_on(device, lines) for device in dict.fromkeys(line["device"] for line in lines))
 
 
@@ -34,20 +34,25 @@ def peers_on(device: str, lines: Sequence[Line]) -> str:
     modes = newest((line for line in here if "mode" in line), key="mode")
     pairs = newest((line for line in here if "pair" in line), key="pair")
     rows = [peers_row(line, pairs.get(json.dumps([line["mode"], "floor"]))) for line in modes.values()]
-    head = ["mode", "trainable", "step time / frozen floor [95 %]", "peak resident, GiB", "saved for backward, MiB"]
-    return f"{caption('python benchmarks/peers.py', [*modes.values(), *pairs.values()])}\n\n{table(head, rows)}"
+    head = [
+        "mode",
+        "trainable",
+        "step time / frozen floor [95 %]",
+        "peak resident, GiB",
+        "while choosing",
+        "saved for backward, MiB",
+    ]
+    return f"{caption('python -m benchmarks.peers', [*modes.values(), *pairs.values()])}\n\n{table(head, rows)}"
 
 
 def peers_row(line: Line, pair: Line | None) -> list[str]:
-    saved = f"{line['saved_bytes'] / 2**20:.1f}"
-    if line["saved_formula"] is not None:
-        saved += f" (by formula {line['saved_formula'] / 2**20:.1f})"
     return [
         line["mode"],
         f"{line['trainable']:,} ({line['trainable_share']:.2%})",
         step_time(line["mode"], pair),
         f"{line['peak_rss'] / 2**30:.2f}",
-        saved,
+        number(line["selection_peak_rss"], ".2f", 2**-30) if line["mode"].startswith("smt") else "-",
+        f"{line['saved_bytes'] / 2**20:.1f}",
     ]
 
 
@@ -59,7 +64,56 @@ def step_time(mode: str, pair: Line | None) -> str:
     return f"{pair['ratio_median']:.3f} [{pair['ratio_low']:.3f}, {pair['ratio_high']:.3f}]"
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers}
+GPU_HEAD = [
+    "method",
+    "",
+    "trainable",
+    "tokens/s",
+    "step, ms",
+    "of the matmul rate",
+    "counted, GiB",
+    "allocator, GiB",
+    "residue",
+    "reserved, GiB",
+    "NVML, GiB",
+    "J a step",
+]
+
+
+def gpu(results: Path) -> str:
+    """The methods on a GPU: one table a device and model; a sentence where none was at hand."""
+    command = "python -m benchmarks.gpu"
+    if not (results / "gpu.jsonl").exists():
+        return f"Not measured yet: no GPU was at hand. `make gpu` (`{command}`) measures and writes this table."
+    lines = read_lines(results / "gpu.jsonl", command)
+    return "\n\n".join(gpu_on(device, lines, command) for device in dict.fromkeys(line["device"] for line in lines))
+
+
+def gpu_on(device: str, lines: Sequence[Line], command: str) -> str:
+    here = newest((line for line in lines if line["device"] == device), key="method")
+    return f"{caption(command, [*here.values()])}\n\n{table(GPU_HEAD, map(gpu_row, here.values()))}"
+
+
+def gpu_row(line: Line) -> list[str]:
+    return [
+        line["method"],
+        "measured",
+        f"{line['trainable']:,} ({line['trainable_share']:.2%})",
+        number(line["tokens_per_second"], ",.0f"),
+        number(line["step_seconds_median"], ".1f", 1e3),
+        number(line["utilization"], ".1%"),
+        *(number(line[size], ".2f", 2**-30) for size in ("counted", "requested")),
+        number(line["residue"], ".1%"),
+        *(number(line[size], ".2f", 2**-30) for size in ("reserved", "nvml_process")),
+        number(line["joules_per_step"], ".1f"),
+    ]
+
+
+def number(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "-" if value is None else format(value * factor, form)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers, "gpu": gpu}
 
 
 def read_lines(path: Path, command: str) -> list[Line]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,7 +27,7 @@ UNENDING = 10**6
 """Optimizer steps that the learning rate's course is laid out for: a bench never comes to its end."""
 GRACE = 600.0
 """Seconds beyond --minutes for loading and for choosing what is trained, after which a run is stopped."""
-OWN = ("--repeat", "--steps", "--minutes", "--into", "--config")
+OWN = ("--repeat", "--steps", "--minutes", "--into", "--against", "--config", "-c", "-h", "--help")
 MEASURED = (
     "--trainer.limit_val_batches=0",
     "--trainer.num_sanity_val_steps=0",
@@ -43,10 +45,11 @@ def parser() -> argparse.ArgumentParser:
     """The command line of the verb; what it does not know goes to each fit."""
     out = argparse.ArgumentParser(prog="lit-sparse bench", description=__doc__, allow_abbrev=False)
     out.add_argument("yamls", nargs="*", help="methods to compare; a.yaml+b.yaml is both at once (default: all)")
-    out.add_argument("--config", action="append", default=[], help="a YAML that is common to all of them")
+    out.add_argument("-c", "--config", action="append", default=[], help="a YAML that is common to all of them")
     out.add_argument("--steps", type=int, default=5, help="timed steps of each run (default 5)")
     out.add_argument("--minutes", type=float, help="most minutes of training of each run")
     out.add_argument("--repeat", type=int, default=1, help="runs of each, all in turn (default 1)")
+    out.add_argument("--against", metavar="YAML", help="do steps in turn with this one's, and show the ratio of times")
     out.add_argument("--into", default="runs/bench", help="folder of the runs (default runs/bench)")
     out.epilog = (
         "Any key of `lit-sparse fit` goes to all runs, as in --model.base NAME or --data.batch_size 8. Without data of "
@@ -62,10 +65,17 @@ def bench(argv: Sequence[str]) -> int:
         BadInput: if what is asked for makes no sense; runs that are refused are results.
     """
     own, passed = split(argv)
-    asked = parser().parse_args(own)
-    if asked.repeat < 1 or asked.steps < 1 or (asked.minutes is not None and asked.minutes <= 0):
-        raise BadInput(f"--repeat {asked.repeat}, --steps {asked.steps}, --minutes {asked.minutes}: must be above 0.")
-    jobs = [job(yaml_, asked, passed) for yaml_ in asked.yamls or [path.name for path in methods()]]
+    asked = parser().parse_intermixed_args(own)  # YAMLs may stand between options
+    if asked.repeat < 1 or asked.steps < 1 or (asked.minutes is not None and not 0 < asked.minutes < math.inf):
+        raise BadInput(
+            f"--repeat {asked.repeat}, --steps {asked.steps} and --minutes {asked.minutes} were asked for; "
+            "give numbers above 0."
+        )
+    against = None if asked.against is None else job(asked.against, asked, passed)
+    jobs = [
+        replace(job(yaml_, asked, passed), against=against)
+        for yaml_ in asked.yamls or [path.name for path in methods()]
+    ]
     names = [one.name for one in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise BadInput(f"{twice[0]} is asked for twice; name each way to train once, and give --repeat.")
@@ -79,10 +89,10 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     words = list(argv)
     while words:
         word = words.pop(0)
-        ours = not word.startswith("-") or word.partition("=")[0] in (*OWN, "-h", "--help")
+        ours = not word.startswith("-") or word.partition("=")[0] in OWN
         into = own if ours else passed
         into.append(word)
-        takes_value = word.startswith("--") and "=" not in word and word != "--help"
+        takes_value = word.startswith("-") and "=" not in word
         if takes_value and words and not words[0].startswith("--"):
             into.append(words.pop(0))
     return own, passed
@@ -102,7 +112,7 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
     command = [sys.executable, "-m", "lit_sparse", "fit", *configs, *MEASURED, *most, *passed]
     packages = [Path(package.__path__[0]) for package in (lit_sparse, lit_sparse_kernels, lit_sparse_profiling)]
     settings = {
-        **{path.name: path.read_text(encoding="utf-8") for path in files},
+        **{str(path): path.read_text(encoding="utf-8", errors="surrogateescape") for path in files},
         **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
         "code": sources(packages),
     }
@@ -125,17 +135,19 @@ def existing(name: str) -> Path:
 
 
 def has_data(files: Sequence[Path], passed: Sequence[str]) -> bool:
-    """Whether the training data are named."""
-    return any(word.startswith("--data") for word in passed) or any("data" in _keys(path) for path in files)
+    """Whether it is said which training data these are; a batch size alone does not say it."""
+    words = {word.partition("=")[0] for word in passed}
+    return not words.isdisjoint(("--data", "--data.class_path")) or any(map(_names_data, files))
 
 
-def _keys(path: Path) -> set[str]:
-    """Top-level keys of a YAML; none if it cannot be read, which its fit will say."""
+def _names_data(path: Path) -> bool:
+    """Whether a YAML says which data; no if it cannot be read, which its fit will say."""
     try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        return set()
-    return set(document) if isinstance(document, dict) else set()
+        document = yaml.safe_load(path.read_bytes())
+    except (yaml.YAMLError, ValueError):  # the latter for what looks like a date and is none
+        return False
+    data = document.get("data") if isinstance(document, dict) else None
+    return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
 
 
 def max_time(minutes: float) -> str:
@@ -149,16 +161,17 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
     console = Console()
     done: list[Path] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+    # No thread that refreshes: processes are forked here, and `tick` refreshes
+    with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
         plan = turns(jobs, root, repeat)
         task = progress.add_task("bench", total=len(plan))
         for turn in plan:
             progress.update(task, description=f"{turn.job.name} ({turn.number} of {repeat})")
             done.append(turn.folder or execute(turn.job, root, limit, tick=progress.refresh))
-            progress.console.print(outcome(turn, done[-1]), highlight=False)
+            progress.console.print(outcome(turn, done[-1]), highlight=False, markup=False)
             progress.advance(task)
     report([str(folder) for folder in done])
-    console.print(f"The same again: lit-sparse report {root}", highlight=False)
+    console.print(f"The same again: lit-sparse report {root}", highlight=False, markup=False)
     return int(any(RunRecord.read(folder / "record.json").status == "failed" for folder in done))
 
 

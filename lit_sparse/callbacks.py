@@ -22,54 +22,37 @@ from lit_sparse_profiling.profiler import Plan, Profiler, Tokens, count_tokens, 
 from lit_sparse_profiling.record import RunRecord, Status
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
-CPU_OOM = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
-"""What torch says when the host's memory is used up; it has no exception of its own for that."""
+OOM = (
+    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
+"""What torch says when memory is used up elsewhere than in the CUDA allocator: it has no exception for that."""
 
 
 class PhaseProfiler(LightningProfiler):
-    """Tells a `Profile` where in a step Lightning is: forward, backward, optimizer step; and when it saves."""
+    """Tells a `Profile` what callbacks are not told: that an optimizer has stepped, and that a checkpoint is saved."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self.profile_ = profile
-        self._stepping = self._after_backward = False
 
     def start(self, action_name: str) -> None:
-        profiler, hook = self.profile_.profiler, action_name.rpartition(".")[2]
         if action_name == "save_checkpoint":
             self.profile_.leave_training("saving")
-        elif profiler is None:
-            return
-        elif hook in STRATEGY_PHASES and action_name.startswith("[Strategy]"):
-            profiler.begin_phase(STRATEGY_PHASES[hook])
-        elif hook == "optimizer_step":
-            self._stepping = True
 
     def stop(self, action_name: str) -> None:
-        profiler, hook = self.profile_.profiler, action_name.rpartition(".")[2]
         if action_name == "save_checkpoint":
             self.profile_.return_to_training("saving")
-        elif profiler is None:
-            return
-        elif hook in STRATEGY_PHASES and action_name.startswith("[Strategy]"):
-            profiler.end_phase(STRATEGY_PHASES[hook])
-            if hook == "backward" and self._stepping:  # the optimizer's own part of what Lightning calls its step
-                profiler.begin_phase("optimizer step")
-                self._after_backward = True
-        elif hook == "optimizer_step":
-            if self._after_backward:
-                profiler.end_phase("optimizer step")
-            self._stepping = self._after_backward = False
-
-
-STRATEGY_PHASES = {"training_step": "forward", "backward": "backward"}
+        elif action_name.rpartition(".")[2] == "optimizer_step":
+            self.profile_.after_optimizer_step()
 
 
 class Profile(Callback):
     """Measures a fit and leaves `folder/record.json`: `Trainer(callbacks=[Profile("runs/mine")])`, for any module.
 
-    A step is an optimizer step, with all the batches that it accumulates. A fit that fails or runs out of memory leaves
-    a record too, with what was known until then.
+    A step is an optimizer step, with all the batches that it accumulates. In manual optimization its forward is all
+    that is neither a backward nor an optimizer's step. A fit that fails or runs out of memory leaves a record too, with
+    what was known until then; one that is refused leaves none.
 
     Args:
         folder: Where the record goes; the folder's name is the run's.
@@ -83,24 +66,39 @@ class Profile(Callback):
         self.phases: Phases | None = None
         self._tokens = Tokens()
         self._step = 0
+        self._part: str | None = None
+        self._else: str | None = None
         self._nvml: NVML | None = None
         self._notes: list[str] = []
 
     # ---- the course of a fit
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        own = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it in a function
-        if stage == "fit" and isinstance(own, PassThroughProfiler):  # one of the user's stays
-            trainer.profiler = PhaseProfiler(self)  # pyright: ignore[reportAttributeAccessIssue]
+        if stage != "fit":
+            return
+        self.profiler, self.phases, self._nvml, self._notes = None, None, None, []
+        self._listen(trainer)
         device = trainer.strategy.root_device
-        if stage == "fit" and device.type == "cuda":
+        if device.type == "cuda":
             torch.cuda.synchronize(device)  # CUDA begins: what the process holds now is its context
             self._nvml = opened(device, self._notes)
             if self._nvml is not None:
                 self._nvml.mark_context()
 
+    def _listen(self, trainer: L.Trainer) -> None:
+        own = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it in a function
+        if isinstance(own, PassThroughProfiler):
+            trainer.profiler = PhaseProfiler(self)  # pyright: ignore[reportAttributeAccessIssue]
+        elif getattr(own, "profile_", None) is not self:  # one of the user's stays
+            self._notes.append(
+                f"The trainer has a {type(own).__name__} of its own, so that saving has no phase, nor the end of the "
+                "optimizer's step; leave trainer.profiler out for them."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.phases = phases_of(pl_module) or Phases(trainer.strategy.root_device)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.phases = getattr(pl_module, "phases", None) or Phases(pl_module.device)
         self.profiler = Profiler(
             pl_module,
             trainer.optimizers[0] if trainer.optimizers else None,
@@ -113,7 +111,8 @@ class Profile(Callback):
         self.profiler.notes += [note for note in self._notes if note not in self.profiler.notes]
         if len(trainer.optimizers) > 1:
             self.profiler.notes.append(f"The ledger has the first of {len(trainer.optimizers)} optimizers only.")
-        self._step = trainer.global_step
+        self._tokens, self._step, self._part = Tokens(), trainer.global_step, None
+        self._else = None if pl_module.automatic_optimization else "forward"
 
     def plan_of(self, module: L.LightningModule) -> Plan:
         """The plan, its trace in the run's folder."""
@@ -130,11 +129,13 @@ class Profile(Callback):
         assert self.profiler is not None
         if not self.profiler.in_step:
             self.profiler.begin_step(batch)
+        self._turn_to("forward")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert self.profiler is not None
+        self._turn_to(None)
         self._tokens.add(count_tokens(batch))
         if trainer.global_step == self._step:  # more batches are accumulated
             return
@@ -142,6 +143,25 @@ class Profile(Callback):
         self._tokens, self._step = Tokens(), trainer.global_step
         if self.profiler.done:
             trainer.should_stop = True
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        self._turn_to("backward")
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._turn_to(self._else)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._turn_to("optimizer step")
+
+    def after_optimizer_step(self) -> None:
+        """An optimizer has stepped."""
+        self._turn_to(self._else)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.profiler is not None:  # has been told so already, unless the trainer has a profiler of the user's
+            self.profiler.pause()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.leave_training("evaluation")
@@ -164,10 +184,13 @@ class Profile(Callback):
         if self.profiler is not None:
             self.profiler.abort()
             self.profiler.close()
-        if isinstance(exception, BadInput) or not trainer.is_global_zero or not self.folder.is_dir():
+        elif self._nvml is not None:
+            self._nvml.stop()
+        if trainer.state.fn != "fit" or isinstance(exception, BadInput) or not trainer.is_global_zero:
             return
-        reason = f"{type(exception).__name__}: {exception}".strip().splitlines()[0]
+        reason = f"{type(exception).__name__}: {exception}".strip(": \n").splitlines()[0]
         status: Status = "oom" if is_oom(exception) else "failed"
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.record(trainer, pl_module, status=status, reason=reason).write(self.folder / "record.json")
 
     # ---- phases
@@ -183,6 +206,18 @@ class Profile(Callback):
         """The phase `name` is over."""
         if self.phases is not None:
             self.phases.end(name)
+        if self.profiler is not None:
+            self.profiler.resume()
+
+    def _turn_to(self, part: str | None) -> None:
+        """What follows is that part of the step, None: none of them."""
+        if self.profiler is None or part == self._part:
+            return
+        if self._part is not None:
+            self.profiler.end_phase(self._part)
+        if part is not None:
+            self.profiler.begin_phase(part)
+        self._part = part
 
     # ---- the record
 
@@ -191,15 +226,22 @@ class Profile(Callback):
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         failed = fields.get("status", "ok") != "ok"
         measured = self.profiler.results(failed) if self.profiler is not None else {}
-        if not measured and self.phases is not None:
-            measured = {"phases": self.phases.to_list()}
+        phases = phases_of(module) or self.phases
+        if not measured and phases is not None:
+            measured = {"phases": phases.to_list()}
         return RunRecord(
             name=self.folder.name, **{"versions": versions, "settings": self.settings, **measured, **fields}
         )
+
+
+def phases_of(module: L.LightningModule) -> Phases | None:
+    """The stop-watch of a module that has one."""
+    phases = getattr(module, "phases", None)
+    return phases if isinstance(phases, Phases) else None
 
 
 def is_oom(exception: BaseException) -> bool:
     """Whether memory was used up, of the device or of the host."""
     if isinstance(exception, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(exception, RuntimeError) and any(text in str(exception) for text in CPU_OOM)
+    return isinstance(exception, RuntimeError) and any(text in str(exception) for text in OOM)

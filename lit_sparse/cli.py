@@ -1,6 +1,7 @@
 """The verbs of `lit-sparse`: LightningCLI's own, and plain functions beside them."""
 
 import argparse
+import dataclasses
 import inspect
 import shutil
 import sys
@@ -72,6 +73,8 @@ class CLI(LightningCLI):
         self.new_folder = False
         if self.subcommand != "fit":
             return
+        self.turns = config.profile.turns  # of this process: no part of the configuration that the run keeps
+        config.profile.turns = None
         root, name = Path(config.trainer.default_root_dir), config.run or self._run_name(config)
         if config.ckpt_path == "last":
             config.ckpt_path = str(last_checkpoint(root, name))
@@ -106,6 +109,7 @@ class CLI(LightningCLI):
             self.save_config_callback = None  # it would write into the runs' root
             return super().instantiate_trainer(logger=config.logger or False)
         plan, samples, steps = (self._get(self.config_init, key) for key in ("profile", "samples", "checkpoint_steps"))
+        plan = dataclasses.replace(plan, turns=self.turns)
         recorder = Recorder(self.folder, plan, self._dumped(), samples, steps)
         callbacks = [*(config.callbacks or []), recorder]
         more = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # beside the recorder's last one
@@ -187,20 +191,25 @@ def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
     return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
 
 
-def compare(argv: Sequence[str]) -> int:
-    """The verb `report`: its exit status, 1 if a baseline's gate failed.
-
-    Raises:
-        BadInput: if a path has no record, or a baseline cannot be read.
-    """
+def report_parser() -> argparse.ArgumentParser:
+    """The command line of `report`."""
     parser = argparse.ArgumentParser(prog="lit-sparse report", description="Compare runs by their records.")
     parser.add_argument("runs", nargs="+", help="run folders, folders of run folders, or files of records")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--check", metavar="FILE", help="a baseline: no run may have become worse than in there")
     parser.add_argument("--tolerance", default="5%", help="by how much memory and speed may be worse (default 5%%)")
     parser.add_argument("--save_baseline", metavar="FILE", help="keep these runs' figures as a baseline")
+    return parser
+
+
+def compare(argv: Sequence[str]) -> int:
+    """The verb `report`: its exit status, 1 if a baseline's gate failed.
+
+    Raises:
+        BadInput: if a path has no record, or a baseline cannot be read.
+    """
     try:
-        return report(**vars(parser.parse_args(argv)))
+        return report(**vars(report_parser().parse_args(argv)))
     except ValueError as error:
         raise BadInput(str(error)) from error
 

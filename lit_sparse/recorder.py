@@ -20,7 +20,9 @@ from lit_sparse.data.collate import Question, Questions
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
-from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.kernels import table as kernel_table
+from lit_sparse_profiling.profiler import EXAMINATION, LOOKED_INTO, Plan
+from lit_sparse_profiling.reconcile import findings
 from lit_sparse_profiling.record import ModelSize, RunRecord
 
 SAMPLE_TOKENS = 96
@@ -155,6 +157,10 @@ def print_summary(record: RunRecord, folder: Path, console: Console | None = Non
     """What a fit changed and what it took, as tables on the terminal."""
     console = console or Console()
     console.print(summary(record))
+    if record.kernels is not None:
+        console.print(kernel_table(record.kernels, rows=5))
+    for sentence in [*findings(record), *record.notes]:
+        console.print(sentence, markup=False, highlight=False)
     for sample in record.samples:
         console.print(answers(sample))
     console.print(f"Files: {folder}/ (config.yaml, record.json, metrics.csv, checkpoints/last.ckpt)")
@@ -182,14 +188,17 @@ def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.model is not None:
         model = record.model
         yield "trainable", f"{model.trainable:,} of {model.parameters:,} ({model.trainable / model.parameters:.2%})"
-    if record.throughput is not None:
+    throughput = record.throughput
+    if throughput is not None and throughput.tokens_per_second is not None:
         yield (
             "tokens/s (with padding)",
-            f"{record.throughput.tokens_per_second:,.0f} ({record.throughput.padded_tokens_per_second:,.0f})",
+            f"{throughput.tokens_per_second:,.0f} ({throughput.padded_tokens_per_second:,.0f})",
         )
     if record.memory is not None and record.memory.peak_resident is not None:
         yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
     for phase in record.phases:
+        if phase.name in LOOKED_INTO and phase.name != EXAMINATION:
+            continue  # parts of the examination
         peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
         yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_sparse import cli
+from lit_sparse import bench, cli
 from lit_sparse.configs import find_configs
 
 ROOT = Path(__file__).parents[1]
@@ -39,6 +39,13 @@ def test_a_command_is_one_that_parses(command, monkeypatch, capsys):
         parser.add_function_arguments(cli.VERBS[verb], as_positional=True)
         parser.parse_args(cli.switched_on(cli.VERBS[verb], words))
         return
+    if verb == "report":
+        cli.report_parser().parse_args(words)
+        return
+    if verb == "bench":
+        own, words = bench.split(words)
+        assert all(bench.existing(name).is_file() for name in bench.parser().parse_args(own).yamls)
+        verb = "fit"
     words = [word for word in words if not word.startswith("runs/")]
     parsed = [word for flag, word in itertools.pairwise(words) if flag == "--config"]
     assert all(Path(word).is_file() for word in parsed if not word.startswith("--")), command

@@ -6,12 +6,14 @@ out or takes back; blocks from before are unknown to it, so that it knows levels
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch._C._autograd import _profiler_enabled
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 CUDA = "CUDA caching allocator, bytes as requested"
@@ -50,7 +52,7 @@ def measured(device: torch.device | None = None) -> Iterator[Measured]:
 @contextmanager
 def _on_cuda(device: torch.device) -> Iterator[Measured]:
     result = Measured(method=CUDA)
-    before = torch.cuda.memory_stats(device)["requested_bytes.all.current"]
+    before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)  # empty before CUDA has begun
     torch.cuda.reset_peak_memory_stats(device)
     yield result
     after = torch.cuda.memory_stats(device)
@@ -72,36 +74,92 @@ def _on_cpu(device: torch.device) -> Iterator[Measured]:
 
 
 class CPUEvents:
-    """Records the CPU allocator's events from `start` to `stop`; `peak` and `left` count from `mark` on.
+    """Records the CPU allocator's events from `start` to `stop`.
 
     What happens between `start` and `mark` makes blocks known, so that it counts when they are freed after `mark`.
+
+    Attributes:
+        peak: Most bytes that were held at one time after `mark` above what was held there.
+        left: Bytes still held at the end above that.
+        others: Bytes given out after `start` that were held at `mark` at other addresses than those named there.
     """
 
     def __init__(self) -> None:
-        self.peak = 0
-        self.left = 0
+        self.peak = self.left = self.others = 0
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._named: frozenset[int] = frozenset()
 
     def start(self) -> None:
-        """Begin to record."""
+        """Begin to record.
+
+        Raises:
+            RuntimeError: if another torch.profiler runs.
+        """
+        if _profiler_enabled():  # torch would end that one without a word
+            raise RuntimeError("Allocations are to be recorded, but another torch.profiler runs; stop that one first.")
         self._profile.start()
 
-    def mark(self) -> None:
-        """Count from here on."""
+    def mark(self, named: Iterable[int] = ()) -> None:
+        """Count from here on; `named` are the addresses of blocks that the caller knows to be held here."""
+        self._named = frozenset(named)
         with record_function(MARK):
             pass
 
+    def close(self) -> None:
+        """End the recording without figures: what was to be measured failed, or did not come."""
+        self._profile.stop()
+
     def stop(self) -> None:
-        """End the recording and work out the figures."""
+        """End the recording and work out the figures.
+
+        Raises:
+            RuntimeError: if `mark` was never called.
+        """
         self._profile.stop()
         results = self._profile.profiler
         assert results is not None
         assert results.kineto_results is not None
-        events: list[Any] = results.kineto_results.events()
-        begin = next(event.start_ns() for event in events if event.name() == MARK)
-        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-        level = 0
-        for _, size in (change for change in changes if change[0] >= begin):
-            level += size
-            self.peak = max(self.peak, level)
-        self.left = level
+        events = list(_all(results.kineto_results.experimental_event_tree()))
+        begin = next((event.start_time_ns for event in events if event.name == MARK), None)
+        if begin is None:
+            raise RuntimeError("Allocations were recorded, but from no mark on; call mark between start and stop.")
+        changes = _changes(events)
+        held = _held([change for change in changes if change.when < begin])
+        self.others = sum(size for address, size in held.items() if address not in self._named)
+        for change in changes:
+            self.left += change.size if change.when >= begin else 0
+            self.peak = max(self.peak, self.left)
+
+
+class _Change(NamedTuple):
+    """Bytes given out (above 0) or taken back at an address, and when, in nanoseconds."""
+
+    when: int
+    size: int
+    address: int
+
+
+def _all(events: Iterable[Any]) -> Iterator[Any]:
+    """The events of a tree, parents first."""
+    ahead = list(events)
+    while ahead:
+        event = ahead.pop()
+        ahead.extend(event.children)
+        yield event
+
+
+def _changes(events: Iterable[Any]) -> list[_Change]:
+    """What the CPU's allocator did, in the course of time."""
+    fields = [(event.start_time_ns, event.extra_fields) for event in events if event.tag == _EventType.Allocation]
+    return sorted(_Change(when, it.alloc_size, it.ptr) for when, it in fields if it.device.type == "cpu")
+
+
+def _held(changes: Iterable[_Change]) -> dict[int, int]:
+    """The blocks that are held after these changes: bytes by address."""
+    held: dict[int, int] = {}
+    for change in changes:
+        if change.size > 0:
+            held[change.address] = change.size
+        else:
+            held.pop(change.address, None)
+    return held

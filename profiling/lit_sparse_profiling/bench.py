@@ -10,11 +10,14 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from lit_sparse_profiling.paired import Player, pair_of, play
 from lit_sparse_profiling.record import RunRecord, Status
 
 RECORD, JOB, LOG = "record.json", "bench.json", "log.txt"
@@ -24,6 +27,8 @@ REFUSED = 2
 FINAL: tuple[Status, ...] = ("ok", "oom", "refused")
 """What is a result; a run that failed is made again."""
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+ROOT = "--trainer.default_root_dir="
+"""The word of a command that says where it makes its folder."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,19 @@ class Job:
         name: Of the runs: their folders are `<name>-<n>`.
         command: What is executed; it makes the next free one of these folders, and a record in it.
         settings: What else makes its result another one: contents of files, versions.
+        against: A job whose timed steps take turns with this one's, for the ratio of their times; only that is kept.
     """
 
     name: str
     command: Sequence[str]
     settings: Mapping[str, str]
+    against: Job | None = None
 
     @property
     def identity(self) -> str:
         """A hash: runs of the same one are repetitions of each other."""
-        return hashlib.sha256(json.dumps([list(self.command), dict(self.settings)]).encode()).hexdigest()
+        against = None if self.against is None else self.against.identity
+        return hashlib.sha256(json.dumps([list(self.command), dict(self.settings), against]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,8 @@ def turns(jobs: Sequence[Job], root: Path, repeat: int) -> list[Turn]:
 
 def finished(root: Path, job: Job) -> list[Path]:
     """The folders of this very job's runs that have a result, oldest first."""
-    return [folder for folder in folders(root, job.name) if _identity(folder) == job.identity and _is_final(folder)]
+    ours = [folder for folder in folders(root, job.name) if _identity(folder) == job.identity]
+    return [folder for folder in ours if (record := _record(folder)) is not None and record.status in FINAL]
 
 
 def folders(root: Path, name: str) -> list[Path]:
@@ -85,16 +94,17 @@ def next_folder(root: Path, name: str) -> Path:
 
 def _identity(folder: Path) -> str | None:
     try:
-        return json.loads((folder / JOB).read_text(encoding="utf-8"))["identity"]
-    except (OSError, ValueError, KeyError):  # not ours, or killed while it was written: no result of this job
+        document = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not ours, or killed while it was written: no result of this job
         return None
+    return document.get("identity") if isinstance(document, dict) else None
 
 
-def _is_final(folder: Path) -> bool:
+def _record(folder: Path) -> RunRecord | None:
     try:
-        return RunRecord.read(folder / RECORD).status in FINAL
-    except (OSError, ValueError):  # killed before or while it was written
-        return False
+        return RunRecord.read(folder / RECORD)
+    except (OSError, ValueError):  # killed before or while it was written, or not ours
+        return None
 
 
 def execute(job: Job, root: Path, limit: float | None = None, tick: Callable[[], None] = lambda: None) -> Path:
@@ -108,26 +118,32 @@ def execute(job: Job, root: Path, limit: float | None = None, tick: Callable[[],
     """
     folder, log = next_folder(root, job.name), root / f"{job.name}.log"
     root.mkdir(parents=True, exist_ok=True)
-    code = _wait(job.command, log, limit, tick)
+    deadline = None if limit is None else time.monotonic() + limit
+    if job.against is None:
+        code, rounds = _wait(job.command, log, deadline, tick), []
+    else:
+        code, rounds = _in_turn(job, job.against, log, deadline, tick)
     folder.mkdir(exist_ok=True)  # the process made it, unless it failed before
     os.replace(log, folder / LOG)
-    if not (folder / RECORD).exists():
+    record = _record(folder)
+    if record is None:
         status, reason = verdict(code, (folder / LOG).read_text(encoding="utf-8", errors="replace"), limit)
         RunRecord(name=folder.name, status=status, reason=reason).write(folder / RECORD)
+    elif job.against is not None:
+        _compared(record, job.against.name, rounds).write(folder / RECORD)
     (folder / JOB).write_text(json.dumps({"identity": job.identity, "command": job.command}), encoding="utf-8")
     return folder
 
 
-def _wait(command: Sequence[str], log: Path, limit: float | None, tick: Callable[[], None]) -> int | None:
-    """The exit status of `command`; None if it was killed at the limit."""
-    begin = time.monotonic()
+def _wait(command: Sequence[str], log: Path, deadline: float | None, tick: Callable[[], None]) -> int | None:
+    """The exit status of `command`; None if it was killed at the deadline."""
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_preexec()
         )
         try:
             while process.poll() is None:
-                if limit is not None and time.monotonic() - begin > limit:
+                if deadline is not None and time.monotonic() > deadline:
                     return None
                 tick()
                 time.sleep(0.2)
@@ -138,16 +154,45 @@ def _wait(command: Sequence[str], log: Path, limit: float | None, tick: Callable
                 process.wait()
 
 
+def _in_turn(
+    job: Job, against: Job, log: Path, deadline: float | None, tick: Callable[[], None]
+) -> tuple[int | None, list[tuple[float, float]]]:
+    """The exit status of the job, and seconds of its steps and of the other's in each round."""
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [word if not word.startswith(ROOT) else f"{ROOT}{scratch}" for word in against.command]
+        player = Player(job.command, log, preexec_fn=_preexec())
+        try:
+            other = partial(Player, command, Path(scratch, "log.txt"), preexec_fn=_preexec())
+            rounds = play(player, other, deadline, tick)
+        finally:
+            code = player.end(deadline, tick)
+    return code, rounds
+
+
+def _compared(record: RunRecord, against: str, rounds: Sequence[tuple[float, float]]) -> RunRecord:
+    """The record with what its steps took of the other's; with a note where no steps took turns."""
+    if rounds:
+        return replace(record, pair=pair_of(against, rounds))
+    note = f"No step took turns with one of {against}: one of the two runs ended before its first timed step."
+    return replace(record, notes=[*record.notes, note])
+
+
 def _preexec() -> Callable[[], object] | None:
     """On Linux, a process that lost its bench ends too, rather than hold the device while the next bench measures."""
     if sys.platform != "linux":
         return None
-    libc = ctypes.CDLL(None)  # loaded here: not to be done between fork and exec
-    return lambda: libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    libc, bench = ctypes.CDLL(None), os.getpid()  # loaded here: not to be done between fork and exec
+
+    def end_with_bench() -> None:
+        libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        if os.getppid() != bench:  # it ended before it was listened for
+            os._exit(1)
+
+    return end_with_bench
 
 
 def verdict(code: int | None, log: str, limit: float | None) -> tuple[Status, str]:
-    """How a process ended that left no record, and why, in a sentence."""
+    """How a process ended that left no whole record, and why, in a sentence."""
     refusals = REFUSAL.findall(log)
     lines = [line for line in log.splitlines() if line.strip()]
     if code is None:
@@ -157,7 +202,7 @@ def verdict(code: int | None, log: str, limit: float | None) -> tuple[Status, st
     if code < 0:
         hint = "; Linux ends so what takes too much memory" if -code == signal.SIGKILL else ""
         return "failed", f"the process was ended by {signal.Signals(-code).name}{hint}."
-    return "failed", f"exit status {code} without a record; the log ends: {lines[-1] if lines else '(empty)'}"
+    return "failed", f"exit status {code} without a whole record; the log ends: {lines[-1] if lines else '(empty)'}"
 
 
 def sources(folders: Sequence[Path]) -> str:

@@ -7,7 +7,7 @@ allocator's own peak has beyond this count was allocated inside operations, wher
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
 from lit_sparse_profiling.record import Held, Ledger
 
 SAVED, TEMPORARY, BATCH, GRADIENTS = "saved", "temporaries", "batch", "gradients"
+COURSE = "course"
+"""Where a step is said to be as long as nobody tells."""
 Sizes = dict[str, int]
 
 
@@ -70,7 +72,7 @@ class Counter(TorchDispatchMode):
         peak: The same at the moment when it was most.
         phase: What the step is at, told by whoever runs it; `peak_phase` is that of the peak.
         saved_peak: The most that was saved for backward at one time.
-        start: Bytes alive when the count began.
+        start: Bytes alive when the block began, in all categories.
     """
 
     def __init__(
@@ -83,16 +85,15 @@ class Counter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.device = device or next(model.parameters()).device
-        self.phase = self.peak_phase = "forward"
+        self.phase = self.peak_phase = COURSE
         self.now: Sizes = {}
         self.peak: Sizes = {}
         self.saved_peak = 0
-        self._total = self._peak_total = 0
+        self.start = self._total = self._peak_total = 0
         self._blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         for category, members in {**categories(model, optimizer, strategy_state), BATCH: tensors(batch)}.items():
             for tensor in members:
                 self.blocks(tensor, category)
-        self.start = self._total
         self._weights = [p for group in (optimizer.param_groups if optimizer else []) for p in group["params"]]
         self._weights += [p for p in model.parameters() if p.requires_grad]
 
@@ -100,6 +101,7 @@ class Counter(TorchDispatchMode):
 
     def __enter__(self) -> Counter:
         super().__enter__()
+        self.start = self._total  # here: a strategy's state may be copies, which live no longer than the constructor
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
         self._hooks.__enter__()
         self._handles = [
@@ -124,6 +126,10 @@ class Counter(TorchDispatchMode):
         if parameter.grad is not None:  # a fused optimizer's hook may have taken it away
             for block in self.blocks(parameter.grad):
                 self.change(block, category=block.category or GRADIENTS)
+
+    def addresses(self) -> Iterator[int]:
+        """Where the storages that are counted now are."""
+        return (storage.data_ptr() for storage in self._blocks)
 
     # ---- the count
 

@@ -20,18 +20,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse_profiling.allocator import CPU, CUDA, CPUEvents
-from lit_sparse_profiling.counted import Counter
+from lit_sparse_profiling.ceilings import DTYPES
+from lit_sparse_profiling.counted import COURSE, Counter
 from lit_sparse_profiling.kernels import KernelProfile, OpCounts, ceilings
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.nvml import NVML, NVMLMissing
+from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.record import Allocator, Device, Kernels, Memory, RunRecord, Throughput
 
 Stage = str
-"""warm-up, lead-in, examined, kernels, or timed."""
+"""warm-up, lead-in, examined, kernels, or timed; and interrupted, which is none of these any more."""
 TRAINING, EXAMINATION, EXAMINED = "training", "examination", "examined step"
+INTERRUPTED: Stage = "interrupted"
 LOOKED_INTO = (EXAMINATION, EXAMINED, "forward", "backward", "optimizer step")
 """Phases in which the profiler's own tools take memory of the process too."""
+GIVEN_UP = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
+ATTEMPTS = 5
+"""How often the steps of one kind are begun anew when evaluation or saving comes in between."""
 STEPS_HELD = 512
 """Time stamps kept before they are read: reading them waits for the device, once."""
 
@@ -46,6 +52,8 @@ class Plan:
         profiled: Steps after these in which each kernel (on a CPU, each op) is timed.
         trace: A file for the Chrome trace of these; null writes none.
         timed: After how many timed steps to stop; null goes on to the end of training.
+        turns: Two file descriptors, "READ,WRITE", through which another run and this one do timed steps in turn (a
+            bench gives them); null steps on at once.
 
     Raises:
         ValueError: if a number is negative.
@@ -56,6 +64,7 @@ class Plan:
     profiled: int = 2
     trace: str | None = None
     timed: int | None = None
+    turns: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("warmup", "profiled", "timed"):
@@ -73,7 +82,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: list[float] = []
-        self._cuda = device.type == "cuda"
+        self._device, self._cuda = device, device.type == "cuda"
         self._stamps: list[Any] = []
 
     @property
@@ -101,7 +110,7 @@ class Stopwatch:
         if not self._cuda:
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))  # which need not be the current device's
         return event
 
 
@@ -134,7 +143,6 @@ class _Examined:
     ops: OpCounts
     allocator: Allocator | None = None
     stack: ExitStack = field(default_factory=ExitStack)
-    events: CPUEvents | None = None
     before: tuple[int, int] = (0, 0)
 
 
@@ -158,7 +166,8 @@ class Profiler:
         optimizer: Its optimizer, for the ledger.
         plan: Which steps are for what.
         device: Where the model is; taken from its first parameter.
-        dtype: Of the computation, for the ceiling that FLOP/s are compared with; taken from the first parameter.
+        dtype: Of the computation, for the ceiling that FLOP/s are compared with; taken from the first parameter in
+            which products can be timed.
         phases: A stop-watch to go on with; none makes a new one.
         nvml: The sampler of the device, if it is open already; opened before the first tensor, it knows the context.
         state: Gives the tensors that an update strategy keeps, for the ledger.
@@ -178,7 +187,8 @@ class Profiler:
     ) -> None:
         first = next(model.parameters())
         self.model, self.optimizer, self.plan, self.state = model, optimizer, plan, state
-        self.device, self.dtype = device or first.device, dtype or first.dtype
+        self.device = with_index(device or first.device)
+        self.dtype = dtype or next((p.dtype for p in model.parameters() if p.dtype in DTYPES), first.dtype)
         self.phases = phases or Phases(self.device)
         self.notes: list[str] = []
         self.timed = 0
@@ -186,7 +196,11 @@ class Profiler:
         self._stages = plan.stages()
         self._stage: Stage | None = None
         self._phase: str | None = None
+        self._parts: list[str] = []
+        self._attempts: dict[Stage, int] = {}
+        self._interrupted = 0
         self._watch = Stopwatch(self.device)
+        self._turns = None if plan.turns is None else Turns(plan.turns)
         self._tokens = Tokens()
         self._kernels: KernelProfile | None = None
         self._kernel_steps = 0
@@ -225,18 +239,22 @@ class Profiler:
     def begin_phase(self, name: str) -> None:
         """The same without a `with`."""
         if self._stage == "examined" and self._examined is not None:
+            self._parts.append(name)
             self._examined.counter.phase = name
             self.phases.begin(name)
 
     def end_phase(self, name: str) -> None:
-        """The same without a `with`."""
-        if self._stage == "examined":
+        """The same without a `with`; one that did not begin, or whose step was interrupted, need not end."""
+        if name in self._parts and self._examined is not None:
+            self._parts.remove(name)
+            self._examined.counter.phase = self._parts[-1] if self._parts else COURSE
             self.phases.end(name)
 
     @property
     def done(self) -> bool:
         """Whether as many steps were timed as the plan asks for."""
-        return self.plan.timed is not None and self.timed >= self.plan.timed
+        planned = self._stages or self.in_step
+        return self.plan.timed is not None and not planned and self.timed >= self.plan.timed
 
     @property
     def in_step(self) -> bool:
@@ -248,31 +266,54 @@ class Profiler:
         self._stage = stage = self._stages.popleft() if self._stages else "timed"
         self._enter(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
         if self._stage == "lead-in" and self.device.type != "cuda":
-            self._lead = CPUEvents()
-            self._lead.start()
+            lead = CPUEvents()
+            lead.start()
+            self._lead = lead
         elif self._stage == "examined":
             self._begin_examination(batch)
         elif self._stage == "kernels" and self._kernels is None:
-            self._kernels = KernelProfile(self.device, None if self.plan.trace is None else Path(self.plan.trace))
-            self._kernels.start()
-        elif self._stage == "timed" and not self._watch.running:
-            self._watch.stamp()
+            kernels = KernelProfile(self.device, None if self.plan.trace is None else Path(self.plan.trace))
+            kernels.start()
+            self._kernels = kernels
+        elif self._stage == "timed":
+            self._begin_timed()
+
+    def _begin_timed(self) -> None:
+        if self._turns is not None:
+            self._turns.wait()
+        if self._watch.running:
+            return
+        self._watch.stamp()
+        if self.nvml is not None:
+            self.nvml.begin_window()
+
+    def _end_timed(self) -> None:
+        self._watch.stamp()
+        self.timed += 1
+        if self._turns is not None:
+            self._close_window()
+            self._turns.done(self._watch.seconds[-1])
+
+    def _close_window(self) -> None:
+        if self._watch.running:
+            self._watch.close()
             if self.nvml is not None:
-                self.nvml.begin_window()
+                self.nvml.end_window()
 
     def end_step(self, tokens: tuple[Tensor | int, int] | None = None) -> None:
         """The step that begun last has ended. `tokens`: without and with padding."""
         stage, self._stage = self._stage, None
         if stage == "timed":
-            self._watch.stamp()
             self._tokens.add(tokens)
-            self.timed += 1
+            self._end_timed()
         elif stage == "examined":
             self._end_examination()
         elif stage == "kernels":
             self._kernel_steps += 1
             if not self._stages:
                 self._stop_kernels()
+        elif stage == INTERRUPTED:
+            self._interrupted += 1
 
     def _enter(self, phase: str | None) -> None:
         """Be in that phase of the loop, which goes on between its steps."""
@@ -285,32 +326,64 @@ class Profiler:
         self._phase = phase
 
     def pause(self) -> None:
-        """Something other than training follows: evaluation, saving. What was timed ends here."""
+        """Something other than training follows: evaluation, saving. What was timed ends here.
+
+        Steps that are looked into go together: if this comes in between, they are begun anew. So they are if it comes
+        in the middle of one; a timed step then does not count.
+        """
         self._enter(None)
-        if self._watch.running:
-            self._watch.close()
-            if self.nvml is not None:
-                self.nvml.end_window()
-        if self._lead is not None and self._examined is None:  # its blocks would be those of something else
-            self._lead.stop()
-            self._lead = None
-            self._stages.appendleft("lead-in")
-        if self._kernels is not None and self._stage is None and not self._profiled:
+        self._close_window()
+        if self._kernel_steps and not self._profiled and not self.in_step:
             self._stop_kernels()
+        self._put_off(self._take_off())
+        if self.in_step:
+            self._stage = INTERRUPTED
+
+    def resume(self) -> None:
+        """What `pause` was for is over: if it came in the middle of a step, the rest is training."""
+        if self.in_step:
+            self._enter(TRAINING)
 
     def abort(self) -> None:
-        """The step failed: whatever looks into it is taken off."""
+        """The step failed: whatever looks into it is taken off, and none of those that follow is looked into."""
+        self._take_off()
         self._stage = None
-        if self._examined is not None and self._examined.allocator is None:
-            self._examined.stack.close()
         self._stages.clear()
         self.pause()
 
     def close(self) -> None:
         """The loop has ended."""
         self.pause()
+        self._stage = None
         if self.nvml is not None:
             self.nvml.stop()
+
+    def _take_off(self) -> list[Stage]:
+        """Take off, without a result, what looks into a step or waits for the next; gives the stages to do again."""
+        unfinished = self._examined is not None and self._examined.allocator is None
+        if unfinished or self._lead is not None:
+            self._drop_examination()
+            return ["lead-in", "examined"]
+        if self._kernels is not None and not self._profiled:
+            self._kernels.close()
+            self._kernels, self._kernel_steps = None, 0
+            return ["kernels"] * self.plan.profiled
+        return []
+
+    def _put_off(self, again: list[Stage]) -> None:
+        """Plan these stages for the steps that follow, unless that was tried often enough."""
+        if not again:
+            return
+        name = again[-1]
+        self._attempts[name] = self._attempts.get(name, 0) + 1
+        others = [stage for stage in self._stages if stage not in again]
+        if self._attempts[name] < ATTEMPTS:
+            self._stages = deque(again + others)
+            return
+        self._stages = deque(others)
+        self.notes.append(
+            f"{GIVEN_UP[name]}: in {ATTEMPTS} attempts evaluation or saving came in between; do these less often."
+        )
 
     # ---- the examined step
 
@@ -319,14 +392,12 @@ class Profiler:
             raise RuntimeError("a step is to be examined without the one before; this is an error of the profiler.")
         gc.collect()  # here and at the end: reference cycles are no leak, and their end is not this step's
         self.phases.begin(EXAMINED)
-        if self._lead is not None:
-            self._lead.mark()
         counter = Counter(self.model, self.optimizer, self.state(), batch, self.device)
-        examined = _Examined(counter, OpCounts(), events=self._lead, before=self._level())
-        examined.stack.callback(self._end_events)
-        examined.stack.enter_context(examined.counter)
+        self._examined = examined = _Examined(counter, OpCounts(), before=self._level())
+        if self._lead is not None:
+            self._lead.mark(counter.addresses())
+        examined.stack.enter_context(counter)
         examined.stack.enter_context(examined.ops)
-        self._examined = examined
 
     def _level(self) -> tuple[int, int]:
         """Bytes asked for of the CUDA allocator and not given back, and the ledger's."""
@@ -335,22 +406,31 @@ class Profiler:
             return 0, held
         return torch.cuda.memory_stats(self.device)["requested_bytes.all.current"], held
 
-    def _end_events(self) -> None:
+    def _drop_examination(self) -> None:
+        for name in reversed(self._parts.copy()):
+            self.end_phase(name)
+        if self._examined is not None:
+            self._examined.stack.close()
+            self.phases.end(EXAMINED)
+            self._examined = None
         if self._lead is not None:
-            self._lead.stop()
-        self._lead = None
+            self._lead.close()
+            self._lead = None
 
     def _end_examination(self) -> None:
         examined = self._examined
         assert examined is not None
         gc.collect()
         examined.stack.close()
+        events, self._lead = self._lead, None
+        if events is not None:
+            events.stop()
         self.phases.end(EXAMINED)
         level, held = self._level()
         growth = held - examined.before[1]
-        if examined.events is not None:
-            start = examined.counter.start
-            examined.allocator = Allocator(CPU, start + examined.events.peak, examined.events.left - growth)
+        if events is not None:
+            begun = examined.counter.start + events.others
+            examined.allocator = Allocator(CPU, begun + events.peak, events.left - growth)
         else:
             examined.allocator = self._cuda_allocator(level - examined.before[0] - growth)
 
@@ -418,8 +498,12 @@ class Profiler:
             "throughput": self.throughput(),
             "driver": self.nvml.result() if self.nvml is not None else None,
             "kernels": None if failed else self.kernels(),
-            "notes": self.notes,
+            "notes": [*self.notes, *self._uncounted()],
         }
+
+    def _uncounted(self) -> Iterator[str]:
+        if self._interrupted:
+            yield f"Steps not measured, since evaluation or saving came in the middle of them: {self._interrupted}."
 
     def record(self, name: str, **fields: Any) -> RunRecord:
         """The record of the loop; `fields` are further ones, or win over what was measured."""
@@ -438,6 +522,13 @@ def opened(device: torch.device, notes: list[str]) -> NVML | None:
         return None
     nvml.start()
     return nvml
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device as its tensors name it: "cuda" alone is the current one."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def count_tokens(batch: Any) -> tuple[Tensor | int, int] | None:

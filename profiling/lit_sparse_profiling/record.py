@@ -145,6 +145,23 @@ class Memory:
     allocator: Allocator | None = None
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Step times of this run over those of another, whose steps took turns with its own.
+
+    Attributes:
+        against: Name of the other.
+        median: Of the rounds' ratios; `low` to `high` is its 95 % bootstrap interval, `highest` the worst round.
+    """
+
+    against: str
+    median: float
+    low: float
+    high: float
+    highest: float
+    rounds: int
+
+
 Attribution = Literal["own pid", "only process", "device delta"]
 
 
@@ -322,6 +339,7 @@ class RunRecord:
     ledger: Ledger | None = None
     memory: Memory | None = None
     throughput: Throughput | None = None
+    pair: Pair | None = None
     driver: Driver | None = None
     kernels: Kernels | None = None
     outcome: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -1,123 +1,128 @@
-"""The comparison with the peers: what it promises of its own numbers, on the tiny model."""
+"""The comparison with the peers: its floor, its lines out of records, and what it promises of its own numbers."""
 
 import json
-from io import StringIO
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
-from benchmarks import peer, peers, readme
-from lit_sparse.strategies import SMT
+from benchmarks import gpu, peers, provenance, readme
+from benchmarks.floor import Floor
+from lit_sparse.modules import CausalLM
+from lit_sparse.strategies.base import no_probe
+from lit_sparse.testing import tiny_llm
+from lit_sparse_profiling.record import (
+    Allocator,
+    Device,
+    Driver,
+    Held,
+    Kernels,
+    Ledger,
+    Memory,
+    ModelSize,
+    Pair,
+    Phase,
+    RunRecord,
+    Throughput,
+)
 
-TINY = peer.WORKLOADS["tiny"]
+VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "python": "3.11"}
+PEERS = peers.PEERS
 
 
-class Clock:
-    """Stands in for a worker: every step of `name` takes what `seconds` says."""
+def record(name: str, **fields: Any) -> RunRecord:
+    known: dict[str, Any] = {
+        "versions": VERSIONS,
+        "device": Device("cpu", "x86_64", cores=2),
+        "model": ModelSize("demo", 1000, 10),
+        "phases": [Phase("selection", 1.5, 1, peak_rss=2**30), Phase("training", 9.0, 1, peak_rss=2**31)],
+        "memory": Memory(2**31, "VmHWM", saved_for_backward=5 * 2**20),
+        "throughput": Throughput(100, 100, 2.0, 2, median_step=1.0, flops=10**9),
+    }
+    return RunRecord(name=name, **{**known, **fields})
 
-    def __init__(self, name: str, seconds: float, log: list[str]) -> None:
-        self.name, self.seconds, self.log = name, seconds, log
 
-    def ask(self, command: str) -> float:
-        self.log.append(self.name)
-        return self.seconds
+def write_runs(into: Path, **changed: Any) -> None:
+    """One run of each peer in the folders that the benches make."""
+    pair = Pair("floor", 1.02, 0.98, 1.04, 1.2, 12)
+    for folder, names, of in (
+        ("alone", [peers.FLOOR], None),
+        ("floor", PEERS[1:], pair),
+        ("lora_all", [peers.SMT_1, peers.SMT_5], Pair("lora_all", 0.9, 0.88, 0.92, 0.99, 12)),
+    ):
+        for name in names:
+            run = into / folder / f"{name}-1"
+            run.mkdir(parents=True)
+            record(f"{name}-1", **{"pair": of, **changed}).write(run / "record.json")
+
+
+def judged(*lines: dict[str, Any]) -> list[bool]:
+    return [met for _, met in peers.verdicts(lines)]
 
 
 def mode(name: str, **figures: Any) -> dict[str, Any]:
-    peaks = {"peak_rss": 2**30, "peak_rss_returned": 2**30, "selection_peak_rss_returned": 0}
-    known = {"trainable": 10, **peaks, "saved_bytes": 7, "saved_formula": None}
-    return {"mode": name, **known, **figures}
+    return {"mode": name, "trainable": 10, "peak_rss": 2**30, **figures}
 
 
 def pair(first: str, second: str, high: float, highest: float) -> dict[str, Any]:
     return {"pair": [first, second], "ratio_high": high, "ratio_max": highest, "rounds": 5}
 
 
-def judged(*lines: dict[str, Any]) -> list[bool]:
-    return [met for _, met in peers.verdicts({peers.key(line): line for line in lines})]
+# ---- the floor
 
 
-def test_both_files_name_the_same_modes() -> None:
-    assert tuple(peer.MODES) == peers.MODES
-    assert {mode for pair in peers.PAIRS for mode in pair} == set(peers.MODES)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+def test_the_floor_has_a_backward_and_moves_nothing(kind: str) -> None:
+    task = CausalLM(base=tiny_llm(kind))  # pyright: ignore[reportArgumentType]
+    model = task.build().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    floor = Floor()
+    floor.attach(model, no_probe)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1.0)
+    ids = torch.randint(96, (2, 12))
+    loss = task.loss({"input_ids": ids, "labels": ids})[0]
+    assert loss.requires_grad
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    optimizer.step()
+    floor.detach(model)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", [name for name in peers.MODES if name.startswith("SMT")])
-def test_saved_bytes_equal_the_formula(name: str) -> None:
-    line = peer.Training(name, TINY).measure()
-    assert line["saved_bytes"] == line["saved_formula"]
-    assert line["trainable"] > 0
+# ---- lines and promises
 
 
-def test_the_formula_holds_above_the_first_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    choice = {"model.layers.1.self_attn.k_proj": {"size": [8, 8], "index": [[0, 1], [1, 2]]}}
-    (tmp_path / "blocks.json").write_text(json.dumps(choice))
-    monkeypatch.setitem(peer.MODES, "SMT 5 %", lambda work, model: [SMT(blocks=str(tmp_path / "blocks.json"))])
-    line = peer.Training("SMT 5 %", TINY).measure()
-    assert line["lowest_layer"] == 1
-    assert line["saved_bytes"] == line["saved_formula"]
+def test_every_peer_has_a_yaml_that_names_what_it_is() -> None:
+    for words in peers.commands(Path("x"), 3, []):
+        for word in words:
+            path = Path(word.removeprefix("--config=").removeprefix("--against="))
+            if path.suffix == ".yaml" and path.name != "full.yaml":
+                assert isinstance(yaml.safe_load(path.read_text())["model"], dict), path
 
 
-def test_equal_counts_are_equal() -> None:
-    ours, theirs = (peer.Training(name, TINY) for name in (peers.SMT_LORA, peers.LORA_QKV))
-    assert sum(p.numel() for p in ours.trained) == sum(p.numel() for p in theirs.trained) > 0
+def test_lines_are_what_the_readme_reads(tmp_path: Path) -> None:
+    write_runs(tmp_path / "runs")
+    found = peers.lines(tmp_path / "runs")
+    assert sum("mode" in line for line in found) == len(PEERS)
+    assert [line["pair"] for line in found if "pair" in line][-2:] == [["smt_0.84", "lora_all"], ["smt_5", "lora_all"]]
+    assert found[0]["trainable"] == 0  # the floor's stand-in is no trained weight
+    (tmp_path / "peers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
+    table = readme.peers(tmp_path)
+    assert "| floor | 0 (0.00%) | 1 | 2.00 | - | 5.0 |" in table
+    assert "| smt_5 | 10 (1.00%) | 1.020 [0.980, 1.040] | 2.00 | 1.00 | 5.0 |" in table
 
 
-def test_the_floor_trains_nothing_and_reaches_the_first_layer() -> None:
-    training = peer.Training(peers.FLOOR, TINY)
-    leaves: list[torch.Tensor] = []
-
-    def keep(module: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
-        leaves.append(output)
-
-    training.loss(training.batch)  # the first also finds out how the head works, in passes of its own
-    for name in ("q_proj", "k_proj", "v_proj"):
-        training.model.get_submodule(f"model.layers.0.self_attn.{name}").register_forward_hook(keep)
-    before = {name: value.clone() for name, value in training.model.state_dict().items()}
-    training.step()
-    assert [leaf.grad is not None and bool(leaf.grad.any()) for leaf in leaves] == [True, True, True]
-    assert training.trained == []
-    assert all(torch.equal(value, before[name]) for name, value in training.model.state_dict().items())
-
-
-def test_a_step_trains() -> None:
-    training = peer.Training(peers.SMT_5, TINY)
-    first = training.loss(training.batch)
-    for _ in range(5):
-        training.step()
-    assert training.loss(training.batch) < first
-
-
-def test_commands_are_answered_in_lines_of_json() -> None:
-    class Stub:
-        def step(self) -> float:
-            return 0.5
-
-        def measure(self) -> dict[str, int]:
-            return {"trainable": 3}
-
-    answers = StringIO()
-    peer.serve(Stub(), StringIO("step\nmeasure\n"), answers)  # pyright: ignore[reportArgumentType]
-    assert [json.loads(line) for line in answers.getvalue().splitlines()] == [0.5, {"trainable": 3}]
-
-
-def test_steps_alternate_and_the_ratio_keeps_its_sense() -> None:
-    log: list[str] = []
-    slow, fast = Clock("slow", 3.0, log), Clock("fast", 2.0, log)
-    ratios = [peers.ratio(slow, fast, 2, swapped) for swapped in (False, True)]  # pyright: ignore[reportArgumentType]
-    assert ratios == [1.5, 1.5]
-    assert log == ["slow", "slow", "fast", "fast", "fast", "fast", "slow", "slow"]
-
-
-def test_the_interval_holds_the_median_and_narrows() -> None:
-    few, many = [1.0, 1.1, 1.2, 1.3], [1.0, 1.1, 1.2, 1.3] * 20
-    low, high = peers.interval(few)
-    assert 1.0 <= low < 1.15 < high <= 1.3
-    assert peers.interval(few) == (low, high)
-    narrow = peers.interval(many)
-    assert narrow[1] - narrow[0] < high - low
+def test_a_peer_without_a_result_is_named(tmp_path: Path) -> None:
+    write_runs(tmp_path)
+    file = tmp_path / "floor" / "full-1" / "record.json"
+    record("full-1", status="oom", reason="out of memory").write(file)
+    with pytest.raises(RuntimeError, match=r"full has no result: .*out of memory"):
+        peers.lines(tmp_path)
 
 
 def test_promises_are_kept_up_to_their_limit_only() -> None:
@@ -125,79 +130,85 @@ def test_promises_are_kept_up_to_their_limit_only() -> None:
     assert judged(pair(peers.SMT_1, peers.FLOOR, high=1.051, highest=1)) == [False]
     assert judged(pair(peers.SMT_5, peers.FLOOR, high=1.1, highest=2)) == [True]
     assert judged(pair(peers.SMT_5, peers.LORA_ALL, high=0.5, highest=1.0)) == [False]
-    assert judged(mode(peers.SMT_1, saved_formula=8)) == [False]
-    assert judged(mode(peers.SMT_1, saved_formula=7)) == [True]
 
 
 def test_memory_is_compared_at_equal_counts_only() -> None:
     theirs = mode(peers.LORA_QKV)
-    assert judged(mode(peers.SMT_LORA, peak_rss=2**30 - 1), theirs) == [True, False]
-    assert judged(mode(peers.SMT_LORA, peak_rss_returned=2**30 - 1), theirs) == [False, True]
-    assert judged(mode(peers.SMT_LORA, peak_rss=1, peak_rss_returned=1, trainable=9), theirs) == [False, False]
+    assert judged(mode(peers.SMT_LORA, peak_rss=2**30 - 1), theirs) == [True]
+    assert judged(mode(peers.SMT_LORA), theirs) == [False]
+    assert judged(mode(peers.SMT_LORA, peak_rss=1, trainable=9), theirs) == [False]
 
 
-def test_memory_counts_the_selection() -> None:
-    ours = mode(peers.SMT_LORA, peak_rss=1, peak_rss_returned=1, selection_peak_rss_returned=2**30)
-    assert judged(ours, mode(peers.LORA_QKV)) == [True, False]
+def test_the_whole_comparison_appends_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    write_runs(tmp_path / "runs")
+    asked: list[list[str]] = []
+    monkeypatch.setattr(peers, "bench", lambda words: asked.append(words) or 0)
+    monkeypatch.chdir(tmp_path)
+    results = tmp_path / "results" / "peers.jsonl"
+    words = ["--into", str(tmp_path / "runs"), "--results", str(results), "--rounds", "7", "--trainer.devices=1"]
+    assert peers.main(words) == 0
+    assert peers.main(words) == 0
+    assert len(asked) == 6
+    assert all("--steps=7" in one and "--trainer.devices=1" in one for one in asked)
+    assert len(results.read_text().splitlines()) == 2 * (len(PEERS) + len(PEERS) - 1 + 2)
+    assert "met    smt_0.84: upper end of step time / floor 1.040" in capsys.readouterr().out
 
 
-@pytest.fixture
-def stubbed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Workers that measure nothing; what was asked of which mode."""
-    asked: list[str] = []
-    figures = {"selection_seconds": 0.0, "selection_peak_rss": 0, "rss_before": 0, "memory_method": "none"}
-    line = mode("", trainable_share=0.1, step_seconds_median=1.0, lowest_layer=None, **figures)
-    del line["mode"]
-
-    class Stub(Clock):
-        def __init__(self, name: str, options: list[str], variables: Any = None) -> None:
-            super().__init__(name, 1.0, asked)
-
-        def ask(self, command: str) -> Any:
-            return super().ask(command) if command == "step" else line
-
-        def close(self) -> None:
-            asked.append(f"end of {self.name}")
-
-    monkeypatch.setattr(peers, "Worker", Stub)
-    return asked
+def test_a_bench_that_failed_writes_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "bench", lambda words: 1)
+    monkeypatch.chdir(tmp_path)
+    assert peers.main(["--results", str(tmp_path / "peers.jsonl")]) == 1
+    assert not (tmp_path / "peers.jsonl").exists()
 
 
-def test_lines_are_what_the_readme_reads(tmp_path: Path, stubbed: list[str]) -> None:
-    path = tmp_path / "results" / "peers.jsonl"
-    assert peers.main(["--results", str(path), "--rounds", "2", "--modes", peers.FLOOR, peers.SMT_5]) == 0
-    assert f"| {peers.SMT_5} | 10 (10.00%) | 1.0" in readme.peers(path.parent)
-    assert stubbed.count(f"end of {peers.SMT_5}") == 3  # two for memory, one for times
+# ---- on a GPU
 
 
-def test_resume_measures_what_is_missing(tmp_path: Path, stubbed: list[str]) -> None:
-    path = tmp_path / "peers.jsonl"
-    options = ["--results", str(path), "--rounds", "2", "--resume", "--modes", peers.FLOOR]
-    peers.main(options)
-    peers.main([*options, peers.SMT_5])
-    peers.main([*options, peers.SMT_5])
-    names = [peers.key(json.loads(line)) for line in path.read_text().splitlines()]
-    assert names == [("mode", peers.FLOOR), ("mode", peers.SMT_5), ("pair", peers.SMT_5, peers.FLOOR)]
-    peers.main([*options, "--threads", "77"])
-    assert len(path.read_text().splitlines()) == 4
+def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
+    held = Held(Ledger(trainable=2**28, frozen=2**31), batch=0, saved=2**30, temporaries=2**28, phase="backward")
+    run = record(
+        "smt-1",
+        device=Device("cuda", "a GPU", memory=2**36),
+        model=ModelSize("benchmarks/gpu/llama-3.2-1b.json", 1000, 10),
+        phases=[Phase("training", 9.0, 1, peak_reserved=2**33)],
+        memory=Memory(2**31, "VmHWM", 2**30, held, Allocator("CUDA", held.total + 2**26, 0)),
+        driver=Driver("a GPU", "GPU-1", "570", False, "v2", "own pid", 2**34, 2**34, 2**29, 0, 9, joules=500.0),
+        kernels=Kernels(2, 1.0, 0.1, "bfloat16", 10**10, 10**9, 0, []),
+    )
+    (tmp_path / "gpu.jsonl").write_text(json.dumps(gpu.line("smt", run)) + "\n")
+    table = readme.gpu(tmp_path)
+    assert "on a GPU, peft 0.21.2" in table
+    assert "| smt | measured | 10 (1.00%) | 50 | 1000.0 | 10.0% | 3.50 | 3.56 | 1.8% | 8.00 | 16.00 | 250.0 |" in table
 
 
-def test_nonsense_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert peers.main(["--rounds", "0"]) == 2
-    assert "at least 1" in capsys.readouterr().err
+def test_without_a_gpu_the_readme_says_so(tmp_path: Path) -> None:
+    assert readme.gpu(tmp_path).startswith("Not measured yet: no GPU was at hand.")
 
 
-def test_two_processes_step_in_turn() -> None:
-    line = peers.compared((peers.SMT_5, peers.FLOOR), ["--model", "tiny", "--threads", "1"], rounds=2, steps=1)
-    assert line["pair"] == [peers.SMT_5, peers.FLOOR]
-    assert 0 < line["ratio_low"] <= line["ratio_median"] <= line["ratio_high"] <= line["ratio_max"]
+def test_a_change_that_is_not_committed_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> None:
+        provenance.subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=tmp_path, check=True, capture_output=True
+        )
+
+    monkeypatch.setattr(provenance, "ROOT", tmp_path)
+    assert provenance.commit() == "unknown"
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in provenance.MEASURED:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "a.py").write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "one")
+    assert not provenance.commit().endswith("+")
+    (tmp_path / "benchmarks" / "results" / "peers.jsonl").write_text("{}")
+    assert not provenance.commit().endswith("+")
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    assert provenance.commit().endswith("+")
 
 
-def test_a_process_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "peer.py").write_text("raise SystemExit(1)")
-    monkeypatch.setattr(peers, "ROOT", tmp_path)
-    worker = peers.Worker("some mode", [])
-    with pytest.raises(RuntimeError, match="'some mode' ended without an answer"):
-        worker.ask("step")
-    worker.close()
+def test_they_run_as_modules() -> None:
+    for module in ("benchmarks.peers", "benchmarks.gpu", "benchmarks.overhead"):
+        command = [sys.executable, "-m", module, "--help"]
+        run = provenance.subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True, check=True)
+        assert "--results" in run.stdout

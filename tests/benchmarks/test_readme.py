@@ -21,7 +21,7 @@ SOURCE = {
 
 def mode(name: str, **changes: Any) -> dict[str, Any]:
     figures = {"trainable": 1234567, "trainable_share": 0.0123, "peak_rss": 3 * 2**29, "saved_bytes": 5 * 2**20}
-    return {**SOURCE, "mode": name, **figures, "saved_formula": None, "step_seconds_median": 1.0, **changes}
+    return {**SOURCE, "mode": name, **figures, "selection_peak_rss": 2**30, "step_seconds_median": 1.0, **changes}
 
 
 def pair(name: str, **changes: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def pair(name: str, **changes: Any) -> dict[str, Any]:
 def checkout(tmp_path: Path) -> Path:
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     (tmp_path / "README.md").write_text("# Title\n\n<!-- begin:peers -->\nold\n<!-- end:peers -->\n\nThe end.\n")
-    measure(tmp_path, mode("floor", trainable=0, trainable_share=0.0), mode("smt", saved_formula=2**20), pair("smt"))
+    measure(tmp_path, mode("floor", trainable=0, trainable_share=0.0), mode("smt"), pair("smt"))
     return tmp_path
 
 
@@ -50,12 +50,13 @@ def written(checkout: Path) -> str:
 def test_the_block_is_rewritten_and_the_rest_stays(checkout: Path) -> None:
     assert written(checkout) == (
         "# Title\n\n<!-- begin:peers -->\n"
-        "Measured by `python benchmarks/peers.py` on a CPU, torch 2.13.0, 2026-11-20, commit abc123; "
+        "Measured by `python -m benchmarks.peers` on a CPU, torch 2.13.0, 2026-11-20, commit abc123; "
         "table by `python benchmarks/readme.py`.\n\n"
-        "| mode | trainable | step time / frozen floor [95 %] | peak resident, GiB | saved for backward, MiB |\n"
-        "| --- | ---: | ---: | ---: | ---: |\n"
-        "| floor | 0 (0.00%) | 1 | 1.50 | 5.0 |\n"
-        "| smt | 1,234,567 (1.23%) | 1.250 [1.200, 1.304] | 1.50 | 5.0 (by formula 1.0) |\n"
+        "| mode | trainable | step time / frozen floor [95 %] | peak resident, GiB | while choosing | "
+        "saved for backward, MiB |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: |\n"
+        "| floor | 0 (0.00%) | 1 | 1.50 | - | 5.0 |\n"
+        "| smt | 1,234,567 (1.23%) | 1.250 [1.200, 1.304] | 1.50 | 1.00 | 5.0 |\n"
         "<!-- end:peers -->\n\nThe end.\n"
     )
 
@@ -78,7 +79,7 @@ def test_only_the_newest_line_of_each_counts(checkout: Path) -> None:
     measure(checkout, mode("smt", date="2026-11-19", peak_rss=2**32), pair("smt", ratio_median=9.0, date="2026-11-19"))
     measure(checkout, pair("smt", ratio_median=1.22))  # of the same day, but written later
     text = written(checkout)
-    assert "| smt | 1,234,567 (1.23%) | 1.220 [1.200, 1.304] | 2.00 | 5.0 |" in text
+    assert "| smt | 1,234,567 (1.23%) | 1.220 [1.200, 1.304] | 2.00 | 1.00 | 5.0 |" in text
     assert text.count("| smt |") == 1
     assert "2026-11-20 and 2026-11-21, commit abc123, def456;" in text
 
@@ -104,8 +105,8 @@ def corrupt(checkout: Path, text: str) -> None:
     [
         (rewrite_readme, "<!-- begin:peers -->\n", "a begin or end mark without its counterpart"),
         (rewrite_readme, "<!-- begin:peers -->\n<!-- end:peer -->\n", "a begin or end mark without its counterpart"),
-        (rewrite_readme, "<!-- begin:pears -->\n<!-- end:pears -->\n", "a block 'pears'; known are peers"),
-        (corrupt, "", "has no measurements; run `python benchmarks/peers.py` first"),
+        (rewrite_readme, "<!-- begin:pears -->\n<!-- end:pears -->\n", "a block 'pears'; known are peers, gpu"),
+        (corrupt, "", "has no measurements; run `python -m benchmarks.peers` first"),
         (corrupt, '{"mode": ', "peers.jsonl:1 is no JSON"),
         (corrupt, f'{json.dumps(mode("a"))}\n\n{{"mode": "b"}}\n', "peers.jsonl:3 is no measurement"),
         (corrupt, "[]", "peers.jsonl:1 is no measurement"),

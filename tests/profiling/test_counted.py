@@ -1,11 +1,19 @@
 """What a step holds, against formulas and against the allocator's own account."""
 
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from lit_sparse_profiling.counted import Counter
+from lit_sparse_profiling.allocator import measured
+from lit_sparse_profiling.counted import COURSE, Counter
+from lit_sparse_profiling.record import Held, Ledger
 
 F32 = 4
 CPU = torch.device("cpu")
@@ -138,3 +146,125 @@ def test_fake_tensors_save_as_much_as_real_ones() -> None:
         with Counter(net) as saved:
             net(torch.ones(ROWS, 3)).sum().backward()
     assert (saved.saved, saved.saved_peak) == (0, SAVED)
+
+
+# ---- a whole step
+
+WEIGHTS = 3 * 4 + 4 + 4 * 2 + 2
+MANY = 1000
+
+
+def train(net: nn.Module, optimizer: Optimizer, x: Tensor, counter: Counter | None = None) -> None:
+    """One step; the counter is told where it is."""
+
+    def tell(phase: str) -> None:
+        if counter is not None:
+            counter.phase = phase
+
+    tell("forward")
+    loss = net(x).sum()
+    tell("backward")
+    loss.backward()
+    tell("optimizer step")
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_step_with_large_activations_holds_most_in_its_backward() -> None:
+    """There is the batch, the saved output of the sigmoid, its gradient and that of its input, loss and seed, and the
+    second layer's gradients."""
+    net, x = linear_net(), torch.ones(MANY, 3)
+    optimizer, state = AdamW(net.parameters()), {"index": [torch.ones(7)]}
+    train(net, optimizer, x)
+    with Counter(net, optimizer, state, {"ids": x}) as counter:
+        train(net, optimizer, x, counter)
+    moments = (2 * WEIGHTS + 4) * F32  # and AdamW's own count of steps, one for each of four parameters
+    ledger = Ledger(WEIGHTS * F32, gradients=(4 * 2 + 2) * F32, optimizer=moments, strategy=7 * F32)
+    temporaries = (2 * MANY * 4 + 2) * F32
+    assert counter.held() == Held(ledger, MANY * 3 * F32, MANY * 4 * F32, temporaries, "backward")
+
+
+def test_a_step_with_large_weights_holds_most_in_its_optimizer() -> None:
+    """There are all gradients, two temporaries of the largest weight's size in AdamW, and the loss."""
+    net, x = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 32)), torch.ones(2, 64)
+    net.append(nn.Linear(32, 1).requires_grad_(False))
+    optimizer = AdamW([p for p in net.parameters() if p.requires_grad], foreach=False)
+    train(net, optimizer, x)
+    with Counter(net, optimizer, batch=x) as counter:
+        train(net, optimizer, x, counter)
+    trained = (64 * 128 + 128 + 128 * 32 + 32) * F32
+    ledger = Ledger(trained, frozen=33 * F32, gradients=trained, optimizer=2 * trained + 4 * F32)
+    assert counter.held() == Held(ledger, x.nbytes, 0, (2 * 64 * 128 + 1) * F32, "optimizer step")
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("sizes", [(3, 4, 2), (64, 128, 32)])
+@pytest.mark.parametrize("rows", [2, MANY])
+def test_the_count_is_the_allocators_to_the_byte(momentum: float, sizes: tuple[int, int, int], rows: int) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2]))
+    x, optimizer = torch.randn(rows, sizes[0]), SGD(net.parameters(), 0.1, momentum=momentum)
+    train(net, optimizer, x)
+    with measured(CPU) as allocator, Counter(net, optimizer, batch=x) as counter:
+        train(net, optimizer, x)
+    assert counter.held().total - counter.start == allocator.requested > 0
+    assert allocator.left == 0
+    assert sum(counter.now.values()) == counter.start
+
+
+def test_a_phase_that_nobody_told_has_no_name_of_one() -> None:
+    with Counter(linear_net()) as counter:
+        torch.ones(ROWS)
+    assert counter.held().phase == COURSE
+
+
+def test_gradients_count_as_such_until_they_are_gone() -> None:
+    net = linear_net()
+    with Counter(net) as counter:
+        net(torch.ones(ROWS, 3)).sum().backward()
+        assert counter.now["gradients"] == WEIGHTS * F32
+        net.zero_grad()
+        assert counter.now["gradients"] == 0
+
+
+def test_a_gradient_that_an_earlier_hook_takes_away_is_no_gradient() -> None:
+    net = linear_net()
+
+    def take(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(take)
+    with Counter(net) as counter:
+        net(torch.ones(ROWS, 3)).sum().backward()
+    assert counter.now.get("gradients", 0) == counter.peak.get("gradients", 0) == 0
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_a_graph_without_a_backward_goes_when_its_output_does() -> None:
+    """Also one whose nodes save their own outputs, as a sigmoid's does, and without help of the garbage collector."""
+    net = linear_net()
+    with Counter(net) as counter:
+        out = net(torch.ones(ROWS, 3)).sigmoid()
+        node, before = weakref.ref(out), counter.saved
+        del out
+        assert node() is None
+        assert (before, counter.saved) == (SAVED + ROWS * 2 * F32, 0)
+        assert sum(counter.now.values()) == counter.start
+
+
+def test_what_is_counted_ends_with_the_block() -> None:
+    net = linear_net()
+    with Counter(net) as counter:
+        pass
+    train(net, SGD(net.parameters(), 0.1), torch.ones(MANY, 3))
+    assert (counter.now, counter.saved_peak) == ({"trainable": WEIGHTS * F32}, 0)
+    assert not any(p._post_accumulate_grad_hooks for p in net.parameters())  # pyright: ignore[reportAttributeAccessIssue]

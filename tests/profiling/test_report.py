@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lit_sparse_profiling import report as report_file
+from lit_sparse_profiling import gate as gate_file
+from lit_sparse_profiling.gate import check, save_baseline, share
 from lit_sparse_profiling.record import (
     Allocator,
     Device,
@@ -22,20 +23,13 @@ from lit_sparse_profiling.record import (
     Ledger,
     Memory,
     ModelSize,
+    Pair,
     Phase,
     RunRecord,
     Throughput,
 )
-from lit_sparse_profiling.report import (
-    check,
-    details,
-    markdown,
-    read_runs,
-    report,
-    save_baseline,
-    share,
-    table,
-)
+from lit_sparse_profiling.report import details, markdown, report, table
+from lit_sparse_profiling.runs import read_runs
 
 GIB = 2**30
 CPU = RunRecord(
@@ -161,6 +155,7 @@ def test_a_cpu_run() -> None:
             "status": "ok",
             "trainable": "8,400 0.84%",
             "tokens/s": "200.0",
+            "with padding": "240.0",
             "median step ms": "400.0",
             "peak GiB resident": "3.00",
             "select. s": "32.5",
@@ -191,6 +186,12 @@ def test_what_no_run_has_is_no_column() -> None:
 def test_tokens_that_are_not_known_are_no_zero() -> None:
     (row,) = rows(runs(replace(CPU, throughput=Throughput(None, None, seconds=1.0, steps=1))))
     assert "tokens/s" not in row
+
+
+def test_a_run_in_turn_with_another_shows_the_ratio() -> None:
+    paired = replace(CPU, name="lora-1", pair=Pair("floor", 1.1387, 1.061, 1.192, 1.3, 12))
+    first, second = rows(runs(CPU, paired))
+    assert (first["step / floor"], second["step / floor"]) == ("", "1.139 [1.061, 1.192]")
 
 
 def test_repetitions_share_a_row_with_median_and_range() -> None:
@@ -417,7 +418,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_baseline(baseline: Path, monkeyp
         raise OSError("no space left on device")
 
     before = baseline.read_text()
-    monkeypatch.setattr(report_file.os, "replace", no_disk)
+    monkeypatch.setattr(gate_file.os, "replace", no_disk)
     with pytest.raises(OSError, match="no space"):
         save_baseline(runs(OOM), baseline)
     assert baseline.read_text() == before

@@ -1,0 +1,183 @@
+"""What the allocator gives out in a block of code, to the byte, and that a recording disturbs nothing."""
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._C._autograd import _profiler_enabled
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from lit_sparse_profiling import allocator
+from lit_sparse_profiling.allocator import CPU, CUDA, CPUEvents, Measured, measured
+
+F32 = 4
+ON_CPU = torch.device("cpu")
+ON_CUDA = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running() -> Iterator[None]:
+    yield
+    assert not _profiler_enabled()
+
+
+# ---- a CPU
+
+
+def test_the_highest_level_and_what_is_left_count() -> None:
+    with measured(ON_CPU) as found:
+        kept = torch.ones(1000)
+        torch.ones(500)
+        other = torch.ones(300)
+        del other
+    assert found == Measured(requested=1500 * F32, left=1000 * F32, method=CPU)
+    assert kept.numel() == 1000
+
+
+def test_nothing_allocated_is_nothing() -> None:
+    with measured(ON_CPU) as found:
+        pass
+    assert (found.requested, found.left) == (0, 0)
+
+
+def test_blocks_from_before_do_not_count_when_they_are_freed() -> None:
+    before = [torch.ones(1000)]
+    with measured(ON_CPU) as found:
+        before.clear()
+        torch.ones(10)
+    assert (found.requested, found.left) == (10 * F32, 0)
+
+
+def test_blocks_made_known_before_the_mark_do() -> None:
+    events = CPUEvents()
+    events.start()
+    known = [torch.ones(1000)]
+    events.mark()
+    known.clear()
+    kept = torch.ones(10)
+    events.stop()
+    assert (events.peak, events.left) == (0, (10 - 1000) * F32)
+    assert kept.numel() == 10
+
+
+def test_what_happens_after_the_recording_is_not_in_it() -> None:
+    events = CPUEvents()
+    events.start()
+    events.mark()
+    kept = torch.ones(10)
+    events.stop()
+    torch.ones(1000)
+    assert (events.peak, events.left) == (kept.nbytes, kept.nbytes)
+
+
+def test_blocks_that_nobody_named_at_the_mark_are_the_others() -> None:
+    events = CPUEvents()
+    events.start()
+    named, kept, freed = torch.ones(100), [torch.ones(20)], [torch.ones(3000)]
+    freed.clear()
+    events.mark([named.data_ptr(), 0])
+    kept.clear()
+    torch.ones(30)
+    events.stop()
+    assert (events.others, events.peak, events.left) == (20 * F32, 10 * F32, -20 * F32)
+
+
+def test_memory_of_other_devices_is_not_the_cpus() -> None:
+    def allocation(when: int, size: int, device: str) -> SimpleNamespace:
+        fields = SimpleNamespace(alloc_size=size, ptr=when, device=torch.device(device))
+        return SimpleNamespace(tag=_EventType.Allocation, start_time_ns=when, extra_fields=fields)
+
+    events = [allocation(3, -8, "cpu"), allocation(1, 8, "cpu"), allocation(2, 4096, "cuda:0")]
+    other = SimpleNamespace(tag=_EventType.TorchOp, start_time_ns=2, extra_fields=None)
+    assert [change[:2] for change in allocator._changes([*events, other])] == [(1, 8), (3, -8)]
+
+
+def test_a_block_that_fails_leaves_no_profiler_running() -> None:
+    with pytest.raises(KeyError), measured(ON_CPU):
+        raise KeyError("in the block")
+
+
+def test_a_recording_can_be_dropped_at_any_time() -> None:
+    for marked in (False, True):
+        events = CPUEvents()
+        events.start()
+        if marked:
+            events.mark()
+        events.close()
+        assert (events.peak, events.left) == (0, 0)
+
+
+def test_figures_from_no_mark_on_are_refused() -> None:
+    events = CPUEvents()
+    events.start()
+    with pytest.raises(RuntimeError, match="from no mark on; call mark between start and stop"):
+        events.stop()
+
+
+def test_another_profiler_goes_on() -> None:
+    with profile(activities=[ProfilerActivity.CPU]) as theirs:
+        with pytest.raises(RuntimeError, match=r"another torch\.profiler runs; stop that one first"):
+            CPUEvents().start()
+        torch.ones(3).sigmoid()
+    assert "aten::sigmoid" in {event.key for event in theirs.key_averages()}
+
+
+# ---- a GPU
+
+
+class Stats:
+    """Stands in for `torch.cuda.memory_stats`: gives one answer after the other."""
+
+    def __init__(self, *answers: dict[str, int]) -> None:
+        self.answers = list(answers)
+        self.resets = 0
+
+    def __call__(self, device: torch.device) -> dict[str, int]:
+        assert device == ON_CUDA
+        return self.answers.pop(0)
+
+    def reset(self, device: torch.device) -> None:
+        assert device == ON_CUDA
+        assert len(self.answers) == 1, "set back after the level was read, and before the block"
+        self.resets += 1
+
+
+def levels(current: int, peak: int) -> dict[str, int]:
+    return {"requested_bytes.all.current": current, "requested_bytes.all.peak": peak}
+
+
+@pytest.mark.parametrize("before", [levels(100, 5000), {}], ids=["in use", "CUDA has not begun"])
+def test_cuda_peaks_are_those_of_the_block(monkeypatch: pytest.MonkeyPatch, before: dict[str, int]) -> None:
+    stats = Stats(before, levels(130, 900))
+    monkeypatch.setattr(torch.cuda, "memory_stats", stats)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", stats.reset)
+    with measured(ON_CUDA) as found:
+        assert stats.resets == 1
+    held = before.get("requested_bytes.all.current", 0)
+    assert found == Measured(requested=900 - held, left=130 - held, method=CUDA)
+
+
+def test_without_a_device_it_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = Stats(levels(0, 0), levels(8, 16))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_stats", stats)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", stats.reset)
+    with measured() as found:
+        pass
+    assert found.method == CUDA
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with measured() as found:
+        pass
+    assert found.method == CPU
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_to_the_byte() -> None:
+    before = [torch.ones(1000, device=ON_CUDA)]
+    with measured() as found:
+        kept = torch.ones(1001, device=ON_CUDA)
+        before.clear()
+        torch.ones(400, device=ON_CUDA)
+    assert found == Measured(requested=kept.nbytes, left=F32, method=CUDA)
