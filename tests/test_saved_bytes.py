@@ -1,10 +1,10 @@
 """Bytes that a decoder layer saves for backward, against closed forms, for each way to train a Llama.
 
 A token's elements in a layer, with H hidden, K key/value width, I MLP width, h heads, as transformers computes it: what
-every gradient of an input needs is 4 H + 2 K + 3 I + h + 2 (both residuals, q and the attention's output; k and v; gate,
-its activation and up; the attention's log-sums and both norms' reciprocals). With fused norms and SwiGLU it would be
-4 H + 2 K + 2 I. Training all weights adds the inputs of both norms' weights and of the linear layers, 4 H + I; LoRA of
-rank r on all seven the linear layers' inputs that nothing else keeps, 2 H + I, and its own 7 r.
+every gradient of an input needs is 4 H + 2 K + 3 I + h + 2 (both residuals, q and the attention's output; k and v;
+gate, its activation and up; the attention's log-sums and both norms' reciprocals). With fused norms and SwiGLU it would
+be 4 H + 2 K + 2 I. Training all weights adds the inputs of both norms' weights and of the linear layers, 4 H + I; LoRA
+of rank r on all seven the linear layers' inputs that nothing else keeps, 2 H + I, and its own 7 r.
 """
 
 import peft
