@@ -10,6 +10,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -114,6 +115,7 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
     settings = {
         **{str(path): path.read_text(encoding="utf-8", errors="surrogateescape") for path in files},
         **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
+        "devices": f"{torch.cuda.device_count()} with CUDA",
         "code": sources(packages),
     }
     stems = "+".join(Path(part).stem for part in name.split("+"))
