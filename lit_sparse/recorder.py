@@ -150,7 +150,16 @@ def fields_of(update: UpdateStrategy) -> dict[str, Any]:
     if not dataclasses.is_dataclass(update):
         return {}
     values = {field.name: getattr(update, field.name) for field in dataclasses.fields(update)}
-    return {name: value.to_dict() if isinstance(value, PeftConfig) else value for name, value in values.items()}
+    return {name: plain(value.to_dict() if isinstance(value, PeftConfig) else value) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """`value` with lists for sets, which PEFT makes of lists of modules and JSON does not have."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:

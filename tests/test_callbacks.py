@@ -114,6 +114,7 @@ class Manual(Net):
         optimizers = self.optimizers()
         loss = self.loss(batch)
         self.manual_backward(loss)
+        self.clock.pass_(0.25)
         if (batch_idx + 1) % self.accumulate:
             return
         for optimizer in optimizers:  # pyright: ignore[reportGeneralTypeIssues]
@@ -207,14 +208,14 @@ def test_two_lines_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_phases_of_a_step_do_not_overlap(manual: bool, accumulate: int, clock: Clock, run: Path) -> None:
     module = Manual(clock, accumulate=accumulate) if manual else Net(clock)
     options = {} if manual else {"accumulate_grad_batches": accumulate}
-    saving = ModelCheckpoint(run, every_n_train_steps=4, save_top_k=-1)
+    saving = ModelCheckpoint(run, every_n_train_steps=4, save_top_k=-1, save_weights_only=accumulate > 1)
     fit = trainer(16 if manual else 8, Profile(run, PLAN), saving, limit_val_batches=1, val_check_interval=4, **options)
     fit.fit(module, rows())
     record = recorded(run)
     each = {"forward": 1.0, "backward": 10.0}
     expected = {name: value * accumulate for name, value in each.items()} | {"optimizer step": 100.0}
     if manual:  # two optimizers; all that is neither their steps nor a backward is forward
-        expected |= {"forward": accumulate + 2 * 0.5, "optimizer step": 200.0}
+        expected |= {"forward": accumulate * 1.25 + 2 * 0.5, "optimizer step": 200.0}
     assert {name: value for name, value in seconds(record).items() if name in IN_A_STEP} == expected
     assert calls(record)["backward"] == accumulate
     assert calls(record)["optimizer step"] == (2 if manual else 1)
@@ -331,7 +332,7 @@ def test_a_second_fit_has_a_record_of_its_own(clock: Clock, run: Path) -> None:
 
 def test_something_else_called_phases_is_left_alone(run: Path) -> None:
     module = Net(Clock())
-    module.phases = nn.ModuleList()  # pyright: ignore[reportAttributeAccessIssue]
+    module.phases = nn.ModuleList([nn.Linear(1, 1)])  # pyright: ignore[reportAttributeAccessIssue]
     trainer(1, Profile(run, Plan(0, False, 0))).fit(module, rows())
     assert "training" in calls(recorded(run))
 

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lit_sparse_profiling.allocator import measured
-from lit_sparse_profiling.counted import COURSE, Counter
+from lit_sparse_profiling.counted import Counter
 from lit_sparse_profiling.record import Held, Ledger
 
 F32 = 4
@@ -223,7 +223,7 @@ def test_the_count_is_the_allocators_to_the_byte(momentum: float, sizes: tuple[i
 def test_a_phase_that_nobody_told_has_no_name_of_one() -> None:
     with Counter(linear_net()) as counter:
         torch.ones(ROWS)
-    assert counter.held().phase == COURSE
+    assert counter.held().phase == "course"
 
 
 def test_gradients_count_as_such_until_they_are_gone() -> None:
