@@ -123,12 +123,11 @@ class CPUEvents:
         begin = next((event.start_time_ns for event in events if event.name == MARK), None)
         if begin is None:
             raise RuntimeError("Allocations were recorded, but from no mark on; call mark between start and stop.")
-        changes = _changes(events)
-        held = _held([change for change in changes if change.when < begin])
+        changes, held = _changes(events), dict[int, int]()
+        _levels([change for change in changes if change.when < begin], held)
         self.others = sum(size for address, size in held.items() if address not in self._named)
-        for change in changes:
-            self.left += change.size if change.when >= begin else 0
-            self.peak = max(self.peak, self.left)
+        levels = _levels([change for change in changes if change.when >= begin], held)
+        self.peak, self.left = max(levels), levels[-1]
 
 
 class _Change(NamedTuple):
@@ -154,12 +153,17 @@ def _changes(events: Iterable[Any]) -> list[_Change]:
     return sorted(_Change(when, it.alloc_size, it.ptr) for when, it in fields if it.device.type == "cpu")
 
 
-def _held(changes: Iterable[_Change]) -> dict[int, int]:
-    """The blocks that are held after these changes: bytes by address."""
-    held: dict[int, int] = {}
+def _levels(changes: Iterable[_Change], held: dict[int, int]) -> list[int]:
+    """Bytes above the beginning, there and after each change; `held`, the known blocks' bytes by address, follows.
+
+    A block from before the recording is not known when it is taken back. Torch may tell of it all the same, with the
+    size of another one that was at its address in an earlier recording.
+    """
+    levels = [0]
     for change in changes:
         if change.size > 0:
             held[change.address] = change.size
+            levels.append(levels[-1] + change.size)
         else:
-            held.pop(change.address, None)
-    return held
+            levels.append(levels[-1] - held.pop(change.address, 0))
+    return levels
