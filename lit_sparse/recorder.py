@@ -133,7 +133,9 @@ class Recorder(Profile):
     def record(self, trainer: L.Trainer, module: CausalLM, **fields: Any) -> RunRecord:  # pyright: ignore
         """The record of the fit, as far as it has come."""
         ours: dict[str, Any] = {
-            "updates": [{"class": type(u).__name__, "fields": fields_of(u)} for u in module.updates],
+            "updates": [
+                {"class": type(u).__name__, "fields": fields_of(u), "chosen": u.describe()} for u in module.updates
+            ],
             "outcome": {
                 moment: scores for moment, scores in (("before", self.before), ("after", self.after)) if scores
             },

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import linears, matrix
-from lit_sparse.blocks import Blocks, random_blocks
+from lit_sparse.blocks import Blocks
 from lit_sparse.checkpoints import fingerprint
 from lit_sparse.delta import FORMAT, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.errors import BadInput
+from lit_sparse.selection import random_scores, top_blocks
 from lit_sparse.testing import TINY, tiny_llm
 
 SIZE = (16, 24)
@@ -28,7 +29,7 @@ def made_of(model: PreTrainedModel, seed: int = 1) -> Delta:
     torch.manual_seed(seed)
     layers = dict(list(linears(model).items())[:2])
     shapes = {name: (-(-m.shape[0] // SIZE[0]), -(-m.shape[1] // SIZE[1])) for name, m in matrices(layers).items()}
-    chosen = random_blocks(shapes, SIZE, 5, "global", seed)
+    chosen = top_blocks(random_scores(shapes, seed), SIZE, 5, "global")
     blocks = tuple(
         ChangedBlocks(name, chosen[name], moved(chosen[name].read(weight), chosen[name].read(torch.ones_like(weight))))
         for name, weight in matrices(layers).items()

@@ -48,3 +48,18 @@ def pack_columns(x_TK: Tensor, columns_C: Tensor, width: int) -> Tensor:
         return x_TK
     padded = pad(x_TK, (0, -inputs % width)) if inputs % width else x_TK
     return padded.reshape(tokens, -1, width).index_select(1, columns_C).view(tokens, -1)
+
+
+def unpack_columns(packed_TP: Tensor, columns_C: Tensor, width: int, inputs: int) -> Tensor:
+    """Packed block columns back in their places of a (T, K) tensor, zeros elsewhere.
+
+    Args:
+        packed_TP: (T, C w), any dtype.
+        columns_C: As in `pack_columns`.
+        width: Block width.
+        inputs: K; of a ragged last block column only what lies within is taken.
+    """
+    tokens = len(packed_TP)
+    whole = packed_TP.new_zeros(tokens, -(-inputs // width), width)
+    whole.index_copy_(1, columns_C.long(), packed_TP.view(tokens, -1, width))
+    return whole.view(tokens, -1)[:, :inputs]

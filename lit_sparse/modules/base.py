@@ -184,7 +184,9 @@ class LitSparse(L.LightningModule, ABC):
         self._note_trained()
 
     def _note_trained(self) -> None:
-        self.trained |= {f"model.{name}" for name, _ in trainable(self.build())}
+        everything = any(update.moves_all for update in self.updates)
+        named = self.build().named_parameters() if everything else trainable(self.build())
+        self.trained |= {f"model.{name}" for name, _ in named}
 
     def detach(self) -> PreTrainedModel:
         """Take every strategy off again, last one first, and return the plain model with what was trained merged in."""

@@ -43,6 +43,15 @@ class UpdateStrategy(ABC):
         """
         return None
 
+    @property
+    def moves_all(self) -> bool:
+        """Whether `attach` moves weights that are frozen afterwards: checkpoints hold all weights then."""
+        return False
+
+    def describe(self) -> dict[str, Any]:
+        """What was chosen, for the record of a run: numbers, strings, and lists or dicts of them."""
+        return {}
+
     def attach(self, model: nn.Module, probe: Probe) -> None:
         """Prepare `model` in place, once, before the optimizer exists. `probe` gives losses on training batches."""
 

@@ -5,41 +5,43 @@ each has an fp32 master that the optimizer updates and that is written into the 
 forward is an ordinary linear layer. The backward forms the gradients of the chosen blocks only.
 
 Differences from the authors' code, each on purpose: blocks are scored by mean |gradient| (theirs takes |mean gradient|,
-which ranks noise), scoring does not train, biases are kept, and the input columns saved for the backward are packed
-copies, shared by the layers that read the same input.
+which ranks noise; `score: mean_abs` has it), scoring does not train (`warmup: update` does), biases are kept, and the
+input columns saved for the backward are packed copies, shared by the layers that read the same input.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import matrix, replace, shared_inputs, target_linears, weight_count
-from lit_sparse.blocks import (
-    Blocks,
+from lit_sparse.anatomy import matrix, replace, role, shared_inputs, target_linears, weight_count
+from lit_sparse.blocks import Blocks, Size, automatic_size, grid, read_choice
+from lit_sparse.errors import BadInput
+from lit_sparse.selection import (
     Ranking,
     Score,
     ScoreSheet,
-    Size,
-    automatic_size,
     diagonal_blocks,
-    grid,
-    random_blocks,
-    read_choice,
+    random_scores,
+    slab_blocks,
     top_blocks,
+    within_columns,
 )
-from lit_sparse.errors import BadInput
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
-from lit_sparse_kernels.block_grad import block_grad
-from lit_sparse_kernels.pack_columns import pack_columns
+from lit_sparse.strategies.block_linear import BlockLinear, DeltaLinear, SharedColumns
+
+INPUT_SIDE = ("o", "down")
+"""Roles whose slabs are bands of input columns: what is trained belongs to heads, or to channels of the MLP."""
+WARMUP_BETAS = (0.9, 0.95)
+WARMUP_CLIP = 1.0
+"""Of the authors' full fine-tuning before the choice."""
 
 
 @dataclasses.dataclass
@@ -48,8 +50,9 @@ class SMT(UpdateStrategy):
 
     Args:
         blocks: How blocks are chosen: `gradient` (largest gradients on the first training batches), `random`,
-            `diagonal` (one block per row and column of a grid, arXiv 2506.03230), or a file: a run's
-            checkpoints/last.ckpt for that run's blocks, or JSON of the same form.
+            `diagonal` (one block per row and column of a grid, arXiv 2506.03230), `slab` (one contiguous band of each
+            matrix, as S2FT has, arXiv 2412.06289), or a file: a run's checkpoints/last.ckpt for that run's blocks, or
+            JSON of the same form.
         trainable_fraction: Share of all the model's weights to train; the blocks lie in `targets` all the same.
         num_blocks: Number of blocks instead; when given, it takes the place of trainable_fraction.
         block_size: `auto` (the largest of 256, 128, ... that divides every target matrix and leaves a choice), one
@@ -59,8 +62,16 @@ class SMT(UpdateStrategy):
         score: What makes a gradient large: `abs_mean` (mean of |g| over the block), `mean_abs` (|mean of g|, as the
             authors' code has it), or `l2`.
         ranking: Blocks compete over all matrices (`global`, the paper's) or within each (`per_matrix`).
-        selection_batches: Training batches whose gradients are scored; no weight moves meanwhile.
-        seed: Seed of `random` blocks.
+        kept_columns: Share of each input's block columns that blocks may lie in, those of the largest scores; fewer
+            columns are fewer activations kept for the backward. None is all of them.
+        selection_batches: Training batches whose gradients are scored.
+        warmup: Whether weights move meanwhile: `score_only` (they do not), or `update`, full fine-tuning for so many
+            steps as the authors' code has it. The checkpoint then holds all weights, as those that are frozen after
+            it have moved too.
+        warmup_lr: Learning rate of that full fine-tuning.
+        mode: `in_place` writes the trained blocks into the weights; `delta` keeps them beside a base that is not
+            touched (a quantised one, or one that others use), for an extra cost that is the trained share.
+        seed: Seed of `random` blocks, and of where slabs lie.
     """
 
     blocks: str = "gradient"
@@ -70,7 +81,11 @@ class SMT(UpdateStrategy):
     targets: list[str] = dataclasses.field(default_factory=lambda: ["q", "k", "v", "qkv"])
     score: Score = "abs_mean"
     ranking: Ranking = "global"
+    kept_columns: float | None = None
     selection_batches: int = 8
+    warmup: Literal["score_only", "update"] = "score_only"
+    warmup_lr: float = 9.65e-6
+    mode: Literal["in_place", "delta"] = "in_place"
     seed: int = 0
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
@@ -89,7 +104,27 @@ class SMT(UpdateStrategy):
             raise BadInput(
                 f"SMT: block_size is {self.block_size!r}; it must be auto, a whole number, or a height and a width."
             )
-        self._swapped: dict[str, tuple[nn.Linear | Conv1D, BlockLinear]] = {}
+        if self.kept_columns is not None and not (0 < self.kept_columns <= 1 and self.blocks in ("gradient", "random")):
+            raise BadInput(
+                f"SMT: kept_columns is {self.kept_columns} with blocks {self.blocks!r}; it must lie above 0 and at "
+                "most at 1, and goes with gradient and random blocks only."
+            )
+        if self.warmup == "update" and (self.blocks != "gradient" or self.mode == "delta"):
+            raise BadInput(
+                f"SMT: warmup update trains all weights to choose gradient blocks in place; it does not go with blocks "
+                f"{self.blocks!r} and mode {self.mode}. Use warmup score_only."
+            )
+        self._swapped: dict[str, tuple[nn.Module, BlockLinear | DeltaLinear]] = {}
+        self._groups: list[SharedColumns] = []
+        self._share: dict[str, dict[str, float]] = {}
+
+    @property
+    def keeps_base(self) -> bool:
+        return self.mode == "delta"
+
+    @property
+    def moves_all(self) -> bool:
+        return self.warmup == "update"
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
         targets = target_linears(model, self.targets)
@@ -104,7 +139,8 @@ class SMT(UpdateStrategy):
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         for _, linear in self._swapped.values():
-            linear.write()
+            if isinstance(linear, BlockLinear):
+                linear.write()
         return False
 
     def detach(self, model: nn.Module) -> None:
@@ -116,23 +152,37 @@ class SMT(UpdateStrategy):
     def state_dict(self) -> dict[str, Any]:
         return {name: {"size": list(blocks.size), "index": blocks.index} for name, blocks in self.choice.items()}
 
+    def describe(self) -> dict[str, Any]:
+        total = sum(group.available for group in self._groups)
+        return {"share": self._share, "kept_columns": [sum(len(g.columns) for g in self._groups), total]}
+
     @property
     def choice(self) -> dict[str, Blocks]:
         """The blocks in training, by name of the linear layer."""
         return {name: linear.chosen for name, (_, linear) in self._swapped.items()}
 
+    # ---- the choice
+
     def _choose(self, model: nn.Module, targets: dict[str, nn.Linear | Conv1D], probe: Probe) -> dict[str, Blocks]:
-        matrices = {name: matrix(linear) for name, linear in targets.items()}
+        matrices = {name: shaped(linear) for name, linear in targets.items()}
+        weights = self.trainable_fraction * weight_count(model)
         if self.blocks == "diagonal":
-            return diagonal_blocks(matrices, self.trainable_fraction * weight_count(model))
+            return diagonal_blocks(matrices, weights)
+        if self.blocks == "slab":
+            return slab_blocks(matrices, [name for name in matrices if role(name) in INPUT_SIDE], weights, self.seed)
         if self.blocks not in ("gradient", "random"):
             return read_choice(Path(self.blocks), matrices)
         size = self._size(model, matrices)
         grids = {name: grid(weight, size) for name, weight in matrices.items()}
-        count = self._count(model, size, sum(rows * columns for rows, columns in grids.values()))
-        if self.blocks == "random":
-            return random_blocks(grids, size, count, self.ranking, self.seed)
-        return top_blocks(self._scores(model, targets, size, probe), size, count, self.ranking)
+        scores = (
+            random_scores(grids, self.seed)
+            if self.blocks == "random"
+            else self._scores(model, targets, matrices, size, probe)
+        )
+        if self.kept_columns is not None:
+            scores = within_columns(scores, shared_inputs(model, scores), self.kept_columns)
+        available = sum(int(values.isfinite().sum()) for values in scores.values())
+        return top_blocks(scores, size, self._count(model, size, available), self.ranking)
 
     def _size(self, model: nn.Module, matrices: Mapping[str, Tensor]) -> Size:
         if isinstance(self.block_size, str):
@@ -163,135 +213,106 @@ class SMT(UpdateStrategy):
         return wanted
 
     def _scores(
-        self, model: nn.Module, targets: Mapping[str, nn.Linear | Conv1D], size: Size, probe: Probe
+        self,
+        model: nn.Module,
+        targets: Mapping[str, nn.Linear | Conv1D],
+        matrices: Mapping[str, Tensor],
+        size: Size,
+        probe: Probe,
     ) -> dict[str, Tensor]:
-        weights = {
-            name: (linear.get_parameter("weight"), isinstance(linear, Conv1D)) for name, linear in targets.items()
-        }
-        for weight, _ in weights.values():
-            weight.requires_grad_(True)
-        sheet = ScoreSheet(weights, size, self.score)
+        self._count(model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values()))  # before the work
+        sheet = ScoreSheet(matrices, size, self.score, next(model.parameters()).device)
+        try:
+            if self.warmup == "update":
+                self._full_steps(model, targets, sheet, probe)
+            elif self.mode == "delta":
+                self._frozen_losses(model, targets, sheet, probe)
+            else:
+                self._losses(targets, sheet, probe)
+        finally:
+            scores = sheet.close()
+            model.requires_grad_(False)
+        return scores
+
+    def _losses(self, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe) -> None:
+        for name, linear in targets.items():
+            linear.get_parameter("weight").requires_grad_(True)
+            sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep=False)
+        for loss in probe(self.selection_batches):
+            loss.backward()
+
+    def _frozen_losses(
+        self, model: nn.Module, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe
+    ) -> None:
+        """Scores of weights that can have no gradient: from each layer's input and its output's gradient."""
+        for name, linear in targets.items():
+            sheet.watch_layer(name, linear)
+        first = model.get_input_embeddings().register_forward_hook(  # pyright: ignore[reportCallIssue]
+            lambda module, args, output: output.detach().requires_grad_()  # where the graph begins
+        )
         try:
             for loss in probe(self.selection_batches):
                 loss.backward()
         finally:
-            scores = sheet.close()
-            for weight, _ in weights.values():
-                weight.requires_grad_(False)
-        return scores
+            first.remove()
+
+    def _full_steps(
+        self, model: nn.Module, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe
+    ) -> None:
+        """Full fine-tuning whose unclipped gradients are scored (the authors' warm-up)."""
+        if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
+            raise BadInput(
+                "SMT: warmup update trains all weights, which only float32 ones bear; set model.precision to float32, "
+                "or warmup to score_only."
+            )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            raise BadInput("SMT: warmup update works on one process only; set warmup to score_only.")
+        model.requires_grad_(True)
+        for name, linear in targets.items():
+            sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep=True)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.warmup_lr, betas=WARMUP_BETAS, weight_decay=0)
+        for loss in probe(self.selection_batches):
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), WARMUP_CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    # ---- the swap
 
     def _swap(self, model: nn.Module, choice: Mapping[str, Blocks]) -> None:
+        shapes = {name: shaped(model.get_submodule(name)) for name in choice}
+        self._groups, self._share = [], trained_share(choice, shapes)
         for group in shared_inputs(model, choice):
             for width in sorted({choice[name].size[1] for name in group}):
                 names = [name for name in group if choice[name].size[1] == width]
-                shared = SharedColumns([choice[name] for name in names])
+                shared = SharedColumns([choice[name] for name in names], shapes[names[0]].shape[1])
+                self._groups.append(shared)
                 for name in names:
                     self._swap_one(model, name, choice[name], shared)
 
-    def _swap_one(self, model: nn.Module, name: str, blocks: Blocks, shared: "SharedColumns") -> None:
+    def _swap_one(self, model: nn.Module, name: str, blocks: Blocks, shared: SharedColumns) -> None:
         original = model.get_submodule(name)
-        assert isinstance(original, nn.Linear | Conv1D)
-        linear = BlockLinear(original, blocks, shared)
+        linear = (
+            BlockLinear(original, blocks, shared)  # pyright: ignore[reportArgumentType]
+            if self.mode == "in_place"
+            else DeltaLinear(original, tuple(shaped(original).shape), blocks, shared)  # pyright: ignore
+        )
         replace(model, name, linear)
         self._swapped[name] = original, linear
 
 
-class SharedColumns:
-    """The input columns that some linear layers with one input need together, packed once a forward pass."""
-
-    def __init__(self, users: Sequence[Blocks]) -> None:
-        self.width = users[0].size[1]
-        self.columns = torch.cat([blocks.index[:, 1] for blocks in users]).unique()
-        self._users = len(users)
-        self._left = 0
-        self._input: Tensor | None = None
-        self._packed: Tensor | None = None
-
-    def places(self, blocks: Blocks) -> Tensor:
-        """The blocks as (row, place of the column among the packed ones)."""
-        return torch.stack(
-            [blocks.index[:, 0], torch.searchsorted(self.columns, blocks.index[:, 1].contiguous())], dim=1
-        )
-
-    def pack(self, x: Tensor) -> Tensor:
-        """The packed columns of `x` (..., K), (tokens, columns x width); one copy for all users of a tensor."""
-        if self._input is not x:
-            self.columns = self.columns.to(x.device)
-            self._packed = pack_columns(x.detach().reshape(-1, x.shape[-1]), self.columns, self.width)
-            self._input, self._left = x, self._users
-        packed = self._packed
-        self._left -= 1
-        if not self._left:  # the last user has it: autograd alone keeps it from here on
-            self._input = self._packed = None
-        assert packed is not None
-        return packed
+def shaped(linear: nn.Module) -> Tensor:
+    """A tensor without storage of the layer's shape as (out, in): a quantised weight itself has another."""
+    if isinstance(linear, nn.Linear):
+        return torch.empty(linear.out_features, linear.in_features, device="meta")
+    return matrix(linear).to("meta")  # pyright: ignore[reportArgumentType]
 
 
-class BlockLinear(nn.Module):
-    """A frozen linear layer with trained blocks.
-
-    Attributes:
-        weight, bias: The original layer's own parameters, frozen; `weight` always holds the blocks' present values.
-        blocks: Trainable fp32 master of the blocks, (N, h, w); zeros past a ragged end.
-    """
-
-    def __init__(self, linear: nn.Linear | Conv1D, chosen: Blocks, shared: SharedColumns) -> None:
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.transposed = isinstance(linear, Conv1D)
-        self.chosen, self.shared = chosen, shared
-        self.places = shared.places(chosen)
-        self.blocks = nn.Parameter(chosen.read(self.matrix.detach()))
-        self.register_load_state_dict_post_hook(lambda module, _keys: module.write())
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as (out, in)."""
-        return self.weight.t() if self.transposed else self.weight
-
-    def write(self) -> None:
-        """Write the master into the weight, cast to its dtype."""
-        self.chosen.write(self.matrix, self.blocks)
-
-    @torch.compiler.disable  # what q, k and v share between their calls is state that cannot be traced
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, bias = self.matrix, self.bias
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if not torch.is_grad_enabled():
-            return F.linear(x, weight, bias)
-        return _BlockLinear.apply(x, weight, bias, self.blocks, self.shared.pack(x), self.places, self.chosen.size)  # pyright: ignore
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.matrix.shape)}, {len(self.places)} blocks of {self.chosen.size}"
-
-
-class _BlockLinear(torch.autograd.Function):
-    # Shapes: T tokens, O out, K in, P packed in, N blocks of h x w.
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_OK: Tensor,
-        bias_O: Tensor | None,
-        _master_Nhw: Tensor,
-        packed_TP: Tensor,
-        places_N2: Tensor,
-        size: Size,
-    ) -> Tensor:
-        # The weight already holds the master's values; the master is an argument so that autograd gives it a gradient.
-        ctx.save_for_backward(packed_TP, weight_OK)
-        ctx.places, ctx.size = places_N2, size
-        return F.linear(x, weight_OK, bias_O)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        packed_TP, weight_OK = ctx.saved_tensors
-        dx = dy @ weight_OK if ctx.needs_input_grad[0] else None
-        d_master = None
-        if ctx.needs_input_grad[3]:
-            d_master = block_grad(dy.reshape(-1, dy.shape[-1]), packed_TP, ctx.places, ctx.size)
-        return dx, None, None, d_master, None, None, None
+def trained_share(choice: Mapping[str, Blocks], shapes: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Trained share of each matrix, by number of its layer, then by its role: where blocks were chosen."""
+    out: dict[str, dict[str, float]] = {}
+    for name, blocks in choice.items():
+        number = re.search(r"\.(\d+)\.", name)
+        layer = out.setdefault(number[1] if number else "", {})
+        layer[role(name)] = blocks.numel(shapes[name]) / shapes[name].numel()
+    return out

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_sparse_kernels.pack_columns import CASES, pack_columns, reference
+from lit_sparse_kernels.pack_columns import CASES, pack_columns, reference, unpack_columns
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -27,3 +27,11 @@ def test_all_columns_are_the_input_itself_unless_it_is_part_of_more():
     part = torch.randn(128, 96)[:64]
     packed = pack_columns(part, torch.arange(3), 32)
     assert packed.untyped_storage().nbytes() == part.nbytes
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "width", "columns", "dtype"), CASES)
+def test_unpacking_is_the_transpose_of_packing(tokens, inputs, width, columns, dtype):
+    kept = torch.tensor(columns, dtype=torch.int64)
+    x, y = torch.randn(tokens, inputs).to(dtype), torch.randn(tokens, len(columns) * width).to(dtype)
+    packed, unpacked = pack_columns(x, kept, width), unpack_columns(y, kept, width, inputs)
+    torch.testing.assert_close((packed.double() * y.double()).sum(), (x.double() * unpacked.double()).sum())

@@ -13,7 +13,8 @@ from lit_sparse.blocks import Blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import no_probe
-from lit_sparse.strategies.smt import SMT, BlockLinear, SharedColumns, _BlockLinear
+from lit_sparse.strategies.block_linear import BlockLinear, SharedColumns, _BlockLinear
+from lit_sparse.strategies.smt import SMT
 from lit_sparse.testing import TINY, tiny_llm
 from lit_sparse_profiling.counted import Counter
 
@@ -69,7 +70,7 @@ def test_gradients_are_blocks_of_the_dense_ones(kind, dtype, tolerance, size):
 def test_bf16_accumulates_in_fp32():
     layer = nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
     blocks = Blocks.of((16, 16), torch.tensor([[0, 1], [2, 3]]))
-    sparse = BlockLinear(layer, blocks, SharedColumns([blocks]))
+    sparse = BlockLinear(layer, blocks, SharedColumns([blocks], 64))
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(512, 64, generator=generator).bfloat16() for _ in range(2))
     sparse(x).backward(dy)
@@ -81,7 +82,7 @@ def test_bf16_accumulates_in_fp32():
 def test_input_gradient_is_the_dense_one():
     layer = nn.Linear(24, 16)
     blocks = Blocks.of((8, 8), torch.tensor([[0, 1]]))
-    sparse = BlockLinear(copy.deepcopy(layer).requires_grad_(False), blocks, SharedColumns([blocks]))
+    sparse = BlockLinear(copy.deepcopy(layer).requires_grad_(False), blocks, SharedColumns([blocks], 64))
     x, y = (torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
     layer(x).square().sum().backward()
     sparse(y).square().sum().backward()
@@ -190,7 +191,7 @@ def test_a_planted_block_is_found(score):
 def test_saved_bytes_are_the_packed_columns():
     layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
     blocks = Blocks.of((8, 8), torch.tensor([[0, 1], [3, 1], [2, 6]]))
-    sparse = BlockLinear(layer, blocks, SharedColumns([blocks]))
+    sparse = BlockLinear(layer, blocks, SharedColumns([blocks], 64))
     x = torch.randn(4, 16, 64)
     with Counter(sparse) as saved:
         out = sparse(x)
@@ -251,12 +252,12 @@ def test_backward_stops_below_the_lowest_block(tmp_path):
 def test_gradcheck_on_ragged_blocks(bias):
     layer = nn.Linear(11, 7, bias=bias).double().requires_grad_(False)
     blocks = Blocks.of((4, 4), torch.tensor([[1, 2], [0, 0], [1, 0]]))
-    shared = SharedColumns([blocks])
+    shared = SharedColumns([blocks], 64)
 
     def function(x, values):
         weight = layer.weight.clone()
         blocks.write(weight, values)
-        packed = shared.pack(x)
+        packed = shared.pack(x, x.dtype)
         return _BlockLinear.apply(x, weight, layer.bias, values, packed, shared.places(blocks), blocks.size)
 
     x = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
@@ -345,3 +346,172 @@ def test_bad_fields_are_refused_at_once(options):
 def test_scoring_needs_data():
     with pytest.raises(BadInput, match="training batches were asked for"):
         SMT(block_size=8, trainable_fraction=0.05).attach(tiny_llm(), no_probe)
+
+
+# ---- a contiguous slab, fewer columns
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_slab_trains_one_band_of_each_matrix(kind):
+    model, strategy = attached(kind, blocks="slab", trainable_fraction=0.05, block_size="auto")
+    assert all(len(blocks.index) == 1 for blocks in strategy.choice.values())
+    assert set(strategy.choice) == set(linears(tiny_llm(kind)))
+    loss_of(model).backward()
+    dense = dense_gradients(kind, torch.float32)
+    parameters = dict(model.named_parameters())
+    for name, blocks in strategy.choice.items():
+        torch.testing.assert_close(parameters[f"{name}.blocks"].grad, blocks.read(dense[name]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("blocks", ["gradient", "random"])
+def test_fewer_columns_are_kept(blocks):
+    _, free = attached(blocks=blocks, trainable_fraction=0.1)
+    model, bound = attached(blocks=blocks, trainable_fraction=0.1, kept_columns=0.5)
+    (many, of), (few, of_fewer) = free.describe()["kept_columns"], bound.describe()["kept_columns"]
+    assert few <= of_fewer / 2 + 1
+    assert few / of_fewer < many / of
+    counts = [sum(len(b.index) for b in strategy.choice.values()) for strategy in (free, bound)]
+    assert counts[0] == counts[1]
+    loss_of(model).backward()
+
+
+def test_kept_columns_must_leave_room_for_the_blocks():
+    with pytest.raises(BadInput, match="blocks were asked for, but the targets"):
+        attached(trainable_fraction=0.4, kept_columns=0.1)
+
+
+# ---- warm-up with updates, as the authors' code has it
+
+
+def test_warmup_with_updates_chooses_what_the_formulas_say():
+    steps, size, fraction, lr = 4, 8, 0.05, 1e-2
+    targets = ["q", "k", "v"]
+    options = {"warmup": "update", "warmup_lr": lr, "score": "mean_abs", "selection_batches": steps}
+    model, strategy = attached("llama", block_size=size, trainable_fraction=fraction, targets=targets, **options)
+
+    other = tiny_llm("llama")  # core.md 1(b), steps 1 to 6, on dense matrices
+    optimizer = torch.optim.AdamW(other.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0)
+    names = [name for name in linears(other) if name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")]
+    summed = {name: torch.zeros_like(other.get_submodule(name).weight) for name in names}
+    for seed in range(steps):
+        optimizer.zero_grad()
+        loss_of(other, seed).backward()
+        for name in names:
+            summed[name] += other.get_submodule(name).weight.grad
+        torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+        optimizer.step()
+    tiles = []
+    for name, total in summed.items():
+        for row in range(total.shape[0] // size):
+            for column in range(total.shape[1] // size):
+                tile = total[row * size : (row + 1) * size, column * size : (column + 1) * size]
+                tiles.append((float(tile.mean().abs()), name, row, column))
+    count = int(fraction * sum(p.numel() / size**2 for p in other.parameters() if p.ndim == 2))
+    expected = {tile[1:] for tile in sorted(tiles, reverse=True)[:count]}
+    chosen = {(n, *index) for n, blocks in strategy.choice.items() for index in blocks.index.tolist()}
+    assert chosen == expected
+    for name, parameter in other.named_parameters():  # and the whole model has moved alike
+        assert torch.equal(dict(model.named_parameters())[name], parameter), name
+    assert all(name.endswith(".blocks") for name, _ in trainable(model))
+
+
+def test_warmup_with_updates_needs_float32():
+    with pytest.raises(BadInput, match="which only float32 ones bear"):
+        attached(dtype=torch.bfloat16, warmup="update")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"warmup": "update", "blocks": "random"}, "does not go with blocks 'random'"),
+        ({"warmup": "update", "mode": "delta"}, "mode delta"),
+        ({"kept_columns": 0.0}, "kept_columns is 0.0"),
+        ({"kept_columns": 0.5, "blocks": "slab"}, "with blocks 'slab'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(options, message):
+    with pytest.raises(BadInput, match=message):
+        SMT(**options)
+
+
+# ---- delta: beside a base that is not touched
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("blocks", ["random", "diagonal", "slab"])
+def test_delta_computes_what_the_blocks_in_place_do(kind, dtype, tolerance, blocks):
+    options = {"blocks": blocks, "trainable_fraction": 0.1, "block_size": 8}
+    (inside, _), (beside, strategy) = (attached(kind, dtype, mode=mode, **options) for mode in ("in_place", "delta"))
+    base = {name: parameter.clone() for name, parameter in beside.named_parameters() if not parameter.requires_grad}
+    for step in range(3):
+        for model in (inside, beside):
+            model.zero_grad()
+            loss_of(model, step).backward()
+        ours, theirs = (dict(trainable(model)) for model in (beside, inside))
+        assert ours.keys() == theirs.keys()
+        for name, parameter in ours.items():
+            torch.testing.assert_close(
+                parameter.grad.double(), theirs[name].grad.double(), rtol=tolerance, atol=tolerance
+            )
+        with torch.no_grad():
+            for name, parameter in ours.items():
+                parameter -= 0.1 * theirs[name].grad
+                theirs[name] -= 0.1 * theirs[name].grad
+            for module in inside.modules():
+                if isinstance(module, BlockLinear):
+                    module.write()
+        wanted, got = (model(input_ids=tokens(9)).logits for model in (inside, beside))
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)
+    for name, parameter in beside.named_parameters():
+        if name in base:
+            assert torch.equal(parameter, base[name]), name
+    logits = beside(input_ids=tokens(9)).logits
+    strategy.detach(beside)
+    torch.testing.assert_close(beside(input_ids=tokens(9)).logits, logits, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("score", ["abs_mean", "mean_abs", "l2"])
+def test_delta_chooses_the_same_blocks_by_gradient(score):
+    (_, inside), (_, beside) = (attached(mode=mode, score=score) for mode in ("in_place", "delta"))
+    assert {n: b.index.tolist() for n, b in inside.choice.items()} == {
+        n: b.index.tolist() for n, b in beside.choice.items()
+    }
+
+
+def test_an_untrained_delta_leaves_the_base_as_it_was():
+    model, strategy = attached(mode="delta", dtype=torch.bfloat16)
+    strategy.detach(model)
+    base = tiny_llm("llama").to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(base.named_parameters())[name]), name
+
+
+# ---- what the record shows
+
+
+def test_the_share_of_each_matrix_is_told_by_layer_and_role():
+    model, strategy = attached(trainable_fraction=0.1, targets=["q", "down"])
+    share = strategy.describe()["share"]
+    sizes = {name: matrix(linear).numel() for name, linear in linears(tiny_llm("llama")).items()}
+    trained = sum(parameter.numel() for _, parameter in trainable(model))
+    told = 0.0
+    for layer, roles in share.items():
+        assert set(roles) <= {"q", "down"}
+        for role, part in roles.items():
+            block = "self_attn.q_proj" if role == "q" else "mlp.down_proj"
+            told += part * sizes[f"model.layers.{layer}.{block}"]
+    assert told == pytest.approx(trained)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_copy_is_packed_also_where_autocast_changes_the_type(dtype):
+    _, strategy = attached("llama", blocks="random", trainable_fraction=0.1, targets=["q", "k", "v"])
+    group = next(linear.shared for _, linear in strategy._swapped.values() if linear.shared._users > 1)
+    users = [linear for _, linear in strategy._swapped.values() if linear.shared is group]
+    x = torch.randn(2, 5, users[0].matrix.shape[1], requires_grad=True)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        outputs = [linear(x) for linear in users]
+    packed = {output.grad_fn.saved_tensors[0].data_ptr() for output in outputs}
+    assert len(packed) == 1
+    assert group._input is None

@@ -1,0 +1,77 @@
+"""What is shown is what runs: the README's Python, the bare loop, the notebook."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lit_sparse.examples import bare_loop
+from lit_sparse.testing import tiny_llm
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "A", "block", "of", "the", "weight", "matrix", "is", "trained", "and"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty folder with a tiny model, its tokenizer and some rows."""
+    monkeypatch.chdir(tmp_path)
+    tiny_llm("llama").save_pretrained("tiny")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained("tiny")
+    rows = [{"prompt": f"A block {n}", "completion": "is trained and is the matrix"} for n in range(80)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def fenced(text: str, mark: str) -> str:
+    """The code block of the README that contains `mark`."""
+    return next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if mark in block)
+
+
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.filterwarnings("ignore:The number of training batches")
+def test_the_python_of_the_readme_runs_as_it_stands(home):
+    code = fenced((ROOT / "README.md").read_text(), "task.detach()")
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny").replace("max_steps=1000", "max_steps=2")
+    assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 8
+    exec(compile(code, "README.md", "exec"), {})
+    tuned, base = (AutoModelForCausalLM.from_pretrained(name) for name in ("tuned", "tiny"))
+    moved = [
+        name
+        for (name, now), (_, then) in zip(tuned.named_parameters(), base.named_parameters(), strict=True)
+        if not torch.equal(now, then)
+    ]
+    assert moved
+    assert all(name.rpartition(".")[0].endswith(("q_proj", "k_proj", "v_proj")) for name in moved)
+
+
+def test_the_bare_loop_learns_and_knows_no_lightning(home, capsys):
+    losses = bare_loop.main("tiny", steps=12)
+    assert losses[-1] < losses[0]
+    assert "lightning" not in Path(bare_loop.__file__).read_text().replace("without Lightning", "")
+
+
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_the_notebook_is_valid_python_of_this_version(home):
+    notebook = json.loads((ROOT / "lit_sparse" / "examples" / "first_steps.ipynb").read_text())
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in notebook["cells"] if cell["cell_type"] == "code")
+    code = "\n".join(cells)
+    for shown, tiny in (
+        ('base="demo"', 'base="tiny"'),
+        ("Embedded(max_length=256", 'Instructions("rows.jsonl", tokenizer="tiny", max_length=16'),
+        ("import Embedded", "import Instructions"),
+    ):
+        assert shown in code
+        code = code.replace(shown, tiny)
+    exec(compile(code, "first_steps.ipynb", "exec"), {})
+    assert Path("tuned/config.json").is_file()
+    assert Path("runs/notebook-1/record.json").is_file()
