@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,18 @@ def rewritten(readme: str, results: Path) -> str:
     return MARKED.sub(block, readme)
 
 
+def quality(name: str, results: Path) -> str:
+    """The quality table of that name, as far as it is measured."""
+    from benchmarks.ranking import published  # loads torch, for which other tables need not wait
+
+    return published(name, results / "quality.jsonl")
+
+
+BLOCKS |= {
+    f"quality-{path.stem}": partial(quality, path.stem) for path in sorted((ROOT / "benchmarks/quality").glob("*.yaml"))
+}
+
+
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     """Rewrite the README of the checkout `root`, or check it; the exit status."""
     parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md.")
@@ -202,4 +215,5 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))  # a script is given its own folder only
     sys.exit(main())

@@ -1,0 +1,339 @@
+"""Compares methods by what they learn and what they forget: learning rates swept, several seeds, spread shown.
+
+`python -m benchmarks.quality TABLE` runs a table of benchmarks/quality (or any such YAML file). Each trial is
+`lit-sparse fit` in a process of its own; its line is appended to benchmarks/results/quality.jsonl when it ends, and no
+trial that has a line is made again, whichever table asks for it. A line is of one configuration on one kind of device
+and one set of versions, not of a commit: where a change of the code makes one untrue, delete it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from benchmarks.provenance import ROOT, provenance
+from benchmarks.ranking import HEAD, Results, belonging, cells, chosen, notes, score
+from benchmarks.readme import Line, table
+from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
+from lit_sparse.errors import BadInput
+from lit_sparse.runs import LAST
+from lit_sparse_profiling.bench import REFUSED, Job, execute, folders, verdict
+from lit_sparse_profiling.record import RunRecord
+
+RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
+QUIET = (
+    "--samples=0",
+    "--profile.examine=false",
+    "--profile.profiled=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.enable_model_summary=false",
+)
+"""What of a fit does not touch its result."""
+AT_THE_END = 10**9
+"""Steps between checkpoints: one is written at the end of training only."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """Something to do for a table: train a trial, or (`test`) have it answer."""
+
+    trial: Trial
+    test: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.trial.name}{', answers' if self.test else ''}"
+
+
+# ---- what is to be done
+
+
+def work(made: Table, results: Results) -> Iterator[Work]:
+    """What is missing and can be done now: the sweeps, then seed by seed all arms, so that drift meets all alike."""
+    for arm in made.arms:
+        yield from _missing(made, made.sweep(arm), results, tested=False)
+        yield from _missing(made, _at_best(made, arm, made.seeds[:1], results), results)
+    for seed in made.seeds[1:]:
+        for arm in made.arms:
+            yield from _missing(made, _at_best(made, arm, [seed], results), results)
+
+
+def _at_best(made: Table, arm: Arm, seeds: Sequence[int], results: Results) -> list[Trial]:
+    """The arm's trials at its best learning rate, none while that is not known."""
+    sweep = made.sweep(arm)
+    best = chosen(sweep, results)
+    if best is None or any(results.fit(trial) is None for trial in sweep):
+        return []
+    return [made.trial(arm, best.rate, seed) for seed in seeds]
+
+
+def _missing(made: Table, trials: Sequence[Trial], results: Results, tested: bool = True) -> Iterator[Work]:
+    for trial in trials:
+        if results.fit(trial) is None:
+            yield Work(trial)
+        if tested and made.test is not None and results.test(trial, made.test) is None:
+            yield Work(trial, test=True)
+
+
+def left(made: Table, results: Results) -> tuple[int, int]:
+    """How many trainings and how many tests are missing."""
+    swept = [trial for arm in made.arms for trial in made.sweep(arm)]
+    best = [trial for arm in made.arms for trial in _at_best(made, arm, made.seeds, results)]
+    others = [trial for trial in best if trial.seed != made.seeds[0]]
+    trained = sum(results.fit(trial) is not None for trial in swept + others)
+    tested = sum(results.test(trial, made.test) is not None for trial in best)
+    rows = len(made.arms) * len(made.seeds)
+    return len(swept) + rows - len(made.arms) - trained, (rows - tested if made.test is not None else 0)
+
+
+def in_words(counts: tuple[int, int]) -> str:
+    """Trainings and tests in words."""
+    named = [(count, what) for count, what in zip(counts, ("training", "test"), strict=True) if count]
+    return " and ".join(f"{count} {what}{'s' * (count > 1)}" for count, what in named) or "nothing"
+
+
+# ---- doing it
+
+
+class Runner:
+    """Makes the trials of one table.
+
+    Args:
+        root: Folder of the runs.
+        say: Prints a line.
+    """
+
+    def __init__(self, made: Table, results: Results, root: Path, say: Callable[[str], None] = print) -> None:
+        self.made, self.results, self.root, self.say = made, results, root, say
+        self.failed: dict[str, str] = {}
+
+    def run(self, minutes: float | None = None) -> None:
+        """Do all that is missing; after so many minutes nothing more is begun. What fails is not tried again."""
+        begun = time.monotonic()
+        while (one := self._next()) is not None:
+            if minutes is not None and time.monotonic() - begun >= minutes * 60:
+                return
+            self.say(f"{one} (left: {in_words(left(self.made, self.results))})")
+            try:
+                (self.test if one.test else self.train)(one.trial)
+            except RuntimeError as error:
+                self.failed[str(one)] = str(error)
+                self.say(f"{one}: {error}")
+
+    def _next(self) -> Work | None:
+        return next((one for one in work(self.made, self.results) if str(one) not in self.failed), None)
+
+    def train(self, trial: Trial) -> None:
+        """Train and keep the line; of a sweep only the best one's checkpoint is kept.
+
+        Raises:
+            RuntimeError: if the training gave no result; it says why.
+        """
+        begun = time.monotonic()
+        folder = self._fit(trial)
+        record, seconds = RunRecord.read(folder / "record.json"), time.monotonic() - begun
+        line = fit_line(trial, record, self.results.stack, seconds)
+        self.results.append(line)
+        self.say(f"{trial.name}: held-out loss {score(line):.4f} in {seconds:.0f} s, {folder}")
+        self._discard_beaten(trial)
+
+    def test(self, trial: Trial) -> None:
+        """Have it answer and keep the line; its checkpoint is not needed any more. One that is gone is made again.
+
+        Raises:
+            RuntimeError: if there is no answer; it says why.
+        """
+        assert self.made.test is not None
+        folder = self._checkpointed(trial)
+        if folder is None:
+            self.say(f"{trial.name}: trained again for its answers, since its checkpoint is gone")
+            folder = self._fit(trial)
+        begun = time.monotonic()
+        scores = answers(trial, self.made.test, folder)
+        record = RunRecord.read(folder / "record.json")
+        about = {"kind": "test", **provenance("quality", record), "stack": self.results.stack, "arm": trial.arm.name}
+        identity = {"identity": trial.identity(self.results.stack), "test": self.made.test}
+        self.results.append({**about, **identity, "seconds": time.monotonic() - begun, "scores": scores})
+        self._discard(trial)
+
+    def _fit(self, trial: Trial) -> Path:
+        """The folder of a training made now.
+
+        Raises:
+            RuntimeError: if it did not end well.
+        """
+        name, steps = self._name(trial), 0 if self.made.test is None else AT_THE_END
+        file = written(self.root / f"{name}.yaml", trial.config)
+        scored = 0 if self.results.before(trial) else -1  # the base's scores are the same for all: taken once
+        command = [sys.executable, "-m", "lit_sparse", "fit", f"--config={file}", *QUIET, f"--run={name}"]
+        place = [f"--trainer.default_root_dir={self.root}", f"--trainer.num_sanity_val_steps={scored}"]
+        folder = execute(Job(name, [*command, *place, f"--checkpoint_steps={steps}"], {}), self.root)
+        record = RunRecord.read(folder / "record.json")
+        if record.status != "ok":
+            raise RuntimeError(f"{record.status}: {record.reason}")
+        return folder
+
+    def _name(self, trial: Trial) -> str:
+        return f"{trial.arm.name}_{trial.identity(self.results.stack)[:8]}"
+
+    def _checkpointed(self, trial: Trial) -> Path | None:
+        """The folder with the trial's checkpoint, if it is still there."""
+        made = [folder for folder in folders(self.root, self._name(trial)) if (folder / LAST).is_file()]
+        return made[-1] if made else None
+
+    def _discard_beaten(self, trial: Trial) -> None:
+        sweep = self.made.sweep(trial.arm)
+        best = chosen(sweep, self.results)
+        for beaten in sweep:
+            if best is not None and beaten.rate != best.rate:
+                self._discard(beaten)
+
+    def _discard(self, trial: Trial) -> None:
+        """Take its checkpoints away, those of trainings that were killed too: full fine-tuning's has three models."""
+        for folder in folders(self.root, self._name(trial)):
+            (folder / LAST).unlink(missing_ok=True)
+
+
+def fit_line(trial: Trial, record: RunRecord, stack: Mapping[str, str], seconds: float) -> Line:
+    """What one training gave."""
+    assert record.model is not None
+    return {
+        "kind": "fit",
+        **provenance("quality", record),
+        "stack": dict(stack),
+        "identity": trial.identity(stack),
+        "untrained": trial.untrained(stack),
+        "arm": trial.arm.name,
+        "lr": trial.rate,
+        "seed": trial.seed,
+        "steps": trial.config["trainer"]["max_steps"],
+        "trainable": record.model.trainable,
+        "trainable_share": record.model.trainable_share,
+        "seconds": seconds,
+        "before": record.outcome.get("before", {}),
+        "after": record.outcome["after"],
+        "config": trial.config,
+    }
+
+
+def answers(trial: Trial, test: Config, folder: Path) -> dict[str, float]:
+    """Shares of right answers of `lit-sparse test` on the checkpoint in `folder`, by what is asked.
+
+    Raises:
+        RuntimeError: if the test failed, or nothing was asked in it.
+    """
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder), "name": ""}}
+    logger["init_args"]["version"] = "test"
+    config = merged(merged(trial.config, test), {"trainer": {"logger": logger, "enable_progress_bar": False}})
+    file = written(folder / "test.yaml", config)
+    command = [sys.executable, "-m", "lit_sparse", "test", f"--config={file}", f"--ckpt_path={folder / LAST}"]
+    with (folder / "test.txt").open("wb") as log:
+        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        said = (folder / "test.txt").read_text(encoding="utf-8", errors="replace")
+        raise RuntimeError(f"{'refused' if code == REFUSED else 'failed'}: {verdict(code, said, None)[1]}")
+    return accuracies(folder / "test" / "metrics.csv")
+
+
+def accuracies(path: Path) -> dict[str, float]:
+    """The columns `..._accuracy` of the last line of a CSV file.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = csv.DictReader(text.splitlines())
+    found = {name: float(text) for line in lines for name, text in line.items() if name.endswith("_accuracy") and text}
+    if not found:
+        raise RuntimeError("the data have nothing to be answered; leave `test` out of the table.")
+    return found
+
+
+def written(path: Path, config: Config) -> Path:
+    """The configuration as a YAML file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def stack_of(workload: Config) -> dict[str, str]:
+    """Where trials of that configuration run here: kind of device, and versions."""
+    cuda = torch.cuda.is_available() and workload["trainer"].get("accelerator", "auto") != "cpu"
+    packages = {package: version(package) for package in ("torch", "lightning", "transformers", "peft")}
+    return {"device": "cuda" if cuda else "cpu", **packages}
+
+
+# ---- the command
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    out = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    out.add_argument("table", help="name of a table in benchmarks/quality, or a YAML file")
+    out.add_argument("--minutes", type=float, help="begin nothing after so many minutes; 0 only shows the table")
+    out.add_argument("--seeds", type=int, nargs="+", help="instead of the table's; the first is the sweeps'")
+    out.add_argument("--steps", type=int, help="optimizer steps of each training, instead of the table's")
+    out.add_argument("--workload", type=Path, help="YAML of model, data and trainer, instead of the table's")
+    out.add_argument("--into", type=Path, default=Path("runs/quality"), help="folder of the runs")
+    out.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
+    out.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    return out
+
+
+def show(made: Table, results: Results, markdown: bool) -> None:
+    """Print the table as far as it is known."""
+    if markdown:
+        print(f"{notes(made, belonging(made, results))}\n\n{table(HEAD, cells(made, results))}")
+        return
+    out = RichTable(*HEAD, title=made.name)
+    for row in cells(made, results):
+        out.add_row(*row)
+    console = Console()
+    console.print(out)
+    console.print(notes(made, belonging(made, results)), markup=False, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what is missing of a table, and show it; the exit status is 1 if something failed, 2 for bad input."""
+    asked = parser().parse_args(arguments)
+    try:
+        if asked.minutes is not None and not asked.minutes >= 0:
+            raise BadInput(f"--minutes {asked.minutes} was asked for; give 0 or more.")
+        made = read_table(asked.table, asked.workload, asked.steps, asked.seeds)
+        results = Results(asked.results, stack_of(made.workload))
+        runner = Runner(made, results, asked.into)
+        code = finished(runner, asked.minutes)
+    except BadInput as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    show(made, results, asked.markdown)
+    for name, reason in runner.failed.items():
+        print(f"{name}: {reason}", file=sys.stderr)
+    return code
+
+
+def finished(runner: Runner, minutes: float | None) -> int:
+    """Run; the exit status."""
+    code = 0
+    try:
+        runner.run(minutes)
+    except KeyboardInterrupt:
+        code = 130
+    if any(missing := left(runner.made, runner.results)):
+        print(f"{in_words(missing)} left; the same command goes on with them.", file=sys.stderr)
+    return code or int(bool(runner.failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""The results of quality trials, and the tables made of them: means, spread, ties, and what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.readme import Line, caption, parsed, table
+from benchmarks.trials import Arm, Config, Table, Trial, read_table
+from lit_sparse.errors import BadInput
+from lit_sparse_profiling.documents import finite
+
+SCORE, TEXT = "heldout_loss", "text_loss"
+"""What the learning rate is chosen by and arms are ranked by, lower being better; what shows forgetting."""
+UNEQUAL = 0.03
+"""Numbers of trained weights that differ by a larger share are not equal."""
+ENOUGH = 3
+"""Seeds of a complete row."""
+OURS = {"kind", "stack", "identity", "seconds"}
+HEAD = ["arm", "group", "trained weights", "learning rate", "held-out loss", "text loss", "right answers", "seeds", ""]
+
+
+class Results:
+    """The lines of a file of results that belong to one stack: device kind and versions.
+
+    Raises:
+        BadInput: if a line is no measurement.
+    """
+
+    def __init__(self, path: Path, stack: Mapping[str, str]) -> None:
+        self.path, self.stack = path, dict(stack)
+        self.fits: dict[str, Line] = {}
+        self.tests: dict[tuple[str, str], Line] = {}
+        self.untrained: dict[str, dict[str, float]] = {}
+        for line in read_results(path):
+            self._take(line)
+
+    def _take(self, line: Line) -> None:
+        if line["stack"] != self.stack:
+            return
+        if line["kind"] == "test":
+            self.tests[line["identity"], key(line["test"])] = line
+            return
+        self.fits[line["identity"]] = line
+        if line["before"]:
+            self.untrained[line["untrained"]] = line["before"]
+
+    def append(self, line: Line) -> None:
+        """Keep a line, on disk at once."""
+        text = json.dumps(finite(line), allow_nan=False)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(json.loads(text))
+
+    def fit(self, trial: Trial) -> Line | None:
+        """What training it gave, if it was trained."""
+        return self.fits.get(trial.identity(self.stack))
+
+    def test(self, trial: Trial, test: Config | None) -> Line | None:
+        """What it answered, if it was tested so."""
+        return None if test is None else self.tests.get((trial.identity(self.stack), key(test)))
+
+    def before(self, trial: Trial) -> dict[str, float] | None:
+        """The scores of its untrained base, if any trial of the same base and data took them."""
+        return self.untrained.get(trial.untrained(self.stack))
+
+
+def key(value: Any) -> str:
+    """A JSON value as a text that is the same for equal ones."""
+    return json.dumps(value, sort_keys=True)
+
+
+def read_results(path: Path) -> list[Line]:
+    """The lines of a file, none if it is not there.
+
+    Raises:
+        BadInput: if one is no measurement of ours.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    try:
+        lines = [(n, parsed(line, f"{path}:{n}")) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    for n, line in lines:
+        if absent := sorted(OURS - line.keys()):
+            raise BadInput(f"{path}:{n} is no measurement of quality, it has no {absent[0]}; correct or delete it.")
+    return [line for _, line in lines]
+
+
+def score(line: Line) -> float:
+    """The held-out loss after training; infinite where it is no number."""
+    value = float(line["after"][SCORE])
+    return value if math.isfinite(value) else math.inf
+
+
+def chosen(sweep: Sequence[Trial], results: Results) -> Trial | None:
+    """The trial of the sweep with the lowest held-out loss so far; None if there is none yet."""
+    scored = [(score(line), trial.rate, trial) for trial in sweep if (line := results.fit(trial)) is not None]
+    return min(scored, key=lambda one: one[:2])[2] if scored else None
+
+
+# ---- rows
+
+
+@dataclass
+class Row:
+    """What is known of one arm.
+
+    Attributes:
+        best: The trial of the sweep that chose the learning rate; None if nothing was trained.
+        swept: Whether all rates were tried.
+        fits: Its trainings at that rate, one a seed.
+        tests: Its tests at that rate.
+        remarks: What is to be said beside its numbers.
+    """
+
+    arm: Arm
+    best: Trial | None
+    swept: bool
+    fits: list[Line]
+    tests: list[Line]
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        """Held-out losses, one a seed."""
+        return [score(line) for line in self.fits]
+
+    @property
+    def trained(self) -> int:
+        """Trained weights."""
+        return self.fits[0]["trainable"]
+
+
+def rows(made: Table, results: Results) -> list[Row]:
+    """A row for each arm, judged."""
+    out = [row_of(made, arm, results) for arm in made.arms]
+    for group in dict.fromkeys(row.arm.group for row in out if row.arm.group is not None):
+        judge([row for row in out if row.arm.group == group and row.fits])
+    for row in out:
+        row.remarks += missing(made, row)
+    return out
+
+
+def row_of(made: Table, arm: Arm, results: Results) -> Row:
+    sweep = made.sweep(arm)
+    best = chosen(sweep, results)
+    if best is None:
+        return Row(arm, None, False, [], [])
+    trials = [made.trial(arm, best.rate, seed) for seed in made.seeds]
+    fits = [line for trial in trials if (line := results.fit(trial)) is not None]
+    tests = [line for trial in trials if (line := results.test(trial, made.test)) is not None]
+    return Row(arm, best, all(results.fit(trial) is not None for trial in sweep), fits, tests)
+
+
+def judge(group: Sequence[Row]) -> None:
+    """Say which row of a group is best, which ones tie with it, and which train another number of weights.
+
+    A tie is a difference of the means within the larger of the two standard deviations.
+    """
+    if not group:
+        return
+    best = min(group, key=lambda row: statistics.fmean(row.losses))
+    for row in group:
+        if row is best and len(group) > 1:
+            row.remarks.append("best")
+        elif row is not best and ties(row.losses, best.losses):
+            row.remarks.append("tie")
+        if abs(row.trained / group[0].trained - 1) > UNEQUAL:
+            row.remarks.append(f"unequal: {row.trained / group[0].trained - 1:+.1%} weights beside {group[0].arm.name}")
+
+
+def ties(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether the means differ by no more than the larger standard deviation; never where one is not known."""
+    if min(len(ours), len(theirs)) < 2 or not all(map(math.isfinite, [*ours, *theirs])):
+        return False
+    spread = max(statistics.stdev(ours), statistics.stdev(theirs))
+    return abs(statistics.fmean(ours) - statistics.fmean(theirs)) <= spread
+
+
+def missing(made: Table, row: Row) -> Iterator[str]:
+    """What the row lacks."""
+    if not row.fits:
+        yield "not measured"
+        return
+    if not row.swept:
+        yield "incomplete: not all learning rates were tried"
+    if len(row.fits) < max(ENOUGH, len(made.seeds)):
+        yield f"incomplete: {len(row.fits)} of {max(ENOUGH, len(made.seeds))} seeds"
+
+
+# ---- the table
+
+
+def cells(made: Table, results: Results) -> list[list[str]]:
+    """The table's rows as texts, that of the untrained base first."""
+    of_seeds = [results.before(made.trial(made.arms[0], made.arms[0].rates[0], seed)) or {} for seed in made.seeds]
+    scores = [mean_spread([float(one[name]) for one in of_seeds if name in one]) for name in (SCORE, TEXT)]
+    return [["untrained", "", "0", "-", *scores, "-", "-", ""], *(row_cells(row) for row in rows(made, results))]
+
+
+def row_cells(row: Row) -> list[str]:
+    head = [row.arm.name, row.arm.group or "reference"]
+    if row.best is None:
+        return [*head, *["-"] * 5, "0", "; ".join(row.remarks)]
+    return [
+        *head,
+        f"{row.trained:,} ({row.fits[0]['trainable_share']:.2%})",
+        rate(row),
+        mean_spread(row.losses),
+        mean_spread([float(line["after"][TEXT]) for line in row.fits if TEXT in line["after"]]),
+        right_answers(row.tests),
+        str(len(row.fits)),
+        "; ".join(row.remarks),
+    ]
+
+
+def rate(row: Row) -> str:
+    """The learning rate, and whether a better one may lie beyond those tried."""
+    assert row.best is not None
+    rates = row.arm.rates
+    if len(rates) == 1:
+        return f"{row.best.rate:g} (not swept)"
+    end = row.swept and row.best.rate in (rates[0], rates[-1])
+    return f"{row.best.rate:g}" + (f" ({'lowest' if row.best.rate == rates[0] else 'highest'} tried)" if end else "")
+
+
+def right_answers(tests: Sequence[Line]) -> str:
+    """Shares of right answers, each kind of question for itself."""
+    kinds = sorted({name for line in tests for name in line["scores"]})
+    shares = [mean_spread([line["scores"][kind] for line in tests if kind in line["scores"]], "%") for kind in kinds]
+    named = [f"{share} of {kind.removesuffix('_accuracy')}" for share, kind in zip(shares, kinds, strict=True)]
+    return "; ".join(named) or "-"
+
+
+def mean_spread(values: Sequence[float], unit: Literal["", "%"] = "") -> str:
+    """Mean and standard deviation over seeds."""
+    form = ".1%" if unit else ".4f"
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return format(values[0], form)
+    spread = statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{statistics.fmean(values):{form}} ± {spread:{form}}"
+
+
+def belonging(made: Table, results: Results) -> list[Line]:
+    """The lines of results that the table's trials made, the beaten ones of the sweeps too."""
+    trials = [made.trial(arm, rate, seed) for arm in made.arms for rate in arm.rates for seed in made.seeds]
+    lines = [results.fit(trial) for trial in trials] + [results.test(trial, made.test) for trial in trials]
+    return [line for line in lines if line is not None]
+
+
+def notes(made: Table, lines: Sequence[Line]) -> str:
+    """How the table was made, and how to read it."""
+    hours = sum(line["seconds"] for line in lines) / 3600
+    machines = " and ".join(sorted({line["device"] for line in lines})) or "no machine yet"
+    data = {"batch_size": 4, "heldout": "some", **made.workload["data"].get("init_args", {})}
+    return (
+        f"{made.title} Model {made.workload['model'].get('base', 'demo')}, {made.steps} steps of {data['batch_size']} "
+        f"rows, {data['heldout']} rows held out, {hours:.1f} hours on {machines}. Mean ± standard deviation over "
+        f"seeds; the learning rate has the lowest held-out loss with seed {made.seeds[0]}. A tie with the best of a "
+        "group: the means differ by no more than the larger of the two standard deviations."
+    )
+
+
+def published(name: str, path: Path) -> str:
+    """A table for the README, of the newest stack that it was measured on.
+
+    Raises:
+        BadInput: if one seed is all that there is of the table or of an arm.
+    """
+    made, command = read_table(name), f"python -m benchmarks.quality {name}"
+    if len(made.seeds) < 2:
+        raise BadInput(f"quality-{name}: a table of one seed shows no spread; give it {ENOUGH} seeds.")
+    stacks = {key(line["stack"]): line["stack"] for line in sorted(read_results(path), key=lambda line: line["date"])}
+    for stack in reversed(stacks.values()):
+        results = Results(path, stack)
+        if lines := belonging(made, results):
+            refuse_one_seed(made, results, command)
+            text = f"{caption(command, lines)}\n\n{notes(made, lines)}"
+            return f"{text}\n\n{table(HEAD, cells(made, results))}"
+    return f"Not measured yet: `{command}` measures this table."
+
+
+def refuse_one_seed(made: Table, results: Results, command: str) -> None:
+    for row in rows(made, results):
+        if len(row.fits) == 1:
+            raise BadInput(
+                f"quality-{made.name}: {row.arm.name} was trained with one seed, which shows no spread; a published "
+                f"table has {ENOUGH}: run `{command}` to its end."
+            )

@@ -1,0 +1,284 @@
+"""Quality tables, as YAML files in benchmarks/quality, and the trials that they are made of."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lit_sparse.strategies
+from lit_sparse.configs import found
+from lit_sparse.errors import BadInput
+
+TABLES = Path(__file__).parent / "quality"
+SEEDS = (0, 1, 2)
+SEED = "${seed}"
+"""Stands for the trial's seed in an arm whose updates draw without a `seed` of their own, such as PEFT's SHiRA."""
+TABLE_KEYS, ARM_KEYS = {"title", "workload", "test", "seeds", "arms"}, {"updates", "method", "lr", "group"}
+Config = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        model: Its part of the key `model` of `lit-sparse fit`.
+        rates: Peak learning rates to choose from, lowest first.
+        group: Arms of one group are to train equally many weights, and are ranked among one another; an arm of no
+            group is a reference.
+    """
+
+    name: str
+    model: Config
+    rates: tuple[float, ...]
+    group: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: an arm at one learning rate with one seed.
+
+    Attributes:
+        config: All of it, as a configuration of `lit-sparse fit`.
+    """
+
+    arm: Arm
+    rate: float
+    seed: int
+    config: Config
+
+    def identity(self, stack: Mapping[str, str]) -> str:
+        """A hash of all that makes its result; neither the table nor the arm's name does. `stack` is where it runs."""
+        return digest(self.config, stack)
+
+    def untrained(self, stack: Mapping[str, str]) -> str:
+        """A hash of all that makes the scores before training: those of every trial of the same base and data."""
+        base = {key: self.config["model"].get(key) for key in ("base", "precision")}
+        return digest({"model": base, "data": self.config["data"]}, stack)
+
+    @property
+    def name(self) -> str:
+        """For people to read."""
+        return f"{self.arm.name}, lr {self.rate:g}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A comparison of arms with everything else equal.
+
+    Attributes:
+        workload: Configuration that all trials have in common.
+        test: What `lit-sparse test` changes of it; None if nothing is answered.
+        seeds: The learning rate is chosen with the first.
+    """
+
+    name: str
+    title: str
+    workload: Config
+    test: Config | None
+    seeds: tuple[int, ...]
+    arms: tuple[Arm, ...]
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of every trial."""
+        return self.workload["trainer"]["max_steps"]
+
+    def trial(self, arm: Arm, rate: float, seed: int) -> Trial:
+        """The training of `arm` at that rate and with that seed, which the order of the data follows too."""
+        model = _with_seed(arm.model, seed)
+        model["updates"] = [_seeded(update, seed, arm.name) for update in model.get("updates", [])]
+        own = {"seed_everything": seed, "data": {"init_args": {"seed": seed}}, "model": {**model, "lr": rate}}
+        return Trial(arm, rate, seed, merged(self.workload, own))
+
+    def sweep(self, arm: Arm) -> list[Trial]:
+        """The trials that choose the learning rate."""
+        return [self.trial(arm, rate, self.seeds[0]) for rate in arm.rates]
+
+
+# ---- reading
+
+
+def read_table(
+    name: str, workload: Path | None = None, steps: int | None = None, seeds: Sequence[int] | None = None
+) -> Table:
+    """The table of that name in benchmarks/quality, or in that file.
+
+    Args:
+        name: Of the table, or a YAML file.
+        workload: A YAML of `lit-sparse fit` to take the place of the table's own workload.
+        steps: Optimizer steps of each trial, instead of the workload's.
+        seeds: Instead of the table's.
+
+    Raises:
+        BadInput: if there is no such table, or something in it makes none.
+    """
+    path = _table_file(name)
+    document = read_yaml(path)
+    _known(document, TABLE_KEYS, {"title", "workload", "arms"}, str(path))
+    file, test = workload or path.parent / str(document["workload"]), document.get("test")
+    if not isinstance(test, dict | None):
+        raise BadInput(f"{path}: `test` is {test!r}; give keys of `lit-sparse test`, or leave it out.")
+    seeds = document.get("seeds", SEEDS) if seeds is None else seeds
+    if not isinstance(document["arms"], dict) or not document["arms"]:
+        raise BadInput(f"{path}: `arms` names no arm; give each a name, its updates and its learning rates.")
+    return Table(
+        path.stem,
+        str(document["title"]),
+        _workload(read_yaml(file), steps, str(file)),
+        test,
+        _seeds(seeds, str(path)),
+        tuple(_arm(arm, body, f"{path}: arm {arm}") for arm, body in document["arms"].items()),
+    )
+
+
+def _table_file(name: str) -> Path:
+    for path in (TABLES / f"{name}.yaml", Path(name)):
+        if path.is_file():
+            return path
+    shipped = ", ".join(sorted(path.stem for path in TABLES.glob("*.yaml")))
+    raise BadInput(f"there is no table {name}; give one of {shipped}, or a YAML file.")
+
+
+def read_yaml(path: Path) -> Config:
+    """The mapping in a YAML file.
+
+    Raises:
+        BadInput: if there is no such file, or something else in it.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise BadInput(f"{path} cannot be read as YAML ({reason}); correct it, or give another.") from error
+    if not isinstance(document, dict):
+        raise BadInput(f"{path} has no keys; write a YAML mapping.")
+    return document
+
+
+def _known(document: Mapping[str, Any], known: set[str], needed: set[str], where: str) -> None:
+    if unknown := sorted(map(str, document.keys() - known)):
+        raise BadInput(f"{where} has the key {unknown[0]}, which means nothing; known are {', '.join(sorted(known))}.")
+    if missing := sorted(needed - document.keys()):
+        raise BadInput(f"{where} has no {missing[0]}; write one.")
+
+
+def _seeds(seeds: Any, where: str) -> tuple[int, ...]:
+    whole = isinstance(seeds, list | tuple) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise BadInput(f"{where}: the seeds are {seeds!r}; give different whole numbers, such as {list(SEEDS)}.")
+    return tuple(seeds)
+
+
+def _workload(config: Config, steps: int | None, where: str) -> Config:
+    """The part that all trials share, with scores taken once, at the end of training."""
+    data, trainer = config.get("data"), dict(config.get("trainer") or {})
+    if not isinstance(data, dict) or "class_path" not in data:
+        raise BadInput(f"{where} has no data.class_path; say what is learnt, such as lit_sparse.data.Embedded.")
+    steps = trainer.get("max_steps") if steps is None else steps
+    if type(steps) is not int or steps < 1:
+        raise BadInput(f"{where}: trainer.max_steps is {steps}; give the optimizer steps of a trial, 1 or more.")
+    every = steps * trainer.get("accumulate_grad_batches", 1)
+    ends = {"max_steps": steps, "max_epochs": -1, "val_check_interval": every, "check_val_every_n_epoch": None}
+    return merged({"model": {}, **config}, {"trainer": {**trainer, **ends}})
+
+
+def _arm(name: Any, body: Any, where: str) -> Arm:
+    if not re.fullmatch(r"[\w.+-]+", str(name)):
+        raise BadInput(f"{where}: its name is also its folders'; make it of letters, digits and . _ + -")
+    if not isinstance(body, dict):
+        raise BadInput(f"{where} is {body!r}; give it updates and learning rates.")
+    _known(body, ARM_KEYS, {"lr"}, where)
+    if ("updates" in body) == ("method" in body):
+        raise BadInput(f"{where} must have either updates or the YAML of a method; give one of the two.")
+    model = {"updates": body["updates"]} if "updates" in body else _method(body["method"])
+    if not isinstance(model.get("updates", []), list):
+        raise BadInput(f"{where}: `updates` is {model['updates']!r}; give a list, [] for full fine-tuning.")
+    group = body.get("group")
+    return Arm(str(name), model, _rates(body["lr"], where), None if group is None else str(group))
+
+
+def _method(name: str) -> Config:
+    model = dict(read_yaml(Path(found(name))).get("model") or {})
+    return {key.rstrip("+"): value for key, value in model.items() if key != "lr"}
+
+
+def _rates(given: Any, where: str) -> tuple[float, ...]:
+    try:  # YAML 1.1 takes 2e-3 for a text
+        rates = sorted(float(rate) for rate in given)
+    except (TypeError, ValueError):
+        rates = []
+    if not rates or not all(0 < rate < math.inf for rate in rates) or len(set(rates)) < len(rates):
+        raise BadInput(f"{where}: lr is {given!r}; give a list of different numbers above 0, such as [5e-4, 1e-3].")
+    return tuple(rates)
+
+
+# ---- configurations
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
+    """`base` with what `over` says otherwise, mappings one within the other; neither is changed."""
+    out = copy.deepcopy(dict(base))
+    for key, value in over.items():
+        inner = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if inner else copy.deepcopy(value)
+    return out
+
+
+def _with_seed(value: Any, seed: int) -> Any:
+    """`value` with the seed wherever the placeholder stands."""
+    if isinstance(value, dict):
+        return {key: _with_seed(item, seed) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_seed(item, seed) for item in value]
+    return seed if value == SEED else value
+
+
+def _seeded(update: Any, seed: int, arm: str) -> Config:
+    """An update in long form; a strategy that has a `seed` gets the trial's, or its three seeds would be one."""
+    update = {"class_path": update} if isinstance(update, str) else copy.deepcopy(update)
+    if not isinstance(update, dict) or not isinstance(update.get("class_path"), str):
+        raise BadInput(f"arm {arm} has the update {update!r}; give its class_path, and init_args if it needs any.")
+    name, own = update["class_path"], {field.name for field in dataclasses.fields(_strategy(update["class_path"]))}
+    arguments = update.setdefault("init_args", {})
+    if arguments.get("seed", seed) != seed:
+        raise BadInput(f"arm {arm} fixes the seed of {name}, but a trial's seed is to take its place; leave it out.")
+    if "seed" in own:
+        arguments["seed"] = seed
+    return update
+
+
+def _strategy(name: str) -> Any:
+    module, _, kind = name.rpartition(".")
+    try:
+        strategy = getattr(import_module(module) if module else lit_sparse.strategies, kind)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(f"there is no update strategy {name}; see `lit-sparse list`.") from error
+    if not dataclasses.is_dataclass(strategy):
+        raise BadInput(f"{name} is no update strategy; see `lit-sparse list`.")
+    return strategy
+
+
+def digest(config: Config, stack: Mapping[str, str]) -> str:
+    """A hash of a configuration, of the contents of the files that it names, and of where it runs."""
+    files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(set(_files(config)))}
+    return hashlib.sha256(json.dumps([config, files, dict(stack)], sort_keys=True).encode()).hexdigest()
+
+
+def _files(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _files(item)
+    elif isinstance(value, str) and Path(value).is_file():
+        yield value
