@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -81,12 +82,38 @@ def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Lin
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is exactly a plain linear layer (subclasses are quantised or wrapped ones)."""
-    return type(module) in (nn.Linear, Conv1D)
+    """Whether `module` is exactly a plain linear layer, or one that bitsandbytes quantised (subclasses wrap them)."""
+    return type(module) in (nn.Linear, Conv1D) or is_quantized_linear(module)
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer that bitsandbytes quantised, told by its name: it may not be installed."""
+    kind = type(module)
+    return kind.__module__.startswith("bitsandbytes.") and kind.__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a linear layer of `model` is quantised."""
+    return any(is_quantized_linear(module) for module in model.modules())
+
+
+def weights_in(parameter: Tensor) -> int:
+    """Weights that `parameter` holds: its elements, or where bitsandbytes packed them, those that it packed."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def matrix(linear: nn.Linear | Conv1D) -> Tensor:
-    """The weight as (out, in), a view that shares memory; GPT-2's Conv1D keeps it transposed."""
+    """The weight as (out, in), a view that shares memory; GPT-2's Conv1D keeps it transposed.
+
+    Raises:
+        BadInput: if it is quantised, and so has no such matrix.
+    """
+    if is_quantized_linear(linear):
+        raise BadInput(
+            f"the weight of a {type(linear).__name__} was asked for, but it is quantised and cannot be trained in "
+            "place; take a base that is not quantised, or an adapter such as lora.yaml."
+        )
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
@@ -135,7 +162,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def weight_count(model: nn.Module) -> int:
     """Weights in the model's matrices (embeddings and head included, tied ones once, norms and biases not)."""
-    return sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    return sum(weights_in(p) for p in model.parameters() if p.ndim == 2)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -39,6 +39,8 @@ NOISE = (
     "`loftq_config` specified but will be ignored",
     "fan_in_fan_out is set to False but the target module is",
     "The '.*' does not have many workers",
+    "Sparse invariant checks are implicitly disabled",
+    "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion",
 )
 """Warnings with which our dependencies address one another: there is nothing in them that a user could act on."""
 

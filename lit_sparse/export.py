@@ -1,4 +1,4 @@
-"""What a run gives away: a plain Hugging Face folder, a small delta, and text."""
+"""What a run gives away: a plain Hugging Face folder, a small delta, an adapter of PEFT, and text."""
 
 import json
 import tempfile
@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
+from lit_sparse.adapter import write_adapter
 from lit_sparse.data.encoding import Encoder, load_tokenizer, named
 from lit_sparse.data.rows import BadRow, Chat, Message
 from lit_sparse.errors import BadInput
@@ -21,7 +22,7 @@ from lit_sparse.runs import build_module, load_run
 MARK = "lit_sparse.json"
 """The file by which an exported folder is known: where it comes from, and what its cast cost."""
 
-OUTPUTS = {"hf": "hf", "delta": "delta.safetensors"}
+OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter"}
 """What is written where in the run's folder, unless told otherwise."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -32,18 +33,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def export(
     run: Path,
-    to: Literal["hf", "delta"] = "hf",
+    to: Literal["hf", "delta", "adapter"] = "hf",
     output: Path | None = None,
     dtype: Literal["base", "float32", "bfloat16"] = "base",
     overwrite: bool = False,
 ) -> Path:
-    """Export a run: as a Hugging Face folder that AutoModelForCausalLM loads, or as a delta to its base.
+    """Export a run: as a Hugging Face folder that AutoModelForCausalLM loads, as a delta to its base, or for PEFT.
 
     Args:
         run: The run's folder, such as runs/smt-1.
-        to: `hf` is the whole model with the tokenizer; `delta` one file with what differs from the base.
-        output: Where to; `hf` or `delta.safetensors` in the run's folder when not given.
-        dtype: Type of the weights of `hf`: that of the base's files, or another. A delta is always in float32.
+        to: `hf` is the whole model with the tokenizer; `delta` one file with what differs from the base; `adapter` the
+            folder that peft.PeftModel.from_pretrained(base, folder) loads.
+        output: Where to; `hf`, `delta.safetensors` or `adapter` in the run's folder when not given.
+        dtype: Type of the weights of `hf`: that of the base's files, or another. The others are always in float32.
         overwrite: Replace an earlier export.
 
     Returns:
@@ -53,19 +55,30 @@ def export(
         BadInput: if the run cannot be loaded or exported so, or there is something at `output` already.
     """
     if to not in OUTPUTS:
-        raise BadInput(f"export to {to!r} was asked for; there is {' and '.join(OUTPUTS)}.")
-    if to == "delta" and dtype != "base":
-        raise BadInput(f"a delta in {dtype} was asked for, but it keeps the trained float32 values; leave dtype out.")
+        raise BadInput(f"export to {to!r} was asked for; there is {', '.join(OUTPUTS)}.")
+    if to != "hf" and dtype != "base":
+        raise BadInput(f"{to} in {dtype} was asked for, but it keeps the trained float32 values; leave dtype out.")
     target = output or run / OUTPUTS[to]
     check_output(target, to, overwrite)
-    merge = Merge.of(run)
-    with written(target) as draft:
-        if to == "hf":
-            write_folder(merge, draft, DTYPES.get(dtype, merge.base.dtype))
-        else:
-            merge.delta().save(draft)
+    if to == "adapter":
+        export_adapter(run, target)
+    else:
+        merge = Merge.of(run)
+        with written(target) as draft:
+            if to == "hf":
+                write_folder(merge, draft, DTYPES.get(dtype, merge.base.dtype))
+            else:
+                merge.delta().save(draft)
     print(f"Wrote {target}.")
     return target
+
+
+def export_adapter(run: Path, target: Path) -> None:
+    """Write the adapter that the run in the folder `run` trained to the folder `target`, with the mark."""
+    module, _ = load_run(run)
+    with written(target) as draft:
+        write_adapter(module, run.resolve().name, draft)
+        write_mark(draft, origin(run.resolve().name, module))
 
 
 # ---- a Hugging Face folder
@@ -85,15 +98,23 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
         named(merge.module.base).save_pretrained(folder)
     except BadInput as missing:
         print(f"{missing} The export has no tokenizer.")
-    origin = {
-        "run": merge.run,
-        "base": merge.module.base,
-        "base_fingerprint": merge.module.base_fingerprint,
-        "updates": merge.updates,
-        "cast": asdict(cost),
-    }
-    (folder / MARK).write_text(json.dumps(origin, indent=2) + "\n")
+    write_mark(folder, {**origin(merge.run, merge.module), "cast": asdict(cost)})
     print(cost.sentence())
+
+
+def origin(run: str, module: CausalLM) -> dict[str, Any]:
+    """Where an export comes from, for its mark."""
+    return {
+        "run": run,
+        "base": module.base,
+        "base_fingerprint": module.base_fingerprint,
+        "updates": [type(update).__name__ for update in module.updates],
+    }
+
+
+def write_mark(folder: Path, entries: dict[str, Any]) -> None:
+    """Write the file by which the export in `folder` is known."""
+    (folder / MARK).write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def check_loads(merge: Merge, folder: Path) -> None:
@@ -118,8 +139,8 @@ def check_output(output: Path, to: str, overwrite: bool) -> None:
     """
     if to == "delta" and output.is_dir():
         raise BadInput(f"{output} is a folder, but a delta is one file; give --output a file's name.")
-    if to == "hf" and output.is_file():
-        raise BadInput(f"{output} is a file, but --to hf writes a folder; give --output another name.")
+    if to != "delta" and output.is_file():
+        raise BadInput(f"{output} is a file, but --to {to} writes a folder; give --output another name.")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import dummy_forward, matrix
+from lit_sparse.anatomy import dummy_forward, is_quantized, matrix
 from lit_sparse.blocks import Blocks
 from lit_sparse.delta import Change, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.errors import BadInput
@@ -53,6 +53,11 @@ class Merge:
         """
         module, _ = load_run(run)
         check_mergeable(module, run.resolve().name)
+        if is_quantized(module.build()):
+            raise BadInput(
+                f"{run.resolve().name} was trained on a base quantised to {module.quantize}, into which it cannot be "
+                "merged without rounding away what it trained; export it with --to adapter."
+            )
         choice = {k: v for update in module.updates if isinstance(update, SMT) for k, v in update.choice.items()}
         # A bare configuration's random weights are those of the run in the run's type only.
         dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
@@ -133,14 +138,22 @@ def merged(module: CausalLM, base: PreTrainedModel) -> PreTrainedModel:
         return module.detach()
     before = dummy_forward(model)
     after = dummy_forward(module.detach())
-    trained, whole = (before - dummy_forward(base)).norm(), before.norm()
-    if not (after - before).norm() <= MERGE_TOLERANCE[0] * trained + MERGE_TOLERANCE[1] * whole:
+    if differs(before, after, dummy_forward(base)):
         updates = " and ".join(type(update).__name__ for update in module.updates)
         raise BadInput(
             f"what {updates} trained cannot be merged into {module.base} without changing its outputs (are tied "
             "weights among what was adapted?); train other modules."
         )
     return model
+
+
+def differs(trained: Tensor, again: Tensor, base: Tensor, tolerance: tuple[float, float] = MERGE_TOLERANCE) -> bool:
+    """Whether the logits `again` differ from the `trained` ones by more than rounding, where the base gave `base`.
+
+    `tolerance` is in shares of what training changed, and of the logits.
+    """
+    change, whole = (trained - base).norm(), trained.norm()
+    return not (again - trained).norm() <= tolerance[0] * change + tolerance[1] * whole
 
 
 @dataclass(frozen=True)

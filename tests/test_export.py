@@ -253,9 +253,9 @@ def test_refuses_what_is_no_run(smt: Run, tmp_path: Path) -> None:
 
 
 def test_refuses_unknown_wishes(smt: Run, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="'onnx' was asked for; there is hf and delta"):
+    with pytest.raises(BadInput, match="'onnx' was asked for; there is hf, delta, adapter"):
         export(smt.folder, "onnx", tmp_path / "out")  # pyright: ignore[reportArgumentType]
-    with pytest.raises(BadInput, match="a delta in bfloat16"):
+    with pytest.raises(BadInput, match="delta in bfloat16"):
         export(smt.folder, "delta", tmp_path / "out", dtype="bfloat16")
     assert not files(tmp_path)
 

@@ -141,5 +141,7 @@ def test_imports_are_declared() -> None:
 
 def test_constraints_pin_what_is_required() -> None:
     extras = PROJECT["optional-dependencies"]
-    required = requirement_names(PROJECT["dependencies"] + extras["data"] + extras["dev"]) - {"lit-sparse"}
+    required = requirement_names(PROJECT["dependencies"] + extras["data"] + extras["quant"] + extras["dev"]) - {
+        "lit-sparse"
+    }
     assert required - set(pins()) == set(), "add the tested version to constraints.txt"

@@ -1,5 +1,6 @@
 """The host: a LightningModule that trains a Hugging Face model with update strategies, and knows no method's name."""
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -16,13 +17,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from lit_sparse.anatomy import is_quantized, weights_in
 from lit_sparse.checkpoints import fingerprint, forked_rng, get_rng, read_checkpoint, set_rng
 from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
-from lit_sparse.modules.loading import checkpoint_activations, load_base
+from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.optim import match_by_name, parameter_groups, regroup, trainable
-from lit_sparse.strategies.base import UpdateStrategy, compose
+from lit_sparse.strategies.base import UpdateStrategy, check_keeps_base, compose
 from lit_sparse_profiling.phases import Phases
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -46,6 +48,8 @@ class LitSparse(L.LightningModule, ABC):
         attention: Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`, ...
         compile: Compile the model with torch.compile.
         full_checkpoints: Save all weights in checkpoints instead of what was trained.
+        quantize: Keep the linear layers of the frozen base in 4 bits (`nf4`, with quantised scales) or 8 (`int8`)
+            through bitsandbytes; for adapters only, which leave the base as it is.
     """
 
     auto_class: ClassVar[Any]
@@ -64,18 +68,27 @@ class LitSparse(L.LightningModule, ABC):
         attention: str = "sdpa",
         compile: bool = False,
         full_checkpoints: bool = False,
+        quantize: Quantization | None = None,
     ) -> None:
         super().__init__()
         # A loaded model is kept in a tuple: as an attribute it would be a submodule, beside `self.model`.
         self._given: tuple[PreTrainedModel, ...] = (base,) if isinstance(base, PreTrainedModel) else ()
         self.base: Any = type(base).__name__ if self._given else base
         self.updates = compose(updates)
+        if quantize is not None:
+            check_keeps_base(f"model.quantize is {quantize}", self.updates)
+            if self._given:
+                raise BadInput(
+                    f"model.quantize is {quantize}, but the base given is loaded already; give its folder or name, or "
+                    "load it quantised and leave model.quantize out."
+                )
         self.lr, self.make_optimizer = lr, optimizer
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.precision: Precision = precision
         self.activation_checkpointing, self.attention, self.compile_model = activation_checkpointing, attention, compile
         self.full_checkpoints = full_checkpoints
+        self.quantize: Quantization | None = quantize
         self.model: PreTrainedModel | None = None
         self.base_fingerprint = ""
         self.base_parameters = 0
@@ -113,9 +126,15 @@ class LitSparse(L.LightningModule, ABC):
         """The base model, loaded in the precision of its frozen weights (also set as `self.model`)."""
         if self.model is None:
             task, dtype = self.auto_class, self.frozen_dtype
-            self.model = self._given[0] if self._given else load_base(task, self.base, dtype, self.attention)
+            if self._given:
+                self.model = self._given[0]
+            else:
+                device = self.device_to_be
+                self.model = load_base(task, self.base, dtype, self.attention, self.quantize, device)
+            if is_quantized(self.model):
+                check_keeps_base(f"the base {self.base} is quantised", self.updates)
             self.base_fingerprint = fingerprint(self.model)
-            self.base_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+            self.base_parameters = sum(weights_in(parameter) for parameter in self.model.parameters())
         return self.model
 
     @property
@@ -305,10 +324,24 @@ class LitSparse(L.LightningModule, ABC):
             raise BadInput("this is not a checkpoint of a lit_sparse run.")
         if self.resume_from is None:  # given to the Trainer alone: what was prepared for a fresh start is taken back
             if self._attached:
-                self.detach()
+                self._start_over()
             self.restore(checkpoint)
         self.check_complete(checkpoint)
         self._rng = checkpoint["lit_sparse"]["rng"]
+
+    def _start_over(self) -> None:
+        """Take back what was prepared for a fresh start, to the bit."""
+        if not is_quantized(self.build()) and not any(update.rewrites_base for update in self.updates):
+            self.detach()
+            return
+        if self._given:
+            raise BadInput(
+                "the checkpoint was given to the trainer alone, after the model given as base had been changed in a "
+                "way that cannot be taken back exactly; set resume_from of the module to the checkpoint too."
+            )
+        self.model, self._attached = None, False
+        self.updates = [dataclasses.replace(update) for update in self.updates]  # pyright: ignore[reportArgumentType]
+        self.build()
 
     def check_complete(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint that lacks a value of what this module trains; call it after `restore`.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
-from lit_sparse.anatomy import dummy_forward, evaluating, is_linear
+from lit_sparse.anatomy import dummy_forward, evaluating, is_linear, is_quantized_linear
 from lit_sparse.data import Synthetic, TokenData, final_number
 from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
@@ -74,7 +74,9 @@ class CausalLM(LitSparse):
         """
         model = self.build()
         head = model.get_output_embeddings()
-        if head is None or not is_linear(head):  # an adapter sits on it
+        if (
+            head is None or not is_linear(head) or is_quantized_linear(head)
+        ):  # an adapter sits on it, or bits are packed
             return False
         if self._head_is_plain is None:
             hidden = dummy_forward(model.base_model, "last_hidden_state")

@@ -1,17 +1,28 @@
 """Getting a base model ready: loading it, and having it recompute activations."""
 
 from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from packaging.version import Version
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
+from lit_sparse.anatomy import is_quantized_linear
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 
+Quantization = Literal["nf4", "int8"]
 
-def load_base(auto_class: Any, base: Any, dtype: torch.dtype | Literal["auto"], attention: str) -> PreTrainedModel:
+
+def load_base(
+    auto_class: Any,
+    base: Any,
+    dtype: torch.dtype | Literal["auto"],
+    attention: str,
+    quantize: Quantization | None = None,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
     """The model that `base` names, its weights in `dtype`.
 
     Args:
@@ -19,22 +30,58 @@ def load_base(auto_class: Any, base: Any, dtype: torch.dtype | Literal["auto"], 
         base: `demo`, a folder, a Hugging Face name, or a `config.json` (random weights, the same each time).
         dtype: Of all weights; `auto` is the type of the files.
         attention: Attention implementation of transformers.
+        quantize: What the linear layers but the head are quantised to.
+        device: Where that is done, and the quantised model is then; the CPU when not given.
 
     Raises:
-        BadInput: if there is no such model.
+        BadInput: if there is no such model, or it cannot be quantised.
     """
     if not isinstance(base, str):
         raise BadInput(f"model.base is {base!r}; it must be demo, a folder, a Hugging Face name, or a config.json.")
     options = {"dtype": dtype, "attn_implementation": attention}
+    if quantize is not None:
+        options["quantization_config"] = quantization(base, quantize, dtype)
+        options["device_map"] = {"": device or torch.device("cpu")}
     try:
         if base.endswith(".json"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 return auto_class.from_config(AutoConfig.from_pretrained(base), **options)
-        return auto_class.from_pretrained(resolve(base), **options)
+        model = auto_class.from_pretrained(resolve(base), **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"no model could be loaded from {base!r}: {reason}") from error
+    for module in model.modules():
+        if is_quantized_linear(module):
+            # On some CPUs bitsandbytes would repack 4 bits for the first evaluation, in place, and round their scales.
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:
+    """How bitsandbytes is to quantise `base`, and to compute in `dtype`.
+
+    Raises:
+        BadInput: if bitsandbytes is missing, or the base has no weights yet.
+    """
+    if find_spec("bitsandbytes") is None:
+        raise BadInput(
+            f"model.quantize is {quantize}, which needs bitsandbytes, and that is not installed; install it with "
+            "pip install 'lit-sparse[quant]', or leave model.quantize out."
+        )
+    if base.endswith(".json"):
+        raise BadInput(
+            f"model.quantize is {quantize}, but {base} is a bare configuration, whose random weights are not quantised "
+            "as they are made; give a model with weights, or leave model.quantize out."
+        )
+    if quantize == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else dtype,
+    )
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -29,11 +29,19 @@ class UpdateStrategy(ABC):
         backward: How gradients reach the weights: by `autograd`, `fused` into the backward pass, or `none` at all.
         leaves: What `detach` gives back: the `plain` model (bitwise the base, where nothing was trained), a model
             whose `adapter` was merged, or one with its `own_forward`.
+        keeps_base: Whether the base's own weights stay as they are until `detach`; only such a base can be quantised.
+            May be a property, where settings decide.
+        rewrites_base: Whether `attach` itself gives the base's own weights other values; then `detach` gives them back
+            to rounding only.
+        needs_base: Whether the method needs the weights that the base came with, beside the trained ones.
     """
 
     claims: ClassVar[frozenset[Claim]] = frozenset()
     backward: ClassVar[Literal["autograd", "fused", "none"]] = "autograd"
     leaves: ClassVar[Literal["plain", "adapter", "own_forward"]] = "plain"
+    keeps_base: ClassVar[bool] = False
+    rewrites_base: ClassVar[bool] = False
+    needs_base: ClassVar[bool] = False
 
     @property
     def period(self) -> int | None:
@@ -97,7 +105,7 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
     """`strategies` as a list, if they go together.
 
     Raises:
-        BadInput: if two of them claim the same part of the training.
+        BadInput: if two of them claim the same part of the training, or one needs the base that another rewrites.
     """
     taken: dict[str, UpdateStrategy] = {}
     for strategy in strategies:
@@ -108,4 +116,31 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
                     f"{first} and {second} cannot be combined: both take over the model's {claim}; keep one of the two."
                 )
             taken[claim] = strategy
+    _check_base(strategies)
     return list(strategies)
+
+
+def _check_base(strategies: Sequence[UpdateStrategy]) -> None:
+    needy = [type(strategy).__name__ for strategy in strategies if strategy.needs_base]
+    rewriting = [type(strategy).__name__ for strategy in strategies if strategy.rewrites_base]
+    if needy and rewriting:
+        raise BadInput(
+            f"{needy[0]} and {rewriting[0]} cannot be combined: {needy[0]} needs the base's weights as they came, and "
+            f"{rewriting[0]} rewrites them as it starts; give {rewriting[0]} a start that leaves the base alone (for "
+            f"PEFT, init_lora_weights: true), or leave {needy[0]} out."
+        )
+
+
+def check_keeps_base(what: str, updates: Sequence[UpdateStrategy]) -> None:
+    """Refuse to train a quantised base itself.
+
+    Raises:
+        BadInput: naming the strategy that would, after `what` was asked for.
+    """
+    changing = [type(update).__name__ for update in updates if not update.keeps_base]
+    if changing or not updates:
+        who = " and ".join(changing) or "full fine-tuning"
+        raise BadInput(
+            f"{what}, but {who} changes the base's own weights, which a quantised base cannot follow; take one that is "
+            "not quantised, or train an adapter that leaves the base alone, such as lora.yaml."
+        )

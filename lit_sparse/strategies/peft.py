@@ -2,14 +2,42 @@
 
 import copy
 import dataclasses
-from typing import ClassVar, Literal
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+import torch
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    TaskType,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.errors import BadInput
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
+
+ADAPTER = "default"
+"""PEFT's name for the only adapter of a model."""
+
+DATA_DRIVEN = ("corda", "eva", "lora_ga", "loftq")
+"""Initialisations of LoRA that PEFT leaves to programs of their own, which look at data or quantise first."""
+
+WEIGHTS = "adapter_model.safetensors"
+"""PEFT's name for the file of an adapter's tensors."""
+
+Factors = dict[str, Tensor]
+"""LoRA's `A` (r, in) and `B` (out, r) of one layer."""
 
 
 @dataclasses.dataclass
@@ -26,22 +54,190 @@ class PEFT(UpdateStrategy):
     leaves: ClassVar[Literal["plain", "adapter", "own_forward"]] = "adapter"
 
     def __post_init__(self) -> None:
+        name, start = type(self.config).__name__, str(getattr(self.config, "init_lora_weights", "")).lower()
         if self.config.is_prompt_learning:
             raise BadInput(
-                f"{type(self.config).__name__} prepends to the input instead of changing modules, which PEFT() here "
-                "cannot train; choose an adapter such as peft.LoraConfig."
+                f"{name} prepends to the input instead of changing modules, which PEFT() here cannot train; choose an "
+                "adapter such as peft.LoraConfig."
+            )
+        if start in DATA_DRIVEN:
+            raise BadInput(
+                f"init_lora_weights is {start}, which needs a program of PEFT's to run before training, and PEFT() "
+                "here runs none; choose true, pissa or olora."
+            )
+        if getattr(self.config, "kasa_config", None) is not None:
+            raise BadInput(
+                "kasa_config cuts the base's weights down in a way that a small checkpoint cannot repeat; leave it out."
             )
         self._wrapper: PeftModel | None = None
+        self._start: dict[str, Factors] = {}
+
+    @property
+    def rewrites_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the adapter starts as a part of the base's weights, which keep the rest (PiSSA, OLoRA)."""
+        return str(getattr(self.config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
+
+    @property
+    def keeps_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return not self.rewrites_base and getattr(self.config, "bias", "none") == "none"
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise BadInput(f"PEFT needs a Hugging Face model; this is a {type(model).__name__}.")
-        # The wrapper is kept aside: PEFT puts the adapters into `model` itself, whose forward stays the model's own.
-        wrapper = get_peft_model(model, copy.deepcopy(self.config))
-        assert isinstance(wrapper, PeftModel)
-        self._wrapper = wrapper
+        wrapper = self._wrap(model)
+        if self.rewrites_base:
+            self._start = {name: split(layer, self.config) for name, layer in lora_layers(wrapper).items()}
+
+    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        wrapper = self._wrap(model)
+        if state["fixed"]:  # PEFT takes the whole only; what was trained comes later
+            with quiet():
+                set_peft_model_state_dict(wrapper, self._tensors(trained=True) | state["fixed"])
+        for module in wrapper.modules():  # PEFT saves VeLoRA's projections, but not that they have been computed
+            for name, projection in getattr(module, "lora_velora_embed", {}).items():
+                module.lora_velora_initialized[name] = bool(projection.any())  # pyright: ignore
+        layers = lora_layers(wrapper)
+        for name, factors in state["start"].items():
+            device = layers[name].get_base_layer().weight.device
+            self._start[name] = {key: value.to(device) for key, value in factors.items()}
+            take_out(layers[name], self._start[name])
 
     def detach(self, model: nn.Module) -> None:
         if self._wrapper is not None:
             self._wrapper.merge_and_unload()  # pyright: ignore[reportCallIssue]
             self._wrapper = None
+            self._start = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What of the adapter is not trained but was drawn or computed, and what a part of the base started as."""
+        return {"fixed": self._tensors(trained=False), "start": self._start}
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as PEFT's own loader takes it, on the base as it was before training.
+
+        An adapter that began as a part of the base becomes a LoRA of twice the rank: what was trained, less the start.
+        """
+        assert self._wrapper is not None, "there is no adapter to save: attach or restore it first"
+        tensors, config = self._tensors(trained=True) | self._tensors(trained=False), copy.deepcopy(self.config)
+        if self.rewrites_base:
+            tensors, config = self._as_difference(tensors), as_difference(config)
+        config.base_model_name_or_path = self._wrapper.base_model.model.name_or_path  # pyright: ignore
+        config.inference_mode, config.task_type = True, config.task_type or TaskType.CAUSAL_LM
+        folder.mkdir()
+        config.save_pretrained(str(folder))
+        save_file({name: value.contiguous().clone() for name, value in tensors.items()}, folder / WEIGHTS)
+
+    def _wrap(self, model: nn.Module) -> PeftModel:
+        if not isinstance(model, PreTrainedModel):
+            raise BadInput(f"PEFT needs a Hugging Face model; this is a {type(model).__name__}.")
+        check_dora(self.config, model)
+        config = copy.deepcopy(self.config)
+        if self.rewrites_base:
+            config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue] - `split` does it by layer
+        # The wrapper is kept aside: PEFT puts the adapters into `model` itself, whose forward stays the model's own.
+        try:
+            wrapper = get_peft_model(model, config)
+        except (TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise BadInput(
+                f"{type(config).__name__} was asked for, but PEFT cannot put it on {type(model).__name__} ({reason}); "
+                "give other target_modules or settings, or choose another adapter, such as peft.LoraConfig."
+            ) from error
+        assert isinstance(wrapper, PeftModel)
+        self._wrapper = wrapper
+        return wrapper
+
+    def _tensors(self, trained: bool) -> dict[str, Tensor]:
+        """The tensors by which PEFT knows the adapter, by PEFT's names: those that are trained, or the others."""
+        if self._wrapper is None:
+            return {}
+        with quiet():
+            found = get_peft_model_state_dict(
+                self._wrapper, self._wrapper.state_dict(keep_vars=True), save_embedding_layers=False
+            )
+        return {name: value.detach() for name, value in found.items() if value.requires_grad == trained}
+
+    def _as_difference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """LoRA's factors of s (B A - B0 A0), B0 and A0 being the start."""
+        found = dict(tensors)
+        for name, start in self._start.items():
+            first, second = (f"{name}.lora_{factor}.weight" for factor in "AB")
+            found[first] = torch.cat([tensors[first], start["A"].to(tensors[first])], dim=0)
+            found[second] = torch.cat([tensors[second], -start["B"].to(tensors[second])], dim=1)
+        return found
+
+
+@contextmanager
+def quiet():
+    """A block in which PEFT does not say that it was told to leave the embeddings out."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Could not find a config file|Setting `save_embedding_layers`")
+        yield
+
+
+def check_dora(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse DoRA on an 8-bit base on a CPU, where PEFT's way of reading the weights loses their scales.
+
+    Raises:
+        BadInput: if it is that.
+    """
+    eight = (module for module in model.modules() if type(module).__name__ == "Linear8bitLt")
+    if getattr(config, "use_dora", False) and any(m.get_parameter("weight").device.type == "cpu" for m in eight):
+        raise BadInput(
+            "use_dora was asked for on a base in int8 on a CPU, where PEFT loses the weights' scales; take nf4, a GPU, "
+            "or LoRA without use_dora."
+        )
+
+
+# ---- adapters that start as a part of the base
+
+
+def lora_layers(wrapper: PeftModel) -> dict[str, Any]:
+    """The modules with LoRA's factors by their names in PEFT's files, except embeddings."""
+    return {
+        name: module
+        for name, module in wrapper.named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in module.lora_A
+    }
+
+
+def split(layer: Any, config: PeftConfig) -> Factors:
+    """Move what the configured initialisation takes of `layer`'s weight into its adapter, and return that part.
+
+    One layer at a time, by PEFT's own initialisation; what is left in the weight is computed from the factors as they
+    are kept, so that `take_out` repeats it to the bit.
+
+    Raises:
+        BadInput: for OLoRA on a transposed weight, of which PEFT takes the wrong side.
+    """
+    base, how = layer.get_base_layer(), str(config.init_lora_weights)  # pyright: ignore[reportAttributeAccessIssue]
+    if how.lower() == "olora" and isinstance(base, Conv1D):
+        raise BadInput(
+            "init_lora_weights olora was asked for on a Conv1D, whose weight is transposed, and PEFT does not turn it; "
+            "choose pissa."
+        )
+    before = base.weight.detach().clone()
+    with torch.no_grad():
+        layer.olora_init(ADAPTER) if how.lower() == "olora" else layer.pissa_init(ADAPTER, how)
+    base.weight.data = before
+    factors = {"A": layer.lora_A[ADAPTER].weight.detach().clone(), "B": layer.lora_B[ADAPTER].weight.detach().clone()}
+    take_out(layer, factors)
+    return factors
+
+
+def take_out(layer: Any, factors: Factors) -> None:
+    """Subtract from `layer`'s weight what its adapter would add with `factors`, in fp32, and set them as its own."""
+    weight = layer.get_base_layer().weight
+    layer.lora_A[ADAPTER].weight.data.copy_(factors["A"])
+    layer.lora_B[ADAPTER].weight.data.copy_(factors["B"])
+    part = layer.scaling[ADAPTER] * (factors["B"].float() @ factors["A"].float())
+    weight.data = (weight.detach().float() - (part.t() if layer.fan_in_fan_out else part)).to(weight.dtype)
+
+
+def as_difference(config: PeftConfig) -> PeftConfig:
+    """The configuration of a plain LoRA of twice the rank and the same scale."""
+    assert isinstance(config, LoraConfig)
+    scale = 2**0.5 if config.use_rslora else 2
+    config.init_lora_weights = True
+    config.r, config.lora_alpha = 2 * config.r, scale * config.lora_alpha  # pyright: ignore
+    config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {name: scale * alpha for name, alpha in (config.alpha_pattern or {}).items()}
+    return config

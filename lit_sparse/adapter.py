@@ -1,0 +1,52 @@
+"""A run's adapter as a folder of Hugging Face's PEFT, proved by loading it again."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lit_sparse.anatomy import dummy_forward
+from lit_sparse.errors import BadInput
+from lit_sparse.merge import check_mergeable, differs
+from lit_sparse.modules import CausalLM
+from lit_sparse.modules.loading import load_base
+from lit_sparse.strategies import PEFT
+
+LOAD_TOLERANCE = (1e-3, 1e-5)
+"""What loading it again may do to the logits, as shares of what training did to them and of the logits."""
+
+
+def write_adapter(module: CausalLM, run: str, folder: Path) -> None:
+    """Write what `module` trained so that `peft.PeftModel.from_pretrained(base, folder)` computes the same.
+
+    Raises:
+        BadInput: if it trained no adapter, diverged, or PEFT would compute something else.
+    """
+    adapters = [update for update in module.updates if isinstance(update, PEFT)]
+    if not adapters:
+        names = " and ".join(type(update).__name__ for update in module.updates) or "full fine-tuning"
+        raise BadInput(
+            f"an adapter of {run} was asked for, but {names} trained none; export it with --to hf or --to delta."
+        )
+    check_mergeable(module, run)
+    adapters[0].save(folder)
+    before, after = reloaded(module, folder)
+    if differs(outputs(module, module.build()), after, before, LOAD_TOLERANCE):
+        raise BadInput(
+            f"the adapter of {run} would not compute on its base what the run computed (its start rounded the base's "
+            "weights); export it with --to hf."
+        )
+
+
+def reloaded(module: CausalLM, folder: Path) -> tuple[Tensor, Tensor]:
+    """What the base of `module` computes, loaded anew, without and with the adapter in `folder`."""
+    base = load_base(module.auto_class, module.base, module.frozen_dtype, module.attention, module.quantize)
+    before = outputs(module, base)
+    return before, outputs(module, PeftModel.from_pretrained(base, folder))
+
+
+def outputs(module: CausalLM, model: nn.Module) -> Tensor:
+    """The logits of `model` for a few dummy tokens, in fp32, computed as `module` computes."""
+    with torch.no_grad(), module.autocast():
+        return dummy_forward(model).float()

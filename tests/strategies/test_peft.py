@@ -1,0 +1,146 @@
+"""PEFT's adapters: what a checkpoint must hold beside what is trained, and what is refused."""
+
+import copy
+import dataclasses
+from typing import ClassVar
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig, VeloraConfig
+
+from lit_sparse.anatomy import linears, matrix
+from lit_sparse.errors import BadInput
+from lit_sparse.optim import trainable
+from lit_sparse.strategies import PEFT, UpdateStrategy, compose
+from lit_sparse.strategies.base import no_probe
+from lit_sparse.testing import TINY, contract, tiny_llm
+
+pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+
+
+def lora(**settings):
+    return PEFT(LoraConfig(r=4, target_modules="all-linear", **settings))
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4"])
+def test_pissa_moves_the_largest_singular_parts_into_the_adapter(kind, how):
+    model = tiny_llm(kind)
+    before = {name: matrix(linear).detach().clone() for name, linear in linears(model).items()}
+    lora(init_lora_weights=how, lora_alpha=8).attach(model, no_probe)
+    for name, weight in before.items():
+        layer = model.get_submodule(name)
+        values = torch.linalg.svdvals(weight)
+        rest, adapter = matrix(layer.get_base_layer()), layer.get_delta_weight("default")
+        part = adapter.t() if kind == "gpt2" else adapter
+        torch.testing.assert_close(rest + part, weight, rtol=0, atol=1e-6)
+        if how == "pissa":
+            torch.testing.assert_close(torch.linalg.svdvals(rest)[:4], values[4:8], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_start_of_random_numbers_is_restored_to_the_bit(dtype):
+    """Neither the generator nor the singular vectors' signs may matter: a checkpoint may move to another device."""
+    first, second = tiny_llm("llama").to(dtype), tiny_llm("llama").to(dtype)
+    given, restored = (lora(init_lora_weights="pissa_niter_2") for _ in range(2))
+    given.attach(first, no_probe)
+    state = copy.deepcopy(given.state_dict())
+    torch.manual_seed(7)
+    restored.restore(second, state)
+    theirs = dict(second.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, theirs[name]), name
+    sizes = sum(value.numel() for factors in state["start"].values() for value in factors.values())
+    assert sizes == sum(parameter.numel() for _, parameter in trainable(first))
+
+
+def test_olora():
+    contract(lambda: [lora(init_lora_weights="olora")], "llama")
+    with pytest.raises(BadInput, match="olora was asked for on a Conv1D"):
+        lora(init_lora_weights="olora").attach(tiny_llm("gpt2"), no_probe)
+
+
+@pytest.mark.parametrize("how", ["batch_average", "batch_average_once", "random"])
+def test_velora_keeps_its_projections(how):
+    contract(lambda: [lora(velora_config=VeloraConfig(num_groups=8, init_type=how))], "llama")
+    first, second = tiny_llm("llama"), tiny_llm("llama")
+    given, restored = (lora(velora_config=VeloraConfig(num_groups=8, init_type=how)) for _ in range(2))
+    given.attach(first, no_probe)
+    ids = [torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    first.train()(input_ids=ids[0])
+    restored.restore(second, copy.deepcopy(given.state_dict()))
+    name = "model.layers.1.mlp.up_proj"
+    kept = first.get_submodule(name).lora_velora_embed["default"].clone()
+    assert kept.any()
+    assert torch.equal(second.get_submodule(name).lora_velora_embed["default"], kept)
+    second.train()(input_ids=ids[1])
+    stays = torch.equal(second.get_submodule(name).lora_velora_embed["default"], kept)
+    assert stays == (how != "batch_average")
+
+
+def test_shira_keeps_its_places():
+    """Wherever they came from: here from another seed than the one that restores."""
+    given, restored = (PEFT(peft.ShiraConfig(r=4, target_modules="all-linear", random_seed=seed)) for seed in (1, 2))
+    first, second = tiny_llm("llama"), tiny_llm("llama")
+    given.attach(first, no_probe)
+    restored.restore(second, given.state_dict())
+    for name in linears(tiny_llm("llama")):
+        ours, theirs = (model.get_submodule(name).shira_indices["default"] for model in (first, second))
+        assert torch.equal(ours, theirs)
+
+
+def test_the_state_of_plain_lora_is_empty():
+    model, update = tiny_llm("llama"), lora()
+    update.attach(model, no_probe)
+    assert update.state_dict() == {"fixed": {}, "start": {}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "keeps", "rewrites"),
+    [
+        ({}, True, False),
+        ({"init_lora_weights": "pissa"}, False, True),
+        ({"init_lora_weights": "pissa_niter_4"}, False, True),
+        ({"init_lora_weights": "olora"}, False, True),
+        ({"init_lora_weights": "orthogonal"}, True, False),
+        ({"bias": "all"}, False, False),
+    ],
+    ids=str,
+)
+def test_it_knows_whether_the_base_stays_as_it_is(settings, keeps, rewrites):
+    model, update = tiny_llm("qwen2"), lora(**settings)
+    assert (update.keeps_base, update.rewrites_base) == (keeps, rewrites)
+    before = {name: matrix(linear).detach().clone() for name, linear in linears(model).items()}
+    update.attach(model, no_probe)
+    same = [torch.equal(matrix(model.get_submodule(n).get_base_layer()), weight) for n, weight in before.items()]
+    assert not any(same) if rewrites else all(same)
+    own = [name for name, _ in trainable(model) if "lora" not in name]
+    assert bool(own) == (not keeps and not rewrites)
+
+
+@pytest.mark.parametrize("start", ["eva", "corda", "loftq"])
+def test_starts_that_need_a_program_of_their_own_are_refused(start):
+    config = LoraConfig(target_modules="all-linear")
+    config.init_lora_weights = start
+    with pytest.raises(BadInput, match=f"init_lora_weights is {start}, which needs a program of PEFT's"):
+        PEFT(config)
+
+
+def test_what_peft_refuses_is_said_in_a_sentence():
+    with pytest.raises(BadInput, match=r"PEFT cannot put it on LlamaForCausalLM \(Target modules .*nowhere.*; give"):
+        PEFT(LoraConfig(target_modules=["nowhere"])).attach(tiny_llm("llama"), no_probe)
+
+
+@dataclasses.dataclass
+class Anchor(UpdateStrategy):
+    """Compares with the base's weights."""
+
+    needs_base: ClassVar = True
+
+
+def test_who_needs_the_base_does_not_go_with_who_rewrites_it():
+    assert len(compose([Anchor(), lora()])) == 2
+    for pair in ([Anchor(), lora(init_lora_weights="pissa")], [lora(init_lora_weights="pissa"), Anchor()]):
+        with pytest.raises(BadInput, match=r"Anchor and PEFT cannot be combined: Anchor needs .*init_lora_weights"):
+            compose(pair)
