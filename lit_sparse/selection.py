@@ -174,6 +174,8 @@ class ScoreSheet:
         """Add the gradients that the layer's weight would have, where the weight itself can have none."""
 
         def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not output.requires_grad:  # a forward without a graph
+                return
             x = args[0].detach()
             output.register_hook(lambda dy: self.add(name, dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)))
 

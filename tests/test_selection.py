@@ -163,4 +163,6 @@ def test_blocks_lie_in_the_best_columns_of_their_input_only():
         assert torch.equal(inside[name].isfinite().all(0).nonzero()[:, 0], columns)
         assert torch.equal(inside[name][:, columns], scores[name][:, columns])
     chosen = top_blocks(inside, (4, 4), 10, "global")
-    assert all(set(chosen[name].index[:, 1].tolist()) <= set(together.tolist()) for name in ("q", "k") if name in chosen)
+    assert all(
+        set(chosen[name].index[:, 1].tolist()) <= set(together.tolist()) for name in ("q", "k") if name in chosen
+    )

@@ -6,7 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from transformers import AutoModelForCausalLM
 
 from lit_sparse.anatomy import is_quantized, is_quantized_linear, linears, target_linears, weight_count, weights_in
@@ -180,3 +180,24 @@ def test_a_run_on_a_gpu_is_read_on_the_cpu(quantize: str, tmp_path: Path) -> Non
 def test_dora_in_eight_bits_on_a_cpu_is_refused(base: Path) -> None:
     with pytest.raises(BadInput, match="use_dora was asked for on a base in int8 on a CPU"):
         trainer(1).fit(module("dora", base, quantize="int8"), datamodule=data())
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.parametrize("blocks", ["gradient", "slab"])
+def test_blocks_beside_a_quantised_base_learn_and_leave_it_alone(quantize: Any, blocks: str, base: Path) -> None:
+    settings: dict[str, Any] = {"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["all"]}
+    host = CausalLM(str(base), [SMT(blocks=blocks, mode="delta", **settings)], lr=1e-2, quantize=quantize)
+    before = packed(host.build())
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+            losses.append(float(outputs["loss"]))
+
+    trainer(20, callbacks=[Losses()]).fit(host, datamodule=data(rows=2))
+    after = packed(host.build())
+    assert all(torch.equal(after[name], before[name.replace(".base.", ".")]) for name in after)
+    assert all(name.endswith(".blocks") and parameter.abs().any() for name, parameter in trainable(host.build()))
+    assert losses[-1] < losses[0] - 0.15
+    with pytest.raises(BadInput, match="quantised and cannot be trained in place"):
+        host.detach()  # there is no plain matrix to merge into
