@@ -5,7 +5,7 @@ BIN := .venv/bin
 BUILT := .venv/.built
 OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
 
-.PHONY: help demo test check gpu bench readme assets format
+.PHONY: help demo test check gpu bench quality readme assets format
 help:     ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile
 
@@ -28,6 +28,9 @@ gpu: $(BUILT)     ## the tests that need a CUDA device, then memory, speed and e
 
 bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.peers $(ARGS)
+
+quality: $(BUILT)     ## fill a quality table (TABLE=blocks_0.84) for MINUTES, as long as something is left to do
+	$(BIN)/python -m benchmarks.quality $(or $(TABLE),blocks_0.84) --minutes $(or $(MINUTES),60)
 
 readme: $(BUILT)     ## write the tables of README.md from benchmarks/results
 	$(BIN)/python benchmarks/readme.py

@@ -208,7 +208,7 @@ def test_a_change_that_is_not_committed_is_marked(tmp_path: Path, monkeypatch: p
 
 
 def test_they_run_as_modules() -> None:
-    for module in ("benchmarks.peers", "benchmarks.gpu", "benchmarks.overhead"):
+    for module in ("benchmarks.peers", "benchmarks.gpu", "benchmarks.overhead", "benchmarks.quality"):
         command = [sys.executable, "-m", module, "--help"]
         run = provenance.subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True, check=True)
         assert "--results" in run.stdout
