@@ -54,9 +54,11 @@ class Merge:
         module, _ = load_run(run)
         check_mergeable(module, run.resolve().name)
         if is_quantized(module.build()):
+            adapter = any(update.leaves == "adapter" for update in module.updates)
             raise BadInput(
                 f"{run.resolve().name} was trained on a base quantised to {module.quantize}, into which it cannot be "
-                "merged without rounding away what it trained; export it with --to adapter."
+                "merged without rounding away what it trained; "
+                + ("export it with --to adapter." if adapter else "use it through lit_sparse.runs.load_run.")
             )
         choice = {k: v for update in module.updates if isinstance(update, SMT) for k, v in update.choice.items()}
         # A bare configuration's random weights are those of the run in the run's type only.

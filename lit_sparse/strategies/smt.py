@@ -119,12 +119,16 @@ class SMT(UpdateStrategy):
         self._share: dict[str, dict[str, float]] = {}
 
     @property
-    def keeps_base(self) -> bool:
+    def keeps_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.mode == "delta"
 
     @property
     def moves_all(self) -> bool:
         return self.warmup == "update"
+
+    @property
+    def rewrites_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.moves_all
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
         targets = target_linears(model, self.targets)

@@ -5,18 +5,21 @@ import itertools
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import linears, matrix
 from lit_sparse.blocks import Blocks
 from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.strategies.block_linear import BlockLinear, SharedColumns, _BlockLinear
 from lit_sparse.strategies.smt import SMT
-from lit_sparse.testing import TINY, tiny_llm
+from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.counted import Counter
+from tests.test_contract import data, trainer
 
 
 def tokens(seed=0, shape=(2, 12)):
@@ -515,3 +518,31 @@ def test_one_copy_is_packed_also_where_autocast_changes_the_type(dtype):
     packed = {output.grad_fn.saved_tensors[0].data_ptr() for output in outputs}
     assert len(packed) == 1
     assert group._input is None
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("options", [{"mode": "delta"}, {"blocks": "slab"}, {"kept_columns": 0.5}], ids=str)
+def test_every_way_keeps_the_contract(kind, options):
+    settings = {"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["all"]}
+    contract(lambda: [SMT(**{**settings, **options})], kind)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["resume_from", "trainer alone"])
+def test_a_run_that_warmed_up_with_updates_resumes_exactly(both, tmp_path):
+    tiny_llm("llama", dropout=0.1).save_pretrained(tmp_path / "base")
+
+    def task():
+        settings = {"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["q", "v"]}
+        return CausalLM(str(tmp_path / "base"), [SMT(warmup="update", warmup_lr=1e-2, **settings)], lr=1e-2)
+
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    straight, resumed = task(), task()
+    trainer(4, callbacks=[checkpoint], enable_checkpointing=True).fit(straight, datamodule=data())
+    path = tmp_path / "step=2.ckpt"
+    resumed.resume_from = path if both else None
+    trainer(4).fit(resumed, datamodule=data(), ckpt_path=path)
+    base = dict(tiny_llm("llama", dropout=0.1).named_parameters())
+    ours = dict(resumed.build().named_parameters())
+    for name, parameter in straight.build().named_parameters():
+        assert torch.equal(parameter, ours[name]), name
+    assert not torch.equal(ours["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
