@@ -57,4 +57,4 @@ def main(name: str = DEMO, steps: int = 20) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    main(sys.argv[1] if len(sys.argv) > 1 else DEMO)

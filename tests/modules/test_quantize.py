@@ -191,7 +191,7 @@ def test_blocks_beside_a_quantised_base_learn_and_leave_it_alone(quantize: Any, 
     losses: list[float] = []
 
     class Losses(Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:  # pyright: ignore
             losses.append(float(outputs["loss"]))
 
     trainer(20, callbacks=[Losses()]).fit(host, datamodule=data(rows=2))
