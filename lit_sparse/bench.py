@@ -40,6 +40,8 @@ MEASURED = (
     "--checkpoint_steps=0",
 )
 """What makes a fit a measurement: nothing but training steps."""
+TIMED_ONLY = ("--profile.examine=false", "--profile.profiled=0")
+"""Of a run that others are compared with: its times are all that is kept."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,7 +74,7 @@ def bench(argv: Sequence[str]) -> int:
             f"--repeat {asked.repeat}, --steps {asked.steps} and --minutes {asked.minutes} were asked for; "
             "give numbers above 0."
         )
-    against = None if asked.against is None else job(asked.against, asked, passed)
+    against = None if asked.against is None else job(asked.against, asked, [*passed, *TIMED_ONLY])
     jobs = [
         replace(job(yaml_, asked, passed), against=against)
         for yaml_ in asked.yamls or [path.name for path in methods()]

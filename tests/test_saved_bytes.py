@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lit_sparse.block_linear import BlockLinear
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import PEFT, SMT
 from lit_sparse.strategies.base import no_probe
-from lit_sparse.strategies.smt import BlockLinear
 from lit_sparse_profiling.counted import Counter
 
 TOKENS = (2, 24)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix, replace, role, shared_inputs, target_linears, weight_count
+from lit_sparse.block_linear import BlockLinear, DeltaLinear, SharedColumns
 from lit_sparse.blocks import Blocks, Size, automatic_size, grid, read_choice
 from lit_sparse.errors import BadInput
 from lit_sparse.selection import (
@@ -35,7 +36,6 @@ from lit_sparse.selection import (
     within_columns,
 )
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
-from lit_sparse.strategies.block_linear import BlockLinear, DeltaLinear, SharedColumns
 
 INPUT_SIDE = ("o", "down")
 """Roles whose slabs are bands of input columns: what is trained belongs to heads, or to channels of the MLP."""

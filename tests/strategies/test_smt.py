@@ -10,12 +10,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import linears, matrix
+from lit_sparse.block_linear import BlockLinear, SharedColumns, _BlockLinear
 from lit_sparse.blocks import Blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import no_probe
-from lit_sparse.strategies.block_linear import BlockLinear, SharedColumns, _BlockLinear
 from lit_sparse.strategies.smt import SMT
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.counted import Counter
@@ -527,6 +527,7 @@ def test_every_way_keeps_the_contract(kind, options):
     contract(lambda: [SMT(**{**settings, **options})], kind)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("both", [True, False], ids=["resume_from", "trainer alone"])
 def test_a_run_that_warmed_up_with_updates_resumes_exactly(both, tmp_path):
     tiny_llm("llama", dropout=0.1).save_pretrained(tmp_path / "base")
@@ -535,10 +536,10 @@ def test_a_run_that_warmed_up_with_updates_resumes_exactly(both, tmp_path):
         settings = {"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["q", "v"]}
         return CausalLM(str(tmp_path / "base"), [SMT(warmup="update", warmup_lr=1e-2, **settings)], lr=1e-2)
 
-    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)
     straight, resumed = task(), task()
     trainer(4, callbacks=[checkpoint], enable_checkpointing=True).fit(straight, datamodule=data())
-    path = tmp_path / "step=2.ckpt"
+    path = tmp_path / "ckpt" / "step=2.ckpt"
     resumed.resume_from = path if both else None
     trainer(4).fit(resumed, datamodule=data(), ckpt_path=path)
     base = dict(tiny_llm("llama", dropout=0.1).named_parameters())
