@@ -110,11 +110,25 @@ def gpu_row(line: Line) -> list[str]:
     ]
 
 
+def overhead(results: Path) -> str:
+    """What the profiler costs the steps that it times, on each device."""
+    command = "python -m benchmarks.overhead"
+    lines = newest(read_lines(results / "overhead.jsonl", command), key="device")
+    return "\n".join(f"{ratio(line)}\n{caption(command, [line])}" for line in lines.values())
+
+
+def ratio(line: Line) -> str:
+    low, high = (f"{line[name]:.3f}" for name in ("ratio_low", "ratio_high"))
+    times = f"{line['ratio_median']:.3f} [{low}, {high}]"
+    rounds = f"median of {line['rounds']} rounds in turn, and its 95 % interval"
+    return f"Steps with the profiler take {times} times as long as without ({rounds})."
+
+
 def number(value: float | None, form: str, factor: float = 1.0) -> str:
     return "-" if value is None else format(value * factor, form)
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers, "gpu": gpu}
+BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers, "gpu": gpu, "overhead": overhead}
 
 
 def read_lines(path: Path, command: str) -> list[Line]:

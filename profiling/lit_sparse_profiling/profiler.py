@@ -24,6 +24,7 @@ from lit_sparse_profiling.ceilings import DTYPES
 from lit_sparse_profiling.counted import COURSE, Counter
 from lit_sparse_profiling.kernels import KernelProfile, OpCounts, ceilings
 from lit_sparse_profiling.ledger import ledger
+from lit_sparse_profiling.memory import return_freed
 from lit_sparse_profiling.nvml import NVML, NVMLMissing
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
@@ -321,6 +322,9 @@ class Profiler:
             return
         if self._phase is not None:
             self.phases.end(self._phase)
+        if self._phase == EXAMINATION:
+            gc.collect()
+            return_freed()  # else the peaks of what follows have the examination's own tools in them
         if phase is not None:
             self.phases.begin(phase)
         self._phase = phase
@@ -486,7 +490,11 @@ class Profiler:
         if self._kernels is None or not self._profiled:
             return None
         counts = self._examined.ops if self._examined is not None else None
-        return self._kernels.kernels(counts, ceilings(self.device, self.dtype), self.dtype)
+        try:
+            return self._kernels.kernels(counts, ceilings(self.device, self.dtype), self.dtype)
+        except RuntimeError as error:  # no right to CUPTI, no room for the ceilings: the rest of the record stands
+            self.notes.append(f"Kernels have no figures: {str(error).strip().splitlines()[0]}")
+            return None
 
     def results(self, failed: bool = False) -> dict[str, Any]:
         """Everything measured, as fields of a `RunRecord`. After a failure nothing more is run on the device."""

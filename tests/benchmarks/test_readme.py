@@ -105,7 +105,11 @@ def corrupt(checkout: Path, text: str) -> None:
     [
         (rewrite_readme, "<!-- begin:peers -->\n", "a begin or end mark without its counterpart"),
         (rewrite_readme, "<!-- begin:peers -->\n<!-- end:peer -->\n", "a begin or end mark without its counterpart"),
-        (rewrite_readme, "<!-- begin:pears -->\n<!-- end:pears -->\n", "a block 'pears'; known are peers, gpu"),
+        (
+            rewrite_readme,
+            "<!-- begin:pears -->\n<!-- end:pears -->\n",
+            "a block 'pears'; known are peers, gpu, overhead",
+        ),
         (corrupt, "", "has no measurements; run `python -m benchmarks.peers` first"),
         (corrupt, '{"mode": ', "peers.jsonl:1 is no JSON"),
         (corrupt, f'{json.dumps(mode("a"))}\n\n{{"mode": "b"}}\n', "peers.jsonl:3 is no measurement"),
@@ -120,6 +124,14 @@ def test_what_cannot_be_made_is_named(
     assert readme.main(arguments, checkout) == 1
     assert finding in capsys.readouterr().err
     assert (checkout / "README.md").read_text() == before
+
+
+def test_the_profiler_s_overhead_is_a_sentence(checkout: Path) -> None:
+    line = {**SOURCE, "ratio_median": 1.0006, "ratio_low": 0.9936, "ratio_high": 1.0072, "rounds": 200}
+    (checkout / "benchmarks" / "results" / "overhead.jsonl").write_text(json.dumps(line) + "\n")
+    rewrite_readme(checkout, "<!-- begin:overhead -->\n<!-- end:overhead -->\n")
+    assert "Steps with the profiler take 1.001 [0.994, 1.007] times as long" in written(checkout)
+    assert "Measured by `python -m benchmarks.overhead` on a CPU" in written(checkout)
 
 
 def test_a_readme_without_blocks_is_up_to_date(checkout: Path) -> None:

@@ -1,5 +1,6 @@
 """Resident memory: against what is really allocated, and honest about what a system does not tell."""
 
+import ctypes
 import mmap
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lit_sparse_profiling import memory
-from lit_sparse_profiling.memory import ResidentMemory
+from lit_sparse_profiling.memory import ResidentMemory, return_freed
 
 MIB = 2**20
 BLOCK = 64 * MIB
@@ -104,3 +105,15 @@ def test_a_process_does_not_inherit_the_peak_of_the_one_that_started_it(
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert int(child.stdout) < BLOCK
     assert block.numel() == BLOCK // 4
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_is_returned() -> None:
+    kept = [bytearray(2000) for _ in range(100_000)][::1000]  # here and there, so that glibc keeps what is between them
+    before = ResidentMemory().current()
+    return_freed()
+    after = ResidentMemory().current()
+    assert before is not None
+    assert after is not None
+    assert before - after > 50 * 2**20
+    assert len(kept) == 100
