@@ -20,7 +20,7 @@ from lit_sparse_profiling.record import SCHEMA, RunRecord
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bench.__file__).parents[1])}
-SECONDS = 20.0
+SECONDS = 60.0
 """What is waited for happens within these."""
 
 RUN = f"""
