@@ -18,7 +18,7 @@ from benchmarks.provenance import ROOT, provenance
 from lit_sparse.bench import bench
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.runs import read_runs
+from lit_sparse_profiling.runs import method_of, name_of, read_runs
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 METHODS = ("full.yaml", "lora.yaml", "dora.yaml", "smt.yaml")
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)  # workload.yaml names the model's shapes from here
     if bench([*METHODS, "--config=benchmarks/gpu/workload.yaml", f"--into={asked.into}", "--steps=20", *passed]):
         return 1
-    newest = {path.parent.name.rpartition("-")[0]: record for path, record in read_runs([asked.into])}
+    newest = {method_of(name_of(path, record)): record for path, record in read_runs([asked.into])}
     measured = [
         (name, record) for name, record in newest.items() if isinstance(record, RunRecord) and record.status == "ok"
     ]

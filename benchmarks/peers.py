@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.provenance import ROOT, provenance
 from lit_sparse.bench import bench
 from lit_sparse_profiling.record import Pair, RunRecord
-from lit_sparse_profiling.runs import read_runs
+from lit_sparse_profiling.runs import method_of, name_of, read_runs
 
 HERE = ROOT / "benchmarks" / "peers"
 RESULTS = ROOT / "benchmarks" / "results" / "peers.jsonl"
@@ -59,7 +59,7 @@ def lines(into: Path) -> list[Line]:
     """
     out: list[Line] = []
     for folder, against in (("alone", None), ("floor", FLOOR), ("lora_all", LORA_ALL)):
-        newest = {name(path): record for path, record in read_runs([into / folder])}
+        newest = {method_of(name_of(path, record)): record for path, record in read_runs([into / folder])}
         for peer, record in newest.items():
             if isinstance(record, str) or record.status != "ok":
                 raise RuntimeError(f"{into / folder}: {peer} has no result: {record}")
@@ -68,11 +68,6 @@ def lines(into: Path) -> list[Line]:
             if record.pair is not None:
                 out.append(provenance("peers", record) | pair_line(peer, record.pair))
     return out
-
-
-def name(path: Path) -> str:
-    """The peer whose record this is: its folder's name without the number."""
-    return path.parent.name.rpartition("-")[0]
 
 
 def mode_line(peer: str, record: RunRecord) -> Line:

@@ -29,8 +29,9 @@ from benchmarks.readme import Line, table
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
-from lit_sparse_profiling.bench import REFUSED, Job, execute, folders, verdict
+from lit_sparse_profiling.bench import REFUSED, Job, execute, verdict
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.runs import folders
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 QUIET = (

@@ -18,8 +18,9 @@ from lightning.pytorch.profilers import Profiler as LightningProfiler
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.nvml import NVML
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.profiler import Plan, Profiler, Tokens, count_tokens, opened
+from lit_sparse_profiling.profiler import Plan, Profiler, opened
 from lit_sparse_profiling.record import RunRecord, Status
+from lit_sparse_profiling.stopwatch import Tokens, count_tokens
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
 OOM = (

@@ -27,9 +27,10 @@ from lit_sparse.errors import BadInput
 from lit_sparse.export import export, generate
 from lit_sparse.modules import CausalLM
 from lit_sparse.recorder import CHECKPOINT_STEPS, Recorder
-from lit_sparse.runs import last_checkpoint, new_run_folder
+from lit_sparse.runs import last_checkpoint
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report
+from lit_sparse_profiling.runs import next_folder
 
 RUNS = "runs"
 NOISE = (
@@ -81,7 +82,7 @@ class CLI(LightningCLI):
         if config.ckpt_path == "last":
             config.ckpt_path = str(last_checkpoint(root, name))
         if config.ckpt_path is None:
-            self.folder, self.new_folder = new_run_folder(root, name), True
+            self.folder, self.new_folder = next_folder(root, name), True
         else:
             self.folder = Path(config.ckpt_path).parents[1]
             self._tell_differences(self.folder / "config.yaml")

@@ -57,10 +57,6 @@ class Recorder(Profile):
 
     # ---- the course of a fit
 
-    def setup(self, trainer: L.Trainer, pl_module: CausalLM, stage: str) -> None:  # pyright: ignore
-        super().setup(trainer, pl_module, stage)
-        self.phases = pl_module.phases  # from here on: loading and selection come before training
-
     def on_train_start(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
         self._answer(trainer, pl_module, "before")
         super().on_train_start(trainer, pl_module)

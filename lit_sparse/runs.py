@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,9 @@ import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve a
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
+from lit_sparse_profiling.runs import folders
 
 LAST = Path("checkpoints") / "last.ckpt"
-
-
-def run_folders(root: Path, name: str) -> list[Path]:
-    """The folders of runs called `name` under `root`, oldest first."""
-    pattern = re.compile(re.escape(name) + r"-(\d+)")
-    numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
-
-
-def new_run_folder(root: Path, name: str) -> Path:
-    """The next free folder for a run called `name`; it is not made yet."""
-    taken = run_folders(root, name)
-    number = int(taken[-1].name.rpartition("-")[2]) + 1 if taken else 1
-    return root / f"{name}-{number}"
 
 
 def last_checkpoint(root: Path, name: str) -> Path:
@@ -37,7 +23,7 @@ def last_checkpoint(root: Path, name: str) -> Path:
     Raises:
         BadInput: if none has one.
     """
-    for folder in reversed(run_folders(root, name)):
+    for folder in reversed(folders(root, name)):
         if (folder / LAST).is_file():
             return folder / LAST
     raise BadInput(

@@ -26,7 +26,7 @@ from lit_sparse.modules import CausalLM
 from lit_sparse.recorder import Recorder
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling import phases, profiler
+from lit_sparse_profiling import phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.reconcile import findings, residue
@@ -167,7 +167,7 @@ def a_small_heap() -> Any:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(profiler, "perf_counter", clock)
+    monkeypatch.setattr(stopwatch, "perf_counter", clock)
     monkeypatch.setattr(phases, "perf_counter", clock)
     return clock
 

@@ -1,6 +1,6 @@
 """From rows to batches of tensors. B sequences, S tokens of the longest, all int64."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,9 +106,3 @@ class Questions:
             "prompt_mask": self.padding.left([[1] * len(one.prompt_ids) for one in questions], 0),
             "answer": [one.answer for one in questions],
         }
-
-
-def token_counts(batch: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """Tokens of a padded or packed batch without padding (a scalar on its device: reading it waits), and with it."""
-    mask = batch["token_mask"] if "token_mask" in batch else batch["attention_mask"]
-    return mask.sum(), mask.numel()

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lit_sparse_profiling.paired import Player, pair_of, play
 from lit_sparse_profiling.record import RunRecord, Status
+from lit_sparse_profiling.runs import folders, next_folder
 
 RECORD, JOB, LOG = "record.json", "bench.json", "log.txt"
 REFUSAL = re.compile(r"^lit-sparse: (.+)$", re.MULTILINE)
@@ -77,19 +78,6 @@ def finished(root: Path, job: Job) -> list[Path]:
     """The folders of this very job's runs that have a result, oldest first."""
     ours = [folder for folder in folders(root, job.name) if _identity(folder) == job.identity]
     return [folder for folder in ours if (record := _record(folder)) is not None and record.status in FINAL]
-
-
-def folders(root: Path, name: str) -> list[Path]:
-    """The folders `<name>-<n>` in `root`, by number."""
-    pattern = re.compile(re.escape(name) + r"-(\d+)")
-    numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
-    return [path for _, path in sorted(numbered)]
-
-
-def next_folder(root: Path, name: str) -> Path:
-    """The next free folder `<name>-<n>`; it is not made."""
-    taken = folders(root, name)
-    return root / f"{name}-{int(taken[-1].name.rpartition('-')[2]) + 1 if taken else 1}"
 
 
 def _identity(folder: Path) -> str | None:

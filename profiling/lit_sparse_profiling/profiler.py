@@ -6,12 +6,11 @@ import gc
 import platform
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import psutil
@@ -29,6 +28,7 @@ from lit_sparse_profiling.nvml import NVML, NVMLMissing
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.record import Allocator, Device, Kernels, Memory, RunRecord, Throughput
+from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
 
 Stage = str
 """warm-up, lead-in, examined, kernels, or timed; and interrupted, which is none of these any more."""
@@ -39,8 +39,6 @@ LOOKED_INTO = (EXAMINATION, EXAMINED, "forward", "backward", "optimizer step")
 GIVEN_UP = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
 ATTEMPTS = 5
 """How often the steps of one kind are begun anew when evaluation or saving comes in between."""
-STEPS_HELD = 512
-"""Time stamps kept before they are read: reading them waits for the device, once."""
 
 
 @dataclass(frozen=True)
@@ -76,64 +74,6 @@ class Plan:
         """The stages of the steps that are not timed."""
         memory = ["lead-in", "examined"] if self.examine else []
         return deque(["warm-up"] * self.warmup + memory + ["kernels"] * self.profiled)
-
-
-class Stopwatch:
-    """Seconds of each step of the timed windows. On a GPU by events; the device is waited for once a window."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.seconds: list[float] = []
-        self._device, self._cuda = device, device.type == "cuda"
-        self._stamps: list[Any] = []
-
-    @property
-    def running(self) -> bool:
-        """Whether a window is open."""
-        return bool(self._stamps)
-
-    def stamp(self) -> None:
-        """Open a window, or end a step in it."""
-        self._stamps.append(self._now())
-        if len(self._stamps) > STEPS_HELD:
-            last = self._stamps[-1]
-            self.close()
-            self._stamps = [last]
-
-    def close(self) -> None:
-        """End the window with the step that ended last."""
-        if self._cuda and self._stamps:
-            self._stamps[-1].synchronize()
-        pairs = zip(self._stamps, self._stamps[1:], strict=False)
-        self.seconds += [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
-        self._stamps = []
-
-    def _now(self) -> Any:
-        if not self._cuda:
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))  # which need not be the current device's
-        return event
-
-
-@dataclass
-class Tokens:
-    """Tokens without and with padding; those on a device are added up there, and read when all is over."""
-
-    real: Tensor | int = 0
-    padded: int = 0
-    known: bool = True
-
-    def add(self, counts: tuple[Tensor | int, int] | None) -> None:
-        """Add those of a batch; None if it does not tell."""
-        if counts is None:
-            self.known = False
-        else:
-            self.real, self.padded = self.real + counts[0], self.padded + counts[1]
-
-    @property
-    def counts(self) -> tuple[Tensor | int, int] | None:
-        """Both sums; None if some batch did not tell."""
-        return (self.real, self.padded) if self.known else None
 
 
 @dataclass
@@ -537,17 +477,6 @@ def with_index(device: torch.device) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def count_tokens(batch: Any) -> tuple[Tensor | int, int] | None:
-    """Tokens of a batch without and with padding, from its `token_mask`, `attention_mask` or `input_ids`, if any."""
-    if not isinstance(batch, Mapping):
-        return None
-    for name in ("token_mask", "attention_mask"):
-        if isinstance(batch.get(name), Tensor):
-            return batch[name].sum(), batch[name].numel()
-    ids = batch.get("input_ids")
-    return (ids.numel(), ids.numel()) if isinstance(ids, Tensor) else None
 
 
 def device_of(device: torch.device) -> Device:

@@ -92,7 +92,7 @@ class Held:
         batch: The step's inputs.
         saved: What autograd had saved for backward and is none of the above.
         temporaries: Other outputs of operations that were alive.
-        phase: Where in the step that was: forward, backward, optimizer step.
+        phase: Where in the step that was: forward, backward, optimizer step, or else in its course.
     """
 
     ledger: Ledger

@@ -1,4 +1,4 @@
-"""The records of runs: read from their folders, and which of them are repetitions of one another."""
+"""The folders of runs, their records, and which of them are repetitions of one another."""
 
 from __future__ import annotations
 
@@ -13,6 +13,19 @@ from lit_sparse_profiling.record import RunRecord
 RECORD = "record.json"
 Runs = Sequence[tuple[Path, RunRecord | str]]
 """Files of records, each with its record or with the sentence that says why there is none."""
+
+
+def folders(root: Path, name: str) -> list[Path]:
+    """The folders `<name>-<n>` in `root`, by number."""
+    pattern = re.compile(re.escape(name) + r"-(\d+)")
+    numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
+    return [path for _, path in sorted(numbered)]
+
+
+def next_folder(root: Path, name: str) -> Path:
+    """The next free folder `<name>-<n>`; it is not made."""
+    taken = folders(root, name)
+    return root / f"{name}-{int(taken[-1].name.rpartition('-')[2]) + 1 if taken else 1}"
 
 
 def read_runs(paths: Sequence[Path]) -> list[tuple[Path, RunRecord | str]]:

@@ -2,8 +2,9 @@
 
 import torch
 
-from lit_sparse.data.collate import Choices, Padded, Padding, Question, Questions, ScoredChoices, token_counts
+from lit_sparse.data.collate import Choices, Padded, Padding, Question, Questions, ScoredChoices
 from lit_sparse.data.encoding import Example
+from lit_sparse_profiling.stopwatch import count_tokens
 
 SHORT, LONG = Example([5, 6], [-100, 6]), Example([7, 8, 9], [-100, -100, 9])
 
@@ -14,7 +15,7 @@ def test_padded_on_the_right():
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 6, -100], [-100, -100, 9]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    assert token_counts(batch) == (5, 6)
+    assert count_tokens(batch) == (5, 6)
 
 
 def test_width_is_a_multiple():

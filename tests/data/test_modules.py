@@ -11,8 +11,8 @@ import torch
 
 from lit_sparse import demo
 from lit_sparse.data import Embedded, Instructions, Synthetic, Text
-from lit_sparse.data.collate import token_counts
 from lit_sparse.errors import BadInput
+from lit_sparse_profiling.stopwatch import count_tokens
 
 PROBLEMS = [{"prompt": f"the cat {n}", "completion": f"{n} + 1\n#### {n + 1}"} for n in range(40)]
 CHOICES = [{"question": f"the cat {n}", "choices": ["yes", "no", f"{n}"], "label": n % 3} for n in range(40)]
@@ -128,7 +128,7 @@ def test_packing_keeps_the_tokens(chat_tokenizer, jsonl):
         for packing in (False, True)
     )
     assert len(packed) < len(plain)
-    counts = [[(int(real), all_) for real, all_ in map(token_counts, loader)] for loader in (plain, packed)]
+    counts = [[(int(real), all_) for real, all_ in map(count_tokens, loader)] for loader in (plain, packed)]  # pyright: ignore[reportGeneralTypeIssues]
     assert len({sum(tokens for tokens, _ in one) for one in counts}) == 1
 
 

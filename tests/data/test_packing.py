@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from lit_sparse.data.collate import Padded, Padding, token_counts
+from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.examples import Examples
 from lit_sparse.data.packing import Packed, PackedRows, check_packing
 from lit_sparse.errors import BadInput
+from lit_sparse_profiling.stopwatch import count_tokens
 
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -110,4 +111,4 @@ def test_packed_batch():
     assert batch["labels"].tolist() == [[-100, 6, -100, 8], [-100, -100, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1], [0, 0, 0, 0]]
     assert "attention_mask" not in batch
-    assert token_counts(batch) == (5, 8)
+    assert count_tokens(batch) == (5, 8)

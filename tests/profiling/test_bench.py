@@ -15,8 +15,9 @@ import psutil
 import pytest
 
 from lit_sparse_profiling import bench
-from lit_sparse_profiling.bench import Job, execute, finished, folders, next_folder, sources, turns
+from lit_sparse_profiling.bench import Job, execute, finished, sources, turns
 from lit_sparse_profiling.record import SCHEMA, RunRecord
+from lit_sparse_profiling.runs import folders, next_folder
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bench.__file__).parents[1])}

@@ -20,13 +20,14 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lit_sparse_profiling import phases, profiler
+from lit_sparse_profiling import phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.counted import COURSE
 from lit_sparse_profiling.nvml import NVML
-from lit_sparse_profiling.profiler import ATTEMPTS, Plan, Profiler, Stopwatch, Tokens, count_tokens, opened
+from lit_sparse_profiling.profiler import ATTEMPTS, Plan, Profiler, opened
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
 from tests.profiling.fake_nvml import MIB, UUID, FakeNVML
 
 ROWS, LENGTH, WIDTH = 4, 16, 64
@@ -139,7 +140,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(profiler, "perf_counter", clock)
+    monkeypatch.setattr(stopwatch, "perf_counter", clock)
     return clock
 
 
@@ -533,7 +534,7 @@ def test_batches_that_tell_nothing_have_no_tokens() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 8, 11])
 def test_more_steps_than_are_held_are_folded(steps: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiler, "STEPS_HELD", 4)
+    monkeypatch.setattr(stopwatch, "STEPS_HELD", 4)
     loop = Loop(Plan(0, False, 0))
     for number in range(steps):
         loop.step(clock.takes(2.0**number))
@@ -665,7 +666,7 @@ def test_the_stopwatch_waits_once_a_window(card: Card, monkeypatch: pytest.Monke
     assert (card.waits, card.synchronised) == (2, 0)
     watch.close()
     assert card.waits == 2
-    monkeypatch.setattr(profiler, "STEPS_HELD", 2)
+    monkeypatch.setattr(stopwatch, "STEPS_HELD", 2)
     for _ in range(6):
         watch.stamp()
     assert card.waits == 2 + 2
