@@ -363,7 +363,7 @@ def test_a_bad_table_is_refused_in_a_sentence(write: Write, changes: dict[str, A
 @pytest.mark.parametrize(
     ("words", "finding"),
     [
-        (["nowhere"], "there is no table nowhere; give one of blocks_0.84, blocks_5, budgets, choices, tiny"),
+        (["nowhere"], "there is no table nowhere; give one of answers, blocks_0.84, blocks_5, budgets, choices, tiny"),
         (["tiny", "--steps", "0"], "trainer.max_steps is 0"),
         (["tiny", "--minutes", "-1"], "--minutes -1.0 was asked for"),
         (["tiny", "--results", "bad.jsonl"], "bad.jsonl:1 is no JSON"),
@@ -401,6 +401,7 @@ def test_the_tables_share_their_baselines() -> None:
 
     assert len(identities("budgets") & identities("blocks_0.84")) == 9
     assert len(identities("budgets") & identities("blocks_5")) == 9
+    assert identities("answers") <= identities("blocks_0.84")
 
 
 # ---- the whole
