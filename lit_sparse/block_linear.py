@@ -117,7 +117,7 @@ class _BlockLinear(torch.autograd.Function):
         dx = dy @ weight_OK if ctx.needs_input_grad[0] else None
         d_master = None
         if ctx.needs_input_grad[3]:
-            d_master = block_grad(dy.reshape(-1, dy.shape[-1]), packed_TP, ctx.places, ctx.size)
+            d_master = block_grad([dy.reshape(-1, dy.shape[-1])], packed_TP, first_layer(ctx.places), ctx.size)
         return dx, None, None, d_master, None, None, None
 
 
@@ -183,5 +183,9 @@ class _AddBlocks(torch.autograd.Function):
             d_packed = block_delta_input_grad(dy_TO, delta_Nhw, ctx.places, packed_TP.shape[1])
             dx = unpack_columns(d_packed, columns_C, ctx.size[1], ctx.inputs[-1]).view(ctx.inputs)
         if ctx.needs_input_grad[2]:
-            d_delta = block_grad(dy_TO, packed_TP, ctx.places, ctx.size)
+            d_delta = block_grad([dy_TO], packed_TP, first_layer(ctx.places), ctx.size)
         return dy, dx, d_delta, None, None, None, None
+
+
+def first_layer(places_N2: Tensor) -> Tensor:
+    return torch.nn.functional.pad(places_N2, (1, 0))

@@ -1,45 +1,117 @@
 """The gradients of chosen blocks, against the dense product."""
 
+import re
+
 import pytest
 import torch
 
-from lit_sparse_kernels.block_grad import CASES, block_grad, reference
+from lit_sparse_kernels.block_grad import CASES, block_grad, launch, reference
+from lit_sparse_kernels.jit import Listed
 
 
-def inputs(tokens, out, packed, size, blocks, dtype):
+def inputs(tokens, outs, packed, size, blocks, dtype):
     generator = torch.Generator().manual_seed(0)
-    dy = torch.randn(tokens, out, generator=generator, dtype=torch.float64).to(dtype)
+    dys = [torch.randn(tokens, out, generator=generator, dtype=torch.float64).to(dtype) for out in outs]
     x = torch.randn(tokens, packed, generator=generator, dtype=torch.float64).to(dtype)
-    return dy, x, torch.tensor(blocks, dtype=torch.int32).reshape(-1, 2), size
+    return dys, x, torch.tensor(blocks, dtype=torch.int32).reshape(-1, 3), size
+
+
+def exact(dys, x, blocks, size):
+    return reference([dy.double() for dy in dys], x.double(), blocks, size)
+
+
+def assert_is_the_sum(got, dys, x, blocks, size):
+    """fp32 sums of exact products: off by no more than the roundings of a sum over the tokens, whatever the dtype."""
+    magnitude = reference([dy.double().abs() for dy in dys], x.double().abs(), blocks, size)
+    assert got.dtype == torch.float32
+    assert ((got.double() - exact(dys, x, blocks, size)).abs() <= 2**-23 * len(x) ** 0.5 * magnitude + 1e-30).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_the_dense_gradient_of_the_blocks(case):
-    dy, x, blocks, size = inputs(*case)
-    got = block_grad(dy, x, blocks, size)
-    exact = reference(dy.double(), x.double(), blocks, size)
-    assert got.dtype == torch.float32
-    # fp32 accumulation of exact products: the error of a sum over the tokens, whatever the dtype of the input.
-    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+def test_is_the_dense_gradient_of_the_blocks(case, poisoned):
+    given = inputs(*case)
+    assert_is_the_sum(block_grad(*given), *given)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", [case for case in CASES if case[-1] != torch.bfloat16], ids=str)
+def test_the_kernel_makes_the_dense_gradient_of_the_blocks(case, poisoned):
+    given = inputs(*case)
+    assert_is_the_sum(launch(given[0], given[1], Listed(case[4]), given[3]), *given)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_gpu_makes_the_dense_gradient_of_the_blocks(case):
+    dys, x, blocks, size = inputs(*case)
+    got = block_grad([dy.cuda() for dy in dys], x.cuda(), blocks.cuda(), size)
+    assert_is_the_sum(got.cpu(), dys, x, blocks, size)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case", [CASES[4], CASES[5]], ids=str)
+def test_the_kernel_adds_to_what_is_there(case, poisoned):
+    given = inputs(*case)
+    into = torch.full((len(case[4]), *case[3]), 2.0)
+    assert launch(given[0], given[1], Listed(case[4]), case[3], into) is into
+    torch.testing.assert_close(into.double() - 2, exact(*given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpreted
+def test_the_kernel_reads_any_strides(poisoned):
+    assert_reads_any_strides(lambda dys, x, blocks, size: launch(dys, x, Listed(blocks.tolist()), size))
+
+
+def test_reads_any_strides(poisoned):
+    assert_reads_any_strides(block_grad)
+
+
+def assert_reads_any_strides(compute):
+    dys, x, blocks, size = inputs(*CASES[4])
+    wide = torch.cat([x, x], dim=1).t().contiguous().t()  # column-major, twice as wide
+    strided = [torch.stack([dy, dy], dim=2)[:, :, 0] for dy in dys]
+    assert_is_the_sum(compute(strided, wide[:, : x.shape[1]], blocks, size), dys, x, blocks, size)
+
+
+def test_adds_to_what_is_there():
+    given = inputs(*CASES[0])
+    into = torch.full((3, 32, 32), 2.0)
+    assert block_grad(*given, into) is into
+    torch.testing.assert_close(into.double() - 2, exact(*given), rtol=1e-5, atol=1e-5)
 
 
 def test_double_is_exact_to_rounding():
-    dy, x, blocks, size = inputs(63, 80, 64, (32, 32), [(2, 0), (0, 1)], torch.float64)
-    dense = dy.t() @ x
-    got = block_grad(dy, x, blocks, size)
+    dys, x, blocks, size = inputs(63, (80,), 64, (32, 32), [(0, 2, 0), (0, 0, 1)], torch.float64)
+    dense = dys[0].t() @ x
+    got = block_grad(dys, x, blocks, size)
     torch.testing.assert_close(got[0, :16], dense[64:80, :32], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got[1], dense[:32, 32:], rtol=1e-12, atol=1e-12)
     assert not got[0, 16:].any()
 
 
-def test_strided_input():
-    dy, x, blocks, size = inputs(64, 96, 64, (32, 32), [(2, 0), (0, 1)], torch.float32)
-    wide = torch.cat([x, x], dim=1).t().contiguous().t()  # column-major, twice as wide
-    torch.testing.assert_close(
-        block_grad(dy.flip(0).flip(0), wide[:, :64], blocks, size), block_grad(dy, x, blocks, size)
-    )
+def test_compilers_see_the_op():
+    given = inputs(*CASES[4])
+    torch.library.opcheck(torch.ops.lit_sparse.block_grad.default, given)
+    into = torch.zeros(5, 32, 32)
+    torch.library.opcheck(torch.ops.lit_sparse.add_block_grad.default, (into, *given))
 
 
-def test_no_blocks_give_no_gradients():
-    dy, x, blocks, size = inputs(5, 64, 64, (64, 64), [], torch.float32)
-    assert block_grad(dy, x, blocks, size).shape == (0, 64, 64)
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"dys_TO": [torch.zeros(4, 8, dtype=torch.int32)]}, "dys_TO[0] is torch.int32; expected torch.float32"),
+        ({"dys_TO": [torch.zeros(5, 8)]}, "dys_TO[0] has shape (5, 8); expected (4, any)"),
+        ({"dys_TO": [torch.zeros(4, 8).half()]}, "dys_TO[0] is torch.float16 on cpu; expected torch.float32 on cpu"),
+        ({"packed_TP": torch.zeros(4)}, "packed_TP has shape (4,); expected (any, any)"),
+        ({"blocks_N3": torch.tensor([[0, 2, 0]])}, "blocks_N3 has (0, 2, 0), which lies outside"),
+        ({"blocks_N3": torch.tensor([[1, 0, 0]])}, "blocks_N3 has (1, 0, 0), which lies outside"),
+        ({"blocks_N3": torch.tensor([[0, 0, -1]])}, "blocks_N3 has (0, 0, -1), which lies outside"),
+        ({"blocks_N3": torch.tensor([[0, 1, 1], [0, 1, 1]])}, "blocks_N3 has (0, 1, 1) twice; blocks may not overlap"),
+        ({"blocks_N3": torch.tensor([[0, 1]])}, "blocks_N3 is torch.int64 of shape (1, 2); expected integers of shape"),
+        ({"blocks_N3": torch.zeros(1, 3)}, "blocks_N3 is torch.float32 of shape (1, 3); expected integers"),
+    ],
+)
+def test_refuses_in_a_sentence(changed, expected):
+    given = {"dys_TO": [torch.zeros(4, 8)], "packed_TP": torch.zeros(4, 8), "blocks_N3": torch.tensor([[0, 0, 0]])}
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        block_grad(**given | changed, size=(4, 4))

@@ -1,0 +1,114 @@
+"""Which path a tensor takes: Triton for CUDA tensors, torch for all others; and the lists of blocks that both read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is none for macOS and Windows, where no tensor needs it
+    triton: Any = None
+    tl: Any = None
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels compute with; the torch paths take float64 too."""
+MULTIPROCESSORS = 132
+"""Of an H100: what work is divided for where no device says otherwise (interpretation, compilation ahead of time)."""
+
+
+@dataclass(eq=False)
+class Listed:
+    """An index tensor as the host and the kernels read it.
+
+    Attributes:
+        rows: Its rows.
+        tables: What kernels read in its place, by device; made when first needed.
+    """
+
+    rows: list[tuple[int, ...]]
+    tables: dict[torch.device, Any] = field(default_factory=dict)
+
+
+def jit(kernel: Callable[..., Any]) -> Any:
+    """A Triton kernel, or the bare function where there is no Triton."""
+    return kernel if triton is None else triton.jit(kernel)
+
+
+def on_cuda(tensor: Tensor) -> bool:
+    """Whether the Triton kernel is to run.
+
+    Raises:
+        ImportError: if it is, but there is no Triton.
+    """
+    if tensor.is_cuda and triton is None:
+        raise ImportError("CUDA tensors need Triton, which is not installed here: pip install triton.")
+    return tensor.is_cuda
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def power_of_2(number: int) -> int:
+    """The smallest power of two that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+# ---- arguments
+
+
+def check_matrix(name: str, tensor: Tensor, shape: Sequence[int | None], like: Tensor | None = None) -> None:
+    """Refuse what is no matrix of floating numbers of that shape (None is any size), like another in dtype and device.
+
+    Raises:
+        ValueError: naming the argument, what it is and what was expected.
+    """
+    allowed = FLOATS if tensor.is_cuda else (*FLOATS, torch.float64)
+    if tensor.ndim != 2 or any(wanted not in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)):
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({wanted}).")
+    if tensor.dtype not in allowed:
+        raise ValueError(f"{name} is {tensor.dtype}; expected {' or '.join(map(str, allowed))}.")
+    if like is not None and (tensor.dtype, tensor.device) != (like.dtype, like.device):
+        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; expected {like.dtype} on {like.device}.")
+
+
+_listed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def listed(name: str, blocks: Tensor, columns: int, shape: Hashable, fits: Callable[..., bool], inside: str) -> Listed:
+    """The rows of an index tensor (N, columns); read and checked once for a tensor and the `shape` it indexes.
+
+    Args:
+        fits: Whether a row, its numbers given one by one, lies inside.
+        inside: What is inside, in words.
+
+    Raises:
+        ValueError: if the tensor is of another form, a row lies outside, or one comes twice.
+    """
+    known = _listed.get(blocks)
+    if known is not None and known[0] == (blocks._version, shape):
+        return known[1]
+    if blocks.ndim != 2 or blocks.shape[1] != columns or blocks.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"{name} is {blocks.dtype} of shape {tuple(blocks.shape)}; expected integers of shape (N, {columns})."
+        )
+    rows = [tuple(row) for row in blocks.tolist()]
+    for row in rows:
+        if min(row) < 0 or not fits(*row):
+            raise ValueError(f"{name} has {row}, which lies outside; expected {inside}.")
+    if len(set(rows)) < len(rows):
+        twice = next(row for row in rows if rows.count(row) > 1)
+        raise ValueError(f"{name} has {twice} twice; blocks may not overlap.")
+    _listed[blocks] = (blocks._version, shape), Listed(rows)
+    return _listed[blocks][1]

@@ -1,0 +1,67 @@
+"""Every kernel compiled ahead of time for an A100 and an H100, at the shapes of real models; no GPU is needed.
+
+What a GPU test would not show: spilled registers, too much shared memory for the chip, products without tensor cores.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_sparse_kernels import block_grad
+from lit_sparse_kernels.jit import Listed
+from tests.kernels.test_interpreter import kernels
+
+pytest.importorskip("triton")
+from tests.kernels.ahead import SHARED_BYTES, compiled, launches  # noqa: E402
+
+META = torch.device("meta")
+TOKENS = 8192
+MODELS = {  # width, key and value width, MLP width, block size
+    "SmolLM2-135M": (576, 192, 1536, 64),
+    "Llama-3.2-1B": (2048, 512, 8192, 256),
+    "Llama-3-8B": (4096, 1024, 14336, 256),
+}
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def block_grads(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Of q, k and v, in bf16 and fp32; with one block, for which the tokens are divided."""
+    for dtype in (torch.bfloat16, torch.float32):
+        dys = [empty(TOKENS, out, dtype=dtype) for out in (width, narrow, narrow)]
+        few, many = [(0, 0, 0)], [(layer, row, place) for layer in (0, 1, 2) for row in range(3) for place in range(3)]
+        packed = empty(TOKENS, 3 * size, dtype=dtype)
+        for blocks in (few, many * 9):
+            yield lambda blocks=blocks, dys=dys, x=packed: block_grad.launch(dys, x, Listed(blocks), (size, size))
+
+
+LAUNCHES = {"block_grad": block_grads}
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("op", LAUNCHES)
+def test_compiles_within_what_the_chip_has(op: str, model: str, capability: int, tmp_path: Path) -> None:
+    made = [launch for call in LAUNCHES[op](*MODELS[model]) for launch in launches(call)]
+    assert made, "nothing was launched"
+    for kernel, arguments, named in made:
+        result = compiled(kernel, arguments, named, capability, tmp_path)
+        assert result.local == 0, f"{result.name} spills {result.local} bytes"
+        assert result.shared <= SHARED_BYTES[capability]
+        if arguments[0].dtype == torch.bfloat16:  # fp32 products are exact ones, which tensor cores have not
+            assert result.tensor_cores == result.has_dot, f"{result.name} multiplies without tensor cores"
+
+
+def test_every_kernel_is_compiled() -> None:
+    made = {
+        kernel.__name__
+        for op in LAUNCHES.values()
+        for call in op(*MODELS["Llama-3.2-1B"])
+        for kernel, _, _ in launches(call)
+    }
+    assert made == kernels()

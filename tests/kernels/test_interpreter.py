@@ -1,0 +1,31 @@
+"""All kernels by interpretation, in a process of its own: Triton decides at import which way a kernel runs."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+KERNELS = Path(__file__).parents[2] / "kernels" / "lit_sparse_kernels"
+
+
+def kernels() -> set[str]:
+    """The names of all kernels in the source: functions marked `jit` that no other kernel calls."""
+    marked = [node for path in sorted(KERNELS.glob("*.py")) for node in ast.parse(path.read_text("utf-8")).body]
+    jitted = [n for n in marked if isinstance(n, ast.FunctionDef) and "jit" in map(ast.unparse, n.decorator_list)]
+    called = {ast.unparse(c.func) for n in jitted for c in ast.walk(n) if isinstance(c, ast.Call)}
+    return {node.name for node in jitted} - called
+
+
+def test_every_kernel_is_right_by_interpretation(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", str(HERE), "-q", "--no-header", "-p", "no:cacheprovider"]
+    noted = tmp_path / "launched"
+    settings = {"TRITON_INTERPRET": "1", "LAUNCHED": str(noted), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, env={**os.environ, **settings}, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert kernels(), "no kernel was found where there are some: the test reads nothing"
+    assert set(noted.read_text().split()) == kernels(), "a kernel that no test launches, or one that is gone"
