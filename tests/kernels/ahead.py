@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-"""A thread block's shared memory at most, by compute capability (CUDA C++ programming guide, technical specifications)."""
+"""A thread block's shared memory at most, by compute capability (CUDA C++ programming guide)."""
 DTYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",

@@ -15,7 +15,7 @@ from lit_sparse_kernels.jit import Listed
 from tests.kernels.test_interpreter import kernels
 
 pytest.importorskip("triton")
-from tests.kernels.ahead import SHARED_BYTES, compiled, launches  # noqa: E402
+from tests.kernels.ahead import SHARED_BYTES, compiled, launches
 
 META = torch.device("meta")
 TOKENS = 8192
