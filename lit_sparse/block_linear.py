@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix
@@ -18,36 +19,68 @@ from lit_sparse_kernels.block_grad import block_grad
 from lit_sparse_kernels.pack_columns import pack_columns, unpack_columns
 
 
-class SharedColumns:
-    """The input columns that some linear layers with one input need together, packed once a forward pass."""
+class SharedInput:
+    """Layers with trained blocks that read one input: the first that is called computes all of them.
+
+    So the input's columns are packed once, and the backward gets the gradients of all outputs at once: one product for
+    all blocks, and the layers' parts of the input's gradient added up as they are made.
+
+    Attributes:
+        members: The layers, in the order in which they joined.
+        columns: Block columns of the input that the members need, sorted.
+        available: How many there are.
+        places: Each member's blocks as (row, place of the column among the packed ones), int32 (N, 2).
+        alike: Members with blocks of one size, and all their blocks as (which of them, row, place), int32 (N, 3).
+    """
 
     def __init__(self, users: Sequence[Blocks], inputs: int) -> None:
         self.width = users[0].size[1]
         self.available = -(-inputs // self.width)
         self.columns = torch.cat([blocks.index[:, 1] for blocks in users]).unique()
-        self._users = len(users)
-        self._left = 0
+        self.places = [self._places(blocks) for blocks in users]
+        self.sizes = [blocks.size for blocks in users]
+        self.alike = [self._alike(size) for size in dict.fromkeys(self.sizes)]
+        self.members: list[BlockLinear | DeltaLinear] = []
         self._input: Tensor | None = None
-        self._packed: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
 
-    def places(self, blocks: Blocks) -> Tensor:
-        """The blocks as (row, place of the column among the packed ones)."""
-        return torch.stack(
-            [blocks.index[:, 0], torch.searchsorted(self.columns, blocks.index[:, 1].contiguous())], dim=1
-        )
+    def _places(self, blocks: Blocks) -> Tensor:
+        places = torch.searchsorted(self.columns, blocks.index[:, 1].contiguous())
+        return torch.stack([blocks.index[:, 0], places.int()], dim=1)
 
-    def pack(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """The packed columns of `x` (..., K), (tokens, columns x width) in `dtype`; one copy for all users of `x`."""
-        if self._input is not x:
+    def _alike(self, size: Size) -> tuple[list[int], Tensor]:
+        members = [number for number, other in enumerate(self.sizes) if other == size]
+        return members, torch.cat([pad(self.places[m], (1, 0), value=n) for n, m in enumerate(members)])
+
+    def join(self, member: BlockLinear | DeltaLinear) -> int:
+        """The number of a new member; they join in the order of `users`."""
+        self.members.append(member)
+        return len(self.members) - 1
+
+    def output(self, member: int, x: Tensor) -> Tensor:
+        """The output of a member for `x` (..., K)."""
+        if self._input is not x or member not in self._outputs:
+            self._input, self._outputs = x, dict(enumerate(self.members[0].outputs(x)))
+        output = self._outputs.pop(member)
+        if not self._outputs:  # the last member has its own: nothing is kept alive from here on
+            self._input = None
+        return output
+
+    def pack(self, x: Tensor) -> Tensor:
+        """The needed columns of `x` (..., K), (tokens, columns x width)."""
+        if self.columns.device != x.device:
             self.columns = self.columns.to(x.device)
-            self._packed = pack_columns(x.detach().reshape(-1, x.shape[-1]), self.columns, self.width).to(dtype)
-            self._input, self._left = x, self._users
-        packed = self._packed
-        self._left -= 1
-        if not self._left:  # the last user has it: autograd alone keeps it from here on
-            self._input = self._packed = None
-        assert packed is not None
-        return packed
+            self.places = [places.to(x.device) for places in self.places]
+            self.alike = [(members, placed.to(x.device)) for members, placed in self.alike]
+        return pack_columns(x.detach().reshape(-1, x.shape[-1]), self.columns, self.width)
+
+    def gradients(self, dys_TO: Sequence[Tensor], packed_TP: Tensor) -> list[Tensor]:
+        """The gradients of each member's blocks, (N, h, w), from those of the outputs."""
+        found: dict[int, Tensor] = {}
+        for members, placed in self.alike:
+            gradients = block_grad([dys_TO[m] for m in members], packed_TP, placed, self.sizes[members[0]])
+            found |= zip(members, gradients.split([len(self.places[m]) for m in members]), strict=True)
+        return [found[member] for member in range(len(dys_TO))]
 
 
 class BlockLinear(nn.Module):
@@ -58,13 +91,13 @@ class BlockLinear(nn.Module):
         blocks: Trainable fp32 master of the blocks, (N, h, w); zeros past a ragged end.
     """
 
-    def __init__(self, linear: nn.Linear | Conv1D, chosen: Blocks, shared: SharedColumns) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, chosen: Blocks, shared: SharedInput) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.transposed = isinstance(linear, Conv1D)
         self.chosen, self.shared = chosen, shared
-        self.places = shared.places(chosen)
-        self.blocks = nn.Parameter(chosen.read(self.matrix.detach()))
+        self.number = shared.join(self)
+        self.blocks = nn.Parameter(chosen.read(matrix(linear).detach()))
         self.register_load_state_dict_post_hook(lambda module, _keys: module.write())
 
     @property
@@ -76,49 +109,60 @@ class BlockLinear(nn.Module):
         """Write the master into the weight, cast to its dtype."""
         self.chosen.write(self.matrix, self.blocks)
 
-    @torch.compiler.disable  # what q, k and v share between their calls is state that cannot be traced
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, bias, given = self.matrix, self.bias, x
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        if not torch.is_grad_enabled():
-            return F.linear(x, weight, bias)
-        packed = self.shared.pack(given, x.dtype)  # of the very tensor that the others are given too
-        return _BlockLinear.apply(x, weight, bias, self.blocks, packed, self.places, self.chosen.size)  # pyright: ignore
+        if torch.is_grad_enabled():
+            return self.shared.output(self.number, x)
+        return F.linear(*in_precision(x, self.matrix, self.bias))
+
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """The outputs of all layers that share the input."""
+        shared, members = self.shared, self.shared.members
+        matrices, biases = [member.matrix for member in members], [member.bias for member in members]  # pyright: ignore
+        x, *linears = in_precision(x, *matrices, *biases)
+        masters = [member.blocks for member in members]
+        return _SharedBlocks.apply(x, shared.pack(x), shared, *linears, *masters)  # pyright: ignore
 
     def extra_repr(self) -> str:
-        return f"{tuple(self.matrix.shape)}, {len(self.places)} blocks of {self.chosen.size}"
+        return f"{tuple(self.matrix.shape)}, {len(self.blocks)} blocks of {self.chosen.size}"
 
 
-class _BlockLinear(torch.autograd.Function):
-    # Shapes: T tokens, O out, K in, P packed in, N blocks of h x w.
+def in_precision(x: Tensor, *tensors: Tensor | None) -> Any:
+    """All of them in the dtype of autocast, where that is on."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return x, *tensors
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [None if tensor is None else tensor.to(dtype) for tensor in (x, *tensors)]
+
+
+class _SharedBlocks(torch.autograd.Function):
+    # Shapes: T tokens, O out, K in, P packed in, N blocks of h x w; O differs from layer to layer.
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight_OK: Tensor,
-        bias_O: Tensor | None,
-        _master_Nhw: Tensor,
-        packed_TP: Tensor,
-        places_N2: Tensor,
-        size: Size,
-    ) -> Tensor:
-        # The weight already holds the master's values; the master is an argument so that autograd gives it a gradient.
-        ctx.save_for_backward(packed_TP, weight_OK)
-        ctx.places, ctx.size = places_N2, size
-        return F.linear(x, weight_OK, bias_O)
+        ctx: Any, x: Tensor, packed_TP: Tensor, shared: SharedInput, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        # Weights, biases, masters. The weights already hold the masters' values; the masters are arguments so that
+        # autograd gives them gradients.
+        layers = len(tensors) // 3
+        weights, biases = tensors[:layers], tensors[layers : 2 * layers]
+        ctx.save_for_backward(packed_TP, *weights)
+        ctx.shared = shared
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # pyright: ignore
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        packed_TP, weight_OK = ctx.saved_tensors
-        dx = dy @ weight_OK if ctx.needs_input_grad[0] else None
-        d_master = None
-        if ctx.needs_input_grad[3]:
-            d_master = block_grad([dy.reshape(-1, dy.shape[-1])], packed_TP, first_layer(ctx.places), ctx.size)
-        return dx, None, None, d_master, None, None, None
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        packed_TP, *weights = ctx.saved_tensors
+        dys_TO = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx, masters = None, [None] * len(dys)
+        if ctx.needs_input_grad[0]:
+            dx_TK = dys_TO[0] @ weights[0]
+            for dy_TO, weight_OK in zip(dys_TO[1:], weights[1:], strict=True):
+                dx_TK.addmm_(dy_TO, weight_OK)
+            dx = dx_TK.view(*dys[0].shape[:-1], -1)
+        if any(ctx.needs_input_grad[3:]):
+            masters = ctx.shared.gradients(dys_TO, packed_TP)
+        return dx, None, None, *[None] * (2 * len(dys)), *masters
 
 
 class DeltaLinear(nn.Module):
@@ -129,11 +173,11 @@ class DeltaLinear(nn.Module):
         blocks: Trainable fp32 difference of the blocks to the base's, (N, h, w), zero at first.
     """
 
-    def __init__(self, linear: nn.Module, shape: tuple[int, int], chosen: Blocks, shared: SharedColumns) -> None:
+    def __init__(self, linear: nn.Module, shape: tuple[int, int], chosen: Blocks, shared: SharedInput) -> None:
         super().__init__()
         self.base, self.shape = linear, shape
         self.chosen, self.shared = chosen, shared
-        self.places = shared.places(chosen)
+        self.number = shared.join(self)
         weight = next(linear.parameters())
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         self.blocks = nn.Parameter(torch.zeros(len(chosen.index), *chosen.size, dtype=dtype, device=weight.device))
@@ -143,49 +187,43 @@ class DeltaLinear(nn.Module):
         weight = matrix(self.base)  # pyright: ignore[reportArgumentType]
         self.chosen.write(weight, self.chosen.read(weight.detach()) + self.blocks)
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        out = self.base(x)
-        packed, shared, size = self.shared.pack(x, out.dtype), self.shared, self.chosen.size
-        return _AddBlocks.apply(out, x.to(out.dtype), self.blocks, packed, shared.columns, self.places, size)  # pyright: ignore
+        return self.shared.output(self.number, x)
+
+    def outputs(self, x: Tensor) -> Sequence[Tensor]:
+        """The outputs of all layers that share the input."""
+        shared, members = self.shared, self.shared.members
+        bases = [member.base(x) for member in members]  # pyright: ignore[reportCallIssue]
+        x = x.to(bases[0].dtype)
+        return _AddBlocks.apply(x, shared.pack(x), shared, *bases, *(member.blocks for member in members))  # pyright: ignore
 
     def extra_repr(self) -> str:
-        return f"{self.shape}, {len(self.places)} blocks of {self.chosen.size} beside the base"
+        return f"{self.shape}, {len(self.blocks)} blocks of {self.chosen.size} beside the base"
 
 
 class _AddBlocks(torch.autograd.Function):
-    # Shapes: T tokens, O out, K in, P packed in, N blocks of h x w.
+    # Shapes: T tokens, O out, K in, P packed in, N blocks of h x w; O differs from layer to layer.
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        delta_Nhw: Tensor,
-        packed_TP: Tensor,
-        columns_C: Tensor,
-        places_N2: Tensor,
-        size: Size,
-    ) -> Tensor:
-        delta_Nhw = delta_Nhw.to(y.dtype)
-        ctx.save_for_backward(packed_TP, delta_Nhw, columns_C)
-        ctx.places, ctx.size, ctx.inputs = places_N2, size, x.shape
-        part_TO = block_delta(packed_TP, delta_Nhw, places_N2, y.shape[-1])
-        return y + part_TO.view(y.shape)
+    def forward(ctx: Any, x: Tensor, packed_TP: Tensor, shared: SharedInput, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # The bases' outputs, then the blocks.
+        ys, deltas = tensors[: len(tensors) // 2], [delta.to(x.dtype) for delta in tensors[len(tensors) // 2 :]]
+        ctx.save_for_backward(packed_TP, *deltas)
+        ctx.shared, ctx.inputs = shared, x.shape
+        parts = zip(ys, deltas, shared.places, strict=True)
+        return tuple(y + block_delta(packed_TP, delta, places, y.shape[-1]).view(y.shape) for y, delta, places in parts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        packed_TP, delta_Nhw, columns_C = ctx.saved_tensors
-        dy_TO = dy.reshape(-1, dy.shape[-1])
-        dx = d_delta = None
-        if ctx.needs_input_grad[1]:
-            d_packed = block_delta_input_grad(dy_TO, delta_Nhw, ctx.places, packed_TP.shape[1])
-            dx = unpack_columns(d_packed, columns_C, ctx.size[1], ctx.inputs[-1]).view(ctx.inputs)
-        if ctx.needs_input_grad[2]:
-            d_delta = block_grad([dy_TO], packed_TP, first_layer(ctx.places), ctx.size)
-        return dy, dx, d_delta, None, None, None, None
-
-
-def first_layer(places_N2: Tensor) -> Tensor:
-    return torch.nn.functional.pad(places_N2, (1, 0))
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        packed_TP, *deltas = ctx.saved_tensors
+        shared: SharedInput = ctx.shared
+        dys_TO = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx, d_deltas = None, [None] * len(dys)
+        if ctx.needs_input_grad[0]:
+            parts = zip(dys_TO, deltas, shared.places, strict=True)
+            d_packed = sum(block_delta_input_grad(*part, packed_TP.shape[1]) for part in parts)
+            dx = unpack_columns(d_packed, shared.columns, shared.width, ctx.inputs[-1]).view(ctx.inputs)  # pyright: ignore
+        if any(ctx.needs_input_grad[3 + len(dys) :]):
+            d_deltas = shared.gradients(dys_TO, packed_TP)
+        return dx, None, None, *dys, *d_deltas

@@ -44,7 +44,12 @@ def pack_columns(x_TK: Tensor, columns_C: Tensor, width: int) -> Tensor:
     """
     tokens, inputs = x_TK.shape
     whole = len(columns_C) * width == inputs
-    if whole and x_TK.is_contiguous() and x_TK.untyped_storage().nbytes() == x_TK.nbytes:
+    if (
+        not torch.compiler.is_compiling()
+        and whole
+        and x_TK.is_contiguous()
+        and x_TK.untyped_storage().nbytes() == x_TK.nbytes
+    ):
         return x_TK
     padded = pad(x_TK, (0, -inputs % width)) if inputs % width else x_TK
     return padded.reshape(tokens, -1, width).index_select(1, columns_C).view(tokens, -1)

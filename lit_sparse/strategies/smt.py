@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix, replace, role, shared_inputs, target_linears, weight_count
-from lit_sparse.block_linear import BlockLinear, DeltaLinear, SharedColumns
+from lit_sparse.block_linear import BlockLinear, DeltaLinear, SharedInput
 from lit_sparse.blocks import Blocks, Size, automatic_size, grid, read_choice
 from lit_sparse.errors import BadInput
 from lit_sparse.selection import (
@@ -115,7 +115,7 @@ class SMT(UpdateStrategy):
                 f"{self.blocks!r} and mode {self.mode}. Use warmup score_only."
             )
         self._swapped: dict[str, tuple[nn.Module, BlockLinear | DeltaLinear]] = {}
-        self._groups: list[SharedColumns] = []
+        self._groups: list[SharedInput] = []
         self._share: dict[str, dict[str, float]] = {}
 
     @property
@@ -289,12 +289,12 @@ class SMT(UpdateStrategy):
         for group in shared_inputs(model, choice):
             for width in sorted({choice[name].size[1] for name in group}):
                 names = [name for name in group if choice[name].size[1] == width]
-                shared = SharedColumns([choice[name] for name in names], shapes[names[0]].shape[1])
+                shared = SharedInput([choice[name] for name in names], shapes[names[0]].shape[1])
                 self._groups.append(shared)
                 for name in names:
                     self._swap_one(model, name, choice[name], shared)
 
-    def _swap_one(self, model: nn.Module, name: str, blocks: Blocks, shared: SharedColumns) -> None:
+    def _swap_one(self, model: nn.Module, name: str, blocks: Blocks, shared: SharedInput) -> None:
         original = model.get_submodule(name)
         linear = (
             BlockLinear(original, blocks, shared)  # pyright: ignore[reportArgumentType]

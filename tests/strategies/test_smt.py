@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import linears, matrix
-from lit_sparse.block_linear import BlockLinear, SharedColumns, _BlockLinear
+from lit_sparse.block_linear import BlockLinear, SharedInput, _SharedBlocks
 from lit_sparse.blocks import Blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
@@ -73,7 +73,7 @@ def test_gradients_are_blocks_of_the_dense_ones(kind, dtype, tolerance, size):
 def test_bf16_accumulates_in_fp32():
     layer = nn.Linear(64, 64, bias=False).bfloat16().requires_grad_(False)
     blocks = Blocks.of((16, 16), torch.tensor([[0, 1], [2, 3]]))
-    sparse = BlockLinear(layer, blocks, SharedColumns([blocks], 64))
+    sparse = BlockLinear(layer, blocks, SharedInput([blocks], 64))
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(512, 64, generator=generator).bfloat16() for _ in range(2))
     sparse(x).backward(dy)
@@ -85,7 +85,7 @@ def test_bf16_accumulates_in_fp32():
 def test_input_gradient_is_the_dense_one():
     layer = nn.Linear(24, 16)
     blocks = Blocks.of((8, 8), torch.tensor([[0, 1]]))
-    sparse = BlockLinear(copy.deepcopy(layer).requires_grad_(False), blocks, SharedColumns([blocks], 64))
+    sparse = BlockLinear(copy.deepcopy(layer).requires_grad_(False), blocks, SharedInput([blocks], 64))
     x, y = (torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
     layer(x).square().sum().backward()
     sparse(y).square().sum().backward()
@@ -122,18 +122,20 @@ def train(model, parameters, steps, after=lambda: None, weight_decay=0.0):
     return optimizer
 
 
-# Oracle 3: with every block chosen it is full training of those matrices.
+# Oracle 3: with every block chosen it is full training of those matrices. In fp64, since AdamW blows up the rounding of
+# gradients near zero.
 @pytest.mark.parametrize("kind", TINY)
 def test_all_blocks_train_as_the_dense_matrices(kind):
-    sparse, strategy = attached(kind, blocks="random", num_blocks=everything(kind), trainable_fraction=1.0)
-    dense = tiny_llm(kind).requires_grad_(False)
+    every = {"blocks": "random", "num_blocks": everything(kind), "trainable_fraction": 1.0}
+    sparse, strategy = attached(kind, torch.float64, **every)
+    dense = tiny_llm(kind).double().requires_grad_(False)
     for linear in linears(dense).values():
         linear.weight.requires_grad_(True)
     train(sparse, [p for _, p in trainable(sparse)], 4, lambda: strategy.after_step(1, None))
     train(dense, [p for _, p in trainable(dense)], 4)
     strategy.detach(sparse)
     for (name, a), b in zip(sparse.named_parameters(), dense.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def everything(kind):
@@ -194,7 +196,7 @@ def test_a_planted_block_is_found(score):
 def test_saved_bytes_are_the_packed_columns():
     layer = nn.Linear(64, 32, bias=False).requires_grad_(False)
     blocks = Blocks.of((8, 8), torch.tensor([[0, 1], [3, 1], [2, 6]]))
-    sparse = BlockLinear(layer, blocks, SharedColumns([blocks], 64))
+    sparse = BlockLinear(layer, blocks, SharedInput([blocks], 64))
     x = torch.randn(4, 16, 64)
     with Counter(sparse) as saved:
         out = sparse(x)
@@ -255,13 +257,12 @@ def test_backward_stops_below_the_lowest_block(tmp_path):
 def test_gradcheck_on_ragged_blocks(bias):
     layer = nn.Linear(11, 7, bias=bias).double().requires_grad_(False)
     blocks = Blocks.of((4, 4), torch.tensor([[1, 2], [0, 0], [1, 0]]))
-    shared = SharedColumns([blocks], 64)
+    shared = SharedInput([blocks], 64)
 
     def function(x, values):
         weight = layer.weight.clone()
         blocks.write(weight, values)
-        packed = shared.pack(x, x.dtype)
-        return _BlockLinear.apply(x, weight, layer.bias, values, packed, shared.places(blocks), blocks.size)
+        return _SharedBlocks.apply(x, shared.pack(x), shared, weight, layer.bias, values)[0]
 
     x = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (x, blocks.read(layer.weight).requires_grad_()))
@@ -510,7 +511,7 @@ def test_the_share_of_each_matrix_is_told_by_layer_and_role():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_copy_is_packed_also_where_autocast_changes_the_type(dtype):
     _, strategy = attached("llama", blocks="random", trainable_fraction=0.1, targets=["q", "k", "v"])
-    group = next(linear.shared for _, linear in strategy._swapped.values() if linear.shared._users > 1)
+    group = next(linear.shared for _, linear in strategy._swapped.values() if len(linear.shared.places) > 1)
     users = [linear for _, linear in strategy._swapped.values() if linear.shared is group]
     x = torch.randn(2, 5, users[0].matrix.shape[1], requires_grad=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -547,3 +548,16 @@ def test_a_run_that_warmed_up_with_updates_resumes_exactly(both, tmp_path):
     for name, parameter in straight.build().named_parameters():
         assert torch.equal(parameter, ours[name]), name
     assert not torch.equal(ours["model.embed_tokens.weight"], base["model.embed_tokens.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler, to itself
+@pytest.mark.parametrize("mode", ["in_place"])
+def test_a_compiled_model_is_one_graph_with_the_same_gradients(mode):
+    model, _ = attached("llama", blocks="random", trainable_fraction=0.2, mode=mode)
+    loss_of(model).backward()
+    plain = {name: parameter.grad.clone() for name, parameter in trainable(model)}
+    model.zero_grad()
+    model.compile(fullgraph=True, backend="aot_eager")
+    loss_of(model).backward()
+    for name, parameter in trainable(model):
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-5, atol=1e-7)
