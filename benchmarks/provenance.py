@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lit_sparse_profiling.profiler import device_of
 from lit_sparse_profiling.record import Device, RunRecord
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +34,14 @@ def provenance(bench: str, record: RunRecord, model: str | None = None) -> dict[
     versions = {package: record.versions[package] for package in ("torch", "transformers", "peft")}
     source = {"bench": bench, "commit": commit(), "date": record.created[:10], "device": where(record.device)}
     return {**source, "versions": versions, "model": model}
+
+
+def of_device(bench: str, device: torch.device) -> dict[str, Any]:
+    """The same for what trains no model."""
+    found = {package: version(package) for package in ("torch", "triton")}
+    today = datetime.now(UTC).date().isoformat()
+    source = {"bench": bench, "commit": commit(), "date": today, "device": where(device_of(device))}
+    return {**source, "versions": found}
 
 
 def where(device: Device) -> str:

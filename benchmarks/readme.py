@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,38 @@ def gpu_row(line: Line) -> list[str]:
     ]
 
 
+KERNELS_HEAD = ["op", "shape", "beside", "time, ours / theirs [95 %]", "peak bytes, ours / theirs", "of the ceiling"]
+
+
+def kernels(results: Path) -> str:
+    """Each op beside what torch has for the same work: one table a device, and a sentence where there was no GPU."""
+    command = "python -m benchmarks.kernels"
+    lines = read_lines(results / "kernels.jsonl", command)
+    devices = dict.fromkeys(line["device"] for line in lines)
+    tables = [kernels_on(device, lines, command) for device in devices]
+    if all("threads" in device for device in devices):
+        tables.append(
+            f"On a GPU: not measured yet, none was at hand. `make gpu` (`{command}`) measures this table there."
+        )
+    return "\n\n".join(tables)
+
+
+def kernels_on(device: str, lines: Sequence[Line], command: str) -> str:
+    here = newest((line for line in lines if line["device"] == device), key="shape")
+    rows = [row for line in here.values() for row in kernels_rows(line)]
+    return f"{caption(command, [*here.values()])}\n\n{table(KERNELS_HEAD, rows)}"
+
+
+def kernels_rows(line: Line) -> Iterator[list[str]]:
+    """A row for each of the op's rivals at one shape."""
+    ours = line["peak_bytes"]["ours"]
+    reached = max(line["of_matmul"] or 0, line["of_copy"] or 0)
+    for place, (name, (middle, low, high)) in enumerate(line["ratio"].items()):
+        times, theirs = f"{middle:.3f} [{low:.3f}, {high:.3f}]", line["peak_bytes"][name]
+        head = [line["op"], line["shape"]] if not place else ["", ""]
+        yield [*head, name, times, f"{ours / theirs:.2f}" if theirs else "-", f"{reached:.0%}" if not place else ""]
+
+
 def overhead(results: Path) -> str:
     """What the profiler costs the steps that it times, on each device."""
     command = "python -m benchmarks.overhead"
@@ -128,7 +160,7 @@ def number(value: float | None, form: str, factor: float = 1.0) -> str:
     return "-" if value is None else format(value * factor, form)
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers, "gpu": gpu, "overhead": overhead}
+BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers, "gpu": gpu, "kernels": kernels, "overhead": overhead}
 
 
 def read_lines(path: Path, command: str) -> list[Line]:

@@ -116,8 +116,9 @@ class BlockLinear(nn.Module):
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """The outputs of all layers that share the input."""
-        shared, members = self.shared, self.shared.members
-        matrices, biases = [member.matrix for member in members], [member.bias for member in members]  # pyright: ignore
+        shared = self.shared
+        members: list[BlockLinear] = shared.members  # pyright: ignore[reportAssignmentType] - alike in a group
+        matrices, biases = [member.matrix for member in members], [member.bias for member in members]
         x, *linears = in_precision(x, *matrices, *biases)
         masters = [member.blocks for member in members]
         return _SharedBlocks.apply(x, shared.pack(x), shared, *linears, *masters)  # pyright: ignore
