@@ -170,8 +170,7 @@ class _AddBlocks(torch.autograd.Function):
         delta_Nhw = delta_Nhw.to(y.dtype)
         ctx.save_for_backward(packed_TP, delta_Nhw, columns_C)
         ctx.places, ctx.size, ctx.inputs = places_N2, size, x.shape
-        part_TO = block_delta(packed_TP, delta_Nhw, places_N2, y.shape[-1])
-        return y + part_TO.view(y.shape)
+        return block_delta(y.reshape(-1, y.shape[-1]), packed_TP, delta_Nhw, places_N2).view(y.shape)
 
     @staticmethod
     @once_differentiable

@@ -13,12 +13,12 @@ Legend: T tokens, O out, P packed in (kept block columns x w), N blocks, h x w b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.jit import Listed, check_matrix, jit, listed, multiprocessors, on_cuda, power_of_2, tl
+from lit_sparse_kernels.jit import Listed, check_matrix, jit, listed, multiprocessors, on_cuda, power_of_2, runs, tl
 
 CASES = [
     # tokens, out of each layer, packed columns, block size, blocks as (layer, row, packed column), dtype
@@ -186,22 +186,12 @@ def on_host(
     dtype = torch.promote_types(packed_TP.dtype, torch.float32)
     packed_TP = packed_TP.to(dtype)
     out = packed_TP.new_zeros(len(blocks.rows), height, width) if into is None else into
-    for slot, count, (layer, row, place) in _runs(blocks):
+    for slot, count, (layer, row, place) in runs(blocks):
         dy = dys_TO[layer][:, row * height : (row + count) * height].t().to(dtype)
         x = packed_TP[:, place * width : (place + 1) * width]
         rows = out[slot : slot + count].view(-1, width)[: len(dy)]
         torch.addmm(rows, dy, x, beta=0 if into is None else 1, out=rows)
     return out
-
-
-def _runs(blocks: Listed) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Blocks that follow on each other in a column: first slot, how many, and the first block."""
-    start = 0
-    for slot, (layer, row, place) in enumerate(blocks.rows):
-        following = blocks.rows[slot + 1] if slot + 1 < len(blocks.rows) else None
-        if following != (layer, row + 1, place):
-            yield start, slot + 1 - start, blocks.rows[start]
-            start = slot + 1
 
 
 @torch.library.custom_op("lit_sparse::block_grad", mutates_args=())
