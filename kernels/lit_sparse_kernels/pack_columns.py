@@ -10,8 +10,6 @@ Legend: T tokens, K in, C kept block columns, P packed (C x w), w block width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -27,6 +25,7 @@ CASES = [
     (40, 1000, 300, [0, 1, 3], torch.float32, torch.float16),  # columns wider than a program's piece
     (65, 80, 16, [0, 3, 4], torch.float32, torch.bfloat16),
     (5, 64, 64, [], torch.float32, torch.float32),
+    (5, 24, 64, [0], torch.float32, torch.float32),  # nothing but a ragged column
 ]
 """Shapes that the test and the benchmark share."""
 ELEMENTS = 4096
@@ -117,32 +116,31 @@ def _tables(columns: Listed, available: int, device: torch.device) -> tuple[Tens
 
 
 def on_host(x_TK: Tensor, columns: Listed, width: int, dtype: torch.dtype | None = None) -> Tensor:
-    """The same by torch: a copy for each run of neighbouring columns."""
-    packed_TP = x_TK.new_empty(len(x_TK), len(columns.rows) * width, dtype=dtype)
-    for packed, whole in _runs(columns, width, x_TK.shape[1]):
-        packed_TP[:, packed].copy_(x_TK[:, whole])
-        if whole.stop == x_TK.shape[1]:  # sorted columns: the last run, whose end may be ragged
-            packed_TP[:, packed.stop :].zero_()
-    return packed_TP
+    """The same by torch: a selection of the whole columns, then the ragged one if it is kept."""
+    whole_C, end = _whole(columns, x_TK.shape[1], width, x_TK.device)
+    packed_TP = x_TK[:, :end].unflatten(1, (end // width, width)).index_select(1, whole_C).flatten(1)
+    if len(whole_C) < len(columns.rows):
+        packed_TP = torch.cat([packed_TP, pad(x_TK[:, end:], (0, end + width - x_TK.shape[1]))], dim=1)
+    return packed_TP.to(dtype or x_TK.dtype)
 
 
 def unpack_on_host(packed_TP: Tensor, columns: Listed, width: int, inputs: int) -> Tensor:
     """The same by torch, over zeros."""
+    whole_C, end = _whole(columns, inputs, width, packed_TP.device)
+    packed_end = len(whole_C) * width
     x_TK = packed_TP.new_zeros(len(packed_TP), inputs)
-    for packed, whole in _runs(columns, width, inputs):
-        x_TK[:, whole].copy_(packed_TP[:, packed])
+    packed_TCw = packed_TP[:, :packed_end].unflatten(1, (len(whole_C), width))
+    x_TK[:, :end].unflatten(1, (end // width, width)).index_copy_(1, whole_C, packed_TCw)
+    if len(whole_C) < len(columns.rows):
+        x_TK[:, end:] = packed_TP[:, packed_end : packed_end + inputs - end]
     return x_TK
 
 
-def _runs(columns: Listed, width: int, inputs: int) -> Iterator[tuple[slice, slice]]:
-    """Where each run of neighbouring columns lies among the packed ones, and where in the whole."""
-    start = 0
-    for place, (column,) in enumerate(columns.rows):
-        if columns.rows[place + 1 : place + 2] != [(column + 1,)]:
-            first = columns.rows[start][0] * width
-            end = min((column + 1) * width, inputs)
-            yield slice(start * width, start * width + end - first), slice(first, end)
-            start = place + 1
+def _whole(columns: Listed, inputs: int, width: int, device: torch.device) -> tuple[Tensor, int]:
+    """The kept columns but for a ragged one, which is the last; and where whole ones end in the input."""
+    available = inputs // width
+    kept, _ = _tables(columns, -(-inputs // width), device)
+    return kept[: sum(column < available for (column,) in columns.rows)].long(), available * width
 
 
 @torch.library.custom_op("lit_sparse::pack_columns", mutates_args=())
