@@ -1,7 +1,9 @@
-"""All ledgers of full fine-tuning, LoRA, DoRA and SMT on a GPU, at the shapes of Llama-3.2-1B.
+"""All ledgers of full fine-tuning, LoRA, DoRA and SMT on a GPU at Llama-3.2-1B's shapes, and SMT's step beside others.
 
-`python -m benchmarks.gpu` runs `lit-sparse bench` with benchmarks/gpu/workload.yaml (random weights, no download) and
-appends a line a method to benchmarks/results/gpu.jsonl. Run again it makes what is missing.
+`python -m benchmarks.gpu` runs `lit-sparse bench` with benchmarks/gpu/workload.yaml (random weights, no download): each
+method alone, then SMT step by step in turn with the frozen floor, with full fine-tuning by torch's fused AdamW, and
+with LoRA of equal size. It judges what is promised, and appends a line a method and a pair to
+benchmarks/results/gpu.jsonl. Run again it makes what is missing.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import pair_line
 from benchmarks.provenance import ROOT, provenance
 from lit_sparse.bench import bench
 from lit_sparse_profiling.reconcile import residue
@@ -22,6 +25,23 @@ from lit_sparse_profiling.runs import method_of, name_of, read_runs
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 METHODS = ("full.yaml", "lora.yaml", "dora.yaml", "smt.yaml")
+OTHERS = {
+    "floor": "benchmarks/peers/floor.yaml",
+    "full_fused": "benchmarks/gpu/full_fused.yaml",
+    "lora_equal": "benchmarks/gpu/lora_equal.yaml",
+}
+"""What SMT's step is timed against."""
+MOST = {"floor": 1.03, "full_fused": 0.72, "lora_equal": 1.0}
+"""Times another's step that SMT's is promised to take at most."""
+SAVED = 0.67
+"""Share of full fine-tuning's peak that SMT's steps are promised to save."""
+
+
+def commands(into: Path, passed: Sequence[str]) -> list[list[str]]:
+    """The benches that make up the comparison."""
+    common = ["--config=benchmarks/gpu/workload.yaml", "--steps=20", *passed]
+    alone = [*METHODS, f"--into={into / 'alone'}", *common]
+    return [alone, *(["smt.yaml", f"--against={y}", f"--into={into / o}", *common] for o, y in OTHERS.items())]
 
 
 def line(name: str, record: RunRecord) -> dict[str, Any]:
@@ -48,23 +68,53 @@ def line(name: str, record: RunRecord) -> dict[str, Any]:
     }
 
 
+def lines(into: Path) -> list[dict[str, Any]]:
+    """What the newest run of each method and pair measured.
+
+    Raises:
+        RuntimeError: if one has no result.
+    """
+    out: list[dict[str, Any]] = []
+    for folder in ("alone", *OTHERS):
+        newest = {method_of(name_of(path, record)): record for path, record in read_runs([into / folder])}
+        for method, record in newest.items():
+            if isinstance(record, str) or record.status != "ok":
+                raise RuntimeError(f"{into / folder}: {method} has no result: {record}")
+            if record.pair is None:
+                out.append(line(method, record))
+            else:
+                out.append(provenance("gpu", record) | pair_line(method, record.pair))
+    return out
+
+
+def verdicts(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+    """What is promised, with the number, and whether it holds."""
+    for pair in (one for one in found if "pair" in one):
+        method, other = pair["pair"]
+        median, most = pair["ratio_median"], MOST[other]
+        yield f"{method}: step time / {other} {median:.3f}, at most {most:.2f}", median <= most
+    peaks = {one["method"]: one["requested"] for one in found if "method" in one}
+    saved = 1 - peaks["smt"] / peaks["full"]
+    yield f"smt: peak of the steps {saved:.1%} below full fine-tuning's, at least {SAVED:.0%}", saved >= SAVED
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make what is missing, and append all to the results; the exit status."""
+    """Make what is missing, judge, and append all to the results; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--into", type=Path, default=Path("runs/gpu"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
     asked, passed = parser.parse_known_args(arguments)
     os.chdir(ROOT)  # workload.yaml names the model's shapes from here
-    if bench([*METHODS, "--config=benchmarks/gpu/workload.yaml", f"--into={asked.into}", "--steps=20", *passed]):
-        return 1
-    newest = {method_of(name_of(path, record)): record for path, record in read_runs([asked.into])}
-    measured = [
-        (name, record) for name, record in newest.items() if isinstance(record, RunRecord) and record.status == "ok"
-    ]
+    for words in commands(asked.into, passed):
+        if bench(words):
+            return 1
+    found = lines(asked.into)
     asked.results.parent.mkdir(parents=True, exist_ok=True)
     with asked.results.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line(name, record)) + "\n" for name, record in measured)
-    return 0 if len(measured) == len(METHODS) else 1
+        file.writelines(json.dumps(one) + "\n" for one in found)
+    for text, met in verdicts(found):
+        print("met   " if met else "missed", text)
+    return 0
 
 
 if __name__ == "__main__":

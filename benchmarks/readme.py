@@ -91,8 +91,14 @@ def gpu(results: Path) -> str:
 
 
 def gpu_on(device: str, lines: Sequence[Line], command: str) -> str:
-    here = newest((line for line in lines if line["device"] == device), key="method")
-    return f"{caption(command, [*here.values()])}\n\n{table(GPU_HEAD, map(gpu_row, here.values()))}"
+    here = [line for line in lines if line["device"] == device]
+    methods = newest((line for line in here if "method" in line), key="method")
+    pairs = newest((line for line in here if "pair" in line), key="pair")
+    head = (
+        f"{caption(command, [*methods.values(), *pairs.values()])}\n\n{table(GPU_HEAD, map(gpu_row, methods.values()))}"
+    )
+    rows = [[*line["pair"], step_time("", line)] for line in pairs.values()]
+    return f"{head}\n\n{table(['step time of', 'beside', 'ratio [95 %]'], rows)}" if rows else head
 
 
 def gpu_row(line: Line) -> list[str]:

@@ -212,7 +212,8 @@ class _AddBlocks(torch.autograd.Function):
         ctx.save_for_backward(packed_TP, *deltas)
         ctx.shared, ctx.inputs = shared, x.shape
         parts = zip(ys, deltas, shared.places, strict=True)
-        return tuple(y + block_delta(packed_TP, delta, places, y.shape[-1]).view(y.shape) for y, delta, places in parts)
+        flat = ((y.reshape(-1, y.shape[-1]), y, delta, places) for y, delta, places in parts)
+        return tuple(block_delta(y_TO, packed_TP, delta, places).view(y.shape) for y_TO, y, delta, places in flat)
 
     @staticmethod
     @once_differentiable

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.jit import Listed, check_matrix, jit, listed, multiprocessors, on_cuda, power_of_2, tl
+from lit_sparse_kernels.jit import Listed, check_matrix, jit, listed, multiprocessors, on_cuda, power_of_2, runs, tl
 
 CASES = [
     # tokens, out of each layer, packed columns, block size, blocks as (layer, row, packed column), dtype
@@ -188,7 +188,7 @@ def on_host(
     packed_TP = packed_TP.to(dtype)
     out = packed_TP.new_zeros(len(blocks.rows), height, width) if into is None else into
     dense = {layer: dys_TO[layer].to(dtype).t() @ packed_TP for layer in _nearly_whole(dys_TO, packed_TP, blocks, size)}
-    for slot, count, (layer, row, place) in _runs(blocks):
+    for slot, count, (layer, row, place) in runs(blocks):
         rows, columns = slice(row * height, (row + count) * height), slice(place * width, (place + 1) * width)
         target = out[slot : slot + count].view(-1, width)
         if layer in dense:
@@ -207,16 +207,6 @@ def _nearly_whole(dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks: Listed, s
     for layer, wanted in Counter(layer for layer, _, _ in blocks.rows).items():
         if 4 * wanted >= 3 * (-(-dys_TO[layer].shape[1] // size[0]) * (packed_TP.shape[1] // size[1])):
             yield layer
-
-
-def _runs(blocks: Listed) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Blocks that follow on each other in a column: first slot, how many, and the first block."""
-    start = 0
-    for slot, (layer, row, place) in enumerate(blocks.rows):
-        following = blocks.rows[slot + 1] if slot + 1 < len(blocks.rows) else None
-        if following != (layer, row + 1, place):
-            yield start, slot + 1 - start, blocks.rows[start]
-            start = slot + 1
 
 
 @torch.library.custom_op("lit_sparse::block_grad", mutates_args=())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,13 +68,18 @@ def power_of_2(number: int) -> int:
 
 
 def check_matrix(name: str, tensor: Tensor, shape: Sequence[int | None], like: Tensor | None = None) -> None:
-    """Refuse what is no matrix of floating numbers of that shape (None is any size), like another in dtype and device.
+    """Refuse what is no matrix, or stack of matrices, of floating numbers of that shape (None is any size).
+
+    Args:
+        like: A tensor that it must resemble in dtype and device.
 
     Raises:
         ValueError: naming the argument, what it is and what was expected.
     """
     allowed = FLOATS if tensor.is_cuda else (*FLOATS, torch.float64)
-    if tensor.ndim != 2 or any(wanted not in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)):
+    if tensor.ndim != len(shape) or any(
+        wanted not in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+    ):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({wanted}).")
     if tensor.dtype not in allowed:
@@ -86,10 +91,13 @@ def check_matrix(name: str, tensor: Tensor, shape: Sequence[int | None], like: T
 _listed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def listed(name: str, blocks: Tensor, columns: int, shape: Hashable, fits: Callable[..., bool], inside: str) -> Listed:
+def listed(
+    name: str, blocks: Tensor, columns: int | None, shape: Hashable, fits: Callable[..., bool], inside: str
+) -> Listed:
     """The rows of an index tensor (N, columns); read and checked once for a tensor and the `shape` it indexes.
 
     Args:
+        columns: Numbers a row; None for a tensor (N,), which is read as (N, 1).
         fits: Whether a row, its numbers given one by one, lies inside.
         inside: What is inside, in words.
 
@@ -99,11 +107,13 @@ def listed(name: str, blocks: Tensor, columns: int, shape: Hashable, fits: Calla
     known = _listed.get(blocks)
     if known is not None and known[0] == (blocks._version, shape):
         return known[1]
-    if blocks.ndim != 2 or blocks.shape[1] != columns or blocks.dtype not in (torch.int32, torch.int64):
+    form = () if columns is None else (columns,)
+    if blocks.ndim != 1 + len(form) or blocks.shape[1:] != form or blocks.dtype not in (torch.int32, torch.int64):
+        wanted = "(N,)" if columns is None else f"(N, {columns})"
         raise ValueError(
-            f"{name} is {blocks.dtype} of shape {tuple(blocks.shape)}; expected integers of shape (N, {columns})."
+            f"{name} is {blocks.dtype} of shape {tuple(blocks.shape)}; expected integers of shape {wanted}."
         )
-    rows = [tuple(row) for row in blocks.tolist()]
+    rows = [tuple(row) for row in blocks.reshape(len(blocks), columns or 1).tolist()]
     for row in rows:
         if min(row) < 0 or not fits(*row):
             raise ValueError(f"{name} has {row}, which lies outside; expected {inside}.")
@@ -112,3 +122,13 @@ def listed(name: str, blocks: Tensor, columns: int, shape: Hashable, fits: Calla
         raise ValueError(f"{name} has {twice} twice; blocks may not overlap.")
     _listed[blocks] = (blocks._version, shape), Listed(rows)
     return _listed[blocks][1]
+
+
+def runs(blocks: Listed) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Blocks (..., row, column) that follow on each other down a column: first slot, how many, and the first block."""
+    start = 0
+    for slot, (*layer, row, column) in enumerate(blocks.rows):
+        following = blocks.rows[slot + 1] if slot + 1 < len(blocks.rows) else None
+        if following != (*layer, row + 1, column):
+            yield start, slot + 1 - start, blocks.rows[start]
+            start = slot + 1

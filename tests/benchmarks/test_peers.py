@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import gpu, peers, provenance, readme
+from benchmarks import gpu, kernels, peers, provenance, readme
 from benchmarks.floor import Floor
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.testing import tiny_llm
+from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.record import (
     Allocator,
     Device,
@@ -181,6 +182,52 @@ def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
     assert "| smt | measured | 10 (1.00%) | 50 | 1000.0 | 10.0% | 3.50 | 3.56 | 1.8% | 8.00 | 16.00 | 250.0 |" in table
 
 
+def test_pairs_on_a_gpu_are_judged_and_shown(tmp_path: Path) -> None:
+    run = record("smt-1", device=Device("cuda", "a GPU", memory=2**36), model=ModelSize("1b", 1000, 10))
+    pair = provenance.provenance("gpu", run) | peers.pair_line("smt", Pair("floor", 1.02, 1.01, 1.05, 1.1, 20))
+    alone = [{"method": "smt", "requested": 30}, {"method": "full", "requested": 100}]
+    floor, peak = gpu.verdicts([pair, *alone])
+    assert floor == ("smt: step time / floor 1.020, at most 1.03", True)
+    assert peak == ("smt: peak of the steps 70.0% below full fine-tuning's, at least 67%", True)
+    assert not next(gpu.verdicts([{**pair, "ratio_median": 1.04}, *alone]))[1]
+    (tmp_path / "gpu.jsonl").write_text(f"{json.dumps(gpu.line('smt', run))}\n{json.dumps(pair)}\n")
+    assert "| smt | floor | 1.020 [1.010, 1.050] |" in readme.gpu(tmp_path)
+
+
+def test_a_gpu_is_benchmarked_with_yamls_that_are_there() -> None:
+    words = [word for command in gpu.commands(Path("runs"), []) for word in command]
+    files = [word.rpartition("=")[2] for word in words if word.endswith(".yaml")]
+    assert set(gpu.OTHERS.values()) <= set(files)
+    assert all((provenance.ROOT / file).is_file() or file in gpu.METHODS for file in files)
+
+
+# ---- ops
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch, to itself
+def test_an_op_is_timed_beside_others(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    works = list(kernels.packings("SmolLM2-135M", 16, cpu, torch.float32))
+    assert [work.op for work in works] == ["pack_columns"] * 2
+    contenders = {"ours": works[0].contenders["ours"], "twice": lambda: [works[0].contenders["ours"]() for _ in "12"]}
+    work = kernels.Work("pack_columns", "tiny", contenders, bytes=2 * 16 * 3 * 64 * 4)
+    line = provenance.of_device("kernels", cpu) | kernels.line_of(work, cpu, Ceilings(1e9, 1e9), 3)
+    assert line["peak_bytes"] == pytest.approx({"ours": 16 * 3 * 64 * 4, "twice": 2 * 16 * 3 * 64 * 4}, abs=64)
+    assert line["ratio"]["twice"][1] <= line["ratio"]["twice"][0] <= line["ratio"]["twice"][2]
+    (tmp_path / "kernels.jsonl").write_text(json.dumps(line) + "\n")
+    table = readme.kernels(tmp_path)
+    assert "| pack_columns | tiny | twice |" in table
+    assert "On a GPU: not measured yet" in table
+
+
+def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(kernels, "green", lambda op, device: False)
+    assert kernels.main(["pack_columns", "--results", str(tmp_path / "k.jsonl")]) == 1
+    assert "the tests of pack_columns fail here" in capsys.readouterr().err
+    assert not (tmp_path / "k.jsonl").exists()
+    assert kernels.main(["nothing"]) == 2
+
+
 def test_without_a_gpu_the_readme_says_so(tmp_path: Path) -> None:
     assert readme.gpu(tmp_path).startswith("Not measured yet: no GPU was at hand.")
 
@@ -208,7 +255,13 @@ def test_a_change_that_is_not_committed_is_marked(tmp_path: Path, monkeypatch: p
 
 
 def test_they_run_as_modules() -> None:
-    for module in ("benchmarks.peers", "benchmarks.gpu", "benchmarks.overhead", "benchmarks.quality"):
+    for module in (
+        "benchmarks.peers",
+        "benchmarks.gpu",
+        "benchmarks.kernels",
+        "benchmarks.overhead",
+        "benchmarks.quality",
+    ):
         command = [sys.executable, "-m", module, "--help"]
         run = provenance.subprocess.run(command, cwd=provenance.ROOT, capture_output=True, text=True, check=True)
         assert "--results" in run.stdout

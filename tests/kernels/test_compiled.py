@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_sparse_kernels import block_grad
+from lit_sparse_kernels import block_delta, block_grad, pack_columns
 from lit_sparse_kernels.jit import Listed
 from tests.kernels.test_interpreter import kernels
 
@@ -40,7 +40,31 @@ def block_grads(width: int, narrow: int, wide: int, size: int) -> Iterator[Calla
             yield lambda blocks=blocks, dys=dys, x=packed: block_grad.launch(dys, x, Listed(blocks), (size, size))
 
 
-LAUNCHES = {"block_grad": block_grads}
+def packings(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Of bf16, of fp32, of fp32 to bf16; back; of a transposed input, whose columns have a stride."""
+    kept = [(0,), (2,)]
+    for dtype, to in ((torch.bfloat16, None), (torch.float32, None), (torch.float32, torch.bfloat16)):
+        x = empty(TOKENS, width, dtype=dtype)
+        yield lambda x=x, to=to: pack_columns.launch(x, Listed(kept), size, to)
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = empty(TOKENS, 2 * size, dtype=dtype)
+        yield lambda packed=packed: pack_columns.launch_unpack(packed, Listed(kept), size, width)
+    yield lambda: pack_columns.launch(empty(width, TOKENS).t(), Listed(kept), size)
+
+
+def block_deltas(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Forward and input gradient of an MLP's first matrix, in bf16 and fp32; blocks that are no squares in bf16."""
+    blocks = [(row, place) for place in (0, 2) for row in (0, 1, 3)]
+    for dtype, sides in ((torch.bfloat16, (size, size)), (torch.float32, (size, size)), (torch.bfloat16, (224, 64))):
+        wide_TO, delta = empty(TOKENS, wide, dtype=dtype), empty(len(blocks), *sides, dtype=dtype)
+        packed = empty(TOKENS, 3 * sides[1], dtype=dtype)
+        yield lambda base=wide_TO, x=packed, delta=delta: block_delta.launch(base, x, delta, Listed(blocks))
+        yield lambda dy=wide_TO, delta=delta: block_delta.launch_input_grad(
+            dy, delta, Listed(blocks), 3 * delta.shape[2]
+        )
+
+
+LAUNCHES = {"block_grad": block_grads, "pack_columns": packings, "block_delta": block_deltas}
 
 
 @pytest.mark.parametrize("capability", [80, 90])

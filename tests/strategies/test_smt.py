@@ -551,7 +551,7 @@ def test_a_run_that_warmed_up_with_updates_resumes_exactly(both, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler, to itself
-@pytest.mark.parametrize("mode", ["in_place"])
+@pytest.mark.parametrize("mode", ["in_place", "delta"])
 def test_a_compiled_model_is_one_graph_with_the_same_gradients(mode):
     model, _ = attached("llama", blocks="random", trainable_fraction=0.2, mode=mode)
     loss_of(model).backward()
