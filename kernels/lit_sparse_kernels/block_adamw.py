@@ -21,7 +21,18 @@ from torch import Tensor
 
 from lit_sparse_kernels import master_adamw
 from lit_sparse_kernels.jit import Listed, jit, listed, on_cuda, power_of_2, tl
-from lit_sparse_kernels.master_adamw import Item, Rule, adamw, check_state, items_of, pointer, scale_on, sent, type_of
+from lit_sparse_kernels.master_adamw import (
+    Item,
+    Rule,
+    adamw,
+    check_state,
+    corrections,
+    items_of,
+    pointer,
+    scale_on,
+    sent,
+    type_of,
+)
 
 CASES = [
     # (out, in) of each matrix, block size, blocks of each matrix as (row, column), dtype of the matrices
@@ -144,7 +155,7 @@ def _launch(
     ]
     _block_adamw_kernel[(len(blocks_L4) * -(-height // m) * -(-width // n),)](
         sent(rows, torch.int64, device),
-        sent([rule.corrections(item.step) for item in items], torch.float32, device),
+        sent(corrections(items, rule), torch.float32, device),
         blocks_L4,
         grad_scale,
         *rule.factors(),

@@ -183,7 +183,7 @@ def _launch(items: Sequence[Item], rule: Rule, grad_scale: Tensor | None, **cons
     rows = [(*(tensor.data_ptr() for tensor in item.moved()), item.weight.numel()) for item in items]
     _master_adamw_kernel[(len(chunks_C2),)](
         sent(rows, torch.int64, device),
-        sent([rule.corrections(item.step) for item in items], torch.float32, device),
+        sent(corrections(items, rule), torch.float32, device),
         chunks_C2,
         grad_scale,
         *rule.factors(),
@@ -192,6 +192,13 @@ def _launch(items: Sequence[Item], rule: Rule, grad_scale: Tensor | None, **cons
         num_warps=4,
         **constants,
     )
+
+
+def corrections(items: Sequence[Item], rule: Rule) -> list[tuple[float, float]]:
+    """Of each item's step; nearly all items have the same one."""
+    steps = [item.step for item in items]
+    of_step = {step: rule.corrections(step) for step in set(steps)}
+    return [of_step[step] for step in steps]
 
 
 def sent(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
