@@ -1,14 +1,19 @@
-"""Optimizer plumbing that strategies and the host share; no update rule lives here."""
+"""The default optimizer, and the optimizer plumbing that strategies and the host share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
+from lit_sparse_kernels.block_adamw import block_adamw
+from lit_sparse_kernels.master_adamw import Rule, master_adamw, same_layout
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
@@ -76,3 +81,232 @@ def _reorder(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
     ]
     return {**state, "param_groups": groups}
+
+
+# ---- AdamW
+
+
+@dataclass(frozen=True)
+class _Scattered:
+    """Where the master of blocks is written."""
+
+    weight: Tensor
+    index: Tensor
+    transposed: bool
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out, in), taken anew each time: moving a module changes the memory of its parameters."""
+        return self.weight.detach().t() if self.transposed else self.weight.detach()
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A state's tensor while torch loads it, which would cast a bare one to its parameter's dtype."""
+
+    tensor: Tensor
+
+
+class AdamW(torch.optim.AdamW):
+    """torch.optim.AdamW with fp32 state and an fp32 master for bf16 and fp16 parameters, in a launch or two a step.
+
+    The state is torch's (`step`, `exp_avg`, `exp_avg_sq`), so that checkpoints go both ways, and `master` beside it for
+    parameters of fewer than 32 bits. The master is made from the parameter at its first step; who changes such a
+    parameter otherwise must drop its state. CUDA tensors take Triton kernels, others torch's fused CPU operation, and
+    DTensors either one on their local shards. `step` is kept on the host, where its bias corrections are computed.
+
+    Args:
+        foreach, fused: Taken for the sake of torch's signature; there is one way here, the fused one.
+        amsgrad, capturable, differentiable: Likewise, and refused where they are set.
+
+    Attributes:
+        grad_scale: One fp32 number that divides the gradients of the next steps, or None. A gradient scaler of torch's
+            does not set it, but divides the gradients itself, and skips steps that overflow.
+
+    Raises:
+        BadInput: if a group asks for what is not there (see above), also when its state is loaded.
+    """
+
+    grad_scale: Tensor | None = None
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        self._scattered: dict[Tensor, _Scattered] = {}
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._step_supports_amp_scaling = False  # else a scaler skips a step on the device, unseen by `step`
+
+    def scatter(self, parameter: Tensor, weight: Tensor, index: Tensor, transposed: bool = False) -> None:
+        """From now on write `parameter` (N, h, w), the fp32 master of blocks of `weight`, into it at every step.
+
+        Args:
+            weight: Matrix (out, in), or (in, out) if `transposed`; give a module's own parameter and no view of it,
+                so that it is still the module's after the module was moved.
+            index: (N, 2) integers: row and column of each block of the matrix (out, in).
+        """
+        self._scattered[parameter] = _Scattered(weight, index, transposed)
+
+    def scatters(self, parameter: Tensor) -> bool:
+        """Whether each step writes the blocks of which this is the master."""
+        return parameter in self._scattered
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """One step of all parameters that have a gradient; the others get no state. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            rule = Rule(
+                float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"], group["maximize"]
+            )
+            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
+            self._step_whole([parameter for parameter in moving if parameter not in self._scattered], rule)
+            self._step_blocks([parameter for parameter in moving if parameter in self._scattered], rule)
+        return loss
+
+    def _step_whole(self, parameters: Sequence[Tensor], rule: Rule) -> None:
+        states = [self._advance(parameter) for parameter in parameters]
+        weights = [_local(parameter) for parameter in parameters]
+        masters = [
+            _local(state["master"]) if "master" in state else weight
+            for weight, state in zip(weights, states, strict=True)
+        ]
+        master_adamw(
+            weights,
+            [_grad(parameter) for parameter in parameters],
+            masters,
+            [_local(state["exp_avg"]) for state in states],
+            [_local(state["exp_avg_sq"]) for state in states],
+            [state["step"].item() for state in states],
+            rule,
+            self.grad_scale,
+        )
+
+    def _step_blocks(self, parameters: Sequence[Tensor], rule: Rule) -> None:
+        places = [self._scattered[parameter] for parameter in parameters]
+        for tensor in (*parameters, *(place.weight for place in places)):
+            if isinstance(tensor, DTensor):
+                raise BadInput("blocks of a weight are trained, and it or they are divided among ranks; use DDP.")
+        states = [self._advance(parameter) for parameter in parameters]
+        block_adamw(
+            [place.matrix for place in places],
+            [place.index for place in places],
+            [_grad(parameter) for parameter in parameters],
+            list(parameters),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["step"].item() for state in states],
+            rule,
+            self.grad_scale,
+        )
+
+    def _advance(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter's state, made when it has none, with `step` counted up."""
+        state, dtype = self.state[parameter], _master_dtype(parameter)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        if dtype != parameter.dtype and "master" not in state:  # also for a state that torch's AdamW has written
+            state["master"] = parameter.detach().to(dtype)
+        state["step"] += 1
+        return state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's.
+
+        Raises:
+            BadInput: if the group asks for what is not there.
+        """
+        super().add_param_group(param_group)
+        _refuse(self.param_groups[-1:])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of torch.optim.AdamW, moments and masters in fp32 whatever the parameters are.
+
+        Raises:
+            BadInput: if a group asks for what is not there.
+        """
+        _refuse(state_dict["param_groups"])
+        known = {key for group in state_dict["param_groups"] for key in group["params"]}
+        held = {key: _hold(state) if key in known else state for key, state in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": held})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_scattered": self._scattered}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What loading and copying end with."""
+        super().__setstate__(state)
+        self._step_supports_amp_scaling = False
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if parameter in self.state:
+                self.state[parameter] = _released(self.state[parameter], parameter)
+
+
+def _refuse(groups: Sequence[dict[str, Any]]) -> None:
+    for name in ("amsgrad", "capturable", "differentiable"):
+        if any(group.get(name) for group in groups):
+            raise BadInput(f"{name} is set, which lit_sparse.optim.AdamW does not have; use torch.optim.AdamW for it.")
+
+
+def _hold(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: _Held(value) if torch.is_tensor(value) and name != "step" else value for name, value in state.items()}
+
+
+def _released(state: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+    dtype = _master_dtype(parameter)
+    released = {
+        name: value.tensor.to(parameter.device, dtype) if isinstance(value, _Held) else value
+        for name, value in state.items()
+        if name != "master" or dtype != parameter.dtype  # an fp32 parameter is its own master
+    }
+    if "step" in released:  # torch's fused AdamW keeps it on the device
+        released["step"] = released["step"].to("cpu", torch.float32)
+    return released
+
+
+def _master_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard; AdamW is elementwise, so that each rank may move its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    """The gradient of this rank's shard, laid out in memory as the shard is, which autograd's own gradients are."""
+    grad = cast(Tensor, parameter.grad)
+    if isinstance(parameter, DTensor) and isinstance(grad, DTensor):
+        grad = grad.redistribute(placements=parameter.placements)  # nothing, where it is divided alike already
+    grad, shard = _local(grad), _local(parameter)
+    if grad.layout == torch.strided and not same_layout(grad, shard):
+        grad = torch.empty_like(shard, dtype=grad.dtype).copy_(grad)
+    return grad

@@ -13,6 +13,7 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -23,11 +24,13 @@ from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.schedule import Schedule, factor
-from lit_sparse.optim import match_by_name, parameter_groups, regroup, trainable
+from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable
 from lit_sparse.strategies.base import UpdateStrategy, check_keeps_base, compose
 from lit_sparse_profiling.phases import Phases
 
 Precision = Literal["auto", "float32", "bfloat16"]
+CLIP_EPS = 1e-6
+"""What torch adds to a norm before it divides by it, in clip_grad_norm_."""
 
 
 class LitSparse(L.LightningModule, ABC):
@@ -284,13 +287,26 @@ class LitSparse(L.LightningModule, ABC):
                 f"model.optimizer is set, but {type(own[0][0]).__name__} brings its own optimizer; remove "
                 f"model.optimizer."
             )
-        make = self.make_optimizer or torch.optim.AdamW
+        make = self.make_optimizer or AdamW
         optimizer = own[0][1] if own else make(parameter_groups(named), lr=self.lr)  # pyright: ignore
         match_by_name(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = LambdaLR(optimizer, lambda step: factor(self.schedule, step, int(warmup), total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        plain = gradient_clip_algorithm in (None, "norm") and not any(isinstance(grad, DTensor) for grad in grads)
+        if not gradient_clip_val or not plain or not isinstance(optimizer, AdamW):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        # The optimizer divides gradients as it reads them; to clip them in place would be a pass of its own.
+        norm = torch.nn.utils.get_total_norm(grads)
+        optimizer.grad_scale = ((norm + CLIP_EPS) / gradient_clip_val).clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for update in self.updates:

@@ -25,6 +25,7 @@ from lit_sparse.anatomy import matrix, replace, role, shared_inputs, target_line
 from lit_sparse.block_linear import BlockLinear, DeltaLinear, SharedInput
 from lit_sparse.blocks import Blocks, Size, automatic_size, grid, read_choice
 from lit_sparse.errors import BadInput
+from lit_sparse.optim import AdamW
 from lit_sparse.selection import (
     Ranking,
     Score,
@@ -141,11 +142,20 @@ class SMT(UpdateStrategy):
             model, {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
         )
 
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        if isinstance(optimizer, AdamW):  # which writes the weights in the pass that moves the masters
+            for linear in self._in_place:
+                optimizer.scatter(linear.blocks, linear.weight, linear.chosen.index, linear.transposed)
+
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
-        for _, linear in self._swapped.values():
-            if isinstance(linear, BlockLinear):
+        for linear in self._in_place:
+            if not (isinstance(optimizer, AdamW) and optimizer.scatters(linear.blocks)):
                 linear.write()
         return False
+
+    @property
+    def _in_place(self) -> list[BlockLinear]:
+        return [linear for _, linear in self._swapped.values() if isinstance(linear, BlockLinear)]
 
     def detach(self, model: nn.Module) -> None:
         for name, (original, linear) in self._swapped.items():

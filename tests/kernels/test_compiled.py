@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lit_sparse_kernels import block_delta, block_grad, pack_columns
+from lit_sparse_kernels import block_adamw, block_delta, block_grad, master_adamw, pack_columns
 from lit_sparse_kernels.jit import Listed
+from lit_sparse_kernels.master_adamw import Item, Rule
 from tests.kernels.test_interpreter import kernels
 
 pytest.importorskip("triton")
@@ -64,7 +65,41 @@ def block_deltas(width: int, narrow: int, wide: int, size: int) -> Iterator[Call
         )
 
 
-LAUNCHES = {"block_grad": block_grads, "pack_columns": packings, "block_delta": block_deltas}
+def master_adamws(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Of a layer's matrices and norms, in bf16 with either gradient and in fp32; of a tensor with an odd end."""
+    for weight, grad in ((torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32,) * 2):
+        items = [adamw_item(shape, weight, grad) for shape in ((narrow, width), (wide, width), (width,), (7,))]
+        yield lambda items=items: master_adamw.launch(items, Rule(lr=1e-4), empty(dtype=torch.float32))
+    yield lambda items=items: master_adamw.launch(items, Rule(lr=1e-4))
+
+
+def adamw_item(shape: tuple[int, ...], weight_dtype: torch.dtype, grad_dtype: torch.dtype) -> Item:
+    weight, grad = empty(*shape, dtype=weight_dtype), empty(*shape, dtype=grad_dtype)
+    master, m, v = (empty(*shape, dtype=torch.float32) for _ in range(3))
+    return Item(weight, grad, weight if weight_dtype == torch.float32 else master, m, v, 1)
+
+
+def block_adamws(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """In bf16 and fp32; of a matrix held as its transpose (GPT-2's Conv1D), and of one with no unit stride."""
+    for dtype in (torch.bfloat16, torch.float32):
+        square, up = empty(width, width, dtype=dtype), empty(wide, width, dtype=dtype)
+        for weights in ([square, up], [up.t()], [empty(narrow, width, 2, dtype=dtype)[..., 0]]):
+            parts = [block_part(weight, size) for weight in weights]
+            yield lambda parts=parts: block_adamw.launch(parts, Rule(lr=1e-4), empty(dtype=torch.float32))
+
+
+def block_part(weight: torch.Tensor, size: int) -> block_adamw.Part:
+    grad, master, m, v = (empty(3, size, size, dtype=torch.float32) for _ in range(4))
+    return block_adamw.Part(Item(weight, grad, master, m, v, 1), Listed([(0, 0), (1, 0), (0, 1)]))
+
+
+LAUNCHES = {
+    "block_grad": block_grads,
+    "block_adamw": block_adamws,
+    "pack_columns": packings,
+    "block_delta": block_deltas,
+    "master_adamw": master_adamws,
+}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
