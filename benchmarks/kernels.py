@@ -14,16 +14,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.provenance import ROOT, of_device
-from lit_sparse_kernels import block_grad, pack_columns
+from lit_sparse.optim import AdamW
+from lit_sparse_kernels import block_delta, block_grad, pack_columns
 from lit_sparse_profiling.allocator import measured
 from lit_sparse_profiling.ceilings import Ceilings, ceilings
 from lit_sparse_profiling.paired import pair_of
@@ -32,10 +34,10 @@ RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
 OURS = "ours"
 CACHE_BYTES = 256 * 2**20
 """Written between timings on a GPU, so that none finds its inputs in the cache."""
-MODELS = {  # width, key and value width, block size
-    "SmolLM2-135M": (576, 192, 64),
-    "Llama-3.2-1B": (2048, 512, 256),
-    "Llama-3-8B": (4096, 1024, 256),
+MODELS = {  # width, key and value width, MLP width, block size
+    "SmolLM2-135M": (576, 192, 1536, 64),
+    "Llama-3.2-1B": (2048, 512, 8192, 256),
+    "Llama-3-8B": (4096, 1024, 14336, 256),
 }
 
 
@@ -62,7 +64,7 @@ class Work:
 
 def block_grads(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
     """Gradients of q's, k's and v's blocks, few and many; as many diagonal blocks by einsum have no gaps."""
-    width, narrow, size = MODELS[name]
+    width, narrow, _, size = MODELS[name]
     generator = torch.Generator(device).manual_seed(0)
     outs = (width, narrow, narrow)
     dys = [torch.randn(tokens, out, generator=generator, device=device, dtype=dtype) for out in outs]
@@ -105,7 +107,7 @@ def block_grads(name: str, tokens: int, device: torch.device, dtype: torch.dtype
 
 def packings(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
     """A third and all but one of the input's columns."""
-    width, _, size = MODELS[name]
+    width, _, _, size = MODELS[name]
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     available = width // size
     for kept in (available // 3 or 1, available - 1):
@@ -125,7 +127,127 @@ def packings(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -
         )
 
 
-OPS = {"block_grad": block_grads, "pack_columns": packings}
+def deltas(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
+    """What the blocks of one matrix of the MLP add to its output, 5 % of it."""
+    width, _, wide, size = MODELS[name]
+    rows, columns = wide // size, width // size
+    every = [(row, column) for column in range(columns) for row in range(rows)]
+    chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: max(1, len(every) // 20)]
+    blocks = torch.tensor([every[i] for i in sorted(chosen.tolist())], dtype=torch.int32)
+    generator = torch.Generator(device).manual_seed(0)
+    base, x = (torch.randn(tokens, n, generator=generator, device=device, dtype=dtype) for n in (wide, width))
+    delta = torch.randn(len(blocks), size, size, generator=generator, device=device, dtype=dtype)
+    places, listed = blocks.to(device), blocks.tolist()
+
+    def by_blocks() -> Tensor:
+        out = base.clone()
+        for number, (row, column) in enumerate(listed):
+            part = x[:, column * size : (column + 1) * size] @ delta[number].t()
+            out[:, row * size : (row + 1) * size] += part
+        return out
+
+    yield Work(
+        "block_delta",
+        f"{name}, up, {len(blocks)} of {len(every)} blocks of {size}, {tokens:,} tokens",
+        {
+            OURS: lambda: block_delta.block_delta(base, x, delta, places),
+            "block by block, torch.compile": torch.compile(by_blocks, dynamic=False),
+        },
+        flops=2 * tokens * delta.numel(),
+        bytes=2 * base.nbytes + delta.nbytes + len({column for _, column in listed}) * tokens * size * x.element_size(),
+    )
+
+
+def whole_adamws(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
+    """All tensors of a decoder layer in fp32; and in bf16 with an fp32 master, of which torch has none."""
+    width, narrow, wide, _ = MODELS[name]
+    shapes = [(width, width)] * 2 + [(narrow, width)] * 2 + [(wide, width)] * 2 + [(width, wide), (width,), (width,)]
+    for kept in (torch.float32, torch.bfloat16):
+        ours, theirs, compiled = (parameters(shapes, device, kept) for _ in range(3))
+        yield Work(
+            "master_adamw",
+            f"{name}, a layer of {sum(p.numel() for p in ours):,} weights in {str(kept).removeprefix('torch.')}",
+            {
+                OURS: AdamW(ours, lr=1e-5).step,
+                "torch's fused AdamW": with_masters(
+                    theirs, lambda masters: torch.optim.AdamW(masters, 1e-5, fused=True)
+                ),
+                "torch.compile": with_masters(compiled, compiled_adamw),
+            },
+            bytes=28 * sum(p.numel() for p in ours),
+        )
+
+
+def parameters(shapes: Sequence[tuple[int, ...]], device: torch.device, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Parameters with gradients."""
+    made = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for shape in shapes]
+    for parameter in made:
+        parameter.grad = torch.randn_like(parameter)
+    return made
+
+
+def with_masters(weights: list[nn.Parameter], make: Callable[[list[nn.Parameter]], Any]) -> Callable[[], object]:
+    """A step of an optimizer for fp32, which trains copies of the weights where these are in fewer bits."""
+    if weights[0].dtype == torch.float32:
+        return make(weights).step
+    masters = [nn.Parameter(weight.detach().float()) for weight in weights]
+    step = make(masters).step
+
+    def run() -> None:
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+        step()
+        torch._foreach_copy_([weight.detach() for weight in weights], [master.detach() for master in masters])  # pyright: ignore[reportPrivateImportUsage]
+
+    return run
+
+
+def compiled_adamw(masters: list[nn.Parameter]) -> Any:
+    """torch's AdamW as its compiler makes it."""
+    optimizer = torch.optim.AdamW(masters, lr=torch.tensor(1e-5), capturable=masters[0].is_cuda)
+    optimizer.step = torch.compile(optimizer.step, dynamic=False)
+    return optimizer
+
+
+def block_adamws(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
+    """A third of the blocks of q, k and v of eight layers; torch writes them into the weights one by one."""
+    width, narrow, _, size = MODELS[name]
+    weights = [torch.randn(out, width, device=device).to(dtype) for out in [width, narrow, narrow] * 8]
+    indices = [torch.tensor(list(product(range(len(w) // size), range(width // size)))[::3]) for w in weights]
+    shapes = [(len(index), size, size) for index in indices]
+    ours, theirs, compiled = (parameters(shapes, device, torch.float32) for _ in range(3))
+    optimizer = AdamW(ours, lr=1e-5)
+    for parameter, weight, index in zip(ours, weights, indices, strict=True):
+        optimizer.scatter(parameter, weight, index.to(device))
+
+    def write(masters: list[nn.Parameter]) -> None:
+        for weight, index, master in zip(weights, indices, masters, strict=True):
+            for (row, column), block in zip(index.tolist(), master.detach(), strict=True):
+                weight[row * size : (row + 1) * size, column * size : (column + 1) * size] = block
+
+    def then_write(masters: list[nn.Parameter], made: Any) -> Callable[[], object]:
+        return lambda: (made.step(), write(masters))
+
+    count = sum(parameter.numel() for parameter in ours)
+    yield Work(
+        "block_adamw",
+        f"{name}, {sum(map(len, indices))} blocks of {size} of {len(weights)} matrices",
+        {
+            OURS: optimizer.step,
+            "torch's fused AdamW, then copies": then_write(theirs, torch.optim.AdamW(theirs, 1e-5, fused=True)),
+            "torch.compile, then copies": then_write(compiled, compiled_adamw(compiled)),
+        },
+        bytes=(28 + weights[0].element_size()) * count,
+    )
+
+
+OPS = {
+    "block_grad": block_grads,
+    "block_adamw": block_adamws,
+    "pack_columns": packings,
+    "block_delta": deltas,
+    "master_adamw": whole_adamws,
+}
 
 
 # ---- measuring

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 KERNELS = Path(__file__).parents[2] / "kernels" / "lit_sparse_kernels"
@@ -29,3 +30,16 @@ def test_every_kernel_is_right_by_interpretation(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert kernels(), "no kernel was found where there are some: the test reads nothing"
     assert set(noted.read_text().split()) == kernels(), "a kernel that no test launches, or one that is gone"
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_what_the_interpreter_makes(tmp_path: Path) -> None:
+    from tests.kernels.results import results
+
+    command = [sys.executable, "-m", "tests.kernels.results", str(tmp_path / "interpreted.pt")]
+    search = os.pathsep.join(map(str, (HERE.parents[1], KERNELS.parent)))
+    subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": search}, check=True)
+    for got, wanted in zip(results(torch.device("cuda")), torch.load(tmp_path / "interpreted.pt"), strict=True):
+        # fp32 sums of up to 600 products of numbers near 1, in another order; half precision within one unit of it
+        tolerance = 1e-4 if got.dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance)

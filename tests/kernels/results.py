@@ -1,0 +1,54 @@
+"""What kernels make of their CASES: `python -m tests.kernels.results FILE` keeps it for a GPU to be held against.
+
+With TRITON_INTERPRET=1 it is the interpreter's. Cases with bf16 are left out, whose products and roundings the
+interpreter has wrong.
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from lit_sparse_kernels import block_adamw, block_delta, block_grad, master_adamw, pack_columns
+from lit_sparse_kernels.jit import Listed
+from tests.kernels import test_block_adamw, test_block_delta, test_block_grad, test_master_adamw, test_pack_columns
+
+
+def results(device: torch.device) -> list[Tensor]:
+    """All results, on the CPU."""
+    made: list[Tensor] = []
+    for case in exact(block_grad.CASES):
+        dys, x, _, size = test_block_grad.inputs(*case)
+        made.append(block_grad.launch([dy.to(device) for dy in dys], x.to(device), Listed(case[4]), size))
+    for case in exact(block_delta.CASES):
+        base, x, delta, _, dy = test_block_delta.inputs(*case)
+        base, x, delta, dy = (tensor.to(device) for tensor in (base, x, delta, dy))
+        made.append(block_delta.launch(base, x, delta, Listed(case[4])))
+        made.append(block_delta.launch_input_grad(dy, delta, Listed(case[4]), x.shape[1]))
+    for case in exact(pack_columns.CASES):
+        x, _, columns, width, to = test_pack_columns.inputs(*case)
+        made.append(pack_columns.launch(x.to(device), Listed([(c,) for c in columns.tolist()]), width, to))
+    for case in exact(master_adamw.CASES):
+        items = [moved(item, device) for item in test_master_adamw.items(*case)]
+        master_adamw.launch(items, test_master_adamw.RULE)
+        made += [tensor for item in items for tensor in item.moved()]
+    for case in exact(block_adamw.CASES):
+        parts = [part._replace(item=moved(part.item, device)) for part in test_block_adamw.parts(*case)]
+        block_adamw.launch(parts, test_master_adamw.RULE)
+        made += [tensor for part in parts for tensor in part.item.moved()]
+    return [tensor.cpu() for tensor in made]
+
+
+def exact(cases: list[tuple]) -> list[tuple]:
+    return [case for case in cases if torch.bfloat16 not in case]
+
+
+def moved(item: master_adamw.Item, device: torch.device) -> master_adamw.Item:
+    weight, grad, master, m, v = (tensor.to(device) for tensor in item.moved())
+    return item._replace(
+        weight=weight, grad=grad, master=weight if item.master is item.weight else master, exp_avg=m, exp_avg_sq=v
+    )
+
+
+if __name__ == "__main__":
+    torch.save(results(torch.device("cpu")), sys.argv[1])
