@@ -263,6 +263,25 @@ def details(record: RunRecord) -> Table:
     return out
 
 
+def share_map(share: dict[str, dict[str, float]]) -> Table:
+    """Which part of each matrix is trained: a row a decoder layer, a column a role, the darker the more."""
+    roles = sorted({role for layer in share.values() for role in layer})
+    most = max((part for layer in share.values() for part in layer.values()), default=0.0)
+    out = Table(title=Text("Trained share of each matrix"), box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("layer", *roles):
+        out.add_column(Text(header), justify="right", no_wrap=True)
+    for layer, parts in share.items():
+        out.add_row(Text(layer), *(_shaded(parts.get(role, 0.0), most) for role in roles))
+    return out
+
+
+def _shaded(part: float, most: float) -> Text:
+    if not part:
+        return Text("-", style="dim")
+    strength = round(215 * (1 - part / most))  # of white, so that the largest share is the darkest
+    return Text(f"{part:.1%}", style=f"black on rgb(255,{40 + strength},{40 + strength})")
+
+
 # ---- printing
 
 
@@ -279,6 +298,10 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
         console.print(details(alone))
         if alone.kernels is not None:
             console.print(kernel_table(alone.kernels))
+    if isinstance(alone, RunRecord) and not as_markdown:
+        for update in alone.updates:
+            if share := update.get("chosen", {}).get("share"):
+                console.print(share_map(share))
 
 
 def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:

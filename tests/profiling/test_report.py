@@ -477,6 +477,16 @@ def test_one_run_is_reported_with_its_details(tmp_path: Path, capsys: pytest.Cap
     assert "more than was counted" in out
 
 
+def test_one_run_shows_where_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = {"share": {"0": {"v": 0.5}, "1": {"q": 0.25, "v": 1.0}}}
+    run = replace(GPU, updates=[{"class": "SMT", "fields": {}, "chosen": chosen}])
+    assert report([str(written(tmp_path, run))]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["layer", "q", "v"] in rows
+    assert ["0", "-", "50.0%"] in rows
+    assert ["1", "25.0%", "100.0%"] in rows
+
+
 def test_several_are_compared_and_reasons_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path, CPU, OOM, replace(GPU, name="lisa-1"))
     (tmp_path / "cut-1").mkdir()

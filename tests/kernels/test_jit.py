@@ -1,0 +1,50 @@
+"""What holds for all ops: the path a tensor takes, and that CPU tensors need no Triton."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lit_sparse_kernels import jit
+
+KERNELS = Path(jit.__file__).parents[1]
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # as where it is not installed
+import torch
+from lit_sparse_kernels import block_adamw, block_delta, master_adamw
+from lit_sparse_kernels.block_grad import block_grad
+from lit_sparse_kernels.pack_columns import pack_columns
+packed = pack_columns(torch.ones(3, 8), torch.tensor([1]), 4)
+assert block_grad([torch.ones(3, 4)], packed, torch.tensor([[0, 0, 0]]), (4, 4)).eq(3).all()
+"""
+
+
+def test_the_host_needs_no_triton() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(KERNELS)}
+    subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, check=True)
+
+
+def test_a_cuda_tensor_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "triton", None)
+    with pytest.raises(ImportError, match=r"need Triton, which is not installed here: pip install triton\."):
+        jit.on_cuda(SimpleNamespace(is_cuda=True))  # pyright: ignore[reportArgumentType]
+    assert not jit.on_cuda(torch.ones(1))
+
+
+def test_an_index_is_read_again_when_it_or_what_it_indexes_changed() -> None:
+    def read(end: int) -> jit.Listed:
+        return jit.listed("index", index, 1, end, lambda number: number < end, f"numbers below {end}")
+
+    index = torch.tensor([[1], [0]])
+    first = read(4)
+    assert first.rows == [(1,), (0,)]
+    assert read(4) is first
+    index += 1
+    assert read(4).rows == [(2,), (1,)]
+    with pytest.raises(ValueError, match=r"index has \(2,\), which lies outside; expected numbers below 2\."):
+        read(2)
