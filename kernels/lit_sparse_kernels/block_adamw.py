@@ -57,8 +57,10 @@ def reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The definition, out of place. Returns the weight, and master, exp_avg and exp_avg_sq (N, h, w)."""
     _, master, m, v = master_adamw.reference(item, rule, grad_scale)
-    weight = item.weight.clone()
-    _write(weight, master, index_N2.tolist())
+    weight, (height, width) = item.weight.clone(), master.shape[1:]
+    for block, (row, column) in zip(master, index_N2.tolist(), strict=True):
+        target = weight[row * height : (row + 1) * height, column * width : (column + 1) * width]
+        target.copy_(block[: target.shape[0], : target.shape[1]])
     return weight, master, m, v
 
 
@@ -190,18 +192,39 @@ def _aligned(item: Item, order: str) -> bool:
 # ---- torch
 
 
-def on_host(part: Part, rule: Rule, grad_scale: Tensor | None = None) -> None:
-    """The same by torch: the master's update, then a copy of each block."""
-    item = part.item
-    master_adamw.on_host(item._replace(weight=item.master), rule, grad_scale)
-    _write(item.weight, item.master, part.blocks.rows)
+def on_host(parts: Sequence[Part], rule: Rule, grad_scale: Tensor | None = None) -> None:
+    """The same by torch: the masters' update, then their copies."""
+    master_adamw.on_host([part.item._replace(weight=part.item.master) for part in parts], rule, grad_scale)
+    for part in parts:
+        _write(part)
 
 
-def _write(weight_OK: Tensor, master_Nhw: Tensor, rows: Sequence[Sequence[int]]) -> None:
+def _write(part: Part) -> None:
+    weight_OK, master_Nhw = part.item.weight, part.item.master
     height, width = master_Nhw.shape[1:]
-    for block, (row, column) in zip(master_Nhw, rows, strict=True):
+    rows, columns = weight_OK.shape[0] // height, weight_OK.shape[1] // width
+    slots, places, ragged = _whole(part.blocks, rows, columns)
+    if len(slots):
+        whole = (
+            weight_OK[: rows * height, : columns * width].unflatten(1, (columns, width)).unflatten(0, (rows, height))
+        )
+        values = master_Nhw if len(slots) == len(master_Nhw) else master_Nhw[slots]
+        whole.transpose(1, 2)[places] = values.to(weight_OK.dtype)
+    for slot, (row, column) in ragged:
         target = weight_OK[row * height : (row + 1) * height, column * width : (column + 1) * width]
-        target.copy_(block[: target.shape[0], : target.shape[1]])
+        target.copy_(master_Nhw[slot, : target.shape[0], : target.shape[1]])
+
+
+def _whole(blocks: Listed, rows: int, columns: int) -> tuple[Tensor, tuple[Tensor, Tensor], list[Any]]:
+    """Slots and (rows, columns) of the blocks that do not reach over an edge; the others by slot."""
+    host = torch.device("cpu")
+    if host not in blocks.tables:
+        inside = [(slot, *place) for slot, place in enumerate(blocks.rows) if place[0] < rows and place[1] < columns]
+        slots, row, column = torch.tensor(inside, dtype=torch.int64).view(-1, 3).unbind(1)
+        known = {slot for slot, *_ in inside}
+        ragged = [(slot, place) for slot, place in enumerate(blocks.rows) if slot not in known]
+        blocks.tables[host] = slots, (row.contiguous(), column.contiguous()), ragged
+    return blocks.tables[host]
 
 
 def _checked(number: int, item: Item, index_N2: Tensor) -> Part:
@@ -262,8 +285,5 @@ def block_adamw(
     parts = [_checked(number, item, index) for number, (item, index) in enumerate(zip(items, indices, strict=True))]
     for device in {part.item.weight.device: None for part in parts}:
         here, scale = [part for part in parts if part.item.weight.device == device], scale_on(device, grad_scale)
-        if on_cuda(here[0].item.weight):
-            launch(here, rule, scale)
-        else:
-            for part in here:
-                on_host(part, rule, scale)
+        run = launch if on_cuda(here[0].item.weight) else on_host
+        run(here, rule, scale)

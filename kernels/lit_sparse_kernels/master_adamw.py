@@ -228,18 +228,32 @@ def type_of(dtype: torch.dtype) -> Any:
 # ---- torch
 
 
-def on_host(item: Item, rule: Rule, grad_scale: Tensor | None = None) -> None:
-    """The same by torch's fused AdamW, tensor by tensor, so that one gradient at a time is cast to the master's dtype.
+def on_host(items: Sequence[Item], rule: Rule, grad_scale: Tensor | None = None) -> None:
+    """The same by torch's fused AdamW; of the gradients to be cast to the master's dtype, one at a time is.
 
     With a `grad_scale`, a gradient that needs no cast afterwards holds the scaled values: torch writes them back.
     """
+    for dtype in {item.master.dtype: None for item in items}:
+        alike = [item for item in items if item.master.dtype == dtype]
+        _fused([item for item in alike if item.grad.dtype == dtype], rule, grad_scale)
+        for item in alike:
+            if item.grad.dtype != dtype:
+                _fused([item._replace(grad=item.grad.to(dtype))], rule, grad_scale)
+    for item in items:
+        if item.weight is not item.master:
+            item.weight.copy_(item.master)
+
+
+def _fused(items: Sequence[Item], rule: Rule, grad_scale: Tensor | None) -> None:
+    if not items:
+        return
     torch._fused_adamw_(  # pyright: ignore[reportPrivateImportUsage]
-        [item.master],
-        [item.grad.to(item.master.dtype)],
-        [item.exp_avg],
-        [item.exp_avg_sq],
+        [item.master for item in items],
+        [item.grad for item in items],
+        [item.exp_avg for item in items],
+        [item.exp_avg_sq for item in items],
         [],
-        [torch.tensor(float(item.step), dtype=torch.float32)],
+        list(torch.tensor([float(item.step) for item in items]).unbind()),
         amsgrad=False,
         lr=rule.lr,
         beta1=rule.betas[0],
@@ -250,8 +264,6 @@ def on_host(item: Item, rule: Rule, grad_scale: Tensor | None = None) -> None:
         grad_scale=grad_scale,
         found_inf=None,
     )
-    if item.weight is not item.master:
-        item.weight.copy_(item.master)
 
 
 # ---- arguments
@@ -364,8 +376,5 @@ def master_adamw(
             )
     for device in {item.weight.device: None for item in items}:
         here, scale = [item for item in items if item.weight.device == device], scale_on(device, grad_scale)
-        if on_cuda(here[0].weight):
-            launch(here, rule, scale)
-        else:
-            for item in here:
-                on_host(item, rule, scale)
+        run = launch if on_cuda(here[0].weight) else on_host
+        run(here, rule, scale)

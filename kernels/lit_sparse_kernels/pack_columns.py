@@ -130,7 +130,7 @@ def unpack_on_host(packed_TP: Tensor, columns: Listed, width: int, inputs: int) 
     packed_end = len(whole_C) * width
     x_TK = packed_TP.new_zeros(len(packed_TP), inputs)
     packed_TCw = packed_TP[:, :packed_end].unflatten(1, (len(whole_C), width))
-    x_TK[:, :end].unflatten(1, (end // width, width)).index_copy_(1, whole_C, packed_TCw)
+    x_TK[:, :end].unflatten(1, (end // width, width)).index_copy_(1, whole_C.long(), packed_TCw)
     if len(whole_C) < len(columns.rows):
         x_TK[:, end:] = packed_TP[:, packed_end : packed_end + inputs - end]
     return x_TK
@@ -140,7 +140,8 @@ def _whole(columns: Listed, inputs: int, width: int, device: torch.device) -> tu
     """The kept columns but for a ragged one, which is the last; and where whole ones end in the input."""
     available = inputs // width
     kept, _ = _tables(columns, -(-inputs // width), device)
-    return kept[: sum(column < available for (column,) in columns.rows)].long(), available * width
+    whole = len(columns.rows) - (columns.rows[-1:] == [(available,)])
+    return kept[:whole], available * width
 
 
 @torch.library.custom_op("lit_sparse::pack_columns", mutates_args=())
