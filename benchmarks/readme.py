@@ -116,7 +116,7 @@ def gpu_row(line: Line) -> list[str]:
     ]
 
 
-KERNELS_HEAD = ["op", "shape", "beside", "time, ours / theirs [95 %]", "peak bytes, ours / theirs", "of the ceiling"]
+KERNELS_HEAD = ["op", "shape", "beside", "time, ours / theirs [95 %]", "peak KiB, ours / theirs", "of the ceiling"]
 
 
 def kernels(results: Path) -> str:
@@ -143,9 +143,9 @@ def kernels_rows(line: Line) -> Iterator[list[str]]:
     ours = line["peak_bytes"]["ours"]
     reached = max(line["of_matmul"] or 0, line["of_copy"] or 0)
     for place, (name, (middle, low, high)) in enumerate(line["ratio"].items()):
-        times, theirs = f"{middle:.3f} [{low:.3f}, {high:.3f}]", line["peak_bytes"][name]
         head = [line["op"], line["shape"]] if not place else ["", ""]
-        yield [*head, name, times, f"{ours / theirs:.2f}" if theirs else "-", f"{reached:.0%}" if not place else ""]
+        sizes = " / ".join(f"{size / 2**10:,.0f}" for size in (ours, line["peak_bytes"][name]))
+        yield [*head, name, f"{middle:.3f} [{low:.3f}, {high:.3f}]", sizes, f"{reached:.0%}" if not place else ""]
 
 
 def overhead(results: Path) -> str:
