@@ -118,7 +118,8 @@ def _tables(columns: Listed, available: int, device: torch.device) -> tuple[Tens
 def on_host(x_TK: Tensor, columns: Listed, width: int, dtype: torch.dtype | None = None) -> Tensor:
     """The same by torch: a selection of the whole columns, then the ragged one if it is kept."""
     whole_C, end = _whole(columns, x_TK.shape[1], width, x_TK.device)
-    packed_TP = x_TK[:, :end].unflatten(1, (end // width, width)).index_select(1, whole_C).flatten(1)
+    tokens, count = len(x_TK), len(whole_C)
+    packed_TP = x_TK[:, :end].view(tokens, end // width, width).index_select(1, whole_C).view(tokens, count * width)
     if len(whole_C) < len(columns.rows):
         packed_TP = torch.cat([packed_TP, pad(x_TK[:, end:], (0, end + width - x_TK.shape[1]))], dim=1)
     return packed_TP.to(dtype or x_TK.dtype)

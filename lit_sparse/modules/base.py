@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -29,6 +30,7 @@ from lit_sparse.strategies.base import UpdateStrategy, check_keeps_base, compose
 from lit_sparse_profiling.phases import Phases
 
 Precision = Literal["auto", "float32", "bfloat16"]
+HALF = (torch.bfloat16, torch.float16)
 CLIP_EPS = 1e-6
 """What torch adds to a norm before it divides by it, in clip_grad_norm_."""
 
@@ -100,6 +102,7 @@ class LitSparse(L.LightningModule, ABC):
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.trained: set[str] = set()  # names of what was trainable at any time: small checkpoints hold just these
         self._attached = False
+        self._widened: dict[torch.nn.Parameter, torch.dtype] = {}
         self._rng: dict[str, Any] | None = None
 
     # ---- the task's part
@@ -196,14 +199,21 @@ class LitSparse(L.LightningModule, ABC):
     def _after_attach(self) -> None:
         assert self.model is not None
         self._attached = True
-        for _, parameter in trainable(self.model):
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = parameter.data.float()  # an update at a small lr is mostly lost in bf16
+        self._widen()
         if not trainable(self.model):
             raise BadInput(f"nothing is left to train with {self.updates}.")
         if self.compile_model:
             self.model.base_model.compile()
         self._note_trained()
+
+    def _widen(self) -> None:
+        """Keep what trains in fp32, where an update at a small lr is not lost, and what stopped training as it was."""
+        for parameter in self.build().parameters():
+            if parameter.requires_grad and parameter.dtype in HALF:
+                self._widened[parameter] = parameter.dtype
+                parameter.data = parameter.data.float()
+            elif not parameter.requires_grad and parameter in self._widened:
+                parameter.data = parameter.data.to(self._widened.pop(parameter))
 
     def _note_trained(self) -> None:
         everything = any(update.moves_all for update in self.updates)
@@ -235,6 +245,11 @@ class LitSparse(L.LightningModule, ABC):
             )
         for update in self.updates:
             self._refuse_for(type(update))
+            if update.period is not None and isinstance(self.trainer.strategy, DDPStrategy):
+                raise BadInput(
+                    f"{type(update).__name__} trains other weights every {update.period} steps, but DDP reduces the "
+                    "gradients of those alone that train when it starts; train on one device."
+                )
 
     def _refuse_for(self, kind: type[UpdateStrategy]) -> None:
         if kind.backward == "autograd":
@@ -319,6 +334,7 @@ class LitSparse(L.LightningModule, ABC):
         changed = [update.after_step(self.global_step + 1, plain) for update in self.updates]
         if any(changed):
             assert self.model is not None
+            self._widen()
             regroup(plain, [(f"model.{name}", parameter) for name, parameter in trainable(self.model)])
             self._note_trained()
         plain.zero_grad()  # Lightning does it after the next forward only, which gradients need not live through

@@ -220,6 +220,22 @@ def test_an_op_is_timed_beside_others(tmp_path: Path) -> None:
     assert "On a GPU: not measured yet" in table
 
 
+def test_what_is_promised_of_an_op_is_judged() -> None:
+    line = {
+        "op": "block_grad",
+        "shape": "27",
+        "blocks": 27,
+        "of_matmul": 0.7,
+        "ratio": {kernels.DIAGONAL: [1.06, 1, 2]},
+    }
+    rate, times = kernels.verdicts(line)
+    assert rate == ("block_grad, 27: 70% of the matmul rate, at least 70%", True)
+    assert times == ("block_grad, 27: 1.060 of as many diagonal blocks, at most 1.05", False)
+    assert not list(kernels.verdicts({**line, "blocks": 26}))
+    (copied,) = kernels.verdicts({"op": "master_adamw", "shape": "x", "of_copy": 0.84})
+    assert copied == ("master_adamw, x: 84% of the copy rate, at least 85%", False)
+
+
 def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(kernels, "green", lambda op, device: False)
     assert kernels.main(["pack_columns", "--results", str(tmp_path / "k.jsonl")]) == 1

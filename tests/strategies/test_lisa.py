@@ -1,0 +1,355 @@
+"""LISA: who trains, who does not move, what state there is, and that resuming changes nothing."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+
+from lit_sparse.anatomy import decoder_layers
+from lit_sparse.errors import BadInput
+from lit_sparse.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
+from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
+from lit_sparse.strategies import LISA, SMT, compose
+from lit_sparse.strategies.base import no_probe
+from lit_sparse.testing import TINY, contract, tiny_llm
+
+
+def tokens(seed=0, shape=(2, 12)):
+    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def loss_of(model, seed=0):
+    ids = tokens(seed)
+    return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def probe_of(model):
+    return lambda steps: (loss_of(model, seed) for seed in range(steps))
+
+
+def attached(kind="llama", dtype=torch.float32, **options):
+    model = tiny_llm(kind).to(dtype)
+    strategy = LISA(**{"active_layers": 1, "interval": 2, **options})
+    strategy.attach(model, probe_of(model))
+    return model, strategy
+
+
+def optimizer_of(model, kind=AdamW):
+    return kind(parameter_groups(trainable(model)), lr=1e-2)
+
+
+def train(model, strategy, optimizer, steps, seen=lambda step: None):
+    """What the host does each step."""
+    for step in steps:
+        loss_of(model, step).backward()
+        strategy.before_step(step, optimizer)
+        optimizer.step()
+        if strategy.after_step(step, optimizer):
+            regroup(optimizer, trainable(model))
+        optimizer.zero_grad()
+        seen(step)
+
+
+def values(module):
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def layer_parameters(model):
+    return [list(layer.parameters()) for layer in decoder_layers(model)]
+
+
+def outside(model):
+    inside = {parameter for layer in layer_parameters(model) for parameter in layer}
+    return [parameter for parameter in model.parameters() if parameter not in inside]
+
+
+@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("options", [{}, {"state": "offload", "train_embeddings": False}, {"state": "keep"}], ids=str)
+def test_keeps_the_contract(kind, options):
+    contract(lambda: [LISA(active_layers=1, interval=2, **options)], kind)
+
+
+# Oracles 1 and 3: over an interval the drawn layers move, all others stay to the bit; the count is the sum of parts.
+@pytest.mark.parametrize("embeddings", [True, False])
+@pytest.mark.parametrize("kind", TINY)
+def test_only_the_drawn_layers_move(kind, embeddings):
+    model, strategy = attached(kind, train_embeddings=embeddings, interval=3)
+    optimizer = optimizer_of(model)
+    for interval in range(3):
+        drawn, before = strategy.active, [values(layer) for layer in decoder_layers(model)]
+        edge = [parameter.detach().clone() for parameter in outside(model)]
+        counted = sum(p.numel() for n in drawn for p in layer_parameters(model)[n])
+        counted += sum(p.numel() for p in outside(model)) if embeddings else 0
+        assert sum(parameter.numel() for _, parameter in trainable(model)) == counted
+        train(model, strategy, optimizer, range(3 * interval + 1, 3 * interval + 4))
+        for number, (layer, old) in enumerate(zip(decoder_layers(model), before, strict=True)):
+            same = [torch.equal(new, was) for new, was in zip(layer.parameters(), old, strict=True)]
+            assert not any(same) if number in drawn else all(same)
+        moved = [not torch.equal(new, was) for new, was in zip(outside(model), edge, strict=True)]
+        assert all(moved) if embeddings else not any(moved)
+
+
+# Oracle 2: with every layer drawn it is full fine-tuning, to the bit.
+def test_all_layers_are_full_fine_tuning():
+    model, strategy = attached(active_layers=len(layer_parameters(tiny_llm("llama"))), interval=100)
+    full = tiny_llm("llama")
+    train(model, strategy, optimizer_of(model), range(1, 5))
+    optimizer = optimizer_of(full)
+    for step in range(1, 5):
+        loss_of(full, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), full.parameters(), strict=True))
+
+
+# Oracle 5: bytes of optimizer state after every switch, by the formula; with `keep`, as elsewhere, they pile up.
+def state_bytes(optimizer):
+    return sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("embeddings", [True, False])
+def test_state_is_that_of_what_trains(dtype, embeddings):
+    model, strategy = attached(dtype=dtype, train_embeddings=embeddings)
+    optimizer = optimizer_of(model)
+    each = 8 if dtype == torch.float32 else 12  # two moments, and a master of what is kept in fewer bits
+
+    def check(step):
+        trained = [parameter for _, parameter in trainable(model)]
+        assert sum(parameter.numel() for parameter in trained) == numbers(model, strategy, embeddings)
+        with_state = outside(model) if embeddings else []
+        with_state = with_state if step % 2 == 0 else trained  # right after a switch the new layers have none yet
+        assert state_bytes(optimizer) == each * sum(parameter.numel() for parameter in with_state)
+
+    train(model, strategy, optimizer, range(1, 41), check)
+
+
+def numbers(model, strategy, embeddings):
+    drawn = sum(p.numel() for n in strategy.active for p in layer_parameters(model)[n])
+    return drawn + (sum(p.numel() for p in outside(model)) if embeddings else 0)
+
+
+def test_kept_state_piles_up():
+    model, strategy = attached(state="keep", train_embeddings=False, sampler=Cyclic("ascending"))
+    optimizer = optimizer_of(model)
+    train(model, strategy, optimizer, range(1, 2 * len(layer_parameters(model)) + 1))
+    parked = [state for states in strategy.state_dict()["parked"].values() for state in states]
+    held = state_bytes(optimizer) + sum(t.nbytes for state in parked for t in state.values() if t.ndim)
+    assert held == 8 * sum(p.numel() for layer in layer_parameters(model) for p in layer)
+
+
+# Oracle 9: an interval is an optimizer of its own; with `keep` the state goes on where it was.
+def test_an_interval_is_an_optimizer_of_its_own():
+    model, strategy = attached(train_embeddings=False, interval=3)
+    alone = copy.deepcopy(model)
+    optimizer = optimizer_of(model)
+    for interval in range(3):
+        drawn = strategy.active
+        train(model, strategy, optimizer, range(3 * interval + 1, 3 * interval + 4))
+        for number, layer in enumerate(decoder_layers(alone)):
+            layer.requires_grad_(number in drawn)
+        fresh = optimizer_of(alone)
+        for step in range(3 * interval + 1, 3 * interval + 4):
+            loss_of(alone, step).backward()
+            fresh.step()
+            fresh.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+
+
+def test_kept_state_goes_on():
+    model, strategy = attached(state="keep", train_embeddings=False, interval=1, sampler=Cyclic("ascending"))
+    optimizer = optimizer_of(model)
+    turns = 2 * len(layer_parameters(model))
+    train(model, strategy, optimizer, range(1, turns + 1))
+    parked = strategy.state_dict()["parked"]
+    steps = {float(state["step"]) for states in parked.values() for state in states}
+    steps |= {float(state["step"]) for state in optimizer.state.values()}
+    assert steps == {2.0}
+
+
+# Oracles 7 and 8: gradients are those of full fine-tuning, and nothing below the lowest active layer has a graph.
+def test_gradients_are_the_dense_ones_and_the_backward_stops():
+    model, strategy = attached(train_embeddings=False)
+    reached = []
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(
+            lambda _, args, out: reached.append((out if isinstance(out, torch.Tensor) else out[0]).requires_grad)
+        )
+    loss_of(model).backward()
+    full = tiny_llm("llama")
+    loss_of(full).backward()
+    (drawn,) = strategy.active
+    for got, wanted in zip(layer_parameters(model)[drawn], layer_parameters(full)[drawn], strict=True):
+        torch.testing.assert_close(got.grad, wanted.grad)
+    assert reached == [number >= drawn for number in range(len(reached))]
+    assert all(p.grad is None for n, layer in enumerate(layer_parameters(model)) if n != drawn for p in layer)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("state", ["reset", "keep", "offload"])
+def test_resuming_in_the_middle_of_an_interval_changes_nothing(sampler, state):
+    options = {"interval": 3, "sampler": sampler, "state": state, "warmup": 1}
+    straight, strategy = attached(**options)
+    optimizer = optimizer_of(straight)
+    train(straight, strategy, optimizer, range(1, 9))
+    weights, kept = copy.deepcopy(straight.state_dict()), copy.deepcopy((strategy.state_dict(), optimizer.state_dict()))
+    train(straight, strategy, optimizer, range(9, 15))
+
+    resumed, again = tiny_llm("llama"), LISA(active_layers=1, **options)
+    again.restore(resumed, kept[0])
+    resumed.load_state_dict(weights)
+    other = optimizer_of(resumed)
+    other.load_state_dict(kept[1])
+    train(resumed, again, other, range(9, 15))
+    assert again.draws == strategy.draws
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
+    assert state_bytes(other) == state_bytes(optimizer)
+
+
+def test_the_rate_rises_after_each_draw():
+    model, strategy = attached(interval=4, warmup=3)
+    optimizer, rates = optimizer_of(model), []
+    optimizer.register_step_pre_hook(lambda made, *_: rates.append(made.param_groups[0]["lr"]))
+    train(model, strategy, optimizer, range(1, 9))
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01] * 2)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+
+
+def test_the_record_has_every_draw():
+    model, strategy = attached(interval=2)
+    train(model, strategy, optimizer_of(model), range(1, 6))
+    assert strategy.describe() == {"draws": {str(1 + 2 * n): layers for n, layers in enumerate(strategy.draws[:-1])}}
+    assert len(strategy.describe()["draws"]) == 3
+
+
+# Oracle 6: how often each layer is drawn.
+
+
+def frequencies(sampler, layers, count, draws=10_000):
+    found = [0] * len(layers)
+    for number in range(draws):
+        for layer in sampler.draw(layers, count, 0, number):
+            found[layer] += 1
+    return [times / draws for times in found]
+
+
+def inclusion(weights, count):
+    """The probability of each index to be among `count` drawn one after the other, by enumeration."""
+    total = [0.0] * len(weights)
+    for order in itertools.permutations(range(len(weights)), count):
+        probability, left = 1.0, sum(weights)
+        for index in order:
+            probability *= weights[index] / left
+            left -= weights[index]
+        for index in order:
+            total[index] += probability
+    return total
+
+
+def assert_frequencies(found, wanted, draws=10_000):
+    for got, share in zip(found, wanted, strict=True):
+        assert abs(got - share) <= 4 * math.sqrt(share * (1 - share) / draws) + 1e-12
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_uniform_draws_are_uniform(count):
+    layers = [torch.nn.Linear(2, 2)] * 6
+    assert_frequencies(frequencies(Uniform(), layers, count), [count / 6] * 6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_weighted_draws_have_the_exact_inclusion_probabilities(count):
+    weights = [0.05, 0.3, 0.1, 0.25, 0.3]
+    found = [0] * 5
+    for number in range(10_000):
+        for index in weighted(weights, count, 7, number):
+            found[index] += 1
+    assert_frequencies([times / 10_000 for times in found], inclusion(weights, count))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_larger_weights_are_drawn_more_often(count):
+    layers = [torch.nn.Linear(4, 4, bias=False) for _ in range(4)]
+    for size, layer in zip((1.0, 2.0, 3.0, 4.0), layers, strict=True):
+        torch.nn.init.constant_(layer.weight, size)
+    assert_frequencies(frequencies(WeightNorm(), layers, count), inclusion([0.1, 0.2, 0.3, 0.4], count))
+
+
+@pytest.mark.parametrize(("temperature", "exploration"), [(1.0, 0.1), (2.0, 0.0), (0.5, 1.0)])
+def test_larger_gradients_are_drawn_more_often(temperature, exploration):
+    sampler, scores = GradNorm(temperature=temperature, exploration=exploration), [4.0, 1.0, 9.0]
+    sampler.observe(dict(enumerate(scores)))
+    powers = [score ** (1 / temperature) for score in scores]
+    shares = [(1 - exploration) * power / sum(powers) + exploration / 3 for power in powers]
+    assert_frequencies(frequencies(sampler, [None] * 3, 2), inclusion(shares, 2))
+
+
+def test_a_running_mean_of_gradients():
+    sampler = GradNorm(memory=0.75)
+    sampler.observe({0: 4.0, 1: 2.0})
+    sampler.observe({1: 10.0})
+    assert sampler.scores == {0: 4.0, 1: 4.0}
+
+
+def test_the_probe_measures_each_layers_gradient():
+    model, strategy = attached(sampler=GradNorm(probe_batches=3))
+    full, squares = tiny_llm("llama"), torch.zeros(len(layer_parameters(model)))
+    for seed in range(3):
+        loss_of(full, seed).backward()
+        for number, layer in enumerate(layer_parameters(full)):
+            squares[number] += sum(p.grad.square().sum() for p in layer) / sum(p.numel() for p in layer) / 3
+        full.zero_grad()
+    assert strategy.state_dict()["sampler"]["scores"] == pytest.approx(squares.sqrt().tolist(), rel=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "random"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_cyclic_draws_give_each_layer_its_turn(order, count):
+    layers = [None] * 6
+    drawn = [Cyclic(order).draw(layers, count, 3, number) for number in range(6 // count)]
+    assert sorted(itertools.chain.from_iterable(drawn)) == list(range(6))
+    if order == "ascending":
+        assert drawn[0] == list(range(count))
+
+
+@pytest.mark.parametrize("total", [3, 5, 7])
+def test_cyclic_draws_are_of_different_layers_whatever_their_number(total):
+    for number in range(200):
+        assert len(set(Cyclic().draw([None] * total, 2, 0, number))) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"active_layers": 0}, "LISA: active_layers is 0; it must be at least 1"),
+        ({"interval": 0}, "LISA: interval is 0; it must be at least 1"),
+        ({"warmup": -1}, "LISA: warmup is -1; it must be at least 0"),
+        ({"sampler": "best"}, "the sampler 'best' was asked for; there is uniform, cyclic, weight_norm, grad_norm"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        LISA(**options)
+
+
+def test_more_layers_than_there_are_are_refused():
+    with pytest.raises(BadInput, match=r"LISA: 99 active layers were asked for, but the model has \d"):
+        attached(active_layers=99)
+
+
+def test_a_probe_without_data_is_refused():
+    with pytest.raises(BadInput, match="4 training batches were asked for to look at, but none are at hand"):
+        LISA(active_layers=1, sampler="grad_norm").attach(tiny_llm("llama"), no_probe)
+
+
+def test_a_model_without_layers_is_refused():
+    with pytest.raises(BadInput, match="the layers of Linear were not found"):
+        LISA().attach(torch.nn.Linear(2, 2), no_probe)
+
+
+def test_goes_with_no_other_choice_of_what_trains():
+    with pytest.raises(BadInput, match="LISA and SMT cannot be combined: both take over the model's trainable"):
+        compose([LISA(), SMT()])
