@@ -14,19 +14,7 @@ from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
 from lit_sparse.strategies import LISA, SMT, compose
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
-
-
-def tokens(seed=0, shape=(2, 12)):
-    return torch.randint(3, 96, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model, seed=0):
-    ids = tokens(seed)
-    return torch.nn.functional.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-def probe_of(model):
-    return lambda steps: (loss_of(model, seed) for seed in range(steps))
+from tests.strategies.test_smt import loss_of, probe_of
 
 
 def attached(kind="llama", dtype=torch.float32, **options):
