@@ -399,7 +399,7 @@ def test_the_tables_share_their_baselines() -> None:
         made = read_table(name)
         return {trial.identity(STACK) for arm in made.arms for trial in made.sweep(arm)}
 
-    assert len(identities("budgets") & identities("blocks_0.84")) == 9
+    assert len(identities("budgets") & identities("blocks_0.84")) == 11
     assert len(identities("budgets") & identities("blocks_5")) == 9
     assert identities("answers") <= identities("blocks_0.84")
 
