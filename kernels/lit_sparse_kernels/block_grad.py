@@ -225,8 +225,20 @@ def _(dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, size: Sequ
 def _add_block_grad(
     into_Nhw: Tensor, dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, size: Sequence[int]
 ) -> None:
+    blocks = _checked(dys_TO, packed_TP, blocks_N3, size)
+    _check_into(into_Nhw, packed_TP, (len(blocks.rows), *size))
     run = launch if on_cuda(packed_TP) else on_host
-    run(dys_TO, packed_TP, _checked(dys_TO, packed_TP, blocks_N3, size), size, into_Nhw)
+    run(dys_TO, packed_TP, blocks, size, into_Nhw)
+
+
+def _check_into(into_Nhw: Tensor, packed_TP: Tensor, shape: tuple[int, ...]) -> None:
+    dtype = torch.promote_types(packed_TP.dtype, torch.float32)
+    alike = (into_Nhw.dtype, into_Nhw.device) == (dtype, packed_TP.device) and tuple(into_Nhw.shape) == shape
+    if not alike or not into_Nhw.is_contiguous():
+        raise ValueError(
+            f"into_Nhw is {into_Nhw.dtype} of shape {tuple(into_Nhw.shape)} and strides {into_Nhw.stride()} on "
+            f"{into_Nhw.device}; expected {dtype} of shape {shape}, contiguous, on {packed_TP.device}."
+        )
 
 
 def _checked(dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, size: Sequence[int]) -> Listed:
@@ -259,7 +271,7 @@ def block_grad(
         packed_TP: Packed input columns of the same dtype, (T, P), P a multiple of the block width.
         blocks_N3: (N, 3) integer tensor: layer, block row, place of the block column in `packed_TP`.
         size: Block height and width.
-        into_Nhw: Where to add them, in place, instead of in new memory.
+        into_Nhw: Where to add them, in place, instead of in new memory; of the result's form, contiguous.
 
     Returns:
         (N, h, w); rows past the end of a ragged last block row are zero.

@@ -92,7 +92,7 @@ def test_double_is_exact_to_rounding():
 def test_compilers_see_the_op():
     given = inputs(*CASES[4])
     torch.library.opcheck(torch.ops.lit_sparse.block_grad.default, given)
-    into = torch.zeros(5, 32, 32)
+    into = torch.zeros(len(CASES[4][4]), 32, 32)
     torch.library.opcheck(torch.ops.lit_sparse.add_block_grad.default, (into, *given))
 
 
@@ -115,3 +115,11 @@ def test_refuses_in_a_sentence(changed, expected):
     given = {"dys_TO": [torch.zeros(4, 8)], "packed_TP": torch.zeros(4, 8), "blocks_N3": torch.tensor([[0, 0, 0]])}
     with pytest.raises(ValueError, match=re.escape(expected)):
         block_grad(**given | changed, size=(4, 4))
+
+
+@pytest.mark.parametrize(
+    "into", [torch.zeros(2, 4, 4), torch.zeros(1, 4, 4).half(), torch.zeros(1, 4, 8)[..., ::2], torch.zeros(1, 16)]
+)
+def test_refuses_to_add_to_what_has_another_form(into):
+    with pytest.raises(ValueError, match=r"into_Nhw is .*; expected torch.float32 of shape \(1, 4, 4\), contiguous"):
+        block_grad([torch.zeros(4, 8)], torch.zeros(4, 8), torch.tensor([[0, 0, 0]]), (4, 4), into)

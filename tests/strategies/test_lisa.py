@@ -10,11 +10,13 @@ import torch
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
+from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
 from lit_sparse.strategies import LISA, SMT, compose
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
 from tests.strategies.test_smt import loss_of, probe_of
+from tests.test_contract import data, trainer
 
 
 def attached(kind="llama", dtype=torch.float32, **options):
@@ -194,6 +196,15 @@ def test_resuming_in_the_middle_of_an_interval_changes_nothing(sampler, state):
     assert again.draws == strategy.draws
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters(), strict=True))
     assert state_bytes(other) == state_bytes(optimizer)
+
+
+def test_only_what_trains_is_in_fp32_where_the_base_is_in_bf16():
+    task = CausalLM(tiny_llm("llama").bfloat16(), [LISA(active_layers=1, interval=2, sampler="cyclic")], lr=1e-2)
+    task.precision = "bfloat16"
+    trainer(5).fit(task, datamodule=data())
+    dtypes = {parameter.requires_grad: parameter.dtype for parameter in task.build().parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert len({layer for draw in task.updates[0].draws[:-1] for layer in draw}) > 1, "nothing was switched"
 
 
 def test_the_rate_rises_after_each_draw():
