@@ -36,6 +36,8 @@ ENOUGH_BLOCKS, MATMUL_SHARE, MOST_DIAGONAL, COPY_SHARE = 27, 0.70, 1.05, 0.85
 """What is promised on an H100: from so many blocks on a share of the matmul rate; a share of the copy rate."""
 CACHE_BYTES = 256 * 2**20
 """Written between timings on a GPU, so that none finds its inputs in the cache."""
+PAUSE_CYCLES = 10**7
+"""Before a timing on a GPU, some milliseconds: else it would hold the host's time to launch what is timed."""
 MODELS = {  # width, key and value width, MLP width, block size
     "SmolLM2-135M": (576, 192, 1536, 64),
     "Llama-3.2-1B": (2048, 512, 8192, 256),
@@ -273,12 +275,13 @@ def times(work: Work, device: torch.device, rounds: int) -> dict[str, list[float
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """How long one call takes; on a GPU by events, which do not see what the host does meanwhile."""
+    """How long one call takes; on a GPU by events, behind a pause in which the host gets ahead of the device."""
     if device.type != "cuda":
         begin = perf_counter()
         run()
         return perf_counter() - begin
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(PAUSE_CYCLES)
     begin.record()
     run()
     end.record()
