@@ -33,8 +33,9 @@ bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmark
 quality: $(BUILT)     ## fill a quality table (TABLE=blocks_0.84) for MINUTES, as long as something is left to do
 	$(BIN)/python -m benchmarks.quality $(or $(TABLE),blocks_0.84) --minutes $(or $(MINUTES),60)
 
-readme: $(BUILT)     ## write the tables of README.md from benchmarks/results
+readme: $(BUILT)     ## write the tables and figures of README.md from benchmarks/results
 	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python -m benchmarks.plots
 
 assets: $(BUILT)     ## bring the demo model and data into the cache
 	$(BIN)/python -c "from lit_sparse import demo; print(demo.model_folder(), demo.dataset_file('gsm8k').parent)"

@@ -162,11 +162,67 @@ def ratio(line: Line) -> str:
     return f"Steps with the profiler take {times} times as long as without ({rounds})."
 
 
+LISA_HEAD = [
+    "mode",
+    "trainable",
+    "step time / full fine-tuning [95 %]",
+    "peak resident, GiB",
+    "saved for backward, MiB",
+]
+STATE_HEAD = [
+    "when a layer stops training",
+    "MiB of state at first",
+    "after 10 switches",
+    "after 20 switches",
+    "full fine-tuning",
+    "peak resident, GiB",
+]
+
+
+def lisa(results: Path) -> str:
+    """LISA beside full fine-tuning and LoRA, and what its policies keep: two tables a device."""
+    lines = read_lines(results / "lisa.jsonl", "python -m benchmarks.lisa")
+    return "\n\n".join(lisa_on(device, lines) for device in dict.fromkeys(line["device"] for line in lines))
+
+
+def lisa_on(device: str, lines: Sequence[Line]) -> str:
+    here = [line for line in lines if line["device"] == device]
+    modes = newest((line for line in here if "mode" in line), key="mode")
+    pairs = newest((line for line in here if "pair" in line), key="pair")
+    policies = newest((line for line in here if "policy" in line), key="policy")
+    used = [*modes.values(), *pairs.values(), *policies.values()]
+    steps = [lisa_row(line, pairs.get(json.dumps([line["mode"], "full"]))) for line in modes.values()]
+    tables = [table(LISA_HEAD, steps), table(STATE_HEAD, map(state_row, policies.values()))]
+    return "\n\n".join([caption("python -m benchmarks.lisa", used), *tables])
+
+
+def lisa_row(line: Line, pair: Line | None) -> list[str]:
+    return [
+        line["mode"],
+        f"{line['trainable']:,} ({line['trainable_share']:.2%})",
+        "1" if line["mode"] == "full" else step_time(line["mode"], pair),
+        f"{line['peak_rss'] / 2**30:.2f}",
+        f"{line['saved_bytes'] / 2**20:.1f}",
+    ]
+
+
+def state_row(line: Line) -> list[str]:
+    held = [optimizer + strategy for _, optimizer, strategy in line["states"]]
+    sizes = [*(held[switches] for switches in (0, 10, 20)), line["full_state"]]
+    return [line["policy"], *(f"{size / 2**20:,.1f}" for size in sizes), f"{line['peak_rss'] / 2**30:.2f}"]
+
+
 def number(value: float | None, form: str, factor: float = 1.0) -> str:
     return "-" if value is None else format(value * factor, form)
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"peers": peers, "gpu": gpu, "kernels": kernels, "overhead": overhead}
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "peers": peers,
+    "gpu": gpu,
+    "kernels": kernels,
+    "overhead": overhead,
+    "lisa": lisa,
+}
 
 
 def read_lines(path: Path, command: str) -> list[Line]:

@@ -21,9 +21,10 @@ from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse_profiling.kernels import table as kernel_table
+from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.profiler import EXAMINATION, LOOKED_INTO, Plan
 from lit_sparse_profiling.reconcile import findings
-from lit_sparse_profiling.record import ModelSize, RunRecord
+from lit_sparse_profiling.record import ModelSize, RunRecord, StateBytes
 
 SAMPLE_TOKENS = 96
 CHECKPOINT_STEPS = 100
@@ -53,6 +54,8 @@ class Recorder(Profile):
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.answers: list[dict[str, Any]] = []
+        self.states: list[StateBytes] = []
+        self._next_state = 1
         self._saved = -1
 
     # ---- the course of a fit
@@ -60,11 +63,12 @@ class Recorder(Profile):
     def on_train_start(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
         self._answer(trainer, pl_module, "before")
         super().on_train_start(trainer, pl_module)
+        if trainer.global_step:
+            self._note_state(trainer, pl_module)  # what a checkpoint brought back
 
     def plan_of(self, module: CausalLM) -> Plan:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan = super().plan_of(module)
-        periods = [update.period for update in module.updates if update.period is not None]
-        return dataclasses.replace(plan, warmup=plan.warmup + max(periods, default=0))  # past one switch
+        return dataclasses.replace(plan, warmup=plan.warmup + max(periods_of(module), default=0))  # past one switch
 
     def about(self, module: CausalLM) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {
@@ -90,6 +94,7 @@ class Recorder(Profile):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
+        self._note_state(trainer, pl_module)
         # Saved here and not at the end of training, where Lightning has counted an unfinished epoch as finished.
         if self.checkpoint_steps == 0 or step == self._saved:
             return
@@ -103,6 +108,15 @@ class Recorder(Profile):
             print_summary(RunRecord.read(self.folder / "record.json"), self.folder)
 
     # ---- results
+
+    def _note_state(self, trainer: L.Trainer, module: CausalLM) -> None:
+        """Once after each change of the trainable set, when the state of what trains now is there."""
+        step, periods = trainer.global_step, periods_of(module)
+        if not periods or step < self._next_state:
+            return
+        held = ledger(module, trainer.optimizers[0], [update.state_dict() for update in module.updates])
+        self.states.append(StateBytes(step, held.optimizer, held.strategy))
+        self._next_state = min(step - (step - 1) % period + period for period in periods)
 
     def _save(self, trainer: L.Trainer) -> None:
         last = self.folder / "checkpoints" / "last.ckpt"
@@ -136,11 +150,17 @@ class Recorder(Profile):
                 moment: scores for moment, scores in (("before", self.before), ("after", self.after)) if scores
             },
             "samples": self.answers,
+            "states": self.states,
         }
         if module.model is not None:
             trained = sum(parameter.numel() for _, parameter in trainable(module.model))
             ours["model"] = ModelSize(base=module.base, parameters=module.base_parameters, trainable=trained)
         return super().record(trainer, module, **{**ours, **fields})
+
+
+def periods_of(module: CausalLM) -> list[int]:
+    """Optimizer steps from change to change of the trainable set, of each strategy that changes it."""
+    return [update.period for update in module.updates if update.period is not None]
 
 
 def fields_of(update: UpdateStrategy) -> dict[str, Any]:

@@ -162,6 +162,21 @@ class Pair:
     rounds: int
 
 
+@dataclass(frozen=True)
+class StateBytes:
+    """What the optimizer and the strategies kept at one step of a training whose trainable set changes.
+
+    Attributes:
+        step: The optimizer step (from 1) after which that was: the first after a change, by when all that trains has
+            its state, or the one that a fit was resumed after.
+        optimizer: Bytes of the optimizer's state; `strategy` of the strategies', wherever they keep it.
+    """
+
+    step: int
+    optimizer: int
+    strategy: int
+
+
 Attribution = Literal["own pid", "only process", "device delta"]
 
 
@@ -317,6 +332,7 @@ class RunRecord:
         versions: Package name to version.
         updates: One `{"class": ..., "fields": {...}}` an update strategy.
         settings: What else defines the run: batch size, length, precision, seed.
+        states: Optimizer and strategy state from change to change of the trainable set; empty where it never changes.
         outcome: Metrics by moment: `{"before": {"loss": ...}, "after": {"loss": ...}}`.
         samples: Texts generated, or whatever else is to be shown.
         notes: What could not be measured, a sentence each.
@@ -342,6 +358,7 @@ class RunRecord:
     pair: Pair | None = None
     driver: Driver | None = None
     kernels: Kernels | None = None
+    states: list[StateBytes] = field(default_factory=list)
     outcome: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: list[Any] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

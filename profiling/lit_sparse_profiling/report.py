@@ -20,7 +20,7 @@ from rich.text import Text
 from lit_sparse_profiling.gate import check, save_baseline, share
 from lit_sparse_profiling.kernels import table as kernel_table
 from lit_sparse_profiling.reconcile import amount, findings, reconcile, residue
-from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.record import RunRecord, StateBytes
 from lit_sparse_profiling.runs import Runs, kind_of, likeness, method_of, name_of, peak_of, read_runs
 
 UNREADABLE = "unreadable"
@@ -311,9 +311,19 @@ def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
         return
     if record.reason is not None:
         yield f"{record.name}: {record.status}: {record.reason}"
+    if alone and record.states:
+        yield states(record.states)
     count = len(findings(record))
     if count and not alone:
         yield f"{record.name}: {count} of its memory figures are not as they should be; report {file.parent} alone."
+
+
+def states(noted: list[StateBytes]) -> str:
+    """Whether optimizer and strategy state grew as the trainable set changed, in a sentence."""
+    held = [state.optimizer + state.strategy for state in noted]
+    low, high, last = (amount(size) for size in (min(held), max(held), held[-1]))
+    course = f"{low} each time" if min(held) == max(held) else f"{low} to {high}, {last} at last"
+    return f"State of optimizer and strategies, noted {len(held)} times, after each change of what trains: {course}."
 
 
 def _print_gate(runs: Runs, baseline: Path, tolerance: float, console: Console) -> bool:

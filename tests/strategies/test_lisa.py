@@ -1,8 +1,10 @@
 """LISA: who trains, who does not move, what state there is, and that resuming changes nothing."""
 
 import copy
+import dataclasses
 import itertools
 import math
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,9 +14,12 @@ from lit_sparse.errors import BadInput
 from lit_sparse.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
+from lit_sparse.recorder import Recorder
 from lit_sparse.strategies import LISA, SMT, compose
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import Claim, UpdateStrategy, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
+from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.record import RunRecord
 from tests.strategies.test_smt import loss_of, probe_of
 from tests.test_contract import data, trainer
 
@@ -207,6 +212,43 @@ def test_only_what_trains_is_in_fp32_where_the_base_is_in_bf16():
     assert len({layer for draw in task.updates[0].draws[:-1] for layer in draw}) > 1, "nothing was switched"
 
 
+def formula(task, draw):
+    """Bytes of AdamW's state of what trains: two moments in fp32, and a count of steps for each tensor."""
+    layers = decoder_layers(task.build())
+    parameters = [p for number in draw for p in layers[number].parameters()] + outside(task.build())
+    return sum(8 * parameter.numel() + 4 for parameter in parameters)
+
+
+def recorded(folder, steps, start=None, **options):
+    """The module and the record of a fit on a tiny model; `start` is a checkpoint to resume from."""
+    folder.mkdir()
+    task = CausalLM(tiny_llm("llama"), [LISA(active_layers=1, interval=2, **options)], lr=1e-2)
+    task.resume_from = start
+    recorder = Recorder(folder, Plan(examine=False, profiled=0), samples=0)
+    trainer(steps, callbacks=[recorder], num_sanity_val_steps=0).fit(task, datamodule=data(), ckpt_path=start)
+    return task, RunRecord.read(folder / "record.json")
+
+
+def test_the_record_has_the_state_after_every_switch_and_after_resuming(tmp_path):
+    task, record = recorded(tmp_path / "a", 7)
+    draws = task.updates[0].draws
+    assert [(at.step, at.optimizer) for at in record.states] == [(2 * n + 1, formula(task, draws[n])) for n in range(4)]
+    last = tmp_path / "a" / "checkpoints" / "last.ckpt"
+    resumed, record = recorded(tmp_path / "b", 10, start=last)  # in the midst of an interval
+    draws = resumed.updates[0].draws
+    assert [(at.step, at.optimizer) for at in record.states] == [
+        (7, formula(resumed, draws[3])),
+        (9, formula(resumed, draws[4])),
+    ]
+
+
+def test_kept_state_grows_in_the_record(tmp_path):
+    _, record = recorded(tmp_path / "a", 7, state="keep", sampler=Cyclic("ascending"))
+    held = [at.optimizer + at.strategy for at in record.states]
+    layer = sum(8 * p.numel() + 4 for p in layer_parameters(tiny_llm("llama"))[0])
+    assert [size - held[0] for size in held] == [0, layer, 2 * layer, 2 * layer]
+
+
 def test_the_rate_rises_after_each_draw():
     model, strategy = attached(interval=4, warmup=3)
     optimizer, rates = optimizer_of(model), []
@@ -347,6 +389,54 @@ def test_a_probe_without_data_is_refused():
 def test_a_model_without_layers_is_refused():
     with pytest.raises(BadInput, match="the layers of Linear were not found"):
         LISA().attach(torch.nn.Linear(2, 2), no_probe)
+
+
+@dataclasses.dataclass
+class Pull(UpdateStrategy):
+    """A penalty on all weights: their squares."""
+
+    weight: float = 1.0
+
+    def attach(self, model, probe):
+        self.model = model
+
+    def penalty(self, batch, output):
+        return self.weight * torch.stack([p.square().sum() for p in self.model.parameters() if p.requires_grad]).sum()
+
+
+@dataclasses.dataclass
+class OwnOptimizer(UpdateStrategy):
+    """Insists on an optimizer, as GaLore-like and zeroth-order methods do."""
+
+    claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer"})
+
+    def optimizer(self, named_params, lr):
+        return torch.optim.RMSprop(parameter_groups(named_params), lr=lr)
+
+
+def fitted(*others, sampler="cyclic"):
+    task = CausalLM(tiny_llm("llama"), [LISA(active_layers=1, interval=1, sampler=sampler), *others], lr=1e-2)
+    trainer(4).fit(task, datamodule=data())
+    return task
+
+
+def test_goes_with_penalties():
+    pulled, plain = fitted(Pull(10.0)), fitted(Pull(0.0))
+    assert pulled.updates[0].draws == plain.updates[0].draws
+    norms = [torch.stack([p.detach().norm() for p in task.build().parameters()]) for task in (pulled, plain)]
+    assert norms[0].sum() < norms[1].sum()
+
+
+def test_goes_with_methods_that_bring_their_optimizer():
+    task = fitted(OwnOptimizer())
+    (optimizer,) = task.trainer.optimizers
+    assert type(getattr(optimizer, "optimizer", optimizer)) is torch.optim.RMSprop
+    base = dict(tiny_llm("llama").named_parameters())
+    layers = {layer for draw in task.updates[0].draws[:4] for layer in draw}
+    assert len(layers) > 1, "nothing was switched"
+    for number, layer in enumerate(decoder_layers(task.build())):
+        moved = [not torch.equal(p, base[f"model.layers.{number}.{name}"]) for name, p in layer.named_parameters()]
+        assert all(moved) if number in layers else not any(moved)
 
 
 def test_goes_with_no_other_choice_of_what_trains():

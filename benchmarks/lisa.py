@@ -1,0 +1,207 @@
+"""LISA beside full fine-tuning and LoRA: step time, memory, state from switch to switch, and how far layers move.
+
+`python -m benchmarks.lisa` measures three things on the demo model and appends them to benchmarks/results/lisa.jsonl:
+`time`: steps of LISA and LoRA in turn with full fine-tuning's, 4 x 256 random tokens (wants a quiet machine);
+`state`: optimizer and strategy state over twenty switches, for each policy of LISA's;
+`norms`: norms of each layer's weights, and of their change, after fine-tuning on grade-school problems: the premise of
+LISA's paper (arXiv 2403.17919, section 3.1) is that LoRA moves embeddings and head most.
+What is there already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.peers import mode_line, pair_line
+from benchmarks.provenance import ROOT, provenance
+from benchmarks.quality import QUIET
+from lit_sparse.anatomy import decoder_layers
+from lit_sparse.bench import bench
+from lit_sparse.merge import Merge
+from lit_sparse_profiling.bench import Job, execute
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.runs import method_of, name_of, read_runs
+
+HERE = ROOT / "benchmarks" / "lisa"
+RESULTS = ROOT / "benchmarks" / "results" / "lisa.jsonl"
+PARTS = ("time", "state", "norms")
+FULL, LORA = "full.yaml", str(ROOT / "benchmarks" / "peers" / "lora_all.yaml")
+EMBEDDINGS, FROZEN = str(HERE / "embeddings.yaml"), str(HERE / "frozen.yaml")
+POLICIES = {"reset": FROZEN, "offload": str(HERE / "offload.yaml"), "keep": str(HERE / "keep.yaml")}
+SWITCHES = 20
+MOST = 0.75
+"""What the step time with embeddings frozen may be of full fine-tuning's, on a CPU."""
+TRAINED = {
+    "full": (FULL, 2e-5),
+    "lora": (LORA, 5e-4),
+    "lora_embeddings": (str(HERE / "lora_embeddings.yaml"), 5e-4),
+    "lisa": (EMBEDDINGS, 1e-4),
+}
+"""What the norms are of: the YAML and its peak learning rate."""
+STEPS = 64
+"""Optimizer steps that the norms are measured after."""
+Line = dict[str, Any]
+
+
+# ---- step time and memory
+
+
+def time(into: Path, rounds: int) -> Iterator[Line]:
+    """LISA's and LoRA's steps in turn with full fine-tuning's."""
+    common = [f"--config={ROOT / 'benchmarks' / 'peers' / 'workload.yaml'}", f"--steps={rounds}"]
+    measure([FULL, f"--into={into / 'alone'}", *common])
+    measure([EMBEDDINGS, FROZEN, LORA, f"--against={FULL}", f"--into={into / 'turns'}", *common])
+    for name, record in newest([into / "alone", into / "turns"]).items():
+        yield provenance("lisa", record) | mode_line(name, record)
+        if record.pair is not None:
+            yield provenance("lisa", record) | pair_line(name, record.pair)
+
+
+def measure(words: Sequence[str]) -> None:
+    """Run `lit-sparse bench`.
+
+    Raises:
+        RuntimeError: if one of its runs failed.
+    """
+    if bench(words):
+        raise RuntimeError(f"a run of `lit-sparse bench {' '.join(words)}` failed; see above.")
+
+
+def newest(folders: Sequence[Path]) -> dict[str, RunRecord]:
+    """The newest record of each method.
+
+    Raises:
+        RuntimeError: if one has no result.
+    """
+    found = {method_of(name_of(path, record)): record for path, record in read_runs(list(folders))}
+    for name, record in found.items():
+        if isinstance(record, str) or record.status != "ok":
+            raise RuntimeError(f"{name} has no result: {record}")
+    return found  # pyright: ignore[reportReturnType] - no string is left
+
+
+# ---- state from switch to switch
+
+
+def state(into: Path) -> Iterator[Line]:
+    """What each policy keeps, from the first interval to the twentieth switch, beside full fine-tuning's state."""
+    steps = 2 * (SWITCHES + 1)  # two in each interval, the first one of it included
+    common = [f"--config={HERE / 'states.yaml'}", f"--steps={steps}", f"--into={into / 'state'}"]
+    measure([FULL, *POLICIES.values(), *common])
+    records = newest([into / "state"])
+    for policy, yaml in POLICIES.items():
+        record = records[Path(yaml).stem]
+        yield provenance("lisa", record) | state_line(policy, record, records["full"])
+
+
+def state_line(policy: str, record: RunRecord, full: RunRecord) -> Line:
+    assert record.model is not None
+    assert full.ledger is not None
+    noted = [(at.step, at.optimizer, at.strategy) for at in record.states[: SWITCHES + 1]]
+    return {
+        "policy": policy,
+        "trainable": record.model.trainable,
+        "states": noted,
+        "full_state": full.ledger.optimizer,
+        "peak_rss": next(phase.peak_rss for phase in record.phases if phase.name == "training"),
+    }
+
+
+# ---- how far layers move
+
+
+def norms(into: Path) -> Iterator[Line]:
+    """Norms of each layer before training, and of its change."""
+    for name, (yaml, rate) in TRAINED.items():
+        folder = trained(name, yaml, rate, into / "norms")
+        merge = Merge.of(folder)
+        record = RunRecord.read(folder / "record.json")
+        yield provenance("lisa", record) | {
+            "norms": name,
+            "lr": rate,
+            "steps": STEPS,
+            "after": record.outcome["after"],
+            "layers": moved(merge.base, merge.model),
+        }
+
+
+def trained(name: str, yaml: str, rate: float, into: Path) -> Path:
+    """The folder of a fit on grade-school problems."""
+    config = [f"--config={yaml}", f"--config={ROOT / 'benchmarks' / 'quality' / 'workloads' / 'demo.yaml'}"]
+    ends = [f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.num_sanity_val_steps=0"]
+    place = [f"--run={name}", f"--trainer.default_root_dir={into}", f"--checkpoint_steps={STEPS}"]
+    command = [sys.executable, "-m", "lit_sparse", "fit", *config, f"--model.lr={rate}", *ends, *place, *QUIET]
+    folder = execute(Job(name, command, {}), into)
+    record = RunRecord.read(folder / "record.json")
+    if record.status != "ok":
+        raise RuntimeError(f"{name} has no result: {record.reason}")
+    return folder
+
+
+@torch.no_grad()
+def moved(base: nn.Module, model: nn.Module) -> list[Line]:
+    """Of embeddings, each decoder layer, final norm and head: the norm of its weights, and that of their change."""
+    return [
+        {"layer": name, "norm": norm(before), "change": norm([b - a for a, b in zip(before, after, strict=True)])}
+        for (name, before), (_, after) in zip(parts(base), parts(model), strict=True)
+    ]
+
+
+def parts(model: nn.Module) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """The model's parameters in fp32: what is outside the decoder layers one by one, and each layer as a whole."""
+    layers = decoder_layers(model)
+    inside = {id(parameter): number for number, layer in enumerate(layers) for parameter in layer.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in inside:
+            yield name, [parameter.float()]
+    for number, layer in enumerate(layers):
+        yield str(number), [parameter.float() for parameter in layer.parameters()]
+
+
+def norm(tensors: Sequence[torch.Tensor]) -> float:
+    return float(torch.stack([tensor.norm() for tensor in tensors]).norm())
+
+
+# ---- the command
+
+
+def verdict(lines: Sequence[Line]) -> str | None:
+    """Whether the promised step time was met, where it was measured."""
+    for line in lines:
+        if line.get("pair") == ["frozen", "full"]:
+            met = "met   " if line["ratio_median"] <= MOST else "missed"
+            return f"{met} frozen: step time {line['ratio_median']:.3f} of full fine-tuning's, at most {MOST}"
+    return None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure what is missing and append it; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--rounds", type=int, default=30, help="timed steps of each pair (default 30)")
+    parser.add_argument("--into", type=Path, default=Path("runs/lisa"), help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
+    asked = parser.parse_args(arguments)
+    os.chdir(ROOT)
+    measures = {"time": lambda: time(asked.into, asked.rounds), "state": lambda: state(asked.into)}
+    measures["norms"] = lambda: norms(asked.into)
+    for part in asked.parts:
+        found = list(measures[part]())
+        with asked.results.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in found)
+        if (said := verdict(found)) is not None:
+            print(said)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Draws the figures of README.md from the measurements in benchmarks/results: `python -m benchmarks.plots`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks.readme import Line, newest, read_lines
+
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent / "figures"
+LABELS = {
+    "full": "full fine-tuning",
+    "lora": "LoRA, all linear layers",
+    "lora_embeddings": "LoRA, embeddings too",
+    "lisa": "LISA",
+}
+MIB = 2**20
+STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_sparse", "font.size": 9, "axes.grid": True}
+"""The same file from the same measurements, on any machine."""
+
+
+def lisa_state(lines: Sequence[Line]) -> Figure:
+    """What each policy of LISA's keeps from switch to switch."""
+    policies = newest((line for line in lines if "policy" in line), key="policy")
+    figure, axes = _figure(1)
+    for line in policies.values():
+        held = [(optimizer + strategy) / MIB for _, optimizer, strategy in line["states"]]
+        dashed = "--" if line["policy"] == "offload" else "-"  # as much as `keep`, but in host memory
+        axes[0].plot(range(len(held)), held, dashed, marker=".", label=line["policy"])
+    full = next(iter(policies.values()))["full_state"] / MIB
+    axes[0].axhline(full, color="grey", linestyle=":", label="full fine-tuning")
+    axes[0].set(xlabel="switches", ylabel="optimizer and strategy state, MiB", ylim=(0, None))
+    axes[0].legend()
+    return figure
+
+
+def lisa_norms(lines: Sequence[Line]) -> Figure:
+    """How large each layer's weights are, and how far they moved, by method."""
+    arms = newest((line for line in lines if "norms" in line), key="norms")
+    figure, (norms, changes) = _figure(2)
+    for line in arms.values():
+        names, label = [at["layer"] for at in line["layers"]], LABELS[line["norms"]]
+        places = range(len(names))
+        changes.semilogy(places, [at["change"] / at["norm"] for at in line["layers"]], ".-", label=label)
+        if line["norms"] == "full":
+            norms.semilogy(places, [at["norm"] for at in line["layers"]], ".-", color="grey")
+        _named(changes, names)
+        _named(norms, names)
+    norms.set(ylabel="norm of the base's weights")
+    changes.set(ylabel="norm of the change / norm of the weights")
+    changes.legend()
+    return figure
+
+
+def _named(axes: Axes, names: Sequence[str]) -> None:
+    """Decoder layers by every fifth number, all else by name."""
+    short = {name: name.removesuffix(".weight").rpartition(".")[2] for name in names}
+    ticks = [place for place, name in enumerate(names) if not name.isdigit() or int(name) % 5 == 0]
+    axes.set_xticks(ticks, [short[names[place]] for place in ticks], rotation=60)
+    axes.set_xlabel("layer")
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(4.5 * columns, 3.2), layout="constrained")
+    return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
+
+
+FIGURES_OF = {"lisa.jsonl": {"lisa_state": lisa_state, "lisa_norms": lisa_norms}}
+
+
+def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
+    """Draw all figures whose measurements are there; the exit status."""
+    into.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        for file, drawn in FIGURES_OF.items():
+            lines = read_lines(results / file, f"python -m benchmarks.{Path(file).stem}")
+            for name, draw in drawn.items():
+                draw(lines).savefig(into / f"{name}.svg", metadata={"Date": None})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
