@@ -156,15 +156,14 @@ def moved(base: nn.Module, model: nn.Module) -> list[Line]:
     ]
 
 
-def parts(model: nn.Module) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """The model's parameters in fp32: what is outside the decoder layers one by one, and each layer as a whole."""
-    layers = decoder_layers(model)
-    inside = {id(parameter): number for number, layer in enumerate(layers) for parameter in layer.parameters()}
+def parts(model: nn.Module) -> list[tuple[str, list[torch.Tensor]]]:
+    """The model's parameters in fp32, in its order: each decoder layer as a whole, what is outside one by one."""
+    layers = enumerate(decoder_layers(model))
+    layer_of = {id(parameter): str(number) for number, layer in layers for parameter in layer.parameters()}
+    grouped: dict[str, list[torch.Tensor]] = {}
     for name, parameter in model.named_parameters():
-        if id(parameter) not in inside:
-            yield name, [parameter.float()]
-    for number, layer in enumerate(layers):
-        yield str(number), [parameter.float() for parameter in layer.parameters()]
+        grouped.setdefault(layer_of.get(id(parameter), name), []).append(parameter.float())
+    return list(grouped.items())
 
 
 def norm(tensors: Sequence[torch.Tensor]) -> float:
