@@ -87,16 +87,16 @@ def gpu(results: Path) -> str:
     if not (results / "gpu.jsonl").exists():
         return f"Not measured yet: no GPU was at hand. `make gpu` (`{command}`) measures and writes this table."
     lines = read_lines(results / "gpu.jsonl", command)
-    return "\n\n".join(gpu_on(device, lines, command) for device in dict.fromkeys(line["device"] for line in lines))
+    places = dict.fromkeys((line["device"], line["model"]) for line in lines)
+    return "\n\n".join(gpu_on(*place, lines, command) for place in places)
 
 
-def gpu_on(device: str, lines: Sequence[Line], command: str) -> str:
-    here = [line for line in lines if line["device"] == device]
+def gpu_on(device: str, model: str, lines: Sequence[Line], command: str) -> str:
+    here = [line for line in lines if (line["device"], line["model"]) == (device, model)]
     methods = newest((line for line in here if "method" in line), key="method")
     pairs = newest((line for line in here if "pair" in line), key="pair")
-    head = (
-        f"{caption(command, [*methods.values(), *pairs.values()])}\n\n{table(GPU_HEAD, map(gpu_row, methods.values()))}"
-    )
+    about = f"{caption(command, [*methods.values(), *pairs.values()])} Shapes of `{model}`."
+    head = f"{about}\n\n{table(GPU_HEAD, map(gpu_row, methods.values()))}"
     rows = [[*line["pair"], step_time("", line)] for line in pairs.values()]
     return f"{head}\n\n{table(['step time of', 'beside', 'ratio [95 %]'], rows)}" if rows else head
 

@@ -66,6 +66,6 @@ def test_figures_show_every_policy_and_method(tmp_path):
     axes = lisa_state(LINES).axes[0]
     assert [line.get_label() for line in axes.lines] == ["reset", "keep", "full fine-tuning"]
     assert list(axes.lines[1].get_ydata())[-1] == 21.0
-    norms, changes = lisa_norms(LINES).axes
+    _, changes = lisa_norms(LINES).axes
     assert [line.get_label() for line in changes.lines] == ["full fine-tuning", "LoRA, all linear layers"]
     assert list(changes.lines[0].get_ydata()) == [0.05, 0.1, 0.15, 0.05]

@@ -185,10 +185,12 @@ def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
 def test_pairs_on_a_gpu_are_judged_and_shown(tmp_path: Path) -> None:
     run = record("smt-1", device=Device("cuda", "a GPU", memory=2**36), model=ModelSize("1b", 1000, 10))
     pair = provenance.provenance("gpu", run) | peers.pair_line("smt", Pair("floor", 1.02, 1.01, 1.05, 1.1, 20))
-    alone = [{"method": "smt", "requested": 30}, {"method": "full", "requested": 100}]
-    floor, peak = gpu.verdicts([pair, *alone])
+    alone = [{"method": "smt", "requested": 30, "model": "1b"}, {"method": "full", "requested": 100, "model": "1b"}]
+    large = {"method": "frozen", "requested": 1, "reserved": 24.1e9, "model": "8b"}
+    floor, peak, lisa = gpu.verdicts([pair, *alone, large])
     assert floor == ("smt: step time / floor 1.020, at most 1.03", True)
     assert peak == ("smt: peak of the steps 70.0% below full fine-tuning's, at least 67%", True)
+    assert lisa == ("LISA, frozen embeddings, 8B: 24.1 GB reserved, at most 24", False)
     assert not next(gpu.verdicts([{**pair, "ratio_median": 1.04}, *alone]))[1]
     (tmp_path / "gpu.jsonl").write_text(f"{json.dumps(gpu.line('smt', run))}\n{json.dumps(pair)}\n")
     assert "| smt | floor | 1.020 [1.010, 1.050] |" in readme.gpu(tmp_path)
@@ -275,6 +277,7 @@ def test_they_run_as_modules() -> None:
         "benchmarks.peers",
         "benchmarks.gpu",
         "benchmarks.kernels",
+        "benchmarks.lisa",
         "benchmarks.overhead",
         "benchmarks.quality",
     ):
