@@ -17,7 +17,7 @@ from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 import lit_sparse.data
 import lit_sparse.strategies
@@ -141,10 +141,17 @@ class CLI(LightningCLI):
             self.trainer.fit(**arguments)
         except BadInput:
             if self.new_folder and not any(self.folder.glob("checkpoints/*")):
-                shutil.rmtree(self.folder, ignore_errors=True)
+                remove_run(self.folder)
             raise
 
 
+@rank_zero_only
+def remove_run(folder: Path) -> None:
+    """Remove a run's folder; only the first process knows which it is, the others count on from it."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@rank_zero_only
 def keep_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
     """Set the metrics of a run that is to be resumed aside, since the CSV logger starts its file anew."""
     metrics = folder / "metrics.csv"

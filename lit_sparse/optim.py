@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
@@ -50,6 +50,17 @@ def drop_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
         parameter.grad = None
+
+
+def shard_like(value: Any, parameter: Tensor) -> Any:
+    """This process's shard of a whole tensor of `parameter`'s shape, divided as that is; anything else as it is.
+
+    No process hears of another: each must have the whole.
+    """
+    whole = torch.is_tensor(value) and not isinstance(value, DTensor)
+    if not whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def match_by_name(optimizer: Optimizer) -> Optimizer:

@@ -79,8 +79,10 @@ class Batches(Sampler[list[int]]):
         return int(np.argmax([self.lengths[step].max() * len(step) for step in steps]))
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides the order, but for the rank."""
-        settings = repr((self.batch_size, self.seed, self.world))
+        """A hash of everything that decides the order of steps, by whatever number of processes each is shared."""
+        rows = self.batch_size * self.world
+        short = len(self.lengths) % rows  # rows of the last step: too few for each process to have one, it is left out
+        settings = repr((rows, self.seed, self.world if 0 < short < self.world else 1))
         return hashlib.sha256(self.lengths.tobytes() + settings.encode()).hexdigest()
 
 
@@ -130,12 +132,13 @@ class Loader(DataLoader[Any]):
         """Continues, at the next iteration, where `state` was taken.
 
         Raises:
-            BadInput: other data, batch size, seed or number of processes: the position would mean other rows.
+            BadInput: other data, seed or rows a step: the position would mean other rows.
         """
         if state["order"] != self.batches.fingerprint():
             raise BadInput(
-                "The checkpoint was written with other training data, batch size, seed or number of processes, so its "
-                "place in the data is unknown; resume with the same ones, or start a new run from its weights."
+                "The checkpoint was written with other training data, seed or rows a step (batch size times "
+                "processes), so its place in the data is unknown; resume with the same ones, or start a new run from "
+                "its weights."
             )
         self.position = state["epoch"] * len(self) + state["batch"]
 

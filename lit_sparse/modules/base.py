@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -26,6 +26,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable
+from lit_sparse.sharding import FSDP2Strategy, Sharded
 from lit_sparse.strategies.base import UpdateStrategy, check_keeps_base, compose
 from lit_sparse_profiling.phases import Phases
 
@@ -102,6 +103,7 @@ class LitSparse(L.LightningModule, ABC):
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.trained: set[str] = set()  # names of what was trainable at any time: small checkpoints hold just these
         self._attached = False
+        self._sharded: tuple[Sharded, ...] = ()  # a tuple, as above
         self._widened: dict[torch.nn.Parameter, torch.dtype] = {}
         self._rng: dict[str, Any] | None = None
 
@@ -160,7 +162,8 @@ class LitSparse(L.LightningModule, ABC):
 
     def _attach(self) -> None:
         assert self.model is not None
-        self.model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
+        if not self.to_shard:  # which moves one layer after the other; `probe` moves the whole
+            self.model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
         if self.activation_checkpointing:
             checkpoint_activations(self.model)
         self.model.train()
@@ -205,9 +208,35 @@ class LitSparse(L.LightningModule, ABC):
         if self.compile_model:
             self.model.base_model.compile()
         self._note_trained()
+        if self.to_shard:
+            self._shard()
+
+    @property
+    def to_shard(self) -> bool:
+        """Whether the trainer's strategy divides the model among processes."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy)
+
+    def _shard(self) -> None:
+        if is_quantized(self.build()):
+            raise BadInput("trainer.strategy is fsdp2, which cannot divide a quantised base; train on one device.")
+        self.note_whole()
+        assert self.device_mesh is not None
+        self._sharded = (Sharded(self.build(), self.device_mesh["data_parallel"]),)
+
+    def note_whole(self) -> None:
+        """Find out what the task must know of the whole model, before it is divided among processes."""
+
+    def compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(*args)`, which uses the model: all that does has to come by here, for a model may be divided."""
+        return self._sharded[0].compute(function, *args) if self._sharded else function(*args)
 
     def _widen(self) -> None:
-        """Keep what trains in fp32, where an update at a small lr is not lost, and what stopped training as it was."""
+        """Keep what trains in fp32, where an update at a small lr is not lost, and what stopped training as it was.
+
+        What is divided stays in its dtype, which FSDP2 cannot change; the optimizer keeps fp32 masters of it.
+        """
+        if self.to_shard:
+            return
         for parameter in self.build().parameters():
             if parameter.requires_grad and parameter.dtype in HALF:
                 self._widened[parameter] = parameter.dtype
@@ -221,7 +250,16 @@ class LitSparse(L.LightningModule, ABC):
         self.trained |= {f"model.{name}" for name, _ in named}
 
     def detach(self) -> PreTrainedModel:
-        """Take every strategy off again, last one first, and return the plain model with what was trained merged in."""
+        """Take every strategy off again, last one first, and return the plain model with what was trained merged in.
+
+        Raises:
+            BadInput: if the model is divided among processes.
+        """
+        if self._sharded:
+            raise BadInput(
+                "the model is divided among processes and cannot be put together in place; save a checkpoint, and "
+                "load or export that in a process of its own."
+            )
         model = self.build()
         for update in reversed(self.updates):
             update.detach(model)
@@ -232,6 +270,7 @@ class LitSparse(L.LightningModule, ABC):
         """Losses of the first `steps` training batches (or as many as there are), in the training's precision."""
         names = " and ".join(type(update).__name__ for update in self.updates)
         rank_zero_info(f"{names} looks at {steps} training batches before training.")
+        self.build().to(self.device_to_be)  # pyright: ignore[reportArgumentType]
         loader = self.trainer.fit_loop._data_source.dataloader()
         for _, batch in zip(range(steps), loader, strict=False):
             with self.autocast():
@@ -248,7 +287,30 @@ class LitSparse(L.LightningModule, ABC):
             if update.period is not None and isinstance(self.trainer.strategy, DDPStrategy):
                 raise BadInput(
                     f"{type(update).__name__} trains other weights every {update.period} steps, but DDP reduces the "
-                    "gradients of those alone that train when it starts; train on one device."
+                    "gradients of those alone that train when it starts; set trainer.strategy to fsdp2, or train on "
+                    "one device."
+                )
+        self._refuse_sharding()
+
+    def _refuse_sharding(self) -> None:
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not self.to_shard:
+            raise BadInput(
+                f"trainer.strategy is {type(strategy).__name__}, which knows nothing of update strategies and their "
+                "checkpoints; set it to fsdp2."
+            )
+        if not self.to_shard:
+            return
+        for update in self.updates:
+            if not update.shards:
+                raise BadInput(
+                    f"trainer.strategy is fsdp2, but {type(update).__name__} with these settings cannot train a model "
+                    "that is divided among processes; set it to ddp, where each process has the whole."
+                )
+        for key, given in {"quantize": self.quantize, "compile": self.compile_model}.items():
+            if given:
+                raise BadInput(
+                    f"trainer.strategy is fsdp2, with which model.{key} does not work; leave one of them out."
                 )
 
     def _refuse_for(self, kind: type[UpdateStrategy]) -> None:
@@ -274,8 +336,9 @@ class LitSparse(L.LightningModule, ABC):
         return torch.autocast(self.device_to_be.type, self.frozen_dtype)
 
     def on_fit_start(self) -> None:
-        frozen = str(self.frozen_dtype).removeprefix("torch.")
-        rank_zero_info(f"Frozen weights and computation are in {frozen}, what is trained and its optimizer in float32.")
+        frozen, masters = str(self.frozen_dtype).removeprefix("torch."), self._sharded and self.frozen_dtype in HALF
+        trained = "the masters of what is trained" if masters else "what is trained and its optimizer"
+        rank_zero_info(f"Frozen weights and computation are in {frozen}, {trained} in float32.")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._rng is not None:  # only now: making the loaders' iterators draws random numbers too
@@ -284,7 +347,7 @@ class LitSparse(L.LightningModule, ABC):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         with self.autocast():
-            loss, output = self.loss(batch)
+            loss, output = self.compute(self.loss, batch)
             penalties = [p for update in self.updates if (p := update.penalty(batch, output)) is not None]
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss + torch.stack(penalties).sum() if penalties else loss
@@ -304,23 +367,33 @@ class LitSparse(L.LightningModule, ABC):
             )
         make = self.make_optimizer or AdamW
         optimizer = own[0][1] if own else make(parameter_groups(named), lr=self.lr)  # pyright: ignore
+        self._refuse_lost_updates(optimizer)
         match_by_name(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = LambdaLR(optimizer, lambda step: factor(self.schedule, step, int(warmup), total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _refuse_lost_updates(self, optimizer: Optimizer) -> None:
+        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if any(parameter.dtype in HALF for parameter in trained) and not isinstance(optimizer, AdamW):
+            raise BadInput(
+                f"model.optimizer is {type(optimizer).__name__}, which keeps no fp32 masters, but under fsdp2 what is "
+                "trained is in bfloat16, where small updates are lost; leave it out, or set model.precision to float32."
+            )
+
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        plain = gradient_clip_algorithm in (None, "norm") and not any(isinstance(grad, DTensor) for grad in grads)
-        if not gradient_clip_val or not plain or not isinstance(optimizer, AdamW):
+        by_norm = gradient_clip_algorithm in (None, "norm")
+        if not gradient_clip_val or not by_norm or not isinstance(optimizer, AdamW):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         # The optimizer divides gradients as it reads them; to clip them in place would be a pass of its own.
         norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.grad_scale = ((norm + CLIP_EPS) / gradient_clip_val).clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -363,7 +436,8 @@ class LitSparse(L.LightningModule, ABC):
 
     def _start_over(self) -> None:
         """Take back what was prepared for a fresh start, to the bit."""
-        if not is_quantized(self.build()) and not any(update.rewrites_base for update in self.updates):
+        rewritten = is_quantized(self.build()) or any(update.rewrites_base for update in self.updates)
+        if not rewritten and not self._sharded:
             self.detach()
             return
         if self._given:
@@ -371,7 +445,7 @@ class LitSparse(L.LightningModule, ABC):
                 "the checkpoint was given to the trainer alone, after the model given as base had been changed in a "
                 "way that cannot be taken back exactly; set resume_from of the module to the checkpoint too."
             )
-        self.model, self._attached = None, False
+        self.model, self._attached, self._sharded = None, False, ()
         self.updates = [dataclasses.replace(update) for update in self.updates]  # pyright: ignore[reportArgumentType]
         self.build()
 

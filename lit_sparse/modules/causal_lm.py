@@ -1,6 +1,7 @@
 """The task of a causal language model: predict the next token; scored by loss, choices, and generated answers."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,6 +38,9 @@ class CausalLM(LitSparse):
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, TokenData) and data.packing:
             check_packing(self.build())
+
+    def note_whole(self) -> None:
+        _ = self.head_is_plain
 
     # ---- loss
 
@@ -93,7 +97,7 @@ class CausalLM(LitSparse):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.autocast():
-            nll, hits = self.scores(batch)
+            nll, hits = self.compute(self.scores, batch)
         name = self._set_name("val", dataloader_idx)
         if name not in self.val_scores:
             self.val_scores[name] = TokenScores().to(self.device)
@@ -129,7 +133,7 @@ class CausalLM(LitSparse):
     def _chosen_right(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Whether the choice of the highest log-probability is the right one, (items,) bool."""
         with self.autocast():
-            nll, _ = self.scores(batch)
+            nll, _ = self.compute(self.scores, batch)
         table = torch.full((len(batch["label"]), int(batch["choice"].max()) + 1), torch.inf, device=nll.device)
         table[batch["item"], batch["choice"]] = nll.sum(1)
         return table.argmin(1) == batch["label"]
@@ -149,13 +153,16 @@ class CausalLM(LitSparse):
             )
         tokenizer = data.tokenizer
         with self.autocast(), evaluating(model):
-            out = model.generate(  # pyright: ignore[reportCallIssue]
+            generate = partial(
+                model.generate,  # pyright: ignore[reportArgumentType]
                 input_ids=prompt_ids,
                 attention_mask=prompt_mask,
                 max_new_tokens=tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=self.to_shard,  # all processes go on until the last one's answers are done
             )
+            out = self.compute(generate)
         return tokenizer.batch_decode(out[:, prompt_ids.shape[1] :], skip_special_tokens=True)
 
 

@@ -34,6 +34,8 @@ class UpdateStrategy(ABC):
         rewrites_base: Whether `attach` itself gives the base's own weights other values; then `detach` gives them back
             to rounding only.
         needs_base: Whether the method needs the weights that the base came with, beside the trained ones.
+        shards: Whether the method works where parameters are divided among processes, as DTensors, after `attach` or
+            `restore` has seen the whole model (FSDP2). May be a property, where settings decide.
     """
 
     claims: ClassVar[frozenset[Claim]] = frozenset()
@@ -42,6 +44,7 @@ class UpdateStrategy(ABC):
     keeps_base: ClassVar[bool] = False
     rewrites_base: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
+    shards: ClassVar[bool] = False
 
     @property
     def period(self) -> int | None:

@@ -18,12 +18,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.layer_sampling import Sampler, rms, sampler_of
-from lit_sparse.optim import drop_state
+from lit_sparse.optim import drop_state, shard_like
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 
 State = dict[str, Any]
@@ -57,6 +58,7 @@ class LISA(UpdateStrategy):
     seed: int = 0
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"trainable"})
+    shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, least in (("active_layers", 1), ("interval", 1), ("warmup", 0)):
@@ -193,7 +195,7 @@ class LISA(UpdateStrategy):
         if away and self.state != "offload":
             return state
         device = torch.device("cpu") if away else parameter.device
-        return {name: _copied(value, device) for name, value in state.items()}
+        return {name: _copied(shard_like(value, parameter), device) for name, value in state.items()}
 
     # ---- what is kept
 
@@ -219,11 +221,13 @@ def _copied(value: Any, device: torch.device) -> Any:
     """A tensor on another device, by way of pinned memory, so that the way back need not wait; anything else itself."""
     if not torch.is_tensor(value) or value.ndim == 0 or value.device == device:
         return value
-    if device.type == "cpu":
+    if device.type == "cpu" and not isinstance(value, DTensor):  # of which torch makes none in pinned memory
         return torch.empty_like(value, device=device, pin_memory=True).copy_(value)
-    back = value.to(device, non_blocking=True)
-    back.record_stream(torch.cuda.default_stream(device))  # made on the stream of copies, used on the ordinary one
-    return back
+    moved = value.to(device, non_blocking=device.type == "cuda")
+    if device.type == "cuda":  # made on the stream of copies, used on the ordinary one
+        own = moved.to_local() if isinstance(moved, DTensor) else moved
+        own.record_stream(torch.cuda.default_stream(device))
+    return moved
 
 
 @contextmanager

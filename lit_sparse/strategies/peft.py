@@ -81,6 +81,11 @@ class PEFT(UpdateStrategy):
     def keeps_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return not self.rewrites_base and getattr(self.config, "bias", "none") == "none"
 
+    @property
+    def shards(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """All but VeLoRA, whose projections each process would compute from a first batch of its own."""
+        return getattr(self.config, "velora_config", None) is None
+
     def attach(self, model: nn.Module, probe: Probe) -> None:
         wrapper = self._wrap(model)
         if self.rewrites_base:

@@ -228,3 +228,12 @@ def test_evaluation_gives_every_row_once_and_ranks_equally_many_batches(world, s
 def test_evaluation_needs_a_row_for_each_rank():
     with pytest.raises(BadInput, match="1 evaluation rows cannot be shared by 2"):
         evaluation_loader(rows_of(1), [2], 4, Padded(Padding()), 0, 2)
+
+
+def test_the_place_in_the_data_is_known_to_any_number_of_processes_that_share_the_same_steps():
+    one = Batches([8] * 14, 4)
+    for rank in range(2):
+        assert Batches([8] * 14, 2, rank=rank, world=2).fingerprint() == one.fingerprint()
+    assert Batches([8] * 14, 4, rank=0, world=2).fingerprint() != one.fingerprint()
+    # A row is left over: one process trains on it, two cannot share it.
+    assert Batches([8] * 13, 2, rank=0, world=2).fingerprint() != Batches([8] * 13, 4).fingerprint()

@@ -1,0 +1,446 @@
+"""FSDP2 on two processes: the weights of one process on the same rows, shards of the right size, one checkpoint."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+from lit_sparse.anatomy import decoder_layers
+from lit_sparse.data import Synthetic
+from lit_sparse.optim import trainable
+from lit_sparse.sharding import FSDP2Strategy
+from lit_sparse.testing import tiny_llm
+from tests.test_contract import METHODS, module
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
+ROOT = Path(__file__).parents[1]
+SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a model that is divided among processes"
+REFUSED = {"smt": SENTENCE.format("SMT"), "velora": SENTENCE.format("PEFT")}
+"""Methods that cannot be sharded, with the beginning of what they are told."""
+
+ROWS = 4  # a step, of all processes
+SMOOTH = {"class_path": "lit_sparse.optim.AdamW", "init_args": {"eps": 1e-3}}
+"""An AdamW whose update is a smooth function of the gradient, with a slope of at most lr / eps = 10 a step."""
+ATOL = 2e-6
+"""Weights of two ways to sum the same gradients: their entries are below 0.1, so that orders of summation are
+1e-8 apart; times the slope of the update, three to six steps, and two for the weight's own rounding."""
+
+FULL = {"lr": 1e-2, "warmup_steps": 0, "optimizer": SMOOTH}
+LISA = {"sampler": "cyclic", "active_layers": 1, "interval": 2}
+
+
+def lisa(folder: Path, base: str = "llama", **options: object):
+    """LISA with its fields in `fields`, and the module's `options`."""
+    fields = {**LISA, **options.pop("fields", {})}  # pyright: ignore
+    return module(
+        "full", folder / base, **{**FULL, "updates": [{"class_path": "LISA", "init_args": fields}], **options}
+    )
+
+
+def fit(made, sharded: bool, steps: int = 3, ckpt_path: Path | None = None, seed: int = 0, **options):
+    """Train on two processes, of which this is one, or on one process on the same rows; the trainer."""
+    L.seed_everything(seed, verbose=False)
+    strategy = {"strategy": FSDP2Strategy(timeout=timedelta(seconds=60)), "devices": 2} if sharded else {"devices": 1}
+    defaults = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    fixed = {"enable_model_summary": False, "accelerator": "cpu", "max_steps": steps, "use_distributed_sampler": False}
+    trainer = L.Trainer(**{**fixed, **defaults, **strategy, **options})
+    rows = Synthetic(vocab_size=96, max_length=12, rows=32, heldout=2, batch_size=ROWS // 2 if sharded else ROWS)
+    made.resume_from = ckpt_path
+    trainer.fit(made, datamodule=rows, ckpt_path=ckpt_path)
+    return trainer
+
+
+def saving(folder: Path) -> dict:
+    """Options that save after the third step, in the middle of an interval."""
+    checkpoint = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    return {"callbacks": [checkpoint], "enable_checkpointing": True}
+
+
+# ---- what both ways are trained with
+
+
+def by_method(method: str) -> Callable[[Path, bool], L.Trainer]:
+    return lambda folder, sharded: fit(module(method, folder / "llama", **FULL), sharded)
+
+
+def of_kind(kind: str) -> Callable[[Path, bool], L.Trainer]:
+    return lambda folder, sharded: fit(module("full", folder / kind, **FULL), sharded)
+
+
+def clipped(folder: Path, sharded: bool) -> L.Trainer:
+    options = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
+    return fit(lisa(folder), sharded, 4, **options)
+
+
+def recomputed(folder: Path, sharded: bool) -> L.Trainer:
+    return fit(lisa(folder, activation_checkpointing=True), sharded, 4)
+
+
+SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
+    **{method: by_method(method) for method in METHODS if method not in REFUSED},
+    **{kind: of_kind(kind) for kind in ("qwen2", "gpt2")},  # tied heads
+    "clipped": clipped,
+    "recomputed": recomputed,
+}
+KEPT = {
+    "reset": {},
+    "keep": {"fields": {"state": "keep", "interval": 1}},
+    "offload": {"fields": {"state": "offload", "interval": 1}},
+    "bfloat16": {"fields": {"state": "keep", "interval": 2}, "precision": "bfloat16"},
+}
+"""LISA's ways that are resumed after the third of six steps."""
+RESUMED = [*((name, "llama") for name in KEPT), ("reset", "dropout"), ("bfloat16", "dropout")]
+
+
+# ---- what runs in the two processes
+
+
+class Ledger(Callback):
+    """Bytes of this process's optimizer state after each step, and of the shards that have some, by arithmetic."""
+
+    def __init__(self, rank: int, each: int) -> None:
+        self.rank, self.each, self.seen, self.active = rank, each, [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        state = trainer.optimizers[0].state
+        local = [t.to_local() for one in state.values() for t in one.values() if isinstance(t, DTensor)]
+        update, layers = pl_module.updates[0], decoder_layers(pl_module.model)
+        switched = trainer.global_step % update.interval == 0
+        own = [] if switched else [p for n in update.active for p in layers[n].parameters()]
+        inside = {p for layer in layers for p in layer.parameters()}
+        own += [p for p in pl_module.model.parameters() if p not in inside] * update.train_embeddings
+        shapes = [tuple(p.shape) for p in own]
+        frozen = [p for p in pl_module.model.parameters() if not p.requires_grad]
+        assert all(p.grad is None for p in frozen)
+        self.seen.append((sum(t.nbytes for t in local), self.each * sum(share(shape, self.rank) for shape in shapes)))
+        self.active.append(list(update.active))
+
+
+def share(shape: tuple[int, ...], rank: int) -> int:
+    """Entries of this rank's part of a parameter: rows are divided by two, the first part is the larger."""
+    rows = -(-shape[0] // 2)
+    mine = rows if rank == 0 else shape[0] - rows
+    return mine * torch.Size(shape[1:]).numel()
+
+
+def ledger(folder: Path, rank: int) -> dict:
+    found = {}
+    for name, options in {
+        "float32": {},
+        "without embeddings": {"fields": {"train_embeddings": False}},
+        "bfloat16": {"precision": "bfloat16"},
+    }.items():
+        callback = Ledger(rank, 12 if name == "bfloat16" else 8)
+        trainer = fit(lisa(folder, **options), True, 7, callbacks=[callback])
+        dtypes = {str(t.dtype) for one in trainer.optimizers[0].state.values() for t in one.values()}
+        found[name] = {"bytes": callback.seen, "active": callback.active, "dtypes": sorted(dtypes)}
+    return found
+
+
+def reductions(folder: Path, rank: int) -> list[str]:
+    """The dtypes of all that was reduced in four steps with one active layer and frozen embeddings."""
+    name = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
+    plain, dtypes = getattr(torch.distributed, name), []
+
+    def counting(*args, **kwargs):
+        dtypes.append(str(kwargs["output"].dtype))
+        return plain(*args, **kwargs)
+
+    setattr(torch.distributed, name, counting)
+    try:
+        fields = {"train_embeddings": False, "interval": 2}
+        fit(lisa(folder, fields=fields, precision="bfloat16"), True, 4)
+    finally:
+        setattr(torch.distributed, name, plain)
+    return dtypes
+
+
+def lost(folder: Path, rank: int) -> None:
+    """Full fine-tuning in bf16 at a rate whose steps are lost in bf16 weights."""
+    options = {"precision": "bfloat16", "lr": 1e-5, "warmup_steps": 0, "schedule": "constant"}
+    fit(module("full", folder / "llama", **options), True, 6).save_checkpoint(folder / "lost.ckpt")
+
+
+def resumed(folder: Path, rank: int) -> None:
+    """Straight on, in the midst on two processes, and in the midst from one process's checkpoint."""
+    for name, options in KEPT.items():
+        for base in ("llama", "dropout") if (name, "dropout") in RESUMED else ("llama",):
+            out = folder / f"{base} {name}"
+            straight = fit(lisa(folder, base, **options), True, 6, **saving(out))
+            straight.save_checkpoint(out / "straight.ckpt")
+            again = fit(lisa(folder, base, **options), True, 6, out / "step=3.ckpt", seed=1)
+            again.save_checkpoint(out / "again.ckpt")
+        one = fit(lisa(folder, **options), True, 6, folder / f"one {name}" / "step=3.ckpt", seed=1)
+        one.save_checkpoint(folder / f"llama {name}" / "from one.ckpt")
+
+
+def given_to_the_trainer(folder: Path, rank: int) -> None:
+    made = lisa(folder)
+    L.seed_everything(1, verbose=False)
+    trainer = L.Trainer(
+        **{"accelerator": "cpu", "devices": 2, "strategy": "fsdp2", "max_steps": 6, "logger": False},
+        **{"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False},
+        use_distributed_sampler=False,
+    )
+    rows = Synthetic(vocab_size=96, max_length=12, rows=32, heldout=2, batch_size=2)
+    trainer.fit(made, datamodule=rows, ckpt_path=folder / "llama reset" / "step=3.ckpt")
+    trainer.save_checkpoint(folder / "llama reset" / "trainer.ckpt")
+
+
+def sentences(folder: Path, rank: int) -> dict[str, str]:
+    """What is refused, and how."""
+    sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    plain = ModelParallelStrategy(2, 1)
+    wishes = {
+        **{method: lambda method=method: fit(module(method, folder / "llama"), True) for method in REFUSED},
+        "compile": lambda: fit(lisa(folder, compile=True), True),
+        "bf16": lambda: fit(lisa(folder, precision="bfloat16", optimizer=sgd), True),
+        "plain": lambda: fit(lisa(folder), True, strategy=plain),
+    }
+    return {name: refusal(wish) for name, wish in wishes.items()}
+
+
+def refusal(wish: Callable[[], object]) -> str:
+    try:
+        wish()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
+
+
+def detached(folder: Path, rank: int) -> str:
+    made = lisa(folder)
+    fit(made, True, 1)
+    return refusal(made.detach)
+
+
+CASES: dict[str, Callable[[Path, int], object]] = {
+    "ledger": ledger,
+    "reductions": reductions,
+    "lost": lost,
+    "resumed": resumed,
+    "trainer": given_to_the_trainer,
+    "sentences": sentences,
+    "detached": detached,
+}
+
+
+def work(rank: int, folder: Path, port: int) -> None:
+    """One of the two processes: every case, and what came of it in a file."""
+    warnings.filterwarnings("ignore")  # of the processes' start; what they train is what counts here
+    torch.set_num_threads(1)
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
+    mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
+    for name, train in SAME.items():
+        attempt(folder, rank, name, lambda train=train, name=name: keep(train(folder, True), folder / f"{name}.ckpt"))
+    for name, case in CASES.items():
+        attempt(folder, rank, name, lambda case=case: case(folder, rank))
+    torch.distributed.destroy_process_group()
+
+
+def keep(trainer: L.Trainer, path: Path) -> None:
+    trainer.save_checkpoint(path)
+
+
+def attempt(folder: Path, rank: int, name: str, act: Callable[[], object]) -> None:
+    try:
+        result = {"result": act()}
+    except Exception:
+        result = {"error": traceback.format_exc()}
+    (folder / f"{name}-{rank}.json").write_text(json.dumps(result))
+
+
+# ---- the tests
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """The folder with what two processes trained."""
+    folder = tmp_path_factory.mktemp("pair")
+    for kind in ("llama", "qwen2", "gpt2"):
+        tiny_llm(kind).save_pretrained(folder / kind)
+    tiny_llm("llama", dropout=0.1).save_pretrained(folder / "dropout")
+    for name, options in KEPT.items():
+        fit(lisa(folder, **options), False, 6, **saving(folder / f"one {name}")).save_checkpoint(
+            folder / f"one {name}" / "straight.ckpt"
+        )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (folder, port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    return folder
+
+
+def result(pair: Path, name: str, rank: int = 0):
+    found = json.loads((pair / f"{name}-{rank}.json").read_text())
+    assert "error" not in found, found["error"]
+    return found["result"]
+
+
+def saved(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def moments(checkpoint: dict) -> dict[str, dict]:
+    """The optimizer's state by parameters' names."""
+    (state,) = checkpoint["optimizer_states"]
+    names = {
+        key: name
+        for group in state["param_groups"]
+        for name, key in zip(group["param_names"], group["params"], strict=True)
+    }
+    return {names[key]: one for key, one in state["state"].items()}
+
+
+def assert_alike(got: dict, wanted: dict, atol: float = 0.0) -> None:
+    """The same trained values, and state of the same parameters."""
+    assert got["state_dict"].keys() == wanted["state_dict"].keys()
+    for name, value in wanted["state_dict"].items():
+        torch.testing.assert_close(got["state_dict"][name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+    ours, theirs = moments(got), moments(wanted)
+    assert ours.keys() == theirs.keys()
+    for name, one in theirs.items():
+        assert ours[name].keys() == one.keys()
+        for key, value in one.items():
+            torch.testing.assert_close(ours[name][key], value, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_train_what_one_does_on_their_rows(name, pair):
+    result(pair, name)
+    trainer = SAME[name](pair, False)
+    base = dict(trainer.lightning_module.named_parameters())
+    trainer.save_checkpoint(pair / f"{name} one.ckpt")
+    got, wanted = saved(pair / f"{name}.ckpt"), saved(pair / f"{name} one.ckpt")
+    assert_alike(got, wanted, ATOL)
+    assert base.keys() >= got["state_dict"].keys()
+    assert not any(isinstance(value, DTensor) for value in got["state_dict"].values())
+
+
+def test_every_yaml_is_sharded_or_refused(pair):
+    for name, sentence in REFUSED.items():
+        assert result(pair, "sentences")[name].startswith(f"BadInput: {sentence}")
+        assert result(pair, "sentences", 1)[name].startswith(f"BadInput: {sentence}")
+    assert set(METHODS) == (set(SAME) & set(METHODS)) | set(REFUSED)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("compile", "BadInput: trainer.strategy is fsdp2, with which model.compile does not work"),
+        ("bf16", "BadInput: model.optimizer is SGD, which keeps no fp32 masters, but under fsdp2"),
+        ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which knows nothing of update strategies"),
+    ],
+)
+def test_what_would_go_wrong_is_refused(name, sentence, pair):
+    assert result(pair, "sentences")[name].startswith(sentence)
+
+
+def test_a_divided_model_is_not_detached(pair):
+    assert result(pair, "detached").startswith("BadInput: the model is divided among processes")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["float32", "without embeddings", "bfloat16"])
+def test_each_process_has_the_state_of_its_shards(name, rank, pair):
+    found = result(pair, "ledger", rank)[name]
+    assert len(found["bytes"]) == 7
+    for got, wanted in found["bytes"]:
+        assert got == wanted
+    assert found["active"] == result(pair, "ledger", 1 - rank)[name]["active"]
+    assert len({tuple(active) for active in found["active"]}) > 1, "nothing was switched"
+    assert found["dtypes"] == ["torch.float32"]
+
+
+def test_only_what_trains_is_reduced_and_in_fp32(pair):
+    assert result(pair, "reductions") == ["torch.float32"] * 4
+
+
+def test_small_steps_in_bf16_are_not_lost(pair):
+    result(pair, "lost")
+    options = {"precision": "bfloat16", "lr": 1e-5, "warmup_steps": 0, "schedule": "constant"}
+    made = module("full", pair / "llama", **options)
+    trainer = fit(made, False, 6)
+    trainer.save_checkpoint(pair / "lost one.ckpt")
+    base = tiny_llm("llama").bfloat16().float()
+    start = {f"model.{name}": parameter.detach() for name, parameter in base.named_parameters()}
+    got, wanted = (saved(pair / name)["state_dict"] for name in ("lost.ckpt", "lost one.ckpt"))
+    moved = torch.cat([(got[name] - start[name]).flatten() for name in start])
+    alone = torch.cat([(wanted[name] - start[name]).flatten() for name in start])
+    assert torch.nn.functional.cosine_similarity(moved, alone, dim=0) > 0.95  # bf16 gradients change a few signs
+    rounded = torch.cat([(got[name].bfloat16().float() - start[name]).flatten() for name in start])
+    assert (rounded != 0).float().mean() < 0.5 < 0.99 < (moved != 0).float().mean(), "bf16 alone would do as well"
+
+
+@pytest.mark.parametrize(("name", "base"), RESUMED)
+def test_resuming_on_two_processes_changes_nothing(name, base, pair):
+    result(pair, "resumed")
+    folder = pair / f"{base} {name}"
+    assert_alike(saved(folder / "again.ckpt"), saved(folder / "straight.ckpt"))
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_run_goes_on_with_another_number_of_processes(name, pair):
+    result(pair, "resumed")
+    straight = saved(pair / f"llama {name}" / "straight.ckpt")
+    trainer = fit(lisa(pair, **KEPT[name]), False, 6, pair / f"llama {name}" / "step=3.ckpt", seed=1)
+    trainer.save_checkpoint(pair / f"llama {name}" / "on one.ckpt")
+    atol = 2e-3 if name == "bfloat16" else ATOL  # there gradients of the halves are rounded to bf16: 2^-8 of lr a step
+    assert_alike(saved(pair / f"llama {name}" / "on one.ckpt"), straight, atol)
+    alone = saved(pair / f"one {name}" / "straight.ckpt")
+    assert_alike(saved(pair / f"llama {name}" / "from one.ckpt"), alone, atol)
+
+
+def test_a_checkpoint_given_to_the_trainer_alone_resumes_too(pair):
+    result(pair, "trainer")
+    assert_alike(saved(pair / "llama reset" / "trainer.ckpt"), saved(pair / "llama reset" / "straight.ckpt"))
+
+
+def test_the_command_line_trains_and_exports(tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path / "tiny")
+    update = {"class_path": "LISA", "init_args": {"active_layers": 1, "interval": 2}}
+    rows = {"vocab_size": 96, "max_length": 12, "rows": 64, "heldout": 4, "batch_size": 2}
+    data = {"class_path": "lit_sparse.data.Synthetic", "init_args": rows}
+    small = {"model": {"base": str(tmp_path / "tiny"), "updates": [update]}, "data": data}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+    files = ["lisa.yaml", "trainers/fsdp2.yaml", "small.yaml"]
+    words = [word for file in files for word in ("--config", file)] + ["--run", "lisa", "--profile.profiled", "0"]
+    lit_sparse(tmp_path, "fit", *words, "--trainer.accelerator", "cpu", "--trainer.devices", "2")
+    (run,) = (tmp_path / "runs").iterdir()
+    record = json.loads((run / "record.json").read_text())
+    assert record["status"] == "ok"
+    values = saved(run / "checkpoints" / "last.ckpt")["state_dict"]
+    model = tiny_llm("llama")
+    trained = sum(parameter.numel() for _, parameter in trainable(model)) - 2 * sum(
+        p.numel() for p in decoder_layers(model)[0].parameters()
+    )
+    assert record["model"]["trainable"] == trained
+    assert record["ledger"]["trainable"] == 4 * trained // 2  # of the first process; every dimension is even
+    lit_sparse(tmp_path, "export", str(run), "--to", "hf")
+    exported = load_file(run / "hf" / "model.safetensors")
+    for name, value in values.items():
+        assert torch.equal(exported[name.removeprefix("model.")], value), name
+
+
+def lit_sparse(folder: Path, *words: str) -> None:
+    paths = [str(ROOT / part) for part in ("", "kernels", "profiling")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lit_sparse", *words]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
