@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_sparse.errors import BadInput
 
 SAMPLES_PER_TENSOR = 2**16
+LAST = Path("checkpoints") / "last.ckpt"
+"""The last checkpoint in the folder of a run."""
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -22,10 +24,15 @@ def fingerprint(model: nn.Module) -> str:
 
     Of names, shapes and up to 65,536 evenly spaced values of each parameter, rounded to bf16.
     """
+    return hash_of(sorted(model.named_parameters()))
+
+
+def hash_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The hash that `fingerprint` describes, of some tensors with their names."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().flatten()
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
         stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
         digest.update(flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
@@ -48,6 +55,16 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
         raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")
     return checkpoint
+
+
+def run_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The last checkpoint of the run in the folder `path`, or the checkpoint `path`.
+
+    Raises:
+        BadInput: as `read_checkpoint` does.
+    """
+    path = Path(path)
+    return read_checkpoint(path / LAST if path.is_dir() else path)
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[Any]:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import lit_sparse
 
-STACKED = ("trainers", "data", "models")
-"""Folders of configs/ whose YAMLs stack on a method's and do not name a run."""
+STACKED = ("trainers", "data", "models", "phases")
+"""Folders of configs/ whose YAMLs do not name a run that is complete by itself: they stack on a method's, or are
+phases that need another run."""
 
 
 def configs_folder() -> Path:

@@ -9,12 +9,10 @@ import yaml
 from jsonargparse import ArgumentParser
 
 import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
-from lit_sparse.checkpoints import read_checkpoint
+from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse_profiling.runs import folders
-
-LAST = Path("checkpoints") / "last.ckpt"
 
 
 def last_checkpoint(root: Path, name: str) -> Path:

@@ -399,6 +399,7 @@ class LitSparse(L.LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for update in self.updates:
             update.before_step(self.global_step + 1, optimizer)
+            self.log_dict(dict(update.logged()))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)

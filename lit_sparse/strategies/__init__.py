@@ -1,8 +1,22 @@
 """Update strategies: one method, one file."""
 
+from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy, compose
 from lit_sparse.strategies.lisa import LISA
 from lit_sparse.strategies.peft import PEFT
+from lit_sparse.strategies.recorders import RecordFisher, RecordImportance
 from lit_sparse.strategies.smt import SMT
 
-__all__ = ["LISA", "PEFT", "SMT", "Claim", "Probe", "UpdateStrategy", "compose"]
+__all__ = [
+    "L2SP",
+    "LISA",
+    "PEFT",
+    "SMT",
+    "AdaptiveRegularization",
+    "Claim",
+    "Probe",
+    "RecordFisher",
+    "RecordImportance",
+    "UpdateStrategy",
+    "compose",
+]

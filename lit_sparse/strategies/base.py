@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 
-Claim = Literal["modules", "trainable", "optimizer", "backward"]
-"""What no second strategy can also take: the module tree, the trainable set, the optimizer, the backward."""
+Claim = Literal["modules", "trainable", "optimizer", "backward", "importance"]
+"""What no second strategy can also take: the module tree, the trainable set, the optimizer, the backward, and the
+record of how important each weight is."""
 
 Probe = Callable[[int], Iterator[Tensor]]
 """`probe(steps)` yields the losses (scalars with a graph) of the first `steps` training batches, without an update."""
@@ -36,6 +37,8 @@ class UpdateStrategy(ABC):
         needs_base: Whether the method needs the weights that the base came with, beside the trained ones.
         shards: Whether the method works where parameters are divided among processes, as DTensors, after `attach` or
             `restore` has seen the whole model (FSDP2). May be a property, where settings decide.
+        gradients: What `before_step` does with the gradients of the weights that train from the start: it `ignores`
+            them, `reads` them, or `adds` to them. In that order the strategies of a run are called.
     """
 
     claims: ClassVar[frozenset[Claim]] = frozenset()
@@ -45,6 +48,7 @@ class UpdateStrategy(ABC):
     rewrites_base: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
     shards: ClassVar[bool] = False
+    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "ignores"
 
     @property
     def period(self) -> int | None:
@@ -85,6 +89,10 @@ class UpdateStrategy(ABC):
         """Called after the optimizer's `step`-th step (from 1). True: the set of trainable parameters changed."""
         return False
 
+    def logged(self) -> Mapping[str, Tensor]:
+        """Numbers for the log, by name, asked for after `before_step`."""
+        return {}
+
     def detach(self, model: nn.Module) -> None:
         """Merge what was trained, put the model's own modules back, take every hook off."""
 
@@ -105,10 +113,11 @@ def no_probe(steps: int) -> Iterator[Tensor]:
 
 
 def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
-    """`strategies` as a list, if they go together.
+    """`strategies` as a list, if they go together; those that read or add to gradients come last, in that order.
 
     Raises:
-        BadInput: if two of them claim the same part of the training, or one needs the base that another rewrites.
+        BadInput: if two of them claim the same part of the training, one needs the base that another rewrites, or one
+            needs gradients that another does not leave.
     """
     taken: dict[str, UpdateStrategy] = {}
     for strategy in strategies:
@@ -120,7 +129,8 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
                 )
             taken[claim] = strategy
     _check_base(strategies)
-    return list(strategies)
+    _check_gradients(strategies)
+    return sorted(strategies, key=lambda strategy: ("ignores", "reads", "adds").index(strategy.gradients))
 
 
 def _check_base(strategies: Sequence[UpdateStrategy]) -> None:
@@ -134,6 +144,22 @@ def _check_base(strategies: Sequence[UpdateStrategy]) -> None:
         )
 
 
+def _check_gradients(strategies: Sequence[UpdateStrategy]) -> None:
+    needy = [type(strategy).__name__ for strategy in strategies if strategy.gradients != "ignores"]
+    for strategy in strategies:
+        name = type(strategy).__name__
+        if needy and strategy.backward != "autograd":
+            raise BadInput(
+                f"{needy[0]} and {name} cannot be combined: {needy[0]} needs gradients that live until the step, and "
+                f"{name} has none (its backward is {strategy.backward}); leave one of the two out."
+            )
+        if needy and strategy.period is not None:
+            raise BadInput(
+                f"{needy[0]} and {name} cannot be combined: {needy[0]} follows the weights that train from the start, "
+                f"and {name} trains others every {strategy.period} steps; leave one of the two out."
+            )
+
+
 def check_keeps_base(what: str, updates: Sequence[UpdateStrategy]) -> None:
     """Refuse to train a quantised base itself.
 
@@ -141,7 +167,7 @@ def check_keeps_base(what: str, updates: Sequence[UpdateStrategy]) -> None:
         BadInput: naming the strategy that would, after `what` was asked for.
     """
     changing = [type(update).__name__ for update in updates if not update.keeps_base]
-    if changing or not updates:
+    if changing or not any("trainable" in update.claims for update in updates):
         who = " and ".join(changing) or "full fine-tuning"
         raise BadInput(
             f"{what}, but {who} changes the base's own weights, which a quantised base cannot follow; take one that is "

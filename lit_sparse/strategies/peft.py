@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
+from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 
 ADAPTER = "default"
@@ -46,9 +48,12 @@ class PEFT(UpdateStrategy):
 
     Args:
         config: A PEFT configuration, by `class_path` and `init_args` in YAML: peft.LoraConfig, peft.IA3Config, ...
+        start_from: A run's folder or checkpoint, from whose trained adapter this one goes on, with an optimizer of its
+            own; of the same configuration, on the same base. None begins anew.
     """
 
     config: PeftConfig
+    start_from: str | None = None
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     leaves: ClassVar[Literal["plain", "adapter", "own_forward"]] = "adapter"
@@ -87,9 +92,30 @@ class PEFT(UpdateStrategy):
         return getattr(self.config, "velora_config", None) is None
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
+        if self.start_from is not None:
+            self._go_on(model, self.start_from)
+            return
         wrapper = self._wrap(model)
         if self.rewrites_base:
             self._start = {name: split(layer, self.config) for name, layer in lora_layers(wrapper).items()}
+
+    def _go_on(self, model: nn.Module, run: str) -> None:
+        checkpoint = run_checkpoint(run)
+        ours, values = checkpoint["lit_sparse"], checkpoint["state_dict"]
+        adapters = [update["state"] for update in ours["updates"] if update["class"] == type(self).__name__]
+        if not adapters or ours["base"] != fingerprint(model):
+            lack = "has no adapter of PEFT's" if not adapters else "was trained on another base than this run's"
+            raise BadInput(f"start_from is {run}, which {lack}; give a run of the same adapter on the same base.")
+        self.restore(model, adapters[0])
+        for name, parameter in trainable(model):
+            value = values.get(f"model.{name}")
+            if value is None or value.shape != parameter.shape:
+                has = "lacks it" if value is None else f"has {tuple(value.shape)}"
+                raise BadInput(
+                    f"start_from is {run}, which does not fit this adapter: {name} is {tuple(parameter.shape)} here, "
+                    f"and that run {has}; give the adapter that run's configuration."
+                )
+            parameter.data.copy_(value)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         wrapper = self._wrap(model)

@@ -1,0 +1,160 @@
+"""How important each weight is for what a run was trained on: what recorders leave in a checkpoint, and what it gives.
+
+Synaptic Intelligence's path integral (arXiv 1703.04200) as arXiv 2501.13669 uses it, and the diagonal Fisher of EWC
+(arXiv 1612.00796).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lit_sparse.checkpoints import run_checkpoint
+from lit_sparse.errors import BadInput
+from lit_sparse.trained_matrices import Space, TrainedMatrix, Values, displacement
+
+Kind = Literal["path", "fisher"]
+Weighting = Literal["mean_softmax", "softmax", "none"]
+Unit = Literal["matrix", "decoder_layer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """What a run recorded of one matrix.
+
+    Attributes:
+        sums: (out, in) fp32: the path integral, or the mean of squared gradients.
+        start, end: What the matrix was made of before and after the run.
+        scale, base: As a TrainedMatrix has them.
+    """
+
+    sums: Tensor
+    start: Values
+    end: Values
+    scale: float | None
+    base: str
+
+    @property
+    def moved(self) -> Tensor:
+        """The whole way of the run, (out, in)."""
+        return displacement(self.start, self.end, self.scale)
+
+
+def entry(matrix: TrainedMatrix, sums: Tensor, start: Values) -> dict[str, Any]:
+    """What a recorder's state holds of `matrix`; its values at the end are in the checkpoint anyway."""
+    return {
+        "sums": sums,
+        "start": dict(zip(matrix.parameters, start, strict=True)),
+        "scale": matrix.scale,
+        "base": matrix.base,
+    }
+
+
+def read_recorded(path: str) -> tuple[Kind, Space, dict[str, Recorded]]:
+    """What the run at `path` (its folder, or a checkpoint) recorded: of which kind and space, by the matrices' names.
+
+    Raises:
+        BadInput: if there is no such run, it recorded nothing, or its numbers are not finite.
+    """
+    checkpoint = run_checkpoint(path)
+    states = [update["state"] for update in checkpoint["lit_sparse"]["updates"]]
+    records = [state["importance"] for state in states if isinstance(state, Mapping) and "importance" in state]
+    if not records:
+        raise BadInput(
+            f"importance {path} is a run without RecordImportance or RecordFisher among its updates; make one with "
+            "record_importance.yaml on general text."
+        )
+    kind, steps, entries = (records[-1][key] for key in ("kind", "steps", "matrices"))
+    if not steps:
+        raise BadInput(f"importance {path} saw no data: its run recorded 0 steps; train it on general text.")
+    found = {name: _recorded(one, checkpoint["state_dict"]) for name, one in entries.items()}
+    for name, one in found.items():
+        if not one.sums.isfinite().all():
+            raise BadInput(f"importance {path} is not finite at {name}: its run diverged; lower model.lr.")
+    return kind, records[-1]["space"], found
+
+
+def _recorded(one: Mapping[str, Any], values: Mapping[str, Tensor]) -> Recorded:
+    end = [values[f"model.{name}"].to(start) for name, start in one["start"].items()]
+    return Recorded(one["sums"], list(one["start"].values()), end, one["scale"], one["base"])
+
+
+def check_fits(path: str, recorded: Mapping[str, Recorded], matrices: Sequence[TrainedMatrix]) -> None:
+    """Refuse importance of other matrices than those that are trained, or of another base.
+
+    Raises:
+        BadInput: naming the first that differs.
+    """
+    ours = {matrix.name: matrix for matrix in matrices}
+    if odd := sorted(ours.keys() ^ recorded.keys()):
+        raise BadInput(
+            f"importance {path} is of {len(recorded)} matrices and this run holds {len(ours)}, which differ in "
+            f"{odd[0]}; train and target the same ones in both."
+        )
+    for name, matrix in ours.items():
+        shapes, theirs = ([tuple(v.shape) for v in values] for values in (matrix.values(), recorded[name].end))
+        if shapes != theirs or matrix.scale != recorded[name].scale:
+            raise BadInput(
+                f"importance {path} has {name} with shapes {theirs} and scale {recorded[name].scale}, this run has "
+                f"{shapes} and {matrix.scale}; give both the same model and the same adapter."
+            )
+        if matrix.base != recorded[name].base:
+            raise BadInput(
+                f"importance {path} was recorded on another base than this run's: {name} differs; give the base of "
+                "the run that recorded it."
+            )
+
+
+def check_begins(path: str, matrices: Sequence[TrainedMatrix], anchors: Mapping[str, Values]) -> None:
+    """Refuse to begin elsewhere than at the anchor, up to rounding to bf16.
+
+    Raises:
+        BadInput: naming the first matrix that does.
+    """
+    for matrix in matrices:
+        pairs = zip(matrix.values(), anchors[matrix.name], strict=True)
+        if not all(torch.equal(now.to("cpu", torch.bfloat16), then.to("cpu", torch.bfloat16)) for now, then in pairs):
+            raise BadInput(
+                f"the anchor is the end of {path}, but this run begins elsewhere ({matrix.name}); go on from there "
+                f"(PEFT's start_from: {path}, or for trained weights its export as model.base), or set anchor to base."
+            )
+
+
+# ---- formulas
+
+
+def path_importance(omega: Tensor, moved: Tensor, xi: float, relative: bool, clamp: bool) -> Tensor:
+    """omega / (moved^2 + xi) of one matrix; xi is in units of the mean of moved^2 if `relative`, and omega at least 0
+    if `clamp`. Zero where nothing moved."""
+    squares = moved.square()
+    damping = xi * squares.mean() if relative else xi
+    importance = (omega.clamp(min=0) if clamp else omega) / (squares + damping)
+    return torch.where(importance.isnan(), 0, importance)  # 0 / 0: it neither moved nor is damped
+
+
+def layer_coefficients(norms: Mapping[str, float], weighting: Weighting, temperature: float) -> dict[str, float]:
+    """A coefficient for each layer from the norm of its importance.
+
+    `softmax` is the paper's: of the norms themselves, so that they add up to 1; `mean_softmax` divides the norms by
+    their mean and by the temperature first, and has a mean of 1: raw norms saturate the softmax (one layer gets all)
+    or leave it even, as the damping alone decides.
+    """
+    if weighting == "none":
+        return dict.fromkeys(norms, 1.0)
+    values = torch.tensor(list(norms.values()), dtype=torch.float64)
+    if weighting == "softmax":
+        return dict(zip(norms, values.softmax(0).tolist(), strict=True))
+    mean = values.mean()
+    shares = (values / (temperature * mean) if mean > 0 else values).softmax(0) * len(norms)
+    return dict(zip(norms, shares.tolist(), strict=True))
+
+
+def layer_of(name: str, unit: Unit) -> str:
+    """The layer that the matrix called `name` counts to: itself, or its decoder layer (up to the first number)."""
+    match = re.match(r".*?\.\d+(?=\.)", name)
+    return match.group() if match and unit == "decoder_layer" else name

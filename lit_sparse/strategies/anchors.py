@@ -1,0 +1,267 @@
+"""Penalties that hold weights at an anchor: AdaptiveRegularization (with EWC among its settings), and L2SP.
+
+Their gradients are closed forms, added once an optimizer step to the accumulated ones before clipping, a matrix at a
+time and without a graph: they are neither divided by accumulation nor scaled, and hold one dense temporary or two.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_sparse.errors import BadInput
+from lit_sparse.importance import (
+    Kind,
+    Recorded,
+    Unit,
+    Weighting,
+    check_begins,
+    check_fits,
+    layer_coefficients,
+    layer_of,
+    path_importance,
+    read_recorded,
+)
+from lit_sparse.strategies.base import Probe, UpdateStrategy
+from lit_sparse.trained_matrices import Space, TrainedMatrix, add_gradients, displacement, trained_matrices
+
+
+@dataclasses.dataclass
+class AdaptiveRegularization(UpdateStrategy):
+    """Hold each weight where an earlier run left it, by its importance for that run (arXiv 2501.13669).
+
+    The penalty is phi * sum over layers of a_l * sum of Omega * (U - U*)^2, with U the weight or LoRA's dense product.
+    The paper's text does not settle every point; each is a key here. Its own choices, as far as they are known, are
+    xi_scale: absolute, layer_weights: softmax, normalize: none. EWC-LoRA (arXiv 2305.10626) is the Fisher of a run with
+    RecordFisher as importance, anchor: base and layer_weights: none.
+
+    Args:
+        importance: The earlier run's folder or checkpoint, with RecordImportance or RecordFisher among its updates;
+            or several, the newest last, whose importances add up.
+        phi: Strength; e^-3 is the paper's.
+        anchor: What the weights are held at: the `end` of the newest of those runs (the paper's), where this one must
+            begin, or `base`, as they were before it; for LoRA, no update at all.
+        xi: Damping in omega / (D^2 + xi), D being how far a weight moved in all. For a path integral only.
+        xi_scale: `relative` to the mean of D^2 of each matrix, since no one number suits all layers and models; or
+            `absolute`.
+        negative: What becomes of a negative path integral, which noise brings about: `clamp` it at 0, since it would
+            push weights away from the anchor, or `keep` it.
+        normalize: `mean_one` divides by the mean of all, since noise of small batches inflates the path integral and
+            the Fisher has no scale of its own; or `none`.
+        layer_weights: `mean_softmax`, of the layers' norms over their mean, with a mean of 1; `softmax` of the norms
+            themselves, the paper's, which leaves one layer or weighs all alike as xi decides; or `none`.
+        temperature: Of `mean_softmax`: larger is more even.
+        layer: What a layer is: each `matrix`, or all of a `decoder_layer`.
+        dtype: Type in which the importance is kept.
+        offload: Whether importance and anchor are kept in the host's memory.
+    """
+
+    importance: str | list[str]
+    phi: float = math.exp(-3)
+    anchor: Literal["end", "base"] = "end"
+    xi: float = 0.1
+    xi_scale: Literal["relative", "absolute"] = "relative"
+    negative: Literal["clamp", "keep"] = "clamp"
+    normalize: Literal["mean_one", "none"] = "mean_one"
+    layer_weights: Weighting = "mean_softmax"
+    temperature: float = 1.0
+    layer: Unit = "matrix"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    offload: bool = False
+
+    keeps_base: ClassVar[bool] = True
+    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "adds"
+
+    def __post_init__(self) -> None:
+        if not self.importance:
+            raise BadInput("AdaptiveRegularization: importance names no run; give the folder of one that recorded it.")
+        for name in ("phi", "xi"):
+            if not getattr(self, name) >= 0:
+                raise BadInput(f"AdaptiveRegularization: {name} is {getattr(self, name)}; it must be at least 0.")
+        if not self.temperature > 0:
+            raise BadInput(f"AdaptiveRegularization: temperature is {self.temperature}; it must be above 0.")
+        self._matrices: list[TrainedMatrix] = []
+        self._space: Space = "weights"
+        self._weights: dict[str, Tensor] = {}  # Omega
+        self._anchors: dict[str, list[Tensor]] = {}
+        self._coefficients: dict[str, float] = {}
+        self._value = torch.zeros(())
+
+    @property
+    def needs_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.anchor == "base"
+
+    # ---- preparing
+
+    def attach(self, model: nn.Module, probe: Probe) -> None:
+        path, recorded = "", dict[str, Recorded]()
+        for path in [self.importance] if isinstance(self.importance, str) else self.importance:
+            kind, self._space, recorded = read_recorded(path)
+            self._find(model, recorded)
+            check_fits(path, recorded, self._matrices)
+            self._add(kind, recorded)
+        self._anchors = {name: self._anchor(one) for name, one in recorded.items()}
+        if self.anchor == "end":
+            check_begins(path, self._matrices, self._anchors)
+        self._weigh(path)
+        self._place()
+
+    def _find(self, model: nn.Module, names: Mapping[str, Any]) -> None:
+        found = trained_matrices(model, ["all"], self._space, "AdaptiveRegularization")
+        self._matrices = [matrix for matrix in found if matrix.name in names]
+
+    def _add(self, kind: Kind, recorded: Mapping[str, Recorded]) -> None:
+        for name, one in recorded.items():
+            settings = (self.xi, self.xi_scale == "relative", self.negative == "clamp")
+            importance = one.sums if kind == "fisher" else path_importance(one.sums, one.moved, *settings)
+            self._weights[name] = self._weights[name] + importance if name in self._weights else importance
+
+    def _anchor(self, one: Recorded) -> list[Tensor]:
+        if self.anchor == "end":
+            return list(one.end)
+        return list(one.start) if one.scale is None else [torch.zeros_like(value) for value in one.start]
+
+    def _weigh(self, path: str) -> None:
+        if self.normalize == "mean_one":
+            total = sum(float(weight.sum(dtype=torch.float64)) for weight in self._weights.values())
+            mean = total / sum(weight.numel() for weight in self._weights.values())
+            if not mean > 0:
+                raise BadInput(
+                    f"importance {path} has a mean of {mean:.3g} and cannot be scaled to 1: that run moved nothing "
+                    "that mattered; train it longer, or set normalize to none."
+                )
+            self._weights = {name: weight / mean for name, weight in self._weights.items()}
+        squares: dict[str, float] = {}
+        for name, weight in self._weights.items():
+            layer = layer_of(name, self.layer)
+            squares[layer] = squares.get(layer, 0.0) + float(weight.double().square().sum())
+        norms = {layer: square**0.5 for layer, square in squares.items()}
+        by_layer = layer_coefficients(norms, self.layer_weights, self.temperature)
+        self._coefficients = {name: by_layer[layer_of(name, self.layer)] for name in self._weights}
+
+    def _place(self) -> None:
+        for matrix in self._matrices:
+            device = torch.device("cpu") if self.offload else matrix.values()[0].device
+            self._weights[matrix.name] = self._weights[matrix.name].to(device, getattr(torch, self.dtype))
+            self._anchors[matrix.name] = [value.to(device) for value in self._anchors[matrix.name]]
+
+    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+        self._space, self._coefficients = state["space"], dict(state["coefficients"])
+        self._weights, self._anchors = dict(state["weights"]), dict(state["anchors"])
+        self._find(model, self._weights)
+        self._place()
+
+    # ---- training
+
+    @torch.no_grad()
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        if self.phi:
+            self._value = torch.stack([self._pull(matrix) for matrix in self._matrices]).sum()
+
+    def _pull(self, matrix: TrainedMatrix) -> Tensor:
+        """Add the penalty's gradient for `matrix`, and return its part of the penalty."""
+        now, strength = matrix.values(), self.phi * self._coefficients[matrix.name]
+        anchor = [value.to(now[0].device) for value in self._anchors[matrix.name]]
+        distance = displacement(anchor, now, matrix.scale)
+        weighted = self._weights[matrix.name].to(distance) * distance
+        value = strength * (weighted * distance).sum()
+        matrix.add_gradient(weighted.mul_(2 * strength))
+        return value
+
+    def logged(self) -> dict[str, Tensor]:
+        return {"adaptive_penalty": self._value}
+
+    def detach(self, model: nn.Module) -> None:
+        self._matrices = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Importance and anchor themselves: to resume or export, the earlier runs need not be there any more."""
+        return {
+            "space": self._space,
+            "weights": self._weights,
+            "anchors": self._anchors,
+            "coefficients": self._coefficients,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The layers' coefficients, and what importance and anchor take in bytes."""
+        kept = [*self._weights.values(), *(value for values in self._anchors.values() for value in values)]
+        return {"coefficients": self._coefficients, "bytes": sum(value.nbytes for value in kept)}
+
+
+@dataclasses.dataclass
+class L2SP(UpdateStrategy):
+    """Hold all weights at the base's, all alike: L2-SP (arXiv 1802.01483), alpha / 2 * ||w - w0||^2.
+
+    For LoRA that is alpha / 2 * ||s B A||^2 (and not weight decay on A and B), computed from matrices of rank by rank.
+    Other trained weights are pulled apart from the gradient, as AdamW's weight decay is: by lr * alpha * (w - w0); a
+    gradient would be divided by Adam's own scale. That takes a copy of them.
+
+    Args:
+        alpha: Strength.
+        targets: What of the trained matrices is held: roles (q, k, v, ...), endings of module names, or `all`.
+    """
+
+    alpha: float = 0.01
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["all"])
+
+    keeps_base: ClassVar[bool] = True
+    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "adds"
+    needs_base: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not self.alpha >= 0:
+            raise BadInput(f"L2SP: alpha is {self.alpha}; it must be at least 0.")
+        self._matrices: list[TrainedMatrix] = []
+        self._anchors: dict[str, list[Tensor]] = {}
+        self._value = torch.zeros(())
+
+    def attach(self, model: nn.Module, probe: Probe) -> None:
+        self._matrices = trained_matrices(model, self.targets, "weights", "L2SP")
+        self._anchors = {matrix.name: matrix.copies() for matrix in self._matrices if matrix.scale is None}
+
+    @torch.no_grad()
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        if not self.alpha:
+            return
+        rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+        parts = [
+            pull_product(matrix, self.alpha)
+            if matrix.scale is not None
+            else pull_parameter(matrix, self._anchors[matrix.name][0], self.alpha, rates, optimizer)
+            for matrix in self._matrices
+        ]
+        self._value = torch.stack(parts).sum()
+
+    def logged(self) -> dict[str, Tensor]:
+        return {"l2sp_penalty": self._value}
+
+    def detach(self, model: nn.Module) -> None:
+        self._matrices, self._anchors = [], {}
+
+
+def pull_product(matrix: TrainedMatrix, alpha: float) -> Tensor:
+    """Add the gradient of alpha / 2 * ||s B A||^2 = alpha / 2 * s^2 <B^T B, A A^T> to the factors'; its value."""
+    assert matrix.scale is not None
+    (a, b), factor = matrix.values(), alpha * matrix.scale**2
+    inner_a, inner_b = a @ a.t(), b.t() @ b
+    add_gradients(list(matrix.parameters.values()), [factor * (inner_b @ a), factor * (b @ inner_a)])
+    return factor / 2 * (inner_a * inner_b).sum()
+
+
+def pull_parameter(
+    matrix: TrainedMatrix, anchor: Tensor, alpha: float, rates: Mapping[nn.Parameter, float], optimizer: Optimizer
+) -> Tensor:
+    """Move a parameter lr * alpha of its way back to `anchor`, where it moves this step; the penalty before that."""
+    (parameter,) = matrix.parameters.values()
+    held = optimizer.state[parameter].get("master", parameter) if parameter in optimizer.state else parameter
+    way = held - anchor
+    if parameter.grad is not None:
+        held.sub_(way, alpha=float(rates[parameter]) * alpha)
+        if held is not parameter:
+            parameter.copy_(held)
+    return alpha / 2 * way.square().sum()

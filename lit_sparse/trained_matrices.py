@@ -1,0 +1,234 @@
+"""Matrices that a run trains, as dense matrices where LoRA's factors train them: how they move, their dense gradient.
+
+LoRA's update of a weight is U = s B A, with A (r, in), B (out, r) and s the scale; everything here is dense (out, in),
+and nothing of it has a graph. U's gradient G is the sum over tokens of delta x^T, with x the adapter's input (after its
+dropout) and delta the gradient of the layer's output; then dB = s G A^T and dA = s B^T G.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lit_sparse.anatomy import role
+from lit_sparse.block_linear import in_precision
+from lit_sparse.checkpoints import hash_of
+from lit_sparse.errors import BadInput
+
+Space = Literal["weights", "factors"]
+"""What counts as a matrix: a weight, also where LoRA's product moves it, or each trained tensor by itself."""
+
+Values = Sequence[Tensor]
+"""What a matrix is made of: one tensor, or LoRA's A (r, in) and B (out, r)."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedMatrix:
+    """A trained parameter, or the product of LoRA's factors.
+
+    Attributes:
+        name: Of the parameter, or of the adapted layer.
+        parameters: The parameter, or A and B, by their names in the model.
+        scale: LoRA's s; None for a parameter.
+        base: A hash of the frozen weight that the product is added to; empty for a parameter.
+        layer: LoRA's layer.
+    """
+
+    name: str
+    parameters: Mapping[str, nn.Parameter]
+    scale: float | None = None
+    base: str = ""
+    layer: Any = field(default=None, repr=False)
+
+    def values(self) -> list[Tensor]:
+        """The present values, in fp32 at least; they may share the parameters' memory."""
+        return [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self.parameters.values()]
+
+    def copies(self) -> list[Tensor]:
+        """The present values, in fp32 at least, in memory of their own."""
+        return [value.clone() for value in self.values()]
+
+    def moved(self, before: Values) -> Tensor:
+        """How far it is from `before`, dense."""
+        return displacement(before, self.values(), self.scale)
+
+    def add_gradient(self, gradient: Tensor) -> None:
+        """Add the dense `gradient` to that of the parameters, through the product where it is one."""
+        parameters = list(self.parameters.values())
+        if self.scale is None:
+            parts = [gradient]
+        else:
+            a, b = self.values()
+            parts = [self.scale * (b.t() @ gradient), self.scale * (gradient @ a.t())]
+        add_gradients(parameters, parts)
+
+
+def add_gradients(parameters: Sequence[nn.Parameter], parts: Sequence[Tensor]) -> None:
+    """Add each of `parts` to the gradient of its parameter, where that has one: without, it does not move this step."""
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(part.to(parameter.grad.dtype))
+
+
+def displacement(before: Values, after: Values, scale: float | None) -> Tensor:
+    """`after` less `before`, dense; for a product s (B1 A1 - B0 A0) = s ((B1 - B0) A1 + B0 (A1 - A0)).
+
+    That form does not subtract two nearly equal products, so that equal factors give exactly zero.
+    """
+    if scale is None:
+        return after[0] - before[0]
+    (a0, b0), (a1, b1) = before, after
+    return scale * torch.cat([b1 - b0, b0], dim=1) @ torch.cat([a1, a1 - a0])
+
+
+def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who: str) -> list[TrainedMatrix]:
+    """What `model` trains now and `targets` name: by role, by an ending of the layer's name, or `all`, embeddings too.
+
+    Raises:
+        BadInput: if nothing is, or an adapter's update is no plain product (DoRA); the sentence begins with `who`.
+    """
+    products = lora_products(model, who) if space == "weights" else []
+    within = {parameter for product in products for parameter in product.parameters.values()}
+    plain = [
+        TrainedMatrix(name, {name: parameter})
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter not in within
+    ]
+    found = [matrix for matrix in products + plain if is_target(matrix.name, targets)]
+    if not found:
+        raise BadInput(
+            f"{who}: nothing that is trained is among the targets {list(targets)}; give targets among what the run "
+            "trains, or all."
+        )
+    return found
+
+
+def is_target(name: str, targets: Sequence[str]) -> bool:
+    """Whether `targets` name the layer or the layer's parameter called `name`."""
+    layer = name.partition(".lora_")[0]
+    layer = layer if layer != name else name.removesuffix(".weight").removesuffix(".bias").removesuffix(".blocks")
+    return any(t in ("all", role(layer)) or f".{layer}".endswith(f".{t}") for t in targets)
+
+
+def lora_products(model: nn.Module, who: str) -> list[TrainedMatrix]:
+    """The products of LoRA's factors in `model`, in its order."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return [lora_product(name, layer, who) for name, layer in layers.items() if adapter_of(layer) in layer.lora_A]
+
+
+def lora_product(name: str, layer: Any, who: str) -> TrainedMatrix:
+    """The product of `layer`'s factors.
+
+    Raises:
+        BadInput: if the layer's update is more than this product.
+    """
+    adapter = adapter_of(layer)
+    if adapter in layer.lora_variant:
+        raise BadInput(
+            f"{who}: {name} has {type(layer.lora_variant[adapter]).__name__}, whose update is no plain product of two "
+            "factors; use plain LoRA, or space: factors."
+        )
+    names = [f"{name}.lora_{factor}.{adapter}.weight" for factor in "AB"]
+    parameters = dict(zip(names, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight), strict=True))
+    base = hash_of([("weight", layer.get_base_layer().weight)])
+    return TrainedMatrix(name, parameters, float(layer.scaling[adapter]), base, layer)
+
+
+def adapter_of(layer: Any) -> str:
+    """The name of `layer`'s adapter, of which there is one."""
+    return layer.active_adapters[0]
+
+
+# ---- the gradient of a product
+
+
+class DenseGradient:
+    """Sums the dense gradient of a LoRA product in the backward, from tensors that autograd keeps anyway.
+
+    The input that is kept is the very tensor that LoRA's first factor keeps for its own gradient, so that no activation
+    is held twice; activation checkpointing recomputes it. A product of (out, tokens) and (tokens, in) a backward, and
+    an fp32 buffer (out, in) until it is taken.
+
+    Attributes:
+        on: Whether gradients are summed; off, the layer computes as if this were not here.
+        total: The sum, (out, in) fp32 at least, times LoRA's scale; None before the first backward.
+    """
+
+    def __init__(self, matrix: TrainedMatrix) -> None:
+        layer, adapter = matrix.layer, adapter_of(matrix.layer)
+        assert matrix.scale is not None
+        self.scale, self.on = matrix.scale, True
+        self.total: Tensor | None = None
+        self._input: Tensor | None = None
+        self._hooks = [
+            layer.lora_A[adapter].register_forward_pre_hook(torch.compiler.disable(self._note)),
+            layer.lora_B[adapter].register_forward_hook(torch.compiler.disable(self._watch)),
+        ]
+
+    def _note(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not (self.on and torch.is_grad_enabled()):
+            return None
+        (self._input,) = in_precision(args[0])  # cast here as the layer would, to keep the tensor that it keeps
+        return (self._input,)  # pyright: ignore[reportReturnType]
+
+    def _watch(self, _module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+        x, self._input = self._input, None
+        return None if x is None else _Watch.apply(output, x, self)  # pyright: ignore[reportReturnType]
+
+    def add(self, dy_TO: Tensor, x_TI: Tensor) -> None:
+        """Add the gradient of some tokens."""
+        dtype = torch.promote_types(dy_TO.dtype, torch.float32)
+        if self.total is None:
+            self.total = torch.zeros(dy_TO.shape[1], x_TI.shape[1], dtype=dtype, device=dy_TO.device)
+        if dy_TO.dtype == x_TI.dtype == dtype:
+            self.total.addmm_(dy_TO.t(), x_TI)
+        else:
+            self.total += dy_TO.t() @ x_TI.to(dy_TO.dtype)
+
+    def take(self) -> Tensor | None:
+        """The gradient of U, and begin anew; None if no backward went through the layer."""
+        total, self.total, self._input = self.total, None, None
+        return None if total is None else total.div_(self.scale)
+
+    def remove(self) -> None:
+        """Take the hooks off the layer."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class _Watch(torch.autograd.Function):
+    # Passes the output of LoRA's second factor on. Shapes: T tokens, O out, I in.
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, gradient: DenseGradient) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.gradient = gradient
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,), (dy,) = ctx.saved_tensors, grads
+        ctx.gradient.add(dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1]))
+        return dy, None, None
+
+
+def watch(matrices: Sequence[TrainedMatrix]) -> dict[str, DenseGradient]:
+    """Watchers of the products among `matrices`, by name."""
+    return {matrix.name: DenseGradient(matrix) for matrix in matrices if matrix.scale is not None}
+
+
+def gradient_of(matrix: TrainedMatrix, watchers: Mapping[str, DenseGradient]) -> Tensor | None:
+    """A copy of the accumulated gradient of `matrix`, dense, on this rank; None if it has none. Begins anew."""
+    if matrix.scale is not None:
+        return watchers[matrix.name].take()
+    (parameter,) = matrix.parameters.values()
+    if parameter.grad is None:
+        return None
+    return parameter.grad.to(torch.promote_types(parameter.dtype, torch.float32), copy=True)
