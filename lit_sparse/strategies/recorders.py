@@ -25,8 +25,8 @@ class RecordImportance(UpdateStrategy):
     """Record in a run's checkpoint how important each weight was for it, for AdaptiveRegularization of a later run.
 
     The path integral of Synaptic Intelligence (arXiv 1703.04200), on LoRA's dense product, is the first phase of
-    adaptive regularisation (arXiv 2501.13669): omega <- omega - G * dU at each optimizer step, with the gradient G of the run's
-    loss before clipping, and the movement dU that the optimizer made.
+    adaptive regularisation (arXiv 2501.13669): omega <- omega - G * dU at each optimizer step, with the gradient G of
+    the run's loss before clipping, and the movement dU that the optimizer made.
 
     It trains nothing itself: put it beside PEFT's LoRA or full fine-tuning. It keeps a matrix of fp32 sums for each
     matrix recorded and, from the backward to the step, a dense gradient of it; without LoRA, copies of what is

@@ -1,0 +1,65 @@
+"""Two processes record what one does; in a file that imports little, since each process imports it too."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+
+from lit_sparse.optim import trainable
+from lit_sparse.strategies import PEFT, RecordImportance, compose
+from lit_sparse.strategies.base import no_probe
+from lit_sparse.testing import tiny_llm
+
+
+def mean_loss(model, seeds):
+    losses = []
+    for seed in seeds:
+        ids = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(seed))
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        losses.append(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()))
+    return torch.stack(losses).mean()
+
+
+def sums_of(adapter: bool, seeds, ranks: int = 1):
+    """What two steps on the mean loss of the batches `seeds` record, gradients averaged over `ranks` as DDP does."""
+    lora = PEFT(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    model, recorder = tiny_llm(), RecordImportance()
+    torch.manual_seed(1)
+    updates = compose([*([lora] if adapter else []), recorder])
+    for update in updates:
+        update.attach(model, no_probe)
+    optimizer = torch.optim.SGD([parameter for _, parameter in trainable(model)], lr=0.1)
+    for step in (1, 2):
+        optimizer.zero_grad()
+        mean_loss(model, seeds).backward()
+        for _, parameter in trainable(model) if ranks > 1 else []:
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= ranks
+        for update in updates:
+            update.before_step(step, optimizer)
+        optimizer.step()
+        for update in updates:
+            update.after_step(step, optimizer)
+    return {name: one["sums"] for name, one in recorder.state_dict()["importance"]["matrices"].items()}
+
+
+def record(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save([sums_of(adapter, [rank], ranks=2) for adapter in (True, False)], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_record_what_one_does(tmp_path):
+    torch.multiprocessing.spawn(record, (tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for case, adapter in enumerate((True, False)):
+        one, alone = sums_of(adapter, [0, 1]), sums_of(adapter, [0])
+        assert len(one) == (6 if adapter else 30)
+        for name, sums in one.items():
+            assert torch.equal(first[case][name], second[case][name]), name
+            # Sums of products of fp32 gradients and movements, each added up in another order.
+            torch.testing.assert_close(first[case][name], sums, rtol=1e-3, atol=1e-5 * float(sums.abs().max()))
+            assert not torch.allclose(alone[name], sums, rtol=0.1, atol=0), "the other rank's data must matter"
