@@ -65,6 +65,7 @@ def test_the_factors_gradients_follow_from_it(dropout, recomputed, autocast, see
     tolerance = 2e-2 if autocast else 1e-5  # bf16 rounds each product to 2^-9 of it; fp32 sums in another order
     for one in matrices:
         (a, b), parameters = one.values(), list(one.parameters.values())
+        assert one.scale == 3
         expected = one.scale * b.t() @ found[one.name], one.scale * found[one.name] @ a.t()
         for got, parameter in zip(expected, parameters, strict=True):
             error = (got - parameter.grad).norm() / parameter.grad.norm()
