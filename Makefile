@@ -37,8 +37,9 @@ readme: $(BUILT)     ## write the tables and figures of README.md from benchmark
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m benchmarks.plots
 
-assets: $(BUILT)     ## bring the demo model and data into the cache
-	$(BIN)/python -c "from lit_sparse import demo; print(demo.model_folder(), demo.dataset_file('gsm8k').parent)"
+assets: $(BUILT)     ## bring the demo models and data into the cache
+	$(BIN)/python -c "from lit_sparse import demo as d; \
+	print(d.model_folder(), d.dataset_file('gsm8k').parent, d.encoder_folder(), d.labelled_file().parent)"
 
 format: $(BUILT)     ## sort imports, mend what ruff can, and format
 	$(BIN)/ruff check --fix

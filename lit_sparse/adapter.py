@@ -6,10 +6,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lit_sparse.anatomy import dummy_forward
+from lit_sparse.anatomy import classification_head, dummy_forward
 from lit_sparse.errors import BadInput
 from lit_sparse.merge import check_mergeable, differs
-from lit_sparse.modules import CausalLM
+from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_base
 from lit_sparse.strategies import PEFT
 
@@ -17,7 +17,7 @@ LOAD_TOLERANCE = (1e-3, 1e-5)
 """What loading it again may do to the logits, as shares of what training did to them and of the logits."""
 
 
-def write_adapter(module: CausalLM, run: str, folder: Path) -> None:
+def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
     """Write what `module` trained so that `peft.PeftModel.from_pretrained(base, folder)` computes the same.
 
     Raises:
@@ -29,6 +29,11 @@ def write_adapter(module: CausalLM, run: str, folder: Path) -> None:
         raise BadInput(
             f"an adapter of {run} was asked for, but {names} trained none; export it with --to hf or --to delta."
         )
+    if classification_head(module.build()):
+        raise BadInput(
+            f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; export it with "
+            "--to hf."
+        )
     check_mergeable(module, run)
     adapters[0].save(folder)
     before, after = reloaded(module, folder)
@@ -39,14 +44,14 @@ def write_adapter(module: CausalLM, run: str, folder: Path) -> None:
         )
 
 
-def reloaded(module: CausalLM, folder: Path) -> tuple[Tensor, Tensor]:
+def reloaded(module: LitSparse, folder: Path) -> tuple[Tensor, Tensor]:
     """What the base of `module` computes, loaded anew, without and with the adapter in `folder`."""
     base = load_base(module.auto_class, module.base, module.frozen_dtype, module.attention, module.quantize)
     before = outputs(module, base)
     return before, outputs(module, PeftModel.from_pretrained(base, folder))
 
 
-def outputs(module: CausalLM, model: nn.Module) -> Tensor:
+def outputs(module: LitSparse, model: nn.Module) -> Tensor:
     """The logits of `model` for a few dummy tokens, in fp32, computed as `module` computes."""
     with torch.no_grad(), module.autocast():
         return dummy_forward(model).float()

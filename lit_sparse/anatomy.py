@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         f"the layers of {type(model).__name__} were not found: its config.num_hidden_layers is {count}, and its module "
         f"lists are {found}; only models that keep their layers in one such list can be trained by layer."
     )
+
+
+def classification_head(model: nn.Module) -> list[str]:
+    """Names of the modules that make a class of a classifier's hidden states; none in other models.
+
+    They are all that lies outside its base model, and the base model's pooler.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return []
+    base: Any = model.base_model
+    pooler = [f"{model.base_model_prefix}.pooler"] if getattr(base, "pooler", None) is not None else []
+    return [name for name, child in model.named_children() if child is not base] + pooler
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:

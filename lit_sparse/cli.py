@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import lightning as L
@@ -25,9 +25,8 @@ from lit_sparse.bench import bench
 from lit_sparse.configs import STACKED, find_configs, methods
 from lit_sparse.errors import BadInput
 from lit_sparse.export import export, generate
-from lit_sparse.modules import CausalLM
 from lit_sparse.recorder import CHECKPOINT_STEPS, Recorder
-from lit_sparse.runs import last_checkpoint
+from lit_sparse.runs import TASKS, last_checkpoint, task_class
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report
 from lit_sparse_profiling.runs import next_folder
@@ -53,6 +52,12 @@ class CLI(LightningCLI):
         return super().init_parser(parser_mode="omegaconf", exit_on_error=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--task",
+            type=Literal[*TASKS],  # pyright: ignore[reportInvalidTypeForm]
+            default=self._model_class.__name__,
+            help="What is learned: to predict the next token, or to classify texts; decides the keys of `model`.",
+        )
         parser.add_argument(
             "--run",
             type=str | None,
@@ -163,6 +168,28 @@ def keep_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
             _ = logger.experiment  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def named_task(argv: Sequence[str]) -> str | None:
+    """The task that `argv` or its YAMLs name, the last one if several do: it decides which keys can be parsed at all."""
+    name = None
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        option, given, value = word.partition("=")
+        value = value if given else after
+        if option == "--task":
+            name = value
+        elif option in ("-c", "--config") and Path(value).is_file():
+            name = task_in(Path(value)) or name
+    return name
+
+
+def task_in(path: Path) -> str | None:
+    """The key `task` of a YAML; what else is wrong with the file, the parser says."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError):
+        return None
+    return document.get("task") if isinstance(document, dict) else None
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict as one of dotted keys."""
     if not isinstance(tree, dict):
@@ -241,7 +268,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     sys.argv[1:] = find_configs(argv)
     CLI(
-        CausalLM,
+        task_class(named_task(sys.argv[1:])),
         L.LightningDataModule,
         subclass_mode_data=True,
         trainer_defaults={

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lit_sparse
 
-STACKED = ("trainers", "data", "models", "phases")
+STACKED = ("trainers", "data", "models", "phases", "tasks")
 """Folders of configs/ whose YAMLs do not name a run that is complete by itself: they stack on a method's, or are
 phases that need another run."""
 

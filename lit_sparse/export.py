@@ -16,7 +16,7 @@ from lit_sparse.data.encoding import Encoder, load_tokenizer, named
 from lit_sparse.data.rows import BadRow, Chat, Message
 from lit_sparse.errors import BadInput
 from lit_sparse.merge import Merge, cast_error
-from lit_sparse.modules import CausalLM
+from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.runs import build_module, load_run
 
 MARK = "lit_sparse.json"
@@ -38,7 +38,7 @@ def export(
     dtype: Literal["base", "float32", "bfloat16"] = "base",
     overwrite: bool = False,
 ) -> Path:
-    """Export a run: as a Hugging Face folder that AutoModelForCausalLM loads, as a delta to its base, or for PEFT.
+    """Export a run: as a Hugging Face folder that the task's Auto class loads, as a delta to its base, or for PEFT.
 
     Args:
         run: The run's folder, such as runs/smt-1.
@@ -102,7 +102,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
     print(cost.sentence())
 
 
-def origin(run: str, module: CausalLM) -> dict[str, Any]:
+def origin(run: str, module: LitSparse) -> dict[str, Any]:
     """Where an export comes from, for its mark."""
     return {
         "run": run,
@@ -208,6 +208,8 @@ def generate(
             f"max_new_tokens is {max_new_tokens} and temperature {temperature}; at least 1 and at least 0 are wanted."
         )
     module, config = load_run(run)
+    if not isinstance(module, CausalLM):
+        raise BadInput(f"{run} was trained to classify, so it generates no text; export it with --to hf.")
     sampling = Sampling(max_new_tokens, temperature, seed)
     text = sampling.answer(module, prompt)
     if not base:
@@ -226,7 +228,7 @@ class Sampling:
     temperature: float
     seed: int
 
-    def answer(self, module: CausalLM, prompt: str) -> str:
+    def answer(self, module: LitSparse, prompt: str) -> str:
         """The answer of `module` to `prompt`, decoded."""
         tokenizer = load_tokenizer(module.base)
         ids = torch.tensor([prompt_ids(Encoder(tokenizer), prompt)])

@@ -13,7 +13,7 @@ from lit_sparse.anatomy import dummy_forward, is_quantized, matrix
 from lit_sparse.blocks import Blocks
 from lit_sparse.delta import Change, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import CausalLM
+from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_base
 from lit_sparse.optim import trainable
 from lit_sparse.runs import load_run
@@ -39,7 +39,7 @@ class Merge:
     """
 
     run: str
-    module: CausalLM
+    module: LitSparse
     model: PreTrainedModel
     base: PreTrainedModel
     choice: Mapping[str, Blocks]
@@ -63,7 +63,7 @@ class Merge:
         choice = {k: v for update in module.updates if isinstance(update, SMT) for k, v in update.choice.items()}
         # A bare configuration's random weights are those of the run in the run's type only.
         dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
-        base = load_base(module.auto_class, module.base, dtype, module.attention)
+        base = load_base(module.auto_class, module.base, dtype, module.attention, config_options=module.config_options)
         return cls(run.resolve().name, module, merged(module, base), base, choice)
 
     @property
@@ -112,7 +112,7 @@ class Merge:
         return ChangedBlocks(layer, blocks, values) if torch.equal(rebuilt, after) else ChangedParameter(name, after)
 
 
-def check_mergeable(module: CausalLM, run: str) -> None:
+def check_mergeable(module: LitSparse, run: str) -> None:
     """Refuse a run that cannot be a plain model, or that diverged.
 
     Raises:
@@ -129,7 +129,7 @@ def check_mergeable(module: CausalLM, run: str) -> None:
             raise BadInput(f"{run} diverged: {name} is not finite; train it anew with a lower model.lr.")
 
 
-def merged(module: CausalLM, base: PreTrainedModel) -> PreTrainedModel:
+def merged(module: LitSparse, base: PreTrainedModel) -> PreTrainedModel:
     """The model of `module` with its strategies taken off, in fp32.
 
     Raises:

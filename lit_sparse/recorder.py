@@ -17,7 +17,7 @@ from rich.text import Text
 from lit_sparse.callbacks import Profile
 from lit_sparse.data import TokenData
 from lit_sparse.data.collate import Question, Questions
-from lit_sparse.modules import CausalLM
+from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse_profiling.kernels import table as kernel_table
@@ -60,28 +60,28 @@ class Recorder(Profile):
 
     # ---- the course of a fit
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
+    def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self._answer(trainer, pl_module, "before")
         super().on_train_start(trainer, pl_module)
         if trainer.global_step:
             self._note_state(trainer, pl_module)  # what a checkpoint brought back
 
-    def plan_of(self, module: CausalLM) -> Plan:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def plan_of(self, module: LitSparse) -> Plan:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan = super().plan_of(module)
         return dataclasses.replace(plan, warmup=plan.warmup + max(periods_of(module), default=0))  # past one switch
 
-    def about(self, module: CausalLM) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def about(self, module: LitSparse) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {
             "dtype": module.frozen_dtype,
             "state": lambda: [update.state_dict() for update in module.updates],
         }
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
+    def on_train_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         if self.checkpoint_steps and self._saved != trainer.global_step:  # the training ended by a time limit, say
             self._save(trainer)
         super().on_train_end(trainer, pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         super().on_validation_end(trainer, pl_module)
         scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name != "train_loss"}
         if trainer.sanity_checking:
@@ -90,7 +90,7 @@ class Recorder(Profile):
             self.after = scores
 
     def on_train_batch_end(  # pyright: ignore
-        self, trainer: L.Trainer, pl_module: CausalLM, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: LitSparse, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
@@ -101,7 +101,7 @@ class Recorder(Profile):
         if step % self.checkpoint_steps == 0 or step == trainer.max_steps or trainer.is_last_batch:
             self._save(trainer)
 
-    def finish(self, trainer: L.Trainer, module: CausalLM) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def finish(self, trainer: L.Trainer, module: LitSparse) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._answer(trainer, module, "after")
         super().finish(trainer, module)
         if trainer.is_global_zero:
@@ -125,10 +125,10 @@ class Recorder(Profile):
             os.replace(last.with_suffix(".part"), last)
         self._saved = trainer.global_step
 
-    def _answer(self, trainer: L.Trainer, module: CausalLM, moment: str) -> None:
+    def _answer(self, trainer: L.Trainer, module: LitSparse, moment: str) -> None:
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         samples = data.samples[: self.samples] if isinstance(data, TokenData) else []
-        if not samples:
+        if not samples or not isinstance(module, CausalLM):
             return
         with module.phases("samples"):
             batch = Questions(data.padding)([Question(sample["prompt_ids"], "") for sample in samples])
@@ -140,7 +140,7 @@ class Recorder(Profile):
         for answer, text in zip(self.answers, texts, strict=True):
             answer[moment] = text.strip()
 
-    def record(self, trainer: L.Trainer, module: CausalLM, **fields: Any) -> RunRecord:  # pyright: ignore
+    def record(self, trainer: L.Trainer, module: LitSparse, **fields: Any) -> RunRecord:  # pyright: ignore
         """The record of the fit, as far as it has come."""
         ours: dict[str, Any] = {
             "updates": [

@@ -11,8 +11,11 @@ from jsonargparse import ArgumentParser
 import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
 from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import CausalLM
+from lit_sparse.modules import CausalLM, Classifier, LitSparse
 from lit_sparse_profiling.runs import folders
+
+TASKS: dict[str, type[LitSparse]] = {"CausalLM": CausalLM, "Classifier": Classifier}
+"""What `task` in a configuration may be; the first, where it is not there."""
 
 
 def last_checkpoint(root: Path, name: str) -> Path:
@@ -30,7 +33,7 @@ def last_checkpoint(root: Path, name: str) -> Path:
     )
 
 
-def load_run(folder: Path) -> tuple[CausalLM, dict[str, Any]]:
+def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
     """The module of a run at its last checkpoint (in evaluation mode, on the CPU), and its configuration.
 
     Raises:
@@ -42,7 +45,7 @@ def load_run(folder: Path) -> tuple[CausalLM, dict[str, Any]]:
             f"runs/smt-1."
         )
     config = read_config(folder / "config.yaml")
-    module = build_module({"model": {**config["model"], "compile": False}})
+    module = build_module({**config, "model": {**config["model"], "compile": False}})
     checkpoint = read_checkpoint(folder / LAST)
     module.restore(checkpoint)
     module.check_complete(checkpoint)
@@ -68,8 +71,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def build_module(config: dict[str, Any]) -> CausalLM:
-    """The module that a run's configuration describes, not built yet (its model is loaded by `build`)."""
+def build_module(config: dict[str, Any]) -> LitSparse:
+    """The module that a run's configuration describes, not built yet (its model is loaded by `build`).
+
+    Raises:
+        BadInput: if there is no such task.
+    """
+    kind = task_class(config.get("task"))
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(CausalLM, "model")
+    parser.add_class_arguments(kind, "model")
     return parser.instantiate(parser.parse_object({"model": config["model"]})).model
+
+
+def task_class(name: Any) -> type[LitSparse]:
+    """The module class of the task called `name`; the first of `TASKS` for None.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    name = next(iter(TASKS)) if name is None else name
+    if name not in TASKS:
+        raise BadInput(f"the task {name!r} was asked for; there is {', '.join(TASKS)}.")
+    return TASKS[name]

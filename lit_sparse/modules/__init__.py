@@ -2,5 +2,6 @@
 
 from lit_sparse.modules.base import LitSparse
 from lit_sparse.modules.causal_lm import CausalLM
+from lit_sparse.modules.classifier import Classifier
 
-__all__ = ["CausalLM", "LitSparse"]
+__all__ = ["CausalLM", "Classifier", "LitSparse"]

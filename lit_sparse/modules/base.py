@@ -113,6 +113,15 @@ class LitSparse(L.LightningModule, ABC):
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         """Mean loss of a batch (scalar with a graph), and the model's output, for strategies with a penalty."""
 
+    @property
+    def config_options(self) -> dict[str, Any]:
+        """What the task sets in the configuration of the base that it loads."""
+        return {}
+
+    def always_trained(self) -> Iterator[torch.nn.Parameter]:
+        """What trains whatever the strategies freeze: parts of the model that are the task's own."""
+        return iter(())
+
     # ---- building
 
     def setup(self, stage: str) -> None:
@@ -138,7 +147,9 @@ class LitSparse(L.LightningModule, ABC):
                 self.model = self._given[0]
             else:
                 device = self.device_to_be
-                self.model = load_base(task, self.base, dtype, self.attention, self.quantize, device)
+                self.model = load_base(
+                    task, self.base, dtype, self.attention, self.quantize, device, self.config_options
+                )
             if is_quantized(self.model):
                 check_keeps_base(f"the base {self.base} is quantised", self.updates)
             self.base_fingerprint = fingerprint(self.model)
@@ -202,6 +213,8 @@ class LitSparse(L.LightningModule, ABC):
     def _after_attach(self) -> None:
         assert self.model is not None
         self._attached = True
+        for parameter in self.always_trained():
+            parameter.requires_grad_(True)
         self._widen()
         if not trainable(self.model):
             raise BadInput(f"nothing is left to train with {self.updates}.")

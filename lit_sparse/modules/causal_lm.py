@@ -12,7 +12,7 @@ from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
 from lit_sparse.anatomy import dummy_forward, evaluating, is_linear, is_quantized_linear
-from lit_sparse.data import Synthetic, TokenData, final_number
+from lit_sparse.data import Labelled, Synthetic, TokenData, final_number
 from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.base import LitSparse
@@ -30,6 +30,10 @@ class CausalLM(LitSparse):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        if isinstance(self.trainer.datamodule, Labelled):  # pyright: ignore[reportAttributeAccessIssue]
+            raise BadInput(
+                "CausalLM learns from text, but the data are Labelled; give other data, or task: Classifier."
+            )
         self.val_scores: dict[str, TokenScores] = {}
         self.test_scores: dict[str, MeanMetric] = {}
 

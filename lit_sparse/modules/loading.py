@@ -1,5 +1,6 @@
 """Getting a base model ready: loading it, and having it recompute activations."""
 
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -8,7 +9,7 @@ import torch
 from packaging.version import Version
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
-from lit_sparse.anatomy import is_quantized_linear
+from lit_sparse.anatomy import classification_head, is_quantized_linear
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 
@@ -22,40 +23,59 @@ def load_base(
     attention: str,
     quantize: Quantization | None = None,
     device: torch.device | None = None,
+    config_options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model that `base` names, its weights in `dtype`.
 
     Args:
         auto_class: The transformers Auto class of the task.
-        base: `demo`, a folder, a Hugging Face name, or a `config.json` (random weights, the same each time).
+        base: `demo`, `minilm`, a folder, a Hugging Face name, or a `config.json` (random weights, the same each time).
         dtype: Of all weights; `auto` is the type of the files.
         attention: Attention implementation of transformers.
         quantize: What the linear layers but the head are quantised to.
         device: Where that is done, and the quantised model is then; the CPU when not given.
+        config_options: What of the model's configuration is to be otherwise, such as a classifier's classes.
 
     Raises:
         BadInput: if there is no such model, or it cannot be quantised.
     """
     if not isinstance(base, str):
-        raise BadInput(f"model.base is {base!r}; it must be demo, a folder, a Hugging Face name, or a config.json.")
+        raise BadInput(
+            f"model.base is {base!r}; it must be demo, minilm, a folder, a Hugging Face name, or a config.json."
+        )
     options = {"dtype": dtype, "attn_implementation": attention}
     if quantize is not None:
         options["quantization_config"] = quantization(base, quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
     try:
+        config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
         if base.endswith(".json"):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                return auto_class.from_config(AutoConfig.from_pretrained(base), **options)
-        model = auto_class.from_pretrained(resolve(base), **options)
+                return auto_class.from_config(config, **options)
+        model, found = auto_class.from_pretrained(resolve(base), config=config, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"no model could be loaded from {base!r}: {reason}") from error
+    draw_head(model, found["missing_keys"])
     for module in model.modules():
         if is_quantized_linear(module):
             # On some CPUs bitsandbytes would repack 4 bits for the first evaluation, in place, and round their scales.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def draw_head(model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Draw a classifier's matrices that the files lack from one seed and in fp32: the same in each run and dtype.
+
+    Their biases and norms are where transformers starts them, which draws nothing.
+    """
+    generator, deviation = torch.Generator().manual_seed(0), getattr(model.config, "initializer_range", 0.02)
+    heads = tuple(f"{name}." for name in classification_head(model))
+    for name in sorted(name for name in missing if name.startswith(heads)):
+        parameter = model.get_parameter(name)
+        if parameter.ndim >= 2:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
 
 
 def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:

@@ -1,4 +1,4 @@
-"""Token-level scores of a language model as one metric."""
+"""Scores as metrics: of a language model by the token, of a classifier by the row."""
 
 import torch
 from torch import Tensor
@@ -28,3 +28,27 @@ class TokenScores(Metric):
         """The scores as fp64 scalars; nan where no token was labelled."""
         loss = self.nll / self.tokens
         return {"loss": loss, "perplexity": loss.exp(), "accuracy": self.hits / self.tokens}
+
+
+class ClassScores(Metric):
+    """Loss (nats a row) and accuracy of the likeliest class, over all rows."""
+
+    full_state_update = False
+    nll: Tensor
+    hits: Tensor
+    rows: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for state in ("nll", "hits", "rows"):
+            self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, predicted: Tensor, labels: Tensor) -> None:
+        """Add a batch: its mean loss (scalar), and its predicted and right classes (B,) int64."""
+        self.nll += loss * len(labels)
+        self.hits += (predicted == labels).sum()
+        self.rows += len(labels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The scores as fp64 scalars; nan where there was no row."""
+        return {"loss": self.nll / self.rows, "accuracy": self.hits / self.rows}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_sparse.anatomy import classification_head, linears
 from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import trainable
@@ -161,6 +162,8 @@ class PEFT(UpdateStrategy):
             raise BadInput(f"PEFT needs a Hugging Face model; this is a {type(model).__name__}.")
         check_dora(self.config, model)
         config = copy.deepcopy(self.config)
+        if getattr(config, "target_modules", None) == "all-linear" and classification_head(model):
+            config.target_modules = sorted(linears(model))  # pyright: ignore[reportAttributeAccessIssue] - not the head
         if self.rewrites_base:
             config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue] - `split` does it by layer
         # The wrapper is kept aside: PEFT puts the adapters into `model` itself, whose forward stays the model's own.

@@ -1,0 +1,137 @@
+"""The task of telling classes of texts apart; scored by loss and accuracy."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
+
+from lit_sparse.anatomy import classification_head
+from lit_sparse.data import Labelled
+from lit_sparse.demo import MINILM
+from lit_sparse.errors import BadInput
+from lit_sparse.modules.base import LitSparse
+from lit_sparse.modules.metrics import ClassScores
+
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Classifier(LitSparse):
+    """Train a Hugging Face model (an encoder such as BERT, or any other that has a classifier) to classify texts.
+
+    The head that tells the classes apart, with the encoder's pooler, trains always, whatever update strategies freeze.
+    Where the base has none, its weights are drawn from one seed, the same in every run: it is a part of the base.
+
+    Args:
+        base: The model: `minilm` (all-MiniLM-L6-v2, downloaded once), a folder, a Hugging Face name, a `config.json`
+            (random weights), or in Python a loaded transformers model.
+        labels: Names of the classes in the order of their numbers; none takes those of the data.
+    """
+
+    auto_class: ClassVar[Any] = AutoModelForSequenceClassification
+
+    def __init__(self, base: Any = MINILM, labels: list[str] | None = None, **host: Any) -> None:
+        super().__init__(base, **host)
+        self.labels = list(labels) if labels is not None else None
+        self.pad_token: int | None = None
+        self.scores: dict[str, ClassScores] = {}
+
+    # ---- classes
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.scores = {}
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, Labelled):
+            self._take("the data", data.label_names, data.pad_token)
+        elif data is not None:
+            raise BadInput(
+                f"Classifier learns from labelled texts, but the data are {type(data).__name__}; give "
+                "lit_sparse.data.Labelled, or loaders of your own."
+            )
+
+    def _take(self, source: str, labels: list[str], pad_token: int | None) -> None:
+        """Have these classes and this padding, unless others are given."""
+        if self.labels is not None and self.labels != labels:
+            raise BadInput(
+                f"the classes are {in_short(self.labels)}, but {source} has {in_short(labels)}; give the same classes "
+                "in the same order."
+            )
+        self.labels = list(labels)
+        self.pad_token = pad_token if self.pad_token is None else self.pad_token
+
+    @property
+    def config_options(self) -> dict[str, Any]:
+        if self.labels is None:
+            return {}
+        names = dict(enumerate(self.labels))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
+
+    def build(self) -> PreTrainedModel:
+        if self.model is None and self.labels is None and not self._given:
+            raise BadInput("Classifier knows no classes; train it on lit_sparse.data.Labelled, or give model.labels.")
+        model = super().build()
+        count = len(self.labels) if self.labels is not None else model.config.num_labels
+        if model.config.num_labels != count:
+            raise BadInput(
+                f"the base tells {model.config.num_labels} classes apart, and {count} are to be told apart; load it "
+                f"with num_labels={count}."
+            )
+        if self.pad_token is not None:  # what a decoder finds the last token of a row by
+            model.config.pad_token_id = self.pad_token
+        return model
+
+    def always_trained(self) -> Iterator[nn.Parameter]:
+        for name in classification_head(self.build()):
+            yield from self.build().get_submodule(name).parameters()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["lit_sparse"]["classes"] = {"labels": self.labels, "pad_token": self.pad_token}
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        if "classes" not in checkpoint["lit_sparse"]:
+            raise BadInput("the checkpoint is of another task than Classifier; give the task of the run that wrote it.")
+        kept = checkpoint["lit_sparse"]["classes"]
+        if kept["labels"] is not None:
+            self._take("the checkpoint", **kept)
+        super().restore(checkpoint)
+
+    # ---- loss
+
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        output = self.build()(**{name: batch[name] for name in INPUTS if name in batch}, use_cache=False)
+        return F.cross_entropy(output.logits.float(), batch["labels"]), output
+
+    # ---- validation and test
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        with self.autocast():
+            loss, output = self.loss(batch)
+        name = self._set_name(dataloader_idx)
+        if name not in self.scores:
+            self.scores[name] = ClassScores().to(self.device)
+        self.scores[name].update(loss, output.logits.argmax(-1), batch["labels"])
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, scores in self.scores.items():
+            for key, value in scores.compute().items():
+                self.log(f"{name}_{key}", value.float(), prog_bar=key == "accuracy")
+            scores.reset()
+
+    def on_test_epoch_end(self) -> None:
+        self.on_validation_epoch_end()
+
+    def _set_name(self, index: int) -> str:
+        """What the data module calls an evaluation set, or `val0`, `val1`, ... where bare loaders are used."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        return data.val_names[index] if isinstance(data, Labelled) else f"val{index}"
+
+
+def in_short(labels: list[str]) -> str:
+    """The first of `labels`, and how many there are."""
+    return f"{', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''} ({len(labels)})"
