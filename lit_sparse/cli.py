@@ -169,7 +169,7 @@ def keep_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
 
 
 def named_task(argv: Sequence[str]) -> str | None:
-    """The task that `argv` or its YAMLs name, the last one if several do: it decides which keys can be parsed at all."""
+    """The task that `argv` or its YAMLs name, the last one if several do: it decides which keys there are."""
     name = None
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
         option, given, value = word.partition("=")

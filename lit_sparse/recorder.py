@@ -17,6 +17,8 @@ from rich.text import Text
 from lit_sparse.callbacks import Profile
 from lit_sparse.data import TokenData
 from lit_sparse.data.collate import Question, Questions
+from lit_sparse.errors import BadInput
+from lit_sparse.forgetting import Forgetting
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
@@ -59,6 +61,14 @@ class Recorder(Profile):
         self._saved = -1
 
     # ---- the course of a fit
+
+    def setup(self, trainer: L.Trainer, pl_module: LitSparse, stage: str) -> None:  # pyright: ignore
+        callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        if any(callbacks.index(forgetting) > callbacks.index(self) for forgetting in forgettings(trainer)):
+            raise BadInput(
+                "Forgetting comes after the Recorder, which would write the record before it has scored; list it first."
+            )
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self._answer(trainer, pl_module, "before")
@@ -146,9 +156,7 @@ class Recorder(Profile):
             "updates": [
                 {"class": type(u).__name__, "fields": fields_of(u), "chosen": u.describe()} for u in module.updates
             ],
-            "outcome": {
-                moment: scores for moment, scores in (("before", self.before), ("after", self.after)) if scores
-            },
+            "outcome": self._outcome(trainer),
             "samples": self.answers,
             "states": self.states,
         }
@@ -156,6 +164,19 @@ class Recorder(Profile):
             trained = sum(parameter.numel() for _, parameter in trainable(module.model))
             ours["model"] = ModelSize(base=module.base, parameters=module.base_parameters, trainable=trained)
         return super().record(trainer, module, **{**ours, **fields})
+
+    def _outcome(self, trainer: L.Trainer) -> dict[str, dict[str, float]]:
+        """What validation scored, and what `Forgetting` did, before and after."""
+        found = {"before": dict(self.before), "after": dict(self.after)}
+        for forgetting in forgettings(trainer):
+            found["before"] |= forgetting.before
+            found["after"] |= forgetting.after
+        return {moment: scores for moment, scores in found.items() if scores}
+
+
+def forgettings(trainer: L.Trainer) -> list[Forgetting]:
+    """The trainer's callbacks that score what is forgotten."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, Forgetting)]  # pyright: ignore
 
 
 def periods_of(module: CausalLM) -> list[int]:

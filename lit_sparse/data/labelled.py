@@ -122,8 +122,8 @@ class Labelled(L.LightningDataModule):
         found = load_tokenizer(self.tokenizer_name)
         if self.max_length > found.model_max_length:
             raise BadInput(
-                f"`max_length` is {self.max_length}, but the tokenizer's model reads {found.model_max_length} tokens at "
-                "most; lower it."
+                f"`max_length` is {self.max_length}, but the tokenizer's model reads {found.model_max_length} tokens; "
+                "lower it."
             )
         return found
 
