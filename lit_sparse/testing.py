@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -76,6 +78,28 @@ def tiny_llm(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> PreTra
         )
         return GPT2LMHeadModel(config)
     raise ValueError(f"tiny_llm has {', '.join(TINY)}, not {kind!r}.")
+
+
+def tiny_encoder(seed: int = 0, dropout: float = 0.0, classes: int = 3) -> PreTrainedModel:
+    """A random BERT classifier of about 35,000 weights and a vocabulary of 96, the same for the same `seed`.
+
+    Args:
+        dropout: Dropout probability of its attention, its layers' outputs and its head.
+        classes: How many it tells apart.
+    """
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=classes,
+    )
+    return BertForSequenceClassification(config)
 
 
 def assert_close(got: Tensor, reference: Tensor, factor: float = 2.0) -> None:

@@ -1,0 +1,215 @@
+"""The task of telling classes apart, on a tiny encoder: what trains, what is scored, what is kept."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForSequenceClassification
+
+from lit_sparse import cli
+from lit_sparse.configs import configs_folder
+from lit_sparse.data import Labelled, Synthetic
+from lit_sparse.errors import BadInput
+from lit_sparse.export import export
+from lit_sparse.modules import CausalLM, Classifier
+from lit_sparse.optim import trainable
+from lit_sparse.recorder import Recorder
+from lit_sparse.runs import build_module, load_run
+from lit_sparse.testing import tiny_encoder, tiny_llm
+from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.record import RunRecord
+from tests.modules.words import word_tokenizer
+
+HEAD = {f"{name}.{kind}" for name in ("classifier", "bert.pooler.dense") for kind in ("weight", "bias")}
+METHODS = ("full", "lora", "smt", "lisa")
+WORDS = ("red", "green", "blue")
+
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed runs save nothing
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> str:
+    """An encoder without a head, with its tokenizer."""
+    tiny_encoder(dropout=0.1).base_model.save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> str:
+    """Rows whose class is a word that they hold."""
+    path = tmp_path / "rows.jsonl"
+    made = [{"text": f"w{n % 7} {WORDS[n % 3]} w{n % 11}", "label": WORDS[n % 3]} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in made))
+    return str(path)
+
+
+def module(method: str, base: str, **options: Any) -> Classifier:
+    """The module of a method's YAML."""
+    config = yaml.safe_load((configs_folder() / f"{method}.yaml").read_text())["model"]
+    for update in config.get("updates+", []):
+        arguments = update["init_args"]
+        if "interval" in arguments:
+            arguments |= {"interval": 2, "active_layers": 1, "train_embeddings": False}
+    made = build_module({"task": "Classifier", "model": {**config, "base": base, "lr": 1e-2, **options}})
+    assert isinstance(made, Classifier)
+    return made
+
+
+def trainer(steps: int, **options: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    fixed = {"accelerator": "cpu", "max_steps": steps, "use_distributed_sampler": False, "enable_model_summary": False}
+    return L.Trainer(**{**fixed, **quiet, **options})
+
+
+def data(rows: str, base: str, **options: Any) -> Labelled:
+    return Labelled(rows, **{"tokenizer": base, "heldout": 12, "max_length": 16, "batch_size": 4, **options})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_head_trains_whatever_is_frozen(method, base, rows):
+    L.seed_everything(0)
+    model = module(method, base)
+    before = {
+        name: value.clone() for name, value in module(method, base, labels=list(WORDS)).build().named_parameters()
+    }
+    trainer(3).fit(model, datamodule=data(rows, base))
+    now = dict(model.build().named_parameters())
+    assert {name for name, _ in trainable(model.build())} >= HEAD
+    for name in HEAD:
+        assert not torch.equal(now[name], before[name]), name
+    moved = {name for name, value in now.items() if name in before and not torch.equal(value, before[name])}
+    frozen = {name for name, value in before.items() if name.startswith("bert.embeddings")}
+    assert bool(moved & frozen) == (method == "full")
+    assert {name for name in now if "classifier" in name or "pooler" in name} == HEAD  # no adapter lies on it
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_is_straight(method, base, rows, tmp_path):
+    """Bit for bit, from the middle of an epoch, with dropout and accumulation."""
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    options = {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
+    L.seed_everything(0)
+    straight = module(method, base)
+    straight_fit = trainer(5, callbacks=[checkpoint], enable_checkpointing=True, **options)
+    straight_fit.fit(straight, datamodule=data(rows, base))
+    L.seed_everything(1)  # nothing of it may matter
+    resumed = module(method, base)
+    resumed.resume_from = tmp_path / "ckpt" / "step=2.ckpt"
+    trainer(5, **options).fit(resumed, datamodule=data(rows, base), ckpt_path=resumed.resume_from)
+    expected = dict(straight.build().named_parameters())
+    for name, value in resumed.build().named_parameters():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_loss_and_accuracy_are_those_of_the_logits(base, rows):
+    model, labelled = module("full", base), data(rows, base, batch_size=5)  # 12 rows: batches of unlike sizes
+    fit = trainer(1)
+    fit.fit(model, datamodule=labelled)
+    scores = fit.validate(model, datamodule=labelled, verbose=False)[0]
+    rows_, plain = labelled.examples["heldout"], model.build().eval()
+    with torch.no_grad():
+        logits = torch.cat([plain(input_ids=torch.tensor([row.input_ids])).logits for row in rows_])
+    labels = torch.tensor([row.label for row in rows_])
+    assert scores["heldout_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert scores["heldout_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+
+
+def test_it_learns(base, rows):
+    L.seed_everything(0)
+    model, labelled = module("full", base, lr=3e-3), data(rows, base)
+    fit = trainer(60)
+    fit.fit(model, datamodule=labelled)
+    assert fit.validate(model, datamodule=labelled, verbose=False)[0]["heldout_accuracy"] == 1
+
+
+def test_a_new_head_is_the_same_in_each_run_and_dtype(base):
+    heads = []
+    for seed, precision in ((0, "float32"), (1, "float32"), (2, "bfloat16")):
+        torch.manual_seed(seed)
+        heads.append(module("full", base, labels=list(WORDS), precision=precision))
+        heads[-1].build()
+    first, second, half = (head.build().get_parameter("classifier.weight") for head in heads)
+    assert torch.equal(first, second)
+    assert torch.equal(first.bfloat16(), half)
+    assert len({head.base_fingerprint for head in heads}) == 1
+
+
+def test_a_decoder_classifies_too(rows, tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    word_tokenizer().save_pretrained(tmp_path / "base")
+    model = module("lora", str(tmp_path / "base"))
+    trainer(2).fit(model, datamodule=data(rows, str(tmp_path / "base")))
+    assert model.build().config.pad_token_id == word_tokenizer().pad_token_id
+    assert "score.weight" in {name for name, _ in trainable(model.build())}
+
+
+def test_a_run_records_and_exports_and_loads(base, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    method = f"--config={configs_folder()}/lora.yaml"
+    words = [
+        "--task=Classifier",
+        f"--model.base={base}",
+        "--data=Labelled",
+        f"--data.train={rows}",
+        "--data.heldout=12",
+    ]
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--profile.examine=false"]
+    limits = ["--data.max_length=16", "--trainer.max_steps=9", "--trainer.val_check_interval=3"]
+    cli.run(["fit", method, *words, *limits, "--profile.profiled=0", *quiet])
+    outcome = RunRecord.read(tmp_path / "runs" / "lora-1" / "record.json").outcome
+    assert {"heldout_loss", "heldout_accuracy"} == set(outcome["before"]) == set(outcome["after"])
+    run, _ = load_run(tmp_path / "runs" / "lora-1")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = run.build()(input_ids=ids).logits
+        folder = export(tmp_path / "runs" / "lora-1", to="hf")
+        again = AutoModelForSequenceClassification.from_pretrained(folder)
+        torch.testing.assert_close(again(input_ids=ids).logits, expected)
+    assert list(again.config.id2label.values()) == sorted(WORDS)
+    with pytest.raises(BadInput, match="its head was trained too, which the adapter lacks"):
+        export(tmp_path / "runs" / "lora-1", to="adapter")
+
+
+def test_a_record_of_a_fit_from_python(base, rows, tmp_path):
+    recorder = Recorder(tmp_path / "run-1", Plan(warmup=0, examine=False, profiled=0), checkpoint_steps=0)
+    (tmp_path / "run-1").mkdir()
+    fit = trainer(12, callbacks=[recorder], num_sanity_val_steps=-1)
+    fit.fit(module("smt", base), datamodule=data(rows, base))
+    assert set(RunRecord.read(tmp_path / "run-1" / "record.json").outcome["after"]) == {
+        "heldout_loss",
+        "heldout_accuracy",
+    }
+
+
+def test_what_does_not_go_together_is_refused(base, rows):
+    with pytest.raises(BadInput, match="the data are Synthetic"):
+        trainer(1).fit(module("full", base), datamodule=Synthetic(vocab_size=96, max_length=8, rows=8))
+    with pytest.raises(BadInput, match="the data are Labelled"):
+        trainer(1).fit(CausalLM(tiny_llm()), datamodule=data(rows, base))
+    with pytest.raises(BadInput, match=r"the classes are a, b \(2\), but the data has blue, green, red \(3\)"):
+        trainer(1).fit(module("full", base, labels=["a", "b"]), datamodule=data(rows, base))
+    with pytest.raises(BadInput, match="the base tells 4 classes apart, and 3 are to be told apart"):
+        trainer(1).fit(Classifier(tiny_encoder(classes=4)), datamodule=data(rows, base))
+    with pytest.raises(BadInput, match="Classifier knows no classes"):
+        module("full", base).build()
+    with pytest.raises(BadInput, match="the task 'Regressor' was asked for"):
+        build_module({"task": "Regressor", "model": {}})
+
+
+@pytest.mark.needs_demo
+def test_minilm_learns_subjects():
+    L.seed_everything(0)
+    model, labelled = Classifier(lr=3e-4), Labelled(heldout=1000, max_length=32, batch_size=16)
+    fit = trainer(20, limit_val_batches=4)
+    fit.fit(model, datamodule=labelled)
+    assert len(model.labels) == 20
+    score = fit.validate(model, datamodule=labelled, verbose=False)[0]
+    assert score["heldout_loss"] < torch.tensor(20.0).log()  # better than guessing evenly
+    assert model.base_parameters == pytest.approx(22.72e6, rel=1e-3)

@@ -1,0 +1,149 @@
+"""What a fit forgets, against a plain computation; and that scoring it changes nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_sparse.data import Instructions, Labelled
+from lit_sparse.errors import BadInput
+from lit_sparse.forgetting import Forgetting
+from lit_sparse.modules import CausalLM, Classifier
+from lit_sparse.recorder import Recorder
+from lit_sparse.testing import tiny_encoder, tiny_llm
+from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.record import RunRecord
+from tests.modules.words import word_tokenizer
+
+PASSAGES = [{"text": f"w{n % 19} red w{n % 5} green w{n % 7}" + " blue" * (n % 4)} for n in range(30)]
+QUESTIONS = [
+    {"question": f"w{n % 19} w{n % 7}", "choices": ["red", f"green w{n % 5} blue w{n % 3}", "blue red"], "label": n % 3}
+    for n in range(30)
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
+
+
+def written(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def forgetting(folder: Path, **options: Any) -> Forgetting:
+    text, questions = written(folder / "text.jsonl", PASSAGES), written(folder / "ask.jsonl", QUESTIONS)
+    defaults = {"rows": 20, "text": text, "questions": [questions], "batch_size": 3, "max_length": 32}
+    return Forgetting(**{**defaults, **options})
+
+
+def fitted(folder: Path, callbacks: list[Any], steps: int = 4, heldout: int = 2, **options: Any) -> CausalLM:
+    L.seed_everything(0)
+    module = CausalLM(tiny_llm("gpt2", dropout=0.2), lr=1e-2)
+    data = Instructions(
+        written(folder / "train.jsonl", PASSAGES[:14]), heldout=heldout, tokenizer=word_tokenizer(), max_length=32
+    )
+    trainer = L.Trainer(
+        **{"max_steps": steps, "callbacks": callbacks, "accelerator": "cpu", "logger": False, **options},
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, datamodule=data)
+    return module
+
+
+def test_scores_are_a_plain_computation(tmp_path):
+    callback = forgetting(tmp_path)
+    module = fitted(tmp_path, [callback])
+    model, nll, tokens, right = module.build().eval(), 0.0, 0, 0
+    assert len(callback._passages) == 18  # all but the 12 rows that were trained on
+    with torch.no_grad():
+        for example in callback._passages:
+            ids = torch.tensor([example.input_ids])
+            nll += F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+            tokens += len(example.input_ids) - 1
+        (items,) = callback._choices.values()
+        for item in items:
+            means = []
+            for choice in item.examples:
+                ids, labels = torch.tensor([choice.input_ids]), torch.tensor(choice.labels[1:])
+                means.append(F.cross_entropy(model(input_ids=ids).logits[0, :-1], labels, ignore_index=-100).item())
+            right += means.index(min(means)) == item.label
+    assert len(items) == 20
+    assert callback.after["general_loss"] == pytest.approx(nll / tokens, rel=1e-5)
+    assert callback.after["general_perplexity"] == pytest.approx(torch.tensor(nll / tokens).exp().item(), rel=1e-5)
+    assert callback.after[f"{tmp_path}/ask.jsonl_zero_shot"] == pytest.approx(right / 20)
+    assert callback.before["general_loss"] != callback.after["general_loss"]
+
+
+def test_training_goes_on_to_the_same_bits(tmp_path):
+    with_it, without = fitted(tmp_path, [forgetting(tmp_path)]), fitted(tmp_path, [])
+    others = dict(without.named_parameters())
+    for name, value in with_it.named_parameters():
+        assert torch.equal(value, others[name]), name
+
+
+def test_the_mode_of_every_module_is_as_it_was(tmp_path):
+    callback = forgetting(tmp_path)
+    module = fitted(tmp_path, [callback])
+    module.train()
+    module.build().get_submodule("transformer.h.0").eval()
+    modes, state = [part.training for part in module.modules()], torch.get_rng_state()
+    callback.scores(module)
+    assert [part.training for part in module.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_record_has_both(tmp_path):
+    (tmp_path / "run-1").mkdir()
+    recorder = Recorder(tmp_path / "run-1", Plan(warmup=0, examine=False, profiled=0), samples=0, checkpoint_steps=0)
+    callback = forgetting(tmp_path)
+    fitted(tmp_path, [callback, recorder], num_sanity_val_steps=0)
+    record = RunRecord.read(tmp_path / "run-1" / "record.json")
+    assert record.outcome["before"] == callback.before
+    assert record.outcome["after"].items() >= callback.after.items()
+    assert "forgetting" in {phase.name for phase in record.phases}
+    with pytest.raises(BadInput, match="Forgetting comes after the Recorder"):
+        fitted(tmp_path, [recorder, callback])
+
+
+def test_before_comes_from_the_checkpoint_of_a_resumed_fit(tmp_path):
+    first, second = forgetting(tmp_path), forgetting(tmp_path)
+    fitted(tmp_path, [first])
+    second.load_state_dict(first.state_dict())
+    fitted(tmp_path, [second], steps=6)
+    assert second.before == first.before
+    assert second.after != first.after
+
+
+def test_what_cannot_be_scored_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="all rows of .*few.jsonl are trained on"):
+        fitted(tmp_path, [forgetting(tmp_path, text=written(tmp_path / "few.jsonl", PASSAGES[:3]))], heldout=0)
+    with pytest.raises(BadInput, match="no multiple-choice question of up to 32 tokens"):
+        fitted(tmp_path, [forgetting(tmp_path, questions=[str(tmp_path / "text.jsonl")])])
+    with pytest.raises(BadInput, match="`rows` is 0; it must be 1 or more"):
+        forgetting(tmp_path, rows=0)
+    rows = [{"text": f"w{n}", "label": n % 2} for n in range(8)]
+    data = Labelled(written(tmp_path / "rows.jsonl", rows), heldout=0, tokenizer=word_tokenizer(), max_length=8)
+    trainer = L.Trainer(max_steps=1, logger=False, accelerator="cpu", callbacks=[forgetting(tmp_path)])
+    with pytest.raises(BadInput, match="the task is Classifier; leave the callback out"):
+        trainer.fit(Classifier(tiny_encoder(classes=2)), datamodule=data)
+
+
+@pytest.mark.needs_demo
+def test_the_demo_sets_are_found(monkeypatch, tmp_path):
+    monkeypatch.delenv("LIT_SPARSE_CACHE")
+    callback = Forgetting(rows=2, tokenizer=word_tokenizer(), max_length=512)
+    fitted(tmp_path, [callback], steps=1)
+    assert set(callback.after) == {
+        "general_loss",
+        "general_perplexity",
+        *(f"{name}_zero_shot" for name in ("piqa", "sciq", "arc_easy", "hellaswag")),
+    }
