@@ -124,7 +124,7 @@ def test_before_comes_from_the_checkpoint_of_a_resumed_fit(tmp_path):
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
-    with pytest.raises(BadInput, match="all rows of .*few.jsonl are trained on"):
+    with pytest.raises(BadInput, match=r"all rows of .*few\.jsonl are trained on"):
         fitted(tmp_path, [forgetting(tmp_path, text=written(tmp_path / "few.jsonl", PASSAGES[:3]))], heldout=0)
     with pytest.raises(BadInput, match="no multiple-choice question of up to 32 tokens"):
         fitted(tmp_path, [forgetting(tmp_path, questions=[str(tmp_path / "text.jsonl")])])

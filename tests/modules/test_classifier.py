@@ -206,8 +206,8 @@ def test_what_does_not_go_together_is_refused(base, rows):
 @pytest.mark.needs_demo
 def test_minilm_learns_subjects():
     L.seed_everything(0)
-    model, labelled = Classifier(lr=3e-4), Labelled(heldout=1000, max_length=32, batch_size=16)
-    fit = trainer(20, limit_val_batches=4)
+    model, labelled = Classifier(lr=3e-4), Labelled(heldout=1000, max_length=24, batch_size=8)
+    fit = trainer(10, limit_val_batches=4, num_sanity_val_steps=0)
     fit.fit(model, datamodule=labelled)
     assert len(model.labels) == 20
     score = fit.validate(model, datamodule=labelled, verbose=False)[0]
