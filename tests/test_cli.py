@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_sparse import cli, configs
+from lit_sparse.modules import CausalLM
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 
@@ -105,7 +106,7 @@ def test_yamls_compose_in_either_order(home):
     for files in (["smt.yaml", "lora.yaml"], ["lora.yaml", "smt.yaml"]):
         parser = cli.LightningArgumentParser(parser_mode="omegaconf", exit_on_error=False)
         parser.add_argument("--config", action=ActionConfigFile)
-        parser.add_class_arguments(cli.CausalLM, "model")
+        parser.add_class_arguments(CausalLM, "model")
         words = configs.find_configs([word for file in files for word in ("--config", file)])
         updates = parser.parse_args(words).model.updates
         assert [update.class_path.rpartition(".")[2] for update in updates] == [
@@ -164,7 +165,7 @@ def test_a_killed_or_failed_run_says_so_in_its_record(home, monkeypatch):
     def broken(self, batch, batch_idx):
         raise RuntimeError("the card fell out")
 
-    monkeypatch.setattr(cli.CausalLM, "training_step", broken)
+    monkeypatch.setattr(CausalLM, "training_step", broken)
     with pytest.raises(RuntimeError, match="the card fell out"):
         fit("--config", "smt.yaml", "--trainer.max_steps=2")
     record = RunRecord.read("runs/smt-1/record.json")
