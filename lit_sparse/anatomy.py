@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,6 +73,52 @@ def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """The linear layers inside `model`'s layers by qualified name, `nn.Linear` and GPT-2's `Conv1D`; not the head."""
     layers = set(decoder_layers(model).modules())
     return {name: module for name, module in model.named_modules() if module in layers and is_linear(module)}  # pyright: ignore
+
+
+@dataclass(frozen=True, eq=False)
+class MLP:
+    """One layer's feed-forward part.
+
+    Attributes:
+        module: What holds the matrices up to the activation: the MLP itself where it is gated.
+        gate: Qualified name of the matrix under the activation; None where the MLP is not gated.
+        up: Qualified name of the other matrix that reads the input, or of both in one (Phi-3).
+        down: Qualified name of the matrix that reads the activations.
+        act: The activation function.
+    """
+
+    module: nn.Module
+    gate: str | None
+    up: str
+    down: str
+    act: nn.Module
+
+
+def mlps(model: nn.Module) -> list[MLP]:
+    """The MLPs of `model`'s layers, first layer first; matrices may be wrapped already, by adapters say.
+
+    Raises:
+        BadInput: if a layer has none, or has several, as mixtures of experts do.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return [_mlp(model, layer, names) for layer in decoder_layers(model)]
+
+
+def _mlp(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> MLP:
+    found: dict[str, list[str]] = {"gate": [], "up": [], "gate_up": [], "down": []}
+    for module in layer.modules():
+        if (kind := role(names[module])) in found:
+            found[kind].append(names[module])
+    gates, ups, downs = found["gate"], found["up"] + found["gate_up"], found["down"]
+    parent = model.get_submodule(ups[0].rpartition(".")[0]) if ups else layer
+    acts = [child for name, child in parent.named_children() if "act" in name and not list(child.parameters())]
+    if (len(ups), len(downs), len(acts)) != (1, 1, 1) or len(gates) > 1:
+        raise BadInput(
+            f"no MLP was found in {names[layer]} of {type(model).__name__}: it has {len(gates)} gate, {len(ups)} up "
+            f"and {len(downs)} down projections and beside them {len(acts)} modules named as activations, where one up "
+            "and one down, at most one gate, and one activation are needed; take a model with such MLPs."
+        )
+    return MLP(parent, gates[0] if gates else None, ups[0], downs[0], acts[0])
 
 
 def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:

@@ -1,5 +1,6 @@
 """Update strategies: one method, one file."""
 
+from lit_sparse.strategies.activation_density import ActivationDensity
 from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy, compose
 from lit_sparse.strategies.lisa import LISA
@@ -12,6 +13,7 @@ __all__ = [
     "LISA",
     "PEFT",
     "SMT",
+    "ActivationDensity",
     "AdaptiveRegularization",
     "Claim",
     "Probe",

@@ -39,6 +39,7 @@ class UpdateStrategy(ABC):
             `restore` has seen the whole model (FSDP2). May be a property, where settings decide.
         gradients: What `before_step` does with the gradients of the weights that train from the start: it `ignores`
             them, `reads` them, or `adds` to them. In that order the strategies of a run are called.
+        penalizes_activations: Whether `penalty` is made of what the layers compute inside, which autograd must see.
     """
 
     claims: ClassVar[frozenset[Claim]] = frozenset()
@@ -49,6 +50,7 @@ class UpdateStrategy(ABC):
     needs_base: ClassVar[bool] = False
     shards: ClassVar[bool] = False
     gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "ignores"
+    penalizes_activations: ClassVar[bool] = False
 
     @property
     def period(self) -> int | None:
@@ -117,7 +119,7 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
 
     Raises:
         BadInput: if two of them claim the same part of the training, one needs the base that another rewrites, or one
-            needs gradients that another does not leave.
+            needs gradients that another does not leave, of the weights or of what the layers compute.
     """
     taken: dict[str, UpdateStrategy] = {}
     for strategy in strategies:
@@ -130,7 +132,22 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
             taken[claim] = strategy
     _check_base(strategies)
     _check_gradients(strategies)
+    _check_activations(strategies)
     return sorted(strategies, key=lambda strategy: ("ignores", "reads", "adds").index(strategy.gradients))
+
+
+def _check_activations(strategies: Sequence[UpdateStrategy]) -> None:
+    needy = [type(strategy).__name__ for strategy in strategies if strategy.penalizes_activations]
+    hiding = [
+        type(strategy).__name__
+        for strategy in strategies
+        if strategy.backward == "none" or strategy.leaves == "own_forward"
+    ]
+    if needy and hiding:
+        raise BadInput(
+            f"{needy[0]} and {hiding[0]} cannot be combined: the penalty of {needy[0]} needs gradients through what "
+            f"the layers compute inside, which {hiding[0]} leaves none of; keep one of the two."
+        )
 
 
 def _check_base(strategies: Sequence[UpdateStrategy]) -> None:

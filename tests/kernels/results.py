@@ -9,9 +9,16 @@ import sys
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels import block_adamw, block_delta, block_grad, master_adamw, pack_columns
+from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
 from lit_sparse_kernels.jit import Listed
-from tests.kernels import test_block_adamw, test_block_delta, test_block_grad, test_master_adamw, test_pack_columns
+from tests.kernels import (
+    test_block_adamw,
+    test_block_delta,
+    test_block_grad,
+    test_glu_density,
+    test_master_adamw,
+    test_pack_columns,
+)
 
 
 def results(device: torch.device) -> list[Tensor]:
@@ -28,6 +35,12 @@ def results(device: torch.device) -> list[Tensor]:
     for case in exact(pack_columns.CASES):
         x, _, columns, width, to = test_pack_columns.inputs(*case)
         made.append(pack_columns.launch(x.to(device), Listed([(c,) for c in columns.tolist()]), width, to))
+    for case in exact(glu_density.CASES):
+        gate, up, sharpness, names, dh, drows = test_glu_density.inputs(*case)
+        up = None if up is None else up.to(device)
+        gate, sharpness, dh, drows = (tensor.to(device) for tensor in (gate, sharpness, dh, drows))
+        made += glu_density.launch(gate, up, sharpness, *names)
+        made += glu_density.launch_grad(dh, drows, gate, up, sharpness, *names)
     for case in exact(master_adamw.CASES):
         items = [moved(item, device) for item in test_master_adamw.items(*case)]
         master_adamw.launch(items, test_master_adamw.RULE)

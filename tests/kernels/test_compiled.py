@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_sparse_kernels import block_adamw, block_delta, block_grad, master_adamw, pack_columns
+from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
 from lit_sparse_kernels.jit import Listed
 from lit_sparse_kernels.master_adamw import Item, Rule
 from tests.kernels.test_interpreter import kernels
@@ -93,11 +93,26 @@ def block_part(weight: torch.Tensor, size: int) -> block_adamw.Part:
     return block_adamw.Part(Item(weight, grad, master, m, v, 1), Listed([(0, 0), (1, 0), (0, 1)]))
 
 
+def glu_densities(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Forward and backward of all activations, proxies and places, in bf16; of one in fp32, and of one without up."""
+    forms = [(a, p, w) for a in glu_density.ACTS for p in glu_density.PROXIES for w in glu_density.WHERES]
+    rows, sharpness = empty(TOKENS, dtype=torch.float32), empty(dtype=torch.float32)
+    for dtype, names, gated in [
+        *((torch.bfloat16, names, True) for names in forms),
+        (torch.float32, forms[0], True),
+        (torch.bfloat16, forms[0], False),
+    ]:
+        gate, up = empty(TOKENS, wide, dtype=dtype), empty(TOKENS, wide, dtype=dtype) if gated else None
+        yield lambda gate=gate, up=up, names=names: glu_density.launch(gate, up, sharpness, *names)
+        yield lambda gate=gate, up=up, names=names: glu_density.launch_grad(gate, rows, gate, up, sharpness, *names)
+
+
 LAUNCHES = {
     "block_grad": block_grads,
     "block_adamw": block_adamws,
     "pack_columns": packings,
     "block_delta": block_deltas,
+    "glu_density": glu_densities,
     "master_adamw": master_adamws,
 }
 

@@ -1,0 +1,180 @@
+"""How dense the MLPs' activations are on held-out data: what a sparse down projection could leave out (2402.01911)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lit_sparse.anatomy import mlps
+from lit_sparse.errors import BadInput
+from lit_sparse.mlp_density import token_mask
+
+GROUPS = (16, 32)
+"""Neighbouring activations that hardware can leave out together, where all of them are zero."""
+HALVINGS = 20
+"""Of the search for a threshold: 2^-20 of the way from the least that is searched to the largest activation."""
+
+
+class Density(Metric):
+    """Shares of activations that are not zero, of those above each threshold, and of groups that are not all zero.
+
+    Args:
+        taus: The thresholds.
+    """
+
+    full_state_update = False
+    counts: Tensor
+    groups: Tensor
+    tokens: Tensor
+
+    def __init__(self, taus: Sequence[float] = ()) -> None:
+        super().__init__()
+        self.taus = (0.0, *taus)
+        self.add_state("counts", torch.zeros(len(self.taus), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("groups", torch.zeros(len(self.taus), len(GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, h_TI: Tensor) -> None:
+        """Add the activations (T, I) of tokens that count. A ragged last group is a group too."""
+        for number, tau in enumerate(self.taus):
+            dense = h_TI.abs() > tau
+            self.counts[number] += dense.sum() / h_TI.shape[1]
+            for place, size in enumerate(GROUPS):
+                padded = nn.functional.pad(dense, (0, -h_TI.shape[1] % size))
+                some = padded.unflatten(1, (-1, size)).any(-1)
+                self.groups[number, place] += some.sum() / some.shape[1]
+        self.tokens += len(h_TI)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The shares as fp64 scalars, exact zeros first; nan where there was no token."""
+        shares: dict[str, Tensor] = {}
+        for number, tau in enumerate(self.taus):
+            above = f"_above_{tau:g}" if tau else ""
+            shares[f"density{above}"] = self.counts[number] / self.tokens
+            for place, size in enumerate(GROUPS):
+                shares[f"density_groups_{size}{above}"] = self.groups[number, place] / self.tokens
+        return shares
+
+
+def tolerable_tau(down: Callable[[Tensor], Tensor], h_TI: Tensor, error: float) -> float:
+    """The largest threshold tau at which `down` of only the |h| > tau is off by at most `error`, relatively.
+
+    By bisection between 0 and the largest |h|, over the logarithm: 2^-24 of the largest is the least that is tried.
+
+    Args:
+        down: The down projection; a bias does not count.
+        h_TI: Its inputs, (T, I).
+        error: Norm of the difference over norm of the whole, over all tokens.
+    """
+    bias = down(torch.zeros_like(h_TI[:1]))
+    whole = (down(h_TI) - bias).float()
+    allowed, largest = error * whole.norm(), float(h_TI.abs().max())
+
+    def fits(exponent: float) -> bool:
+        kept = torch.where(h_TI.abs() > largest * 2**exponent, h_TI, 0)
+        return bool(((down(kept) - bias).float() - whole).norm() <= allowed)
+
+    low, high = -24.0, 0.0
+    if not fits(low):
+        return 0.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return largest * 2**low
+
+
+class DensityMonitor(Callback):
+    """Logs how dense the MLPs' activations are at each validation, with `ActivationDensity` or without.
+
+    The inputs of the down projections are counted, padding left out, as means over the layers: `density` (exact zeros
+    are left out), `density_above_<tau>`, and for groups of neighbours `density_groups_<size>`, alone and above each
+    tau. `density_within_error` is the share above the threshold of each layer that keeps its down projection's error,
+    on the first batch. The record of a fit has them before and after training.
+
+    Args:
+        taus: Thresholds.
+        error: Relative error of a down projection that is allowed for `density_within_error`.
+    """
+
+    def __init__(self, taus: Sequence[float] = (1e-3, 1e-2, 1e-1), error: float = 0.01) -> None:
+        if any(tau <= 0 for tau in taus) or not 0 < error < 1:
+            raise BadInput(
+                f"DensityMonitor: taus are {list(taus)} and error is {error}; taus must be above 0, and the error "
+                "between 0 and 1."
+            )
+        self.taus, self.error = tuple(taus), error
+        self._metrics: list[Density] = []
+        self._within: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._counted: Tensor | None = None  # which tokens (T,) of the batch count; None: nothing is looked at
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        model = pl_module.model
+        assert isinstance(model, nn.Module)
+        downs = [model.get_submodule(mlp.down) for mlp in mlps(model)]
+        self._metrics = [Density(self.taus).to(pl_module.device) for _ in downs]
+        self._within = []
+        self._handles = [
+            down.register_forward_pre_hook(self._watcher(metric))
+            for down, metric in zip(downs, self._metrics, strict=True)
+        ]
+
+    def _watcher(self, metric: Density) -> Callable[[nn.Module, Any], None]:
+        return lambda module, args: self._see(module, args[0], metric)
+
+    def on_validation_batch_start(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        batch: Mapping[str, Tensor],
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        mask = token_mask(batch)
+        self._counted = (torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask).flatten()
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._counted = None
+
+    @torch.no_grad()
+    def _see(self, down: nn.Module, h: Tensor, metric: Density) -> None:
+        h_TI, counted = h.flatten(0, -2), self._counted
+        if counted is None or len(h_TI) != len(counted):  # a pass of the module's own, over dummy tokens
+            return
+        h_TI = h_TI[counted]
+        metric.update(h_TI)
+        if len(self._within) < len(self._metrics) and len(h_TI):
+            self._counted = None  # the search calls the projection too
+            tau = tolerable_tau(down, h_TI, self.error)
+            self._counted = counted
+            self._within.append((h_TI.abs() > tau).double().mean())
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        layers = [metric.compute() for metric in self._metrics]
+        scores = {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
+        if self._within:
+            scores["density_within_error"] = torch.stack(self._within).mean()
+        for name, value in scores.items():
+            pl_module.log(name, value.float(), sync_dist=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []

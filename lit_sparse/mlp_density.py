@@ -1,0 +1,191 @@
+"""How dense a model's MLPs are, as they compute: stand-ins for their forwards that report a smooth count by token."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lit_sparse.anatomy import MLP, dummy_forward
+from lit_sparse.errors import BadInput
+from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_density_grad
+
+
+class Sums:
+    """What the MLPs of one forward pass report, and the proxy's sharpness that they read.
+
+    Attributes:
+        sharpness: fp32 scalar, on the device of the model.
+    """
+
+    def __init__(self) -> None:
+        self.sharpness = torch.ones(())
+        self._by_layer: dict[int, Tensor] = {}
+        self._open = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sums:
+        new = Sums()  # without the graph of a pass under way
+        new.sharpness = self.sharpness.clone()
+        return new
+
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """A forward pass of the model begins (its forward pre-hook)."""
+        self.sharpness = self.sharpness.to(next(model.parameters()).device)
+        self._by_layer.clear()
+        self._open = True
+
+    def add(self, layer: int, means: Tensor) -> None:
+        """A layer's mean proxies, by token. What a checkpointed layer reports again in the backward is not taken."""
+        if self._open:
+            self._by_layer[layer] = means
+
+    def take(self) -> dict[int, Tensor]:
+        """What was added since the pass began; it is over."""
+        taken, self._by_layer, self._open = self._by_layer, {}, False
+        return taken
+
+
+@dataclasses.dataclass(eq=False)
+class Site:
+    """Stands in for the forward of a gated MLP, or of the activation function of another.
+
+    Matrices are looked up at each call, since adapters may take their places before or after.
+    """
+
+    layer: int
+    mlp: MLP
+    act: str
+    proxy: str
+    where: str
+    sums: Sums
+    plain: Callable[[Tensor], Tensor] = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = self.module.forward
+        self._was = self.module.__dict__.get("forward")
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose forward is stood in for."""
+        return self.mlp.act if self.mlp.gate is None else self.mlp.module
+
+    def install(self) -> None:
+        self.module.forward = self
+
+    def remove(self) -> None:
+        del self.module.forward
+        if self._was is not None:
+            self.module.forward = self._was
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # By the same rule in a checkpointed layer's second run, or it would save other tensors than in its first.
+        if not (self.module.training and torch.is_grad_enabled()):
+            return self.plain(x)
+        return self.forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the plain forward computes, with the means added to the sums."""
+        if self.mlp.gate is None:
+            return self._activated(x, None)
+        gate, up, down = (
+            getattr(self.mlp.module, name.rpartition(".")[2]) for name in (self.mlp.gate, self.mlp.up, self.mlp.down)
+        )
+        return down(self._activated(gate(x), up(x)))
+
+    def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
+        flat = gate.flatten(0, -2)
+        other = None if up is None else up.flatten(0, -2).to(gate.dtype)
+        h, rows = Density.apply(flat, other, self.sums.sharpness, self.act, self.proxy, self.where)  # pyright: ignore
+        self.sums.add(self.layer, rows / gate.shape[-1])
+        return h.view(gate.shape)
+
+
+class Density(torch.autograd.Function):
+    """`glu_density` under autograd. Both outputs are one node, which runs when the gradients of both are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate_TI: Tensor, up_TI: Tensor | None, sharpness: Tensor, act: str, proxy: str, where: str
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(gate_TI, up_TI, sharpness)
+        ctx.names = act, proxy, where
+        return glu_density(gate_TI, up_TI, sharpness, act, proxy, where)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh_TI: Tensor, drows_T: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate_TI, up_TI, sharpness = ctx.saved_tensors
+        dgate_TI, dup_TI = glu_density_grad(dh_TI, drows_T, gate_TI, up_TI, sharpness, *ctx.names)
+        return dgate_TI, None if up_TI is None else dup_TI, None, None, None, None
+
+
+def act_of(module: nn.Module) -> str:
+    """The name of the activation function that `module` computes, found by what it makes of some numbers.
+
+    Raises:
+        BadInput: if it is none that `glu_density` knows.
+    """
+    x = torch.linspace(-6, 6, 97)
+    with torch.no_grad():
+        got = module(x)
+    for name in ACTS:
+        if torch.allclose(got, activation(x, name), rtol=0, atol=1e-5):  # the two GELUs differ by up to 5e-4
+            return name
+    raise BadInput(
+        f"ActivationDensity: the MLPs' activation is {type(module).__name__}, which is none of {', '.join(ACTS)}; take "
+        "a model with one of these."
+    )
+
+
+def check_sites(model: nn.Module, sites: list[Site]) -> None:
+    """Make sure that gated MLPs are what is put in their place: down(act(gate(x)) * up(x)), and nothing else.
+
+    Raises:
+        BadInput: naming the module that computes something else.
+    """
+    gated = [site for site in sites if site.mlp.gate is not None]
+    inputs: dict[int, Tensor] = {}
+    handles = [
+        site.module.register_forward_pre_hook(lambda _, args, to=site.layer: inputs.__setitem__(to, args[0]))  # pyright: ignore
+        for site in gated
+    ]
+    try:
+        if gated:
+            dummy_forward(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        for site in gated:
+            _check_site(site, inputs[site.layer])
+
+
+def _check_site(site: Site, x: Tensor) -> None:
+    theirs = site.plain(x)
+    ours = site.forward(x)
+    # Rounding in half precision is 2^-8 a step; another formula is off by its whole size.
+    if len(list(site.module.children())) != 4 or (ours - theirs).norm() > 2**-5 * theirs.norm():
+        raise BadInput(
+            f"ActivationDensity: the {type(site.module).__name__} that holds {site.mlp.up} is not down(act(gate(x)) * "
+            "up(x)); take a model whose MLPs are."
+        )
+
+
+# ---- which tokens count
+
+
+def token_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """Which tokens of the batch are no padding, (B, S) bool; None where the batch has no mask."""
+    name = next((name for name in ("token_mask", "attention_mask") if name in batch), None)
+    return None if name is None else batch[name].bool()
+
+
+def masked_mean(means: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over tokens that count; 0, with a graph, where none does."""
+    if mask is None:
+        return means.mean()
+    return torch.where(mask.flatten(), means.flatten(), 0).sum() / mask.sum().clamp(min=1)
