@@ -131,13 +131,13 @@ class Forgetting(Callback):
     def _text_scores(self, module: CausalLM) -> dict[str, float]:
         total = TokenScores().to(module.device)
         for batch in self._batches(self._passages, self._passages.lengths, Padded(self._padding), module):
-            total.update(*module.scores(batch), batch["labels"])
+            total.update(*module.compute(module.scores, batch), batch["labels"])
         return {f"general_{name}": total.compute()[name].item() for name in ("loss", "perplexity")}
 
     def _share_right(self, module: CausalLM, items: list[ScoredChoices]) -> float:
         sizes = [choice_tokens(item.examples) for item in items]
         batches = self._batches(items, sizes, Choices(self._padding), module)
-        return sum(int(right(module.scores(batch)[0], batch).sum()) for batch in batches) / len(items)
+        return sum(int(right(module.compute(module.scores, batch)[0], batch).sum()) for batch in batches) / len(items)
 
     def _batches(self, rows: Any, sizes: list[int], collate: Any, module: CausalLM) -> Any:
         loader = evaluation_loader(rows, sizes, self.batch_size, collate)

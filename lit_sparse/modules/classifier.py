@@ -108,7 +108,7 @@ class Classifier(LitSparse):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.autocast():
-            loss, output = self.loss(batch)
+            loss, output = self.compute(self.loss, batch)
         name = self._set_name(dataloader_idx)
         if name not in self.scores:
             self.scores[name] = ClassScores().to(self.device)
