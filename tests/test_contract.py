@@ -139,7 +139,7 @@ def test_yaml_to_object_to_yaml(method):
     first = module(method, "unused")
     text = (configs_folder() / f"{method}.yaml").read_text()
     keys = yaml.safe_load(text)["model"]
-    assert first.lr == pytest.approx(float(keys["lr"]))
+    assert first.lr == pytest.approx(float(keys.get("lr", 2e-5)))
     given = keys.get("updates+", keys.get("updates", []))
     assert [type(update).__name__ for update in first.updates] == [entry["class_path"] for entry in given]
 
