@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.ranking import HEAD, Results, belonging, cells, chosen, notes, score
+from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score
 from benchmarks.readme import Line, table
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
@@ -176,7 +176,8 @@ class Runner:
         """
         name, steps = self._name(trial), 0 if self.made.test is None else AT_THE_END
         file = written(self.root / f"{name}.yaml", trial.config)
-        scored = 0 if self.results.before(trial) else -1  # the base's scores are the same for all: taken once
+        known = self.results.before(trial) or {}
+        scored = 0 if known.keys() >= {SCORE, *self.made.also} else -1  # the base's are the same for all: taken once
         command = [sys.executable, "-m", "lit_sparse", "fit", f"--config={file}", *QUIET, f"--run={name}"]
         place = [f"--trainer.default_root_dir={self.root}", f"--trainer.num_sanity_val_steps={scored}"]
         folder = execute(Job(name, [*command, *place, f"--checkpoint_steps={steps}"], {}), self.root)
@@ -295,14 +296,14 @@ def parser() -> argparse.ArgumentParser:
 def show(made: Table, results: Results, markdown: bool) -> None:
     """Print the table as far as it is known."""
     if markdown:
-        print(f"{notes(made, belonging(made, results))}\n\n{table(HEAD, cells(made, results))}")
+        print(f"{notes(made, results)}\n\n{table(head(made), cells(made, results))}")
         return
-    out = RichTable(*HEAD, title=made.name)
+    out = RichTable(*head(made), title=made.name)
     for row in cells(made, results):
         out.add_row(*row)
     console = Console()
     console.print(out)
-    console.print(notes(made, belonging(made, results)), markup=False, highlight=False)
+    console.print(notes(made, results), markup=False, highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
