@@ -321,8 +321,8 @@ def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
 def states(noted: list[StateBytes]) -> str:
     """Whether optimizer and strategy state grew as the trainable set changed, in a sentence."""
     held = [state.optimizer + state.strategy for state in noted]
-    low, high, last = (amount(size) for size in (min(held), max(held), held[-1]))
-    course = f"{low} each time" if min(held) == max(held) else f"{low} to {high}, {last} at last"
+    low, high = amount(min(held)), amount(max(held))
+    course = f"{low} each time" if min(held) == max(held) else f"{low} to {high}"
     return f"State of optimizer and strategies, noted {len(held)} times, after each change of what trains: {course}."
 
 

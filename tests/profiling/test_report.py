@@ -26,6 +26,7 @@ from lit_sparse_profiling.record import (
     Pair,
     Phase,
     RunRecord,
+    StateBytes,
     Throughput,
 )
 from lit_sparse_profiling.report import details, markdown, report, table
@@ -271,6 +272,15 @@ def test_a_name_is_no_markup_and_a_bar_no_column() -> None:
 
 
 # ---- one run
+
+
+@pytest.mark.parametrize(("later", "course"), [(0, "1.00 MiB each time."), (2**20, "1.00 MiB to 2.00 MiB.")])
+def test_the_state_of_a_run_that_changes_what_trains_is_told(
+    tmp_path: Path, capsys: Any, later: int, course: str
+) -> None:
+    folder = written(tmp_path, replace(CPU, states=[StateBytes(1, 2**20, 0), StateBytes(3, 2**20, later)]))
+    assert report([str(folder)]) == 0
+    assert f"noted 2 times, after each change of what trains: {course}" in capsys.readouterr().out
 
 
 def test_details_have_every_line_and_the_findings_below() -> None:
