@@ -17,6 +17,7 @@ from lit_sparse.errors import BadInput
 STUDY = Path(__file__).parent / "forgetting" / "study.yaml"
 STRENGTH = "${strength}"
 """Stands for each of a method's strengths in its updates."""
+GENERAL, FISHER = "general", "fisher"
 KEYS = {"title", "workload", "text_rows", "phases", "methods"}
 
 
@@ -78,6 +79,8 @@ def read_study(path: Path = STUDY, text: str = demo.DEMO, seeds: Sequence[int] |
     document = read_yaml(path)
     if odd := sorted(map(str, (document.keys() - {"seeds"}) ^ KEYS)):
         raise BadInput(f"{path} must have the keys {', '.join(sorted(KEYS))}, and may have seeds; correct {odd[0]}.")
+    if list(document["phases"]) != [GENERAL, FISHER]:
+        raise BadInput(f"{path}: the phases are {list(document['phases'])}; give {GENERAL}, then {FISHER}.")
     rows = document["text_rows"]
     phases = phases_of(document["phases"], {"text": text, "rows": rows})
     names = {f"${{{phase.name}}}": phase.stands for phase in phases}

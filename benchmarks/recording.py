@@ -36,6 +36,7 @@ from lit_sparse_profiling.runs import folders
 EXTRAPOLATED = 20_000
 """Samples that the published recipe looks at."""
 RECORDED, PLAIN = "recorded", "plain"
+QUIET_STEPS = "--profile.profiled=0"
 
 
 def measure_costs(
@@ -51,14 +52,15 @@ def measure_costs(
         RuntimeError: if a run failed.
     """
     general, fisher = study.phases
-    configs = {one: filled(one.config, names) for one in (general, fisher)}
-    measures: dict[str, tuple[Phase, str, Callable[[], Line]]] = {
-        "recorder": (general, "rounds", lambda: recorder_cost(configs[general], into / "cost", sizes["rounds"])),
-        "lean": (fisher, "samples", lambda: lean_cost(configs[fisher], sizes["samples"])),
-        "published": (fisher, "samples", lambda: published_cost(configs[fisher], sizes["samples"])),
+    recorded, looked = (filled(phase.config, names) for phase in (general, fisher))
+    rounds, samples = sizes["rounds"], sizes["samples"]
+    measures: dict[str, tuple[Phase, int, Callable[[], Line]]] = {
+        "recorder": (general, rounds, lambda: recorder_cost(recorded, into / "cost", rounds)),
+        "lean": (fisher, samples, lambda: lean_cost(looked, samples)),
+        "published": (fisher, samples, lambda: published_cost(looked, samples)),
     }
     for what, (phase, size, measure) in measures.items():
-        identity = digest({"cost": what, "phase": phase.stands, size: sizes[size]}, results.stack)
+        identity = digest({"cost": what, "phase": phase.stands, "size": size}, results.stack)
         if any(line["identity"] == identity for line in costs(results)):
             continue
         begun, line = time.monotonic(), measure()
@@ -77,7 +79,7 @@ def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
     """
     plain = {**config, "model": {**config["model"], "updates": config["model"]["updates"][:1]}}
     files = [written(into / f"{name}.yaml", one) for name, one in ((RECORDED, config), (PLAIN, plain))]
-    if bench([str(files[0]), f"--against={files[1]}", f"--into={into}", f"--steps={rounds}"]):
+    if bench([str(files[0]), f"--against={files[1]}", f"--into={into}", f"--steps={rounds}", QUIET_STEPS]):
         raise RuntimeError("the recorder's cost was not measured: a run of `lit-sparse bench` failed; see above.")
     record = RunRecord.read(folders(into, RECORDED)[-1] / "record.json")
     if record.pair is None or record.throughput is None or record.ledger is None:

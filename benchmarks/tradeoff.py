@@ -26,6 +26,7 @@ COST_HEAD = [
 ]
 WAYS = {
     "recorder": "the first phase's run itself (RecordImportance)",
+    "added": "of that, what recording adds to the run",
     "lean": "a Fisher of LoRA's product (RecordFisher)",
     "published": "a Fisher of all weights (EWC-LoRA's recipe)",
 }
@@ -148,9 +149,8 @@ def notes(study: Study, found: Sequence[Point]) -> str:
         f"LoRA on {study.text_rows} passages of general text, with {study.table.steps} steps of "
         f"{data.get('batch_size', 4)} rows of {data.get('task', data.get('train', 'the domain'))}; {hours:.1f} hours. "
         f"Mean ± standard deviation over seeds; a method's learning rate has the lowest held-out domain loss with seed "
-        f"{study.table.seeds[0]} at "
-        "its middle strength. The last column compares with `none`; a tie: the means differ by no more than the larger "
-        "of the two standard deviations."
+        f"{study.table.seeds[0]} at its middle strength. The last column compares with `none`; a tie: the means differ "
+        "by no more than the larger of the two standard deviations."
     )
 
 
@@ -160,6 +160,9 @@ def notes(study: Study, found: Sequence[Point]) -> str:
 def cost_cells(lines: Sequence[Line]) -> list[list[str]]:
     """The rows of the table of costs."""
     found = {line["cost"]: line for line in newest(lines, key="cost").values()}
+    if (line := found.get("recorder")) is not None:
+        share = 1 - 1 / line["ratio_median"]
+        found["added"] = {**line, "seconds_a_sample": line["seconds_a_sample"] * share}
     return [cost_row(what, found) for what in WAYS if what in found]
 
 
@@ -175,8 +178,8 @@ def cost_notes(lines: Sequence[Line]) -> str:
     """What the table counts, and what the recorder adds to a run that is made anyway."""
     found = {line["cost"]: line for line in newest(lines, key="cost").values()}
     text = (
-        "The recorder's time is that of the whole first phase, which trains as well; a Fisher's is what its samples "
-        "take, one at a time, beside any training. The paper says 20 times and 10 to 15 % of the bytes (arXiv "
+        "The recorder's time is that of the whole first phase, which trains as well, in its batches; a Fisher's is what "
+        "its samples take, one at a time, beside any training. The paper says 20 times and 10 to 15 % of the bytes (arXiv "
         "2501.13669, beside EWC-LoRA)."
     )
     if (line := found.get("recorder")) is None:

@@ -15,10 +15,11 @@ from benchmarks.curves import STUDY, Study, left, read_study
 from benchmarks.provenance import ROOT
 from benchmarks.ranking import Results
 from benchmarks.trials import Trial
+from lit_sparse.checkpoints import run_checkpoint
 from lit_sparse.data import sources
 from lit_sparse.forgetting import Forgetting, rows_of
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.record import Device, ModelSize, RunRecord
+from lit_sparse_profiling.record import Device, Ledger, ModelSize, Pair, RunRecord, Throughput
 from tests.modules.words import word_tokenizer
 
 STACK = {"device": "cpu", "torch": "2.13.0"}
@@ -178,6 +179,7 @@ def test_another_first_phase_is_another_trial(write: Write) -> None:
     [
         ({"methods": None}, "must have the keys methods, phases"),
         ({"texts": 1}, "correct texts"),
+        ({"phases": {"fisher": DOCUMENT["phases"]["fisher"]}}, "the phases are ['fisher']; give general, then fisher"),
         ({"text_rows": 33}, "text.jsonl has 32 rows that are not scored, and the first phase is to see 33"),
         ({"methods": {"a": {"updates": [GO_ON], "strengths": [1], "swept": 2, "lr": [1]}}}, "a is swept at 2"),
         ({"workload": {**WORKLOAD, "trainer": {"max_steps": 2}}}, r"no lit_sparse.forgetting.Forgetting among"),
@@ -307,6 +309,41 @@ def test_both_fishers_take_the_same_samples(write: Write, tiny: Path) -> None:
     assert all(one["fastest"] <= one["seconds_a_sample"] <= one["slowest"] for one in (lean, published))
 
 
+def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def bench(words: list[str]) -> int:
+        begun.append(words[0])
+        folder = Path("runs/cost/recorded-1")
+        folder.mkdir(parents=True)
+        RunRecord(
+            name="recorded-1",
+            versions={"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
+            device=Device("cpu", "x86_64", cores=2),
+            model=ModelSize("tiny", 1000, 10),
+            ledger=Ledger(strategy=77),
+            throughput=Throughput(1, 1, 8.0, 4, median_step=2.0),
+            pair=Pair("plain", 1.1, 1.05, 1.2, 1.3, 4),
+            updates=[{"class": "PEFT", "chosen": {}}, {"class": "RecordImportance", "chosen": {"bytes": 55}}],
+        ).write(folder / "record.json")
+        return 0
+
+    monkeypatch.setattr(recording, "bench", bench)
+    study, results = read(write()), Results(Path("f.jsonl"), STACK)
+    for _ in range(2):
+        recording.measure_costs(
+            study, results, {forgetting.TEXT: "text.jsonl"}, Path("runs"), {"rounds": 4, "samples": 2}
+        )
+    assert begun == ["runs/cost/recorded.yaml"]
+    lines = [json.loads(line) for line in Path("f.jsonl").read_text().splitlines()]
+    assert [line["cost"] for line in lines] == ["recorder", "lean", "published"]
+    assert (lines[0]["seconds_a_sample"], lines[0]["bytes"], lines[0]["held_bytes"]) == (0.5, 55, 77)  # 4 rows a step
+    files = [yaml.safe_load(Path(f"runs/cost/{name}.yaml").read_text()) for name in ("recorded", "plain")]
+    assert [len(file["model"]["updates"]) for file in files] == [2, 1]
+    assert files[0]["data"] == files[1]["data"]
+    assert files[0]["data"]["init_args"]["train"] == "text.jsonl"
+
+
 # ---- tables and figure
 
 ABOUT = {"stack": STACK, "commit": "abc", "date": "2026-11-22", "device": "a CPU", "versions": {"torch": "2.13.0"}}
@@ -330,6 +367,7 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
     assert f"| adaptive | 10 | 0.01 | 1.9645 ± 0.0100 | 3.0555 ± 0.0100 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
     assert "| a Fisher of all weights (EWC-LoRA's recipe) | 9.000 | 50.0 | 18.00 | 8.0 | 100.0% |" in text
     assert "(RecordImportance) | 0.500 | 2.8 | 1.00 | 1.0 | 12.5% |" in text
+    assert "| of that, what recording adds to the run | 0.045 | 0.3 | 0.09 | 1.0 | 12.5% |" in text
     assert "takes 1.100 [1.050, 1.200] of one without" in text
 
 
@@ -384,6 +422,8 @@ def test_a_study_from_end_to_end(write: Write, tiny: Path, capsys: pytest.Captur
     assert ewc["before"].keys() >= {"heldout_loss", "general_loss", "ask.jsonl_zero_shot"}
     assert ewc["before"]["general_loss"] != ewc["after"]["general_loss"]
     assert "| ewc | 1 | 0.01 |" in capsys.readouterr().out
+    ends = [run_checkpoint(folder)["state_dict"] for folder in sorted(Path("runs").glob("[fg]*_*-1"))]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())  # the Fisher's run goes nowhere
     assert forgetting.main(words) == 0
     assert len(Path("f.jsonl").read_text().splitlines()) == 3
     assert STUDY.is_file()
