@@ -178,9 +178,9 @@ def cost_notes(lines: Sequence[Line]) -> str:
     """What the table counts, and what the recorder adds to a run that is made anyway."""
     found = {line["cost"]: line for line in newest(lines, key="cost").values()}
     text = (
-        "The recorder's time is that of the whole first phase, which trains as well, in its batches; a Fisher's is what "
-        "its samples take, one at a time, beside any training. The paper says 20 times and 10 to 15 % of the bytes (arXiv "
-        "2501.13669, beside EWC-LoRA)."
+        "The recorder's time is that of the whole first phase, which trains as well, in its batches; a Fisher's is "
+        "what its samples take, one at a time, beside any training. The paper says 20 times and 10 to 15 % of the "
+        "bytes (arXiv 2501.13669, beside EWC-LoRA)."
     )
     if (line := found.get("recorder")) is None:
         return text

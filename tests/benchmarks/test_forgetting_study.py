@@ -245,6 +245,20 @@ def test_a_killed_study_goes_on_where_it_was(write: Write) -> None:
     assert sum("heldout_loss" in line["before"] for line in lines) == 3  # once a seed
 
 
+def test_a_method_whose_sweep_failed_has_no_points(write: Write) -> None:
+    class Failing(Fake):
+        def _fit(self, trial: Trial) -> Path:
+            if trial.arm.name == "adaptive_0.1" and trial.rate == 1e-3:
+                raise RuntimeError("refused: no such thing.")
+            return super()._fit(trial)
+
+    runner = Failing(read(write()), Path("f.jsonl"))
+    runner.run()
+    assert list(runner.failed) == ["adaptive_0.1, lr 0.001, seed 0"]
+    assert {point.curve.name for point in tradeoff.points(runner.study, runner.results)} == {"none", "ewc"}
+    assert runner.left() == (6, 0)
+
+
 def test_no_time_is_no_phase(write: Write) -> None:
     runner = run(write(), minutes=0)
     assert runner.did == []
