@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.provenance import ROOT, of_device
+from lit_sparse.mlp_density import Density
 from lit_sparse.optim import AdamW
 from lit_sparse_kernels import block_delta, block_grad, pack_columns
+from lit_sparse_kernels.glu_density import activation, proxied
 from lit_sparse_profiling.allocator import measured
 from lit_sparse_profiling.ceilings import Ceilings, ceilings
 from lit_sparse_profiling.paired import pair_of
@@ -248,12 +250,47 @@ def block_adamws(name: str, tokens: int, device: torch.device, dtype: torch.dtyp
     )
 
 
+def densities(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
+    """A gated activation with its penalty, forward and backward; torch's autograd keeps what ours computes again."""
+    wide = MODELS[name][2]
+    generator = torch.Generator(device).manual_seed(0)
+    gate, up, dh = (torch.randn(tokens, wide, generator=generator, device=device, dtype=dtype) for _ in range(3))
+    drows = torch.full((tokens,), 1 / (tokens * wide), device=device)
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+
+    def and_back(forward: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(), leaves, (dh, drows))
+
+    for where, proxy, sharpness in (("gate_act", "rational", 1e-3), ("product", "tanh", 10.0)):
+        sharp = torch.tensor(sharpness, device=device)
+
+        def plain(where: str = where, proxy: str = proxy, sharp: Tensor = sharp) -> tuple[Tensor, Tensor]:
+            o = activation(gate, "silu")
+            h = o * up
+            return h, proxied((h if where == "product" else o).float(), sharp, proxy).sum(-1)
+
+        def ours(where: str = where, proxy: str = proxy, sharp: Tensor = sharp) -> Any:
+            return Density.apply(gate, up, sharp, "silu", proxy, where)
+
+        yield Work(
+            "glu_density",
+            f"{name}, {proxy} of {where}, {tokens:,} tokens, forward and backward",
+            {
+                OURS: and_back(ours),
+                "torch's operations": and_back(plain),
+                "torch.compile": and_back(torch.compile(plain, dynamic=False)),
+            },
+            bytes=8 * gate.nbytes,  # gate, up and h; then dh, gate, up and both gradients
+        )
+
+
 OPS = {
     "block_grad": block_grads,
     "block_adamw": block_adamws,
     "pack_columns": packings,
     "block_delta": deltas,
     "master_adamw": whole_adamws,
+    "glu_density": densities,
 }
 
 

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.ranking import HEAD, Results, belonging, cells, chosen, notes, score
+from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score
 from benchmarks.readme import Line, table
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
@@ -145,7 +145,7 @@ class Runner:
 
     def begun(self, trial: Trial) -> bool:
         """Whether the scores before training, which are the same for all arms, are known."""
-        return self.results.before(trial) is not None
+        return (self.results.before(trial) or {}).keys() >= {SCORE, *self.made.also}
 
     def configured(self, trial: Trial) -> Config:
         """The configuration that `lit-sparse fit` is given for it."""
@@ -314,14 +314,14 @@ def parser() -> argparse.ArgumentParser:
 def show(made: Table, results: Results, markdown: bool) -> None:
     """Print the table as far as it is known."""
     if markdown:
-        print(f"{notes(made, belonging(made, results))}\n\n{table(HEAD, cells(made, results))}")
+        print(f"{notes(made, results)}\n\n{table(head(made), cells(made, results))}")
         return
-    out = RichTable(*HEAD, title=made.name)
+    out = RichTable(*head(made), title=made.name)
     for row in cells(made, results):
         out.add_row(*row)
     console = Console()
     console.print(out)
-    console.print(notes(made, belonging(made, results)), markup=False, highlight=False)
+    console.print(notes(made, results), markup=False, highlight=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

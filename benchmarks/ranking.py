@@ -23,7 +23,8 @@ UNEQUAL = 0.03
 ENOUGH = 3
 """Seeds of a complete row."""
 OURS = {"kind", "stack", "identity", "seconds"}
-HEAD = ["arm", "group", "trained weights", "learning rate", "held-out loss", "text loss", "right answers", "seeds", ""]
+HEAD = ["arm", "group", "trained weights", "learning rate", "held-out loss", "text loss"]
+TAIL = ["right answers", "seeds", ""]
 
 
 class Results:
@@ -55,7 +56,7 @@ class Results:
     def _take_fit(self, line: Line) -> None:
         self.fits[line["identity"]] = line
         if line["before"]:
-            self.untrained[line["untrained"]] = line["before"]
+            self.untrained[line["untrained"]] = self.untrained.get(line["untrained"], {}) | line["before"]
 
     def append(self, line: Line) -> None:
         """Keep a line, on disk at once."""
@@ -204,30 +205,75 @@ def missing(made: Table, row: Row) -> Iterator[str]:
         yield f"incomplete: {len(row.fits)} of {max(ENOUGH, len(made.seeds))} seeds"
 
 
+# ---- beside one arm
+
+
+def comparison(made: Table, results: Results) -> Iterator[str]:
+    """A sentence for each of `reduce`: how far each arm's differs from that of `against`, and at which quality."""
+    if made.against is None:
+        return
+    found = {row.arm.name: row for row in rows(made, results)}
+    base = found.pop(made.against)
+    for name in made.reduce:
+        told = "; ".join(f"{arm} {beside(base, row, name)}" for arm, row in found.items())
+        yield f"{in_words(name).capitalize()} beside {made.against}: {told}."
+    yield (
+        "Quality is equal where the mean held-out loss is within one standard deviation (over seeds) of "
+        f"{made.against}'s."
+    )
+
+
+def beside(base: Row, row: Row, name: str) -> str:
+    """The relative change of an outcome's mean from one row to another, and how their qualities compare."""
+    theirs, ours = (outcomes(one.fits, name) for one in (base, row))
+    if min(len(theirs), len(ours)) < ENOUGH or not all(map(math.isfinite, [*base.losses, *theirs, *ours])):
+        return f"not judged ({ENOUGH} seeds of both are needed)"
+    worse = statistics.fmean(row.losses) - statistics.fmean(base.losses)
+    equal = abs(worse) <= statistics.stdev(base.losses)
+    change = statistics.fmean(ours) / statistics.fmean(theirs) - 1
+    return f"{change:+.1%} at {'equal' if equal else 'better' if worse < 0 else 'worse'} quality ({worse:+.4f})"
+
+
 # ---- the table
+
+
+def head(made: Table) -> list[str]:
+    """The table's columns."""
+    return [*HEAD, *map(in_words, made.also), *TAIL]
+
+
+def in_words(name: str) -> str:
+    """The name of an outcome, for people to read."""
+    return name.replace("_", " ")
 
 
 def cells(made: Table, results: Results) -> list[list[str]]:
     """The table's rows as texts, that of the untrained base first."""
     of_seeds = [results.before(made.trial(made.arms[0], made.arms[0].rates[0], seed)) or {} for seed in made.seeds]
-    scores = [mean_spread([float(one[name]) for one in of_seeds if name in one]) for name in (SCORE, TEXT)]
-    return [["untrained", "", "0", "-", *scores, "-", "-", ""], *(row_cells(row) for row in rows(made, results))]
+    scores = [mean_spread([float(one[name]) for one in of_seeds if name in one]) for name in (SCORE, TEXT, *made.also)]
+    arms = [row_cells(row, made.also) for row in rows(made, results)]
+    return [["untrained", "", "0", "-", *scores, "-", "-", ""], *arms]
 
 
-def row_cells(row: Row) -> list[str]:
-    head = [row.arm.name, row.arm.group or "reference"]
+def row_cells(row: Row, also: Sequence[str]) -> list[str]:
+    named = [row.arm.name, row.arm.group or "reference"]
     if row.best is None:
-        return [*head, *["-"] * 5, "0", "; ".join(row.remarks)]
+        return [*named, *["-"] * (5 + len(also)), "0", "; ".join(row.remarks)]
     return [
-        *head,
+        *named,
         f"{row.trained:,} ({row.fits[0]['trainable_share']:.2%})",
         rate(row),
         mean_spread(row.losses),
-        mean_spread([float(line["after"][TEXT]) for line in row.fits if TEXT in line["after"]]),
+        *(mean_spread(outcomes(row.fits, name)) for name in (TEXT, *also)),
         right_answers(row.tests),
         str(len(row.fits)),
         "; ".join(row.remarks),
     ]
+
+
+def outcomes(fits: Sequence[Line], name: str) -> list[float]:
+    """An outcome after training, of the fits that have it."""
+    return [float(line["after"][name]) for line in fits if name in line["after"]]
 
 
 def rate(row: Row) -> str:
@@ -266,17 +312,27 @@ def belonging(made: Table, results: Results) -> list[Line]:
     return [line for line in lines if line is not None]
 
 
-def notes(made: Table, lines: Sequence[Line]) -> str:
-    """How the table was made, and how to read it."""
+def notes(made: Table, results: Results) -> str:
+    """How the table was made, how to read it, and what it says of one arm beside the others."""
+    lines = belonging(made, results)
     hours = sum(line["seconds"] for line in lines) / 3600
     machines = " and ".join(sorted({line["device"] for line in lines})) or "no machine yet"
     data = {"batch_size": 4, "heldout": "some", **made.workload["data"].get("init_args", {})}
-    return (
+    about = (
         f"{made.title} Model {made.workload['model'].get('base', 'demo')}, {made.steps} steps of {data['batch_size']} "
         f"rows, {data['heldout']} rows held out, {hours:.1f} hours on {machines}. Mean ± standard deviation over "
         f"seeds; the learning rate has the lowest held-out loss with seed {made.seeds[0]}. A tie with the best of a "
         "group: the means differ by no more than the larger of the two standard deviations."
     )
+    return " ".join([about, *unknown(made, lines), *comparison(made, results)])
+
+
+def unknown(made: Table, lines: Sequence[Line]) -> Iterator[str]:
+    """A sentence for each name in `also` that no trial has, once there are trials."""
+    known = {name for line in lines if line["kind"] == "fit" for name in line["after"]}
+    for name in made.also:
+        if known and name not in known:
+            yield f"No trial has the outcome {name} that `also` names; they have {', '.join(sorted(known))}."
 
 
 def published(name: str, path: Path) -> str:
@@ -293,8 +349,8 @@ def published(name: str, path: Path) -> str:
         results = Results(path, stack)
         if lines := belonging(made, results):
             refuse_one_seed(made, results, command)
-            text = f"{caption(command, lines)}\n\n{notes(made, lines)}"
-            return f"{text}\n\n{table(HEAD, cells(made, results))}"
+            text = f"{caption(command, lines)}\n\n{notes(made, results)}"
+            return f"{text}\n\n{table(head(made), cells(made, results))}"
     return f"Not measured yet: `{command}` measures this table."
 
 

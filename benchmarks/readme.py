@@ -212,6 +212,35 @@ def state_row(line: Line) -> list[str]:
     return [line["policy"], *(f"{size / 2**20:,.1f}" for size in sizes), f"{line['peak_rss'] / 2**30:.2f}"]
 
 
+DEFT_HEAD = ["mode", "trainable", "step time / LoRA alone [95 %]", "saved for backward, MiB"]
+
+
+def deft(results: Path) -> str:
+    """LoRA with the penalty on activations beside LoRA alone: one table a device."""
+    command = "python -m benchmarks.deft"
+    if not (results / "deft.jsonl").exists():
+        return f"Not measured yet: `{command}` measures and writes this table."
+    lines = read_lines(results / "deft.jsonl", command)
+    return "\n\n".join(deft_on(device, lines, command) for device in dict.fromkeys(line["device"] for line in lines))
+
+
+def deft_on(device: str, lines: Sequence[Line], command: str) -> str:
+    here = [line for line in lines if line["device"] == device]
+    modes = newest((line for line in here if "mode" in line), key="mode")
+    pairs = newest((line for line in here if "pair" in line), key="pair")
+    rows = [deft_row(line, pairs.get(json.dumps([line["mode"], "lora"]))) for line in modes.values()]
+    return f"{caption(command, [*modes.values(), *pairs.values()])}\n\n{table(DEFT_HEAD, rows)}"
+
+
+def deft_row(line: Line, pair: Line | None) -> list[str]:
+    return [
+        line["mode"],
+        f"{line['trainable']:,} ({line['trainable_share']:.2%})",
+        "1" if line["mode"] == "lora" else step_time(line["mode"], pair),
+        f"{line['saved_bytes'] / 2**20:.1f}",
+    ]
+
+
 def number(value: float | None, form: str, factor: float = 1.0) -> str:
     return "-" if value is None else format(value * factor, form)
 
@@ -222,6 +251,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "kernels": kernels,
     "overhead": overhead,
     "lisa": lisa,
+    "deft": deft,
 }
 
 

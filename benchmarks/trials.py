@@ -24,7 +24,8 @@ TABLES = Path(__file__).parent / "quality"
 SEEDS = (0, 1, 2)
 SEED = "${seed}"
 """Stands for the trial's seed in an arm whose updates draw without a `seed` of their own, such as PEFT's SHiRA."""
-TABLE_KEYS, ARM_KEYS = {"title", "workload", "test", "seeds", "arms"}, {"updates", "method", "lr", "group"}
+TABLE_KEYS = {"title", "workload", "test", "seeds", "arms", "also", "against", "reduce"}
+ARM_KEYS = {"updates", "method", "lr", "group"}
 Config = dict[str, Any]
 
 
@@ -81,6 +82,9 @@ class Table:
         workload: Configuration that all trials have in common.
         test: What `lit-sparse test` changes of it; None if nothing is answered.
         seeds: The learning rate is chosen with the first.
+        also: Further outcomes of a fit's record that are shown.
+        against: Name of the arm beside which the others are judged; None if none is.
+        reduce: Which of `also` the others are to have less of, at the quality of `against`.
     """
 
     name: str
@@ -89,6 +93,9 @@ class Table:
     test: Config | None
     seeds: tuple[int, ...]
     arms: tuple[Arm, ...]
+    also: tuple[str, ...] = ()
+    against: str | None = None
+    reduce: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -137,6 +144,7 @@ def table_of(
     if not isinstance(test, dict | None):
         raise BadInput(f"{path}: `test` is {test!r}; give keys of `lit-sparse test`, or leave it out.")
     seeds = document.get("seeds", SEEDS) if seeds is None else seeds
+    also, less = (_outcomes(document, key, str(path)) for key in ("also", "reduce"))
     if not isinstance(document["arms"], dict) or not document["arms"]:
         raise BadInput(f"{path}: `arms` names no arm; give each a name, its updates and its learning rates.")
     return Table(
@@ -146,6 +154,9 @@ def table_of(
         test,
         _seeds(seeds, str(path)),
         tuple(_arm(arm, body, f"{path}: arm {arm}") for arm, body in document["arms"].items()),
+        also,
+        _against(document, also, less, str(path)),
+        less,
     )
 
 
@@ -185,6 +196,25 @@ def _seeds(seeds: Any, where: str) -> tuple[int, ...]:
     if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise BadInput(f"{where}: the seeds are {seeds!r}; give different whole numbers, such as {list(SEEDS)}.")
     return tuple(seeds)
+
+
+def _outcomes(document: Config, key: str, where: str) -> tuple[str, ...]:
+    given = document.get(key, [])
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or len({*given}) < len(given):
+        raise BadInput(f"{where}: `{key}` is {given!r}; give a list of different outcomes, such as [heldout_accuracy].")
+    return tuple(given)
+
+
+def _against(document: Config, also: Sequence[str], less: Sequence[str], where: str) -> str | None:
+    against, arms = document.get("against"), [str(arm) for arm in document["arms"]]
+    if against is None and not less:
+        return None
+    if str(against) not in arms or not less or not {*less} <= {*also}:
+        raise BadInput(
+            f"{where}: `against` is {against!r} and `reduce` is {list(less)}; give one of its arms "
+            f"({', '.join(arms)}) and some of the outcomes in `also` ({', '.join(also)}), or neither key."
+        )
+    return str(against)
 
 
 def _workload(config: Config, steps: int | None, where: str) -> Config:

@@ -131,7 +131,8 @@ class Forgetting(Callback):
     def _text_scores(self, module: CausalLM) -> dict[str, float]:
         total = TokenScores().to(module.device)
         for batch in self._batches(self._passages, self._passages.lengths, Padded(self._padding), module):
-            total.update(*module.compute(module.scores, batch), batch["labels"])
+            nll, hits = module.compute(module.scores, batch)
+            total.update(nll, hits, batch["labels"])
         return {f"general_{name}": total.compute()[name].item() for name in ("loss", "perplexity")}
 
     def _share_right(self, module: CausalLM, items: list[ScoredChoices]) -> float:

@@ -119,7 +119,7 @@ class Recorder(Profile):
 
     # ---- results
 
-    def _note_state(self, trainer: L.Trainer, module: CausalLM) -> None:
+    def _note_state(self, trainer: L.Trainer, module: LitSparse) -> None:
         """Once after each change of the trainable set, when the state of what trains now is there."""
         step, periods = trainer.global_step, periods_of(module)
         if not periods or step < self._next_state:
@@ -179,7 +179,7 @@ def forgettings(trainer: L.Trainer) -> list[Forgetting]:
     return [callback for callback in trainer.callbacks if isinstance(callback, Forgetting)]  # pyright: ignore
 
 
-def periods_of(module: CausalLM) -> list[int]:
+def periods_of(module: LitSparse) -> list[int]:
     """Optimizer steps from change to change of the trainable set, of each strategy that changes it."""
     return [update.period for update in module.updates if update.period is not None]
 

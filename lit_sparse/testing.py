@@ -97,8 +97,8 @@ def tiny_encoder(seed: int = 0, dropout: float = 0.0, classes: int = 3) -> PreTr
         max_position_embeddings=64,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
-        num_labels=classes,
     )
+    config.num_labels = classes
     return BertForSequenceClassification(config)
 
 

@@ -101,6 +101,15 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert Path("runs/smt-2").is_dir()
 
 
+def test_callbacks_of_a_yaml_stand_beside_the_recorder(home):
+    Path("counted.yaml").write_text("trainer:\n  callbacks: [lit_sparse.density.DensityMonitor]\n")
+    steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
+    fit("--config", "lora.yaml", "--config", "deft.yaml", "--config", "counted.yaml", "--run=counted", *steps)
+    outcome = RunRecord.read(Path("runs/counted-1/record.json")).outcome
+    assert outcome["before"].keys() == outcome["after"].keys() >= {"heldout_loss", "density", "density_within_error"}
+    assert Path("runs/counted-1/checkpoints/last.ckpt").is_file()
+
+
 def test_yamls_compose_in_either_order(home):
     Path("other.yaml").write_text("model:\n  updates+:\n    - class_path: tests.test_cli.Nothing\n")
     for files in (["smt.yaml", "lora.yaml"], ["lora.yaml", "smt.yaml"]):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import CausalLM
+from lit_sparse.modules import LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.recorder import Recorder
 from lit_sparse.runs import build_module
@@ -31,7 +31,7 @@ REFUSED = {("shira", "gpt2"), ("glora", "gpt2")}
 PAIRS = sorted({(method, kind) for method in METHODS for kind in TINY} - REFUSED)
 
 
-def module(method: str, base: object, **options: object) -> CausalLM:
+def module(method: str, base: object, **options: object) -> LitSparse:
     """The module of a method's YAML on a tiny model."""
     config = yaml.safe_load((configs_folder() / f"{method}.yaml").read_text())["model"]
     for update in config.get("updates+", []):
@@ -61,7 +61,7 @@ def data(**options) -> Synthetic:
     return Synthetic(**{"vocab_size": 96, "max_length": 12, "rows": 14, "heldout": 2, "batch_size": 2, **options})
 
 
-def trained(model: CausalLM) -> dict[str, torch.Tensor]:
+def trained(model: LitSparse) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in trainable(model.build())}
 
 
@@ -139,7 +139,7 @@ def test_yaml_to_object_to_yaml(method):
     first = module(method, "unused")
     text = (configs_folder() / f"{method}.yaml").read_text()
     keys = yaml.safe_load(text)["model"]
-    assert first.lr == pytest.approx(float(keys["lr"]))
+    assert first.lr == pytest.approx(float(keys.get("lr", 2e-5)))
     given = keys.get("updates+", keys.get("updates", []))
     assert [type(update).__name__ for update in first.updates] == [entry["class_path"] for entry in given]
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from lightning.pytorch.callbacks import Callback
 
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
+from lit_sparse.errors import BadInput
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import SMT
 from lit_sparse.testing import tiny_llm
+from tests.pair import attempt, result, run_pair
 
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
 OPTIONS = {"trainable_fraction": 0.05, "block_size": 8, "targets": ["all"], "selection_batches": 2}
@@ -48,41 +49,61 @@ def test_ranks_choose_the_same_blocks_of_all_data(tmp_path):
     assert first != chosen([0, 1]), "the other rank's data must matter, or this proves nothing"
 
 
-class Digest(Callback):
-    """Writes a hash of what was trained, by rank."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_end(self, trainer, pl_module) -> None:
-        digest = hashlib.sha256()
-        for name, parameter in trainable(pl_module.build()):
-            digest.update(name.encode() + parameter.detach().numpy().tobytes())
-        (self.folder / str(trainer.global_rank)).write_text(digest.hexdigest())
+def digest(module) -> str:
+    """A hash of what was trained."""
+    values = hashlib.sha256()
+    for name, parameter in trainable(module.build()):
+        values.update(name.encode() + parameter.detach().numpy().tobytes())
+    return values.hexdigest()
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.filterwarnings("ignore")  # of the processes' start; that they agree is what counts here
-def test_replicas_train_to_the_same_weights(method, tmp_path):
-    tiny_llm("llama").save_pretrained(tmp_path / "base")
+def replicas(folder: Path, rank: int) -> None:
+    """Each method's YAML under DDP in one of two processes."""
+    for method in METHODS:
+        attempt(folder, rank, method, lambda method=method: replica(folder, method))
+
+
+def replica(folder: Path, method: str) -> str:
     config = yaml.safe_load((configs_folder() / f"{method}.yaml").read_text())["model"]
-    module = build_module({"model": {**config, "base": str(tmp_path / "base")}})
+    module = build_module({"model": {**config, "base": str(folder / "base")}})
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
-        strategy="ddp_spawn",
+        strategy="ddp",
         max_steps=3,
         use_distributed_sampler=False,
-        callbacks=[Digest(tmp_path)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     rows = Synthetic(vocab_size=96, max_length=12, rows=16, heldout=2, batch_size=2)
-    if any(update.period is not None for update in module.updates):
-        with pytest.raises(Exception, match="but DDP reduces the gradients of those alone that train when it starts"):
-            trainer.fit(module, datamodule=rows)
-        return
-    trainer.fit(module, datamodule=rows)
-    assert (tmp_path / "0").read_text() == (tmp_path / "1").read_text()
+    try:
+        trainer.fit(module, datamodule=rows)
+    except BadInput as error:
+        return str(error)
+    return digest(module)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    """The folder with what two processes trained."""
+    folder = tmp_path_factory.mktemp("pair")
+    tiny_llm("llama").save_pretrained(folder / "base")
+    run_pair(replicas, folder)
+    return folder
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_replicas_train_to_the_same_weights(method, pair):
+    first, second = (result(pair, method, rank) for rank in range(2))
+    assert first == second
+    if method.startswith("lisa"):
+        assert "but DDP reduces the gradients of those alone that train when it starts; set trainer" in first
+    else:
+        assert len(first) == 64, first
+
+
+def test_the_weights_of_replicas_tell_methods_apart(pair):
+    trained = [result(pair, method) for method in METHODS if not method.startswith("lisa")]
+    assert len(set(trained)) == len(trained), "the hashes must be of what was trained, or they prove nothing"

@@ -2,11 +2,8 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import traceback
-import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +22,16 @@ from lit_sparse.data import Synthetic
 from lit_sparse.optim import trainable
 from lit_sparse.sharding import FSDP2Strategy
 from lit_sparse.testing import tiny_llm
+from tests.pair import attempt, result, run_pair
 from tests.test_contract import METHODS, module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
 ROOT = Path(__file__).parents[1]
 SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a model that is divided among processes"
-REFUSED = {"smt": SENTENCE.format("SMT"), "velora": SENTENCE.format("PEFT")}
+REFUSED = {
+    **{"smt": SENTENCE.format("SMT"), "velora": SENTENCE.format("PEFT")},
+    **{"l2sp": SENTENCE.format("L2SP"), "record_importance": SENTENCE.format("RecordImportance")},
+}
 """Methods that cannot be sharded, with the beginning of what they are told."""
 
 ROWS = 4  # a step, of all processes
@@ -240,30 +241,16 @@ CASES: dict[str, Callable[[Path, int], object]] = {
 }
 
 
-def work(rank: int, folder: Path, port: int) -> None:
-    """One of the two processes: every case, and what came of it in a file."""
-    warnings.filterwarnings("ignore")  # of the processes' start; what they train is what counts here
-    torch.set_num_threads(1)
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
-    mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
+def work(folder: Path, rank: int) -> None:
+    """Every case in one of the two processes."""
     for name, train in SAME.items():
         attempt(folder, rank, name, lambda train=train, name=name: keep(train(folder, True), folder / f"{name}.ckpt"))
     for name, case in CASES.items():
         attempt(folder, rank, name, lambda case=case: case(folder, rank))
-    torch.distributed.destroy_process_group()
 
 
 def keep(trainer: L.Trainer, path: Path) -> None:
     trainer.save_checkpoint(path)
-
-
-def attempt(folder: Path, rank: int, name: str, act: Callable[[], object]) -> None:
-    try:
-        result = {"result": act()}
-    except Exception:
-        result = {"error": traceback.format_exc()}
-    (folder / f"{name}-{rank}.json").write_text(json.dumps(result))
 
 
 # ---- the tests
@@ -280,17 +267,8 @@ def pair(tmp_path_factory) -> Path:
         fit(lisa(folder, **options), False, 6, **saving(folder / f"one {name}")).save_checkpoint(
             folder / f"one {name}" / "straight.ckpt"
         )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (folder, port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_pair(work, folder)
     return folder
-
-
-def result(pair: Path, name: str, rank: int = 0):
-    found = json.loads((pair / f"{name}-{rank}.json").read_text())
-    assert "error" not in found, found["error"]
-    return found["result"]
 
 
 def saved(path: Path) -> dict:

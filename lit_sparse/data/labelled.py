@@ -158,18 +158,20 @@ class Labelled(L.LightningDataModule):
 
     def _tokenise(self, items: Sequence[LabelledText], name: str) -> list[LabelledExample]:
         numbers, texts = {label: n for n, label in enumerate(self.label_names)}, [item.texts for item in items]
-        encoded = [self.tokenizer(*pair, return_token_type_ids=True, verbose=False) for pair in texts]
+        encoded = [self._ids(pair, verbose=False) for pair in texts]
         overlong = [n for n, one in enumerate(encoded) if len(one["input_ids"]) > self.max_length]
         for n in overlong:
-            encoded[n] = self.tokenizer(
-                *texts[n], return_token_type_ids=True, truncation="longest_first", max_length=self.max_length
-            )
+            encoded[n] = self._ids(texts[n], truncation="longest_first", max_length=self.max_length)
         if overlong:
             rank_zero_info(f"{name}: {len(overlong)} rows have over {self.max_length} tokens and lose their end.")
         return [
             LabelledExample(one["input_ids"], one["token_type_ids"], numbers[item.label])
             for one, item in zip(encoded, items, strict=True)
         ]
+
+    def _ids(self, texts: tuple[str, ...], **options: Any) -> Any:
+        first, second = (*texts, None)[:2]
+        return self.tokenizer(first, second, return_token_type_ids=True, **options)
 
     def train_dataloader(self) -> Loader:
         """Training batches, in an order that depends on seed and epoch only; the position is kept in checkpoints."""

@@ -61,6 +61,7 @@ class ActivationDensity(UpdateStrategy):
 
     keeps_base: ClassVar[bool] = True
     penalizes_activations: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.weight < 0:

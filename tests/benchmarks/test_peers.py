@@ -222,6 +222,14 @@ def test_an_op_is_timed_beside_others(tmp_path: Path) -> None:
     assert "On a GPU: not measured yet" in table
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_penalised_activation_has_the_gradients_of_its_rival() -> None:
+    for work in kernels.densities("SmolLM2-135M", 5, torch.device("cpu"), torch.float32):
+        ours, theirs = work.contenders["ours"](), work.contenders["torch's operations"]()
+        torch.testing.assert_close(ours, theirs)
+        assert work.bytes == 8 * 5 * 1536 * 4
+
+
 def test_what_is_promised_of_an_op_is_judged() -> None:
     line = {
         "op": "block_grad",
@@ -274,6 +282,7 @@ def test_a_change_that_is_not_committed_is_marked(tmp_path: Path, monkeypatch: p
 
 def test_they_run_as_modules() -> None:
     for module in (
+        "benchmarks.deft",
         "benchmarks.peers",
         "benchmarks.gpu",
         "benchmarks.kernels",

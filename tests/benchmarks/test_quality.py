@@ -234,6 +234,25 @@ def test_the_base_is_scored_once_a_seed(write: Write) -> None:
     assert runner.results.before(made.trial(made.arms[1], 9.0, 5)) is None
 
 
+def test_a_base_is_scored_again_for_an_outcome_that_it_lacks(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(write())
+    commands: list[list[str]] = []
+
+    def execute(job: Any, root: Path) -> Path:
+        commands.append(job.command)
+        raise RuntimeError("enough.")
+
+    monkeypatch.setattr(quality, "execute", execute)
+    arms = {"other": {"updates": [{"class_path": "SMT", "init_args": {"num_blocks": 3}}], "lr": [1]}}
+    for also in ([], ["density"]):
+        made = read_table(write(arms=arms, also=also), seeds=[0])
+        quality.Runner(made, Results(Path("q.jsonl"), STACK), Path("runs"), lambda text: None).run()
+    assert [word.rpartition("=")[2] for words in commands for word in words if "sanity" in word] == ["0", "-1"]
+    trial = first.made.sweep(first.made.arms[0])[0]
+    first.results.append({**(first.results.fit(trial) or {}), "before": {"density": 0.9}})
+    assert first.results.before(trial) == {"heldout_loss": 3.0, "density": 0.9}
+
+
 # ---- the table
 
 
@@ -330,7 +349,7 @@ def test_one_seed_is_not_published(
 # ---- bad input
 
 BAD = {
-    "an unknown key": ({"arm": {}}, r"has the key arm, which means nothing; known are arms"),
+    "an unknown key": ({"arm": {}}, r"has the key arm, which means nothing; known are against, also, arms"),
     "no arms": ({"arms": {}}, "names no arm"),
     "no title": ({"title": None}, "has no title"),
     "an arm without updates": ({"arms": {"a": {"lr": [1]}}}, "arm a must have either updates or the YAML of a method"),
@@ -350,6 +369,18 @@ BAD = {
     "seeds twice": ({"seeds": [1, 1]}, r"the seeds are \[1, 1\]; give different whole numbers"),
     "no workload": ({"workload": "nowhere.yaml"}, "nowhere.yaml cannot be read as YAML"),
     "a test that is none": ({"test": 5}, "`test` is 5"),
+    "one outcome, no list": ({"also": "density"}, "`also` is 'density'; give a list of different outcomes"),
+    "an outcome twice": ({"also": ["density", "density"]}, "give a list of different outcomes"),
+    "beside no arm": (
+        {"also": ["density"], "against": "dora", "reduce": ["density"]},
+        r"`against` is 'dora' and `reduce` is \['density'\]; give one of its arms \(random, lora, full\)",
+    ),
+    "reduce what is not shown": (
+        {"also": ["density"], "against": "lora", "reduce": ["sparsity"]},
+        r"some of the outcomes in `also` \(density\), or neither key",
+    ),
+    "reduce beside nothing": ({"also": ["density"], "reduce": ["density"]}, "`against` is None"),
+    "beside an arm, but what": ({"against": "lora"}, r"`reduce` is \[\]"),
 }
 
 
@@ -363,7 +394,7 @@ def test_a_bad_table_is_refused_in_a_sentence(write: Write, changes: dict[str, A
 @pytest.mark.parametrize(
     ("words", "finding"),
     [
-        (["nowhere"], "there is no table nowhere; give one of answers, blocks_0.84, blocks_5, budgets, choices, tiny"),
+        (["nowhere"], "there is no table nowhere; give one of answers, blocks_0.84, blocks_5, budgets, choices,"),
         (["tiny", "--steps", "0"], "trainer.max_steps is 0"),
         (["tiny", "--minutes", "-1"], "--minutes -1.0 was asked for"),
         (["tiny", "--results", "bad.jsonl"], "bad.jsonl:1 is no JSON"),
@@ -417,10 +448,11 @@ def test_a_table_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "model: {base: tiny}\n"
         "data:\n  class_path: lit_sparse.data.Instructions\n"
         "  init_args: {train: rows.jsonl, heldout: 4, max_length: 32}\n"
-        "trainer: {accelerator: cpu, max_steps: 2}\n"
+        "trainer: {accelerator: cpu, max_steps: 2, callbacks: [lit_sparse.density.DensityMonitor]}\n"
     )
     (tmp_path / "small.yaml").write_text(
         "title: Small.\nworkload: workload.yaml\ntest: {data: {init_args: {batch_size: 2}}}\n"
+        "also: [density_above_0.01]\n"
         "arms:\n  random:\n    lr: [1e-2]\n"
         "    updates: [{class_path: SMT, init_args: {blocks: random, num_blocks: 4, block_size: 8}}]\n"
     )
@@ -434,7 +466,8 @@ def test_a_table_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(Path("runs").rglob("*.ckpt"))
     row = capsys.readouterr().out.splitlines()[-1]
     loss = f"{fit['after']['heldout_loss']:.4f}"
-    assert row.startswith(f"| random | reference | 256 (0.75%) | 0.01 (not swept) | {loss} | - |")
+    density = f"{fit['after']['density_above_0.01']:.4f}"
+    assert row.startswith(f"| random | reference | 256 (0.75%) | 0.01 (not swept) | {loss} | - | {density} |")
     assert quality.main(words) == 0
     assert len(Path("q.jsonl").read_text().splitlines()) == 2
 

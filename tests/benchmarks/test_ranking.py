@@ -1,0 +1,86 @@
+"""Quality tables: further outcomes, and arms beside the one that they are judged by."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import ranking
+from benchmarks.ranking import Results
+from benchmarks.trials import Arm, Table
+
+STACK = {"device": "cpu"}
+ABOUT = {"commit": "abc", "date": "2026-11-22", "device": "a CPU", "versions": {}, "stack": STACK, "kind": "fit"}
+WORKLOAD = {"model": {"base": "demo"}, "data": {"class_path": "Any"}, "trainer": {"max_steps": 2}}
+ARMS = tuple(Arm(name, {"about": name, "updates": []}, (1e-3,)) for name in ("lora", "sparse", "sparser"))
+PLAIN = (1.00, 1.01, 1.02)
+"""Held-out losses of the arm without a penalty: 1.01 on average, their standard deviation 0.01."""
+
+
+def results(made: Table, path: Path, **losses: tuple[float, ...]) -> Results:
+    """The results of arms with these losses, one a seed, and with densities 0.8, 0.6 and 0.4, more for later seeds."""
+    out = Results(path / "q.jsonl", STACK)
+    for number, arm in enumerate(made.arms):
+        for seed, loss in enumerate(losses.get(arm.name, ())):
+            trial = made.trial(arm, 1e-3, seed)
+            after = {"heldout_loss": loss, "density": 0.8 - 0.2 * number + 0.02 * seed}
+            hashes = {"identity": trial.identity(STACK), "untrained": trial.untrained(STACK)}
+            figures = {"before": {"heldout_loss": 2.0, "density": 0.9}, "after": after, "seconds": 36.0}
+            out.append({**ABOUT, **hashes, **figures, "trainable": 10, "trainable_share": 0.1})
+    return out
+
+
+@pytest.fixture
+def made() -> Table:
+    also = ("density", "density_above_1")
+    return Table("mine", "Mine.", WORKLOAD, None, (0, 1, 2), ARMS, also, "lora", ("density",))
+
+
+def told(made: Table, found: Results) -> str:
+    """What the notes say beyond what they say of every table."""
+    return ranking.notes(made, found).partition("two standard deviations.")[2].strip()
+
+
+def test_further_outcomes_are_columns_after_the_losses(made: Table, tmp_path: Path) -> None:
+    assert ranking.head(made)[4:9] == ["held-out loss", "text loss", "density", "density above 1", "right answers"]
+    untrained, lora, sparse, sparser = ranking.cells(made, results(made, tmp_path, lora=PLAIN, sparse=PLAIN))
+    assert {len(row) for row in (untrained, lora, sparse, sparser)} == {len(ranking.head(made))}
+    assert untrained[4:8] == ["2.0000 ± 0.0000", "-", "0.9000 ± 0.0000", "-"]
+    assert lora[4:8] == ["1.0100 ± 0.0100", "-", "0.8200 ± 0.0200", "-"]
+    assert sparser[2:] == [*["-"] * 7, "0", "not measured"]
+
+
+def test_an_outcome_that_no_trial_has_is_named(made: Table, tmp_path: Path) -> None:
+    assert "No trial" not in told(made, Results(tmp_path / "none.jsonl", STACK))
+    said = "No trial has the outcome density_above_1 that `also` names; they have density, heldout_loss."
+    assert told(made, results(made, tmp_path, lora=PLAIN)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("loss", "quality"),
+    [
+        (1.019, "equal quality (+0.0090)"),
+        (1.021, "worse quality (+0.0110)"),
+        (1.001, "equal quality (-0.0090)"),
+        (0.999, "better quality (-0.0110)"),
+        (math.inf, "worse quality (+inf)"),
+    ],
+)
+def test_equal_quality_is_within_the_spread_of_the_arm_without(
+    made: Table, tmp_path: Path, loss: float, quality: str
+) -> None:
+    said = told(made, results(made, tmp_path, lora=PLAIN, sparse=(loss - 0.1, loss, loss + 0.1)))
+    unseen = "sparser not judged (3 seeds of both are needed)"
+    assert f"Density beside lora: sparse -24.4% at {quality}; {unseen}. Quality is equal where" in said
+
+
+@pytest.mark.parametrize("plain", [PLAIN[:2], (1.0, 1.01, math.nan)])
+def test_what_cannot_be_judged_is_not(made: Table, tmp_path: Path, plain: tuple[float, ...]) -> None:
+    said = told(made, results(made, tmp_path, lora=plain, sparse=PLAIN, sparser=PLAIN))
+    assert said.count("not judged (3 seeds of both are needed)") == 2
+
+
+def test_a_table_that_compares_nothing_says_nothing(tmp_path: Path) -> None:
+    plain = Table("mine", "Mine.", WORKLOAD, None, (0, 1, 2), ARMS)
+    assert ranking.head(plain) == [*ranking.HEAD, *ranking.TAIL]
+    assert told(plain, results(plain, tmp_path, lora=PLAIN)) == ""
