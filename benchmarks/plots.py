@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.readme import Line, newest, read_lines
+from benchmarks.tradeoff import changes
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
@@ -59,6 +62,24 @@ def lisa_norms(lines: Sequence[Line]) -> Figure:
     return figure
 
 
+def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]) -> Figure:
+    """What a domain fit gains over what it forgets: a curve for each method over its strength, spread over seeds."""
+    figure, axes = _figure(1)
+    for name, curve in curves.items():
+        rose, fell = zip(*curve, strict=True)
+        style, across, along = "o-" if len(curve) > 1 else "*", [*map(spread, rose)], [*map(spread, fell)]
+        x, y = ([*map(statistics.fmean, values)] for values in (rose, fell))
+        axes[0].errorbar(x, y, along, across, style, label=name, capsize=2)
+    axes[0].set(xlabel="general loss, rise in nats a token", ylabel="domain loss, fall in nats a token")
+    axes[0].legend()
+    return figure
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation; none is known of one value."""
+    return statistics.stdev(values) if len(values) > 1 else math.nan
+
+
 def _named(axes: Axes, names: Sequence[str]) -> None:
     """Decoder layers by every fifth number, all else by name."""
     short = {name: name.removesuffix(".weight").rpartition(".")[2] for name in names}
@@ -83,6 +104,8 @@ def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
             lines = read_lines(results / file, f"python -m benchmarks.{Path(file).stem}")
             for name, draw in drawn.items():
                 draw(lines).savefig(into / f"{name}.svg", metadata={"Date": None})
+        if curves := changes(results / "forgetting.jsonl"):
+            forgetting(curves).savefig(into / "forgetting.svg", metadata={"Date": None})
     return 0
 
 

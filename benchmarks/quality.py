@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import yaml
@@ -115,6 +116,8 @@ class Runner:
         say: Prints a line.
     """
 
+    bench: ClassVar[str] = "quality"
+
     def __init__(self, made: Table, results: Results, root: Path, say: Callable[[str], None] = print) -> None:
         self.made, self.results, self.root, self.say = made, results, root, say
         self.failed: dict[str, str] = {}
@@ -125,15 +128,31 @@ class Runner:
         while (one := self._next()) is not None:
             if minutes is not None and time.monotonic() - begun >= minutes * 60:
                 return
-            self.say(f"{one} (left: {in_words(left(self.made, self.results))})")
+            self.say(f"{one} (left: {in_words(self.left())})")
             try:
                 (self.test if one.test else self.train)(one.trial)
             except RuntimeError as error:
                 self.failed[str(one)] = str(error)
                 self.say(f"{one}: {error}")
 
+    def work(self) -> Iterator[Work]:
+        """What is missing and can be done now."""
+        return work(self.made, self.results)
+
+    def left(self) -> tuple[int, int]:
+        """How many trainings and how many tests are missing."""
+        return left(self.made, self.results)
+
+    def begun(self, trial: Trial) -> bool:
+        """Whether the scores before training, which are the same for all arms, are known."""
+        return (self.results.before(trial) or {}).keys() >= {SCORE, *self.made.also}
+
+    def configured(self, trial: Trial) -> Config:
+        """The configuration that `lit-sparse fit` is given for it."""
+        return trial.config
+
     def _next(self) -> Work | None:
-        return next((one for one in work(self.made, self.results) if str(one) not in self.failed), None)
+        return next((one for one in self.work() if str(one) not in self.failed), None)
 
     def train(self, trial: Trial) -> None:
         """Train and keep the line; of a sweep only the best one's checkpoint is kept.
@@ -144,7 +163,7 @@ class Runner:
         begun = time.monotonic()
         folder = self._fit(trial)
         record, seconds = RunRecord.read(folder / "record.json"), time.monotonic() - begun
-        line = fit_line(trial, record, self.results.stack, seconds)
+        line = fit_line(trial, record, self.results.stack, seconds, self.bench)
         self.results.append(line)
         self.say(f"{trial.name}: held-out loss {score(line):.4f} in {seconds:.0f} s, {folder}")
         self._discard_beaten(trial)
@@ -175,9 +194,8 @@ class Runner:
             RuntimeError: if it did not end well.
         """
         name, steps = self._name(trial), 0 if self.made.test is None else AT_THE_END
-        file = written(self.root / f"{name}.yaml", trial.config)
-        known = self.results.before(trial) or {}
-        scored = 0 if known.keys() >= {SCORE, *self.made.also} else -1  # the base's are the same for all: taken once
+        file = written(self.root / f"{name}.yaml", self.configured(trial))
+        scored = 0 if self.begun(trial) else -1
         command = [sys.executable, "-m", "lit_sparse", "fit", f"--config={file}", *QUIET, f"--run={name}"]
         place = [f"--trainer.default_root_dir={self.root}", f"--trainer.num_sanity_val_steps={scored}"]
         folder = execute(Job(name, [*command, *place, f"--checkpoint_steps={steps}"], {}), self.root)
@@ -207,12 +225,12 @@ class Runner:
             (folder / LAST).unlink(missing_ok=True)
 
 
-def fit_line(trial: Trial, record: RunRecord, stack: Mapping[str, str], seconds: float) -> Line:
+def fit_line(trial: Trial, record: RunRecord, stack: Mapping[str, str], seconds: float, bench: str = "quality") -> Line:
     """What one training gave."""
     assert record.model is not None
     return {
         "kind": "fit",
-        **provenance("quality", record),
+        **provenance(bench, record),
         "stack": dict(stack),
         "identity": trial.identity(stack),
         "untrained": trial.untrained(stack),
@@ -332,7 +350,7 @@ def finished(runner: Runner, minutes: float | None) -> int:
         runner.run(minutes)
     except KeyboardInterrupt:
         code = 130
-    if any(missing := left(runner.made, runner.results)):
+    if any(missing := runner.left()):
         print(f"{in_words(missing)} left; the same command goes on with them.", file=sys.stderr)
     return code or int(bool(runner.failed))
 

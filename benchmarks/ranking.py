@@ -39,6 +39,7 @@ class Results:
         self.fits: dict[str, Line] = {}
         self.tests: dict[tuple[str, str], Line] = {}
         self.untrained: dict[str, dict[str, float]] = {}
+        self.others: list[Line] = []  # of other kinds than trainings and tests
         for line in read_results(path):
             self._take(line)
 
@@ -47,7 +48,12 @@ class Results:
             return
         if line["kind"] == "test":
             self.tests[line["identity"], key(line["test"])] = line
-            return
+        elif line["kind"] == "fit":
+            self._take_fit(line)
+        else:
+            self.others.append(line)
+
+    def _take_fit(self, line: Line) -> None:
         self.fits[line["identity"]] = line
         if line["before"]:
             self.untrained[line["untrained"]] = self.untrained.get(line["untrained"], {}) | line["before"]

@@ -325,6 +325,14 @@ def quality(name: str, results: Path) -> str:
     return published(name, results / "quality.jsonl")
 
 
+def forgetting(results: Path) -> str:
+    """The study of forgetting, as far as it is measured."""
+    from benchmarks.tradeoff import published  # loads torch, as above
+
+    return published(results / "forgetting.jsonl")
+
+
+BLOCKS["forgetting"] = forgetting
 BLOCKS |= {
     f"quality-{path.stem}": partial(quality, path.stem) for path in sorted((ROOT / "benchmarks/quality").glob("*.yaml"))
 }

@@ -104,7 +104,7 @@ class Table:
 
     def trial(self, arm: Arm, rate: float, seed: int) -> Trial:
         """The training of `arm` at that rate and with that seed, which the order of the data follows too."""
-        model = _with_seed(arm.model, seed)
+        model = filled(arm.model, {SEED: seed})
         model["updates"] = [_seeded(update, seed, arm.name) for update in model.get("updates", [])]
         own = {"seed_everything": seed, "data": {"init_args": {"seed": seed}}, "model": {**model, "lr": rate}}
         return Trial(arm, rate, seed, merged(self.workload, own))
@@ -132,7 +132,13 @@ def read_table(
         BadInput: if there is no such table, or something in it makes none.
     """
     path = _table_file(name)
-    document = read_yaml(path)
+    return table_of(read_yaml(path), path, workload, steps, seeds)
+
+
+def table_of(
+    document: Config, path: Path, workload: Path | None, steps: int | None, seeds: Sequence[int] | None
+) -> Table:
+    """The table that `document` describes, as if it had been read from `path`; else as `read_table`."""
     _known(document, TABLE_KEYS, {"title", "workload", "arms"}, str(path))
     file, test = workload or path.parent / str(document["workload"]), document.get("test")
     if not isinstance(test, dict | None):
@@ -266,13 +272,13 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
     return out
 
 
-def _with_seed(value: Any, seed: int) -> Any:
-    """`value` with the seed wherever the placeholder stands."""
+def filled(value: Any, given: Mapping[str, Any]) -> Any:
+    """`value` with what is `given` for each placeholder wherever that stands."""
     if isinstance(value, dict):
-        return {key: _with_seed(item, seed) for key, item in value.items()}
+        return {key: filled(item, given) for key, item in value.items()}
     if isinstance(value, list):
-        return [_with_seed(item, seed) for item in value]
-    return seed if value == SEED else value
+        return [filled(item, given) for item in value]
+    return given.get(value, value) if isinstance(value, str) else value
 
 
 def _seeded(update: Any, seed: int, arm: str) -> Config:

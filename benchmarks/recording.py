@@ -1,0 +1,182 @@
+"""What it costs to know which weights matter: recording in a run, a lean Fisher, and the Fisher of all weights.
+
+RecordImportance beside the same run without it, step by step in turn; RecordFisher on LoRA's product; and the published
+recipe of EWC-LoRA (arXiv 2305.10626), the Fisher of every parameter of the model. The Fishers see the same samples, one
+at a time, one recipe after the other in this process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.curves import Phase, Study
+from benchmarks.peers import pair_line
+from benchmarks.provenance import of_device
+from benchmarks.provenance import provenance as provenance_of
+from benchmarks.quality import written
+from benchmarks.ranking import Results
+from benchmarks.readme import Line
+from benchmarks.trials import Config, digest, filled
+from lit_sparse.bench import bench
+from lit_sparse.data import Instructions
+from lit_sparse.modules import CausalLM
+from lit_sparse.runs import build_module
+from lit_sparse.strategies import RecordFisher
+from lit_sparse.strategies.base import no_probe
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.runs import folders
+
+EXTRAPOLATED = 20_000
+"""Samples that the published recipe looks at."""
+RECORDED, PLAIN = "recorded", "plain"
+QUIET_STEPS = "--profile.profiled=0"
+
+
+def measure_costs(
+    study: Study, results: Results, names: Mapping[str, str], into: Path, sizes: Mapping[str, int]
+) -> None:
+    """Append what is missing of the costs.
+
+    Args:
+        names: What stands for the text's file, and its path.
+        sizes: `rounds` of steps with and without the recorder, and `samples` of each Fisher.
+
+    Raises:
+        RuntimeError: if a run failed.
+    """
+    general, fisher = study.phases
+    recorded, looked = (filled(phase.config, names) for phase in (general, fisher))
+    rounds, samples = sizes["rounds"], sizes["samples"]
+    measures: dict[str, tuple[Phase, int, Callable[[], Line]]] = {
+        "recorder": (general, rounds, lambda: recorder_cost(recorded, into / "cost", rounds)),
+        "lean": (fisher, samples, lambda: lean_cost(looked, samples)),
+        "published": (fisher, samples, lambda: published_cost(looked, samples)),
+    }
+    for what, (phase, size, measure) in measures.items():
+        identity = digest({"cost": what, "phase": phase.stands, "size": size}, results.stack)
+        if any(line["identity"] == identity for line in costs(results)):
+            continue
+        begun, line = time.monotonic(), measure()
+        about = {"kind": "cost", "stack": results.stack, "identity": identity, "cost": what}
+        results.append({**about, **line, "seconds": time.monotonic() - begun})
+
+
+# ---- a recorder in a run
+
+
+def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
+    """A step with the recorder in turn with one without.
+
+    Raises:
+        RuntimeError: if a run failed.
+    """
+    plain = {**config, "model": {**config["model"], "updates": config["model"]["updates"][:1]}}
+    files = [written(into / f"{name}.yaml", one) for name, one in ((RECORDED, config), (PLAIN, plain))]
+    if bench([str(files[0]), f"--against={files[1]}", f"--into={into}", f"--steps={rounds}", QUIET_STEPS]):
+        raise RuntimeError("the recorder's cost was not measured: a run of `lit-sparse bench` failed; see above.")
+    record = RunRecord.read(folders(into, RECORDED)[-1] / "record.json")
+    if record.pair is None or record.throughput is None or record.ledger is None:
+        raise RuntimeError(f"the recorder's cost was not measured: {record.status}, {record.reason}")
+    rows = config["data"]["init_args"]["batch_size"]
+    importance = next(update["chosen"] for update in record.updates if update["class"] == "RecordImportance")
+    return {
+        **provenance_of("forgetting", record),
+        "seconds_a_sample": record.throughput.median_step / rows,
+        "samples": rounds * rows,
+        "bytes": importance["bytes"],
+        "held_bytes": record.ledger.strategy,
+        **pair_line(RECORDED, record.pair),
+    }
+
+
+# ---- Fishers
+
+
+def lean_cost(config: Config, samples: int) -> Line:
+    """RecordFisher on LoRA's product."""
+    module = module_of(config, updates=1)
+    module.updates[0].attach(module.build(), no_probe)
+    recorder, seconds = RecordFisher(samples), list[float]()
+    recorder.attach(module.build(), lambda count: timed(losses(module, config, count), seconds))
+    matrices = recorder.state_dict()["importance"]["matrices"]
+    return fisher_line(module, seconds, [one["sums"] for one in matrices.values()])
+
+
+def published_cost(config: Config, samples: int) -> Line:
+    """The Fisher of all parameters."""
+    module, seconds = module_of(config, updates=0), list[float]()
+    found = published_fisher(module.build(), timed(losses(module, config, samples), seconds))
+    return fisher_line(module, seconds, found.values())
+
+
+def published_fisher(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The mean of squared gradients of every parameter, fp32 on the host, where each sample's gradients are moved.
+
+    As the code of EWC-LoRA has it (arXiv 2305.10626): one sample at a time, dropout off, squares summed on the host.
+    """
+    model.requires_grad_(True).eval()
+    sums = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
+    count = 0
+    for loss in losses:
+        model.zero_grad()
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad.to("cpu", torch.float32)
+                sums[name].addcmul_(gradient, gradient)
+        count += 1
+    return {name: total / count for name, total in sums.items()}
+
+
+def module_of(config: Config, updates: int) -> Any:
+    """The phase's module with the first of its updates, which begins anew, built where it will compute."""
+    kept = [without_start(update) for update in config["model"]["updates"][:updates]]
+    module = build_module({**config, "model": {**config["model"], "updates": kept}})
+    module.build().to(device())  # pyright: ignore[reportArgumentType]
+    return module
+
+
+def without_start(update: Config) -> Config:
+    return {**update, "init_args": {key: value for key, value in update["init_args"].items() if key != "start_from"}}
+
+
+def losses(module: CausalLM, config: Config, count: int) -> Iterator[Tensor]:
+    """Losses of the first samples, with a graph."""
+    data = Instructions(**config["data"]["init_args"], tokenizer=config["model"]["base"])
+    data.setup("fit")
+    for _, batch in zip(range(count), data.train_dataloader(), strict=False):
+        yield module.loss({name: value.to(device()) for name, value in batch.items()})[0]
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def timed(losses: Iterator[Tensor], seconds: list[float]) -> Iterator[Tensor]:
+    """`losses`; appends what each took with all that its taker did before it asked for the next."""
+    begun = time.perf_counter()
+    for loss in losses:
+        yield loss
+        if loss.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+        begun = time.perf_counter()
+
+
+def fisher_line(module: CausalLM, seconds: list[float], sums: Iterable[Tensor]) -> Line:
+    about = {**of_device("forgetting", device()), "model": str(module.base)}
+    spread = {"fastest": min(seconds), "slowest": max(seconds)}
+    size = sum(one.nbytes for one in sums)
+    return {**about, "seconds_a_sample": statistics.median(seconds), "samples": len(seconds), "bytes": size, **spread}
+
+
+def costs(results: Results) -> list[Line]:
+    """The lines of costs of this stack."""
+    return [line for line in results.others if line["kind"] == "cost"]

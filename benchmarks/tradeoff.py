@@ -1,0 +1,222 @@
+"""The tables of the study of forgetting: domain gain against general loss, and what recording costs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.curves import Curve, Study, at_best, belonging, read_study
+from benchmarks.ranking import SCORE, Results, key, mean_spread, read_results, ties
+from benchmarks.readme import Line, caption, newest, table
+from benchmarks.recording import EXTRAPOLATED, costs
+
+COMMAND = "python -m benchmarks.forgetting"
+GENERAL = "general_loss"
+ZERO_SHOT = "_zero_shot"
+HEAD = ["method", "strength", "learning rate", "domain loss", "general loss", "zero-shot", "seeds", ""]
+COST_HEAD = [
+    "importance from",
+    "s a sample",
+    f"h of {EXTRAPOLATED:,} samples",
+    "of the recorder's time",
+    "MiB kept",
+    "of the published bytes",
+]
+WAYS = {
+    "recorder": "the first phase's run itself (RecordImportance)",
+    "added": "of that, what recording adds to the run",
+    "lean": "a Fisher of LoRA's product (RecordFisher)",
+    "published": "a Fisher of all weights (EWC-LoRA's recipe)",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method at one strength.
+
+    Attributes:
+        rate: The learning rate chosen for the method.
+        end: Which end of the rates tried that is, "lowest" or "highest", if any.
+        lines: Its trainings, one a seed; of seeds that are there.
+    """
+
+    curve: Curve
+    strength: float
+    rate: float
+    end: str
+    lines: tuple[Line, ...]
+
+    def values(self, name: str) -> list[float]:
+        """A score after training, of each seed."""
+        return [float(line["after"][name]) for line in self.lines]
+
+
+def points(study: Study, results: Results) -> list[Point]:
+    """Every method and strength that was trained at the chosen rate."""
+    out: list[Point] = []
+    for curve in study.curves:
+        trials = at_best(study, curve, study.table.seeds, results)
+        for strength, arm in curve.arms.items():
+            found = [(one.rate, line) for one in trials if one.arm is arm and (line := results.fit(one)) is not None]
+            if found:
+                rate, rates = found[0][0], arm.rates
+                ends = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {rate: "only"}
+                out.append(Point(curve, strength, rate, ends.get(rate, ""), tuple(line for _, line in found)))
+    return out
+
+
+def starts(study: Study, results: Results) -> dict[int, dict[str, float]]:
+    """The scores at the end of the first phase by seed; the domain's loss is taken by the first trial of each seed."""
+    found: dict[int, dict[str, float]] = {}
+    for line in belonging(study, results):
+        found.setdefault(line["seed"], {}).update(line["before"])
+    return found
+
+
+def changes(path: Path) -> dict[str, list[tuple[list[float], list[float]]]]:
+    """For each method, weakest first: by how much general loss rose and domain loss fell with each seed."""
+    study, out = read_study(), dict[str, list[tuple[list[float], list[float]]]]()
+    if (results := measured_on(study, path)) is None:
+        return out
+    start = starts(study, results)
+    for point in points(study, results):
+        rose, fell = [], []
+        for line in point.lines:
+            rose.append(line["after"][GENERAL] - start[line["seed"]][GENERAL])
+            fell.append(start[line["seed"]][SCORE] - line["after"][SCORE])
+        out.setdefault(point.curve.name, []).append((rose, fell))
+    return out
+
+
+# ---- the trade-off
+
+
+def cells(study: Study, results: Results) -> list[list[str]]:
+    """The rows of the table, the end of the first phase first."""
+    found = points(study, results)
+    by_seed = list(starts(study, results).values())
+    names = dict.fromkeys(name for one in by_seed for name in one)
+    start = {name: [one[name] for one in by_seed if name in one] for name in names}
+    rows = [["first phase", "", "-", *scores(start), "-", ""]] if found else []
+    base = next((point for point in found if point.curve.name == "none"), None)
+    return rows + [row(point, base, len(study.table.seeds)) for point in found]
+
+
+def scores(values: Mapping[str, Sequence[float]]) -> list[str]:
+    """Domain loss, general loss, and zero-shot answers, as texts."""
+    asked = [
+        f"{name.removesuffix(ZERO_SHOT)} {mean_spread(values[name], '%')}"
+        for name in sorted(values)
+        if name.endswith(ZERO_SHOT)
+    ]
+    return [*(mean_spread(values.get(name, [])) for name in (SCORE, GENERAL)), "; ".join(asked) or "-"]
+
+
+def row(point: Point, base: Point | None, seeds: int) -> list[str]:
+    """A point's cells, with what differs from training without a penalty by more than the spread."""
+    names = [name for name in point.lines[0]["after"] if name in (SCORE, GENERAL) or name.endswith(ZERO_SHOT)]
+    remarks = [] if base is None or point is base else beside(point, base)
+    if point.end:
+        remarks.append(f"{point.end} rate tried")
+    if len(point.lines) < seeds:
+        remarks.append(f"incomplete: {len(point.lines)} of {seeds} seeds")
+    strength = f"{point.strength:g}" if point.strength else "-"
+    numbers = scores({name: point.values(name) for name in names})
+    return [point.curve.name, strength, f"{point.rate:g}", *numbers, str(len(point.lines)), "; ".join(remarks)]
+
+
+def beside(point: Point, base: Point) -> list[str]:
+    """Of both losses, whether it is lower or higher than without a penalty, or a tie within the larger spread."""
+    out: list[str] = []
+    for name, said in ((GENERAL, "general"), (SCORE, "domain")):
+        ours, theirs = point.values(name), base.values(name)
+        if min(len(ours), len(theirs)) < 2:
+            continue
+        lower = statistics.fmean(ours) < statistics.fmean(theirs)
+        out.append(f"{said}: {'tie' if ties(ours, theirs) else 'lower' if lower else 'higher'}")
+    return out
+
+
+def notes(study: Study, found: Sequence[Point]) -> str:
+    """How the table was made, and how to read it."""
+    workload = study.table.workload
+    data, lines = workload["data"].get("init_args", {}), [line for point in found for line in point.lines]
+    hours = sum(line["seconds"] for line in lines) / 3600
+    return (
+        f"{study.table.title} Model {workload['model'].get('base', 'demo')}; every arm goes on from the first phase, "
+        f"LoRA on {study.text_rows} passages of general text, with {study.table.steps} steps of "
+        f"{data.get('batch_size', 4)} rows of {data.get('task', data.get('train', 'the domain'))}; {hours:.1f} hours. "
+        f"Mean ± standard deviation over seeds; a method's learning rate has the lowest held-out domain loss with seed "
+        f"{study.table.seeds[0]} at its middle strength. The last column compares with `none`; a tie: the means differ "
+        "by no more than the larger of the two standard deviations."
+    )
+
+
+# ---- cost
+
+
+def cost_cells(lines: Sequence[Line]) -> list[list[str]]:
+    """The rows of the table of costs."""
+    found = {line["cost"]: line for line in newest(lines, key="cost").values()}
+    if (line := found.get("recorder")) is not None:
+        share = 1 - 1 / line["ratio_median"]
+        found["added"] = {**line, "seconds_a_sample": line["seconds_a_sample"] * share}
+    return [cost_row(what, found) for what in WAYS if what in found]
+
+
+def cost_row(what: str, found: Mapping[str, Line]) -> list[str]:
+    line, recorder, published = found[what], found.get("recorder"), found.get("published")
+    times = "-" if recorder is None else f"{line['seconds_a_sample'] / recorder['seconds_a_sample']:.2f}"
+    share = "-" if published is None else f"{line['bytes'] / published['bytes']:.1%}"
+    hours = line["seconds_a_sample"] * EXTRAPOLATED / 3600
+    return [WAYS[what], f"{line['seconds_a_sample']:.3f}", f"{hours:.1f}", times, f"{line['bytes'] / 2**20:.1f}", share]
+
+
+def cost_notes(lines: Sequence[Line]) -> str:
+    """What the table counts, and what the recorder adds to a run that is made anyway."""
+    found = {line["cost"]: line for line in newest(lines, key="cost").values()}
+    text = (
+        "The recorder's time is that of the whole first phase, which trains as well, in its batches; a Fisher's is "
+        "what its samples take, one at a time, beside any training. The paper says 20 times and 10 to 15 % of the "
+        "bytes (arXiv 2501.13669, beside EWC-LoRA)."
+    )
+    if (line := found.get("recorder")) is None:
+        return text
+    ratio = f"{line['ratio_median']:.3f} [{line['ratio_low']:.3f}, {line['ratio_high']:.3f}]"
+    return (
+        f"{text} A step with the recorder takes {ratio} of one without (median of {line['rounds']} rounds in turn, "
+        f"95 %); while it runs it keeps {line['held_bytes'] / 2**20:.1f} MiB."
+    )
+
+
+# ---- showing
+
+
+def shown(study: Study, results: Results) -> str:
+    """Both tables as far as they are known, in Markdown."""
+    found, measured = points(study, results), costs(results)
+    parts = [notes(study, found), table(HEAD, cells(study, results))] if found else ["No curve has a point yet."]
+    if measured:
+        parts += [cost_notes(measured), table(COST_HEAD, cost_cells(measured))]
+    return "\n\n".join(parts)
+
+
+def measured_on(study: Study, path: Path) -> Results | None:
+    """The results of the newest stack that has a point of the study."""
+    stacks = {key(line["stack"]): line["stack"] for line in sorted(read_results(path), key=lambda line: line["date"])}
+    for stack in reversed(stacks.values()):
+        results = Results(path, stack)
+        if points(study, results) or costs(results):
+            return results
+    return None
+
+
+def published(path: Path) -> str:
+    """Both tables for the README."""
+    study = read_study()
+    if (results := measured_on(study, path)) is None:
+        return f"Not measured yet: `{COMMAND}` measures these tables."
+    lines = [line for point in points(study, results) for line in point.lines]
+    return f"{caption(COMMAND, [*lines, *costs(results)])}\n\n{shown(study, results)}"
