@@ -185,7 +185,7 @@ def verdict(lines: Sequence[Line]) -> str | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is missing and append it; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=PARTS, help="what to measure (default: all)")
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help="what to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each pair (default 30)")
     parser.add_argument("--into", type=Path, default=Path("runs/lisa"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.chdir(ROOT)
     measures = {"time": lambda: time(asked.into, asked.rounds), "state": lambda: state(asked.into)}
     measures["norms"] = lambda: norms(asked.into)
-    for part in asked.parts:
+    for part in asked.parts or PARTS:
         found = list(measures[part]())
         with asked.results.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in found)

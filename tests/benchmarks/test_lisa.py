@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from benchmarks import lisa as study
 from benchmarks.lisa import moved, verdict
 from benchmarks.plots import lisa_norms, lisa_state
 from benchmarks.readme import lisa
@@ -52,6 +53,15 @@ def test_the_promised_step_time_is_judged():
     assert verdict(LINES).startswith("met    frozen: step time 0.500")
     assert verdict([{"pair": ["frozen", "full"], "ratio_median": 0.8}]).startswith("missed")
     assert verdict(LINES[:2]) is None
+
+
+@pytest.mark.parametrize(("asked", "done"), [([], ["time", "state", "norms"]), (["norms"], ["norms"])])
+def test_what_is_asked_for_is_measured_and_kept(tmp_path, monkeypatch, asked, done):
+    for part in study.PARTS:
+        monkeypatch.setattr(study, part, lambda *_, part=part: iter([{"part": part}]))
+    monkeypatch.chdir(tmp_path)
+    assert study.main([*asked, "--results", str(tmp_path / "lisa.jsonl")]) == 0
+    assert [json.loads(line)["part"] for line in (tmp_path / "lisa.jsonl").read_text().splitlines()] == done
 
 
 def test_tables_of_the_readme(tmp_path):
