@@ -5,7 +5,7 @@
 `state`: optimizer and strategy state over twenty switches, for each policy of LISA's;
 `norms`: norms of each layer's weights, and of their change, after fine-tuning on grade-school problems: the premise of
 LISA's paper (arXiv 2403.17919, section 3.1) is that LoRA moves embeddings and head most.
-What is there already is not measured again.
+A part that is measured again is appended again; tables and figures show the newest.
 """
 
 from __future__ import annotations

@@ -93,20 +93,27 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
 
 
-FIGURES_OF = {"lisa.jsonl": {"lisa_state": lisa_state, "lisa_norms": lisa_norms}}
-
-
 def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
     """Draw all figures whose measurements are there; the exit status."""
+    found = lines_of(results / "lisa.jsonl")
+    drawn = {
+        "lisa_state": (lisa_state, [line for line in found if "policy" in line]),
+        "lisa_norms": (lisa_norms, [line for line in found if "norms" in line]),
+        "forgetting": (forgetting, changes(results / "forgetting.jsonl")),
+    }
     into.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
-        for file, drawn in FIGURES_OF.items():
-            lines = read_lines(results / file, f"python -m benchmarks.{Path(file).stem}")
-            for name, draw in drawn.items():
-                draw(lines).savefig(into / f"{name}.svg", metadata={"Date": None})
-        if curves := changes(results / "forgetting.jsonl"):
-            forgetting(curves).savefig(into / "forgetting.svg", metadata={"Date": None})
+        for name, (draw, measured) in drawn.items():
+            if measured:
+                draw(measured).savefig(into / f"{name}.svg", metadata={"Date": None})
+            else:
+                print(f"{name}: not drawn, since nothing of it is measured yet.")
     return 0
+
+
+def lines_of(path: Path) -> list[Line]:
+    """The measurements in a file, none where there is no file."""
+    return read_lines(path, "the benchmark") if path.exists() else []
 
 
 if __name__ == "__main__":

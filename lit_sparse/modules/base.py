@@ -134,10 +134,11 @@ class LitSparse(L.LightningModule, ABC):
             self.build()
         if self._attached or self.trainer.state.fn != "fit":
             return
-        if self.resume_from is not None:
-            self.restore(read_checkpoint(self.resume_from))
-        else:
-            self._attach()
+        with torch.device("cpu"):  # Lightning has made its own device the default one, where draws would be others
+            if self.resume_from is not None:
+                self.restore(read_checkpoint(self.resume_from))
+            else:
+                self._attach()
 
     def build(self) -> PreTrainedModel:
         """The base model, loaded in the precision of its frozen weights (also set as `self.model`)."""

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.data import Synthetic
@@ -134,6 +135,14 @@ def test_what_is_trained_may_change_and_resumes(tmp_path):
     assert {id(p) for p in fit.optimizers[0].state} <= {id(p) for _, p in trainable(model.build())}
     saved = torch.load(tmp_path / "ckpt" / "step=3.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".")[3] for name in saved} == {"0", "1"}, "layers trained earlier belong into the checkpoint"
+
+
+@pytest.mark.parametrize("blocks", ["random", "slab", "gradient"])
+def test_strategies_are_attached_where_the_default_device_is_the_ordinary_one(blocks, monkeypatch):
+    """Lightning makes its device the default meanwhile, on which a generator of the CPU cannot draw."""
+    monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", lambda *_, **__: torch.device("meta"))
+    module, _ = fitted(base=tiny_llm("llama"), updates=[SMT(trainable_fraction=0.05, block_size=8, blocks=blocks)])
+    assert all(chosen.index.device.type == "cpu" for chosen in module.updates[0].choice.values())
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
