@@ -291,10 +291,21 @@ def main() -> None:
         warnings.filterwarnings("ignore", message)
     try:
         sys.exit(run(sys.argv[1:]))
-    except (BadInput, jsonargparse.ArgumentError) as error:
-        sentence = " ".join(str(error).split())
+    except (ValueError, jsonargparse.ArgumentError) as error:
+        told = bad_input(error) or error
+        if not isinstance(told, BadInput | jsonargparse.ArgumentError):
+            raise
+        sentence = " ".join(str(told).split())
         print(f"lit-sparse: {sentence}", file=sys.stderr)
         sys.exit(2)
+
+
+def bad_input(error: BaseException) -> BadInput | None:
+    """The `BadInput` that `error` is or was raised from: jsonargparse wraps what the classes that it makes raise."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, BadInput):
+        cause = cause.__cause__
+    return cause
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lit_sparse import cli, configs
+from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
@@ -145,6 +146,35 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(home, capsys, monkeypatch,
     base = [] if any(word.startswith("--model.base") for word in words) else ["--model.base", "tiny"]
     assert message in refused(capsys, monkeypatch, "fit", *words, *base, *data, *SMALL, "--trainer.max_steps=1")
     assert not list(Path().glob("runs/*"))
+
+
+BAD_PARTS = {
+    "data": (["--data", "Synthetic", "--data.vocab_size=96", "--data.max_length=0"], "`max_length` is 0"),
+    "callback": (
+        [*DATA, "--trainer.callbacks+=lit_sparse.density.DensityMonitor", "--trainer.callbacks.error=2"],
+        "DensityMonitor: taus are [0.001, 0.01, 0.1] and error is 2.0",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "message"), BAD_PARTS.values(), ids=BAD_PARTS)
+def test_what_a_constructor_refuses_is_its_own_sentence(home, capsys, monkeypatch, words, message):
+    told = refused(capsys, monkeypatch, "fit", "--config", "smt.yaml", "--model.base", "tiny", *words, *SMALL)
+    assert told.startswith(f"lit-sparse: {message}")
+    assert "Union" not in told
+    assert not list(Path().glob("runs/*"))
+
+
+def test_our_own_mistake_keeps_its_traceback(monkeypatch):
+    def mistaken(argv):
+        try:
+            raise BadInput("told elsewhere")
+        except BadInput:
+            int("x")  # while that is handled, and not because of it
+
+    monkeypatch.setattr(cli, "run", mistaken)
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main()
 
 
 def test_a_model_without_a_tokenizer_is_named(home, capsys, monkeypatch):
