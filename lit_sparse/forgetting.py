@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -48,7 +49,8 @@ class Forgetting(Callback):
         tokenizer: Folder, Hugging Face name or `demo`; none takes that of the data, or of the module's base.
 
     Attributes:
-        before: The scores before training; a resumed fit has them from its checkpoint.
+        before: The scores before training; a resumed fit has them from its checkpoint, or none, where the run that it
+            goes on with had no such callback.
         after: The scores after training.
     """
 
@@ -100,7 +102,11 @@ class Forgetting(Callback):
                 )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore
-        if not self.before:  # a resumed fit has them already
+        if trainer.global_step > 0 and not self.before:
+            rank_zero_info(
+                "Forgetting was not part of the run that is resumed: there are no scores from before training."
+            )
+        elif not self.before:  # a resumed fit has them already
             self.before = self.scores(pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: CausalLM) -> None:  # pyright: ignore

@@ -44,7 +44,7 @@ def forgetting(folder: Path, **options: Any) -> Forgetting:
 
 def fitted(folder: Path, callbacks: list[Any], steps: int = 4, heldout: int = 2, **options: Any) -> CausalLM:
     L.seed_everything(0)
-    module = CausalLM(tiny_llm("gpt2", dropout=0.2), lr=1e-2)
+    module, ckpt_path = CausalLM(tiny_llm("gpt2", dropout=0.2), lr=1e-2), options.pop("ckpt_path", None)
     data = Instructions(
         written(folder / "train.jsonl", PASSAGES[:14]), heldout=heldout, tokenizer=word_tokenizer(), max_length=32
     )
@@ -55,7 +55,7 @@ def fitted(folder: Path, callbacks: list[Any], steps: int = 4, heldout: int = 2,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
-    trainer.fit(module, datamodule=data)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module
 
 
@@ -121,6 +121,15 @@ def test_before_comes_from_the_checkpoint_of_a_resumed_fit(tmp_path):
     fitted(tmp_path, [second], steps=6)
     assert second.before == first.before
     assert second.after != first.after
+
+
+def test_a_half_trained_model_is_not_scored_as_before(tmp_path, caplog):
+    fitted(tmp_path, [], steps=2).trainer.save_checkpoint(tmp_path / "half.ckpt")
+    late = forgetting(tmp_path)
+    fitted(tmp_path, [late], steps=4, ckpt_path=tmp_path / "half.ckpt")
+    assert late.before == {}
+    assert "general_loss" in late.after
+    assert "there are no scores from before training" in caplog.text
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path):
