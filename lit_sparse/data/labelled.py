@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -65,6 +65,7 @@ class Labelled(L.LightningDataModule):
             "nyu-mll/glue:train", or `demo`: 4,181 medical examination questions, labelled with one of 20 subjects.
         validation: The same for validation; absent: some training rows are held out.
         heldout: How many rows those are, chosen by a hash of the row; 1,000 tell two points of accuracy apart at best.
+            The rows of a class that training would otherwise lack are not held out.
         config: Which configuration of the Hugging Face data set, where it has several.
         tokenizer: Folder, Hugging Face name, `demo` or `minilm`; from Python also a tokenizer. The command line takes
             it from `model.base`.
@@ -76,7 +77,7 @@ class Labelled(L.LightningDataModule):
 
     Attributes:
         val_names: Name of each loader of `val_dataloader()`.
-        label_names: The classes in the order of their numbers, once `setup` has run.
+        label_names: The classes in the order of their numbers, once `setup` has run; `Classifier` may number them anew.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Labelled(L.LightningDataModule):
         rows = read(labelled_rows(self.train), self.config)
         if self.validation is not None:
             return {TRAIN: rows, HELDOUT: read(labelled_rows(self.validation), self.config)}
-        train, heldout = split(rows, self.heldout, self.train)
+        train, heldout = keep_classes(*split(rows, self.heldout, self.train), self.train)
         return {TRAIN: train, HELDOUT: heldout} if heldout else {TRAIN: train}
 
     @cached_property
@@ -148,6 +149,17 @@ class Labelled(L.LightningDataModule):
         for name, items in parsed.items():
             self._check_known(self.rows[name], items)
             self.examples[name] = self._tokenise(items, name)
+
+    def number(self, labels: Sequence[str]) -> None:
+        """Number the classes by their places in `labels`: the same classes as now, in whatever order."""
+        if list(labels) == self.label_names:
+            return
+        places = {label: n for n, label in enumerate(labels)}
+        numbers = [places[label] for label in self.label_names]
+        self.label_names = list(labels)
+        self.examples = {
+            name: [replace(row, label=numbers[row.label]) for row in rows] for name, rows in self.examples.items()
+        }
 
     def _check_known(self, rows: Sequence[Row], items: Sequence[LabelledText]) -> None:
         known = set(self.label_names)
@@ -230,6 +242,25 @@ def labelled_rows(name: str) -> str:
     return str(demo.labelled_file()) if name == demo.DEMO else name
 
 
+def keep_classes(train: list[Row], heldout: list[Row], name: str) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows, those in training whose class it would lack otherwise.
+
+    Raises:
+        BadInput: if no row is left to hold out.
+    """
+    known = {parsed_row(row).label for row in train}
+    out = [row for row in heldout if parsed_row(row).label in known]
+    if heldout and not out:
+        raise BadInput(
+            f"{name} has no other rows of the classes of the {len(heldout)} that would be held out; raise `heldout`, "
+            "or set it to 0."
+        )
+    kept = [row for row in heldout if parsed_row(row).label not in known]
+    if kept:
+        rank_zero_info(f"{HELDOUT}: {len(kept)} rows are not held out, since training has no other of their classes.")
+    return train + kept, out
+
+
 def parsed_row(row: Row) -> LabelledText:
     """What `row` says.
 
@@ -254,9 +285,11 @@ def labelled_text(row: Mapping[str, Any]) -> LabelledText:
 
 
 def label_name(row: Mapping[str, Any]) -> str:
-    """The class of `row` as text, the same for 1 in JSON and "1" in a CSV file."""
+    """The class of `row` as text, the same for 1 or true in JSON and "1" or "true" in a CSV file."""
     label = row.get("label")
     name = str(label).strip() if isinstance(label, int | str) else ""
+    if name in ("True", "False"):  # which is what Python writes into a CSV file, too
+        name = name.lower()
     if not name:
         raise BadRow(f"its `label` is {label!r}; a text, a whole number, or true or false is wanted")
     if re.fullmatch(r"-\d+", name):

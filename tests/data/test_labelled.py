@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from lit_sparse.data import Labelled
+from lit_sparse.data.base import HELDOUT, TRAIN
+from lit_sparse.data.sources import read, split
 from lit_sparse.errors import BadInput
 from tests.modules.words import word_tokenizer
 
@@ -89,6 +91,37 @@ def test_a_class_that_was_not_trained_is_named(tmp_path):
     other = written(tmp_path / "other.jsonl", [{"text": "a", "label": 7}])
     with pytest.raises(BadInput, match="its `label` 7 is that of no training row"):
         labelled(tmp_path / "rows.jsonl", ROWS, validation=other)
+
+
+def test_a_rare_class_stays_in_training(tmp_path):
+    rows = [{"text": f"a {n}", "label": "yx"[n % 2]} for n in range(20)] + [{"text": "b", "label": "rare"}]
+    chosen, _ = split(read(written(tmp_path / "rows.jsonl", rows)), 19, "rows")
+    assert "rare" not in {row.data["label"] for row in chosen}
+    data = labelled(tmp_path / "rows.jsonl", rows, heldout=19)
+    assert data.label_names == ["rare", "x", "y"]
+    assert {"rare"} < {row.data["label"] for row in data.rows[TRAIN]}
+    assert "rare" not in {row.data["label"] for row in data.rows[HELDOUT]}
+    assert len(data.rows[TRAIN]) + len(data.rows[HELDOUT]) == 21
+
+
+def test_rows_that_are_alone_in_their_class_cannot_be_held_out(tmp_path):
+    with pytest.raises(BadInput, match="has no other rows of the classes of the 3 that would be held out"):
+        labelled(tmp_path / "rows.jsonl", [{"text": f"a {n}", "label": n} for n in range(9)])
+
+
+def test_true_and_false_are_the_same_classes_in_each_format(tmp_path):
+    rows = [{"text": f"a {n}", "label": label} for n, label in enumerate((True, False, "true", "False"))]
+    data = labelled(tmp_path / "rows.jsonl", rows, heldout=0)
+    assert data.label_names == ["false", "true"]
+    assert [one.label for one in data.examples[TRAIN]] == [1, 0, 1, 0]
+
+
+def test_classes_are_numbered_anew(tmp_path):
+    data = labelled(tmp_path / "rows.jsonl", ROWS)
+    before = {name: [data.label_names[one.label] for one in rows] for name, rows in data.examples.items()}
+    data.number(["2", "0", "1"])
+    assert data.label_names == ["2", "0", "1"]
+    assert {name: [data.label_names[one.label] for one in rows] for name, rows in data.examples.items()} == before
 
 
 def test_one_class_is_none_to_tell_apart(tmp_path):
