@@ -12,8 +12,13 @@ from lit_sparse.data import Labelled
 from lit_sparse.demo import MINILM
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.base import LitSparse
+from lit_sparse.modules.loading import names_of_classes, trained_classes
 from lit_sparse.modules.metrics import ClassScores
 
+WITHOUT_HEAD = (
+    "start with a new head: save the base without its own (AutoModel.from_pretrained(base).save_pretrained(folder), "
+    "its tokenizer beside it), and give that folder."
+)
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -26,7 +31,8 @@ class Classifier(LitSparse):
     Args:
         base: The model: `minilm` (all-MiniLM-L6-v2, downloaded once), a folder, a Hugging Face name, a `config.json`
             (random weights), or in Python a loaded transformers model.
-        labels: Names of the classes in the order of their numbers; none takes those of the data.
+        labels: Names of the classes in the order of the head's outputs; none takes those of the base's head, or of the
+            data, where the base has no head or one without names (LABEL_0, ...). The data must have the same classes.
     """
 
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
@@ -44,12 +50,32 @@ class Classifier(LitSparse):
         self.scores = {}
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, Labelled):
+            data.number(self._ordered(data.label_names))
             self._take("the data", data.label_names, data.pad_token)
         elif data is not None:
             raise BadInput(
                 f"Classifier learns from labelled texts, but the data are {type(data).__name__}; give "
                 "lit_sparse.data.Labelled, or loaders of your own."
             )
+
+    def _ordered(self, labels: list[str]) -> list[str]:
+        """The data's `labels` in the order of the head's outputs, if that is known; as they are, where they are others.
+
+        Raises:
+            BadInput: if the base has a head for other classes.
+        """
+        own = self._own_labels()
+        if self.labels is None and named(own) and sorted(own) != sorted(labels):
+            raise BadInput(
+                f"the base's head tells {in_short(own)} apart, but the data has {in_short(labels)}; name the rows' "
+                "labels as the base does, give model.labels in the order of the head's outputs, or " + WITHOUT_HEAD
+            )
+        order = self.labels or (own if named(own) else labels)
+        return list(order) if sorted(order) == sorted(labels) else labels
+
+    def _own_labels(self) -> list[str]:
+        """The classes of the base's head by its outputs; none where it has no head."""
+        return trained_classes(self._given[0] if self._given else self.base)
 
     def _take(self, source: str, labels: list[str], pad_token: int | None) -> None:
         """Have these classes and this padding, unless others are given."""
@@ -69,18 +95,23 @@ class Classifier(LitSparse):
         return {"num_labels": len(names), "id2label": names, "label2id": {name: n for n, name in names.items()}}
 
     def build(self) -> PreTrainedModel:
-        if self.model is None and self.labels is None and not self._given:
-            raise BadInput("Classifier knows no classes; train it on lit_sparse.data.Labelled, or give model.labels.")
+        if self.model is None:
+            self._check_count(len(self._own_labels()))
         model = super().build()
-        count = len(self.labels) if self.labels is not None else model.config.num_labels
-        if model.config.num_labels != count:
-            raise BadInput(
-                f"the base tells {model.config.num_labels} classes apart, and {count} are to be told apart; load it "
-                f"with num_labels={count}."
-            )
+        self._check_count(len(names_of_classes(model.config)))
         if self.pad_token is not None:  # what a decoder finds the last token of a row by
             model.config.pad_token_id = self.pad_token
         return model
+
+    def _check_count(self, own: int) -> None:
+        """Refuse a head for `own` classes (0: there is none) where others are to be told apart."""
+        if self.labels is None and not own:
+            raise BadInput("Classifier knows no classes; train it on lit_sparse.data.Labelled, or give model.labels.")
+        if self.labels is not None and own not in (0, len(self.labels)):
+            way_out = f"load it with num_labels={len(self.labels)}." if self._given else WITHOUT_HEAD
+            raise BadInput(
+                f"the base tells {own} classes apart, and {len(self.labels)} are to be told apart; {way_out}"
+            )
 
     def always_trained(self) -> Iterator[nn.Parameter]:
         for name in classification_head(self.build()):
@@ -130,6 +161,11 @@ class Classifier(LitSparse):
         """What the data module calls an evaluation set, or `val0`, `val1`, ... where bare loaders are used."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         return data.val_names[index] if isinstance(data, Labelled) else f"val{index}"
+
+
+def named(labels: list[str]) -> bool:
+    """Whether these are more than the names that transformers gives to classes without one."""
+    return labels != [f"LABEL_{n}" for n in range(len(labels))]
 
 
 def in_short(labels: list[str]) -> str:

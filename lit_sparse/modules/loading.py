@@ -1,13 +1,14 @@
 """Getting a base model ready: loading it, and having it recompute activations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from packaging.version import Version
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from lit_sparse.anatomy import classification_head, is_quantized_linear
 from lit_sparse.demo import resolve
@@ -43,20 +44,15 @@ def load_base(
         raise BadInput(
             f"model.base is {base!r}; it must be demo, minilm, a folder, a Hugging Face name, or a config.json."
         )
-    options = {"dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     if quantize is not None:
         options["quantization_config"] = quantization(base, quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
-    try:
+    with reading(base):
         config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
         if base.endswith(".json"):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                return auto_class.from_config(config, **options)
+            return draw_model(auto_class, config, options)
         model, found = auto_class.from_pretrained(resolve(base), config=config, output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"no model could be loaded from {base!r}: {reason}") from error
     draw_head(model, found["missing_keys"])
     for module in model.modules():
         if is_quantized_linear(module):
@@ -65,17 +61,60 @@ def load_base(
     return model
 
 
+@contextmanager
+def reading(base: str) -> Iterator[None]:
+    """A block that reads files of `base`: what is wrong with them is told in a sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BadInput(f"no model could be loaded from {base!r}: {reason}") from error
+
+
+def trained_classes(base: Any) -> list[str]:
+    """Names of the classes that the head of `base` tells apart, by its outputs; none where it comes without a head.
+
+    Args:
+        base: As for `load_base`, or a loaded model; a `config.json` has no head, as it has no weights.
+
+    Raises:
+        BadInput: if there is no such model.
+    """
+    if isinstance(base, PreTrainedModel):
+        return names_of_classes(base.config)
+    if not isinstance(base, str) or base.endswith(".json"):
+        return []
+    with reading(base):
+        config = AutoConfig.from_pretrained(resolve(base))
+    headed = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+    return names_of_classes(config) if headed else []
+
+
+def names_of_classes(config: PreTrainedConfig) -> list[str]:
+    """The classes of `config` by their numbers."""
+    return [name for _, name in sorted((config.id2label or {}).items())]
+
+
+def draw_model(auto_class: Any, config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
+    """A model with random weights, the same each time and on every device: they are drawn on the CPU."""
+    # Not by torch.manual_seed, which sets the generators of the GPUs too.
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(0)
+        return auto_class.from_config(config, **options)
+
+
 def draw_head(model: PreTrainedModel, missing: Iterable[str]) -> None:
     """Draw a classifier's matrices that the files lack from one seed and in fp32: the same in each run and dtype.
 
     Their biases and norms are where transformers starts them, which draws nothing.
     """
-    generator, deviation = torch.Generator().manual_seed(0), getattr(model.config, "initializer_range", 0.02)
+    generator, deviation = torch.Generator("cpu").manual_seed(0), getattr(model.config, "initializer_range", 0.02)
     heads = tuple(f"{name}." for name in classification_head(model))
     for name in sorted(name for name in missing if name.startswith(heads)):
         parameter = model.get_parameter(name)
         if parameter.ndim >= 2:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+            # Lightning builds models with the GPU as the default device, of which a generator of the CPU cannot draw.
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * deviation)
 
 
 def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:

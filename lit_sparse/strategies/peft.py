@@ -36,6 +36,9 @@ ADAPTER = "default"
 DATA_DRIVEN = ("corda", "eva", "lora_ga", "loftq")
 """Initialisations of LoRA that PEFT leaves to programs of their own, which look at data or quantise first."""
 
+COPIES_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
+"""Tasks for which PEFT trains copies of modules that are called as a classifier's head."""
+
 WEIGHTS = "adapter_model.safetensors"
 """PEFT's name for the file of an adapter's tensors."""
 
@@ -161,6 +164,7 @@ class PEFT(UpdateStrategy):
         if not isinstance(model, PreTrainedModel):
             raise BadInput(f"PEFT needs a Hugging Face model; this is a {type(model).__name__}.")
         check_dora(self.config, model)
+        check_head(self.config, model)
         config = copy.deepcopy(self.config)
         if getattr(config, "target_modules", None) == "all-linear" and classification_head(model):
             config.target_modules = sorted(linears(model))  # pyright: ignore[reportAttributeAccessIssue] - not the head
@@ -218,6 +222,24 @@ def check_dora(config: PeftConfig, model: nn.Module) -> None:
         raise BadInput(
             "use_dora was asked for on a base in int8 on a CPU, where PEFT loses the weights' scales; take nf4, a GPU, "
             "or LoRA without use_dora."
+        )
+
+
+def check_head(config: PeftConfig, model: nn.Module) -> None:
+    """Refuse to have PEFT train a copy of a classifier's head, beside which the head itself would train unused.
+
+    Raises:
+        BadInput: if `config` asks for that.
+    """
+    heads = tuple(f"{name}." for name in classification_head(model))
+    parts = [name for name, _ in model.named_modules() if f"{name}.".startswith(heads)]
+    asked = [f"task_type {kind.value}" for kind in COPIES_HEAD if config.task_type == kind]
+    for saved in getattr(config, "modules_to_save", None) or ():
+        asked += [f"modules_to_save {saved}" for part in parts if part.endswith(saved)]
+    if heads and asked:
+        raise BadInput(
+            f"{asked[0]} was asked for, by which PEFT trains a copy of the classifier's head, but the head trains "
+            "beside the adapter here, itself; leave it out."
         )
 
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers import AutoModelForSequenceClassification
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lit_sparse import cli
 from lit_sparse.configs import configs_folder
@@ -18,9 +19,11 @@ from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.export import export
 from lit_sparse.modules import CausalLM, Classifier
+from lit_sparse.modules.loading import draw_head
 from lit_sparse.optim import trainable
 from lit_sparse.recorder import Recorder
 from lit_sparse.runs import build_module, load_run
+from lit_sparse.strategies import PEFT
 from lit_sparse.testing import tiny_encoder, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
@@ -186,6 +189,76 @@ def test_a_record_of_a_fit_from_python(base, rows, tmp_path):
         "heldout_loss",
         "heldout_accuracy",
     }
+
+
+def headed(tmp_path: Path, classes: int, names: tuple[str, ...] = ()) -> str:
+    """A folder with a classifier whose head is trained, and its tokenizer."""
+    model = tiny_encoder(classes=classes)
+    model.config.id2label = dict(enumerate(names or [f"LABEL_{n}" for n in range(classes)]))
+    model.save_pretrained(tmp_path / "headed")
+    word_tokenizer().save_pretrained(tmp_path / "headed")
+    return str(tmp_path / "headed")
+
+
+def test_a_head_of_another_size_is_refused(rows, tmp_path):
+    folder = headed(tmp_path, 4)
+    with pytest.raises(BadInput, match="the base tells 4 classes apart, and 3 are to be told apart; start with a new"):
+        trainer(1).fit(module("full", folder), datamodule=data(rows, folder))
+
+
+def test_a_heads_classes_keep_their_outputs(rows, tmp_path):
+    """The data would number them blue, green, red."""
+    folder = headed(tmp_path, 3, WORDS)
+    model, labelled = module("lora", folder), data(rows, folder)
+    trainer(1).fit(model, datamodule=labelled)
+    assert model.labels == labelled.label_names == list(WORDS)
+    assert model.build().config.id2label == dict(enumerate(WORDS))
+    for example in labelled.examples["heldout"]:
+        assert example.input_ids[1] == word_tokenizer().get_vocab()[WORDS[example.label]]
+    given = AutoModelForSequenceClassification.from_pretrained(folder)
+    loaded = Classifier(given)
+    trainer(1).fit(loaded, datamodule=data(rows, folder))
+    assert loaded.labels == list(WORDS)
+
+
+def test_a_nameless_head_takes_the_datas_names(rows, tmp_path):
+    folder = headed(tmp_path, 3)
+    model = module("lora", folder)
+    trainer(1).fit(model, datamodule=data(rows, folder))
+    assert model.build().config.id2label == dict(enumerate(sorted(WORDS)))
+
+
+def test_a_head_for_other_classes_is_refused_unless_they_are_told(rows, tmp_path):
+    folder = headed(tmp_path, 3, ("good", "bad", "ugly"))
+    with pytest.raises(BadInput, match=r"head tells good, bad, ugly \(3\) apart, but the data has blue, green, red"):
+        trainer(1).fit(module("full", folder), datamodule=data(rows, folder))
+    told, labelled = module("full", folder, labels=["green", "blue", "red"]), data(rows, folder)
+    trainer(1).fit(told, datamodule=labelled)
+    assert labelled.label_names == told.labels == ["green", "blue", "red"]
+
+
+def test_random_weights_are_drawn_on_the_cpu_whatever_the_default_device(base, tmp_path):
+    """Lightning makes the GPU the default device while it configures the model; meta stands for it here."""
+    config = AutoConfig.from_pretrained(base)
+    config.num_labels = 3
+    config.save_pretrained(tmp_path / "bare")
+    bare = str(tmp_path / "bare" / "config.json")
+    plain = module("full", bare, labels=list(WORDS)).build()
+    model = tiny_encoder()
+    with torch.device("meta"):
+        drawn = module("full", bare, labels=list(WORDS)).build()
+        draw_head(model, ["classifier.weight"])
+    values = drawn.state_dict()
+    assert all(torch.equal(value, values[name]) for name, value in plain.state_dict().items())
+    expected = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)) * 0.02
+    assert torch.equal(model.get_parameter("classifier.weight"), expected)
+
+
+@pytest.mark.parametrize("asked", [{"task_type": "SEQ_CLS"}, {"modules_to_save": ["classifier"]}])
+def test_peft_trains_no_copy_of_the_head(base, rows, asked):
+    model = Classifier(base, updates=[PEFT(LoraConfig(target_modules=["query"], **asked))])
+    with pytest.raises(BadInput, match="PEFT trains a copy of the classifier's head"):
+        trainer(1).fit(model, datamodule=data(rows, base))
 
 
 def test_what_does_not_go_together_is_refused(base, rows):
