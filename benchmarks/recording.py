@@ -26,6 +26,7 @@ from benchmarks.readme import Line
 from benchmarks.trials import Config, digest, filled
 from lit_sparse.bench import bench
 from lit_sparse.data import Instructions
+from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import RecordFisher
@@ -49,10 +50,17 @@ def measure_costs(
         sizes: `rounds` of steps with and without the recorder, and `samples` of each Fisher.
 
     Raises:
+        BadInput: if a phase computes in another type than the Fishers, which have no trainer to choose it.
         RuntimeError: if a run failed.
     """
     general, fisher = study.phases
     recorded, looked = (filled(phase.config, names) for phase in (general, fisher))
+    for phase, config in ((general, recorded), (fisher, looked)):
+        if (precision := config["model"].get("precision", "auto")) != "float32":
+            raise BadInput(
+                f"the phase {phase.name} has model.precision {precision}, but the Fishers are measured in float32, and "
+                "costs in two types do not compare; set it to float32."
+            )
     rounds, samples = sizes["rounds"], sizes["samples"]
     measures: dict[str, tuple[Phase, int, Callable[[], Line]]] = {
         "recorder": (general, rounds, lambda: recorder_cost(recorded, into / "cost", rounds)),

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import lit_sparse
 
-STACKED = ("trainers", "data", "models", "phases", "tasks")
-"""Folders of configs/ whose YAMLs do not name a run that is complete by itself: they stack on a method's, or are
-phases that need another run."""
+STACKED = ("trainers", "data", "models", "tasks")
+"""Folders of configs/ whose YAMLs do not name a run: they stack on a method's."""
 
 
 def configs_folder() -> Path:

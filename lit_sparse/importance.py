@@ -7,7 +7,7 @@ Synaptic Intelligence's path integral (arXiv 1703.04200) as arXiv 2501.13669 use
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -110,19 +110,59 @@ def check_fits(path: str, recorded: Mapping[str, Recorded], matrices: Sequence[T
             )
 
 
+def check_alike(path: str, recorded: Mapping[str, Recorded], space: Space, before: Iterable[str], its: Space) -> None:
+    """Refuse importance of other matrices, or in another space, than that of the runs `before` it.
+
+    Raises:
+        BadInput: naming the first that differs.
+    """
+    odd = sorted(recorded.keys() ^ set(before))
+    if odd or space != its:
+        what = f"differs from the runs before it in {odd[0]}" if odd else f"is in the space {space}, others in {its}"
+        raise BadInput(
+            f"importance {path} {what}, but importances add up matrix by matrix; record the same matrices in the same "
+            "space in all of them, or name one run."
+        )
+
+
 def check_begins(path: str, matrices: Sequence[TrainedMatrix], anchors: Mapping[str, Values]) -> None:
     """Refuse to begin elsewhere than at the anchor, up to rounding to bf16.
 
     Raises:
         BadInput: naming the first matrix that does.
     """
+    if (name := elsewhere(matrices, anchors)) is not None:
+        raise BadInput(
+            f"the anchor is the end of {path}, but this run begins elsewhere ({name}); go on from there "
+            f"(PEFT's start_from: {path}, or for trained weights its export as model.base), or set anchor to base."
+        )
+
+
+def check_base(path: str, matrices: Sequence[TrainedMatrix], recorded: Mapping[str, Recorded]) -> None:
+    """Refuse trained tensors that are neither where the run at `path` began nor where it ended.
+
+    Products are told from another base's by the weight that they are added to; tensors themselves have nothing else.
+
+    Raises:
+        BadInput: naming the first that is elsewhere.
+    """
+    tensors = [matrix for matrix in matrices if matrix.scale is None]
+    at_end = elsewhere(tensors, {name: one.end for name, one in recorded.items()}) is None
+    odd = elsewhere(tensors, {name: one.start for name, one in recorded.items()})
+    if odd is not None and not at_end:
+        raise BadInput(
+            f"importance {path} is of another base than this run's, or of another adapter's start: {odd} is neither "
+            "what that run began with nor what it ended with; give the base and the seed of that run, or its end."
+        )
+
+
+def elsewhere(matrices: Sequence[TrainedMatrix], values: Mapping[str, Values]) -> str | None:
+    """The name of the first of `matrices` that is not at `values`, up to rounding to bf16."""
     for matrix in matrices:
-        pairs = zip(matrix.values(), anchors[matrix.name], strict=True)
+        pairs = zip(matrix.values(), values[matrix.name], strict=True)
         if not all(torch.equal(now.to("cpu", torch.bfloat16), then.to("cpu", torch.bfloat16)) for now, then in pairs):
-            raise BadInput(
-                f"the anchor is the end of {path}, but this run begins elsewhere ({matrix.name}); go on from there "
-                f"(PEFT's start_from: {path}, or for trained weights its export as model.base), or set anchor to base."
-            )
+            return matrix.name
+    return None
 
 
 # ---- formulas

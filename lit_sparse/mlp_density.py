@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_sparse.anatomy import MLP, dummy_forward
+from lit_sparse.anatomy import MLP, dummy_forward, evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_density_grad
 
@@ -159,7 +159,7 @@ def check_sites(model: nn.Module, sites: list[Site]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(model):  # adapters' dropout would draw twice
         for site in gated:
             _check_site(site, inputs[site.layer])
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -91,7 +92,8 @@ def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who
     """What `model` trains now and `targets` name: by role, by an ending of the layer's name, or `all`, embeddings too.
 
     Raises:
-        BadInput: if nothing is, or an adapter's update is no plain product (DoRA); the sentence begins with `who`.
+        BadInput: if nothing is, or an adapter's update is no plain product of LoRA's (DoRA, LoHa); the sentence begins
+            with `who`.
     """
     products = lora_products(model, who) if space == "weights" else []
     within = {parameter for product in products for parameter in product.parameters.values()}
@@ -106,7 +108,24 @@ def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who
             f"{who}: nothing that is trained is among the targets {list(targets)}; give targets among what the run "
             "trains, or all."
         )
+    if space == "weights":
+        _refuse_factors(model, found, who)
     return found
+
+
+def _refuse_factors(model: nn.Module, found: Sequence[TrainedMatrix], who: str) -> None:
+    names = {
+        parameter: matrix.name for matrix in found if matrix.scale is None for parameter in matrix.parameters.values()
+    }
+    for layer in (module for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        own = set(layer.get_base_layer().parameters())
+        for parameter in layer.parameters():
+            if parameter in names and parameter not in own:
+                raise BadInput(
+                    f"{who}: {names[parameter]} is a factor of {type(layer).__name__}, not a weight, and the update it "
+                    "makes is no plain product of LoRA's; use plain LoRA, other targets, or space: factors where there "
+                    "is that key."
+                )
 
 
 def is_target(name: str, targets: Sequence[str]) -> bool:

@@ -174,15 +174,20 @@ class LitSparse(L.LightningModule, ABC):
 
     def _attach(self) -> None:
         assert self.model is not None
-        if not self.to_shard:  # which moves one layer after the other; `probe` moves the whole
-            self.model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
-        if self.activation_checkpointing:
-            checkpoint_activations(self.model)
-        self.model.train()
+        self._prepare()
         with self.phases("selection"), forked_rng(self.device_to_be):
             for update in self.updates:
                 update.attach(self.model, self.probe)
         self._after_attach()
+
+    def _prepare(self) -> None:
+        """Have the model as strategies find it: on its device, since they keep copies there, and in training mode."""
+        model = self.build()
+        if self._trainer is not None and not self.to_shard:  # which moves one layer after the other
+            model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
+        model.train()
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Rebuild what the strategies made of the model, from a checkpoint of the same configuration.
@@ -203,9 +208,7 @@ class LitSparse(L.LightningModule, ABC):
                 f"{[e['class'] for e in ours['updates']] or 'full fine-tuning'}, this run has "
                 f"{names or 'full fine-tuning'}; give the configuration of the run that wrote it."
             )
-        if self.activation_checkpointing:
-            checkpoint_activations(model)
-        model.train()
+        self._prepare()
         with forked_rng(self.device_to_be):
             for update, entry in zip(self.updates, ours["updates"], strict=True):
                 update.restore(model, entry["state"])

@@ -75,9 +75,11 @@ class ActivationDensity(UpdateStrategy):
                 f"ActivationDensity: end is {self.end} and anneal_steps is {self.anneal_steps}; give both, the steps "
                 "above 0, or neither."
             )
-        if isinstance(self.layer_weights, list) and (min(self.layer_weights) < 0 or max(self.layer_weights) <= 0):
+        given = self.layer_weights if isinstance(self.layer_weights, list) else [1.0]
+        if not given or min(given) < 0 or max(given) <= 0:
             raise BadInput(
-                f"ActivationDensity: layer_weights are {self.layer_weights}; none may be negative, nor all be 0."
+                f"ActivationDensity: layer_weights are {given}; give one for each layer, of which none may be "
+                "negative, nor all be 0."
             )
         self._sums = Sums()
         self._sites: list[Site] = []
@@ -142,6 +144,9 @@ class ActivationDensity(UpdateStrategy):
         densities = torch.stack([masked_mean(taken[layer], mask) for layer in layers])
         if len(layers) == len(self._sites):  # layers that were dropped at random are not seen
             self._seen.append(densities.detach())
+        return self._weighted(densities, layers)
+
+    def _weighted(self, densities: Tensor, layers: list[int]) -> Tensor:
         return self.weight * (densities * self._weights(densities.device)[layers]).mean()
 
     def _weights(self, device: torch.device) -> Tensor:
@@ -153,6 +158,12 @@ class ActivationDensity(UpdateStrategy):
         if self.layer_weights is None or self._means is None:
             return torch.ones(count, device=device)
         return count * torch.softmax(-self._means.to(device) / self.entropy, 0)
+
+    def logged(self) -> dict[str, Tensor]:
+        if not self._seen:
+            return {}
+        densities = torch.stack(self._seen).mean(0)  # of a step's batches, for which the weights are the same
+        return {"density_penalty": self._weighted(densities, list(range(len(self._sites))))}
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         self._step = step

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_sparse.anatomy import classification_head
 from lit_sparse.errors import BadInput
 from lit_sparse.importance import (
     Kind,
     Recorded,
     Unit,
     Weighting,
+    check_alike,
+    check_base,
     check_begins,
     check_fits,
     layer_coefficients,
@@ -100,13 +103,18 @@ class AdaptiveRegularization(UpdateStrategy):
     def attach(self, model: nn.Module, probe: Probe) -> None:
         path, recorded = "", dict[str, Recorded]()
         for path in [self.importance] if isinstance(self.importance, str) else self.importance:
-            kind, self._space, recorded = read_recorded(path)
+            kind, space, recorded = read_recorded(path)
+            if self._weights:
+                check_alike(path, recorded, space, self._weights, self._space)
+            self._space = space
             self._find(model, recorded)
             check_fits(path, recorded, self._matrices)
             self._add(kind, recorded)
         self._anchors = {name: self._anchor(one) for name, one in recorded.items()}
         if self.anchor == "end":
             check_begins(path, self._matrices, self._anchors)
+        else:
+            check_base(path, self._matrices, recorded)
         self._weigh(path)
         self._place()
 
@@ -199,11 +207,13 @@ class L2SP(UpdateStrategy):
 
     For LoRA that is alpha / 2 * ||s B A||^2 (and not weight decay on A and B), computed from matrices of rank by rank.
     Other trained weights are pulled apart from the gradient, as AdamW's weight decay is: by lr * alpha * (w - w0); a
-    gradient would be divided by Adam's own scale. That takes a copy of them.
+    gradient would be divided by Adam's own scale. That takes a copy of them. A classifier's head begins as random
+    numbers, of which nothing need be kept, and is left out.
 
     Args:
         alpha: Strength.
-        targets: What of the trained matrices is held: roles (q, k, v, ...), endings of module names, or `all`.
+        targets: What of the trained matrices is held: roles (q, k, v, ...), endings of module names, or `all`; never a
+            classifier's head.
     """
 
     alpha: float = 0.01
@@ -221,7 +231,14 @@ class L2SP(UpdateStrategy):
         self._value = torch.zeros(())
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
-        self._matrices = trained_matrices(model, self.targets, "weights", "L2SP")
+        heads = tuple(f"{name}." for name in classification_head(model))
+        found = trained_matrices(model, self.targets, "weights", "L2SP")
+        self._matrices = [matrix for matrix in found if not matrix.name.startswith(heads)]
+        if not self._matrices:
+            raise BadInput(
+                f"L2SP: only the classifier's head is among the targets {self.targets}, which has no weights of the "
+                "base to be held at; give other targets, or all."
+            )
         self._anchors = {matrix.name: matrix.copies() for matrix in self._matrices if matrix.scale is None}
 
     @torch.no_grad()

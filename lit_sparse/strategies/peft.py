@@ -19,6 +19,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -27,7 +28,6 @@ from transformers.pytorch_utils import Conv1D
 from lit_sparse.anatomy import classification_head, linears
 from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 
 ADAPTER = "default"
@@ -52,8 +52,8 @@ class PEFT(UpdateStrategy):
 
     Args:
         config: A PEFT configuration, by `class_path` and `init_args` in YAML: peft.LoraConfig, peft.IA3Config, ...
-        start_from: A run's folder or checkpoint, from whose trained adapter this one goes on, with an optimizer of its
-            own; of the same configuration, on the same base. None begins anew.
+        start_from: A run's folder or checkpoint, from whose trained adapter (and classifier's head) this one goes on,
+            with an optimizer of its own; of the same configuration, on the same base. None begins anew.
     """
 
     config: PeftConfig
@@ -105,21 +105,20 @@ class PEFT(UpdateStrategy):
 
     def _go_on(self, model: nn.Module, run: str) -> None:
         checkpoint = run_checkpoint(run)
-        ours, values = checkpoint["lit_sparse"], checkpoint["state_dict"]
+        ours = checkpoint["lit_sparse"]
         adapters = [update["state"] for update in ours["updates"] if update["class"] == type(self).__name__]
         if not adapters or ours["base"] != fingerprint(model):
             lack = "has no adapter of PEFT's" if not adapters else "was trained on another base than this run's"
             raise BadInput(f"start_from is {run}, which {lack}; give a run of the same adapter on the same base.")
         self.restore(model, adapters[0])
-        for name, parameter in trainable(model):
-            value = values.get(f"model.{name}")
-            if value is None or value.shape != parameter.shape:
-                has = "lacks it" if value is None else f"has {tuple(value.shape)}"
+        take_values(model, run, {name.removeprefix("model."): v for name, v in checkpoint["state_dict"].items()})
+        for name, scale in self._scales().items():
+            before = adapters[0].get("scales", {}).get(name, scale)  # older checkpoints do not say
+            if before != scale:
                 raise BadInput(
-                    f"start_from is {run}, which does not fit this adapter: {name} is {tuple(parameter.shape)} here, "
-                    f"and that run {has}; give the adapter that run's configuration."
+                    f"start_from is {run}, whose adapter counts {before:g} times at {name}, and would count {scale:g} "
+                    "times here; give the adapter that run's configuration."
                 )
-            parameter.data.copy_(value)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         wrapper = self._wrap(model)
@@ -142,8 +141,9 @@ class PEFT(UpdateStrategy):
             self._start = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What of the adapter is not trained but was drawn or computed, and what a part of the base started as."""
-        return {"fixed": self._tensors(trained=False), "start": self._start}
+        """What of the adapter is not trained but was drawn or computed, what a part of the base started as, and by what
+        each layer scales its adapter, for a run that goes on from this one."""
+        return {"fixed": self._tensors(trained=False), "start": self._start, "scales": self._scales()}
 
     def save(self, folder: Path) -> None:
         """Write the adapter as PEFT's own loader takes it, on the base as it was before training.
@@ -193,6 +193,12 @@ class PEFT(UpdateStrategy):
             )
         return {name: value.detach() for name, value in found.items() if value.requires_grad == trained}
 
+    def _scales(self) -> dict[str, float]:
+        """What each layer multiplies its adapter's update with, where it does, by the layer's name."""
+        layers = [] if self._wrapper is None else self._wrapper.named_modules()
+        scaling = {name: getattr(m, "scaling", None) for name, m in layers if isinstance(m, BaseTunerLayer)}
+        return {name: float(s[ADAPTER]) for name, s in scaling.items() if isinstance(s, dict) and ADAPTER in s}
+
     def _as_difference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """LoRA's factors of s (B A - B0 A0), B0 and A0 being the start."""
         found = dict(tensors)
@@ -209,6 +215,32 @@ def quiet():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Could not find a config file|Setting `save_embedding_layers`")
         yield
+
+
+def take_values(model: nn.Module, run: str, values: Mapping[str, Tensor]) -> None:
+    """Set what `model` trains, and a classifier's head, which the host trains anyway, to what `run` ended with.
+
+    Raises:
+        BadInput: naming the first value that has no place here, or that is missing.
+    """
+    heads = tuple(f"{name}." for name in classification_head(model))
+    taken = [(n, p) for n, p in model.named_parameters() if p.requires_grad or n.startswith(heads)]
+    for name, parameter in taken:
+        value = values.get(name)
+        if value is None or value.shape != parameter.shape:
+            has = "lacks it" if value is None else f"has {tuple(value.shape)}"
+            raise BadInput(
+                f"start_from is {run}, which does not fit this adapter: {name} is {tuple(parameter.shape)} here, "
+                f"and that run {has}; give the adapter that run's configuration."
+            )
+        parameter.data = value.to(parameter.device)  # in fp32, as it was trained: a head is not yet
+    whole, own = {name for name, _ in taken}, model.state_dict()
+    for name in sorted(values.keys() - whole):  # what was trained there alone, or with full_checkpoints what is frozen
+        if name not in own or not torch.equal(*(v[name].to("cpu", torch.bfloat16) for v in (own, values))):
+            raise BadInput(
+                f"start_from is {run}, which does not fit this adapter: that run trained {name}, and this one does "
+                "not; give the adapter that run's configuration."
+            )
 
 
 def check_dora(config: PeftConfig, model: nn.Module) -> None:
