@@ -102,6 +102,23 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert Path("runs/smt-2").is_dir()
 
 
+def test_a_phase_follows_a_run_and_has_its_own_name(home):
+    """By the commands that the YAMLs give. Weight decay would be recorded as if the loss had moved the weights."""
+    Path("general.txt").write_text("".join(f"{n % 7} and {n % 5} {n % 3}\n" for n in range(400)))
+    text = ["--config", "data/text.yaml", "--data.train", "general.txt", "--data.max_length", "16"]
+    last = ["--model.base", "tiny", "--data.num_workers=0", "--data.heldout=4", *SMALL, "--trainer.max_steps=2"]
+    cli.run(["fit", "--config", "record_importance.yaml", "--run", "general", *text, *last])
+    fit("--config", "phases/adaptive_regularization.yaml", "--trainer.max_steps=2")
+    cli.run(["fit", "--config", "phases/record_fisher.yaml", *text, "--data.batch_size=1", *last])
+    assert {path.name for path in Path("runs").iterdir()} == {
+        "general-1",
+        "adaptive_regularization-1",
+        "record_fisher-1",
+    }
+    optimizer = torch.load("runs/general-1/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0]
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0, 0]
+
+
 def test_callbacks_of_a_yaml_stand_beside_the_recorder(home):
     Path("counted.yaml").write_text("trainer:\n  callbacks: [lit_sparse.density.DensityMonitor]\n")
     steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]

@@ -17,6 +17,7 @@ from benchmarks.ranking import Results
 from benchmarks.trials import Trial
 from lit_sparse.checkpoints import run_checkpoint
 from lit_sparse.data import sources
+from lit_sparse.errors import BadInput
 from lit_sparse.forgetting import Forgetting, rows_of
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import Device, Ledger, ModelSize, Pair, RunRecord, Throughput
@@ -356,6 +357,17 @@ def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest
     assert [len(file["model"]["updates"]) for file in files] == [2, 1]
     assert files[0]["data"] == files[1]["data"]
     assert files[0]["data"]["init_args"]["train"] == "text.jsonl"
+
+
+@pytest.mark.parametrize("phase", ["general", "fisher"])
+def test_costs_in_two_types_are_not_compared(phase: str, write: Write, tiny: Path) -> None:
+    """The Fishers have no trainer, by whose device `auto` is chosen."""
+    study, results = read(write()), Results(Path("f.jsonl"), STACK)
+    next(one for one in study.phases if one.name == phase).config["model"]["precision"] = "auto"
+    with pytest.raises(BadInput, match=f"the phase {phase} has model.precision auto, but the Fishers"):
+        recording.measure_costs(
+            study, results, {forgetting.TEXT: "text.jsonl"}, Path("runs"), {"rounds": 4, "samples": 2}
+        )
 
 
 # ---- tables and figure

@@ -211,6 +211,29 @@ def test_a_base_of_another_type_is_refused():
         CausalLM(base=7).build()
 
 
+@dataclasses.dataclass
+class Events(UpdateStrategy):
+    """Notes when it is attached or restored."""
+
+    events: list[str]
+
+    def attach(self, model, probe):
+        self.events.append("strategy")
+
+
+def test_a_given_model_is_moved_before_strategies_keep_copies_of_it(tmp_path):
+    """Also where a run is resumed."""
+    for resumed in (False, True):
+        base, events = tiny_llm("llama"), []
+        move = base.to
+        base.to = lambda device, move=move, events=events: events.append(device.type) or move(device)
+        model, fit = CausalLM(base=base, updates=[Events(events)]), trainer(1 + resumed)
+        model.resume_from = tmp_path / "run.ckpt" if resumed else None
+        fit.fit(model, datamodule=data(), ckpt_path=model.resume_from)
+        assert events == ["cpu", "strategy"]
+        fit.save_checkpoint(tmp_path / "run.ckpt")
+
+
 def test_schedules():
     assert [factor("linear", step, 2, 6) for step in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert factor("cosine", 4, 2, 6) == pytest.approx(0.5)

@@ -344,6 +344,7 @@ def test_a_quantised_base_needs_an_adapter_beside_it():
         ({"end": 1e-3}, "end is 0.001 and anneal_steps is 0; give both"),
         ({"anneal_steps": 3}, "end is None and anneal_steps is 3; give both"),
         ({"layer_weights": [1.0, -1.0, 0.0]}, "none may be negative, nor all be 0"),
+        ({"layer_weights": []}, r"layer_weights are \[\]; give one for each layer"),
         ({"layer_weights": [1.0]}, "1 layer_weights were given, but the model has 3 layers"),
     ],
 )
@@ -388,3 +389,28 @@ def test_a_layer_saves_less_with_the_penalty_than_without(method, where):
 
     shape = SHAPES[0]
     assert per_token_of_a_layer(with_penalty, shape) == per_token_of_a_layer(method, shape) - shape["intermediate_size"]
+
+
+@pytest.mark.parametrize("layer_weights", [None, [1.0, 0.0, 3.0]])
+def test_logs_the_mean_over_the_batches_of_a_step(layer_weights):
+    model, strategy = attached(weight=0.5, layer_weights=layer_weights)
+    assert strategy.logged() == {}
+    penalties = [penalty_of(model, strategy, mask) for mask in (PADDED, torch.ones_like(PADDED))]
+    assert penalties[0] != penalties[1]
+    got = strategy.logged()["density_penalty"]
+    torch.testing.assert_close(got, torch.stack(penalties).mean().detach())
+    assert not got.requires_grad
+    strategy.after_step(1, torch.optim.SGD(model.parameters()))
+    assert strategy.logged() == {}
+
+
+def test_an_adapters_dropout_is_no_other_formula():
+    """Each of two passes draws its own mask, which a learnt adapter shows."""
+    model, strategy = model_of("llama").train(), ActivationDensity()
+    torch.manual_seed(0)
+    PEFT(peft.LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)).attach(
+        model, no_probe
+    )
+    strategy.attach(model, no_probe)
+    assert strategy.describe()["mlps"] == 3
+    assert all(module.training for module in model.modules())

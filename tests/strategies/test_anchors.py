@@ -3,6 +3,7 @@
 import copy
 import math
 
+import peft
 import pytest
 import torch
 import yaml
@@ -16,7 +17,7 @@ from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import L2SP, PEFT, AdaptiveRegularization, RecordImportance, compose
 from lit_sparse.strategies.base import no_probe
-from lit_sparse.testing import TINY, contract, tiny_llm
+from lit_sparse.testing import TINY, contract, tiny_encoder, tiny_llm
 from tests.strategies.test_recorders import lora, train
 from tests.strategies.test_smt import loss_of
 from tests.test_contract import data, trainer
@@ -320,7 +321,69 @@ def test_importances_of_several_runs_add_up(phases):
     assert all(torch.equal(both[name], 2 * weight) for name, weight in first.items())
 
 
+def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):
+    """Nor those in another space: only the last run's would be held."""
+    saved = torch.load(phases / "general" / "checkpoints" / "last.ckpt")
+    record = saved["lit_sparse"]["updates"][-1]["state"]["importance"]
+    gone = sorted(record["matrices"])[0]
+    del record["matrices"][gone]
+    torch.save(saved, tmp_path / "fewer.ckpt")
+    config, whole = read("phases/adaptive_regularization"), str(phases / "general")
+    sentence = f"differs from the runs before it in {gone}, but importances add up"
+    for order in ([str(tmp_path / "fewer.ckpt"), whole], [whole, str(tmp_path / "fewer.ckpt")]):
+        refused(phases, config, sentence, importance=order)
+    saved = torch.load(phases / "full" / "checkpoints" / "last.ckpt")
+    saved["lit_sparse"]["updates"][-1]["state"]["importance"]["space"] = "factors"
+    torch.save(saved, tmp_path / "factors.ckpt")
+    paths = [str(phases / "full"), str(tmp_path / "factors.ckpt")]
+    options = {"base": str(phases / "tuned"), "importance": paths}
+    refused(phases, FULL, "is in the space factors, others in weights, but importances add up", **options)
+
+
+def test_importance_of_whole_weights_is_of_this_base_too(phases):
+    """Held at the base, a run may begin where the earlier one began or where it ended, and nowhere else."""
+    for base in ("base", "tuned"):
+        attach(build(phases, FULL, base=str(phases / base), anchor="base"))
+    refused(
+        phases, FULL, "is of another base than this run's, .*: .* is neither", base=str(phases / "other"), anchor="base"
+    )
+
+
 # ---- L2-SP
+
+
+@pytest.mark.parametrize(
+    "config",
+    [peft.LoHaConfig(r=2, target_modules=["q_proj"]), LoraConfig(r=2, target_modules=["embed_tokens"])],
+    ids=["loha", "embedding"],
+)
+def test_factors_are_not_taken_for_weights(config):
+    for update in (L2SP(), RecordImportance()):
+        model = tiny_llm()
+        PEFT(config).attach(model, no_probe)
+        with pytest.raises(BadInput, match=f"{type(update).__name__}: .* is a factor of .*, not a weight"):
+            update.attach(model, no_probe)
+    model = tiny_llm()
+    PEFT(config).attach(model, no_probe)
+    RecordImportance(space="factors").attach(model, no_probe)
+
+
+def test_biases_beside_lora_are_weights():
+    model, update = tiny_llm("qwen2"), L2SP()
+    lora(bias="all").attach(model, no_probe)
+    update.attach(model, no_probe)
+    assert any(name.endswith("q_proj.base_layer.bias") for name in update._anchors)
+
+
+def test_l2sp_leaves_a_classifiers_head_free():
+    model, update = tiny_encoder(), L2SP()
+    update.attach(model, no_probe)
+    own = {name for name, _ in trainable(model)}
+    assert own - update._anchors.keys() == {
+        f"{name}.{kind}" for name in ("classifier", "bert.pooler.dense") for kind in ("weight", "bias")
+    }
+    with pytest.raises(BadInput, match=r"only the classifier's head is among the targets \['classifier'\]"):
+        L2SP(targets=["classifier"]).attach(tiny_encoder(), no_probe)
 
 
 @pytest.mark.parametrize("kind", TINY)

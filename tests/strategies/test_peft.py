@@ -11,10 +11,11 @@ from peft import LoraConfig, VeloraConfig
 
 from lit_sparse.anatomy import linears, matrix
 from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import trainable
 from lit_sparse.strategies import PEFT, UpdateStrategy, compose
 from lit_sparse.strategies.base import no_probe
-from lit_sparse.testing import TINY, contract, tiny_llm
+from lit_sparse.testing import TINY, contract, tiny_encoder, tiny_llm
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 
@@ -90,10 +91,11 @@ def test_shira_keeps_its_places():
         assert torch.equal(ours, theirs)
 
 
-def test_the_state_of_plain_lora_is_empty():
-    model, update = tiny_llm("llama"), lora()
+def test_the_state_of_plain_lora_has_scales_alone():
+    model, update = tiny_llm("llama"), lora(lora_alpha=8)
     update.attach(model, no_probe)
-    assert update.state_dict() == {"fixed": {}, "start": {}}
+    scales = {f"base_model.model.{name}": 2.0 for name in linears(tiny_llm("llama"))}
+    assert update.state_dict() == {"fixed": {}, "start": {}, "scales": scales}
 
 
 @pytest.mark.parametrize(
@@ -144,3 +146,70 @@ def test_who_needs_the_base_does_not_go_with_who_rewrites_it():
     for pair in ([Anchor(), lora(init_lora_weights="pissa")], [lora(init_lora_weights="pissa"), Anchor()]):
         with pytest.raises(BadInput, match=r"Anchor and PEFT cannot be combined: Anchor needs .*init_lora_weights"):
             compose(pair)
+
+
+# ---- going on from an earlier run
+
+
+def two(config=LoraConfig, **settings):
+    return PEFT(config(**{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **settings}))
+
+
+def written(path, module):
+    """The checkpoint of a run of `module`, in which all that trains was moved, and what that came to."""
+    module.build()
+    module._attach()
+    ends = {}
+    for name, parameter in trainable(module.model):
+        parameter.data += torch.randn_like(parameter)
+        ends[name] = parameter.detach().clone()
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, path)
+    return ends
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_another_configuration_is_refused_where_a_run_goes_on(full, tmp_path):
+    path = tmp_path / "run.ckpt"
+    ends = written(path, CausalLM(base=tiny_llm(), updates=[two()], full_checkpoints=full))
+    went_on = tiny_llm()
+    dataclasses.replace(two(), start_from=str(path)).attach(went_on, no_probe)
+    assert all(torch.equal(value, ends[name]) for name, value in trainable(went_on))
+    for settings, sentence in (
+        ({"lora_alpha": 32}, r"whose adapter counts 2 times at .*layers\.0.*q_proj, and would count 8 times here"),
+        ({"use_rslora": True}, "counts 2 times at .*, and would count 4 times here"),
+        ({"target_modules": ["q_proj"]}, r"that run trained .*v_proj.*, and this one does not"),
+    ):
+        with pytest.raises(BadInput, match=sentence):
+            dataclasses.replace(two(**settings), start_from=str(path)).attach(tiny_llm(), no_probe)
+
+
+def test_biases_that_a_run_trained_are_not_left_behind(tmp_path):
+    path = tmp_path / "run.ckpt"
+    written(path, CausalLM(base=tiny_llm("qwen2"), updates=[two(bias="all")]))
+    with pytest.raises(BadInput, match=r"that run trained .*bias, and this one does not"):
+        dataclasses.replace(two(), start_from=str(path)).attach(tiny_llm("qwen2"), no_probe)
+
+
+def test_a_run_that_does_not_say_its_scales_is_gone_on_from(tmp_path):
+    path = tmp_path / "run.ckpt"
+    written(path, CausalLM(base=tiny_llm(), updates=[two()]))
+    saved = torch.load(path)
+    del saved["lit_sparse"]["updates"][0]["state"]["scales"]
+    torch.save(saved, path)
+    dataclasses.replace(two(), start_from=str(path)).attach(tiny_llm(), no_probe)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_classifier_goes_on_with_its_head(precision, tmp_path):
+    """In fp32, also where the base that it comes from is in bf16."""
+    dtype, adapter = getattr(torch, precision), two(target_modules=["query", "value"])
+    ends = written(tmp_path / "run.ckpt", Classifier(tiny_encoder().to(dtype), updates=[adapter], precision=precision))
+    update = dataclasses.replace(adapter, start_from=str(tmp_path / "run.ckpt"))
+    second = Classifier(tiny_encoder().to(dtype), updates=[update], precision=precision)
+    second.build()
+    second._attach()
+    assert "classifier.weight" in ends
+    assert ends.keys() == dict(trainable(second.model)).keys()
+    assert all(torch.equal(value, ends[name]) for name, value in trainable(second.model))
