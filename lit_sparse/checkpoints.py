@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_sparse.errors import BadInput
@@ -72,17 +73,47 @@ def forked_rng(device: torch.device) -> AbstractContextManager[Any]:
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
-def get_rng() -> dict[str, Any]:
-    """The state of torch's and Python's random numbers, as tensors and plain values."""
+def get_rng(device: torch.device, world: int) -> list[dict[str, Any]]:
+    """The states of torch's and Python's random numbers on each of `world` processes, which all have to call it.
+
+    Tensors and plain values, first process first: of the CPU, of its own `device` if that is a GPU, and of Python.
+    """
     kind, words, gauss = random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": [kind, list(words), gauss]}
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    own = {"torch": torch.get_rng_state(), "cuda": cuda, "python": [kind, list(words), gauss]}
+    if world == 1:
+        return [own]
+    states: list[Any] = [None] * world
+    dist.all_gather_object(states, own)
+    return states
 
 
-def set_rng(state: Mapping[str, Any]) -> None:
-    """Go on from a state that `get_rng` gave."""
-    kind, words, gauss = state["python"]
+def set_rng(
+    states: Sequence[Mapping[str, Any]] | Mapping[str, Any], device: torch.device, rank: int, world: int
+) -> int:
+    """Go on from what `get_rng` gave, on the process `rank` of `world`; the number of processes that it was of.
+
+    With another number of them each process starts anew, from a seed of the first one's old state and its own rank.
+
+    Args:
+        states: Of each process; or of the first one alone with those of all its GPUs, as checkpoints had it once.
+    """
+    kept = [states] if isinstance(states, Mapping) else states
+    if len(kept) != world:
+        _seed(kept[0]["torch"], rank)
+        return len(kept)
+    kind, words, gauss = kept[rank]["python"]
     random.setstate((kind, tuple(words), gauss))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    torch.set_rng_state(kept[rank]["torch"])
+    cuda = kept[rank]["cuda"]
+    if device.type == "cuda" and cuda is not None and len(cuda):
+        torch.cuda.set_rng_state(cuda[0] if isinstance(cuda, list) else cuda, device)
+    return world
+
+
+def _seed(state: Tensor, rank: int) -> None:
+    """Seed torch, on all devices, and Python from a state of the CPU's random numbers and a rank."""
+    digest = hashlib.sha256(state.numpy().tobytes() + f" {rank}".encode()).digest()
+    seed = int.from_bytes(digest[:4])
+    torch.manual_seed(seed)
+    random.seed(seed)

@@ -103,7 +103,7 @@ class CLI(LightningCLI):
             return
         then, now = flat(yaml.safe_load(before.read_text())), flat(self._dumped())
         for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key) and key.partition(".")[0] in ("model", "data", "trainer"):
+            if then.get(key) != now.get(key) and key.partition(".")[0] in ("task", "model", "data", "trainer"):
                 rank_zero_info(f"Resuming with {key} = {now.get(key)!r}; the run had {then.get(key)!r}.")
 
     def _dumped(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers
+from lit_sparse.errors import BadInput
 from lit_sparse.optim import shard_like
 
 NAME = "fsdp2"
@@ -36,23 +37,29 @@ class Sharded(nn.Module):
     Args:
         model: A Hugging Face model, prepared by its strategies; its parameters are replaced in place.
         mesh: One dimension.
+
+    Raises:
+        BadInput: if a unit trains parameters of several dtypes; nothing is divided then.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
         self.model = model
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        for unit in (*decoder_layers(model), self):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        self._settle()
+        units = _units(model)
+        _refuse_mixed(model, units)
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(self, mesh=mesh, mp_policy=policy)
+        self._settle(units)
 
-    def _settle(self) -> None:
+    def _settle(self, units: Mapping[str, list[str]]) -> None:
         """Let FSDP note its dtypes, which it does once: a unit frozen then would later be reduced in its own dtype."""
-        parameters = list(self.parameters())
-        frozen = [parameter for parameter in parameters if not parameter.requires_grad]
-        if len({parameter.dtype for parameter in parameters}) == 1:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+        own = dict(self.model.named_parameters())
+        of_one_dtype = [names for names in units.values() if len({own[name].dtype for name in names}) == 1]
+        frozen = [own[name] for names in of_one_dtype for name in names if not own[name].requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         with torch.no_grad():
             self.compute(lambda: None)
         for parameter in frozen:
@@ -63,11 +70,43 @@ class Sharded(nn.Module):
         return function(*args)
 
     def compute(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, where it may use the model; without a graph, all weights are divided again afterwards."""
-        result = self(function, *args)
-        if not torch.is_grad_enabled():
-            self.reshard()  # pyright: ignore[reportCallIssue] - fully_shard has made this an FSDPModule
+        """`function(*args)`, where it may use the model; without a graph, all weights are divided again afterwards.
+
+        Never in inference mode, in which Lightning evaluates under NCCL: what FSDP first gathers a unit's weights into
+        is kept, and could as an inference tensor never be trained with.
+        """
+        graph = torch.is_grad_enabled()  # asked here, since leaving inference mode turns gradients on
+        with torch.inference_mode(False), torch.set_grad_enabled(graph):
+            result = self(function, *args)
+            if not graph:
+                self.reshard()  # pyright: ignore[reportCallIssue] - fully_shard has made this an FSDPModule
         return result
+
+
+def _units(model: nn.Module) -> dict[str, list[str]]:
+    """The names of the parameters that FSDP gathers together, by what they are."""
+    layers = {parameter: n for n, layer in enumerate(decoder_layers(model)) for parameter in layer.parameters()}
+    units: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        unit = f"layer {layers[parameter]}" if parameter in layers else "what lies outside the layers"
+        units.setdefault(unit, []).append(name)
+    return units
+
+
+def _refuse_mixed(model: nn.Module, units: Mapping[str, list[str]]) -> None:
+    """Refuse a unit that trains parameters of several dtypes, whose gradients FSDP cannot reduce together.
+
+    Raises:
+        BadInput: naming the first.
+    """
+    own = dict(model.named_parameters())
+    for unit, names in units.items():
+        dtypes = sorted({str(own[name].dtype).removeprefix("torch.") for name in names if own[name].requires_grad})
+        if len(dtypes) > 1:
+            raise BadInput(
+                f"trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer, but in "
+                f"{unit} {' and '.join(dtypes)} are trained; give a base of one dtype, or set trainer.strategy to ddp."
+            )
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -114,8 +153,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write the file; every process has to call it, since they all have shards."""
-        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            _masters_as_values(optimizer, state, checkpoint["state_dict"])
+        for optimizer in self.optimizers:
+            checkpoint["state_dict"].update(_masters(optimizer, checkpoint["state_dict"]))
+        for state in checkpoint.get("optimizer_states", []):  # weights alone have none
+            state["state"] = {key: _without_master(one) for key, one in state["state"].items()}
         whole = gathered(checkpoint, keep=self.is_global_zero)
         Strategy.save_checkpoint(self, whole, filepath, storage_options)
 
@@ -134,14 +175,18 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict(_state_shards(optimizer, state, checkpoint["state_dict"]))
 
 
-def _masters_as_values(optimizer: Optimizer, state: dict[str, Any], values: dict[str, Any]) -> None:
-    """Put fp32 masters in the place of parameters' values, as those that train are kept in fp32 on one device."""
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        for name, key in zip(group["param_names"], saved["params"], strict=True):
-            if "master" in state["state"].get(key, {}):
-                kept = dict(state["state"][key])
-                values[name] = kept.pop("master")
-                state["state"][key] = kept
+def _masters(optimizer: Optimizer, values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The fp32 masters of parameters among `values`: those that train are saved in fp32, as they are on one device."""
+    return {
+        name: optimizer.state[parameter]["master"]
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        if name in values and "master" in optimizer.state.get(parameter, {})
+    }
+
+
+def _without_master(state: dict[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in state.items() if field != "master"}
 
 
 def gathered(value: Any, keep: bool) -> Any:

@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.data import Synthetic
+from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
 from lit_sparse.sharding import FSDP2Strategy
+from lit_sparse.strategies import LISA
 from lit_sparse.testing import tiny_llm
 from tests.pair import attempt, result, run_pair
 from tests.test_contract import METHODS, module
@@ -42,12 +44,12 @@ ATOL = 2e-6
 1e-8 apart; times the slope of the update, three to six steps, and two for the weight's own rounding."""
 
 FULL = {"lr": 1e-2, "warmup_steps": 0, "optimizer": SMOOTH}
-LISA = {"sampler": "cyclic", "active_layers": 1, "interval": 2}
+LISA_FIELDS = {"sampler": "cyclic", "active_layers": 1, "interval": 2}
 
 
 def lisa(folder: Path, base: str = "llama", **options: object):
     """LISA with its fields in `fields`, and the module's `options`."""
-    fields = {**LISA, **options.pop("fields", {})}  # pyright: ignore
+    fields = {**LISA_FIELDS, **options.pop("fields", {})}  # pyright: ignore
     return module(
         "full", folder / base, **{**FULL, "updates": [{"class_path": "LISA", "init_args": fields}], **options}
     )
@@ -153,7 +155,40 @@ def ledger(folder: Path, rank: int) -> dict:
     return found
 
 
-def reductions(folder: Path, rank: int) -> list[str]:
+class Evaluated(Callback):
+    """Evaluates before the first step as Lightning does under NCCL, and notes whether the head was looked at."""
+
+    def on_fit_start(self, trainer, pl_module) -> None:
+        self.before = pl_module._head_is_plain
+        batch = {"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([[3, 4, 5]])}
+        with torch.inference_mode():
+            nll, _ = pl_module.compute(pl_module.scores, batch)
+            assert not torch.is_grad_enabled()
+        assert not nll.requires_grad
+        self.divided = all(isinstance(parameter, DTensor) for parameter in pl_module.model.parameters())
+
+
+def evaluated(folder: Path, rank: int) -> list:
+    callback = Evaluated()
+    for name, callbacks in {"plain": [], "evaluated": [callback]}.items():
+        fit(lisa(folder), True, 3, callbacks=callbacks).save_checkpoint(folder / f"{name}.ckpt")
+    return [callback.before, callback.divided]
+
+
+def reductions(folder: Path, rank: int) -> dict[str, list[str]]:
+    """The dtypes of all that was reduced, by what was trained."""
+    mixed = tiny_llm("llama").bfloat16()
+    decoder_layers(mixed)[1].float()
+    fields = {"train_embeddings": False, "interval": 2}
+    return {
+        "bfloat16": reduced(lisa(folder, fields=fields, precision="bfloat16")),
+        "a layer in float32": reduced(
+            CausalLM(mixed, [LISA(**LISA_FIELDS, train_embeddings=False)], precision="bfloat16")
+        ),
+    }
+
+
+def reduced(made) -> list[str]:
     """The dtypes of all that was reduced in four steps with one active layer and frozen embeddings."""
     name = "reduce_scatter_single" if hasattr(torch.distributed, "reduce_scatter_single") else "reduce_scatter_tensor"
     plain, dtypes = getattr(torch.distributed, name), []
@@ -164,8 +199,7 @@ def reductions(folder: Path, rank: int) -> list[str]:
 
     setattr(torch.distributed, name, counting)
     try:
-        fields = {"train_embeddings": False, "interval": 2}
-        fit(lisa(folder, fields=fields, precision="bfloat16"), True, 4)
+        fit(made, True, 4)
     finally:
         setattr(torch.distributed, name, plain)
     return dtypes
@@ -174,7 +208,20 @@ def reductions(folder: Path, rank: int) -> list[str]:
 def lost(folder: Path, rank: int) -> None:
     """Full fine-tuning in bf16 at a rate whose steps are lost in bf16 weights."""
     options = {"precision": "bfloat16", "lr": 1e-5, "warmup_steps": 0, "schedule": "constant"}
-    fit(module("full", folder / "llama", **options), True, 6).save_checkpoint(folder / "lost.ckpt")
+    trainer = fit(module("full", folder / "llama", **options), True, 6)
+    trainer.save_checkpoint(folder / "lost.ckpt")
+    trainer.save_checkpoint(folder / "weights.ckpt", weights_only=True)
+
+
+class Shortened(Callback):
+    """Cuts rows, so that this process draws fewer random numbers than the other."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        batch.pop("scored", None)  # places in the whole rows
+        batch.update({name: value[:, : self.length] for name, value in batch.items() if value.ndim == 2})
 
 
 def resumed(folder: Path, rank: int) -> None:
@@ -182,9 +229,11 @@ def resumed(folder: Path, rank: int) -> None:
     for name, options in KEPT.items():
         for base in ("llama", "dropout") if (name, "dropout") in RESUMED else ("llama",):
             out = folder / f"{base} {name}"
-            straight = fit(lisa(folder, base, **options), True, 6, **saving(out))
+            shorter, save = [Shortened(8)] if rank and base == "dropout" else [], saving(out)
+            save["callbacks"] += shorter
+            straight = fit(lisa(folder, base, **options), True, 6, **save)
             straight.save_checkpoint(out / "straight.ckpt")
-            again = fit(lisa(folder, base, **options), True, 6, out / "step=3.ckpt", seed=1)
+            again = fit(lisa(folder, base, **options), True, 6, out / "step=3.ckpt", seed=1, callbacks=shorter)
             again.save_checkpoint(out / "again.ckpt")
         one = fit(lisa(folder, **options), True, 6, folder / f"one {name}" / "step=3.ckpt", seed=1)
         one.save_checkpoint(folder / f"llama {name}" / "from one.ckpt")
@@ -206,12 +255,14 @@ def given_to_the_trainer(folder: Path, rank: int) -> None:
 def sentences(folder: Path, rank: int) -> dict[str, str]:
     """What is refused, and how."""
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
-    plain = ModelParallelStrategy(2, 1)
+    plain, mixed = ModelParallelStrategy(2, 1), tiny_llm("llama").bfloat16()
+    decoder_layers(mixed)[1].input_layernorm.float()
     wishes = {
         **{method: lambda method=method: fit(module(method, folder / "llama"), True) for method in REFUSED},
         "compile": lambda: fit(lisa(folder, compile=True), True),
         "bf16": lambda: fit(lisa(folder, precision="bfloat16", optimizer=sgd), True),
         "plain": lambda: fit(lisa(folder), True, strategy=plain),
+        "mixed": lambda: fit(CausalLM(mixed, precision="bfloat16"), True),
     }
     return {name: refusal(wish) for name, wish in wishes.items()}
 
@@ -232,6 +283,7 @@ def detached(folder: Path, rank: int) -> str:
 
 CASES: dict[str, Callable[[Path, int], object]] = {
     "ledger": ledger,
+    "evaluated": evaluated,
     "reductions": reductions,
     "lost": lost,
     "resumed": resumed,
@@ -322,7 +374,8 @@ def test_every_yaml_is_sharded_or_refused(pair):
     ("name", "sentence"),
     [
         ("compile", "BadInput: trainer.strategy is fsdp2, with which model.compile does not work"),
-        ("bf16", "BadInput: model.optimizer is SGD, which keeps no fp32 masters, but under fsdp2"),
+        ("bf16", "BadInput: model.optimizer is torch.optim.sgd.SGD, which keeps no fp32 masters, but under fsdp2"),
+        ("mixed", "BadInput: trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer"),
         ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which knows nothing of update strategies"),
     ],
 )
@@ -346,8 +399,24 @@ def test_each_process_has_the_state_of_its_shards(name, rank, pair):
     assert found["dtypes"] == ["torch.float32"]
 
 
-def test_only_what_trains_is_reduced_and_in_fp32(pair):
-    assert result(pair, "reductions") == ["torch.float32"] * 4
+@pytest.mark.parametrize("name", ["bfloat16", "a layer in float32"])
+def test_only_what_trains_is_reduced_and_in_fp32(name, pair):
+    assert result(pair, "reductions")[name] == ["torch.float32"] * 4
+
+
+def test_an_evaluation_in_inference_mode_changes_nothing(pair):
+    before, divided = result(pair, "evaluated")
+    assert before is None, "the whole model was run before it was divided"
+    assert divided
+    assert_alike(saved(pair / "evaluated.ckpt"), saved(pair / "plain.ckpt"))
+
+
+def test_weights_alone_are_the_masters_too(pair):
+    result(pair, "lost")
+    whole, alone = saved(pair / "lost.ckpt")["state_dict"], saved(pair / "weights.ckpt")["state_dict"]
+    assert alone.keys() == whole.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(alone[name], value, rtol=0, atol=0)  # of the same dtype, too
 
 
 def test_small_steps_in_bf16_are_not_lost(pair):

@@ -105,7 +105,7 @@ class LitSparse(L.LightningModule, ABC):
         self._attached = False
         self._sharded: tuple[Sharded, ...] = ()  # a tuple, as above
         self._widened: dict[torch.nn.Parameter, torch.dtype] = {}
-        self._rng: dict[str, Any] | None = None
+        self._rng: Any = None
 
     # ---- the task's part
 
@@ -235,13 +235,12 @@ class LitSparse(L.LightningModule, ABC):
 
     def _shard(self) -> None:
         if is_quantized(self.build()):
-            raise BadInput("trainer.strategy is fsdp2, which cannot divide a quantised base; train on one device.")
-        self.note_whole()
+            raise BadInput(
+                "trainer.strategy is fsdp2, which cannot divide a quantised base; set it to ddp, where each "
+                "process has the whole."
+            )
         assert self.device_mesh is not None
         self._sharded = (Sharded(self.build(), self.device_mesh["data_parallel"]),)
-
-    def note_whole(self) -> None:
-        """Find out what the task must know of the whole model, before it is divided among processes."""
 
     def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, which uses the model: all that does has to come by here, for a model may be divided."""
@@ -359,8 +358,16 @@ class LitSparse(L.LightningModule, ABC):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._rng is not None:  # only now: making the loaders' iterators draws random numbers too
-            set_rng(self._rng)
+            self._go_on_drawing(self._rng)
             self._rng = None
+
+    def _go_on_drawing(self, states: Any) -> None:
+        before, now = set_rng(states, self.device, self.global_rank, self.trainer.world_size), self.trainer.world_size
+        if before != now:
+            rank_zero_info(
+                f"The checkpoint has random states of {before} processes, this run has {now}: each draws anew, from a "
+                "seed of the old state and its rank."
+            )
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         with self.autocast():
@@ -394,9 +401,11 @@ class LitSparse(L.LightningModule, ABC):
     def _refuse_lost_updates(self, optimizer: Optimizer) -> None:
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         if any(parameter.dtype in HALF for parameter in trained) and not isinstance(optimizer, AdamW):
+            name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
             raise BadInput(
-                f"model.optimizer is {type(optimizer).__name__}, which keeps no fp32 masters, but under fsdp2 what is "
-                "trained is in bfloat16, where small updates are lost; leave it out, or set model.precision to float32."
+                f"model.optimizer is {name}, which keeps no fp32 masters, but under fsdp2 what is trained is in "
+                "bfloat16, where small updates are lost; take lit_sparse.optim.AdamW, or set model.precision to "
+                "float32."
             )
 
     def configure_gradient_clipping(
@@ -439,7 +448,7 @@ class LitSparse(L.LightningModule, ABC):
         checkpoint["lit_sparse"] = {
             "base": self.base_fingerprint,
             "updates": [{"class": type(update).__name__, "state": update.state_dict()} for update in self.updates],
-            "rng": get_rng(),
+            "rng": get_rng(self.device, self.trainer.world_size),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -463,7 +472,7 @@ class LitSparse(L.LightningModule, ABC):
                 "the checkpoint was given to the trainer alone, after the model given as base had been changed in a "
                 "way that cannot be taken back exactly; set resume_from of the module to the checkpoint too."
             )
-        self.model, self._attached, self._sharded = None, False, ()
+        self.model, self._attached, self._sharded, self._widened = None, False, (), {}
         self.updates = [dataclasses.replace(update) for update in self.updates]  # pyright: ignore[reportArgumentType]
         self.build()
 

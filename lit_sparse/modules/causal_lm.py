@@ -43,8 +43,10 @@ class CausalLM(LitSparse):
         if isinstance(data, TokenData) and data.packing:
             check_packing(self.build())
 
-    def note_whole(self) -> None:
-        _ = self.head_is_plain
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        if "classes" in checkpoint["lit_sparse"]:
+            raise BadInput("the checkpoint is of another task than CausalLM; give the task of the run that wrote it.")
+        super().restore(checkpoint)
 
     # ---- loss
 
@@ -164,7 +166,7 @@ class CausalLM(LitSparse):
                 max_new_tokens=tokens,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
-                synced_gpus=self.to_shard,  # all processes go on until the last one's answers are done
+                synced_gpus=bool(self._sharded),  # all processes go on until the last one's answers are done
             )
             out = self.compute(generate)
         return tokenizer.batch_decode(out[:, prompt_ids.shape[1] :], skip_special_tokens=True)

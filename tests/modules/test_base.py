@@ -1,6 +1,7 @@
 """The host: what it refuses, what its keys do, and a strategy that changes what is trained in the middle of a fit."""
 
 import dataclasses
+import random
 from typing import ClassVar
 
 import lightning as L
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lit_sparse.anatomy import decoder_layers
+from lit_sparse.checkpoints import get_rng, set_rng
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
@@ -238,3 +240,31 @@ def test_schedules():
     assert [factor("linear", step, 2, 6) for step in range(7)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert factor("cosine", 4, 2, 6) == pytest.approx(0.5)
     assert factor("constant", 5, 0, 6) == 1.0
+
+
+def test_a_classifiers_checkpoint_is_of_another_task():
+    model = CausalLM(base=tiny_llm("llama"))
+    with pytest.raises(BadInput, match="the checkpoint is of another task than CausalLM"):
+        model.restore({"lit_sparse": {"base": "another", "updates": [], "classes": {"labels": ["a"]}}})
+
+
+def test_random_numbers_go_on_by_process():
+    def draw():
+        return float(torch.rand(())), random.random()
+
+    cpu = torch.device("cpu")
+    kept = get_rng(cpu, 1)
+    wanted = [draw()]
+    kept += get_rng(cpu, 1)
+    wanted.append(draw())
+    for rank in range(2):
+        assert set_rng(kept, cpu, rank, 2) == 2
+        assert draw() == wanted[rank]
+    assert set_rng({**kept[1], "cuda": []}, cpu, 0, 1) == 1  # as checkpoints had it once
+    assert draw() == wanted[1]
+    drawn = []
+    for rank in (0, 1, 2, 2):
+        assert set_rng(kept, cpu, rank, 3) == 2
+        drawn.append(draw())
+    assert drawn[2] == drawn[3]
+    assert len({*wanted, *drawn}) == 5
