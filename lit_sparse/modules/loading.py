@@ -50,6 +50,8 @@ def load_base(
         options["device_map"] = {"": device or torch.device("cpu")}
     with reading(base):
         config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
+        if quantize is not None:  # None skipped: transformers finds a language model's head
+            options["quantization_config"].llm_int8_skip_modules = head_of(auto_class, config) or None
         if base.endswith(".json"):
             return draw_model(auto_class, config, options)
         model, found = auto_class.from_pretrained(resolve(base), config=config, output_loading_info=True, **options)
@@ -115,6 +117,12 @@ def draw_head(model: PreTrainedModel, missing: Iterable[str]) -> None:
         if parameter.ndim >= 2:
             # Lightning builds models with the GPU as the default device, of which a generator of the CPU cannot draw.
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * deviation)
+
+
+def head_of(auto_class: Any, config: Any) -> list[str]:
+    """Names of a classifier's parts that are the task's own, and trained; none for other models."""
+    with torch.device("meta"):
+        return classification_head(auto_class.from_config(config))
 
 
 def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:

@@ -7,20 +7,29 @@ import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from transformers import AutoModelForCausalLM
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
-from lit_sparse.anatomy import is_quantized, is_quantized_linear, linears, target_linears, weight_count, weights_in
+from lit_sparse.anatomy import (
+    classification_head,
+    is_quantized,
+    is_quantized_linear,
+    linears,
+    target_linears,
+    weight_count,
+    weights_in,
+)
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.export import export
-from lit_sparse.modules import CausalLM
+from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.modules.loading import load_base, quantization
 from lit_sparse.optim import trainable
 from lit_sparse.recorder import Recorder
 from lit_sparse.runs import LAST
 from lit_sparse.strategies import PEFT, SMT
 from lit_sparse.strategies.base import no_probe
-from lit_sparse.testing import TINY, tiny_llm
+from lit_sparse.testing import TINY, tiny_encoder, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
 from tests.test_contract import data, module, trained, trainer
@@ -47,6 +56,18 @@ def base(tmp_path: Path) -> Path:
 
 def packed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if not p.is_floating_point()}
+
+
+def decoder_classifier() -> LlamaForSequenceClassification:
+    """A tiny Llama that tells three classes apart."""
+    config = tiny_llm("llama").config
+    config.num_labels = 3
+    return LlamaForSequenceClassification(config)  # pyright: ignore[reportArgumentType]
+
+
+def labelled(seed: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 96, (3, 8), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -201,3 +222,24 @@ def test_blocks_beside_a_quantised_base_learn_and_leave_it_alone(quantize: Any, 
     assert losses[-1] < losses[0] - 0.15
     with pytest.raises(BadInput, match="quantised and cannot be trained in place"):
         host.detach()  # there is no plain matrix to merge into
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+@pytest.mark.parametrize("make", [tiny_encoder, decoder_classifier], ids=["encoder", "decoder"])
+def test_a_classifiers_head_is_not_quantised_and_trains(make: Any, quantize: Any, tmp_path: Path) -> None:
+    plain = make()
+    plain.base_model.save_pretrained(tmp_path / "base")
+    host = Classifier(
+        str(tmp_path / "base"), list("abc"), updates=[PEFT(peft.LoraConfig(**LINEARS))], quantize=quantize, lr=1e-2
+    )
+    model = host.build()
+    heads = [f"{name}." for name in classification_head(model)]
+    own = {name: p for name, p in model.named_parameters() if name.startswith(tuple(heads))}
+    assert own
+    assert all(parameter.is_floating_point() for parameter in own.values())
+    assert all(is_quantized_linear(linear) for linear in linears(model).values())
+    model.config.pad_token_id = 0
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
+    train, heldout = (DataLoader([labelled(n) for n in seeds], batch_size=None) for seeds in ((0, 1), (2,)))  # pyright: ignore
+    trainer(2).fit(host, train, heldout)
+    assert all(not torch.equal(parameter, before[name]) for name, parameter in own.items())
