@@ -102,6 +102,7 @@ class Counter(TorchDispatchMode):
     def __enter__(self) -> Counter:
         super().__enter__()
         self.start = self._total  # here: a strategy's state may be copies, which live no longer than the constructor
+        self._watch_resizing()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
         self._hooks.__enter__()
         self._handles = [
@@ -113,7 +114,28 @@ class Counter(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._hooks.__exit__(*raised)
+        torch.UntypedStorage.resize_ = self._plain_resize
         super().__exit__(*raised)
+
+    def _watch_resizing(self) -> None:
+        """FSDP frees gathered weights by resizing their storage to nothing, of which no operation tells."""
+        plain = self._plain_resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            result = plain(storage, size)
+            if storage.device == self.device:
+                self._resized(storage)
+            return result
+
+        torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue] - named otherwise
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size now. Who resizes it frees it too, so that it is not saved by whoever saves it."""
+        block = self._block(storage, TEMPORARY)
+        self._move(block, -block.size)
+        block.size, block.category = storage.nbytes(), block.category or TEMPORARY
+        self._move(block, block.size)
+        self._note_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -159,7 +181,11 @@ class Counter(TorchDispatchMode):
         self._move(block, sign * block.size)
         if sign < 0:
             block.size = 0
-        elif self._total > self._peak_total:
+        else:
+            self._note_peak()
+
+    def _note_peak(self) -> None:
+        if self._total > self._peak_total:
             self._peak_total, self.peak, self.peak_phase = self._total, dict(self.now), self.phase
 
     def _move(self, block: _Block, size: int) -> None:

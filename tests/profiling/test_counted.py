@@ -3,16 +3,20 @@
 import gc
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lit_sparse_profiling.allocator import measured
-from lit_sparse_profiling.counted import Counter
+from lit_sparse_profiling.counted import TEMPORARY, Counter
 from lit_sparse_profiling.record import Held, Ledger
 
 F32 = 4
@@ -146,6 +150,45 @@ def test_fake_tensors_save_as_much_as_real_ones() -> None:
         with Counter(net) as saved:
             net(torch.ones(ROWS, 3)).sum().backward()
     assert (saved.saved, saved.saved_peak) == (0, SAVED)
+
+
+def test_what_is_freed_by_resizing_is_not_held() -> None:
+    x, weight = torch.ones(1000, requires_grad=True), torch.ones(1000)
+    storage = weight.untyped_storage()
+    storage.resize_(0)
+    with Counter(nn.Module(), device=CPU) as counter:
+        storage.resize_(1000 * F32)
+        loss = (x * weight).sum()
+        assert (counter.now[TEMPORARY], counter.saved) == (1000 * F32 + F32, 0)
+        storage.resize_(0)
+        assert counter.now[TEMPORARY] == F32
+        storage.resize_(1000 * F32)
+        loss.backward()
+    assert counter.saved_peak == 0
+    storage.resize_(0)
+    assert counter.now[TEMPORARY] >= 1000 * F32, "what happens after the block is not counted"
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """Of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_weights_that_fsdp_gathers_are_not_saved(mesh: DeviceMesh) -> None:
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()) for _ in range(3)))
+    for unit in (*net, net):
+        fully_shard(unit, mesh=mesh)
+    net(torch.ones(ROWS, 64)).sum().backward()  # what weights are gathered into is kept from the first step on
+    with Counter(net) as counter:
+        loss = net(torch.ones(ROWS, 64)).sum()
+        assert counter.saved == (1 + 3) * ROWS * 64 * F32  # the batch, and what follows the sigmoids
+        loss.backward()
+    assert counter.saved_peak == (1 + 3) * ROWS * 64 * F32
+    weights = (64 * 64 + 64) * F32
+    assert counter.peak[TEMPORARY] >= weights, "gathered weights are there for a while"
 
 
 # ---- a whole step
