@@ -116,9 +116,9 @@ class Profile(Callback):
         self._else = None if pl_module.automatic_optimization else "forward"
 
     def plan_of(self, module: L.LightningModule) -> Plan:
-        """The plan, its trace in the run's folder."""
-        trace = self.plan.trace
-        return dataclasses.replace(self.plan, trace=None if trace is None else str(self.folder / trace))
+        """The plan, its trace in the run's folder, which the first process alone writes."""
+        writes = self.plan.trace is not None and module.trainer.is_global_zero
+        return dataclasses.replace(self.plan, trace=str(self.folder / str(self.plan.trace)) if writes else None)
 
     def about(self, module: L.LightningModule) -> dict[str, Any]:
         """What else the profiler is to know of the module."""

@@ -296,6 +296,13 @@ def test_a_number_of_timed_steps_ends_the_fit(run: Path) -> None:
     assert recorded(run).throughput.steps == 3
 
 
+def test_the_first_process_alone_writes_a_trace(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = trainer(3, Profile(run, Plan(0, False, 1, trace="trace.json")))
+    monkeypatch.setattr(type(fit), "is_global_zero", False)
+    fit.fit(Net(Clock()), rows())
+    assert not run.exists()
+
+
 def test_the_trace_is_in_the_runs_folder(run: Path) -> None:
     trainer(3, Profile(run, Plan(0, False, 1, trace="trace.json"))).fit(Net(Clock()), rows())
     assert recorded(run).kernels.trace == str(run / "trace.json")
