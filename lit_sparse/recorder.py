@@ -93,8 +93,8 @@ class Recorder(Profile):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         super().on_validation_end(trainer, pl_module)
-        of_training = {"train_loss", *(name for update in pl_module.updates for name in update.logged())}
-        scores = {name: float(value) for name, value in trainer.callback_metrics.items() if name not in of_training}
+        metrics = trainer.callback_metrics
+        scores = {name: float(value) for name, value in metrics.items() if name not in pl_module.of_training}
         if trainer.sanity_checking:
             self.before = scores
         else:

@@ -102,6 +102,7 @@ class LitSparse(L.LightningModule, ABC):
         self.phases = Phases()
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.trained: set[str] = set()  # names of what was trainable at any time: small checkpoints hold just these
+        self.of_training = {"train_loss"}  # names of what is logged in training, which scores no evaluation
         self._attached = False
         self._sharded: tuple[Sharded, ...] = ()  # a tuple, as above
         self._widened: dict[torch.nn.Parameter, torch.dtype] = {}
@@ -425,7 +426,9 @@ class LitSparse(L.LightningModule, ABC):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         for update in self.updates:
             update.before_step(self.global_step + 1, optimizer)
-            self.log_dict(dict(update.logged()))
+            numbers = dict(update.logged())
+            self.of_training |= numbers.keys()
+            self.log_dict(numbers)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
