@@ -451,7 +451,7 @@ class LitSparse(L.LightningModule, ABC):
         checkpoint["lit_sparse"] = {
             "base": self.base_fingerprint,
             "updates": [{"class": type(update).__name__, "state": update.state_dict()} for update in self.updates],
-            "rng": get_rng(self.device, self.trainer.world_size),
+            "rng": get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
