@@ -21,7 +21,6 @@ FIGURES = Path(__file__).parent / "figures"
 LABELS = {
     "full": "full fine-tuning",
     "lora": "LoRA, all linear layers",
-    "lora_embeddings": "LoRA, embeddings too",
     "lisa": "LISA",
 }
 MIB = 2**20
