@@ -182,7 +182,8 @@ STATE_HEAD = [
 def lisa(results: Path) -> str:
     """LISA beside full fine-tuning and LoRA, and what its policies keep: two tables a device."""
     lines = read_lines(results / "lisa.jsonl", "python -m benchmarks.lisa")
-    return "\n\n".join(lisa_on(device, lines) for device in dict.fromkeys(line["device"] for line in lines))
+    made = [lisa_on(device, lines) for device in dict.fromkeys(line["device"] for line in lines)]
+    return "\n\n".join(part for part in made if part)
 
 
 def lisa_on(device: str, lines: Sequence[Line]) -> str:
@@ -191,8 +192,11 @@ def lisa_on(device: str, lines: Sequence[Line]) -> str:
     pairs = newest((line for line in here if "pair" in line), key="pair")
     policies = newest((line for line in here if "policy" in line), key="policy")
     used = [*modes.values(), *pairs.values(), *policies.values()]
+    if not used:
+        return ""
     steps = [lisa_row(line, pairs.get(json.dumps([line["mode"], "full"]))) for line in modes.values()]
-    tables = [table(LISA_HEAD, steps), table(STATE_HEAD, map(state_row, policies.values()))]
+    states = [state_row(line) for line in policies.values()]
+    tables = [table(head, rows) for head, rows in ((LISA_HEAD, steps), (STATE_HEAD, states)) if rows]
     return "\n\n".join([caption("python -m benchmarks.lisa", used), *tables])
 
 
