@@ -34,12 +34,15 @@ def lisa_state(lines: Sequence[Line]) -> Figure:
     figure, axes = _figure(1)
     for line in policies.values():
         held = [(optimizer + strategy) / MIB for _, optimizer, strategy in line["states"]]
-        dashed = "--" if line["policy"] == "offload" else "-"  # as much as `keep`, but in host memory
-        axes[0].plot(range(len(held)), held, dashed, marker=".", label=line["policy"])
+        offloaded = line["policy"] == "offload"  # as much as `keep`, but in host memory: dashed, and on top of it
+        style = {"linestyle": "--", "zorder": 3} if offloaded else {}
+        axes[0].plot(range(len(held)), held, marker=".", label=line["policy"], **style)
     full = next(iter(policies.values()))["full_state"] / MIB
     axes[0].axhline(full, color="grey", linestyle=":", label="full fine-tuning")
-    axes[0].set(xlabel="switches", ylabel="optimizer and strategy state, MiB", ylim=(0, None))
-    axes[0].legend()
+    axes[0].set(
+        xlabel="switches", ylabel="optimizer and strategy state, MiB", ylim=(0, 1.35 * full), xticks=range(0, 21, 5)
+    )
+    axes[0].legend(loc="upper left", ncols=2)
     return figure
 
 
