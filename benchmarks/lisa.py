@@ -141,7 +141,7 @@ def trained(name: str, yaml: str, rate: float, into: Path) -> Path:
     ends = [f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.num_sanity_val_steps=0"]
     place = [f"--run={name}", f"--trainer.default_root_dir={into}", f"--checkpoint_steps={STEPS}"]
     command = [sys.executable, "-m", "lit_sparse", "fit", *config, f"--model.lr={rate}", *ends, *place, *QUIET]
-    job = Job(name, command, {"lr": rate, "steps": STEPS})
+    job = Job(name, command, {"lr": f"{rate:g}", "steps": str(STEPS)})
     done = [folder for folder in finished(into, job) if (folder / LAST).is_file()]
     folder = done[-1] if done else execute(job, into)
     record = RunRecord.read(folder / "record.json")
