@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -206,6 +206,12 @@ def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):
         return model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False)[field]
+
+
+def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What of a batch the model reads; nothing is cached for generation."""
+    names = ("input_ids", "attention_mask", "position_ids")
+    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
 
 
 @contextmanager

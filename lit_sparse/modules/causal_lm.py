@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
-from lit_sparse.anatomy import dummy_forward, evaluating, is_linear, is_quantized_linear
+from lit_sparse.anatomy import dummy_forward, evaluating, is_linear, is_quantized_linear, model_inputs
 from lit_sparse.data import Labelled, Synthetic, TokenData, final_number
 from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
@@ -170,9 +170,3 @@ class CausalLM(LitSparse):
             )
             out = self.compute(generate)
         return tokenizer.batch_decode(out[:, prompt_ids.shape[1] :], skip_special_tokens=True)
-
-
-def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What of a batch the model reads; nothing is cached for generation."""
-    names = ("input_ids", "attention_mask", "position_ids")
-    return {name: batch[name] for name in names if name in batch} | {"use_cache": False}

@@ -3,6 +3,7 @@
 from lit_sparse.strategies.activation_density import ActivationDensity
 from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy, compose
+from lit_sparse.strategies.kl_to_base import KLToBase
 from lit_sparse.strategies.lisa import LISA
 from lit_sparse.strategies.peft import PEFT
 from lit_sparse.strategies.recorders import RecordFisher, RecordImportance
@@ -16,6 +17,7 @@ __all__ = [
     "ActivationDensity",
     "AdaptiveRegularization",
     "Claim",
+    "KLToBase",
     "Probe",
     "RecordFisher",
     "RecordImportance",

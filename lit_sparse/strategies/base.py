@@ -35,6 +35,7 @@ class UpdateStrategy(ABC):
         rewrites_base: Whether `attach` itself gives the base's own weights other values; then `detach` gives them back
             to rounding only.
         needs_base: Whether the method needs the weights that the base came with, beside the trained ones.
+        attaches_first: Whether `attach` and `restore` have to see the model's modules before others change them.
         shards: Whether the method works where parameters are divided among processes, as DTensors, after `attach` or
             `restore` has seen the whole model (FSDP2). May be a property, where settings decide.
         gradients: What `before_step` does with the gradients of the weights that train from the start: it `ignores`
@@ -48,6 +49,7 @@ class UpdateStrategy(ABC):
     keeps_base: ClassVar[bool] = False
     rewrites_base: ClassVar[bool] = False
     needs_base: ClassVar[bool] = False
+    attaches_first: ClassVar[bool] = False
     shards: ClassVar[bool] = False
     gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "ignores"
     penalizes_activations: ClassVar[bool] = False
@@ -115,7 +117,7 @@ def no_probe(steps: int) -> Iterator[Tensor]:
 
 
 def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
-    """`strategies` as a list, if they go together; those that read or add to gradients come last, in that order.
+    """`strategies` as a list, if they go together: those that attach first, then by what they do with gradients.
 
     Raises:
         BadInput: if two of them claim the same part of the training, one needs the base that another rewrites, or one
@@ -133,7 +135,8 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
     _check_base(strategies)
     _check_gradients(strategies)
     _check_activations(strategies)
-    return sorted(strategies, key=lambda strategy: ("ignores", "reads", "adds").index(strategy.gradients))
+    order = ("ignores", "reads", "adds")
+    return sorted(strategies, key=lambda strategy: (not strategy.attaches_first, order.index(strategy.gradients)))
 
 
 def _check_activations(strategies: Sequence[UpdateStrategy]) -> None:
@@ -157,7 +160,7 @@ def _check_base(strategies: Sequence[UpdateStrategy]) -> None:
         raise BadInput(
             f"{needy[0]} and {rewriting[0]} cannot be combined: {needy[0]} needs the base's weights as they came, and "
             f"{rewriting[0]} rewrites them as it starts; give {rewriting[0]} a start that leaves the base alone (for "
-            f"PEFT, init_lora_weights: true), or leave {needy[0]} out."
+            f"PEFT, init_lora_weights: true; for SMT, warmup: score_only), or leave {needy[0]} out."
         )
 
 
