@@ -149,11 +149,11 @@ class Base:
             theirs = self.model.base_model(**inputs).last_hidden_state[kept]
         ours, heads = output.last_hidden_state[kept], (self._model, self.model)
         mine, base = (model.get_output_embeddings() for model in heads)
-        how = {"use_reentrant": False, "preserve_rng_state": False}  # logits are made again in the backward
         size = max(1, CHUNK_LOGITS // base.weight.shape[0])  # pyright: ignore
         total = ours.new_zeros((), dtype=torch.float32)
         for own, their in zip(ours.split(size), theirs.split(size), strict=True):
-            total = total + checkpoint(kl_of_hidden, own, their, mine, base, temperature, **how)
+            parts = own, their, mine, base, temperature  # whose logits are made again in the backward
+            total = total + checkpoint(kl_of_hidden, *parts, use_reentrant=False, preserve_rng_state=False)
         return total / kept.sum().clamp(min=1)
 
 
