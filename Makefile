@@ -26,6 +26,7 @@ gpu: $(BUILT)     ## the tests that need a CUDA device, then the kernels' speed,
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.deft
 
 bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.peers $(ARGS)

@@ -9,7 +9,6 @@ Run again it makes what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.lisa import Line, measure, newest
-from benchmarks.peers import mode_line, pair_line
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT
+from benchmarks.readme import Line
+from benchmarks.turns import append, lines_of, measure
 
 HERE = ROOT / "benchmarks" / "deft"
 RESULTS = ROOT / "benchmarks" / "results" / "deft.jsonl"
@@ -42,12 +41,7 @@ def commands(into: Path, rounds: int, kind: str) -> list[list[str]]:
 
 def lines(into: Path) -> list[Line]:
     """What the newest runs measured."""
-    out: list[Line] = []
-    for name, record in newest([into / "alone", into / "turns"]).items():
-        out.append(provenance("deft", record) | mode_line(name, record))
-        if record.pair is not None:
-            out.append(provenance("deft", record) | pair_line(name, record.pair))
-    return out
+    return [line for folder in ("alone", "turns") for line in lines_of("deft", into / folder)]
 
 
 def verdict(found: Sequence[Line], kind: str) -> str:
@@ -69,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for words in commands(asked.into, asked.rounds, kind):
         measure(words)
     found = lines(asked.into)
-    with asked.results.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in found)
+    append(asked.results, found)
     print(verdict(found, kind))
     return 0
 

@@ -9,19 +9,16 @@ method and a pair to benchmarks/results/gpu.jsonl. Run again it makes what is mi
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.peers import pair_line
 from benchmarks.provenance import ROOT, provenance
-from lit_sparse.bench import bench
+from benchmarks.readme import Line
+from benchmarks.turns import append, measure, newest, pair_line
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.runs import method_of, name_of, read_runs
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 LISA = ("benchmarks/lisa/embeddings.yaml", "benchmarks/lisa/frozen.yaml")
@@ -50,7 +47,7 @@ def commands(into: Path, passed: Sequence[str]) -> list[list[str]]:
     return [alone, *(["smt.yaml", f"--against={y}", f"--into={into / o}", *common] for o, y in OTHERS.items()), large]
 
 
-def line(name: str, record: RunRecord) -> dict[str, Any]:
+def line(name: str, record: RunRecord) -> Line:
     """What one method took."""
     assert record.model is not None
     assert record.throughput is not None
@@ -74,18 +71,15 @@ def line(name: str, record: RunRecord) -> dict[str, Any]:
     }
 
 
-def lines(into: Path) -> list[dict[str, Any]]:
+def lines(into: Path) -> list[Line]:
     """What the newest run of each method and pair measured.
 
     Raises:
         RuntimeError: if one has no result.
     """
-    out: list[dict[str, Any]] = []
+    out: list[Line] = []
     for folder in ("alone", *OTHERS, "large"):
-        newest = {method_of(name_of(path, record)): record for path, record in read_runs([into / folder])}
-        for method, record in newest.items():
-            if isinstance(record, str) or record.status != "ok":
-                raise RuntimeError(f"{into / folder}: {method} has no result: {record}")
+        for method, record in newest(into / folder).items():
             if record.pair is None:
                 out.append(line(method, record))
             else:
@@ -93,7 +87,7 @@ def lines(into: Path) -> list[dict[str, Any]]:
     return out
 
 
-def verdicts(found: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+def verdicts(found: Sequence[Line]) -> Iterator[tuple[str, bool]]:
     """What is promised, with the number, and whether it holds."""
     for pair in (one for one in found if "pair" in one):
         method, other = pair["pair"]
@@ -116,12 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, passed = parser.parse_known_args(arguments)
     os.chdir(ROOT)  # workload.yaml names the model's shapes from here
     for words in commands(asked.into, passed):
-        if bench(words):
-            return 1
+        measure(words)
     found = lines(asked.into)
-    asked.results.parent.mkdir(parents=True, exist_ok=True)
-    with asked.results.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(one) + "\n" for one in found)
+    append(asked.results, found)
     for text, met in verdicts(found):
         print("met   " if met else "missed", text)
     return 0

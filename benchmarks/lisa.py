@@ -11,26 +11,23 @@ A part that is measured again is appended again; tables and figures show the new
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.peers import mode_line, pair_line
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.quality import QUIET
+from benchmarks.readme import Line
+from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers
-from lit_sparse.bench import bench
 from lit_sparse.checkpoints import LAST
 from lit_sparse.merge import Merge
 from lit_sparse_profiling.bench import Job, execute, finished
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.runs import method_of, name_of, read_runs
 
 HERE = ROOT / "benchmarks" / "lisa"
 RESULTS = ROOT / "benchmarks" / "results" / "lisa.jsonl"
@@ -50,7 +47,6 @@ TRAINED = {
 LoRA's update of embeddings cannot be merged, so that LoRA is on the decoder layers alone."""
 STEPS = 32
 """Optimizer steps that the norms are measured after."""
-Line = dict[str, Any]
 
 
 # ---- step time and memory
@@ -61,33 +57,8 @@ def time(into: Path, rounds: int) -> Iterator[Line]:
     common = [f"--config={ROOT / 'benchmarks' / 'peers' / 'workload.yaml'}", f"--steps={rounds}"]
     measure([FULL, f"--into={into / 'alone'}", *common])
     measure([EMBEDDINGS, FROZEN, LORA, f"--against={FULL}", f"--into={into / 'turns'}", *common])
-    for name, record in newest([into / "alone", into / "turns"]).items():
-        yield provenance("lisa", record) | mode_line(name, record)
-        if record.pair is not None:
-            yield provenance("lisa", record) | pair_line(name, record.pair)
-
-
-def measure(words: Sequence[str]) -> None:
-    """Run `lit-sparse bench`.
-
-    Raises:
-        RuntimeError: if one of its runs failed.
-    """
-    if bench(words):
-        raise RuntimeError(f"a run of `lit-sparse bench {' '.join(words)}` failed; see above.")
-
-
-def newest(folders: Sequence[Path]) -> dict[str, RunRecord]:
-    """The newest record of each method.
-
-    Raises:
-        RuntimeError: if one has no result.
-    """
-    found = {method_of(name_of(path, record)): record for path, record in read_runs(list(folders))}
-    for name, record in found.items():
-        if isinstance(record, str) or record.status != "ok":
-            raise RuntimeError(f"{name} has no result: {record}")
-    return found  # pyright: ignore[reportReturnType] - no string is left
+    yield from lines_of("lisa", into / "alone")
+    yield from lines_of("lisa", into / "turns")
 
 
 # ---- state from switch to switch
@@ -98,7 +69,7 @@ def state(into: Path) -> Iterator[Line]:
     steps = 2 * (SWITCHES + 1)  # two in each interval, the first one of it included
     common = [f"--config={HERE / 'states.yaml'}", f"--steps={steps}", f"--into={into / 'state'}"]
     measure([FULL, *POLICIES.values(), *common])
-    records = newest([into / "state"])
+    records = newest(into / "state")
     for policy, yaml in POLICIES.items():
         record = records[Path(yaml).stem]
         yield provenance("lisa", record) | state_line(policy, record, records["full"])
@@ -198,8 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measures["norms"] = lambda: norms(asked.into)
     for part in asked.parts or PARTS:
         found = list(measures[part]())
-        with asked.results.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in found)
+        append(asked.results, found)
         if (said := verdict(found)) is not None:
             print(said)
     return 0

@@ -9,31 +9,21 @@ Run again it makes what is missing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.provenance import ROOT, provenance
-from lit_sparse.bench import bench
-from lit_sparse_profiling.record import Pair, RunRecord
-from lit_sparse_profiling.runs import method_of, name_of, read_runs
+from benchmarks.provenance import ROOT
+from benchmarks.readme import Line
+from benchmarks.turns import FLOOR, append, lines_of, measure
 
 HERE = ROOT / "benchmarks" / "peers"
 RESULTS = ROOT / "benchmarks" / "results" / "peers.jsonl"
 
-FLOOR, LORA_ALL, SMT_1, SMT_5, SMT_LORA, LORA_QKV = (
-    "floor",
-    "lora_all",
-    "smt_0.84",
-    "smt_5",
-    "smt_as_lora",
-    "lora_qkv",
-)
+LORA_ALL, SMT_1, SMT_5, SMT_LORA, LORA_QKV = "lora_all", "smt_0.84", "smt_5", "smt_as_lora", "lora_qkv"
 PEERS = (FLOOR, SMT_1, SMT_5, SMT_LORA, LORA_QKV, LORA_ALL, "dora_all", "shira_qkv", "full")
-Line = dict[str, Any]
 
 
 def commands(into: Path, rounds: int, passed: Sequence[str]) -> list[list[str]]:
@@ -57,44 +47,8 @@ def lines(into: Path) -> list[Line]:
     Raises:
         RuntimeError: if one has no result.
     """
-    out: list[Line] = []
-    for folder, against in (("alone", None), ("floor", FLOOR), ("lora_all", LORA_ALL)):
-        newest = {method_of(name_of(path, record)): record for path, record in read_runs([into / folder])}
-        for peer, record in newest.items():
-            if isinstance(record, str) or record.status != "ok":
-                raise RuntimeError(f"{into / folder}: {peer} has no result: {record}")
-            if against != LORA_ALL:
-                out.append(provenance("peers", record) | mode_line(peer, record))
-            if record.pair is not None:
-                out.append(provenance("peers", record) | pair_line(peer, record.pair))
-    return out
-
-
-def mode_line(peer: str, record: RunRecord) -> Line:
-    """What a peer trains and takes; the floor's stand-in for a trained weight does not count."""
-    assert record.model is not None
-    assert record.memory is not None
-    assert record.throughput is not None
-    trainable = 0 if peer == FLOOR else record.model.trainable
-    selection = next(phase for phase in record.phases if phase.name == "selection")
-    training = next(phase for phase in record.phases if phase.name == "training")
-    return {
-        "mode": peer,
-        "trainable": trainable,
-        "trainable_share": trainable / record.model.parameters,
-        "step_seconds_median": record.throughput.median_step,
-        "peak_rss": training.peak_rss,
-        "selection_seconds": selection.seconds,
-        "selection_peak_rss": selection.peak_rss,
-        "memory_method": record.memory.method,
-        "saved_bytes": record.memory.saved_for_backward,
-    }
-
-
-def pair_line(peer: str, pair: Pair) -> Line:
-    """How many times another's step time a peer takes."""
-    figures = {"ratio_median": pair.median, "ratio_low": pair.low, "ratio_high": pair.high, "ratio_max": pair.highest}
-    return {"pair": [peer, pair.against], **figures, "rounds": pair.rounds}
+    modes = {"alone": True, "floor": True, "lora_all": False}
+    return [line for folder, told in modes.items() for line in lines_of("peers", into / folder, told)]
 
 
 def verdicts(found: Sequence[Line]) -> Iterator[tuple[str, bool]]:
@@ -129,12 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, passed = parser.parse_known_args(arguments)
     os.chdir(ROOT)  # the floor's YAML names a class in benchmarks/, found from here
     for words in commands(asked.into, asked.rounds, passed):
-        if bench(words):
-            return 1
+        measure(words)
     found = lines(asked.into)
-    asked.results.parent.mkdir(parents=True, exist_ok=True)
-    with asked.results.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in found)
+    append(asked.results, found)
     for text, met in verdicts(found):
         print("met   " if met else "missed", text)
     return 0

@@ -24,45 +24,54 @@ PROVENANCE = {"commit", "date", "device", "versions"}
 Line = dict[str, Any]
 
 
-def peers(results: Path) -> str:
-    """Each way to train beside the frozen floor: one table a device, of the newest line for each mode and pair."""
-    lines = read_lines(results / "peers.jsonl", "python -m benchmarks.peers")
-    return "\n\n".join(peers_on(device, lines) for device in dict.fromkeys(line["device"] for line in lines))
+def by_device(lines: Sequence[Line], block: Callable[[Sequence[Line]], str]) -> str:
+    """A block for each device among `lines` of which it has something to show."""
+    devices = dict.fromkeys(line["device"] for line in lines)
+    made = [block([line for line in lines if line["device"] == device]) for device in devices]
+    return "\n\n".join(one for one in made if one)
 
 
-def peers_on(device: str, lines: Sequence[Line]) -> str:
-    here = [line for line in lines if line["device"] == device]
-    modes = newest((line for line in here if "mode" in line), key="mode")
-    pairs = newest((line for line in here if "pair" in line), key="pair")
-    rows = [peers_row(line, pairs.get(json.dumps([line["mode"], "floor"]))) for line in modes.values()]
-    head = [
-        "mode",
-        "trainable",
-        "step time / frozen floor [95 %]",
-        "peak resident, GiB",
-        "while choosing",
-        "saved for backward, MiB",
-    ]
-    return f"{caption('python -m benchmarks.peers', [*modes.values(), *pairs.values()])}\n\n{table(head, rows)}"
+def beside(lines: Sequence[Line], other: str, name: str, columns: Sequence[str]) -> tuple[str, list[Line]]:
+    """A table of the newest line of each mode, with its step time beside that of `other`, and the lines it is made of.
+
+    Args:
+        name: What `other` is called in the table.
+        columns: Further ones, of SIZES.
+    """
+    modes = newest((line for line in lines if "mode" in line), key="mode")
+    pairs = newest((line for line in lines if "pair" in line), key="pair")
+    rows = []
+    for line in modes.values():
+        pair = pairs.get(json.dumps([line["mode"], other]))
+        time = "1" if line["mode"] == other else "not timed" if pair is None else step_time(pair)
+        trainable = f"{line['trainable']:,} ({line['trainable_share']:.2%})"
+        rows.append([line["mode"], trainable, time, *(SIZES[column](line) for column in columns)])
+    head = ["mode", "trainable", f"step time / {name} [95 %]", *columns]
+    return table(head, rows), [*modes.values(), *pairs.values()]
 
 
-def peers_row(line: Line, pair: Line | None) -> list[str]:
-    return [
-        line["mode"],
-        f"{line['trainable']:,} ({line['trainable_share']:.2%})",
-        step_time(line["mode"], pair),
-        f"{line['peak_rss'] / 2**30:.2f}",
-        number(line["selection_peak_rss"], ".2f", 2**-30) if line["mode"].startswith("smt") else "-",
-        f"{line['saved_bytes'] / 2**20:.1f}",
-    ]
-
-
-def step_time(mode: str, pair: Line | None) -> str:
-    if mode == "floor":
-        return "1"
-    if pair is None:
-        return "not timed"
+def step_time(pair: Line) -> str:
     return f"{pair['ratio_median']:.3f} [{pair['ratio_low']:.3f}, {pair['ratio_high']:.3f}]"
+
+
+PEAK, CHOOSING, SAVED = "peak resident, GiB", "while choosing", "saved for backward, MiB"
+SIZES: dict[str, Callable[[Line], str]] = {
+    PEAK: lambda line: f"{line['peak_rss'] / 2**30:.2f}",
+    CHOOSING: lambda line: number(line["selection_peak_rss"], ".2f", 2**-30) if line["mode"].startswith("smt") else "-",
+    SAVED: lambda line: f"{line['saved_bytes'] / 2**20:.1f}",
+}
+"""Columns of what a mode takes, by their heads."""
+
+
+def peers(results: Path) -> str:
+    """Each way to train beside the frozen floor, on each device."""
+    command = "python -m benchmarks.peers"
+
+    def block(lines: Sequence[Line]) -> str:
+        made, used = beside(lines, "floor", "frozen floor", [PEAK, CHOOSING, SAVED])
+        return f"{caption(command, used)}\n\n{made}"
+
+    return by_device(read_lines(results / "peers.jsonl", command), block)
 
 
 GPU_HEAD = [
@@ -97,7 +106,7 @@ def gpu_on(device: str, model: str, lines: Sequence[Line], command: str) -> str:
     pairs = newest((line for line in here if "pair" in line), key="pair")
     about = f"{caption(command, [*methods.values(), *pairs.values()])} Shapes of `{model}`."
     head = f"{about}\n\n{table(GPU_HEAD, map(gpu_row, methods.values()))}"
-    rows = [[*line["pair"], step_time("", line)] for line in pairs.values()]
+    rows = [[*line["pair"], step_time(line)] for line in pairs.values()]
     return f"{head}\n\n{table(['step time of', 'beside', 'ratio [95 %]'], rows)}" if rows else head
 
 
@@ -162,52 +171,29 @@ def ratio(line: Line) -> str:
     return f"Steps with the profiler take {times} times as long as without ({rounds})."
 
 
-LISA_HEAD = [
-    "mode",
-    "trainable",
-    "step time / full fine-tuning [95 %]",
-    "peak resident, GiB",
-    "saved for backward, MiB",
-]
+LISA = "python -m benchmarks.lisa"
 STATE_HEAD = [
     "when a layer stops training",
     "MiB of state at first",
     "after 10 switches",
     "after 20 switches",
     "full fine-tuning",
-    "peak resident, GiB",
+    PEAK,
 ]
 
 
 def lisa(results: Path) -> str:
-    """LISA beside full fine-tuning and LoRA, and what its policies keep: two tables a device."""
-    lines = read_lines(results / "lisa.jsonl", "python -m benchmarks.lisa")
-    made = [lisa_on(device, lines) for device in dict.fromkeys(line["device"] for line in lines)]
-    return "\n\n".join(part for part in made if part)
+    """LISA beside full fine-tuning and LoRA, and what its policies keep, on each device."""
+    return by_device(read_lines(results / "lisa.jsonl", LISA), lisa_block)
 
 
-def lisa_on(device: str, lines: Sequence[Line]) -> str:
-    here = [line for line in lines if line["device"] == device]
-    modes = newest((line for line in here if "mode" in line), key="mode")
-    pairs = newest((line for line in here if "pair" in line), key="pair")
-    policies = newest((line for line in here if "policy" in line), key="policy")
-    used = [*modes.values(), *pairs.values(), *policies.values()]
-    if not used:
-        return ""
-    steps = [lisa_row(line, pairs.get(json.dumps([line["mode"], "full"]))) for line in modes.values()]
-    states = [state_row(line) for line in policies.values()]
-    tables = [table(head, rows) for head, rows in ((LISA_HEAD, steps), (STATE_HEAD, states)) if rows]
-    return "\n\n".join([caption("python -m benchmarks.lisa", used), *tables])
-
-
-def lisa_row(line: Line, pair: Line | None) -> list[str]:
-    return [
-        line["mode"],
-        f"{line['trainable']:,} ({line['trainable_share']:.2%})",
-        "1" if line["mode"] == "full" else step_time(line["mode"], pair),
-        f"{line['peak_rss'] / 2**30:.2f}",
-        f"{line['saved_bytes'] / 2**20:.1f}",
-    ]
+def lisa_block(lines: Sequence[Line]) -> str:
+    steps, timed = beside(lines, "full", "full fine-tuning", [PEAK, SAVED])
+    policies = list(newest((line for line in lines if "policy" in line), key="policy").values())
+    made = [f"{caption(LISA, timed)}\n\n{steps}"] if timed else []
+    if policies:
+        made.append(f"{caption(f'{LISA} state', policies)}\n\n{table(STATE_HEAD, map(state_row, policies))}")
+    return "\n\n".join(made)
 
 
 def state_row(line: Line) -> list[str]:
@@ -216,33 +202,17 @@ def state_row(line: Line) -> list[str]:
     return [line["policy"], *(f"{size / 2**20:,.1f}" for size in sizes), f"{line['peak_rss'] / 2**30:.2f}"]
 
 
-DEFT_HEAD = ["mode", "trainable", "step time / LoRA alone [95 %]", "saved for backward, MiB"]
-
-
 def deft(results: Path) -> str:
-    """LoRA with the penalty on activations beside LoRA alone: one table a device."""
+    """LoRA with the penalty on activations beside LoRA alone, on each device."""
     command = "python -m benchmarks.deft"
     if not (results / "deft.jsonl").exists():
         return f"Not measured yet: `{command}` measures and writes this table."
-    lines = read_lines(results / "deft.jsonl", command)
-    return "\n\n".join(deft_on(device, lines, command) for device in dict.fromkeys(line["device"] for line in lines))
 
+    def block(lines: Sequence[Line]) -> str:
+        made, used = beside(lines, "lora", "LoRA alone", [SAVED])
+        return f"{caption(command, used)}\n\n{made}"
 
-def deft_on(device: str, lines: Sequence[Line], command: str) -> str:
-    here = [line for line in lines if line["device"] == device]
-    modes = newest((line for line in here if "mode" in line), key="mode")
-    pairs = newest((line for line in here if "pair" in line), key="pair")
-    rows = [deft_row(line, pairs.get(json.dumps([line["mode"], "lora"]))) for line in modes.values()]
-    return f"{caption(command, [*modes.values(), *pairs.values()])}\n\n{table(DEFT_HEAD, rows)}"
-
-
-def deft_row(line: Line, pair: Line | None) -> list[str]:
-    return [
-        line["mode"],
-        f"{line['trainable']:,} ({line['trainable_share']:.2%})",
-        "1" if line["mode"] == "lora" else step_time(line["mode"], pair),
-        f"{line['saved_bytes'] / 2**20:.1f}",
-    ]
+    return by_device(read_lines(results / "deft.jsonl", command), block)
 
 
 def number(value: float | None, form: str, factor: float = 1.0) -> str:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.curves import Phase, Study
-from benchmarks.peers import pair_line
 from benchmarks.provenance import of_device
 from benchmarks.provenance import provenance as provenance_of
 from benchmarks.quality import written
 from benchmarks.ranking import Results
 from benchmarks.readme import Line
 from benchmarks.trials import Config, digest, filled
+from benchmarks.turns import pair_line
 from lit_sparse.bench import bench
 from lit_sparse.data import Instructions
 from lit_sparse.errors import BadInput

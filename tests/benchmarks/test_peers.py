@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import gpu, kernels, peers, provenance, readme
+from benchmarks import gpu, kernels, peers, provenance, readme, turns
 from benchmarks.floor import Floor
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies.base import no_probe
@@ -143,7 +143,7 @@ def test_memory_is_compared_at_equal_counts_only() -> None:
 def test_the_whole_comparison_appends_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     write_runs(tmp_path / "runs")
     asked: list[list[str]] = []
-    monkeypatch.setattr(peers, "bench", lambda words: asked.append(words) or 0)
+    monkeypatch.setattr(turns, "bench", lambda words: asked.append(words) or 0)
     monkeypatch.chdir(tmp_path)
     results = tmp_path / "results" / "peers.jsonl"
     words = ["--into", str(tmp_path / "runs"), "--results", str(results), "--rounds", "7", "--trainer.devices=1"]
@@ -156,9 +156,10 @@ def test_the_whole_comparison_appends_its_lines(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_bench_that_failed_writes_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "bench", lambda words: 1)
+    monkeypatch.setattr(turns, "bench", lambda words: 1)
     monkeypatch.chdir(tmp_path)
-    assert peers.main(["--results", str(tmp_path / "peers.jsonl")]) == 1
+    with pytest.raises(SystemExit, match="1"):
+        peers.main(["--results", str(tmp_path / "peers.jsonl")])
     assert not (tmp_path / "peers.jsonl").exists()
 
 
@@ -184,7 +185,7 @@ def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
 
 def test_pairs_on_a_gpu_are_judged_and_shown(tmp_path: Path) -> None:
     run = record("smt-1", device=Device("cuda", "a GPU", memory=2**36), model=ModelSize("1b", 1000, 10))
-    pair = provenance.provenance("gpu", run) | peers.pair_line("smt", Pair("floor", 1.02, 1.01, 1.05, 1.1, 20))
+    pair = provenance.provenance("gpu", run) | turns.pair_line("smt", Pair("floor", 1.02, 1.01, 1.05, 1.1, 20))
     alone = [{"method": "smt", "requested": 30, "model": "1b"}, {"method": "full", "requested": 100, "model": "1b"}]
     large = {"method": "frozen", "requested": 1, "reserved": 24.1e9, "model": "8b"}
     floor, peak, lisa = gpu.verdicts([pair, *alone, large])
