@@ -23,16 +23,16 @@ KEYS = {"title", "workload", "text_rows", "phases", "methods"}
 
 @dataclass(frozen=True)
 class Curve:
-    """A method over its strength.
+    """A method over its strength, or over the learning rate, where it has no strength.
 
     Attributes:
-        arms: One for each strength, weakest first; one of strength 0 for a method that has none.
-        swept: The arm at which the learning rate is chosen for all of them.
+        arms: One for each strength or rate, lowest first.
+        swept: The arm at which the learning rate is chosen for all of them; None where each has its own.
     """
 
     name: str
     arms: Mapping[float, Arm]
-    swept: Arm
+    swept: Arm | None
 
 
 @dataclass(frozen=True)
@@ -81,33 +81,41 @@ def read_study(path: Path = STUDY, text: str = demo.DEMO, seeds: Sequence[int] |
         raise BadInput(f"{path} must have the keys {', '.join(sorted(KEYS))}, and may have seeds; correct {odd[0]}.")
     if list(document["phases"]) != [GENERAL, FISHER]:
         raise BadInput(f"{path}: the phases are {list(document['phases'])}; give {GENERAL}, then {FISHER}.")
-    rows = document["text_rows"]
-    phases = phases_of(document["phases"], {"text": text, "rows": rows})
+    rows, scored = document["text_rows"], scored_by(read_yaml(path.parent / str(document["workload"])))
+    phases = phases_of(document["phases"], {"text": text, "rows": rows, "scored": scored})
     names = {f"${{{phase.name}}}": phase.stands for phase in phases}
-    arms, strengths = dict[str, Any](), dict[str, tuple[dict[float, str], str]]()
+    arms, curves = dict[str, Any](), dict[str, tuple[dict[float, str], str | None]]()
     for method, body in document["methods"].items():
-        strengths[method] = strengths_of(method, body, str(path))
-        for strength, arm in strengths[method][0].items():
-            updates = filled(body["updates"], {**names, STRENGTH: strength})
-            arms[arm] = {"updates": updates, "lr": body["lr"], "group": method}
+        curves[method] = arms_of(method, body, str(path))
+        for value, arm in curves[method][0].items():
+            updates = filled(body["updates"], {**names, STRENGTH: value})
+            arms[arm] = {"updates": updates, "lr": body["lr"] if "strengths" in body else [value], "group": method}
     kept = {key: document[key] for key in ("title", "workload", "seeds") if key in document}
     table = table_of({**kept, "arms": arms}, path, None, None, seeds)
     by_name = {arm.name: arm for arm in table.arms}
-    curves = [
-        Curve(method, {strength: by_name[arm] for strength, arm in found.items()}, by_name[swept])
-        for method, (found, swept) in strengths.items()
+    made = [
+        Curve(method, {value: by_name[arm] for value, arm in found.items()}, by_name[swept] if swept else None)
+        for method, (found, swept) in curves.items()
     ]
-    return Study(table, tuple(curves), phases, text, rows)
+    return Study(table, tuple(made), phases, text, rows)
 
 
-def strengths_of(method: str, body: Config, where: str) -> tuple[dict[float, str], str]:
-    """A method's arms by strength, and the one at which its learning rate is swept."""
+def scored_by(workload: Config) -> Config:
+    """What decides which rows of general text the trials score, on which the first phase must not be trained."""
+    heldout = (workload.get("data") or {}).get("init_args", {}).get("heldout")
+    return {"callbacks": (workload.get("trainer") or {}).get("callbacks"), "heldout": heldout}
+
+
+def arms_of(method: str, body: Config, where: str) -> tuple[dict[float, str], str | None]:
+    """A method's arms by strength, with the one at which its learning rate is swept; by rate, if it has no strength."""
+    swept = body.get("swept")
+    values = sorted(map(float, body["strengths"] if "strengths" in body else body["lr"]))
+    arms = {value: f"{method}_{value:g}" for value in values}
     if "strengths" not in body:
-        return {0.0: method}, method
-    arms = {float(strength): f"{method}_{strength:g}" for strength in sorted(body["strengths"])}
-    if body.get("swept") not in arms:
-        raise BadInput(f"{where}: {method} is swept at {body.get('swept')}; give one of its strengths {list(arms)}.")
-    return arms, arms[body["swept"]]
+        return arms, None
+    if swept not in arms:
+        raise BadInput(f"{where}: {method} is swept at {swept}; give one of its strengths {list(arms)}.")
+    return arms, arms[swept]
 
 
 def phases_of(documents: Mapping[str, Config], text: Config) -> tuple[Phase, ...]:
@@ -126,7 +134,7 @@ def phases_of(documents: Mapping[str, Config], text: Config) -> tuple[Phase, ...
 def work(study: Study, results: Results) -> Iterator[Work]:
     """What can be done now: the sweeps, then seed by seed every strength of every method."""
     for curve in study.curves:
-        yield from missing(study.table.sweep(curve.swept), results)
+        yield from missing(sweep(study, curve), results)
     for seed in study.table.seeds:
         for curve in study.curves:
             yield from missing(at_best(study, curve, [seed], results), results)
@@ -137,18 +145,24 @@ def missing(trials: Sequence[Trial], results: Results) -> list[Work]:
     return [Work(trial) for trial in trials if results.fit(trial) is None]
 
 
+def sweep(study: Study, curve: Curve) -> list[Trial]:
+    """The trials that choose the curve's learning rate."""
+    return study.table.sweep(curve.swept) if curve.swept is not None else []
+
+
 def at_best(study: Study, curve: Curve, seeds: Sequence[int], results: Results) -> list[Trial]:
-    """The curve's trials at its best learning rate, none while that is not known."""
-    sweep = study.table.sweep(curve.swept)
-    best = chosen(sweep, results)
-    if best is None or missing(sweep, results):
+    """The curve's trials at its best learning rate, none while that is not known, or each at its own."""
+    swept = sweep(study, curve)
+    best = chosen(swept, results)
+    if swept and (best is None or missing(swept, results)):
         return []
-    return [study.table.trial(arm, best.rate, seed) for seed in seeds for arm in curve.arms.values()]
+    arms = curve.arms.values()
+    return [study.table.trial(arm, arm.rates[0] if best is None else best.rate, seed) for seed in seeds for arm in arms]
 
 
 def belonging(study: Study, results: Results) -> list[Line]:
     """The lines of the study's trainings, those of the sweeps too."""
-    trials = [trial for curve in study.curves for trial in study.table.sweep(curve.swept)]
+    trials = [trial for curve in study.curves for trial in sweep(study, curve)]
     trials += [trial for curve in study.curves for trial in at_best(study, curve, study.table.seeds, results)]
     found = {trial.identity(results.stack): results.fit(trial) for trial in trials}
     return [line for line in found.values() if line is not None]
@@ -158,7 +172,7 @@ def left(study: Study, results: Results) -> int:
     """How many trainings are missing."""
     total = 0
     for curve in study.curves:
-        swept = len(missing(study.table.sweep(curve.swept), results))
+        swept = len(missing(sweep(study, curve), results))
         points = len(curve.arms) * len(study.table.seeds)
         total += (
             swept + points - 1 if swept else len(missing(at_best(study, curve, study.table.seeds, results), results))

@@ -29,7 +29,7 @@ from lit_sparse import demo
 from lit_sparse.checkpoints import LAST
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import rows_of, untrained
+from lit_sparse.forgetting import Forgetting, rows_of, untrained
 from lit_sparse_profiling.bench import Job, execute, finished
 from lit_sparse_profiling.record import RunRecord
 
@@ -74,9 +74,12 @@ def scored_rows(workload: Config) -> set[str]:
             "forgotten."
         )
     own = callbacks[0].get("init_args", {})
-    count = max(own.get("rows", 200), workload["data"].get("init_args", {}).get("heldout", 64))
-    name = own.get("text", demo.DEMO)
-    return {sources.digest(row) for row in untrained(rows_of(name, "text"), set(), count, name)}
+    callback = Forgetting(**own)
+    heldout = workload["data"].get("init_args", {}).get("heldout")
+    if heldout is None:
+        raise BadInput("the workload has no data.init_args.heldout; write it: so many passages may be scored.")
+    count = max(callback.rows, heldout)
+    return {sources.digest(row) for row in untrained(rows_of(callback.text, "text"), set(), count, callback.text)}
 
 
 # ---- doing it
@@ -142,11 +145,10 @@ class StudyRunner(Runner):
 
 
 def phase_line(phase: Phase, record: RunRecord, stack: Mapping[str, str], seconds: float) -> dict[str, Any]:
-    """How long a phase took: in all, to look at data before training, and to train."""
-    parts = {one.name: one.seconds for one in record.phases if one.name in ("selection", "training")}
+    """How long a phase took, and what it scored, if anything."""
     about = {"kind": "phase", **provenance("forgetting", record), "stack": dict(stack), "identity": phase.stands}
-    chosen_by = [update["chosen"] for update in record.updates if update["chosen"]]
-    return {**about, "phase": phase.name, "seconds": seconds, "parts": parts, "recorded": chosen_by}
+    scores = {when: record.outcome.get(when, {}) for when in ("before", "after")}
+    return {**about, "phase": phase.name, "seconds": seconds, **scores}
 
 
 # ---- the command

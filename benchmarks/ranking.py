@@ -22,6 +22,8 @@ UNEQUAL = 0.03
 """Numbers of trained weights that differ by a larger share are not equal."""
 ENOUGH = 3
 """Seeds of a complete row."""
+DROPPING = ("Embedded", "Instructions")
+"""Data that leave rows of too many tokens out, held-out ones too."""
 OURS = {"kind", "stack", "identity", "seconds"}
 HEAD = ["arm", "group", "trained weights", "learning rate", "held-out loss", "text loss"]
 TAIL = ["right answers", "seeds", ""]
@@ -101,6 +103,13 @@ def read_results(path: Path) -> list[Line]:
         if absent := sorted(OURS - line.keys()):
             raise BadInput(f"{path}:{n} is no measurement of quality, it has no {absent[0]}; correct or delete it.")
     return [line for _, line in lines]
+
+
+def newest_first(path: Path) -> Iterator[Results]:
+    """The results of each stack in the file, that of the newest line first."""
+    stacks = {key(line["stack"]): line["stack"] for line in sorted(read_results(path), key=lambda line: line["date"])}
+    for stack in reversed(stacks.values()):
+        yield Results(path, stack)
 
 
 def score(line: Line) -> float:
@@ -279,11 +288,16 @@ def outcomes(fits: Sequence[Line], name: str) -> list[float]:
 def rate(row: Row) -> str:
     """The learning rate, and whether a better one may lie beyond those tried."""
     assert row.best is not None
-    rates = row.arm.rates
+    end = end_of(row.best.rate, row.arm.rates)
+    told = {"only": " (not swept)", "": ""}.get(end, f" ({end} tried)" if row.swept else "")
+    return f"{row.best.rate:g}{told}"
+
+
+def end_of(rate: float, rates: Sequence[float]) -> str:
+    """Which end of the rates tried, lowest first, one of them is: `lowest`, `highest`, the `only` one, or none."""
     if len(rates) == 1:
-        return f"{row.best.rate:g} (not swept)"
-    end = row.swept and row.best.rate in (rates[0], rates[-1])
-    return f"{row.best.rate:g}" + (f" ({'lowest' if row.best.rate == rates[0] else 'highest'} tried)" if end else "")
+        return "only"
+    return {rates[0]: "lowest", rates[-1]: "highest"}.get(rate, "")
 
 
 def right_answers(tests: Sequence[Line]) -> str:
@@ -318,11 +332,15 @@ def notes(made: Table, results: Results) -> str:
     hours = sum(line["seconds"] for line in lines) / 3600
     machines = " and ".join(sorted({line["device"] for line in lines})) or "no machine yet"
     data = {"batch_size": 4, "heldout": "some", **made.workload["data"].get("init_args", {})}
+    drops = (
+        made.workload["data"]["class_path"].rpartition(".")[2] in DROPPING and data.get("overlong", "drop") == "drop"
+    )
+    short = f" (those of at most {data['max_length']} tokens are scored)" if drops and "max_length" in data else ""
     about = (
         f"{made.title} Model {made.workload['model'].get('base', 'demo')}, {made.steps} steps of {data['batch_size']} "
-        f"rows, {data['heldout']} rows held out, {hours:.1f} hours on {machines}. Mean ± standard deviation over "
-        f"seeds; the learning rate has the lowest held-out loss with seed {made.seeds[0]}. A tie with the best of a "
-        "group: the means differ by no more than the larger of the two standard deviations."
+        f"rows, {data['heldout']} rows held out{short}, {hours:.1f} hours on {machines}. Mean ± standard deviation "
+        f"over seeds; the learning rate has the lowest held-out loss with seed {made.seeds[0]}. A tie with the best of "
+        "a group: the means differ by no more than the larger of the two standard deviations."
     )
     return " ".join([about, *unknown(made, lines), *comparison(made, results)])
 
@@ -344,9 +362,7 @@ def published(name: str, path: Path) -> str:
     made, command = read_table(name), f"python -m benchmarks.quality {name}"
     if len(made.seeds) < 2:
         raise BadInput(f"quality-{name}: a table of one seed shows no spread; give it {ENOUGH} seeds.")
-    stacks = {key(line["stack"]): line["stack"] for line in sorted(read_results(path), key=lambda line: line["date"])}
-    for stack in reversed(stacks.values()):
-        results = Results(path, stack)
+    for results in newest_first(path):
         if lines := belonging(made, results):
             refuse_one_seed(made, results, command)
             text = f"{caption(command, lines)}\n\n{notes(made, results)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.curves import Curve, Study, at_best, belonging, read_study
-from benchmarks.ranking import SCORE, Results, key, mean_spread, read_results, ties
+from benchmarks.ranking import SCORE, Results, end_of, mean_spread, newest_first, ties
 from benchmarks.readme import Line, caption, newest, table
 from benchmarks.recording import EXTRAPOLATED, costs
 
@@ -37,13 +37,14 @@ class Point:
     """A method at one strength.
 
     Attributes:
+        strength: None for a method that has none, of which each learning rate is a point.
         rate: The learning rate chosen for the method.
-        end: Which end of the rates tried that is, "lowest" or "highest", if any.
+        end: Which end of the rates tried that is, "lowest", "highest" or "only", if any.
         lines: Its trainings, one a seed; of seeds that are there.
     """
 
     curve: Curve
-    strength: float
+    strength: float | None
     rate: float
     end: str
     lines: tuple[Line, ...]
@@ -58,12 +59,12 @@ def points(study: Study, results: Results) -> list[Point]:
     out: list[Point] = []
     for curve in study.curves:
         trials = at_best(study, curve, study.table.seeds, results)
-        for strength, arm in curve.arms.items():
+        for value, arm in curve.arms.items():
             found = [(one.rate, line) for one in trials if one.arm is arm and (line := results.fit(one)) is not None]
             if found:
-                rate, rates = found[0][0], arm.rates
-                ends = {rates[0]: "lowest", rates[-1]: "highest"} if len(rates) > 1 else {rate: "only"}
-                out.append(Point(curve, strength, rate, ends.get(rate, ""), tuple(line for _, line in found)))
+                rate, lines = found[0][0], tuple(line for _, line in found)
+                strength, end = (value, end_of(rate, arm.rates)) if curve.swept is not None else (None, "")
+                out.append(Point(curve, strength, rate, end, lines))
     return out
 
 
@@ -94,14 +95,26 @@ def changes(path: Path) -> dict[str, list[tuple[list[float], list[float]]]]:
 
 
 def cells(study: Study, results: Results) -> list[list[str]]:
-    """The rows of the table, the end of the first phase first."""
+    """The rows of the table, those of the base and of the end of the first phase first."""
     found = points(study, results)
     by_seed = list(starts(study, results).values())
     names = dict.fromkeys(name for one in by_seed for name in one)
     start = {name: [one[name] for one in by_seed if name in one] for name in names}
     rows = [["first phase", "", "-", *scores(start), "-", ""]] if found else []
-    base = next((point for point in found if point.curve.name == "none"), None)
-    return rows + [row(point, base, len(study.table.seeds)) for point in found]
+    free = [point for point in found if point.curve.name == "none"]
+    best = min(free, key=lambda point: statistics.fmean(point.values(SCORE)), default=None)
+    return untrained_rows(study, results) + rows + [row(point, best, len(study.table.seeds)) for point in found]
+
+
+def untrained_rows(study: Study, results: Results) -> list[list[str]]:
+    """The base's row: what it scored before the first phase."""
+    marks = {phase.stands for phase in study.phases}
+    lines = [line for line in results.others if line["kind"] == "phase" and line["identity"] in marks]
+    return [
+        ["base", "", "-", *scores({name: [value] for name, value in line["before"].items()}), "-", ""]
+        for line in lines
+        if line["before"]
+    ]
 
 
 def scores(values: Mapping[str, Sequence[float]]) -> list[str]:
@@ -122,7 +135,7 @@ def row(point: Point, base: Point | None, seeds: int) -> list[str]:
         remarks.append(f"{point.end} rate tried")
     if len(point.lines) < seeds:
         remarks.append(f"incomplete: {len(point.lines)} of {seeds} seeds")
-    strength = f"{point.strength:g}" if point.strength else "-"
+    strength = "-" if point.strength is None else f"{point.strength:g}"
     numbers = scores({name: point.values(name) for name in names})
     return [point.curve.name, strength, f"{point.rate:g}", *numbers, str(len(point.lines)), "; ".join(remarks)]
 
@@ -149,8 +162,9 @@ def notes(study: Study, found: Sequence[Point]) -> str:
         f"LoRA on {study.text_rows} passages of general text, with {study.table.steps} steps of "
         f"{data.get('batch_size', 4)} rows of {data.get('task', data.get('train', 'the domain'))}; {hours:.1f} hours. "
         f"Mean ± standard deviation over seeds; a method's learning rate has the lowest held-out domain loss with seed "
-        f"{study.table.seeds[0]} at its middle strength. The last column compares with `none`; a tie: the means differ "
-        "by no more than the larger of the two standard deviations."
+        f"{study.table.seeds[0]} at its middle strength. What holds to the base (`l2sp`, `kl`) may also take back what "
+        "the first phase learnt. The last column compares with `none` at the rate with the lowest domain loss; a tie: "
+        "the means differ by no more than the larger of the two standard deviations."
     )
 
 
@@ -205,9 +219,7 @@ def shown(study: Study, results: Results) -> str:
 
 def measured_on(study: Study, path: Path) -> Results | None:
     """The results of the newest stack that has a point of the study."""
-    stacks = {key(line["stack"]): line["stack"] for line in sorted(read_results(path), key=lambda line: line["date"])}
-    for stack in reversed(stacks.values()):
-        results = Results(path, stack)
+    for results in newest_first(path):
         if points(study, results) or costs(results):
             return results
     return None

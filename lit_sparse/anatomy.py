@@ -128,17 +128,18 @@ def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Lin
         BadInput: if there are none.
     """
     found = linears(model)
-    chosen = {
-        name: linear
-        for name, linear in found.items()
-        if any(t in ("all", role(name)) or f".{name}".endswith(f".{t}") for t in targets)
-    }
+    chosen = {name: linear for name, linear in found.items() if is_target(name, targets)}
     if not chosen:
         roles = ", ".join(sorted({role(name) for name in found})) or "none"
         raise BadInput(
             f"no linear layer of {type(model).__name__} is among the targets {list(targets)}; its layers have: {roles}."
         )
     return chosen
+
+
+def is_target(name: str, targets: Sequence[str]) -> bool:
+    """Whether `targets` name the layer called `name`: by its role, by an ending of its name, or by `all`."""
+    return any(t in ("all", role(name)) or f".{name}".endswith(f".{t}") for t in targets)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -95,7 +95,8 @@ class DensityMonitor(Callback):
     The inputs of the down projections are counted, padding left out, as means over the layers: `density` (exact zeros
     are left out), `density_above_<tau>`, and for groups of neighbours `density_groups_<size>`, alone and above each
     tau. `density_within_error` is the share above the threshold of each layer that keeps its down projection's error,
-    on the first batch. The record of a fit has them before and after training.
+    on the first batch. Of several validation sets the first is counted, the task's own. The record of a fit has them
+    before and after training.
 
     Args:
         taus: Thresholds.
@@ -136,8 +137,7 @@ class DensityMonitor(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        mask = token_mask(batch)
-        self._counted = (torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask).flatten()
+        self._counted = token_mask(batch).flatten() if dataloader_idx == 0 else None
 
     def on_validation_batch_end(
         self,

@@ -178,14 +178,12 @@ def _check_site(site: Site, x: Tensor) -> None:
 # ---- which tokens count
 
 
-def token_mask(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Which tokens of the batch are no padding, (B, S) bool; None where the batch has no mask."""
+def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
+    """Which tokens of the batch are no padding, (B, S) bool; all, where the batch has no mask."""
     name = next((name for name in ("token_mask", "attention_mask") if name in batch), None)
-    return None if name is None else batch[name].bool()
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if name is None else batch[name].bool()
 
 
-def masked_mean(means: Tensor, mask: Tensor | None) -> Tensor:
+def masked_mean(means: Tensor, mask: Tensor) -> Tensor:
     """The mean over tokens that count; 0, with a graph, where none does."""
-    if mask is None:
-        return means.mean()
     return torch.where(mask.flatten(), means.flatten(), 0).sum() / mask.sum().clamp(min=1)

@@ -83,7 +83,7 @@ class Recorder(Profile):
     def about(self, module: LitSparse) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {
             "dtype": module.frozen_dtype,
-            "state": lambda: [update.state_dict() for update in module.updates],
+            "state": lambda: [update.held() for update in module.updates],
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
@@ -125,7 +125,7 @@ class Recorder(Profile):
         step, periods = trainer.global_step, periods_of(module)
         if not periods or step < self._next_state:
             return
-        held = ledger(module, trainer.optimizers[0], [update.state_dict() for update in module.updates])
+        held = ledger(module, trainer.optimizers[0], [update.held() for update in module.updates])
         self.states.append(StateBytes(step, held.optimizer, held.strategy))
         self._next_state = min(step - (step - 1) % period + period for period in periods)
 

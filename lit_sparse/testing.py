@@ -175,7 +175,7 @@ def _trained(
     for step in range(1, steps + 1):
         optimizer.zero_grad()
         trained |= {name for name, _ in trainable(model)}
-        _loss(model, step).backward()
+        _loss(model, step, updates).backward()
         for update in updates:
             update.before_step(step, optimizer)
         optimizer.step()
@@ -227,10 +227,12 @@ def _batch(seed: int) -> Tensor:
     return torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(seed))
 
 
-def _loss(model: PreTrainedModel, seed: int) -> Tensor:
-    ids = _batch(seed)
-    logits = model(input_ids=ids).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+def _loss(model: PreTrainedModel, seed: int, updates: Sequence[UpdateStrategy] = ()) -> Tensor:
+    batch = {"input_ids": _batch(seed)}
+    output = model(**batch)
+    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
+    penalties = [p for update in updates if (p := update.penalty(batch, output)) is not None]
+    return loss + torch.stack(penalties).sum() if penalties else loss
 
 
 def _logits(model: PreTrainedModel) -> Tensor:

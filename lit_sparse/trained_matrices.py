@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_sparse.anatomy import role
+from lit_sparse.anatomy import is_target
 from lit_sparse.block_linear import in_precision
 from lit_sparse.checkpoints import hash_of
 from lit_sparse.errors import BadInput
@@ -102,7 +102,7 @@ def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in within
     ]
-    found = [matrix for matrix in products + plain if is_target(matrix.name, targets)]
+    found = [matrix for matrix in products + plain if is_target(adapted(matrix.name), targets)]
     if not found:
         raise BadInput(
             f"{who}: nothing that is trained is among the targets {list(targets)}; give targets among what the run "
@@ -128,11 +128,11 @@ def _refuse_factors(model: nn.Module, found: Sequence[TrainedMatrix], who: str) 
                 )
 
 
-def is_target(name: str, targets: Sequence[str]) -> bool:
-    """Whether `targets` name the layer or the layer's parameter called `name`."""
-    layer = name.partition(".lora_")[0]
-    layer = layer if layer != name else name.removesuffix(".weight").removesuffix(".bias").removesuffix(".blocks")
-    return any(t in ("all", role(layer)) or f".{layer}".endswith(f".{t}") for t in targets)
+def adapted(name: str) -> str:
+    """The layer that a matrix called `name` is of: itself, or that of the parameter, as it is called without LoRA."""
+    for ending in (".weight", ".bias", ".blocks"):
+        name = name.removesuffix(ending)
+    return name.partition(".lora_")[0].removesuffix(".base_layer")
 
 
 def lora_products(model: nn.Module, who: str) -> list[TrainedMatrix]:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lit_sparse.anatomy import evaluating
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
@@ -104,9 +105,20 @@ def test_a_checkpoint_given_to_the_trainer_alone_resumes_too(method, tmp_path):
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)
     straight, resumed = module(method, tmp_path / "base"), module(method, tmp_path / "base")
     trainer(4, callbacks=[checkpoint], enable_checkpointing=True).fit(straight, datamodule=data())
-    trainer(4).fit(resumed, datamodule=data(), ckpt_path=tmp_path / "ckpt" / "step=2.ckpt")
+    ckpt, wanted = tmp_path / "ckpt" / "step=2.ckpt", trained(straight)
+    trainer(4).fit(resumed, datamodule=data(), ckpt_path=ckpt)
     for name, value in trained(resumed).items():
-        assert torch.equal(value, trained(straight)[name]), name
+        assert torch.equal(value, wanted[name]), name
+    fresh, batch = module(method, tmp_path / "base"), {"input_ids": torch.arange(3, 9)[None]}
+    logits = []
+    for one in (straight, fresh):  # also to one that went on training since: nothing of that is left
+        trainer(4).validate(one, datamodule=data(), ckpt_path=ckpt, verbose=False)
+        with torch.no_grad(), evaluating(one.build()):
+            logits.append(one.build()(**batch).logits)
+    assert torch.equal(*logits)
+    trainer(4).fit(straight, datamodule=data(), ckpt_path=ckpt)
+    for name, value in trained(straight).items():
+        assert torch.equal(value, wanted[name]), name
 
 
 @pytest.mark.parametrize(("method", "kind"), PAIRS)

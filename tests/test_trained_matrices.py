@@ -137,6 +137,10 @@ def test_targets_and_spaces():
     assert [one.name.rpartition(".")[2] for one in some] == ["q_proj", "q_proj", "q_proj", "up_proj"]
     factors = trained_matrices(model, ["v"], "factors", "A test")
     assert [one.name.partition("lora_")[2] for one in factors] == ["A.default.weight", "B.default.weight"] * 3
+    biased = tiny_llm("qwen2")
+    PEFT(LoraConfig(r=4, target_modules="all-linear", bias="all")).attach(biased, no_probe)
+    named = [one.name.rpartition(".")[2] for one in trained_matrices(biased, ["q"], "weights", "A test")]
+    assert sorted(named) == ["bias"] * 3 + ["q_proj"] * 3
     plain = tiny_llm("gpt2")
     assert len(trained_matrices(plain, ["qkv"], "weights", "A test")) == 6  # weights and biases
     assert len(trained_matrices(plain, ["all"], "weights", "A test")) == len(list(plain.parameters()))

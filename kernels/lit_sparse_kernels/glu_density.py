@@ -14,17 +14,12 @@ Legend: T tokens, I intermediate size.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_sparse_kernels.jit import check_matrix, jit, on_cuda, power_of_2, tl
 
-Act = Literal["silu", "gelu", "gelu_tanh", "relu"]
-Proxy = Literal["rational", "tanh"]
-Where = Literal["gate_act", "product"]
 ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 PROXIES = {"rational": 0, "tanh": 1}
 WHERES = {"gate_act": 0, "product": 1}

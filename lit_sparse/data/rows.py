@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-IGNORED = -100
-"""The label of a token that no loss is taken on, as in Hugging Face's models."""
+from lit_sparse.loss import IGNORED
 
 
 class BadRow(ValueError):

@@ -104,6 +104,7 @@ class LitSparse(L.LightningModule, ABC):
         self.trained: set[str] = set()  # names of what was trainable at any time: small checkpoints hold just these
         self.of_training = {"train_loss"}  # names of what is logged in training, which scores no evaluation
         self._attached = False
+        self._moved = False  # whether what trains has other values than it began with
         self._sharded: tuple[Sharded, ...] = ()  # a tuple, as above
         self._widened: dict[torch.nn.Parameter, torch.dtype] = {}
         self._rng: Any = None
@@ -432,6 +433,7 @@ class LitSparse(L.LightningModule, ABC):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._moved = True
         plain = getattr(optimizer, "optimizer", optimizer)
         # Here, since later hooks come after the checkpoint is written; global_step rises after this one.
         changed = [update.after_step(self.global_step + 1, plain) for update in self.updates]
@@ -462,20 +464,24 @@ class LitSparse(L.LightningModule, ABC):
                 self._start_over()
             self.restore(checkpoint)
         self.check_complete(checkpoint)
-        self._rng = checkpoint["lit_sparse"]["rng"]
+        self._moved, self._rng = True, checkpoint["lit_sparse"]["rng"]
 
     def _start_over(self) -> None:
-        """Take back what was prepared for a fresh start, to the bit."""
+        """Take back what was prepared for a fresh start, to the bit; and a training, by beginning with the base."""
         rewritten = is_quantized(self.build()) or any(update.rewrites_base for update in self.updates)
-        if not rewritten and not self._sharded:
+        self.trained = set()
+        if not (rewritten or self._moved or self._sharded):
             self.detach()
+            for parameter, dtype in self._widened.items():
+                parameter.data = parameter.data.to(dtype)
+            self._widened = {}
             return
         if self._given:
             raise BadInput(
                 "the checkpoint was given to the trainer alone, after the model given as base had been changed in a "
                 "way that cannot be taken back exactly; set resume_from of the module to the checkpoint too."
             )
-        self.model, self._attached, self._sharded, self._widened = None, False, (), {}
+        self.model, self._attached, self._moved, self._sharded, self._widened = None, False, False, (), {}
         self.updates = [dataclasses.replace(update) for update in self.updates]  # pyright: ignore[reportArgumentType]
         self.build()
 

@@ -24,7 +24,8 @@ from torch.utils.hooks import RemovableHandle
 from lit_sparse.anatomy import MLP, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.mlp_density import Site, Sums, act_of, check_sites, masked_mean, token_mask
-from lit_sparse.strategies.base import Probe, UpdateStrategy
+from lit_sparse.ranks import averaged
+from lit_sparse.strategies.base import Probe, UpdateStrategy, no_probe
 
 MEMORY = 0.9
 """What the adaptive weights' running densities keep of themselves at each optimizer step."""
@@ -111,7 +112,7 @@ class ActivationDensity(UpdateStrategy):
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         self._step = state["step"]
         self._means = state.get("means")
-        self.attach(model, lambda steps: iter(()))
+        self.attach(model, no_probe)
 
     def _site(self, model: nn.Module, layer: int, mlp: MLP) -> Site:
         if mlp.gate is None and self.where == "product" and mlp.up.endswith("gate_up_proj"):
@@ -170,10 +171,7 @@ class ActivationDensity(UpdateStrategy):
         if self._sites and self.anneal_steps:
             self._set_sharpness()
         if self._seen and self.layer_weights == "adaptive":
-            new = torch.stack(self._seen).mean(0).float()
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(new)  # the same weights on every rank
-                new /= torch.distributed.get_world_size()
+            new = averaged(torch.stack(self._seen).mean(0).float())  # the same weights on every rank
             self._means = new if self._means is None else MEMORY * self._means.to(new.device) + (1 - MEMORY) * new
         self._seen.clear()
         return False

@@ -257,6 +257,13 @@ class L2SP(UpdateStrategy):
     def logged(self) -> dict[str, Tensor]:
         return {"l2sp_penalty": self._value}
 
+    def held(self) -> dict[str, list[Tensor]]:
+        return self._anchors
+
+    def describe(self) -> dict[str, Any]:
+        """What the anchors take in bytes."""
+        return {"bytes": sum(value.nbytes for values in self._anchors.values() for value in values)}
+
     def detach(self, model: nn.Module) -> None:
         self._matrices, self._anchors = [], {}
 

@@ -104,6 +104,10 @@ class UpdateStrategy(ABC):
         """What `restore` needs: tensors, numbers, strings, and lists or dicts of them."""
         return {}
 
+    def held(self) -> Any:
+        """The tensors that the method keeps beside the model's parameters, nested in lists or dicts, for ledgers."""
+        return self.state_dict()
+
 
 def no_probe(steps: int) -> Iterator[Tensor]:
     """The probe of a place that has no training data.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import model_inputs
+from lit_sparse.anatomy import is_quantized_linear, model_inputs
 from lit_sparse.block_linear import BlockLinear
 from lit_sparse.errors import BadInput
+from lit_sparse.loss import CHUNK_LOGITS
 from lit_sparse.mlp_density import token_mask
-from lit_sparse.modules.loss import CHUNK_LOGITS
 from lit_sparse.strategies.base import Probe, UpdateStrategy
 
 
@@ -67,9 +67,7 @@ class KLToBase(UpdateStrategy):
     def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if self._base is None:
             return None
-        mask = token_mask(batch)
-        kept = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask
-        divergence = self._base.divergence(model_inputs(batch), output, kept, self.temperature)
+        divergence = self._base.divergence(model_inputs(batch), output, token_mask(batch), self.temperature)
         self._seen.append(divergence.detach())
         return self.weight * divergence
 
@@ -86,21 +84,30 @@ class KLToBase(UpdateStrategy):
         self._base = None
         self._seen.clear()
 
+    def held(self) -> Sequence[Tensor]:
+        return () if self._base is None else self._base.copies
+
     def describe(self) -> dict[str, Any]:
         """Bytes of the base's weights that are kept apart, since training changes the model's own."""
-        return {} if self._base is None else {"bytes": self._base.bytes}
+        return {"bytes": sum(copy.nbytes for copy in self.held())}
 
 
 class Base:
     """`model` as it came, while `model` is trained.
 
     Its modules are its own, but not its weights: a copy of one is taken before it first trains, or before a checkpoint
-    is loaded over it, and has the dtype that it came in.
+    gives it another value, and has the dtype that it came in.
+
+    Attributes:
+        model: The base.
+        copies: Those of its weights that are its own.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        shared = {id(tensor): tensor for tensor in model.parameters()}
+        shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+        for module in filter(is_quantized_linear, model.modules()):  # bitsandbytes keeps the weights' scales in these
+            shared |= {id(own): own for name in ("state", "quant_state") if (own := getattr(module, name, None))}
         self.model = copy.deepcopy(model, shared).eval()
         self._places: dict[nn.Parameter, list[tuple[dict[str, Any], str]]] = {}
         for one, own in zip(model.modules(), self.model.modules(), strict=True):
@@ -110,14 +117,15 @@ class Base:
                     self._places.setdefault(parameter, []).append((own._parameters, name))
         self._dtypes = {parameter: parameter.dtype for parameter in self._places}
         self._loading: RemovableHandle = model.register_load_state_dict_pre_hook(self._before_loading)
-        self.bytes = 0
+        self.copies: list[nn.Parameter] = []
 
     def close(self) -> None:
         """Take the hook off."""
         self._loading.remove()
 
     def _before_loading(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-        self._keep(p for name, p in model.named_parameters() if f"{prefix}{name}" in state)
+        given = ((p, state.get(f"{prefix}{name}")) for name, p in model.named_parameters())
+        self._keep(p for p, value in given if value is not None and not torch.equal(value.to(p), p))
         self._keep_trained()
 
     def _keep_trained(self) -> None:
@@ -131,7 +139,7 @@ class Base:
             if not places:  # an adapter's, or one that has its copy
                 continue
             own = nn.Parameter(parameter.detach().to(self._dtypes[parameter], copy=True), requires_grad=False)
-            self.bytes += own.nbytes
+            self.copies.append(own)
             for owner, name in places:
                 owner[name] = own
 
@@ -141,6 +149,8 @@ class Base:
         `output` has logits (B, S, V), or the last hidden states (B, S, H), of which logits are made a part at a time.
         """
         self._keep_trained()
+        for own in self.copies:
+            own.data = own.data.to(kept.device)  # the model's own weights are there already
         if "logits" in output:
             with torch.no_grad():
                 theirs = self.model(**inputs).logits

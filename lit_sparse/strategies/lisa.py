@@ -25,6 +25,7 @@ from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.layer_sampling import Sampler, rms, sampler_of
 from lit_sparse.optim import drop_state, shard_like
+from lit_sparse.ranks import averaged
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 
 State = dict[str, Any]
@@ -118,9 +119,7 @@ class LISA(UpdateStrategy):
                 loss.backward()
                 steps += 1
         sums = torch.stack([torch.stack(squares[number]).sum() for number in squares]) / steps
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)  # the same on every rank, or they would draw different layers
-            sums /= torch.distributed.get_world_size()
+        averaged(sums)  # the same on every rank, or they would draw different layers
         counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers]
         return {n: (total / count) ** 0.5 for n, (total, count) in enumerate(zip(sums.tolist(), counts, strict=True))}
 

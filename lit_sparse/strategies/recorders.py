@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lit_sparse.anatomy import decoder_layers, evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse.importance import entry
+from lit_sparse.ranks import averaged
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 from lit_sparse.trained_matrices import DenseGradient, Space, TrainedMatrix, gradient_of, trained_matrices, watch
 
@@ -120,14 +121,6 @@ class RecordImportance(UpdateStrategy):
         return {"matrices": len(sums), "weights": sum(s.numel() for s in sums), "bytes": sum(s.nbytes for s in sums)}
 
 
-def averaged(gradient: Tensor) -> Tensor:
-    """The mean over ranks, in place: each saw the tokens of its own batch only."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradient
-
-
 @dataclasses.dataclass
 class RecordFisher(UpdateStrategy):
     """Record the diagonal Fisher before the first step, for EWC in a later run: AdaptiveRegularization, anchor base.
@@ -213,18 +206,22 @@ class RecordFisher(UpdateStrategy):
 
 @contextmanager
 def one_sample_a_batch(model: nn.Module) -> Iterator[None]:
-    """A block in which a batch of more than one row is refused.
+    """A block in which a batch of more than one row, or a row of several samples, is refused.
 
     Raises:
         BadInput: at the forward of such a batch.
     """
 
     def look(_module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden, places = args[0] if args else kwargs["hidden_states"], kwargs.get("position_ids")
         if hidden.shape[0] > 1:
             raise BadInput(
                 f"RecordFisher squares the gradient of each sample, but a batch has {hidden.shape[0]}; set "
                 "data.batch_size to 1."
+            )
+        if places is not None and int((places == 0).sum()) > 1:  # where a packed row's samples begin
+            raise BadInput(
+                "RecordFisher squares the gradient of each sample, but a row has several; set data.packing to false."
             )
 
     hook = decoder_layers(model)[0].register_forward_pre_hook(look, with_kwargs=True)

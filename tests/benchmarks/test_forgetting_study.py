@@ -106,6 +106,9 @@ def read(path: Path, **options: Any) -> Study:
     return read_study(path, text="text.jsonl", **options)
 
 
+ARMS = ("none_0.001 0.001", "none_0.01 0.01", "adaptive_0.1 0.01", "adaptive_10 0.01", "ewc_1 0.01")
+
+
 class Fake(forgetting.StudyRunner):
     """A runner whose trainings take no time: strong penalties and low rates learn less and forget less."""
 
@@ -148,14 +151,14 @@ def run(path: Path, minutes: float | None = None, results: str = "f.jsonl") -> F
 def test_the_shipped_study_is_whole() -> None:
     study = read_study()
     strengths = {curve.name: list(curve.arms) for curve in study.curves}
-    assert strengths["none"] == [0.0]
-    assert strengths["adaptive"] == strengths["unweighted"] == strengths["ewc"]
+    assert strengths["none"] == [2e-4, 6e-4, 2e-3, 6e-3]
+    assert set(strengths["unweighted"]) <= set(strengths["adaptive"]) == set(strengths["ewc"])
     assert [phase.name for phase in study.phases] == ["general", "fisher"]
     assert len(study.table.seeds) == 3
     for curve in study.curves:
         for arm in curve.arms.values():
             assert arm.model["updates"][0]["init_args"]["start_from"] == study.phases[0].stands
-            assert arm.rates == study.curves[0].swept.rates
+            assert set(arm.rates) <= set(strengths["none"])
     assert "${strength}" not in json.dumps([arm.model for arm in study.table.arms])
     ewc = next(curve for curve in study.curves if curve.name == "ewc").swept
     assert ewc.model["updates"][1]["init_args"]["importance"] == study.phases[1].stands
@@ -163,7 +166,8 @@ def test_the_shipped_study_is_whole() -> None:
 
 def test_another_first_phase_is_another_trial(write: Write) -> None:
     def identities(study: Study) -> list[str]:
-        return [study.table.sweep(curve.swept)[0].identity(STACK) for curve in study.curves]
+        trials = [study.table.trial(next(iter(curve.arms.values())), 1e-3, 0) for curve in study.curves]
+        return [trial.identity(STACK) for trial in trials]
 
     none, adaptive, ewc = identities(read(write()))
     assert identities(read(write())) == [none, adaptive, ewc]
@@ -173,6 +177,9 @@ def test_another_first_phase_is_another_trial(write: Write) -> None:
     assert changed[:2] == [none, adaptive]
     assert changed[2] != ewc
     assert not {none, adaptive, ewc} & set(identities(read(write(text_rows=13))))
+    data = {**WORKLOAD["data"], "init_args": {**WORKLOAD["data"]["init_args"], "heldout": 9}}
+    other = read(write(workload={**WORKLOAD, "data": data}))
+    assert other.phases[0].stands != read(write()).phases[0].stands  # of whose text other rows are scored
 
 
 @pytest.mark.parametrize(
@@ -184,6 +191,10 @@ def test_another_first_phase_is_another_trial(write: Write) -> None:
         ({"text_rows": 33}, "text.jsonl has 32 rows that are not scored, and the first phase is to see 33"),
         ({"methods": {"a": {"updates": [GO_ON], "strengths": [1], "swept": 2, "lr": [1]}}}, "a is swept at 2"),
         ({"workload": {**WORKLOAD, "trainer": {"max_steps": 2}}}, r"no lit_sparse.forgetting.Forgetting among"),
+        (
+            {"workload": {**WORKLOAD, "data": {"class_path": "lit_sparse.data.Instructions"}}},
+            "no data.init_args.heldout",
+        ),
     ],
 )
 def test_a_bad_study_is_refused_in_a_sentence(
@@ -220,9 +231,9 @@ def test_what_is_recorded_on_is_not_scored(write: Write) -> None:
 def test_rates_are_swept_at_one_strength_and_taken_to_all(write: Write) -> None:
     runner = run(write())
     assert runner.did == [
-        *("none 0.001 0", "none 0.01 0", "adaptive_0.1 0.001 0", "adaptive_0.1 0.01 0", "ewc_1 0.01 0"),
-        "adaptive_10 0.01 0",
-        *(f"{arm} 0.01 {seed}" for seed in (1, 2) for arm in ("none", "adaptive_0.1", "adaptive_10", "ewc_1")),
+        *("adaptive_0.1 0.001 0", "adaptive_0.1 0.01 0", "ewc_1 0.01 0"),
+        *("none_0.001 0.001 0", "none_0.01 0.01 0", "adaptive_10 0.01 0"),
+        *(f"{arm} {seed}" for seed in (1, 2) for arm in ARMS),
     ]
     assert left(runner.study, runner.results) == 0
     assert run(write()).did == []
@@ -238,10 +249,10 @@ def test_a_killed_study_goes_on_where_it_was(write: Write) -> None:
     killed = Killed(read(write()), Path("f.jsonl"))
     with pytest.raises(KeyboardInterrupt):
         killed.run()
-    assert left(killed.study, killed.results) == 7
+    assert left(killed.study, killed.results) == 9
     assert killed.did + run(write()).did == run(write(), results="straight.jsonl").did
     lines = [json.loads(line) for line in Path("f.jsonl").read_text().splitlines()]
-    assert len({line["identity"] for line in lines}) == len(lines) == 14
+    assert len({line["identity"] for line in lines}) == len(lines) == 16
     assert {line["bench"] for line in lines} == {"forgetting"}
     assert sum("heldout_loss" in line["before"] for line in lines) == 3  # once a seed
 
@@ -257,14 +268,14 @@ def test_a_method_whose_sweep_failed_has_no_points(write: Write) -> None:
     runner.run()
     assert list(runner.failed) == ["adaptive_0.1, lr 0.001, seed 0"]
     assert {point.curve.name for point in tradeoff.points(runner.study, runner.results)} == {"none", "ewc"}
-    assert runner.left() == (6, 0)
+    assert runner.left() == (6, 0)  # a rate of the sweep, and five points that wait for it
 
 
 def test_no_time_is_no_phase(write: Write) -> None:
     runner = run(write(), minutes=0)
     assert runner.did == []
     assert not Path("runs").exists()
-    assert runner.left() == (14, 0)
+    assert runner.left() == (16, 0)
 
 
 # ---- costs
@@ -388,7 +399,13 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
     text = tradeoff.shown(runner.study, runner.results)
     first = "| first phase |  | - | 2.0000 ± 0.0000 | 3.0000 ± 0.0000 | ask 50.0% ± 0.0% | - |  |"
     assert first in text
-    assert "| none | - | 0.01 | 1.5100 ± 0.0100 | 3.5100 ± 0.0100 | ask 25.0% ± 0.0% | 3 | highest rate tried |" in text
+    assert "| none | - | 0.01 | 1.5100 ± 0.0100 | 3.5100 ± 0.0100 | ask 25.0% ± 0.0% | 3 |  |" in text
+    remark = "general: lower; domain: higher"
+    assert f"| none | - | 0.001 | 1.9600 ± 0.0100 | 3.0600 ± 0.0100 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
+    assert "| base |" not in text
+    about = {**ABOUT, "kind": "phase", "identity": runner.study.phases[0].stands, "seconds": 1.0}
+    runner.results.append({**about, "before": {"general_loss": 4.0}, "after": {"general_loss": 3.0}})
+    assert "| base |  | - | - | 4.0000 | - | - |  |" in tradeoff.shown(runner.study, runner.results)
     remark = "general: lower; domain: higher; highest rate tried"
     assert f"| adaptive | 10 | 0.01 | 1.9645 ± 0.0100 | 3.0555 ± 0.0100 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
     assert "| a Fisher of all weights (EWC-LoRA's recipe) | 9.000 | 50.0 | 18.00 | 8.0 | 100.0% |" in text
@@ -405,7 +422,7 @@ def test_gaps_within_the_spread_are_ties_and_missing_seeds_are_named(write: Writ
     assert rows["adaptive", "0.001"][-1].startswith("general: tie; domain: tie")
     part = read(write(methods=methods), seeds=[0, 1, 2, 3])
     rows = {(row[0], row[1]): row for row in tradeoff.cells(part, runner.results)}
-    assert rows["none", "-"][-1] == "highest rate tried; incomplete: 3 of 4 seeds"
+    assert rows["none", "-"][-1] == "incomplete: 3 of 4 seeds"
 
 
 def test_the_readme_has_the_newest_and_says_where_there_is_nothing(
@@ -426,7 +443,7 @@ def test_the_figure_has_a_curve_for_each_method(write: Write, monkeypatch: pytes
     assert tradeoff.changes(Path("f.jsonl")) == {}
     run(path)
     curves = tradeoff.changes(Path("f.jsonl"))
-    assert {name: len(curve) for name, curve in curves.items()} == {"none": 1, "adaptive": 2, "ewc": 1}
+    assert {name: len(curve) for name, curve in curves.items()} == {"none": 2, "adaptive": 2, "ewc": 1}
     (axes,) = plots.forgetting(curves).axes
     handles, labels = axes.get_legend_handles_labels()
     assert labels == ["none", "adaptive", "ewc"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.checkpoints import get_rng, set_rng
@@ -176,6 +177,21 @@ def test_a_compiled_model_trains_to_the_same_loss():
         model, _ = fitted(2, updates=[SMT(trainable_fraction=0.05, block_size=8)], compile=compiled)
         losses.append(model.loss(batch)[0])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cap_that_small_logits_do_not_show_is_noticed():
+    config = Gemma2Config(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    assert not CausalLM(base=Gemma2ForCausalLM(config)).head_is_plain
+    config.final_logit_softcapping = None
+    assert CausalLM(base=Gemma2ForCausalLM(config)).head_is_plain
 
 
 def test_a_head_that_caps_its_logits_is_noticed():

@@ -27,7 +27,7 @@ from lit_sparse.modules.loading import load_base, quantization
 from lit_sparse.optim import trainable
 from lit_sparse.recorder import Recorder
 from lit_sparse.runs import LAST
-from lit_sparse.strategies import PEFT, SMT
+from lit_sparse.strategies import PEFT, SMT, KLToBase
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.testing import TINY, tiny_encoder, tiny_llm
 from lit_sparse_profiling.profiler import Plan
@@ -68,6 +68,28 @@ def decoder_classifier() -> LlamaForSequenceClassification:
 def labelled(seed: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 96, (3, 8), generator=torch.Generator().manual_seed(seed))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2])}
+
+
+@pytest.mark.parametrize("quantize", KINDS)
+def test_what_is_held_at_the_base_is_held_at_the_quantised_one(quantize: Any, base: Path, tmp_path: Path) -> None:
+    """A new adapter predicts what the base does; the base's scales are there to see that, and nothing is copied."""
+    updates = [KLToBase(), PEFT(peft.LoraConfig(**LINEARS))]  # pyright: ignore[reportArgumentType]
+    model = CausalLM(str(base), updates=updates, quantize=quantize, precision="float32", lr=1e-2, full_checkpoints=True)
+    seen: list[float] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
+            seen.append(float(trainer.callback_metrics["kl_to_base"]))
+
+    tiny_llm("llama").save_pretrained(base)  # without dropout, which only the model in training has
+    fit = trainer(4, callbacks=[Look()])
+    fit.fit(model, datamodule=data())
+    assert seen[0] == pytest.approx(0, abs=1e-5)
+    assert seen[-1] > 1e-4
+    fit.save_checkpoint(tmp_path / "last.ckpt")
+    again = CausalLM(str(base), updates=[KLToBase(), PEFT(peft.LoraConfig(**LINEARS))], quantize=quantize)  # pyright: ignore
+    trainer(5).fit(again, datamodule=data(), ckpt_path=tmp_path / "last.ckpt")
+    assert updates[0].describe() == again.updates[0].describe() == {"bytes": 0}
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -200,7 +200,7 @@ def test_a_compiled_model_has_the_same_penalty(kind):
         if compiled:
             model.base_model.compile(backend="aot_eager", fullgraph=True)
         for _ in range(2):
-            penalty = strategy.penalty({}, model.base_model(input_ids=IDS, use_cache=False))
+            penalty = strategy.penalty({"input_ids": IDS}, model.base_model(input_ids=IDS, use_cache=False))
             penalty.backward()
         grads.append([penalty.detach(), *(p.grad for p in model.parameters() if p.grad is not None and p.grad.any())])
     assert len(grads[0]) > 5
@@ -213,7 +213,7 @@ def test_a_pass_that_keeps_no_gradients_is_refused():
     with torch.no_grad():
         model(input_ids=IDS)
     with pytest.raises(BadInput, match="no MLP was run where gradients are kept"):
-        strategy.penalty({}, None)
+        strategy.penalty({"input_ids": IDS}, None)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -239,7 +239,7 @@ def test_detaching_leaves_nothing_and_a_copy_has_its_own(kind):
     for module in model.modules():
         assert "forward" not in module.__dict__
         assert not module._forward_pre_hooks
-    assert strategy.penalty({}, None) is None
+    assert strategy.penalty({"input_ids": IDS}, None) is None
 
 
 def test_weight_zero_is_the_run_without():
@@ -264,14 +264,14 @@ def test_density_falls_with_the_weight():
         for _ in range(25):
             optimizer.zero_grad()
             output = model(input_ids=IDS, labels=IDS)
-            penalty = strategy.penalty({}, output)
+            penalty = strategy.penalty({"input_ids": IDS}, output)
             (output.loss + (0 if penalty is None else penalty)).backward()
             optimizer.step()
         strategy.detach(model)
         probe = ActivationDensity(proxy="tanh", beta=20.0)
         probe.attach(model, no_probe)
         model(input_ids=IDS)
-        densities.append(float(probe.penalty({}, None).detach()))
+        densities.append(float(probe.penalty({"input_ids": IDS}, None).detach()))
     assert densities[0] > 1.1 * densities[1] > 1.2 * densities[2]
 
 

@@ -11,6 +11,7 @@ from lit_sparse.strategies import LISA, PEFT, SMT, KLToBase, compose
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.strategies.kl_to_base import Base, kl
 from lit_sparse.testing import tiny_encoder, tiny_llm
+from lit_sparse_profiling.ledger import ledger
 from tests.test_contract import data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -117,7 +118,7 @@ def test_the_base_stays_as_it_came(method, base, tmp_path):
         now = dict(kept.model.named_parameters())
         assert now.keys() == by_name.keys()
         assert all(torch.equal(now[name], value) for name, value in by_name.items())
-        assert kept.bytes <= sum(value.nbytes for value in by_name.values())
+        assert sum(copy.nbytes for copy in kept.copies) <= sum(value.nbytes for value in by_name.values())
     sizes = straight.updates[0].describe()["bytes"], resumed.updates[0].describe()["bytes"]
     assert (sizes == (0, 0)) == (method in ("lora", "delta"))
     ours, theirs = (dict(module.build().named_parameters()) for module in (straight, resumed))
@@ -135,6 +136,38 @@ def test_the_base_is_kept_in_the_type_it_came_in(base):
     plain = tiny_llm("qwen2").bfloat16()
     for (name, value), own in zip(plain.named_parameters(), kept.model.parameters(), strict=True):
         assert torch.equal(own, value), name
+
+
+@pytest.mark.parametrize("method", ["full", "lisa"])
+def test_a_checkpoint_given_to_the_trainer_alone_finds_the_base_as_it_came(method, base, tmp_path):
+    config = {"base": str(base), "precision": "bfloat16", "lr": 1e-2}
+    updates = [*METHODS[method], {"class_path": "KLToBase"}]
+    straight, resumed = (build_module({"model": {**config, "updates": updates}}) for _ in range(2))
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    trainer(4, callbacks=[checkpoint], enable_checkpointing=True).fit(straight, datamodule=data())
+    trainer(4).fit(resumed, datamodule=data(), ckpt_path=tmp_path / "step=2.ckpt")
+    plain = list(tiny_llm("qwen2").bfloat16().parameters())
+    for module in (straight, resumed):
+        kept = list(module.updates[0]._base.model.parameters())
+        assert all(torch.equal(own, value) and own.dtype == value.dtype for own, value in zip(kept, plain, strict=True))
+
+
+def test_a_full_checkpoint_takes_no_copy_of_what_is_frozen(base, tmp_path):
+    config = {"base": str(base), "lr": 1e-2, "full_checkpoints": True}
+    updates = [*METHODS["lora"], {"class_path": "KLToBase"}]
+    first, second = (build_module({"model": {**config, "updates": updates}}) for _ in range(2))
+    fit = trainer(2)
+    fit.fit(first, datamodule=data())
+    fit.save_checkpoint(tmp_path / "full.ckpt")
+    trainer(4).fit(second, datamodule=data(), ckpt_path=tmp_path / "full.ckpt")
+    assert second.updates[0].describe() == {"bytes": 0}
+
+
+def test_the_copies_are_in_the_ledger(base):
+    module = module_of(base, "full")
+    trainer(1).fit(module, datamodule=data())
+    held = ledger(module, None, [update.held() for update in module.updates])
+    assert held.strategy == module.updates[0].describe()["bytes"] == sum(p.nbytes for p in module.build().parameters())
 
 
 def test_it_holds_predictions(base):

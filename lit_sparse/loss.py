@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORED = -100
+"""The label of a token that no loss is taken on, as in Hugging Face's models."""
 CHUNK_LOGITS = 2**24
 """Logits held at a time: 64 MiB in fp32."""
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_sparse.modules import loss as module
-from lit_sparse.modules.loss import next_token_loss, next_token_scores
+from lit_sparse import loss as module
+from lit_sparse.loss import next_token_loss, next_token_scores
 
 
 def example(dtype=torch.float64, bias=True):
