@@ -20,17 +20,16 @@ from typing import Any, ClassVar
 
 from benchmarks.curves import STUDY, Phase, Study, belonging, left, read_study, work
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.quality import AT_THE_END, QUIET, Runner, Work, in_words, stack_of, written
+from benchmarks.quality import AT_THE_END, QUIET, Runner, Work, checkpointed, claim, fitted, in_words, stack_of, written
 from benchmarks.ranking import SCORE, Results
 from benchmarks.recording import measure_costs
 from benchmarks.tradeoff import shown
 from benchmarks.trials import Config, Trial, filled
 from lit_sparse import demo
-from lit_sparse.checkpoints import LAST
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
 from lit_sparse.forgetting import Forgetting, rows_of, untrained
-from lit_sparse_profiling.bench import Job, execute, finished
+from lit_sparse_profiling.bench import Job
 from lit_sparse_profiling.record import RunRecord
 
 RESULTS = ROOT / "benchmarks" / "results" / "forgetting.jsonl"
@@ -118,7 +117,8 @@ class StudyRunner(Runner):
             return
         self.folders[TEXT] = str(write_text(self.study, self.root))
         for phase in self.study.phases:
-            self.folders[phase.stands] = str(self.made_phase(phase))
+            with claim(self.root / "claims" / phase.name, wait=True):
+                self.folders[phase.stands] = str(self.made_phase(phase))
         super().run(None if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60))
 
     def made_phase(self, phase: Phase) -> Path:
@@ -132,14 +132,11 @@ class StudyRunner(Runner):
         command = [sys.executable, "-m", "lit_sparse", "fit", f"--config={file}", *QUIET, f"--run={name}"]
         place = [f"--trainer.default_root_dir={self.root}", f"--checkpoint_steps={AT_THE_END}"]
         job = Job(name, [*command, *place], {"phase": phase.stands, **self.results.stack})
-        if done := [folder for folder in finished(self.root, job) if (folder / LAST).is_file()]:
-            return done[-1]
+        if (done := checkpointed(self.root, job)) is not None:
+            return done
         self.say(f"first phase: {phase.name}")
-        begun = time.monotonic()
-        folder = execute(job, self.root)
+        begun, folder = time.monotonic(), fitted(self.root, job)
         record = RunRecord.read(folder / "record.json")
-        if record.status != "ok":
-            raise RuntimeError(f"the phase {phase.name} {record.status}: {record.reason}")
         self.results.append(phase_line(phase, record, self.results.stack, time.monotonic() - begun))
         return folder
 

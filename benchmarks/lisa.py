@@ -20,13 +20,14 @@ import torch
 from torch import nn
 
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.quality import QUIET
+from benchmarks.quality import QUIET, checkpointed, fitted
 from benchmarks.readme import Line
+from benchmarks.trials import digest
 from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers
-from lit_sparse.checkpoints import LAST
+from lit_sparse.configs import found
 from lit_sparse.merge import Merge
-from lit_sparse_profiling.bench import Job, execute, finished
+from lit_sparse_profiling.bench import Job, sources
 from lit_sparse_profiling.record import RunRecord
 
 HERE = ROOT / "benchmarks" / "lisa"
@@ -108,17 +109,14 @@ def norms(into: Path) -> Iterator[Line]:
 
 def trained(name: str, yaml: str, rate: float, into: Path) -> Path:
     """The folder of a fit on grade-school problems, of an earlier one if it is there."""
-    config = [f"--config={yaml}", f"--config={ROOT / 'benchmarks' / 'quality' / 'workloads' / 'demo.yaml'}"]
+    files = [found(yaml), str(ROOT / "benchmarks" / "quality" / "workloads" / "demo.yaml")]
+    config = [f"--config={file}" for file in files]
     ends = [f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.num_sanity_val_steps=0"]
     place = [f"--run={name}", f"--trainer.default_root_dir={into}", f"--checkpoint_steps={STEPS}"]
     command = [sys.executable, "-m", "lit_sparse", "fit", *config, f"--model.lr={rate}", *ends, *place, *QUIET]
-    job = Job(name, command, {"lr": f"{rate:g}", "steps": str(STEPS)})
-    done = [folder for folder in finished(into, job) if (folder / LAST).is_file()]
-    folder = done[-1] if done else execute(job, into)
-    record = RunRecord.read(folder / "record.json")
-    if record.status != "ok":
-        raise RuntimeError(f"{name} has no result: {record.reason}")
-    return folder
+    code = sources([ROOT / folder for folder in ("lit_sparse", "kernels")])
+    job = Job(name, command, {"lr": f"{rate:g}", "steps": str(STEPS), "made": digest({"files": files}, {"code": code})})
+    return checkpointed(into, job) or fitted(into, job)
 
 
 @torch.no_grad()

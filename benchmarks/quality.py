@@ -2,18 +2,21 @@
 
 `python -m benchmarks.quality TABLE` runs a table of benchmarks/quality (or any such YAML file). Each trial is
 `lit-sparse fit` in a process of its own; its line is appended to benchmarks/results/quality.jsonl when it ends, and no
-trial that has a line is made again, whichever table asks for it. A line is of one configuration on one kind of device
-and one set of versions, not of a commit: where a change of the code makes one untrue, delete it.
+trial that has a line is made again, whichever table asks for it. Processes with the same folders share the work, each
+for instance on a GPU of its own (CUDA_VISIBLE_DEVICES). A line is of one configuration on one kind of device and one set
+of versions, not of a commit: where a change of the code makes one untrue, delete it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +33,7 @@ from benchmarks.readme import Line, table
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
-from lit_sparse_profiling.bench import REFUSED, Job, execute, verdict
+from lit_sparse_profiling.bench import REFUSED, Job, execute, finished, verdict
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.runs import folders
 
@@ -43,6 +46,8 @@ QUIET = (
     "--trainer.enable_model_summary=false",
 )
 """What of a fit does not touch its result."""
+WAIT = 2.0
+"""Seconds after which to look again, where other processes are at all that can be done now."""
 AT_THE_END = 10**9
 """Steps between checkpoints: one is written at the end of training only."""
 
@@ -125,15 +130,37 @@ class Runner:
     def run(self, minutes: float | None = None) -> None:
         """Do all that is missing; after so many minutes nothing more is begun. What fails is not tried again."""
         begun = time.monotonic()
-        while (one := self._next()) is not None:
+        while self.open():
             if minutes is not None and time.monotonic() - begun >= minutes * 60:
                 return
-            self.say(f"{one} (left: {in_words(self.left())})")
-            try:
-                (self.test if one.test else self.train)(one.trial)
-            except RuntimeError as error:
-                self.failed[str(one)] = str(error)
-                self.say(f"{one}: {error}")
+            if not self._do_one():
+                time.sleep(WAIT)
+
+    def open(self) -> list[Work]:
+        """What can be done now and has not failed; others may have done some of it meanwhile."""
+        self.results.read()
+        return [one for one in self.work() if str(one) not in self.failed]
+
+    def _do_one(self) -> bool:
+        """Do something that no other process is at; False if there is nothing."""
+        for one in self.open():
+            with claim(self.claim_of(one)) as ours:
+                if ours and one in self.open():
+                    self._do(one)
+                    return True
+        return False
+
+    def claim_of(self, one: Work) -> Path:
+        """The file that whoever does it holds, whichever table it does it for."""
+        return self.root / "claims" / f"{one.trial.identity(self.results.stack)[:16]}{'_test' if one.test else ''}"
+
+    def _do(self, one: Work) -> None:
+        self.say(f"{one} (left: {in_words(self.left())})")
+        try:
+            (self.test if one.test else self.train)(one.trial)
+        except RuntimeError as error:
+            self.failed[str(one)] = str(error)
+            self.say(f"{one}: {error}")
 
     def work(self) -> Iterator[Work]:
         """What is missing and can be done now."""
@@ -150,9 +177,6 @@ class Runner:
     def configured(self, trial: Trial) -> Config:
         """The configuration that `lit-sparse fit` is given for it."""
         return trial.config
-
-    def _next(self) -> Work | None:
-        return next((one for one in self.work() if str(one) not in self.failed), None)
 
     def train(self, trial: Trial) -> None:
         """Train and keep the line; of a sweep only the best one's checkpoint is kept.
@@ -198,11 +222,7 @@ class Runner:
         scored = 0 if self.begun(trial) else -1
         command = [sys.executable, "-m", "lit_sparse", "fit", f"--config={file}", *QUIET, f"--run={name}"]
         place = [f"--trainer.default_root_dir={self.root}", f"--trainer.num_sanity_val_steps={scored}"]
-        folder = execute(Job(name, [*command, *place, f"--checkpoint_steps={steps}"], {}), self.root)
-        record = RunRecord.read(folder / "record.json")
-        if record.status != "ok":
-            raise RuntimeError(f"{record.status}: {record.reason}")
-        return folder
+        return fitted(self.root, Job(name, [*command, *place, f"--checkpoint_steps={steps}"], {}))
 
     def _name(self, trial: Trial) -> str:
         return f"{trial.arm.name}_{trial.identity(self.results.stack)[:8]}"
@@ -223,6 +243,42 @@ class Runner:
         """Take its checkpoints away, those of trainings that were killed too: full fine-tuning's has three models."""
         for folder in folders(self.root, self._name(trial)):
             (folder / LAST).unlink(missing_ok=True)
+
+
+@contextmanager
+def claim(path: Path, wait: bool = False) -> Iterator[bool]:
+    """A block in which nobody else has `path`; False where another process has it. Its death gives it up.
+
+    Args:
+        wait: Until it is free.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def fitted(root: Path, job: Job) -> Path:
+    """The folder of a run made now.
+
+    Raises:
+        RuntimeError: if it did not end well.
+    """
+    folder = execute(job, root)
+    record = RunRecord.read(folder / "record.json")
+    if record.status != "ok":
+        raise RuntimeError(f"{job.name} {record.status}: {record.reason}")
+    return folder
+
+
+def checkpointed(root: Path, job: Job) -> Path | None:
+    """The folder of this very job's newest run that has a checkpoint, if there is one."""
+    done = [folder for folder in finished(root, job) if (folder / LAST).is_file()]
+    return done[-1] if done else None
 
 
 def fit_line(trial: Trial, record: RunRecord, stack: Mapping[str, str], seconds: float, bench: str = "quality") -> Line:
@@ -333,7 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = read_table(asked.table, asked.workload, asked.steps, asked.seeds)
         results = Results(asked.results, stack_of(made.workload))
         runner = Runner(made, results, asked.into)
-        code = finished(runner, asked.minutes)
+        code = ended(runner, asked.minutes)
     except BadInput as error:
         print(f"quality: {error}", file=sys.stderr)
         return 2
@@ -343,7 +399,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def finished(runner: Runner, minutes: float | None) -> int:
+def ended(runner: Runner, minutes: float | None) -> int:
     """Run; the exit status."""
     code = 0
     try:

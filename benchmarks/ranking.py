@@ -38,11 +38,19 @@ class Results:
 
     def __init__(self, path: Path, stack: Mapping[str, str]) -> None:
         self.path, self.stack = path, dict(stack)
+        self.read()
+
+    def read(self) -> None:
+        """Take the file as it is now: other processes append to it too.
+
+        Raises:
+            BadInput: as above.
+        """
         self.fits: dict[str, Line] = {}
         self.tests: dict[tuple[str, str], Line] = {}
         self.untrained: dict[str, dict[str, float]] = {}
         self.others: list[Line] = []  # of other kinds than trainings and tests
-        for line in read_results(path):
+        for line in read_results(self.path):
             self._take(line)
 
     def _take(self, line: Line) -> None:

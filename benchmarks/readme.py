@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-MARKED = re.compile(r"(<!-- begin:(?P<name>[\w-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- begin:(?P<name>[\w.-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
 MARK = re.compile(r"<!-- (?:begin|end):")
 
 PROVENANCE = {"commit", "date", "device", "versions"}
@@ -94,7 +94,7 @@ def gpu(results: Path) -> str:
     """The methods on a GPU: one table a device and model; a sentence where none was at hand."""
     command = "python -m benchmarks.gpu"
     if not (results / "gpu.jsonl").exists():
-        return f"Not measured yet: no GPU was at hand. `make gpu` (`{command}`) measures and writes this table."
+        return f"Not measured yet: no GPU was at hand. `make gpu` (`{command}`) measures this table."
     lines = read_lines(results / "gpu.jsonl", command)
     places = dict.fromkeys((line["device"], line["model"]) for line in lines)
     return "\n\n".join(gpu_on(*place, lines, command) for place in places)

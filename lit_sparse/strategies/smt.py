@@ -4,9 +4,10 @@ Sparse Matrix Tuning, arXiv 2405.15525. The blocks with the largest gradients on
 each has an fp32 master that the optimizer updates and that is written into the weight after every step, so that the
 forward is an ordinary linear layer. The backward forms the gradients of the chosen blocks only.
 
-Differences from the authors' code, each on purpose: blocks are scored by mean |gradient| (theirs takes |mean gradient|,
-which ranks noise; `score: mean_abs` has it), scoring does not train (`warmup: update` does), biases are kept, and the
-input columns saved for the backward are packed copies, shared by the layers that read the same input.
+Differences from the authors' code, each on purpose: blocks are scored by mean |gradient|, as the paper has it (theirs
+takes |mean gradient|, in which noise is lost: `score: mean_abs`; the README compares them), scoring does not train
+(`warmup: update` does), biases are kept, and the input columns saved for the backward are packed copies, shared by the
+layers that read the same input.
 """
 
 import dataclasses

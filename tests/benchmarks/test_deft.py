@@ -33,6 +33,8 @@ def test_penalised_arms_differ_in_the_penalty_alone(name, ours, original):
     workloads = [read_yaml(trials.TABLES / "workloads" / f"{file}.yaml") for file in (ours, original)]
     assert workloads[0].pop("trainer")["callbacks"] == ["lit_sparse.density.DensityMonitor"]
     assert workloads[1].pop("trainer").keys() == {"max_steps"}
+    rows = [workload["data"]["init_args"].pop("heldout") for workload in workloads]
+    assert rows[0] >= rows[1]
     assert workloads[0] == workloads[1]
 
 

@@ -120,6 +120,24 @@ def test_nothing_is_trained_twice_whatever_table_asks_for_it(write: Write) -> No
     assert cells(runner)["sparse"][-2] == "3"
 
 
+def test_processes_share_the_work(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another is at is waited for where nothing else can be done, and not done again."""
+    made = read_table(write(arms={"lora": ARMS["lora"]}))
+    runner, other = (Fake(made, Path("q.jsonl")) for _ in range(2))
+    trial = made.sweep(made.arms[0])[0]
+    taken = quality.claim(other.claim_of(quality.Work(trial)))
+
+    def finish(seconds: float) -> None:
+        other.train(trial)
+        taken.__exit__(None, None, None)
+
+    monkeypatch.setattr(quality.time, "sleep", finish)
+    assert taken.__enter__()
+    runner.run()
+    assert runner.did == ["lora 0.0005 1", "lora 0.0005 2"]
+    assert other.did == ["lora 0.0005 0"]
+
+
 def test_what_makes_another_result_is_another_trial(write: Write, tmp_path: Path) -> None:
     made = read_table(write())
     trial = made.trial(made.arms[0], 1e-3, 0)

@@ -134,6 +134,11 @@ def test_the_profiler_s_overhead_is_a_sentence(checkout: Path) -> None:
     assert "Measured by `python -m benchmarks.overhead` on a CPU" in written(checkout)
 
 
+def test_every_table_has_a_name_that_a_mark_may_have() -> None:
+    for name in readme.BLOCKS:
+        assert readme.MARKED.search(f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->\n"), name
+
+
 def test_a_readme_without_blocks_is_up_to_date(checkout: Path) -> None:
     rewrite_readme(checkout, "# Title\n")
     assert readme.main(["--check"], checkout) == 0
