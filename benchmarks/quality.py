@@ -3,8 +3,8 @@
 `python -m benchmarks.quality TABLE` runs a table of benchmarks/quality (or any such YAML file). Each trial is
 `lit-sparse fit` in a process of its own; its line is appended to benchmarks/results/quality.jsonl when it ends, and no
 trial that has a line is made again, whichever table asks for it. Processes with the same folders share the work, each
-for instance on a GPU of its own (CUDA_VISIBLE_DEVICES). A line is of one configuration on one kind of device and one set
-of versions, not of a commit: where a change of the code makes one untrue, delete it.
+for instance on a GPU of its own (CUDA_VISIBLE_DEVICES). A line is of one configuration on one kind of device and one
+set of versions, not of a commit: where a change of the code makes one untrue, delete it.
 """
 
 from __future__ import annotations
