@@ -117,3 +117,14 @@ def _seed(state: Tensor, rank: int) -> None:
     seed = int.from_bytes(digest[:4])
     torch.manual_seed(seed)
     random.seed(seed)
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values of a checkpoint are the same: tensors (wherever they are), numbers, strings, lists, dicts."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(alike, one, other))
+    return type(one) is type(other) and bool(one == other)

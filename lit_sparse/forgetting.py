@@ -27,7 +27,7 @@ from lit_sparse.data.rows import IGNORED
 from lit_sparse.data.sources import Row, digest, read
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
-from lit_sparse.modules.metrics import TokenScores
+from lit_sparse.modules.metrics import TokenScores, right_choices
 
 QUESTIONS = ("piqa", "sciq", "arc_easy", "hellaswag")
 
@@ -153,10 +153,7 @@ class Forgetting(Callback):
 
 def right(nll: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
     """Whether the choice of the lowest mean nll a token is the right one, (items,) bool, from nll (B, S-1)."""
-    mean = nll.sum(1) / (batch["labels"][:, 1:] != IGNORED).sum(1)
-    table = torch.full((len(batch["label"]), int(batch["choice"].max()) + 1), torch.inf, device=nll.device)
-    table[batch["item"], batch["choice"]] = mean
-    return table.argmin(1) == batch["label"]
+    return right_choices(nll.sum(1) / (batch["labels"][:, 1:] != IGNORED).sum(1), batch)
 
 
 def choice_tokens(examples: Sequence[Example]) -> int:

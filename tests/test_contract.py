@@ -13,7 +13,7 @@ from lit_sparse.anatomy import evaluating
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import LitSparse
+from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.recorder import Recorder
 from lit_sparse.runs import build_module
@@ -119,6 +119,30 @@ def test_a_checkpoint_given_to_the_trainer_alone_resumes_too(method, tmp_path):
     trainer(4).fit(straight, datamodule=data(), ckpt_path=ckpt)
     for name, value in trained(straight).items():
         assert torch.equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "smt", "pissa", "lisa"])
+def test_a_model_given_goes_back_to_a_checkpoint(method, tmp_path):
+    """Loaded over what was trained since, where nothing of that is left then; else refused."""
+    task, batch = module(method, "unused"), {"input_ids": torch.arange(3, 9)[None]}
+    task = CausalLM(tiny_llm("llama"), updates=task.updates, lr=1e-2)
+    checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit = trainer(3, callbacks=[checkpoint], enable_checkpointing=True)
+    fit.fit(task, datamodule=data())
+    if method == "lisa":
+        with pytest.raises(BadInput, match="make a new module of the model loaded anew"):
+            trainer(3).validate(task, datamodule=data(), ckpt_path=tmp_path / "step=1.ckpt", verbose=False)
+        return
+    last = fit.checkpoint_callback.last_model_path or tmp_path / "step=3.ckpt"
+    with torch.no_grad(), evaluating(task.build()):
+        wanted = task.build()(**batch).logits
+    before = {name: value.clone() for name, value in task.build().state_dict().items()}
+    trainer(3).validate(task, datamodule=data(), ckpt_path=tmp_path / "step=1.ckpt", verbose=False)
+    assert not all(torch.equal(value, before[name]) for name, value in task.build().state_dict().items())
+    trainer(3).validate(task, datamodule=data(), ckpt_path=last, verbose=False)
+    with torch.no_grad(), evaluating(task.build()):
+        assert torch.equal(task.build()(**batch).logits, wanted)
+    assert all(torch.equal(value, before[name]) for name, value in task.build().state_dict().items())
 
 
 @pytest.mark.parametrize(("method", "kind"), PAIRS)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -20,9 +19,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import is_quantized, weights_in
-from lit_sparse.checkpoints import fingerprint, forked_rng, get_rng, read_checkpoint, set_rng
+from lit_sparse.checkpoints import alike, fingerprint, forked_rng, get_rng, read_checkpoint, set_rng
 from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.checks import HALF, check_masters, check_sharding, check_trainer
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable
@@ -31,7 +31,6 @@ from lit_sparse.strategies.base import UpdateStrategy, check_keeps_base, compose
 from lit_sparse_profiling.phases import Phases
 
 Precision = Literal["auto", "float32", "bfloat16"]
-HALF = (torch.bfloat16, torch.float16)
 CLIP_EPS = 1e-6
 """What torch adds to a norm before it divides by it, in clip_grad_norm_."""
 
@@ -129,7 +128,9 @@ class LitSparse(L.LightningModule, ABC):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             self.phases = Phases(self.device_to_be)
-            self._refuse_trainer_settings()
+            check_trainer(self.trainer, self.updates)
+            if self.to_shard:
+                check_sharding(self.updates, {"quantize": self.quantize, "compile": self.compile_model})
 
     def configure_model(self) -> None:
         with self.phases("loading"):
@@ -294,57 +295,6 @@ class LitSparse(L.LightningModule, ABC):
             with self.autocast():
                 yield self.loss(move_data_to_device(batch, self.device_to_be))[0]
 
-    def _refuse_trainer_settings(self) -> None:
-        if self.trainer.precision != "32-true":
-            raise BadInput(
-                f"trainer.precision is {self.trainer.precision}, but the module keeps what is trained in fp32 "
-                f"itself; leave it at 32-true and set model.precision."
-            )
-        for update in self.updates:
-            self._refuse_for(type(update))
-            if update.period is not None and isinstance(self.trainer.strategy, DDPStrategy):
-                raise BadInput(
-                    f"{type(update).__name__} trains other weights every {update.period} steps, but DDP reduces the "
-                    "gradients of those alone that train when it starts; set trainer.strategy to fsdp2, or train on "
-                    "one device."
-                )
-        self._refuse_sharding()
-
-    def _refuse_sharding(self) -> None:
-        strategy = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) and not self.to_shard:
-            raise BadInput(
-                f"trainer.strategy is {type(strategy).__name__}, which knows nothing of update strategies and their "
-                "checkpoints; set it to fsdp2."
-            )
-        if not self.to_shard:
-            return
-        for update in self.updates:
-            if not update.shards:
-                raise BadInput(
-                    f"trainer.strategy is fsdp2, but {type(update).__name__} with these settings cannot train a model "
-                    "that is divided among processes; set it to ddp, where each process has the whole."
-                )
-        for key, given in {"quantize": self.quantize, "compile": self.compile_model}.items():
-            if given:
-                raise BadInput(
-                    f"trainer.strategy is fsdp2, with which model.{key} does not work; leave one of them out."
-                )
-
-    def _refuse_for(self, kind: type[UpdateStrategy]) -> None:
-        if kind.backward == "autograd":
-            return
-        settings = {
-            "accumulate_grad_batches": self.trainer.accumulate_grad_batches > 1,
-            "gradient_clip_val": bool(self.trainer.gradient_clip_val),
-        }
-        for key, given in settings.items():
-            if given:
-                raise BadInput(
-                    f"{kind.__name__} has no gradients that live until the step (its backward is "
-                    f"{kind.backward}), so trainer.{key} cannot act on it; remove trainer.{key}."
-                )
-
     # ---- training
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -393,22 +343,12 @@ class LitSparse(L.LightningModule, ABC):
             )
         make = self.make_optimizer or AdamW
         optimizer = own[0][1] if own else make(parameter_groups(named), lr=self.lr)  # pyright: ignore
-        self._refuse_lost_updates(optimizer)
+        check_masters(optimizer)
         match_by_name(optimizer)
         total = int(self.trainer.estimated_stepping_batches)
         warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
         scheduler = LambdaLR(optimizer, lambda step: factor(self.schedule, step, int(warmup), total))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _refuse_lost_updates(self, optimizer: Optimizer) -> None:
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if any(parameter.dtype in HALF for parameter in trained) and not isinstance(optimizer, AdamW):
-            name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
-            raise BadInput(
-                f"model.optimizer is {name}, which keeps no fp32 masters, but under fsdp2 what is trained is in "
-                "bfloat16, where small updates are lost; take lit_sparse.optim.AdamW, or set model.precision to "
-                "float32."
-            )
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -452,19 +392,34 @@ class LitSparse(L.LightningModule, ABC):
             checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.trained}
         checkpoint["lit_sparse"] = {
             "base": self.base_fingerprint,
-            "updates": [{"class": type(update).__name__, "state": update.state_dict()} for update in self.updates],
+            "updates": self._update_states(),
             "rng": get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "lit_sparse" not in checkpoint:
             raise BadInput("this is not a checkpoint of a lit_sparse run.")
-        if self.resume_from is None:  # given to the Trainer alone: what was prepared for a fresh start is taken back
-            if self._attached:
+        if self.resume_from is None and not self._fits(checkpoint["lit_sparse"], checkpoint["state_dict"].keys()):
+            if self._attached:  # given to the Trainer alone: what was prepared for a fresh start is taken back
                 self._start_over()
             self.restore(checkpoint)
         self.check_complete(checkpoint)
         self._moved, self._rng = True, checkpoint["lit_sparse"]["rng"]
+
+    def _fits(self, ours: Mapping[str, Any], names: Collection[str]) -> bool:
+        """Whether a checkpoint's values, loaded over those that are there, leave nothing of another training."""
+        if not self._attached or self._sharded or not self.trained <= set(names):
+            return False
+        here = {"base": self.base_fingerprint, "updates": self._update_states(), "classes": self.classes}
+        return all(alike(value, ours.get(key)) for key, value in here.items())
+
+    def _update_states(self) -> list[dict[str, Any]]:
+        return [{"class": type(update).__name__, "state": update.state_dict()} for update in self.updates]
+
+    @property
+    def classes(self) -> Any:
+        """What the task keeps in a checkpoint of the classes that it tells apart; None where it tells none."""
+        return None
 
     def _start_over(self) -> None:
         """Take back what was prepared for a fresh start, to the bit; and a training, by beginning with the base."""
@@ -479,7 +434,8 @@ class LitSparse(L.LightningModule, ABC):
         if self._given:
             raise BadInput(
                 "the checkpoint was given to the trainer alone, after the model given as base had been changed in a "
-                "way that cannot be taken back exactly; set resume_from of the module to the checkpoint too."
+                "way that cannot be taken back exactly; make a new module of the model loaded anew, and set its "
+                "resume_from to the checkpoint too."
             )
         self.model, self._attached, self._moved, self._sharded, self._widened = None, False, False, (), {}
         self.updates = [dataclasses.replace(update) for update in self.updates]  # pyright: ignore[reportArgumentType]

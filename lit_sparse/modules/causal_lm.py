@@ -17,7 +17,7 @@ from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
 from lit_sparse.loss import IGNORED, next_token_loss, next_token_scores
 from lit_sparse.modules.base import LitSparse
-from lit_sparse.modules.metrics import TokenScores
+from lit_sparse.modules.metrics import TokenScores, right_choices
 
 ANSWER_TOKENS = 200
 """New tokens at most in an answer that is compared with its reference."""
@@ -143,9 +143,7 @@ class CausalLM(LitSparse):
         """Whether the choice of the highest log-probability is the right one, (items,) bool."""
         with self.autocast():
             nll, _ = self.compute(self.scores, batch)
-        table = torch.full((len(batch["label"]), int(batch["choice"].max()) + 1), torch.inf, device=nll.device)
-        table[batch["item"], batch["choice"]] = nll.sum(1)
-        return table.argmin(1) == batch["label"]
+        return right_choices(nll.sum(1), batch)
 
     def _answered_right(self, batch: Mapping[str, Any]) -> Tensor:
         """Whether the greedy answer's last number is the reference's, (B,) bool (exact match as for GSM8K)."""

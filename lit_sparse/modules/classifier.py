@@ -117,9 +117,13 @@ class Classifier(LitSparse):
         for name in classification_head(self.build()):
             yield from self.build().get_submodule(name).parameters()
 
+    @property
+    def classes(self) -> dict[str, Any]:
+        return {"labels": self.labels, "pad_token": self.pad_token}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["lit_sparse"]["classes"] = {"labels": self.labels, "pad_token": self.pad_token}
+        checkpoint["lit_sparse"]["classes"] = self.classes
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         if "classes" not in checkpoint["lit_sparse"]:

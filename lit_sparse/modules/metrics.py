@@ -1,5 +1,7 @@
 """Scores as metrics: of a language model by the token, of a classifier by the row."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -52,3 +54,15 @@ class ClassScores(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The scores as fp64 scalars; nan where there was no row."""
         return {"loss": self.nll / self.rows, "accuracy": self.hits / self.rows}
+
+
+def right_choices(losses: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Whether the choice of the lowest loss is the right one, (items,) bool.
+
+    Args:
+        losses: One a choice, (B,).
+        batch: Which `item` (B,) each row is a `choice` (B,) of, and the right one of each, `label` (items,).
+    """
+    table = torch.full((len(batch["label"]), int(batch["choice"].max()) + 1), torch.inf, device=losses.device)
+    table[batch["item"], batch["choice"]] = losses
+    return table.argmin(1) == batch["label"]

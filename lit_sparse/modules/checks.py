@@ -1,0 +1,96 @@
+"""What of a trainer, its strategies and an optimizer does not go together, each refused in a sentence."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.optim import Optimizer
+
+from lit_sparse.errors import BadInput
+from lit_sparse.optim import AdamW
+from lit_sparse.sharding import FSDP2Strategy
+from lit_sparse.strategies.base import UpdateStrategy
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None:
+    """Refuse settings of the trainer that the module, or one of its strategies, cannot follow.
+
+    Raises:
+        BadInput: if there is one.
+    """
+    if trainer.precision != "32-true":
+        raise BadInput(
+            f"trainer.precision is {trainer.precision}, but the module keeps what is trained in fp32 itself; leave it "
+            "at 32-true and set model.precision."
+        )
+    for update in updates:
+        check_gradients_live(trainer, type(update))
+        if update.period is not None and isinstance(trainer.strategy, DDPStrategy):
+            raise BadInput(
+                f"{type(update).__name__} trains other weights every {update.period} steps, but DDP reduces the "
+                "gradients of those alone that train when it starts; set trainer.strategy to fsdp2, or train on "
+                "one device."
+            )
+    sharding = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+    if sharding and not isinstance(trainer.strategy, FSDP2Strategy):
+        raise BadInput(
+            f"trainer.strategy is {type(trainer.strategy).__name__}, which knows nothing of update strategies and "
+            "their checkpoints; set it to fsdp2."
+        )
+
+
+def check_gradients_live(trainer: L.Trainer, kind: type[UpdateStrategy]) -> None:
+    """Refuse what acts on the gradients of a step beside a strategy that leaves none until then.
+
+    Raises:
+        BadInput: naming the setting.
+    """
+    settings = {
+        "accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
+        "gradient_clip_val": bool(trainer.gradient_clip_val),
+    }
+    for key, given in settings.items():
+        if given and kind.backward != "autograd":
+            raise BadInput(
+                f"{kind.__name__} has no gradients that live until the step (its backward is {kind.backward}), so "
+                f"trainer.{key} cannot act on it; remove trainer.{key}."
+            )
+
+
+def check_sharding(updates: Sequence[UpdateStrategy], options: Mapping[str, Any]) -> None:
+    """Refuse what does not work where the model is divided among processes.
+
+    Args:
+        options: Keys of the module that must be off then, with what was given.
+
+    Raises:
+        BadInput: naming the strategy, or the key.
+    """
+    for update in updates:
+        if not update.shards:
+            raise BadInput(
+                f"trainer.strategy is fsdp2, but {type(update).__name__} with these settings cannot train a model that "
+                "is divided among processes; set it to ddp, where each process has the whole."
+            )
+    for key, given in options.items():
+        if given:
+            raise BadInput(f"trainer.strategy is fsdp2, with which model.{key} does not work; leave one of them out.")
+
+
+def check_masters(optimizer: Optimizer) -> None:
+    """Refuse an optimizer without fp32 masters for weights in half precision.
+
+    Raises:
+        BadInput: naming it.
+    """
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(parameter.dtype in HALF for parameter in trained) and not isinstance(optimizer, AdamW):
+        name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+        raise BadInput(
+            f"model.optimizer is {name}, which keeps no fp32 masters, but under fsdp2 what is trained is in bfloat16, "
+            "where small updates are lost; take lit_sparse.optim.AdamW, or set model.precision to float32."
+        )
