@@ -2,9 +2,9 @@
 
 `python -m benchmarks.forgetting` makes the first phase once (LoRA on general text with RecordImportance, and the Fisher
 at its end), then each method's trials on a domain, all from that one checkpoint: the learning rate is swept at one
-strength of each method, by held-out domain loss, and every strength is trained with each seed at the rate chosen. Then
-it measures what recording costs (benchmarks/recording.py). Each line is appended to benchmarks/results/forgetting.jsonl
-at once, and nothing that has a line is made again.
+strength of each method, by held-out domain loss, and every strength is trained with each seed at the rate chosen; a
+method without a strength is trained at every rate. Then it measures what recording costs (benchmarks/recording.py).
+Each line is appended to benchmarks/results/forgetting.jsonl at once, and nothing that has a line is made again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,8 +57,9 @@ def write_text(study: Study, into: Path) -> Path:
         )
     into.mkdir(parents=True, exist_ok=True)
     path, kept = into / "general.jsonl", [rows[mark] for mark in sorted(rows)[: study.text_rows]]
-    path.write_text("".join(json.dumps(row.data) + "\n" for row in kept), encoding="utf-8")
-    return path
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text("".join(json.dumps(row.data) + "\n" for row in kept), encoding="utf-8")
+    return partial.replace(path)  # at once: another process may be reading it
 
 
 def scored_rows(workload: Config) -> set[str]:
@@ -195,7 +197,9 @@ def measured(asked: argparse.Namespace) -> int:
             runner.run(asked.minutes)
         if asked.only != "trials" and asked.minutes != 0:
             text = {TEXT: str(write_text(study, asked.into))}
-            measure_costs(study, results, text, asked.into, {"rounds": asked.rounds, "samples": asked.samples})
+            with claim(asked.into / "claims" / "cost", wait=True):
+                results.read()
+                measure_costs(study, results, text, asked.into, {"rounds": asked.rounds, "samples": asked.samples})
     except KeyboardInterrupt:
         print("interrupted; the same command goes on.", file=sys.stderr)
         return 130

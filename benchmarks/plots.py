@@ -65,7 +65,7 @@ def lisa_norms(lines: Sequence[Line]) -> Figure:
 
 
 def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]) -> Figure:
-    """What a domain fit gains over what it forgets: a curve for each method over its strength, spread over seeds."""
+    """What a domain fit gains over what it forgets: a curve for each method over its strength or rate, with spread."""
     figure, axes = _figure(1)
     for name, curve in curves.items():
         rose, fell = zip(*curve, strict=True)

@@ -33,7 +33,7 @@ from benchmarks.readme import Line, table
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
-from lit_sparse_profiling.bench import REFUSED, Job, execute, finished, verdict
+from lit_sparse_profiling.bench import REFUSED, Job, ends_with_parent, execute, finished, verdict
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.runs import folders
 
@@ -89,7 +89,7 @@ def _missing(made: Table, trials: Sequence[Trial], results: Results, tested: boo
     for trial in trials:
         if results.fit(trial) is None:
             yield Work(trial)
-        if tested and made.test is not None and results.test(trial, made.test) is None:
+        elif tested and made.test is not None and results.test(trial, made.test) is None:
             yield Work(trial, test=True)
 
 
@@ -233,7 +233,8 @@ class Runner:
         return made[-1] if made else None
 
     def _discard_beaten(self, trial: Trial) -> None:
-        sweep = self.made.sweep(trial.arm)
+        self.results.read()  # others may have trained a better one meanwhile, or be at one
+        sweep = [one for one in self.made.sweep(trial.arm) if self.results.fit(one) is not None]
         best = chosen(sweep, self.results)
         for beaten in sweep:
             if best is not None and beaten.rate != best.rate:
@@ -315,8 +316,9 @@ def answers(trial: Trial, test: Config, folder: Path) -> dict[str, float]:
     file = written(folder / "test.yaml", config)
     command = [sys.executable, "-m", "lit_sparse", "test", f"--config={file}", f"--ckpt_path={folder / LAST}"]
     with (folder / "test.txt").open("wb") as log:
-        code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT).returncode
-    if code:
+        end = ends_with_parent()
+        run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end)
+    if code := run.returncode:
         said = (folder / "test.txt").read_text(encoding="utf-8", errors="replace")
         raise RuntimeError(f"{'refused' if code == REFUSED else 'failed'}: {verdict(code, said, None)[1]}")
     return accuracies(folder / "test" / "metrics.csv")

@@ -206,7 +206,7 @@ def deft(results: Path) -> str:
     """LoRA with the penalty on activations beside LoRA alone, on each device."""
     command = "python -m benchmarks.deft"
     if not (results / "deft.jsonl").exists():
-        return f"Not measured yet: `{command}` measures and writes this table."
+        return f"Not measured yet: `{command}` measures this table."
 
     def block(lines: Sequence[Line]) -> str:
         made, used = beside(lines, "lora", "LoRA alone", [SAVED])

@@ -109,7 +109,8 @@ def cells(study: Study, results: Results) -> list[list[str]]:
 def untrained_rows(study: Study, results: Results) -> list[list[str]]:
     """The base's row: what it scored before the first phase."""
     marks = {phase.stands for phase in study.phases}
-    lines = [line for line in results.others if line["kind"] == "phase" and line["identity"] in marks]
+    made = (line for line in results.others if line["kind"] == "phase" and line["identity"] in marks)
+    lines = {line["identity"]: line for line in made}.values()  # of a phase made twice, the later
     return [
         ["base", "", "-", *scores({name: [value] for name, value in line["before"].items()}), "-", ""]
         for line in lines
@@ -162,9 +163,10 @@ def notes(study: Study, found: Sequence[Point]) -> str:
         f"LoRA on {study.text_rows} passages of general text, with {study.table.steps} steps of "
         f"{data.get('batch_size', 4)} rows of {data.get('task', data.get('train', 'the domain'))}; {hours:.1f} hours. "
         f"Mean ± standard deviation over seeds; a method's learning rate has the lowest held-out domain loss with seed "
-        f"{study.table.seeds[0]} at its middle strength. What holds to the base (`l2sp`, `kl`) may also take back what "
-        "the first phase learnt. The last column compares with `none` at the rate with the lowest domain loss; a tie: "
-        "the means differ by no more than the larger of the two standard deviations."
+        f"{study.table.seeds[0]} at one of its strengths; `none` is there with each rate. What holds to the base "
+        "(`l2sp`, `kl`) may also take back what the first phase learnt. The last column compares with `none` at the "
+        "rate with the lowest domain loss; a tie: the means differ by no more than the larger of the two standard "
+        "deviations."
     )
 
 

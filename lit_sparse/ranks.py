@@ -1,4 +1,4 @@
-"""Sums over processes, where there are several."""
+"""Means over processes, where there are several."""
 
 import torch.distributed as dist
 from torch import Tensor

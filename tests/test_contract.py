@@ -119,6 +119,10 @@ def test_a_checkpoint_given_to_the_trainer_alone_resumes_too(method, tmp_path):
     trainer(4).fit(straight, datamodule=data(), ckpt_path=ckpt)
     for name, value in trained(straight).items():
         assert torch.equal(value, wanted[name]), name
+    straight.detach()
+    trainer(4).validate(straight, datamodule=data(), ckpt_path=ckpt, verbose=False)
+    with torch.no_grad(), evaluating(straight.build()):
+        assert torch.equal(straight.build()(**batch).logits, logits[0])
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "smt", "pissa", "lisa"])
@@ -130,8 +134,12 @@ def test_a_model_given_goes_back_to_a_checkpoint(method, tmp_path):
     fit = trainer(3, callbacks=[checkpoint], enable_checkpointing=True)
     fit.fit(task, datamodule=data())
     if method == "lisa":
-        with pytest.raises(BadInput, match="make a new module of the model loaded anew"):
-            trainer(3).validate(task, datamodule=data(), ckpt_path=tmp_path / "step=1.ckpt", verbose=False)
+        names = set(task.trained)
+        for _ in range(2):  # also once it is detached, when what was trained is in the base's own weights
+            with pytest.raises(BadInput, match="make a new module of the model loaded anew"):
+                trainer(3).validate(task, datamodule=data(), ckpt_path=tmp_path / "step=1.ckpt", verbose=False)
+            assert task.trained == names
+            task.detach()
         return
     last = fit.checkpoint_callback.last_model_path or tmp_path / "step=3.ckpt"
     with torch.no_grad(), evaluating(task.build()):

@@ -400,7 +400,7 @@ class LitSparse(L.LightningModule, ABC):
         if "lit_sparse" not in checkpoint:
             raise BadInput("this is not a checkpoint of a lit_sparse run.")
         if self.resume_from is None and not self._fits(checkpoint["lit_sparse"], checkpoint["state_dict"].keys()):
-            if self._attached:  # given to the Trainer alone: what was prepared for a fresh start is taken back
+            if self._attached or self._moved:  # given to the Trainer alone: what was prepared or trained is taken back
                 self._start_over()
             self.restore(checkpoint)
         self.check_complete(checkpoint)
@@ -424,12 +424,11 @@ class LitSparse(L.LightningModule, ABC):
     def _start_over(self) -> None:
         """Take back what was prepared for a fresh start, to the bit; and a training, by beginning with the base."""
         rewritten = is_quantized(self.build()) or any(update.rewrites_base for update in self.updates)
-        self.trained = set()
         if not (rewritten or self._moved or self._sharded):
             self.detach()
             for parameter, dtype in self._widened.items():
                 parameter.data = parameter.data.to(dtype)
-            self._widened = {}
+            self._widened, self.trained = {}, set()
             return
         if self._given:
             raise BadInput(
@@ -438,6 +437,7 @@ class LitSparse(L.LightningModule, ABC):
                 "resume_from to the checkpoint too."
             )
         self.model, self._attached, self._moved, self._sharded, self._widened = None, False, False, (), {}
+        self.trained = set()
         self.updates = [dataclasses.replace(update) for update in self.updates]  # pyright: ignore[reportArgumentType]
         self.build()
 

@@ -164,7 +164,8 @@ def _check_base(strategies: Sequence[UpdateStrategy]) -> None:
         raise BadInput(
             f"{needy[0]} and {rewriting[0]} cannot be combined: {needy[0]} needs the base's weights as they came, and "
             f"{rewriting[0]} rewrites them as it starts; give {rewriting[0]} a start that leaves the base alone (for "
-            f"PEFT, init_lora_weights: true; for SMT, warmup: score_only), or leave {needy[0]} out."
+            "PEFT, init_lora_weights: true, and bias: none with start_from; for SMT, warmup: score_only), or leave "
+            f"{needy[0]} out."
         )
 
 

@@ -82,13 +82,22 @@ class PEFT(UpdateStrategy):
         self._start: dict[str, Factors] = {}
 
     @property
-    def rewrites_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def splits_base(self) -> bool:
         """Whether the adapter starts as a part of the base's weights, which keep the rest (PiSSA, OLoRA)."""
         return str(getattr(self.config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
 
     @property
+    def trains_biases(self) -> bool:
+        """Whether the base's own biases are trained beside the adapter."""
+        return getattr(self.config, "bias", "none") != "none"
+
+    @property
+    def rewrites_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.splits_base or (self.trains_biases and self.start_from is not None)
+
+    @property
     def keeps_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return not self.rewrites_base and getattr(self.config, "bias", "none") == "none"
+        return not self.splits_base and not self.trains_biases
 
     @property
     def shards(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -100,7 +109,7 @@ class PEFT(UpdateStrategy):
             self._go_on(model, self.start_from)
             return
         wrapper = self._wrap(model)
-        if self.rewrites_base:
+        if self.splits_base:
             self._start = {name: split(layer, self.config) for name, layer in lora_layers(wrapper).items()}
 
     def _go_on(self, model: nn.Module, run: str) -> None:
@@ -152,7 +161,7 @@ class PEFT(UpdateStrategy):
         """
         assert self._wrapper is not None, "there is no adapter to save: attach or restore it first"
         tensors, config = self._tensors(trained=True) | self._tensors(trained=False), copy.deepcopy(self.config)
-        if self.rewrites_base:
+        if self.splits_base:
             tensors, config = self._as_difference(tensors), as_difference(config)
         config.base_model_name_or_path = self._wrapper.base_model.model.name_or_path  # pyright: ignore
         config.inference_mode, config.task_type = True, config.task_type or TaskType.CAUSAL_LM
@@ -168,7 +177,7 @@ class PEFT(UpdateStrategy):
         config = copy.deepcopy(self.config)
         if getattr(config, "target_modules", None) == "all-linear" and classification_head(model):
             config.target_modules = sorted(linears(model))  # pyright: ignore[reportAttributeAccessIssue] - not the head
-        if self.rewrites_base:
+        if self.splits_base:
             config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue] - `split` does it by layer
         # The wrapper is kept aside: PEFT puts the adapters into `model` itself, whose forward stays the model's own.
         try:

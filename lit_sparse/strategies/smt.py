@@ -5,7 +5,7 @@ each has an fp32 master that the optimizer updates and that is written into the 
 forward is an ordinary linear layer. The backward forms the gradients of the chosen blocks only.
 
 Differences from the authors' code, each on purpose: blocks are scored by mean |gradient|, as the paper has it (theirs
-takes |mean gradient|, in which noise is lost: `score: mean_abs`; the README compares them), scoring does not train
+takes |mean gradient|, which noise may hide: `score: mean_abs`; the README compares them), scoring does not train
 (`warmup: update` does), biases are kept, and the input columns saved for the backward are packed copies, shared by the
 layers that read the same input.
 """

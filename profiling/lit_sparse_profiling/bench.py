@@ -127,7 +127,7 @@ def _wait(command: Sequence[str], log: Path, deadline: float | None, tick: Calla
     """The exit status of `command`; None if it was killed at the deadline."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=_preexec()
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=ends_with_parent()
         )
         try:
             while process.poll() is None:
@@ -148,9 +148,9 @@ def _in_turn(
     """The exit status of the job, and seconds of its steps and of the other's in each round."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [word if not word.startswith(ROOT) else f"{ROOT}{scratch}" for word in against.command]
-        player = Player(job.command, log, preexec_fn=_preexec())
+        player = Player(job.command, log, preexec_fn=ends_with_parent())
         try:
-            other = partial(Player, command, Path(scratch, "log.txt"), preexec_fn=_preexec())
+            other = partial(Player, command, Path(scratch, "log.txt"), preexec_fn=ends_with_parent())
             rounds = play(player, other, deadline, tick)
         finally:
             code = player.end(deadline, tick)
@@ -165,8 +165,11 @@ def _compared(record: RunRecord, against: str, rounds: Sequence[tuple[float, flo
     return replace(record, notes=[*record.notes, note])
 
 
-def _preexec() -> Callable[[], object] | None:
-    """On Linux, a process that lost its bench ends too, rather than hold the device while the next bench measures."""
+def ends_with_parent() -> Callable[[], object] | None:
+    """On Linux, for subprocess's `preexec_fn`: a process that lost its bench ends too.
+
+    Otherwise it would hold the device while the next bench measures.
+    """
     if sys.platform != "linux":
         return None
     libc, bench = ctypes.CDLL(None), os.getpid()  # loaded here: not to be done between fork and exec

@@ -193,7 +193,8 @@ def test_what_cannot_be_held_is_refused():
         KLToBase(temperature=0)
     with pytest.raises(BadInput, match="BertForSequenceClassification predicts no tokens"):
         KLToBase().attach(tiny_encoder(), no_probe)
-    for other in (PEFT(LoraConfig(init_lora_weights="pissa")), SMT(warmup="update")):
+    biases = PEFT(LoraConfig(bias="all"), start_from="runs/general-1")
+    for other in (PEFT(LoraConfig(init_lora_weights="pissa")), SMT(warmup="update"), biases):
         with pytest.raises(BadInput, match=f"KLToBase and {type(other).__name__} cannot be combined: KLToBase needs"):
             compose([other, KLToBase()])
     assert [type(one) for one in compose([LISA(), KLToBase()])] == [KLToBase, LISA]
