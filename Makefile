@@ -12,8 +12,8 @@ help:     ## list the targets
 demo: $(BUILT)     ## fine-tune the demo model on the demo data, a few minutes on a laptop
 	$(BIN)/lit-sparse fit --config smt.yaml --config trainers/demo.yaml
 
-test: $(BUILT)     ## all tests but the long campaigns
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(BUILT)     ## all tests but the long campaigns, in as many processes as WORKERS says (2), each with one thread
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(WORKERS),2) --dist loadfile $(ARGS)
 
 check: $(BUILT)     ## style, format, types, and the tables of README.md
 	$(BIN)/ruff check

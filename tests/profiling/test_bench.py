@@ -365,7 +365,7 @@ def test_a_process_whose_bench_ended_before_it_began_ends_too():
     code = """
 import os, sys
 from lit_sparse_profiling import bench
-begin = bench._preexec()
+begin = bench.ends_with_parent()
 if os.fork() == 0:
     if os.fork() == 0:  # its parent is not the bench, as after the bench's end
         begin()
