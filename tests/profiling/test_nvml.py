@@ -189,7 +189,7 @@ def test_two_that_came_together_are_the_device_delta(fake: FakeNVML) -> None:
 
 
 @pytest.mark.parametrize("size", [None, 0, pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value])
-@pytest.mark.parametrize("pid", [OURS, HOST])
+@pytest.mark.parametrize("pid", [OURS, HOST], ids=["own pid", "a host's pid"])
 def test_without_a_size_there_is_only_the_device_delta(fake: FakeNVML, pid: int, size: int | None) -> None:
     fake.unlisted = 40 * MIB
     nvml = NVML(UUID, api=fake)
@@ -223,7 +223,7 @@ def test_where_processes_may_not_be_listed_there_is_the_device_delta(fake: FakeN
 # ---- the context
 
 
-@pytest.mark.parametrize(("pid", "kind"), [(OURS, "own pid"), (HOST, "only process")])
+@pytest.mark.parametrize(("pid", "kind"), [(OURS, "own pid"), (HOST, "only process")], ids=["own pid", "a host's pid"])
 def test_the_context_is_what_this_process_held_when_it_was_marked(fake: FakeNVML, pid: int, kind: str) -> None:
     nvml = NVML(UUID, api=fake)
     fake.compute = {pid: 450 * MIB}
