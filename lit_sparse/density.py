@@ -19,6 +19,8 @@ GROUPS = (16, 32)
 """Neighbouring activations that hardware can leave out together, where all of them are zero."""
 HALVINGS = 20
 """Of the search for a threshold: 2^-20 of the way from the least that is searched to the largest activation."""
+SEARCHED = 64
+"""Tokens of a batch, evenly spaced, on which a threshold is searched: all would take longer than the model itself."""
 
 
 class Density(Metric):
@@ -26,6 +28,9 @@ class Density(Metric):
 
     Args:
         taus: The thresholds.
+
+    Raises:
+        BadInput: if a threshold is not above 0.
     """
 
     full_state_update = False
@@ -35,15 +40,17 @@ class Density(Metric):
 
     def __init__(self, taus: Sequence[float] = ()) -> None:
         super().__init__()
+        if not all(tau > 0 for tau in taus):
+            raise BadInput(f"Density: taus are {list(taus)}; they must be above 0, and exact zeros count always.")
         self.taus = (0.0, *taus)
         self.add_state("counts", torch.zeros(len(self.taus), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("groups", torch.zeros(len(self.taus), len(GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, h_TI: Tensor) -> None:
-        """Add the activations (T, I) of tokens that count. A ragged last group is a group too."""
+        """Add the activations (T, I) of tokens that count. A ragged last group is a group too; nan is no zero."""
         for number, tau in enumerate(self.taus):
-            dense = h_TI.abs() > tau
+            dense = ~(h_TI.abs() <= tau)
             self.counts[number] += dense.sum() / h_TI.shape[1]
             for place, size in enumerate(GROUPS):
                 padded = nn.functional.pad(dense, (0, -h_TI.shape[1] % size))
@@ -94,24 +101,26 @@ class DensityMonitor(Callback):
 
     The inputs of the down projections are counted, padding left out, as means over the layers: `density` (exact zeros
     are left out), `density_above_<tau>`, and for groups of neighbours `density_groups_<size>`, alone and above each
-    tau. `density_within_error` is the share above the threshold of each layer that keeps its down projection's error,
-    on the first batch. Of several validation sets the first is counted, the task's own. The record of a fit has them
-    before and after training.
+    tau. `tau_within_error` is the largest threshold of a layer that keeps the error of its down projection, searched
+    on some tokens of each batch, and `density_within_error` the share above it: means over batches and layers. Of
+    several validation sets the first is counted, the task's own. The record of a fit has them before and after
+    training.
 
     Args:
         taus: Thresholds.
-        error: Relative error of a down projection that is allowed for `density_within_error`.
+        error: Relative error of a down projection that is allowed for `tau_within_error`.
+
+    Raises:
+        BadInput: if a threshold is not above 0, or the error not between 0 and 1.
     """
 
     def __init__(self, taus: Sequence[float] = (1e-3, 1e-2, 1e-1), error: float = 0.01) -> None:
-        if any(tau <= 0 for tau in taus) or not 0 < error < 1:
-            raise BadInput(
-                f"DensityMonitor: taus are {list(taus)} and error is {error}; taus must be above 0, and the error "
-                "between 0 and 1."
-            )
+        if not 0 < error < 1:
+            raise BadInput(f"DensityMonitor: error is {error}; it must be between 0 and 1.")
+        Density(taus)  # refuses bad ones before anything is loaded
         self.taus, self.error = tuple(taus), error
         self._metrics: list[Density] = []
-        self._within: list[Tensor] = []
+        self._within: list[tuple[float, Tensor]] = []  # tau and share above it, of each batch and layer
         self._handles: list[Any] = []
         self._counted: Tensor | None = None  # which tokens (T,) of the batch count; None: nothing is looked at
 
@@ -157,11 +166,12 @@ class DensityMonitor(Callback):
             return
         h_TI = h_TI[counted]
         metric.update(h_TI)
-        if len(self._within) < len(self._metrics) and len(h_TI):
+        if len(h_TI):
+            some_TI = h_TI[:: -(-len(h_TI) // SEARCHED)]
             self._counted = None  # the search calls the projection too
-            tau = tolerable_tau(down, h_TI, self.error)
+            tau = tolerable_tau(down, some_TI, self.error)
             self._counted = counted
-            self._within.append((h_TI.abs() > tau).double().mean())
+            self._within.append((tau, (h_TI.abs() > tau).double().mean()))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for handle in self._handles:
@@ -170,7 +180,9 @@ class DensityMonitor(Callback):
         layers = [metric.compute() for metric in self._metrics]
         scores = {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
         if self._within:
-            scores["density_within_error"] = torch.stack(self._within).mean()
+            taus, shares = zip(*self._within, strict=True)
+            scores["tau_within_error"] = torch.tensor(taus, device=pl_module.device).mean()
+            scores["density_within_error"] = torch.stack(shares).mean()
         for name, value in scores.items():
             pl_module.log(name, value.float(), sync_dist=True)
 

@@ -46,6 +46,8 @@ class Forgetting(Callback):
         questions: Names of demo data sets (`piqa`, `sciq`, `arc_easy`, `hellaswag`), or data files.
         batch_size: Passages, or questions, of a batch.
         max_length: Tokens of a row at most; longer passages lose their end, longer questions are left out.
+        exclude: Data files whose rows are left out too, or `demo` (its text): what an earlier phase was trained on, or
+            recorded importance on.
         tokenizer: Folder, Hugging Face name or `demo`; none takes that of the data, or of the module's base.
 
     Attributes:
@@ -61,11 +63,13 @@ class Forgetting(Callback):
         questions: Sequence[str] = QUESTIONS,
         batch_size: int = 8,
         max_length: int = 512,
+        exclude: Sequence[str] = (),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> None:
         at_least(1, rows=rows, batch_size=batch_size, max_length=max_length)
         self.rows, self.text, self.questions = rows, text, list(questions)
         self.batch_size, self.max_length, self.tokenizer = batch_size, max_length, tokenizer
+        self.exclude = list(exclude)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self._passages: Any = []
@@ -86,6 +90,7 @@ class Forgetting(Callback):
         own = data.tokenizer if isinstance(data, TokenData) else None
         tokenizer = load_tokenizer(self.tokenizer or own or pl_module.base)
         trained = {digest(row) for row in data.rows[TRAIN]} if isinstance(data, TokenData) else set[str]()
+        trained |= {digest(row) for name in self.exclude for row in rows_of(name, "text")}
         self._padding = Padding(tokenizer.get_vocab()[str(tokenizer.pad_token)])
         self._encode(Encoder(tokenizer), trained)
 
@@ -162,9 +167,9 @@ def choice_tokens(examples: Sequence[Example]) -> int:
 
 
 def rows_of(name: str, dataset: str) -> list[Row]:
-    """The rows of a data file, or of a demo data set: `dataset`, where `name` is "demo" or itself one."""
-    embedded = name == demo.DEMO or name in demo.DATASETS
-    return read(str(demo.dataset_file(dataset)) if embedded else name)
+    """The rows of a data file, or of a demo data set: `dataset`, where `name` is "demo"."""
+    name = dataset if name == demo.DEMO else name
+    return read(str(demo.dataset_file(name)) if name in demo.DATASETS else name)
 
 
 def untrained(rows: Sequence[Row], trained: set[str], count: int, name: str) -> list[Row]:

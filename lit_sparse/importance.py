@@ -170,11 +170,11 @@ def elsewhere(matrices: Sequence[TrainedMatrix], values: Mapping[str, Values]) -
 
 def path_importance(omega: Tensor, moved: Tensor, xi: float, relative: bool, clamp: bool) -> Tensor:
     """omega / (moved^2 + xi) of one matrix; xi is in units of the mean of moved^2 if `relative`, and omega at least 0
-    if `clamp`. Zero where nothing moved."""
+    if `clamp`. Zero where nothing moved and nothing damps, whatever omega is."""
     squares = moved.square()
     damping = xi * squares.mean() if relative else xi
     importance = (omega.clamp(min=0) if clamp else omega) / (squares + damping)
-    return torch.where(importance.isnan(), 0, importance)  # 0 / 0: it neither moved nor is damped
+    return torch.where(squares + damping > 0, importance, 0)  # a weight may have gone away and come back
 
 
 def layer_coefficients(norms: Mapping[str, float], weighting: Weighting, temperature: float) -> dict[str, float]:

@@ -34,7 +34,7 @@ class Sums:
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """A forward pass of the model begins (its forward pre-hook)."""
-        self.sharpness = self.sharpness.to(next(model.parameters()).device)
+        self.sharpness = self.sharpness.to(next(model.parameters()).device)  # the model may have moved
         self._by_layer.clear()
         self._open = True
 

@@ -52,6 +52,25 @@ def monitored(updates=(), **options):
     return module, DensityMonitor(**options)
 
 
+def test_a_diverged_activation_is_no_zero():
+    metric = Density([0.1])
+    metric.update(torch.tensor([[float("nan"), 0.0, 0.05, 1.0]]))
+    assert (metric.compute()["density"], metric.compute()["density_above_0.1"]) == (0.75, 0.5)
+
+
+def test_the_threshold_is_searched_on_some_tokens_of_each_batch():
+    _, monitor = monitored()
+    metric, down, searched = Density(), torch.nn.Linear(4, 2), list[torch.Tensor]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_sparse.density.tolerable_tau", lambda _, h, __: searched.append(h) or float(len(searched)))
+        for tokens in (64, 65, 200):
+            batch = {"input_ids": torch.ones(1, tokens)}
+            monitor.on_validation_batch_start(None, None, batch, 0)
+            monitor._see(down, torch.full((1, tokens, 4), 1.5), metric)
+    assert [len(h) for h in searched] == [64, 33, 50]
+    assert [(tau, float(share)) for tau, share in monitor._within] == [(1.0, 1.0), (2.0, 0.0), (3.0, 0.0)]
+
+
 def test_validation_logs_what_hooks_see():
     module, monitor = monitored(taus=[0.01])
     model, seen = module.build(), []
@@ -66,6 +85,7 @@ def test_validation_logs_what_hooks_see():
     )
     above = torch.stack([h.abs() for h in seen if h.shape[1] == 12])
     assert scores["density_above_0.01"] == pytest.approx(float((above > 0.01).double().mean()))
+    assert scores["tau_within_error"] == pytest.approx(0.02)
     assert scores["density_within_error"] == pytest.approx(float((above > 0.02).double().mean()))
     assert [dict(child._forward_pre_hooks) for child in model.modules()] == hooks
 
@@ -94,12 +114,25 @@ def test_a_record_has_it_before_and_after(tmp_path):
     fit = trainer(8, callbacks=[recorder, monitor], num_sanity_val_steps=-1, val_check_interval=8)
     fit.fit(module, datamodule=data(rows=20))
     outcome = RunRecord.read(run / "record.json").outcome
-    names = {"density", "density_groups_16", "density_above_0.01", "density_within_error"}
+    names = {"density", "density_groups_16", "density_above_0.01", "density_within_error", "tau_within_error"}
     assert names <= outcome["before"].keys()
     assert outcome["after"]["density_above_0.01"] < outcome["before"]["density_above_0.01"]
 
 
-@pytest.mark.parametrize("options", [{"taus": [0.0]}, {"error": 0.0}, {"error": 1.5}])
-def test_refuses_in_a_sentence(options):
-    with pytest.raises(BadInput, match="taus must be above 0, and the error between 0 and 1"):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"taus": [0.0]}, r"taus are \[0.0\]; they must be above 0"),
+        ({"taus": [-1.0]}, r"taus are \[-1.0\]; they must be above 0"),
+        ({"error": 0.0}, "error is 0.0; it must be between 0 and 1"),
+        ({"error": 1.5}, "error is 1.5; it must be between 0 and 1"),
+    ],
+)
+def test_refuses_in_a_sentence(options, expected):
+    with pytest.raises(BadInput, match=expected):
         DensityMonitor(**options)
+
+
+def test_a_metric_refuses_negative_thresholds():
+    with pytest.raises(BadInput, match=r"Density: taus are \[0.1, -1\]; they must be above 0"):
+        Density([0.1, -1])

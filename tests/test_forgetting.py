@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lit_sparse.data import Instructions, Labelled
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import Forgetting
+from lit_sparse.forgetting import Forgetting, rows_of
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.recorder import Recorder
 from lit_sparse.testing import tiny_encoder, tiny_llm
@@ -130,6 +130,25 @@ def test_a_half_trained_model_is_not_scored_as_before(tmp_path, caplog):
     assert late.before == {}
     assert "general_loss" in late.after
     assert "there are no scores from before training" in caplog.text
+
+
+def test_rows_of_an_earlier_phase_can_be_left_out(tmp_path):
+    earlier = written(tmp_path / "earlier.jsonl", PASSAGES[14:25])
+    some, all_of_them = (
+        forgetting(tmp_path, rows=len(PASSAGES), exclude=names) for names in ([earlier], [str(tmp_path / "text.jsonl")])
+    )
+    fitted(tmp_path, [some])
+    assert len(some._passages) == len(PASSAGES) - 12 - 11  # trained on now, and earlier
+    with pytest.raises(BadInput, match=r"all rows of .*text\.jsonl are trained on"):
+        fitted(tmp_path, [all_of_them])
+
+
+def test_a_demo_set_is_the_one_that_is_named(tmp_path, monkeypatch):
+    def found(name):
+        return written(tmp_path / "found.jsonl", [{"text": name}])
+
+    monkeypatch.setattr("lit_sparse.demo.dataset_file", found)
+    assert [rows_of(name, "text")[0].data["text"] for name in ("demo", "gsm8k")] == ["text", "gsm8k"]
 
 
 def test_what_cannot_be_scored_is_refused(tmp_path):

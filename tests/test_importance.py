@@ -51,6 +51,8 @@ def test_damping_is_relative_to_the_mean_or_absolute_and_negatives_are_clamped()
     assert path_importance(omega, moved, 2.0, relative=False, clamp=False)[0].tolist() == pytest.approx([1.0, -1 / 11])
     nothing = path_importance(torch.zeros(2, 2), torch.zeros(2, 2), 0.1, relative=True, clamp=True)
     assert nothing.tolist() == [[0, 0], [0, 0]]
+    back = path_importance(torch.ones(2), torch.tensor([0.0, 1.0]), 0.0, relative=True, clamp=True)
+    assert back.tolist() == [0, 1]  # the first went away and came back: nothing divides what it did
 
 
 def test_coefficients_of_layers():

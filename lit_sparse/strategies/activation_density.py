@@ -7,9 +7,11 @@ The activation and a sum of the proxy for each token come from one op (`glu_dens
 graph: the sums need no forward hooks that keep activations, checkpointing runs that node once more and no sum is taken
 twice, and since the sums are by token, padding is masked afterwards, in `penalty`, where the batch is known.
 
-Differences from the released code, each on purpose: padding does not count; sums are in fp32. `layer_weights:
-adaptive` is our own (the paper's adaptive variant has no code): the weights w that minimise the mean of w_l d_l less
-`entropy` times their entropy are w_l ~ exp(-d_l / entropy), so that layers already sparse are pushed further.
+Differences from the released code, each on purpose: padding does not count; sums are in fp32. As for the task's loss,
+the mean is over the tokens of each batch, and a step's is over its batches and ranks, however many tokens each has.
+`layer_weights: adaptive` is our own (the paper's adaptive variant has no code): the weights w that minimise the mean of
+w_l d_l less `entropy` times their entropy are w_l ~ exp(-d_l / entropy), so that layers already sparse are pushed
+further.
 """
 
 import dataclasses
@@ -100,6 +102,7 @@ class ActivationDensity(UpdateStrategy):
                 f"ActivationDensity: {len(self.layer_weights)} layer_weights were given, but the model has "
                 f"{len(found)} layers; give one for each."
             )
+        self._sums.sharpness = self._sums.sharpness.to(next(model.parameters()).device)
         self._sites = [self._site(model, layer, mlp) for layer, mlp in enumerate(found)]
         check_sites(model, self._sites)
         for site in self._sites:
@@ -170,11 +173,20 @@ class ActivationDensity(UpdateStrategy):
         self._step = step
         if self._sites and self.anneal_steps:
             self._set_sharpness()
-        if self._seen and self.layer_weights == "adaptive":
-            new = averaged(torch.stack(self._seen).mean(0).float())  # the same weights on every rank
-            self._means = new if self._means is None else MEMORY * self._means.to(new.device) + (1 - MEMORY) * new
+        if self._sites and self.layer_weights == "adaptive":
+            self._remember()
         self._seen.clear()
         return False
+
+    def _remember(self) -> None:
+        """Move the running densities towards this step's, to the same bits on every rank, even one that saw none."""
+        device = self._sums.sharpness.device
+        seen = [torch.cat([one.float(), one.new_ones(1, dtype=torch.float32)]) for one in self._seen]
+        total = averaged(torch.stack(seen).sum(0) if seen else torch.zeros(len(self._sites) + 1, device=device))
+        if total[-1] == 0:
+            return
+        new = total[:-1] / total[-1]
+        self._means = new if self._means is None else MEMORY * self._means.to(new.device) + (1 - MEMORY) * new
 
     # ---- what is kept
 

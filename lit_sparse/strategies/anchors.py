@@ -58,7 +58,10 @@ class AdaptiveRegularization(UpdateStrategy):
         layer_weights: `mean_softmax`, of the layers' norms over their mean, with a mean of 1; `softmax` of the norms
             themselves, the paper's, which leaves one layer or weighs all alike as xi decides; or `none`.
         temperature: Of `mean_softmax`: larger is more even.
-        layer: What a layer is: each `matrix`, or all of a `decoder_layer`.
+        layer: What a layer is: each `matrix`, as importance differs as much between a layer's matrices as between
+            layers; or all of a `decoder_layer`.
+        targets: What of the trained matrices is held, which are to be those recorded: roles (q, k, v, ...), endings of
+            module names, or `all` but a classifier's head that was not recorded.
         dtype: Type in which the importance is kept.
         offload: Whether importance and anchor are kept in the host's memory.
     """
@@ -73,6 +76,7 @@ class AdaptiveRegularization(UpdateStrategy):
     layer_weights: Weighting = "mean_softmax"
     temperature: float = 1.0
     layer: Unit = "matrix"
+    targets: list[str] = dataclasses.field(default_factory=lambda: ["all"])
     dtype: Literal["float32", "bfloat16"] = "float32"
     offload: bool = False
 
@@ -101,11 +105,18 @@ class AdaptiveRegularization(UpdateStrategy):
     # ---- preparing
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
-        path, recorded = "", dict[str, Recorded]()
+        path, recorded, kinds = "", dict[str, Recorded](), set[Kind]()
+        self._weights = {}
         for path in [self.importance] if isinstance(self.importance, str) else self.importance:
             kind, space, recorded = read_recorded(path)
             if self._weights:
                 check_alike(path, recorded, space, self._weights, self._space)
+            kinds.add(kind)
+            if len(kinds) > 1:
+                raise BadInput(
+                    f"importance {path} is of the kind {kind}, the runs before it are not, and they have no scale in "
+                    "common; name runs that all have RecordImportance, or all RecordFisher."
+                )
             self._space = space
             self._find(model, recorded)
             check_fits(path, recorded, self._matrices)
@@ -119,8 +130,9 @@ class AdaptiveRegularization(UpdateStrategy):
         self._place()
 
     def _find(self, model: nn.Module, names: Mapping[str, Any]) -> None:
-        found = trained_matrices(model, ["all"], self._space, "AdaptiveRegularization")
-        self._matrices = [matrix for matrix in found if matrix.name in names]
+        heads = tuple(f"{name}." for name in classification_head(model))
+        found = trained_matrices(model, self.targets, self._space, "AdaptiveRegularization")
+        self._matrices = [matrix for matrix in found if matrix.name in names or not matrix.name.startswith(heads)]
 
     def _add(self, kind: Kind, recorded: Mapping[str, Recorded]) -> None:
         for name, one in recorded.items():

@@ -39,7 +39,8 @@ class UpdateStrategy(ABC):
         shards: Whether the method works where parameters are divided among processes, as DTensors, after `attach` or
             `restore` has seen the whole model (FSDP2). May be a property, where settings decide.
         gradients: What `before_step` does with the gradients of the weights that train from the start: it `ignores`
-            them, `reads` them, or `adds` to them. In that order the strategies of a run are called.
+            them, `reads` them (as the task's alone), or `adds` to them. In that order the strategies of a run are
+            called.
         penalizes_activations: Whether `penalty` is made of what the layers compute inside, which autograd must see.
     """
 
@@ -125,7 +126,8 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
 
     Raises:
         BadInput: if two of them claim the same part of the training, one needs the base that another rewrites, or one
-            needs gradients that another does not leave, of the weights or of what the layers compute.
+            needs gradients that another does not leave, of the weights, of the task alone, or of what the layers
+            compute.
     """
     taken: dict[str, UpdateStrategy] = {}
     for strategy in strategies:
@@ -138,6 +140,7 @@ def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
             taken[claim] = strategy
     _check_base(strategies)
     _check_gradients(strategies)
+    _check_recording(strategies)
     _check_activations(strategies)
     order = ("ignores", "reads", "adds")
     return sorted(strategies, key=lambda strategy: (not strategy.attaches_first, order.index(strategy.gradients)))
@@ -183,6 +186,17 @@ def _check_gradients(strategies: Sequence[UpdateStrategy]) -> None:
                 f"{needy[0]} and {name} cannot be combined: {needy[0]} follows the weights that train from the start, "
                 f"and {name} trains others every {strategy.period} steps; leave one of the two out."
             )
+
+
+def _check_recording(strategies: Sequence[UpdateStrategy]) -> None:
+    reading = [type(strategy).__name__ for strategy in strategies if strategy.gradients == "reads"]
+    adding = [type(strategy) for strategy in strategies if type(strategy).penalty is not UpdateStrategy.penalty]
+    if reading and adding:
+        name = adding[0].__name__
+        raise BadInput(
+            f"{reading[0]} and {name} cannot be combined: {reading[0]} reads the gradient of the task's loss, to which "
+            f"{name} adds its own; record in a run without {name}."
+        )
 
 
 def check_keeps_base(what: str, updates: Sequence[UpdateStrategy]) -> None:

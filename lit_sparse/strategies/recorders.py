@@ -29,9 +29,10 @@ class RecordImportance(UpdateStrategy):
     adaptive regularisation (arXiv 2501.13669): omega <- omega - G * dU at each optimizer step, with the gradient G of
     the run's loss before clipping, and the movement dU that the optimizer made.
 
-    It trains nothing itself: put it beside PEFT's LoRA or full fine-tuning. It keeps a matrix of fp32 sums for each
-    matrix recorded and, from the backward to the step, a dense gradient of it; without LoRA, copies of what is
-    recorded during the step, and of its start, too. Several ranks add up their dense gradients, a matrix each.
+    It trains nothing itself: put it beside PEFT's LoRA or full fine-tuning. It keeps a matrix of sums for each matrix
+    recorded, in fp32 (in bf16 a sum stands still where an addend is below 2^-9 of it), and from the backward to the
+    step a dense gradient of it; without LoRA, copies of what is recorded during the step, and of its start, too.
+    Several ranks add up their dense gradients, a matrix each.
 
     Args:
         targets: What of the trained matrices is recorded: roles (q, k, v, ...), endings of module names, or `all`.
@@ -62,6 +63,7 @@ class RecordImportance(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
         self._find(model)
+        self._noted = {}
         self._start = {matrix.name: self._kept(matrix.copies()) for matrix in self._matrices}
         self._sums = {matrix.name: self._kept([matrix.moved(matrix.values())])[0] for matrix in self._matrices}
 
@@ -92,8 +94,9 @@ class RecordImportance(UpdateStrategy):
             return
         for matrix in self._matrices:
             gradient = gradient_of(matrix, self._watchers)
-            if gradient is not None:
-                self._noted[matrix.name] = averaged(gradient) if matrix.scale is not None else gradient, matrix.copies()
+            if gradient is None:  # a layer that this rank left out of its pass; the others may not have
+                gradient = torch.zeros_like(self._sums[matrix.name], device=matrix.values()[0].device)
+            self._noted[matrix.name] = averaged(gradient) if matrix.scale is not None else gradient, matrix.copies()
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         for matrix in self._matrices:

@@ -30,7 +30,7 @@ from lit_sparse_profiling.record import RunRecord
 from tests.modules.words import word_tokenizer
 
 HEAD = {f"{name}.{kind}" for name in ("classifier", "bert.pooler.dense") for kind in ("weight", "bias")}
-METHODS = ("full", "lora", "smt", "lisa")
+METHODS = ("full", "lora", "smt", "lisa", "deft")
 WORDS = ("red", "green", "blue")
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the resumed runs save nothing
@@ -89,7 +89,7 @@ def test_the_head_trains_whatever_is_frozen(method, base, rows):
         assert not torch.equal(now[name], before[name]), name
     moved = {name for name, value in now.items() if name in before and not torch.equal(value, before[name])}
     frozen = {name for name, value in before.items() if name.startswith("bert.embeddings")}
-    assert bool(moved & frozen) == (method == "full")
+    assert bool(moved & frozen) == (method in ("full", "deft"))
     assert {name for name in now if "classifier" in name or "pooler" in name} == HEAD  # no adapter lies on it
 
 

@@ -95,6 +95,8 @@ def test_keeps_the_contract(kind, options):
 PARTNERS = {
     "smt": lambda: SMT(blocks="random", block_size=8, trainable_fraction=0.05, targets=["gate", "up"]),
     "lora": lambda: PEFT(peft.LoraConfig(r=2, target_modules="all-linear")),
+    "dora": lambda: PEFT(peft.LoraConfig(r=2, target_modules="all-linear", use_dora=True)),
+    "ia3": lambda: PEFT(peft.IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"])),
     "lisa": lambda: LISA(active_layers=1, interval=2),
 }
 
@@ -285,6 +287,31 @@ def test_sharpness_is_annealed_by_equal_factors_and_resumed():
     resumed = ActivationDensity(eps=1e-1, end=1e-5, anneal_steps=4)
     resumed.restore(model_of("llama"), {"step": 2})
     assert float(resumed._sums.sharpness) == pytest.approx(1e-3)
+
+
+def test_equal_batches_may_be_accumulated():
+    ids = torch.randint(3, 96, (4, 10), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for size in (4, 2):
+        model, strategy = attached(proxy="tanh")
+        for part in ids.split(size):
+            penalty = strategy.penalty({"input_ids": part}, model(input_ids=part))
+            (penalty * size / 4).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6 * float(gradients[0].abs().max()))
+
+
+@pytest.mark.gpu
+def test_attaches_on_a_gpu():
+    penalties = []
+    for device in ("cpu", "cuda"):
+        model, strategy = model_of("llama").train().to(device), ActivationDensity(proxy="tanh")
+        strategy.attach(model, no_probe)
+        batch = {"input_ids": IDS.to(device)}
+        penalties.append(strategy.penalty(batch, model(**batch)))
+        penalties[-1].backward()
+        assert all(p.grad is not None for name, p in model.named_parameters() if "gate_proj" in name)
+    torch.testing.assert_close(penalties[1].cpu(), penalties[0], rtol=1e-4, atol=1e-6)
 
 
 def test_layers_are_weighted():

@@ -263,6 +263,10 @@ def test_importance_that_does_not_fit_is_refused(phases, tmp_path):
     fewer = copy.deepcopy(elsewhere)
     fewer["updates"][0]["init_args"]["config"]["init_args"]["target_modules"] = ["q_proj"]
     refused(phases, fewer, "is of 6 matrices and this run holds 3, which differ in .*v_proj", anchor="base")
+    more = copy.deepcopy(elsewhere)
+    more["updates"][0]["init_args"]["config"]["init_args"]["target_modules"] = ["q_proj", "v_proj", "o_proj"]
+    refused(phases, more, "is of 6 matrices and this run holds 9, which differ in .*o_proj", anchor="base")
+    attach(build(phases, more, anchor="base", targets=["q", "v"]))
     refused(phases, elsewhere, r"there is no checkpoint at .*nothing", importance=str(tmp_path / "nothing"))
 
 
@@ -321,6 +325,40 @@ def test_importances_of_several_runs_add_up(phases):
     assert all(torch.equal(both[name], 2 * weight) for name, weight in first.items())
 
 
+def test_a_path_integral_and_a_fisher_do_not_add_up(phases):
+    config, paths = read("phases/adaptive_regularization"), [str(phases / name) for name in ("fisher", "general")]
+    refused(phases, config, "general is of the kind path, the runs before it are not", importance=paths, anchor="base")
+
+
+def test_attached_again_its_importance_is_the_same(phases):
+    module = build(phases, read("phases/adaptive_regularization"))
+    model, penalty = module.build(), module.updates[-1]
+    attach(module)
+    first = penalty.state_dict()["weights"]
+    penalty.detach(model)
+    penalty.attach(model, no_probe)
+    assert all(torch.equal(weight, first[name]) for name, weight in penalty.state_dict()["weights"].items())
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"offload": True}], ids=str)
+def test_importance_may_be_kept_shorter_or_elsewhere(options, phases):
+    """Its gradient is the same, to the rounding of the type that importance is kept in."""
+    gradients = []
+    for settings in ({}, options):
+        module = build(phases, read("phases/adaptive_regularization"), **settings)
+        attach(module)
+        for number, (_, parameter) in enumerate(trainable(module.model)):
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+            parameter.data.add_(0.01 * noise)
+            parameter.grad = torch.zeros_like(parameter)
+        module.updates[-1].before_step(1, torch.optim.SGD([p for _, p in trainable(module.model)], lr=1.0))
+        gradients.append(torch.cat([p.grad.flatten() for _, p in trainable(module.model)]))
+        weights = module.updates[-1].state_dict()["weights"].values()
+        assert {str(weight.dtype) for weight in weights} == {f"torch.{settings.get('dtype', 'float32')}"}
+    assert gradients[0].norm() > 0
+    assert (gradients[1] - gradients[0]).norm() <= (2**-8 if "dtype" in options else 0) * gradients[0].norm()
+
+
 def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):
     """Nor those in another space: only the last run's would be held."""
     saved = torch.load(phases / "general" / "checkpoints" / "last.ckpt")
@@ -329,9 +367,10 @@ def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):
     del record["matrices"][gone]
     torch.save(saved, tmp_path / "fewer.ckpt")
     config, whole = read("phases/adaptive_regularization"), str(phases / "general")
-    sentence = f"differs from the runs before it in {gone}, but importances add up"
-    for order in ([str(tmp_path / "fewer.ckpt"), whole], [whole, str(tmp_path / "fewer.ckpt")]):
-        refused(phases, config, sentence, importance=order)
+    fewer = str(tmp_path / "fewer.ckpt")
+    after = f"differs from the runs before it in {gone}, but importances add up"
+    refused(phases, config, after, importance=[whole, fewer])
+    refused(phases, config, f"is of 5 matrices and this run holds 6, which differ in {gone}", importance=[fewer, whole])
     saved = torch.load(phases / "full" / "checkpoints" / "last.ckpt")
     saved["lit_sparse"]["updates"][-1]["state"]["importance"]["space"] = "factors"
     torch.save(saved, tmp_path / "factors.ckpt")

@@ -1,5 +1,6 @@
 """Importance recorded in a run: against the loss it explains, over ranks, resumed; and the Fisher."""
 
+import math
 import types
 
 import pytest
@@ -10,7 +11,15 @@ from peft import LoraConfig
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, trainable
-from lit_sparse.strategies import LISA, PEFT, RecordFisher, RecordImportance, compose
+from lit_sparse.strategies import (
+    LISA,
+    PEFT,
+    ActivationDensity,
+    KLToBase,
+    RecordFisher,
+    RecordImportance,
+    compose,
+)
 from lit_sparse.strategies.base import UpdateStrategy, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse.trained_matrices import displacement
@@ -60,13 +69,16 @@ def test_contract_beside_lora(kind, space):
     contract(lambda: [RecordImportance(space=space)], kind)
 
 
-@pytest.mark.parametrize(("adapter", "largest"), [(False, 0.02), (True, 0.4)])
-def test_the_sums_add_up_to_what_the_loss_fell_by(adapter, largest):
+@pytest.mark.parametrize(
+    ("adapter", "make", "largest"),
+    [(False, torch.optim.SGD, 0.02), (True, torch.optim.SGD, 0.4), (True, AdamW, 4e-3)],
+)
+def test_the_sums_add_up_to_what_the_loss_fell_by(adapter, make, largest):
     """Of a full batch, to a share of it that falls with the learning rate (the integral is taken in steps)."""
     misses = []
     for rate, steps in ((largest, 8), (largest / 4, 32), (largest / 16, 128)):
         model, updates = attached(adapter, recorder := RecordImportance())
-        optimizer = torch.optim.SGD([p for _, p in trainable(model)], lr=rate)
+        optimizer = make([p for _, p in trainable(model)], lr=rate)
         before = loss_of(model, 0).item()
         train(model, updates, optimizer, steps)
         fell = before - loss_of(model, 0).item()
@@ -151,6 +163,24 @@ def test_of_linear_regression_with_unit_noise_the_fisher_is_the_mean_square_of_t
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_of_logistic_regression_the_fisher_is_the_mean_of_p_times_1_minus_p_times_the_square_of_the_inputs():
+    """Each input four times, once with the label 1, where the model says one in four."""
+    model, recorder = Regression(), RecordFisher(samples=20)
+    inputs = torch.randn(5, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.layers[0].weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
+        inputs[..., 2] += (math.log(1 / 3) - model.layers[0](inputs)[..., 0]) / 2
+
+    def probe(steps):
+        for number in range(steps):
+            logit = model.layers[0](inputs[number // 4])
+            yield torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.full_like(logit, number % 4 == 0))
+
+    recorder.attach(model, probe)
+    expected = 3 / 16 * inputs.square().mean(0)
+    torch.testing.assert_close(recorded(recorder)["layers.0.weight"], expected, rtol=1e-12, atol=0)
+
+
 def test_on_a_new_adapter_it_is_the_fisher_of_the_weights_themselves():
     """The mean of squares of per-sample gradients, without dropout, and the model left as it was."""
 
@@ -197,6 +227,14 @@ def test_batches_of_several_samples_and_none_are_refused():
 
 class Fused(UpdateStrategy):
     backward = "fused"
+
+
+@pytest.mark.parametrize("penalty", [ActivationDensity(weight=0.1), KLToBase()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("recorder", [RecordImportance(), RecordFisher()], ids=lambda one: type(one).__name__)
+def test_a_recorder_reads_the_gradient_of_the_task_alone(recorder, penalty):
+    names = f"{type(recorder).__name__} and {type(penalty).__name__}"
+    with pytest.raises(BadInput, match=f"{names} cannot be combined: .* reads the gradient of the task's loss"):
+        compose([penalty, recorder])
 
 
 def test_what_does_not_go_together_is_refused():

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from peft import LoraConfig
 
 from lit_sparse.optim import trainable
-from lit_sparse.strategies import PEFT, RecordImportance, compose
+from lit_sparse.strategies import PEFT, RecordFisher, RecordImportance, compose
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.testing import tiny_llm
 
@@ -45,10 +45,24 @@ def sums_of(adapter: bool, seeds, ranks: int = 1):
     return {name: one["sums"] for name, one in recorder.state_dict()["importance"]["matrices"].items()}
 
 
+def fisher_of(seeds):
+    """The Fisher of a sample of each of `seeds`."""
+    model, recorder = tiny_llm(), RecordFisher(samples=len(seeds), targets=["q", "v"])
+
+    def losses(steps):
+        for seed in seeds[:steps]:
+            ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(seed))
+            yield torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
+
+    recorder.attach(model, losses)
+    return {name: one["sums"] for name, one in recorder.state_dict()["importance"]["matrices"].items()}
+
+
 def record(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save([sums_of(adapter, [rank], ranks=2) for adapter in (True, False)], folder / f"{rank}.pt")
+    sums = [sums_of(adapter, [rank], ranks=2) for adapter in (True, False)]
+    torch.save([*sums, fisher_of([2 * rank, 2 * rank + 1])], folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -63,3 +77,8 @@ def test_two_ranks_record_what_one_does(tmp_path):
             # Sums of products of fp32 gradients and movements, each added up in another order.
             torch.testing.assert_close(first[case][name], sums, rtol=1e-3, atol=1e-5 * float(sums.abs().max()))
             assert not torch.allclose(alone[name], sums, rtol=0.1, atol=0), "the other rank's data must matter"
+    one = fisher_of([0, 1, 2, 3])
+    assert len(one) == 6
+    for name, sums in one.items():
+        assert torch.equal(first[2][name], second[2][name]), name
+        torch.testing.assert_close(first[2][name], sums, rtol=1e-5, atol=1e-6 * float(sums.max()))
