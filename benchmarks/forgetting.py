@@ -3,7 +3,8 @@
 `python -m benchmarks.forgetting` makes the first phase once (LoRA on general text with RecordImportance, and the Fisher
 at its end), then each method's trials on a domain, all from that one checkpoint: the learning rate is swept at one
 strength of each method, by held-out domain loss, and every strength is trained with each seed at the rate chosen; a
-method without a strength is trained at every rate. Then it measures what recording costs (benchmarks/recording.py).
+method without a strength is trained at every rate. Then it measures what recording and penalties cost
+(benchmarks/recording.py).
 Each line is appended to benchmarks/results/forgetting.jsonl at once, and nothing that has a line is made again.
 """
 
@@ -117,11 +118,19 @@ class StudyRunner(Runner):
         begun = time.monotonic()
         if not any(self.left()) or minutes == 0:
             return
+        self.make_phases()
+        super().run(None if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60))
+
+    def make_phases(self) -> None:
+        """Write the text, and make the phases that are not there.
+
+        Raises:
+            RuntimeError: if one failed.
+        """
         self.folders[TEXT] = str(write_text(self.study, self.root))
         for phase in self.study.phases:
             with claim(self.root / "claims" / phase.name, wait=True):
                 self.folders[phase.stands] = str(self.made_phase(phase))
-        super().run(None if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60))
 
     def made_phase(self, phase: Phase) -> Path:
         """The folder of a phase, made now if there is none with a checkpoint.
@@ -164,7 +173,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--minutes", type=float, help="begin no trial after so many minutes; 0 only shows the tables")
     out.add_argument("--seeds", type=int, nargs="+", help="instead of the study's; the first is the sweeps'")
     out.add_argument("--samples", type=int, default=16, help="samples that each Fisher is timed on (default 16)")
-    out.add_argument("--rounds", type=int, default=12, help="timed steps with and without the recorder (default 12)")
+    out.add_argument(
+        "--rounds", type=int, default=12, help="timed steps with and without a recorder or penalty (default 12)"
+    )
     out.add_argument("--into", type=Path, default=Path("runs/forgetting"), help="folder of the runs")
     out.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
     return out
@@ -196,10 +207,11 @@ def measured(asked: argparse.Namespace) -> int:
         if asked.only != "cost":
             runner.run(asked.minutes)
         if asked.only != "trials" and asked.minutes != 0:
-            text = {TEXT: str(write_text(study, asked.into))}
+            runner.make_phases()
+            sizes = {"rounds": asked.rounds, "samples": asked.samples}
             with claim(asked.into / "claims" / "cost", wait=True):
                 results.read()
-                measure_costs(study, results, text, asked.into, {"rounds": asked.rounds, "samples": asked.samples})
+                measure_costs(study, results, runner.folders, asked.into, sizes)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on.", file=sys.stderr)
         return 130

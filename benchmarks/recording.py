@@ -1,8 +1,8 @@
-"""What it costs to know which weights matter: recording in a run, a lean Fisher, and the Fisher of all weights.
+"""What it costs to know which weights matter, and to hold them: recorders, Fishers, and penalties.
 
 RecordImportance beside the same run without it, step by step in turn; RecordFisher on LoRA's product; and the published
 recipe of EWC-LoRA (arXiv 2305.10626), the Fisher of every parameter of the model. The Fishers see the same samples, one
-at a time, one recipe after the other in this process.
+at a time, one recipe after the other in this process. Each kind of penalty beside the same run without it, in turn.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.curves import Phase, Study
+from benchmarks.curves import Study
 from benchmarks.provenance import of_device
 from benchmarks.provenance import provenance as provenance_of
 from benchmarks.quality import written
@@ -36,7 +37,8 @@ from lit_sparse_profiling.runs import folders
 
 EXTRAPOLATED = 20_000
 """Samples that the published recipe looks at."""
-RECORDED, PLAIN = "recorded", "plain"
+PENALTY = "penalty: "
+"""Before the name of a method, in a line of what its penalty costs."""
 QUIET_STEPS = "--profile.profiled=0"
 
 
@@ -46,7 +48,7 @@ def measure_costs(
     """Append what is missing of the costs.
 
     Args:
-        names: What stands for the text's file, and its path.
+        names: What stands for the text's file and the phases' folders, and their paths.
         sizes: `rounds` of steps with and without the recorder, and `samples` of each Fisher.
 
     Raises:
@@ -62,13 +64,16 @@ def measure_costs(
                 "costs in two types do not compare; set it to float32."
             )
     rounds, samples = sizes["rounds"], sizes["samples"]
-    measures: dict[str, tuple[Phase, int, Callable[[], Line]]] = {
-        "recorder": (general, rounds, lambda: recorder_cost(recorded, into / "cost", rounds)),
-        "lean": (fisher, samples, lambda: lean_cost(looked, samples)),
-        "published": (fisher, samples, lambda: published_cost(looked, samples)),
+    measures: dict[str, tuple[Any, int, Callable[[], Line]]] = {
+        "recorder": (general.stands, rounds, lambda: recorder_cost(recorded, into / "cost", rounds)),
+        "lean": (fisher.stands, samples, lambda: lean_cost(looked, samples)),
+        "published": (fisher.stands, samples, lambda: published_cost(looked, samples)),
     }
-    for what, (phase, size, measure) in measures.items():
-        identity = digest({"cost": what, "phase": phase.stands, "size": size}, results.stack)
+    for name, config in penalised(study).items():
+        measure = partial(penalty_cost, name, filled(config, names), into / "cost", rounds)
+        measures[f"{PENALTY}{name}"] = (config, rounds, measure)
+    for what, (of, size, measure) in measures.items():
+        identity = digest({"cost": what, "of": of, "size": size}, results.stack)
         if any(line["identity"] == identity for line in costs(results)):
             continue
         begun, line = time.monotonic(), measure()
@@ -76,22 +81,31 @@ def measure_costs(
         results.append({**about, **line, "seconds": time.monotonic() - begun})
 
 
-# ---- a recorder in a run
+# ---- steps in turn
 
 
-def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
-    """A step with the recorder in turn with one without.
+def in_turn(name: str, config: Config, into: Path, rounds: int) -> RunRecord:
+    """The record of steps of a run in turn with those of the run without its last update.
 
     Raises:
         RuntimeError: if a run failed.
     """
-    plain = {**config, "model": {**config["model"], "updates": config["model"]["updates"][:1]}}
-    files = [written(into / f"{name}.yaml", one) for name, one in ((RECORDED, config), (PLAIN, plain))]
+    plain = {**config, "model": {**config["model"], "updates": config["model"]["updates"][:-1]}}
+    files = [written(into / f"{stem}.yaml", one) for stem, one in ((name, config), (f"{name}_plain", plain))]
     if bench([str(files[0]), f"--against={files[1]}", f"--into={into}", f"--steps={rounds}", QUIET_STEPS]):
-        raise RuntimeError("the recorder's cost was not measured: a run of `lit-sparse bench` failed; see above.")
-    record = RunRecord.read(folders(into, RECORDED)[-1] / "record.json")
+        raise RuntimeError(f"the cost of {name} was not measured: a run of `lit-sparse bench` failed; see above.")
+    record = RunRecord.read(folders(into, name)[-1] / "record.json")
     if record.pair is None or record.throughput is None or record.ledger is None:
-        raise RuntimeError(f"the recorder's cost was not measured: {record.status}, {record.reason}")
+        raise RuntimeError(f"the cost of {name} was not measured: {record.status}, {record.reason}")
+    return record
+
+
+def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
+    """A step with the recorder in turn with one without."""
+    record = in_turn("recorder", config, into, rounds)
+    assert record.pair is not None
+    assert record.throughput is not None
+    assert record.ledger is not None
     rows = config["data"]["init_args"]["batch_size"]
     importance = next(update["chosen"] for update in record.updates if update["class"] == "RecordImportance")
     return {
@@ -100,8 +114,29 @@ def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
         "samples": rounds * rows,
         "bytes": importance["bytes"],
         "held_bytes": record.ledger.strategy,
-        **pair_line(RECORDED, record.pair),
+        **pair_line("recorder", record.pair),
     }
+
+
+def penalised(study: Study) -> dict[str, Config]:
+    """For the first method with each kind of penalty, a trial of it that scores nothing."""
+    found: dict[str, tuple[str, Config]] = {}
+    for curve in study.curves:
+        if curve.swept is not None:
+            config = study.table.trial(curve.swept, curve.swept.rates[0], study.table.seeds[0]).config
+            trainer = {key: value for key, value in config["trainer"].items() if key != "callbacks"}
+            kind = config["model"]["updates"][-1]["class_path"]
+            found.setdefault(kind, (curve.name, {**config, "trainer": trainer}))
+    return dict(found.values())
+
+
+def penalty_cost(name: str, config: Config, into: Path, rounds: int) -> Line:
+    """A step with the penalty in turn with one without, and what the penalty keeps."""
+    record = in_turn(name, config, into, rounds)
+    assert record.pair is not None
+    assert record.ledger is not None
+    about = provenance_of("forgetting", record)
+    return {**about, "held_bytes": record.ledger.strategy, **pair_line(name, record.pair)}
 
 
 # ---- Fishers

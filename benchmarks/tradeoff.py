@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.curves import Curve, Study, at_best, belonging, read_study
 from benchmarks.ranking import SCORE, Results, end_of, mean_spread, newest_first, ties
 from benchmarks.readme import Line, caption, newest, table
-from benchmarks.recording import EXTRAPOLATED, costs
+from benchmarks.recording import EXTRAPOLATED, PENALTY, costs
 
 COMMAND = "python -m benchmarks.forgetting"
 GENERAL = "general_loss"
@@ -198,12 +198,18 @@ def cost_notes(lines: Sequence[Line]) -> str:
         "what its samples take, one at a time, beside any training. The paper says 20 times and 10 to 15 % of the "
         "bytes (arXiv 2501.13669, beside EWC-LoRA)."
     )
-    if (line := found.get("recorder")) is None:
+    parts = {"the recorder": found["recorder"]} if "recorder" in found else {}
+    parts |= {name.removeprefix(PENALTY): line for name, line in found.items() if name.startswith(PENALTY)}
+    if not parts:
         return text
-    ratio = f"{line['ratio_median']:.3f} [{line['ratio_low']:.3f}, {line['ratio_high']:.3f}]"
+    ratios = (
+        f"with {name} {line['ratio_median']:.3f} [{line['ratio_low']:.3f}, {line['ratio_high']:.3f}] "
+        f"({line['held_bytes'] / 2**20:.1f} MiB kept)"
+        for name, line in parts.items()
+    )
+    rounds = next(iter(parts.values()))["rounds"]
     return (
-        f"{text} A step with the recorder takes {ratio} of one without (median of {line['rounds']} rounds in turn, "
-        f"95 %); while it runs it keeps {line['held_bytes'] / 2**20:.1f} MiB."
+        f"{text} Times the step without it (median of {rounds} rounds in turn, 95 %), a step takes {', '.join(ratios)}."
     )
 
 

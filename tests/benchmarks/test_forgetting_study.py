@@ -151,8 +151,8 @@ def run(path: Path, minutes: float | None = None, results: str = "f.jsonl") -> F
 def test_the_shipped_study_is_whole() -> None:
     study = read_study()
     strengths = {curve.name: list(curve.arms) for curve in study.curves}
-    assert strengths["none"] == [2e-4, 6e-4, 2e-3, 6e-3]
-    assert set(strengths["unweighted"]) <= set(strengths["adaptive"]) == set(strengths["ewc"])
+    assert strengths["none"] == [2e-3, 6e-3, 2e-2]
+    assert set(strengths["unweighted"]) | set(strengths["ewc"]) < set(strengths["adaptive"])
     assert [phase.name for phase in study.phases] == ["general", "fisher"]
     assert len(study.table.seeds) == 3
     for curve in study.curves:
@@ -340,10 +340,11 @@ def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest
 
     def bench(words: list[str]) -> int:
         begun.append(words[0])
-        folder = Path("runs/cost/recorded-1")
+        name = Path(words[0]).stem
+        folder = Path(f"runs/cost/{name}-1")
         folder.mkdir(parents=True)
         RunRecord(
-            name="recorded-1",
+            name=folder.name,
             versions={"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2"},
             device=Device("cpu", "x86_64", cores=2),
             model=ModelSize("tiny", 1000, 10),
@@ -360,14 +361,19 @@ def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest
         recording.measure_costs(
             study, results, {forgetting.TEXT: "text.jsonl"}, Path("runs"), {"rounds": 4, "samples": 2}
         )
-    assert begun == ["runs/cost/recorded.yaml"]
+    assert begun == ["runs/cost/recorder.yaml", "runs/cost/adaptive.yaml"]
     lines = [json.loads(line) for line in Path("f.jsonl").read_text().splitlines()]
-    assert [line["cost"] for line in lines] == ["recorder", "lean", "published"]
+    assert [line["cost"] for line in lines] == ["recorder", "lean", "published", "penalty: adaptive"]
+    assert (lines[3]["pair"], lines[3]["ratio_median"], lines[3]["held_bytes"]) == (["adaptive", "plain"], 1.1, 77)
     assert (lines[0]["seconds_a_sample"], lines[0]["bytes"], lines[0]["held_bytes"]) == (0.5, 55, 77)  # 4 rows a step
-    files = [yaml.safe_load(Path(f"runs/cost/{name}.yaml").read_text()) for name in ("recorded", "plain")]
+    files = [yaml.safe_load(Path(f"runs/cost/{name}.yaml").read_text()) for name in ("recorder", "recorder_plain")]
     assert [len(file["model"]["updates"]) for file in files] == [2, 1]
     assert files[0]["data"] == files[1]["data"]
     assert files[0]["data"]["init_args"]["train"] == "text.jsonl"
+    held, free = (yaml.safe_load(Path(f"runs/cost/{name}.yaml").read_text()) for name in ("adaptive", "adaptive_plain"))
+    assert [len(file["model"]["updates"]) for file in (held, free)] == [2, 1]
+    assert held["model"]["updates"][1]["class_path"] == "AdaptiveRegularization"
+    assert "callbacks" not in held["trainer"]
 
 
 @pytest.mark.parametrize("phase", ["general", "fisher"])
@@ -389,6 +395,7 @@ COSTS = [
     {"cost": "recorder", "seconds_a_sample": 0.5, "bytes": 2**20, "held_bytes": 2**21, **RATIO},
     {"cost": "lean", "seconds_a_sample": 1.0, "bytes": 2**20},
     {"cost": "published", "seconds_a_sample": 9.0, "bytes": 2**23},
+    {"cost": "penalty: adaptive", "held_bytes": 2**20, **RATIO, "ratio_median": 1.07},
 ]
 
 
@@ -411,7 +418,7 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
     assert "| a Fisher of all weights (EWC-LoRA's recipe) | 9.000 | 50.0 | 18.00 | 8.0 | 100.0% |" in text
     assert "(RecordImportance) | 0.500 | 2.8 | 1.00 | 1.0 | 12.5% |" in text
     assert "| of that, what recording adds to the run | 0.045 | 0.3 | 0.09 | 1.0 | 12.5% |" in text
-    assert "takes 1.100 [1.050, 1.200] of one without" in text
+    assert "with the recorder 1.100 [1.050, 1.200] (2.0 MiB kept), with adaptive 1.070 [1.050, 1.200] (1.0 MiB" in text
 
 
 def test_gaps_within_the_spread_are_ties_and_missing_seeds_are_named(write: Write) -> None:
