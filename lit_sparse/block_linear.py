@@ -69,9 +69,10 @@ class SharedInput:
     def pack(self, x: Tensor) -> Tensor:
         """The needed columns of `x` (..., K), (tokens, columns x width)."""
         if self.columns.device != x.device:
-            self.columns = self.columns.to(x.device)
-            self.places = [places.to(x.device) for places in self.places]
-            self.alike = [(members, placed.to(x.device)) for members, placed in self.alike]
+            with torch.inference_mode(False):  # the first pass may be a validation, whose tensors train nothing later
+                self.columns = self.columns.to(x.device)
+                self.places = [places.to(x.device) for places in self.places]
+                self.alike = [(members, placed.to(x.device)) for members, placed in self.alike]
         return pack_columns(x.detach().reshape(-1, x.shape[-1]), self.columns, self.width)
 
     def gradients(self, dys_TO: Sequence[Tensor], packed_TP: Tensor) -> list[Tensor]:

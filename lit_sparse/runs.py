@@ -47,6 +47,9 @@ def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
     config = read_config(folder / "config.yaml")
     module = build_module({**config, "model": {**config["model"], "compile": False}})
     checkpoint = read_checkpoint(folder / LAST)
+    if module.quantize is not None or module.base.endswith(".json"):
+        # Quantised or drawn from what `auto` was where the run was made, which need not be what it is here.
+        module.precision = checkpoint["lit_sparse"]["precision"]
     module.restore(checkpoint)
     module.check_complete(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

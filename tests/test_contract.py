@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_sparse.anatomy import evaluating
 from lit_sparse.configs import configs_folder
-from lit_sparse.data import Synthetic
+from lit_sparse.data import Instructions, Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
@@ -21,6 +21,7 @@ from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
+from tests.modules.words import word_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # PEFT puts it right itself for GPT-2
@@ -97,6 +98,48 @@ def test_resumed_is_straight(method, kind, folder, tmp_path, workers, accumulate
     assert expected.keys() == trained(resumed).keys()
     for name, value in trained(resumed).items():
         assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu_it_trains_in_bf16_and_goes_on(method, tmp_path):
+    """From a validation first, clipped, packed where it can be; resumed between two switches of what trains."""
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"accelerator": "cuda", "devices": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": -1}
+    straight, resumed = module(method, tmp_path / "base"), module(method, tmp_path / "base")
+    trainer(5, callbacks=[checkpoint], enable_checkpointing=True, **options).fit(straight, datamodule=data())
+    ckpt = resumed.resume_from = tmp_path / "ckpt" / "step=3.ckpt"
+    trainer(5, **options).fit(resumed, datamodule=data(), ckpt_path=ckpt)
+    expected = trained(straight)
+    for name, value in trained(resumed).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3)
+    model = straight.detach()
+    with torch.no_grad(), evaluating(model):
+        assert model(input_ids=torch.arange(3, 9, device=model.device)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_trained_in_bf16_is_a_plain_model_of_one_type(method, tmp_path):
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    task = module(method, tmp_path / "base", precision="bfloat16")
+    trainer(1).fit(task, datamodule=data())
+    model = task.detach()
+    assert len({parameter.dtype for parameter in model.parameters()}) == 1
+    with torch.no_grad(), evaluating(model):
+        assert model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["lisa", "smt"])
+def test_packed_rows_train_in_bf16(method, tmp_path):
+    """Where what trains is in fp32, and the rest is not."""
+    tiny_llm("llama").save_pretrained(tmp_path / "base")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"text": "w{n} w{n + 1} w{n + 2}"}}\n' for n in range(12)))
+    task = module(method, tmp_path / "base", precision="bfloat16")
+    packed = Instructions(str(rows), heldout=2, tokenizer=word_tokenizer(), max_length=16, packing=True)
+    trainer(1).fit(task, datamodule=packed)
+    assert task.trainer.global_step == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

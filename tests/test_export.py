@@ -20,7 +20,8 @@ from lit_sparse.delta import ChangedBlocks, Delta
 from lit_sparse.errors import BadInput
 from lit_sparse.export import MARK, export, generate
 from lit_sparse.merge import CastError, cast_error
-from lit_sparse.runs import LAST, build_module
+from lit_sparse.modules import LitSparse
+from lit_sparse.runs import LAST, build_module, load_run
 from lit_sparse.testing import TINY, tiny_llm
 
 pytestmark = [
@@ -145,6 +146,18 @@ def test_base_of_random_weights(tmp_path: Path) -> None:
     tiny_llm("llama").config.to_json_file(configuration)
     run = make_run(tmp_path, "llama", [SMT], base=str(configuration))
     torch.testing.assert_close(logits(load(export(run.folder, output=tmp_path / "out"))), run.logits, rtol=0, atol=0)
+
+
+def test_base_of_random_weights_drawn_where_auto_was_another_type(tmp_path: Path) -> None:
+    configuration = tmp_path / "base.json"
+    tiny_llm("llama").config.to_json_file(configuration)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LitSparse, "frozen_dtype", property(lambda _: torch.bfloat16))  # as on a GPU
+        run = make_run(tmp_path, "llama", [SMT], base=str(configuration))
+    assert load_run(run.folder)[0].frozen_dtype == torch.bfloat16
+    found = logits(load(export(run.folder, output=tmp_path / "out")))
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, run.logits.to(found), rtol=0.02, atol=0.02)
 
 
 def test_delta_on_the_base_says_what_the_run_says(run: Run, tmp_path: Path) -> None:

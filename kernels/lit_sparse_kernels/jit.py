@@ -104,8 +104,9 @@ def listed(
     Raises:
         ValueError: if the tensor is of another form, a row lies outside, or one comes twice.
     """
+    version = None if blocks.is_inference() else blocks._version  # inference tensors count no versions
     known = _listed.get(blocks)
-    if known is not None and known[0] == (blocks._version, shape):
+    if known is not None and version is not None and known[0] == (version, shape):
         return known[1]
     form = () if columns is None else (columns,)
     if blocks.ndim != 1 + len(form) or blocks.shape[1:] != form or blocks.dtype not in (torch.int32, torch.int64):
@@ -120,8 +121,10 @@ def listed(
     if len(set(rows)) < len(rows):
         twice = next(row for row in rows if rows.count(row) > 1)
         raise ValueError(f"{name} has {twice} twice; blocks may not overlap.")
-    _listed[blocks] = (blocks._version, shape), Listed(rows)
-    return _listed[blocks][1]
+    found = Listed(rows)
+    if version is not None:
+        _listed[blocks] = (version, shape), found
+    return found
 
 
 def runs(blocks: Listed) -> Iterator[tuple[int, int, tuple[int, ...]]]:

@@ -271,6 +271,8 @@ class LitSparse(L.LightningModule, ABC):
     def detach(self) -> PreTrainedModel:
         """Take every strategy off again, last one first, and return the plain model with what was trained merged in.
 
+        It is in one type: fp32, where what trained was in fp32 and the rest was not, unless the base is quantised.
+
         Raises:
             BadInput: if the model is divided among processes.
         """
@@ -283,7 +285,8 @@ class LitSparse(L.LightningModule, ABC):
         for update in reversed(self.updates):
             update.detach(model)
         self._attached = False
-        return model
+        kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        return model if len(kinds) == 1 or is_quantized(model) else model.float()
 
     def probe(self, steps: int) -> Iterator[Tensor]:
         """Losses of the first `steps` training batches (or as many as there are), in the training's precision."""
@@ -360,8 +363,8 @@ class LitSparse(L.LightningModule, ABC):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         # The optimizer divides gradients as it reads them; to clip them in place would be a pass of its own.
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norm = torch.nn.utils.get_total_norm(grads)  # of bf16 gradients a bf16 number
+        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
         optimizer.grad_scale = ((norm + CLIP_EPS) / gradient_clip_val).clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -392,6 +395,7 @@ class LitSparse(L.LightningModule, ABC):
             checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.trained}
         checkpoint["lit_sparse"] = {
             "base": self.base_fingerprint,
+            "precision": str(self.frozen_dtype).removeprefix("torch."),
             "updates": self._update_states(),
             "rng": get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
         }

@@ -41,7 +41,8 @@ class CausalLM(LitSparse):
         super().on_fit_start()
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, TokenData) and data.packing:
-            check_packing(self.build())
+            with self.autocast():  # what trains may be in another type than what does not
+                check_packing(self.build())
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         if "classes" in checkpoint["lit_sparse"]:
@@ -148,7 +149,8 @@ class CausalLM(LitSparse):
     def _answered_right(self, batch: Mapping[str, Any]) -> Tensor:
         """Whether the greedy answer's last number is the reference's, (B,) bool (exact match as for GSM8K)."""
         answers = self.answer(batch["prompt_ids"], batch["prompt_mask"], ANSWER_TOKENS)
-        return torch.tensor([final_number(a) == b for a, b in zip(answers, batch["answer"], strict=True)])
+        right = [final_number(a) == b for a, b in zip(answers, batch["answer"], strict=True)]
+        return torch.tensor(right, device=batch["prompt_ids"].device)
 
     @torch.no_grad()
     def answer(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: int) -> list[str]:

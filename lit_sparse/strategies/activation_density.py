@@ -85,6 +85,7 @@ class ActivationDensity(UpdateStrategy):
                 "negative, nor all be 0."
             )
         self._sums = Sums()
+        self._given: Tensor | None = None  # `layer_weights`, scaled to a mean of 1
         self._sites: list[Site] = []
         self._handles: list[RemovableHandle] = []
         self._step = 0
@@ -102,7 +103,11 @@ class ActivationDensity(UpdateStrategy):
                 f"ActivationDensity: {len(self.layer_weights)} layer_weights were given, but the model has "
                 f"{len(found)} layers; give one for each."
             )
-        self._sums.sharpness = self._sums.sharpness.to(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self._sums.sharpness = self._sums.sharpness.to(device)
+        if isinstance(self.layer_weights, list):
+            given = torch.tensor(self.layer_weights, device=device)
+            self._given = given / given.mean()
         self._sites = [self._site(model, layer, mlp) for layer, mlp in enumerate(found)]
         check_sites(model, self._sites)
         for site in self._sites:
@@ -151,14 +156,16 @@ class ActivationDensity(UpdateStrategy):
         return self._weighted(densities, layers)
 
     def _weighted(self, densities: Tensor, layers: list[int]) -> Tensor:
-        return self.weight * (densities * self._weights(densities.device)[layers]).mean()
+        weights = self._weights(densities.device)
+        if len(layers) < len(self._sites):  # else no index, for which a GPU would be waited for
+            weights = weights[layers]
+        return self.weight * (densities * weights).mean()
 
     def _weights(self, device: torch.device) -> Tensor:
         """The layers' weights (L,), fp32, whose mean is 1."""
         count = len(self._sites)
-        if isinstance(self.layer_weights, list):
-            given = torch.tensor(self.layer_weights, device=device)
-            return given / given.mean()
+        if self._given is not None:
+            return self._given.to(device)
         if self.layer_weights is None or self._means is None:
             return torch.ones(count, device=device)
         return count * torch.softmax(-self._means.to(device) / self.entropy, 0)

@@ -97,7 +97,8 @@ class LISA(UpdateStrategy):
         self._find(model)
         self.draws = [list(draw) for draw in state["draws"]]
         self._sampler.load_state_dict(state["sampler"])
-        self._seen = {layer: list(norms) for layer, norms in state["seen"].items()}
+        device = next(model.parameters()).device  # where those of the next steps will be
+        self._seen = {layer: [norm.to(device) for norm in norms] for layer, norms in state["seen"].items()}
         self._parked = {layer: [dict(one) for one in states] for layer, states in state["parked"].items()}
         model.requires_grad_(self.train_embeddings)
         self._activate()

@@ -15,8 +15,16 @@ from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.record import Kernel, Kernels
 
-OURS = ("lit_sparse",)
-"""What the names of this project's kernels and ops begin with."""
+OURS = (
+    "lit_sparse",
+    "_block_adamw_kernel",
+    "_block_delta_kernel",
+    "_block_grad_kernel",
+    "_copy_columns_kernel",
+    "_glu_density",
+    "_master_adamw_kernel",
+)
+"""What the names of this project's ops, and of its kernels that no op launches, begin with."""
 
 RUNTIME = re.compile(r"(cuda|cu|hip)[A-Z]")
 """Names of the device runtime's calls; their ids are another series than those of ops, and could be taken for these."""

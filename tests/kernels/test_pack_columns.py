@@ -65,6 +65,15 @@ def test_a_gpu_makes_the_definition_bit_for_bit(case):
     assert torch.equal(got, unpacked(packed, columns, width, case[1]))
 
 
+def test_columns_may_be_inference_tensors():
+    """As where the first pass is a validation's; they count no versions, and each call reads them anew."""
+    with torch.inference_mode():
+        x, columns = torch.arange(8.0).reshape(1, 8), torch.tensor([1], dtype=torch.int32)
+        first = pack_columns(x, columns, 2)
+        columns.fill_(3)
+        assert (first.tolist(), pack_columns(x, columns, 2).tolist()) == ([[2, 3]], [[6, 7]])
+
+
 @pytest.mark.interpreted
 def test_the_kernel_reads_any_strides(poisoned):
     assert_reads_any_strides(kernel_packs, kernel_unpacks)

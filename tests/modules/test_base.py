@@ -17,7 +17,7 @@ from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.schedule import factor
-from lit_sparse.optim import trainable
+from lit_sparse.optim import AdamW, trainable
 from lit_sparse.strategies import SMT, UpdateStrategy, compose
 from lit_sparse.testing import tiny_llm
 
@@ -284,3 +284,12 @@ def test_random_numbers_go_on_by_process():
         drawn.append(draw())
     assert drawn[2] == drawn[3]
     assert len({*wanted, *drawn}) == 5
+
+
+def test_bf16_gradients_are_clipped_by_an_fp32_scale():
+    task, weight = CausalLM(tiny_llm()), torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    weight.grad = torch.tensor([3.0, 4.0], dtype=torch.bfloat16)
+    optimizer = AdamW([weight])
+    task.configure_gradient_clipping(optimizer, 2.0)
+    assert optimizer.grad_scale.dtype == torch.float32
+    assert float(optimizer.grad_scale) == pytest.approx(2.5, rel=1e-3)
