@@ -1,4 +1,4 @@
-"""What a domain fit forgets, with penalties that hold it to general text: gain against loss, and what a recorder costs.
+"""What a domain fit forgets, with penalties that hold it to general text: gain against loss, and what both cost.
 
 `python -m benchmarks.forgetting` makes the first phase once (LoRA on general text with RecordImportance, and the Fisher
 at its end), then each method's trials on a domain, all from that one checkpoint: the learning rate is swept at one
@@ -81,7 +81,8 @@ def scored_rows(workload: Config) -> set[str]:
     if heldout is None:
         raise BadInput("the workload has no data.init_args.heldout; write it: so many passages may be scored.")
     count = max(callback.rows, heldout)
-    return {sources.digest(row) for row in untrained(rows_of(callback.text, "text"), set(), count, callback.text)}
+    left_out = {sources.digest(row) for name in callback.exclude for row in rows_of(name, "text")}
+    return {sources.digest(row) for row in untrained(rows_of(callback.text, "text"), left_out, count, callback.text)}
 
 
 # ---- doing it
@@ -118,19 +119,22 @@ class StudyRunner(Runner):
         begun = time.monotonic()
         if not any(self.left()) or minutes == 0:
             return
-        self.make_phases()
+        self.made_phases()
         super().run(None if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60))
 
-    def make_phases(self) -> None:
-        """Write the text, and make the phases that are not there.
+    def made_phases(self) -> Mapping[str, str]:
+        """What stands for the text and the phases, and where they are; what is not there is made now.
 
         Raises:
             RuntimeError: if one failed.
         """
+        if self.folders:
+            return self.folders
         self.folders[TEXT] = str(write_text(self.study, self.root))
         for phase in self.study.phases:
             with claim(self.root / "claims" / phase.name, wait=True):
                 self.folders[phase.stands] = str(self.made_phase(phase))
+        return self.folders
 
     def made_phase(self, phase: Phase) -> Path:
         """The folder of a phase, made now if there is none with a checkpoint.
@@ -207,11 +211,10 @@ def measured(asked: argparse.Namespace) -> int:
         if asked.only != "cost":
             runner.run(asked.minutes)
         if asked.only != "trials" and asked.minutes != 0:
-            runner.make_phases()
             sizes = {"rounds": asked.rounds, "samples": asked.samples}
             with claim(asked.into / "claims" / "cost", wait=True):
                 results.read()
-                measure_costs(study, results, runner.folders, asked.into, sizes)
+                measure_costs(study, results, runner.made_phases, asked.into, sizes)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on.", file=sys.stderr)
         return 130

@@ -43,40 +43,40 @@ QUIET_STEPS = "--profile.profiled=0"
 
 
 def measure_costs(
-    study: Study, results: Results, names: Mapping[str, str], into: Path, sizes: Mapping[str, int]
+    study: Study, results: Results, names: Callable[[], Mapping[str, str]], into: Path, sizes: Mapping[str, int]
 ) -> None:
     """Append what is missing of the costs.
 
     Args:
-        names: What stands for the text's file and the phases' folders, and their paths.
-        sizes: `rounds` of steps with and without the recorder, and `samples` of each Fisher.
+        names: Gives what stands for the text's file and the phases' folders, and their paths, which it makes.
+        sizes: `rounds` of steps with and without a recorder or penalty, and `samples` of each Fisher.
 
     Raises:
         BadInput: if a phase computes in another type than the Fishers, which have no trainer to choose it.
         RuntimeError: if a run failed.
     """
     general, fisher = study.phases
-    recorded, looked = (filled(phase.config, names) for phase in (general, fisher))
-    for phase, config in ((general, recorded), (fisher, looked)):
-        if (precision := config["model"].get("precision", "auto")) != "float32":
+    for phase in (general, fisher):
+        if (precision := phase.config["model"].get("precision", "auto")) != "float32":
             raise BadInput(
                 f"the phase {phase.name} has model.precision {precision}, but the Fishers are measured in float32, and "
                 "costs in two types do not compare; set it to float32."
             )
     rounds, samples = sizes["rounds"], sizes["samples"]
-    measures: dict[str, tuple[Any, int, Callable[[], Line]]] = {
-        "recorder": (general.stands, rounds, lambda: recorder_cost(recorded, into / "cost", rounds)),
-        "lean": (fisher.stands, samples, lambda: lean_cost(looked, samples)),
-        "published": (fisher.stands, samples, lambda: published_cost(looked, samples)),
+    measures: dict[str, tuple[Config, int, Callable[[Config], Line]]] = {
+        "recorder": (general.config, rounds, lambda config: recorder_cost(config, into / "cost", rounds)),
+        "lean": (fisher.config, samples, lambda config: lean_cost(config, samples)),
+        "published": (fisher.config, samples, lambda config: published_cost(config, samples)),
     }
     for name, config in penalised(study).items():
-        measure = partial(penalty_cost, name, filled(config, names), into / "cost", rounds)
-        measures[f"{PENALTY}{name}"] = (config, rounds, measure)
-    for what, (of, size, measure) in measures.items():
-        identity = digest({"cost": what, "of": of, "size": size}, results.stack)
+        cost = partial(penalty_cost, name, into=into / "cost", rounds=rounds)
+        measures[f"{PENALTY}{name}"] = (config, rounds, cost)
+    for what, (config, size, measure) in measures.items():
+        identity = digest({"cost": what, "of": config, "text": study.text_rows, "size": size}, results.stack)
         if any(line["identity"] == identity for line in costs(results)):
             continue
-        begun, line = time.monotonic(), measure()
+        made = filled(config, names())
+        begun, line = time.monotonic(), measure(made)
         about = {"kind": "cost", "stack": results.stack, "identity": identity, "cost": what}
         results.append({**about, **line, "seconds": time.monotonic() - begun})
 
@@ -84,12 +84,14 @@ def measure_costs(
 # ---- steps in turn
 
 
-def in_turn(name: str, config: Config, into: Path, rounds: int) -> RunRecord:
-    """The record of steps of a run in turn with those of the run without its last update.
+def in_turn(name: str, config: Config, into: Path, rounds: int) -> tuple[RunRecord, Line]:
+    """Steps of a run in turn with those of the run without its last update: the record, and the line of the pair.
 
     Raises:
         RuntimeError: if a run failed.
     """
+    trainer = {key: value for key, value in config["trainer"].items() if key != "callbacks"}  # which would score
+    config = {**config, "trainer": trainer}
     plain = {**config, "model": {**config["model"], "updates": config["model"]["updates"][:-1]}}
     files = [written(into / f"{stem}.yaml", one) for stem, one in ((name, config), (f"{name}_plain", plain))]
     if bench([str(files[0]), f"--against={files[1]}", f"--into={into}", f"--steps={rounds}", QUIET_STEPS]):
@@ -97,46 +99,33 @@ def in_turn(name: str, config: Config, into: Path, rounds: int) -> RunRecord:
     record = RunRecord.read(folders(into, name)[-1] / "record.json")
     if record.pair is None or record.throughput is None or record.ledger is None:
         raise RuntimeError(f"the cost of {name} was not measured: {record.status}, {record.reason}")
-    return record
+    held = {"held_bytes": record.ledger.strategy}
+    return record, {**provenance_of("forgetting", record), **held, **pair_line(name, record.pair)}
 
 
 def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
     """A step with the recorder in turn with one without."""
-    record = in_turn("recorder", config, into, rounds)
-    assert record.pair is not None
+    record, pair = in_turn("recorder", config, into, rounds)
     assert record.throughput is not None
-    assert record.ledger is not None
     rows = config["data"]["init_args"]["batch_size"]
     importance = next(update["chosen"] for update in record.updates if update["class"] == "RecordImportance")
-    return {
-        **provenance_of("forgetting", record),
-        "seconds_a_sample": record.throughput.median_step / rows,
-        "samples": rounds * rows,
-        "bytes": importance["bytes"],
-        "held_bytes": record.ledger.strategy,
-        **pair_line("recorder", record.pair),
-    }
+    seconds = record.throughput.median_step / rows
+    return {**pair, "seconds_a_sample": seconds, "samples": rounds * rows, "bytes": importance["bytes"]}
 
 
 def penalised(study: Study) -> dict[str, Config]:
-    """For the first method with each kind of penalty, a trial of it that scores nothing."""
+    """For the first method with each kind of penalty, a trial of it."""
     found: dict[str, tuple[str, Config]] = {}
     for curve in study.curves:
         if curve.swept is not None:
             config = study.table.trial(curve.swept, curve.swept.rates[0], study.table.seeds[0]).config
-            trainer = {key: value for key, value in config["trainer"].items() if key != "callbacks"}
-            kind = config["model"]["updates"][-1]["class_path"]
-            found.setdefault(kind, (curve.name, {**config, "trainer": trainer}))
+            found.setdefault(config["model"]["updates"][-1]["class_path"], (curve.name, config))
     return dict(found.values())
 
 
 def penalty_cost(name: str, config: Config, into: Path, rounds: int) -> Line:
     """A step with the penalty in turn with one without, and what the penalty keeps."""
-    record = in_turn(name, config, into, rounds)
-    assert record.pair is not None
-    assert record.ledger is not None
-    about = provenance_of("forgetting", record)
-    return {**about, "held_bytes": record.ledger.strategy, **pair_line(name, record.pair)}
+    return in_turn(name, config, into, rounds)[1]
 
 
 # ---- Fishers

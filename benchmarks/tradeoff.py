@@ -1,4 +1,4 @@
-"""The tables of the study of forgetting: domain gain against general loss, and what recording costs."""
+"""The tables of the study of forgetting: domain gain against general loss, and what recorders and penalties cost."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def cost_row(what: str, found: Mapping[str, Line]) -> list[str]:
 
 
 def cost_notes(lines: Sequence[Line]) -> str:
-    """What the table counts, and what the recorder adds to a run that is made anyway."""
+    """What the table counts, and what the recorder and each penalty add to a run that is made anyway."""
     found = {line["cost"]: line for line in newest(lines, key="cost").values()}
     text = (
         "The recorder's time is that of the whole first phase, which trains as well, in its batches; a Fisher's is "
@@ -204,13 +204,10 @@ def cost_notes(lines: Sequence[Line]) -> str:
         return text
     ratios = (
         f"with {name} {line['ratio_median']:.3f} [{line['ratio_low']:.3f}, {line['ratio_high']:.3f}] "
-        f"({line['held_bytes'] / 2**20:.1f} MiB kept)"
+        f"({line['held_bytes'] / 2**20:.1f} MiB kept, {line['rounds']} rounds)"
         for name, line in parts.items()
     )
-    rounds = next(iter(parts.values()))["rounds"]
-    return (
-        f"{text} Times the step without it (median of {rounds} rounds in turn, 95 %), a step takes {', '.join(ratios)}."
-    )
+    return f"{text} A step takes, in times of the one without (median of steps in turn, 95 %): {', '.join(ratios)}."
 
 
 # ---- showing

@@ -20,7 +20,7 @@ GROUPS = (16, 32)
 HALVINGS = 20
 """Of the search for a threshold: 2^-20 of the way from the least that is searched to the largest activation."""
 SEARCHED = 64
-"""Tokens of a batch, evenly spaced, on which a threshold is searched: all would take longer than the model itself."""
+"""Tokens of a batch at most, evenly spaced, on which a threshold is searched: all would take longer than the model."""
 
 
 class Density(Metric):
@@ -171,7 +171,7 @@ class DensityMonitor(Callback):
             self._counted = None  # the search calls the projection too
             tau = tolerable_tau(down, some_TI, self.error)
             self._counted = counted
-            self._within.append((tau, (h_TI.abs() > tau).double().mean()))
+            self._within.append((tau, (~(h_TI.abs() <= tau)).double().mean()))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for handle in self._handles:

@@ -216,6 +216,7 @@ def generate(
         print(text)
         return
     before = build_module(config)
+    before.precision = module.precision  # of the run, where that decides what the base is
     before.build().eval()
     print(f"--- {run.resolve().name}\n{text}\n--- base: {module.base}\n{sampling.answer(before, prompt)}")
 

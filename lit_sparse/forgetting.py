@@ -46,8 +46,8 @@ class Forgetting(Callback):
         questions: Names of demo data sets (`piqa`, `sciq`, `arc_easy`, `hellaswag`), or data files.
         batch_size: Passages, or questions, of a batch.
         max_length: Tokens of a row at most; longer passages lose their end, longer questions are left out.
-        exclude: Data files whose rows are left out too, or `demo` (its text): what an earlier phase was trained on, or
-            recorded importance on.
+        exclude: Data files, or demo sets, whose rows are left out too, where all of a row is the same: what an earlier
+            phase was trained on, or recorded importance on.
         tokenizer: Folder, Hugging Face name or `demo`; none takes that of the data, or of the module's base.
 
     Attributes:

@@ -49,7 +49,7 @@ def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
     checkpoint = read_checkpoint(folder / LAST)
     if module.quantize is not None or module.base.endswith(".json"):
         # Quantised or drawn from what `auto` was where the run was made, which need not be what it is here.
-        module.precision = checkpoint["lit_sparse"]["precision"]
+        module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older ones do not say
     module.restore(checkpoint)
     module.check_complete(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)

@@ -103,17 +103,18 @@ def test_resumed_is_straight(method, kind, folder, tmp_path, workers, accumulate
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_gpu_it_trains_in_bf16_and_goes_on(method, tmp_path):
-    """From a validation first, clipped, packed where it can be; resumed between two switches of what trains."""
+    """With a validation first, and clipped; resumed between two switches of what trains."""
     tiny_llm("llama").save_pretrained(tmp_path / "base")
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
     options = {"accelerator": "cuda", "devices": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": -1}
-    straight, resumed = module(method, tmp_path / "base"), module(method, tmp_path / "base")
+    straight, resumed = (module(method, tmp_path / "base", lr=1e-2) for _ in range(2))
     trainer(5, callbacks=[checkpoint], enable_checkpointing=True, **options).fit(straight, datamodule=data())
     ckpt = resumed.resume_from = tmp_path / "ckpt" / "step=3.ckpt"
     trainer(5, **options).fit(resumed, datamodule=data(), ckpt_path=ckpt)
-    expected = trained(straight)
+    expected, saved = trained(straight), torch.load(ckpt, weights_only=True)["state_dict"]
     for name, value in trained(resumed).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3)
+        then = saved[f"model.{name}"].to(value)
+        assert (value - expected[name]).norm() <= 0.1 * (expected[name] - then).norm(), name
     model = straight.detach()
     with torch.no_grad(), evaluating(model):
         assert model(input_ids=torch.arange(3, 9, device=model.device)[None]).logits.isfinite().all()
@@ -125,7 +126,9 @@ def test_what_was_trained_in_bf16_is_a_plain_model_of_one_type(method, tmp_path)
     task = module(method, tmp_path / "base", precision="bfloat16")
     trainer(1).fit(task, datamodule=data())
     model = task.detach()
-    assert len({parameter.dtype for parameter in model.parameters()}) == 1
+    own = method in ("full", "lisa", "lisa_grad_norm", "deft")  # which train weights of the model's own
+    wanted = torch.float32 if own else torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {wanted}
     with torch.no_grad(), evaluating(model):
         assert model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
 

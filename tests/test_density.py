@@ -59,7 +59,7 @@ def test_a_diverged_activation_is_no_zero():
 
 
 def test_the_threshold_is_searched_on_some_tokens_of_each_batch():
-    _, monitor = monitored()
+    monitor = DensityMonitor()
     metric, down, searched = Density(), torch.nn.Linear(4, 2), list[torch.Tensor]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_sparse.density.tolerable_tau", lambda _, h, __: searched.append(h) or float(len(searched)))

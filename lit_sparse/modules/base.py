@@ -271,7 +271,8 @@ class LitSparse(L.LightningModule, ABC):
     def detach(self) -> PreTrainedModel:
         """Take every strategy off again, last one first, and return the plain model with what was trained merged in.
 
-        It is in one type: fp32, where what trained was in fp32 and the rest was not, unless the base is quantised.
+        Where weights of its own trained in fp32, all of it is in fp32; else it is in the base's type, to which an
+        adapter or blocks were rounded.
 
         Raises:
             BadInput: if the model is divided among processes.
@@ -281,12 +282,16 @@ class LitSparse(L.LightningModule, ABC):
                 "the model is divided among processes and cannot be put together in place; save a checkpoint, and "
                 "load or export that in a process of its own."
             )
+        model = self._take_off()
+        mixed = any(parameter in self._widened for parameter in model.parameters())
+        return model.float() if mixed and not is_quantized(model) else model
+
+    def _take_off(self) -> PreTrainedModel:
         model = self.build()
         for update in reversed(self.updates):
             update.detach(model)
         self._attached = False
-        kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-        return model if len(kinds) == 1 or is_quantized(model) else model.float()
+        return model
 
     def probe(self, steps: int) -> Iterator[Tensor]:
         """Losses of the first `steps` training batches (or as many as there are), in the training's precision."""
@@ -429,7 +434,7 @@ class LitSparse(L.LightningModule, ABC):
         """Take back what was prepared for a fresh start, to the bit; and a training, by beginning with the base."""
         rewritten = is_quantized(self.build()) or any(update.rewrites_base for update in self.updates)
         if not (rewritten or self._moved or self._sharded):
-            self.detach()
+            self._take_off()
             for parameter, dtype in self._widened.items():
                 parameter.data = parameter.data.to(dtype)
             self._widened, self.trained = {}, set()

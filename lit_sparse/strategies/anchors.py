@@ -60,8 +60,8 @@ class AdaptiveRegularization(UpdateStrategy):
         temperature: Of `mean_softmax`: larger is more even.
         layer: What a layer is: each `matrix`, as importance differs as much between a layer's matrices as between
             layers; or all of a `decoder_layer`.
-        targets: What of the trained matrices is held, which are to be those recorded: roles (q, k, v, ...), endings of
-            module names, or `all` but a classifier's head that was not recorded.
+        targets: What of the trained matrices is held, all of which must have been recorded: roles (q, k, v, ...),
+            endings of module names, or `all`; a classifier's head only if it was recorded.
         dtype: Type in which the importance is kept.
         offload: Whether importance and anchor are kept in the host's memory.
     """

@@ -189,10 +189,15 @@ def _check_gradients(strategies: Sequence[UpdateStrategy]) -> None:
 
 
 def _check_recording(strategies: Sequence[UpdateStrategy]) -> None:
-    reading = [type(strategy).__name__ for strategy in strategies if strategy.gradients == "reads"]
-    adding = [type(strategy) for strategy in strategies if type(strategy).penalty is not UpdateStrategy.penalty]
+    kinds = [type(strategy) for strategy in strategies]
+    reading = [
+        kind.__name__
+        for kind in kinds
+        if kind.gradients == "reads" and kind.before_step is not UpdateStrategy.before_step  # else it reads a probe's
+    ]
+    adding = [kind.__name__ for kind in kinds if kind.penalty is not UpdateStrategy.penalty]
     if reading and adding:
-        name = adding[0].__name__
+        name = adding[0]
         raise BadInput(
             f"{reading[0]} and {name} cannot be combined: {reading[0]} reads the gradient of the task's loss, to which "
             f"{name} adds its own; record in a run without {name}."

@@ -97,8 +97,7 @@ class LISA(UpdateStrategy):
         self._find(model)
         self.draws = [list(draw) for draw in state["draws"]]
         self._sampler.load_state_dict(state["sampler"])
-        device = next(model.parameters()).device  # where those of the next steps will be
-        self._seen = {layer: [norm.to(device) for norm in norms] for layer, norms in state["seen"].items()}
+        self._seen = {layer: list(norms) for layer, norms in state["seen"].items()}
         self._parked = {layer: [dict(one) for one in states] for layer, states in state["parked"].items()}
         model.requires_grad_(self.train_embeddings)
         self._activate()
@@ -153,7 +152,7 @@ class LISA(UpdateStrategy):
         self._rates = []
         if place < self.interval - 1:
             return False
-        self._sampler.observe({layer: float(torch.stack(norms).mean()) for layer, norms in self._seen.items()})
+        self._sampler.observe({layer: _mean(norms) for layer, norms in self._seen.items()})
         self._seen.clear()
         self._park(optimizer)
         self.draws.append(self._draw(len(self.draws)))
@@ -251,3 +250,8 @@ def _watched(layers: Sequence[nn.Module], squares: dict[int, list[Tensor]]) -> I
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _mean(norms: Sequence[Tensor]) -> float:
+    """The mean of scalars, of which those before a resumed run's checkpoint may lie elsewhere than its own."""
+    return float(torch.stack([norm.to(norms[-1].device) for norm in norms]).mean())

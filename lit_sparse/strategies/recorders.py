@@ -62,8 +62,8 @@ class RecordImportance(UpdateStrategy):
         self._steps = 0
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
+        self._noted, self._steps = {}, 0
         self._find(model)
-        self._noted = {}
         self._start = {matrix.name: self._kept(matrix.copies()) for matrix in self._matrices}
         self._sums = {matrix.name: self._kept([matrix.moved(matrix.values())])[0] for matrix in self._matrices}
 

@@ -24,7 +24,7 @@ OURS = (
     "_glu_density",
     "_master_adamw_kernel",
 )
-"""What the names of this project's ops, and of its kernels that no op launches, begin with."""
+"""What the names of this project's ops and kernels begin with: an optimizer launches kernels from no op."""
 
 RUNTIME = re.compile(r"(cuda|cu|hip)[A-Z]")
 """Names of the device runtime's calls; their ids are another series than those of ops, and could be taken for these."""

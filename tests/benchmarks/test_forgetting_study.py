@@ -337,6 +337,11 @@ def test_both_fishers_take_the_same_samples(write: Write, tiny: Path) -> None:
 
 def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
+    asked: list[None] = []
+
+    def names() -> dict[str, str]:
+        asked.append(None)
+        return {forgetting.TEXT: "text.jsonl"}
 
     def bench(words: list[str]) -> int:
         begun.append(words[0])
@@ -358,9 +363,8 @@ def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest
     monkeypatch.setattr(recording, "bench", bench)
     study, results = read(write()), Results(Path("f.jsonl"), STACK)
     for _ in range(2):
-        recording.measure_costs(
-            study, results, {forgetting.TEXT: "text.jsonl"}, Path("runs"), {"rounds": 4, "samples": 2}
-        )
+        recording.measure_costs(study, results, names, Path("runs"), {"rounds": 4, "samples": 2})
+    assert len(asked) == 4  # for what was missing alone
     assert begun == ["runs/cost/recorder.yaml", "runs/cost/adaptive.yaml"]
     lines = [json.loads(line) for line in Path("f.jsonl").read_text().splitlines()]
     assert [line["cost"] for line in lines] == ["recorder", "lean", "published", "penalty: adaptive"]
@@ -382,9 +386,7 @@ def test_costs_in_two_types_are_not_compared(phase: str, write: Write, tiny: Pat
     study, results = read(write()), Results(Path("f.jsonl"), STACK)
     next(one for one in study.phases if one.name == phase).config["model"]["precision"] = "auto"
     with pytest.raises(BadInput, match=f"the phase {phase} has model.precision auto, but the Fishers"):
-        recording.measure_costs(
-            study, results, {forgetting.TEXT: "text.jsonl"}, Path("runs"), {"rounds": 4, "samples": 2}
-        )
+        recording.measure_costs(study, results, dict, Path("runs"), {"rounds": 4, "samples": 2})
 
 
 # ---- tables and figure
@@ -418,7 +420,10 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
     assert "| a Fisher of all weights (EWC-LoRA's recipe) | 9.000 | 50.0 | 18.00 | 8.0 | 100.0% |" in text
     assert "(RecordImportance) | 0.500 | 2.8 | 1.00 | 1.0 | 12.5% |" in text
     assert "| of that, what recording adds to the run | 0.045 | 0.3 | 0.09 | 1.0 | 12.5% |" in text
-    assert "with the recorder 1.100 [1.050, 1.200] (2.0 MiB kept), with adaptive 1.070 [1.050, 1.200] (1.0 MiB" in text
+    assert (
+        "with the recorder 1.100 [1.050, 1.200] (2.0 MiB kept, 12 rounds), with adaptive 1.070 [1.050, 1.200] (1.0"
+        in text
+    )
 
 
 def test_gaps_within_the_spread_are_ties_and_missing_seeds_are_named(write: Write) -> None:

@@ -17,8 +17,9 @@ from torch import nn
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+import lit_sparse_kernels
 from lit_sparse_profiling.ceilings import Ceilings
-from lit_sparse_profiling.events import Event, covered, read, summed
+from lit_sparse_profiling.events import OURS, Event, covered, read, summed
 from lit_sparse_profiling.kernels import WINDOW, KernelProfile, shortened, table
 from lit_sparse_profiling.opcounts import OpCount, OpCounts
 from lit_sparse_profiling.record import Kernel, Kernels
@@ -43,6 +44,13 @@ def sums(
 
 def by_name(kernels: Kernels) -> dict[tuple[str, str], Kernel]:
     return {(kernel.name, kernel.op): kernel for kernel in kernels.top}
+
+
+def test_every_kernel_of_this_project_is_known_as_ours() -> None:
+    sources = Path(lit_sparse_kernels.__file__).parent.glob("*.py")
+    kernels = [name for file in sources for name in re.findall(r"@jit\ndef (\w+_kernel)\(", file.read_text())]
+    assert len(kernels) >= 7
+    assert [name for name in kernels if not name.startswith(OURS)] == []
 
 
 # ---- scripted: a GPU

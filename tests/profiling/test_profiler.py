@@ -781,7 +781,7 @@ def test_a_card_that_is_lost_is_in_the_findings(card: Card, fake: FakeNVML) -> N
 @pytest.mark.gpu
 def test_a_real_card() -> None:
     torch.manual_seed(0)
-    model = Model(16_384).cuda()  # 4 GiB of a step: cuBLAS holds up to 72 MiB beside it
+    model = Model(16_384).cuda()  # a step holds 4 GiB, beside which cuBLAS's workspaces are small
     optimizer = torch.optim.AdamW(model.parameters())
     with Profiler(model, optimizer, PLAN) as found:
         for batch in batches(len(STAGES)):

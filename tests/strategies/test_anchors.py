@@ -331,20 +331,19 @@ def test_a_path_integral_and_a_fisher_do_not_add_up(phases):
 
 
 def test_attached_again_its_importance_is_the_same(phases):
-    module = build(phases, read("phases/adaptive_regularization"))
+    module = build(phases, read("phases/adaptive_regularization"), normalize="none")
     model, penalty = module.build(), module.updates[-1]
     attach(module)
-    first = penalty.state_dict()["weights"]
+    first = dict(penalty.state_dict()["weights"])
     penalty.detach(model)
     penalty.attach(model, no_probe)
     assert all(torch.equal(weight, first[name]) for name, weight in penalty.state_dict()["weights"].items())
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"offload": True}], ids=str)
-def test_importance_may_be_kept_shorter_or_elsewhere(options, phases):
+def test_importance_may_be_kept_in_bf16(phases):
     """Its gradient is the same, to the rounding of the type that importance is kept in."""
     gradients = []
-    for settings in ({}, options):
+    for settings in ({}, {"dtype": "bfloat16"}):
         module = build(phases, read("phases/adaptive_regularization"), **settings)
         attach(module)
         for number, (_, parameter) in enumerate(trainable(module.model)):
@@ -356,7 +355,7 @@ def test_importance_may_be_kept_shorter_or_elsewhere(options, phases):
         weights = module.updates[-1].state_dict()["weights"].values()
         assert {str(weight.dtype) for weight in weights} == {f"torch.{settings.get('dtype', 'float32')}"}
     assert gradients[0].norm() > 0
-    assert (gradients[1] - gradients[0]).norm() <= (2**-8 if "dtype" in options else 0) * gradients[0].norm()
+    assert 0 < (gradients[1] - gradients[0]).norm() <= 2**-8 * gradients[0].norm()
 
 
 def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):

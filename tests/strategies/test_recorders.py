@@ -230,11 +230,11 @@ class Fused(UpdateStrategy):
 
 
 @pytest.mark.parametrize("penalty", [ActivationDensity(weight=0.1), KLToBase()], ids=lambda one: type(one).__name__)
-@pytest.mark.parametrize("recorder", [RecordImportance(), RecordFisher()], ids=lambda one: type(one).__name__)
-def test_a_recorder_reads_the_gradient_of_the_task_alone(recorder, penalty):
-    names = f"{type(recorder).__name__} and {type(penalty).__name__}"
+def test_a_recorder_reads_the_gradient_of_the_task_alone(penalty):
+    names = f"RecordImportance and {type(penalty).__name__}"
     with pytest.raises(BadInput, match=f"{names} cannot be combined: .* reads the gradient of the task's loss"):
-        compose([penalty, recorder])
+        compose([penalty, RecordImportance()])
+    compose([penalty, RecordFisher()])  # which looks at the task's loss before the first step
 
 
 def test_what_does_not_go_together_is_refused():
