@@ -213,10 +213,18 @@ def cost_notes(lines: Sequence[Line]) -> str:
 # ---- showing
 
 
+def trade_off(study: Study, results: Results) -> str:
+    """The first table; without the column of zero-shot answers, where none were asked for."""
+    rows, asked = [HEAD, *cells(study, results)], HEAD.index("zero-shot")
+    if all(row[asked] == "-" for row in rows[1:]):
+        rows = [row[:asked] + row[asked + 1 :] for row in rows]
+    return table(rows[0], rows[1:])
+
+
 def shown(study: Study, results: Results) -> str:
     """Both tables as far as they are known, in Markdown."""
     found, measured = points(study, results), costs(results)
-    parts = [notes(study, found), table(HEAD, cells(study, results))] if found else ["No curve has a point yet."]
+    parts = [notes(study, found), trade_off(study, results)] if found else ["No curve has a point yet."]
     if measured:
         parts += [cost_notes(measured), table(COST_HEAD, cost_cells(measured))]
     return "\n\n".join(parts)

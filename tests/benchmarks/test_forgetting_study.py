@@ -424,6 +424,13 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
         "with the recorder 1.100 [1.050, 1.200] (2.0 MiB kept, 12 rounds), with adaptive 1.070 [1.050, 1.200] (1.0"
         in text
     )
+    for line in runner.results.fits.values():
+        for when in ("before", "after"):
+            line[when] = {name: value for name, value in line[when].items() if "zero_shot" not in name}
+    shorter = tradeoff.shown(runner.study, runner.results)
+    assert "zero-shot" in text
+    assert "zero-shot" not in shorter
+    assert "| none | - | 0.01 | 1.5100 ± 0.0100 | 3.5100 ± 0.0100 | 3 |  |" in shorter
 
 
 def test_gaps_within_the_spread_are_ties_and_missing_seeds_are_named(write: Write) -> None:
