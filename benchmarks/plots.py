@@ -65,15 +65,21 @@ def lisa_norms(lines: Sequence[Line]) -> Figure:
 
 
 def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]) -> Figure:
-    """What a domain fit gains over what it forgets: a curve for each method over its strength or rate, with spread."""
+    """What a domain fit gains over what it forgets: a curve for each method over its strength or rate, with spread.
+
+    Points that gain nothing, where a run diverged, are left to the table.
+    """
     figure, axes = _figure(1)
-    for name, curve in curves.items():
+    for name, points in curves.items():
+        curve = [(rose, fell) for rose, fell in points if statistics.fmean(fell) > 0]
+        if not curve:
+            continue
         rose, fell = zip(*curve, strict=True)
         style, across, along = "o-" if len(curve) > 1 else "*", [*map(spread, rose)], [*map(spread, fell)]
         x, y = ([*map(statistics.fmean, values)] for values in (rose, fell))
         axes[0].errorbar(x, y, along, across, style, label=name, capsize=2)
     axes[0].set(xlabel="general loss, rise in nats a token", ylabel="domain loss, fall in nats a token")
-    axes[0].legend()
+    axes[0].legend(fontsize="small")
     return figure
 
 
