@@ -102,8 +102,8 @@ class DensityMonitor(Callback):
     The inputs of the down projections are counted, padding left out, as means over the layers: `density` (exact zeros
     are left out), `density_above_<tau>`, and for groups of neighbours `density_groups_<size>`, alone and above each
     tau. `tau_within_error` is the largest threshold of a layer that keeps the error of its down projection, searched
-    on some tokens of each batch, and `density_within_error` the share above it: means over batches and layers. Of
-    several validation sets the first is counted, the task's own. The record of a fit has them before and after
+    on some tokens of each batch (the median over batches and layers, since a layer of huge activations bears a huge
+    one), and `density_within_error` the share above it. Of several validation sets the first is counted, the task's own. The record of a fit has them before and after
     training.
 
     Args:
@@ -181,7 +181,7 @@ class DensityMonitor(Callback):
         scores = {name: torch.stack([layer[name] for layer in layers]).mean() for name in layers[0]}
         if self._within:
             taus, shares = zip(*self._within, strict=True)
-            scores["tau_within_error"] = torch.tensor(taus, device=pl_module.device).mean()
+            scores["tau_within_error"] = torch.tensor(taus, device=pl_module.device).median()
             scores["density_within_error"] = torch.stack(shares).mean()
         for name, value in scores.items():
             pl_module.log(name, value.float(), sync_dist=True)
