@@ -103,8 +103,8 @@ class DensityMonitor(Callback):
     are left out), `density_above_<tau>`, and for groups of neighbours `density_groups_<size>`, alone and above each
     tau. `tau_within_error` is the largest threshold of a layer that keeps the error of its down projection, searched
     on some tokens of each batch (the median over batches and layers, since a layer of huge activations bears a huge
-    one), and `density_within_error` the share above it. Of several validation sets the first is counted, the task's own. The record of a fit has them before and after
-    training.
+    one), and `density_within_error` the share above it. Of several validation sets the first is counted, the task's
+    own. The record of a fit has them before and after training.
 
     Args:
         taus: Thresholds.
