@@ -169,7 +169,7 @@ BAD_PARTS = {
     "data": (["--data", "Synthetic", "--data.vocab_size=96", "--data.max_length=0"], "`max_length` is 0"),
     "callback": (
         [*DATA, "--trainer.callbacks+=lit_sparse.density.DensityMonitor", "--trainer.callbacks.error=2"],
-        "DensityMonitor: taus are [0.001, 0.01, 0.1] and error is 2.0",
+        "DensityMonitor: error is 2.0; it must be between 0 and 1",
     ),
 }
 
