@@ -90,7 +90,7 @@ class Forgetting(Callback):
         own = data.tokenizer if isinstance(data, TokenData) else None
         tokenizer = load_tokenizer(self.tokenizer or own or pl_module.base)
         trained = {digest(row) for row in data.rows[TRAIN]} if isinstance(data, TokenData) else set[str]()
-        trained |= {digest(row) for name in self.exclude for row in rows_of(name, "text")}
+        trained |= digests(self.exclude)
         self._padding = Padding(tokenizer.get_vocab()[str(tokenizer.pad_token)])
         self._encode(Encoder(tokenizer), trained)
 
@@ -170,6 +170,11 @@ def rows_of(name: str, dataset: str) -> list[Row]:
     """The rows of a data file, or of a demo data set: `dataset`, where `name` is "demo"."""
     name = dataset if name == demo.DEMO else name
     return read(str(demo.dataset_file(name)) if name in demo.DATASETS else name)
+
+
+def digests(names: Sequence[str]) -> set[str]:
+    """Marks of all rows of data files and demo sets."""
+    return {digest(row) for name in names for row in rows_of(name, "text")}
 
 
 def untrained(rows: Sequence[Row], trained: set[str], count: int, name: str) -> list[Row]:

@@ -110,12 +110,24 @@ def check_fits(path: str, recorded: Mapping[str, Recorded], matrices: Sequence[T
             )
 
 
-def check_alike(path: str, recorded: Mapping[str, Recorded], space: Space, before: Iterable[str], its: Space) -> None:
-    """Refuse importance of other matrices, or in another space, than that of the runs `before` it.
+def check_alike(
+    path: str,
+    recorded: Mapping[str, Recorded],
+    kind: tuple[Kind, Space],
+    before: Iterable[str],
+    theirs: tuple[Kind, Space],
+) -> None:
+    """Refuse importance of other matrices, of another kind, or in another space, than that of the runs `before` it.
 
     Raises:
         BadInput: naming the first that differs.
     """
+    (kind_here, space), (kind_there, its) = kind, theirs
+    if kind_here != kind_there:
+        raise BadInput(
+            f"importance {path} is of the kind {kind_here}, the runs before it are not, and they have no scale in "
+            "common; name runs that all have RecordImportance, or all RecordFisher."
+        )
     odd = sorted(recorded.keys() ^ set(before))
     if odd or space != its:
         what = f"differs from the runs before it in {odd[0]}" if odd else f"is in the space {space}, others in {its}"

@@ -105,19 +105,14 @@ class AdaptiveRegularization(UpdateStrategy):
     # ---- preparing
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
-        path, recorded, kinds = "", dict[str, Recorded](), set[Kind]()
+        path, recorded = "", dict[str, Recorded]()
+        before: tuple[Kind, Space] | None = None
         self._weights = {}
         for path in [self.importance] if isinstance(self.importance, str) else self.importance:
             kind, space, recorded = read_recorded(path)
-            if self._weights:
-                check_alike(path, recorded, space, self._weights, self._space)
-            kinds.add(kind)
-            if len(kinds) > 1:
-                raise BadInput(
-                    f"importance {path} is of the kind {kind}, the runs before it are not, and they have no scale in "
-                    "common; name runs that all have RecordImportance, or all RecordFisher."
-                )
-            self._space = space
+            if before is not None:
+                check_alike(path, recorded, (kind, space), self._weights, before)
+            before, self._space = (kind, space), space
             self._find(model, recorded)
             check_fits(path, recorded, self._matrices)
             self._add(kind, recorded)
