@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lit_sparse.errors import BadInput
+from lit_sparse.optim import whole
 
 Order = Literal["ascending", "descending", "random"]
 
@@ -185,8 +185,3 @@ def rms(tensors: Any) -> Tensor:
         count += tensor.numel()
     total = torch.stack([whole(square) for square in squares]).sum()
     return (total / count).sqrt()
-
-
-def whole(tensor: Any) -> Tensor:
-    """A DTensor's value, which every rank gets; any other tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -63,6 +63,11 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
+def whole(tensor: Any) -> Tensor:
+    """A DTensor's value, which every rank gets; any other tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def match_by_name(optimizer: Optimizer) -> Optimizer:
     """Let `optimizer` load a state by the names of parameters instead of by their positions.
 

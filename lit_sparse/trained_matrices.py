@@ -16,11 +16,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.optim import Optimizer
 
 from lit_sparse.anatomy import is_target
 from lit_sparse.block_linear import in_precision
 from lit_sparse.checkpoints import hash_of
 from lit_sparse.errors import BadInput
+from lit_sparse.optim import shard_like, whole
 
 Space = Literal["weights", "factors"]
 """What counts as a matrix: a weight, also where LoRA's product moves it, or each trained tensor by itself."""
@@ -35,29 +37,48 @@ class TrainedMatrix:
 
     Attributes:
         name: Of the parameter, or of the adapted layer.
-        parameters: The parameter, or A and B, by their names in the model.
+        owners: The module of the parameter, or those of A and B, by the parameters' names in the model.
         scale: LoRA's s; None for a parameter.
         base: A hash of the frozen weight that the product is added to; empty for a parameter.
         layer: LoRA's layer.
     """
 
     name: str
-    parameters: Mapping[str, nn.Parameter]
+    owners: Mapping[str, nn.Module]
     scale: float | None = None
     base: str = ""
     layer: Any = field(default=None, repr=False)
 
-    def values(self) -> list[Tensor]:
-        """The present values, in fp32 at least; they may share the parameters' memory."""
-        return [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self.parameters.values()]
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameter, or A and B, by their names; asked for anew, since FSDP2 puts others in their place."""
+        return {name: getattr(module, name.rpartition(".")[2]) for name, module in self.owners.items()}
 
-    def copies(self) -> list[Tensor]:
-        """The present values, in fp32 at least, in memory of their own."""
-        return [value.clone() for value in self.values()]
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(iter(self.parameters.values())).device
 
-    def moved(self, before: Values) -> Tensor:
+    def values(self, optimizer: Optimizer | None = None) -> list[Tensor]:
+        """The present values, in fp32 at least: the masters of `optimizer`, where it has some; A and B always whole.
+
+        They may share the parameters' memory.
+        """
+        held = [p if optimizer is None else master_of(p, optimizer) for p in self.parameters.values()]
+        wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in held]
+        return wide if self.scale is None else [whole(value) for value in wide]
+
+    def copies(self, optimizer: Optimizer | None = None) -> list[Tensor]:
+        """The present values, as `values` has them, in memory of their own."""
+        return [value.clone() for value in self.values(optimizer)]
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """This process's share of a whole tensor (out, in), where the matrix is a parameter that is divided."""
+        return shard_like(tensor, *self.parameters.values()) if self.scale is None else tensor
+
+    def moved(self, before: Values, optimizer: Optimizer | None = None) -> Tensor:
         """How far it is from `before`, dense."""
-        return displacement(before, self.values(), self.scale)
+        return displacement(before, self.values(optimizer), self.scale)
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add the dense `gradient` to that of the parameters, through the product where it is one."""
@@ -74,7 +95,12 @@ def add_gradients(parameters: Sequence[nn.Parameter], parts: Sequence[Tensor]) -
     """Add each of `parts` to the gradient of its parameter, where that has one: without, it does not move this step."""
     for parameter, part in zip(parameters, parts, strict=True):
         if parameter.grad is not None:
-            parameter.grad.add_(part.to(parameter.grad.dtype))
+            parameter.grad.add_(shard_like(part, parameter).to(parameter.grad.dtype))
+
+
+def master_of(parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
+    """What `optimizer` moves: the fp32 master that it keeps of `parameter`, or else that itself."""
+    return optimizer.state[parameter].get("master", parameter) if parameter in optimizer.state else parameter
 
 
 def displacement(before: Values, after: Values, scale: float | None) -> Tensor:
@@ -98,7 +124,7 @@ def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who
     products = lora_products(model, who) if space == "weights" else []
     within = {parameter for product in products for parameter in product.parameters.values()}
     plain = [
-        TrainedMatrix(name, {name: parameter})
+        TrainedMatrix(name, {name: model.get_submodule(name.rpartition(".")[0])})
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in within
     ]
@@ -153,10 +179,10 @@ def lora_product(name: str, layer: Any, who: str) -> TrainedMatrix:
             f"{who}: {name} has {type(layer.lora_variant[adapter]).__name__}, whose update is no plain product of two "
             "factors; use plain LoRA, or space: factors."
         )
-    names = [f"{name}.lora_{factor}.{adapter}.weight" for factor in "AB"]
-    parameters = dict(zip(names, (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight), strict=True))
+    factors = {"A": layer.lora_A[adapter], "B": layer.lora_B[adapter]}
+    owners = {f"{name}.lora_{factor}.{adapter}.weight": module for factor, module in factors.items()}
     base = hash_of([("weight", layer.get_base_layer().weight)])
-    return TrainedMatrix(name, parameters, float(layer.scaling[adapter]), base, layer)
+    return TrainedMatrix(name, owners, float(layer.scaling[adapter]), base, layer)
 
 
 def adapter_of(layer: Any) -> str:

@@ -29,8 +29,16 @@ from lit_sparse.importance import (
     path_importance,
     read_recorded,
 )
+from lit_sparse.optim import whole
 from lit_sparse.strategies.base import Probe, UpdateStrategy
-from lit_sparse.trained_matrices import Space, TrainedMatrix, add_gradients, displacement, trained_matrices
+from lit_sparse.trained_matrices import (
+    Space,
+    TrainedMatrix,
+    add_gradients,
+    displacement,
+    master_of,
+    trained_matrices,
+)
 
 
 @dataclasses.dataclass
@@ -81,6 +89,7 @@ class AdaptiveRegularization(UpdateStrategy):
     offload: bool = False
 
     keeps_base: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "adds"
 
     def __post_init__(self) -> None:
@@ -160,9 +169,10 @@ class AdaptiveRegularization(UpdateStrategy):
 
     def _place(self) -> None:
         for matrix in self._matrices:
-            device = torch.device("cpu") if self.offload else matrix.values()[0].device
-            self._weights[matrix.name] = self._weights[matrix.name].to(device, getattr(torch, self.dtype))
-            self._anchors[matrix.name] = [value.to(device) for value in self._anchors[matrix.name]]
+            device = torch.device("cpu") if self.offload else matrix.device
+            weights = matrix.share(self._weights[matrix.name])
+            self._weights[matrix.name] = weights.to(device, getattr(torch, self.dtype))
+            self._anchors[matrix.name] = [matrix.share(value).to(device) for value in self._anchors[matrix.name]]
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         self._space, self._coefficients = state["space"], dict(state["coefficients"])
@@ -174,16 +184,17 @@ class AdaptiveRegularization(UpdateStrategy):
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
+        self._place()  # the model may have been divided among processes meanwhile
         if self.phi:
-            self._value = torch.stack([self._pull(matrix) for matrix in self._matrices]).sum()
+            self._value = torch.stack([self._pull(matrix, optimizer) for matrix in self._matrices]).sum()
 
-    def _pull(self, matrix: TrainedMatrix) -> Tensor:
+    def _pull(self, matrix: TrainedMatrix, optimizer: Optimizer) -> Tensor:
         """Add the penalty's gradient for `matrix`, and return its part of the penalty."""
-        now, strength = matrix.values(), self.phi * self._coefficients[matrix.name]
+        now, strength = matrix.values(optimizer), self.phi * self._coefficients[matrix.name]
         anchor = [value.to(now[0].device) for value in self._anchors[matrix.name]]
         distance = displacement(anchor, now, matrix.scale)
         weighted = self._weights[matrix.name].to(distance) * distance
-        value = strength * (weighted * distance).sum()
+        value = strength * whole((weighted * distance).sum())
         matrix.add_gradient(weighted.mul_(2 * strength))
         return value
 
@@ -227,6 +238,7 @@ class L2SP(UpdateStrategy):
     targets: list[str] = dataclasses.field(default_factory=lambda: ["all"])
 
     keeps_base: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "adds"
     needs_base: ClassVar[bool] = True
 
@@ -252,6 +264,8 @@ class L2SP(UpdateStrategy):
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         if not self.alpha:
             return
+        kept = {matrix.name: matrix for matrix in self._matrices if matrix.scale is None}
+        self._anchors = {name: [matrix.share(*self._anchors[name])] for name, matrix in kept.items()}
         rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
         parts = [
             pull_product(matrix, self.alpha)
@@ -289,10 +303,10 @@ def pull_parameter(
 ) -> Tensor:
     """Move a parameter lr * alpha of its way back to `anchor`, where it moves this step; the penalty before that."""
     (parameter,) = matrix.parameters.values()
-    held = optimizer.state[parameter].get("master", parameter) if parameter in optimizer.state else parameter
+    held = master_of(parameter, optimizer)
     way = held - anchor
     if parameter.grad is not None:
         held.sub_(way, alpha=float(rates[parameter]) * alpha)
         if held is not parameter:
             parameter.copy_(held)
-    return alpha / 2 * way.square().sum()
+    return alpha / 2 * whole(way.square().sum())

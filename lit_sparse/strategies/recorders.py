@@ -4,7 +4,7 @@ Both leave their sums in the run's checkpoint, on LoRA's dense product or on tra
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +18,15 @@ from lit_sparse.errors import BadInput
 from lit_sparse.importance import entry
 from lit_sparse.ranks import averaged
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
-from lit_sparse.trained_matrices import DenseGradient, Space, TrainedMatrix, gradient_of, trained_matrices, watch
+from lit_sparse.trained_matrices import (
+    DenseGradient,
+    Space,
+    TrainedMatrix,
+    Values,
+    gradient_of,
+    trained_matrices,
+    watch,
+)
 
 
 @dataclasses.dataclass
@@ -32,7 +40,8 @@ class RecordImportance(UpdateStrategy):
     It trains nothing itself: put it beside PEFT's LoRA or full fine-tuning. It keeps a matrix of sums for each matrix
     recorded, in fp32 (in bf16 a sum stands still where an addend is below 2^-9 of it), and from the backward to the
     step a dense gradient of it; without LoRA, copies of what is recorded during the step, and of its start, too.
-    Several ranks add up their dense gradients, a matrix each.
+    Several ranks add up their dense gradients, a matrix each. Under FSDP2 each keeps the sums of its part of what is
+    divided, and those of LoRA's products whole.
 
     Args:
         targets: What of the trained matrices is recorded: roles (q, k, v, ...), endings of module names, or `all`.
@@ -49,6 +58,7 @@ class RecordImportance(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"importance"})
     keeps_base: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "reads"
 
     def __post_init__(self) -> None:
@@ -64,17 +74,15 @@ class RecordImportance(UpdateStrategy):
     def attach(self, model: nn.Module, probe: Probe) -> None:
         self._noted, self._steps = {}, 0
         self._find(model)
-        self._start = {matrix.name: self._kept(matrix.copies()) for matrix in self._matrices}
-        self._sums = {matrix.name: self._kept([matrix.moved(matrix.values())])[0] for matrix in self._matrices}
+        for matrix in self._matrices:
+            self._keep(matrix, matrix.moved(matrix.values()), matrix.copies())
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         self._find(model)
         self._steps = state["importance"]["steps"]
         for matrix in self._matrices:
-            device = "cpu" if self.offload else matrix.values()[0].device
             recorded = state["importance"]["matrices"][matrix.name]
-            self._sums[matrix.name] = recorded["sums"].to(device, copy=True)
-            self._start[matrix.name] = [value.to(device) for value in recorded["start"].values()]
+            self._keep(matrix, recorded["sums"].clone(), list(recorded["start"].values()))
         self._switch()
 
     def _find(self, model: nn.Module) -> None:
@@ -86,17 +94,21 @@ class RecordImportance(UpdateStrategy):
         for watcher in self._watchers.values():
             watcher.on = (self._steps + 1) % self.every == 0
 
-    def _kept(self, values: Sequence[Tensor]) -> list[Tensor]:
-        return [value.cpu() for value in values] if self.offload else list(values)
+    def _keep(self, matrix: TrainedMatrix, sums: Tensor, start: Values) -> None:
+        device = torch.device("cpu") if self.offload else matrix.device
+        self._sums[matrix.name] = matrix.share(sums).to(device)
+        self._start[matrix.name] = [matrix.share(value).to(device) for value in start]
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         if step % self.every:
             return
         for matrix in self._matrices:
+            self._keep(matrix, self._sums[matrix.name], self._start[matrix.name])  # the model may be divided by now
             gradient = gradient_of(matrix, self._watchers)
             if gradient is None:  # a layer that this rank left out of its pass; the others may not have
-                gradient = torch.zeros_like(self._sums[matrix.name], device=matrix.values()[0].device)
-            self._noted[matrix.name] = averaged(gradient) if matrix.scale is not None else gradient, matrix.copies()
+                gradient = torch.zeros_like(self._sums[matrix.name], device=matrix.device)
+            gradient = averaged(gradient) if matrix.scale is not None else gradient
+            self._noted[matrix.name] = gradient, matrix.copies(optimizer)
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         for matrix in self._matrices:
@@ -104,7 +116,7 @@ class RecordImportance(UpdateStrategy):
                 continue
             gradient, before = self._noted.pop(matrix.name)
             sums = self._sums[matrix.name]
-            sums.sub_(gradient.mul_(matrix.moved(before)).to(sums.device), alpha=self.every)
+            sums.sub_(gradient.mul_(matrix.moved(before, optimizer)).to(sums.device), alpha=self.every)
         self._steps = step
         self._switch()
         return False
@@ -146,6 +158,7 @@ class RecordFisher(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"importance"})
     keeps_base: ClassVar[bool] = True
+    shards: ClassVar[bool] = True
     gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "reads"
 
     def __post_init__(self) -> None:
@@ -174,8 +187,9 @@ class RecordFisher(UpdateStrategy):
     def _add(self, watchers: Mapping[str, DenseGradient]) -> None:
         for matrix in self._matrices:
             gradient = gradient_of(matrix, watchers)
+            sums = self._sums[matrix.name] = self._sums[matrix.name].to(matrix.device)  # to which the probe moves it
             if gradient is not None:
-                self._sums[matrix.name].addcmul_(gradient, gradient)
+                sums.addcmul_(gradient, gradient)
 
     def _average(self, count: int) -> None:
         total = torch.tensor(float(count), device=next(iter(self._sums.values())).device)
