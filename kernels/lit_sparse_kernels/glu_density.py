@@ -23,8 +23,8 @@ from lit_sparse_kernels.jit import check_matrix, jit, on_cuda, power_of_2, tl
 ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 PROXIES = {"rational": 0, "tanh": 1}
 WHERES = {"gate_act": 0, "product": 1}
-CHUNK = 2**16
-"""Elements that the torch path takes at a time: its temporaries then stay in a core's cache."""
+CHUNK = 2**17
+"""Elements that the torch path takes at a time: its temporaries then stay in the cores' caches."""
 
 CASES = [
     # tokens, intermediate size, gated, activation, proxy, where, sharpness, dtype
