@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 
+from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, trainable
@@ -98,6 +99,18 @@ def test_it_changes_no_bit_of_the_training(adapter):
         train(model, strategies, AdamW([p for _, p in trainable(model)], lr=1e-2), 3, seeds=(0, 1))
     theirs = dict(without.named_parameters())
     assert all(torch.equal(parameter, theirs[name]) for name, parameter in with_it.named_parameters())
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_what_a_pass_leaves_out_counts_nothing(adapter):
+    """A layer that no token went through has no gradient."""
+    model, updates = attached(adapter, recorder := RecordImportance())
+    left_out, kept = (f"layers.{number}." for number in (1, 0))
+    decoder_layers(model)[1].forward = lambda hidden, **_others: hidden
+    train(model, updates, torch.optim.SGD([p for _, p in trainable(model)], lr=0.1), 2)
+    sums = recorded(recorder)
+    assert not any(one.any() for name, one in sums.items() if left_out in name)
+    assert all(one.any() for name, one in sums.items() if kept in name)
 
 
 def test_every_other_step_counts_twice_and_sums_may_lie_elsewhere():
