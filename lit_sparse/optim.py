@@ -57,8 +57,8 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
 
     No process hears of another: each must have the whole.
     """
-    whole = torch.is_tensor(value) and not isinstance(value, DTensor)
-    if not whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+    plain = torch.is_tensor(value) and not isinstance(value, DTensor)
+    if not plain or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
@@ -66,6 +66,21 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
 def whole(tensor: Any) -> Tensor:
     """A DTensor's value, which every rank gets; any other tensor itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def total(numbers: Sequence[Tensor]) -> Tensor:
+    """The sum of scalars, with one collective for all that each rank has a part of: sums of entries of DTensors."""
+    parts = [number for number in numbers if isinstance(number, DTensor)]
+    alike = [number for number in numbers if not isinstance(number, DTensor)]
+    if parts:
+        part = torch.stack([local(number) for number in parts]).sum()
+        alike.append(whole(DTensor.from_local(part, parts[0].device_mesh, parts[0].placements)))
+    return torch.stack(alike).sum()
 
 
 def match_by_name(optimizer: Optimizer) -> Optimizer:
@@ -208,17 +223,17 @@ class AdamW(torch.optim.AdamW):
 
     def _step_whole(self, parameters: Sequence[Tensor], rule: Rule) -> None:
         states = [self._advance(parameter) for parameter in parameters]
-        weights = [_local(parameter) for parameter in parameters]
+        weights = [local(parameter) for parameter in parameters]
         masters = [
-            _local(state["master"]) if "master" in state else weight
+            local(state["master"]) if "master" in state else weight
             for weight, state in zip(weights, states, strict=True)
         ]
         master_adamw(
             weights,
             [_grad(parameter) for parameter in parameters],
             masters,
-            [_local(state["exp_avg"]) for state in states],
-            [_local(state["exp_avg_sq"]) for state in states],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [state["step"].item() for state in states],
             rule,
             self.grad_scale,
@@ -312,17 +327,12 @@ def _master_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard; AdamW is elementwise, so that each rank may move its own."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _grad(parameter: Tensor) -> Tensor:
     """The gradient of this rank's shard, laid out in memory as the shard is, which autograd's own gradients are."""
     grad = cast(Tensor, parameter.grad)
     if isinstance(parameter, DTensor) and isinstance(grad, DTensor):
         grad = grad.redistribute(placements=parameter.placements)  # nothing, where it is divided alike already
-    grad, shard = _local(grad), _local(parameter)
+    grad, shard = local(grad), local(parameter)
     if grad.layout == torch.strided and not same_layout(grad, shard):
         grad = torch.empty_like(shard, dtype=grad.dtype).copy_(grad)
     return grad

@@ -31,7 +31,7 @@ class Sharded(nn.Module):
     """A model whose weights are divided among the processes of `mesh`, and the way to compute with it.
 
     Each process keeps the first dimension's next part of every parameter, as a DTensor, on the mesh's device; a unit is
-    moved there as it is divided, so that a model in host memory is never whole on a device. Gradients are averaged over
+    moved there as it is divided, so that a model in host memory need not fit on a device. Gradients are averaged over
     the processes in fp32, and have their parameter's dtype.
 
     Args:
@@ -196,8 +196,8 @@ def gathered(value: Any, keep: bool) -> Any:
     """
     if isinstance(value, DTensor):
         there = value.detach().to(value.device_mesh.device_type)  # those set aside are in host memory
-        whole = cast(DTensor, there).full_tensor()
-        return whole.cpu() if keep else None
+        full = cast(DTensor, there).full_tensor()
+        return full.cpu() if keep else None
     if isinstance(value, dict):
         return {key: gathered(item, keep) for key, item in value.items()}
     if type(value) in (list, tuple):

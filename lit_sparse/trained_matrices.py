@@ -60,9 +60,10 @@ class TrainedMatrix:
         return next(iter(self.parameters.values())).device
 
     def values(self, optimizer: Optimizer | None = None) -> list[Tensor]:
-        """The present values, in fp32 at least: the masters of `optimizer`, where it has some; A and B always whole.
+        """The present values, in fp32 at least: the masters of `optimizer`, where it has some.
 
-        They may share the parameters' memory.
+        They may share the parameters' memory. Of a parameter that is divided among processes it is a DTensor, but A and
+        B are always whole.
         """
         held = [p if optimizer is None else master_of(p, optimizer) for p in self.parameters.values()]
         wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in held]
@@ -73,20 +74,20 @@ class TrainedMatrix:
         return [value.clone() for value in self.values(optimizer)]
 
     def share(self, tensor: Tensor) -> Tensor:
-        """This process's share of a whole tensor (out, in), where the matrix is a parameter that is divided."""
+        """This process's share of a whole tensor like the matrix, where that is a parameter that is divided."""
         return shard_like(tensor, *self.parameters.values()) if self.scale is None else tensor
 
     def moved(self, before: Values, optimizer: Optimizer | None = None) -> Tensor:
         """How far it is from `before`, dense."""
         return displacement(before, self.values(optimizer), self.scale)
 
-    def add_gradient(self, gradient: Tensor) -> None:
-        """Add the dense `gradient` to that of the parameters, through the product where it is one."""
+    def add_gradient(self, gradient: Tensor, now: Values) -> None:
+        """Add the dense `gradient` to that of the parameters; where these make a product, by its values `now`."""
         parameters = list(self.parameters.values())
         if self.scale is None:
             parts = [gradient]
         else:
-            a, b = self.values()
+            a, b = now
             parts = [self.scale * (b.t() @ gradient), self.scale * (gradient @ a.t())]
         add_gradients(parameters, parts)
 

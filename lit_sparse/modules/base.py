@@ -13,7 +13,6 @@ from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -25,7 +24,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules.checks import HALF, check_masters, check_sharding, check_trainer
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.schedule import Schedule, factor
-from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable
+from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable, whole
 from lit_sparse.sharding import FSDP2Strategy, Sharded
 from lit_sparse.strategies.base import UpdateStrategy, check_keeps_base, compose
 from lit_sparse_profiling.phases import Phases
@@ -244,6 +243,8 @@ class LitSparse(L.LightningModule, ABC):
             )
         assert self.device_mesh is not None
         self._sharded = (Sharded(self.build(), self.device_mesh["data_parallel"]),)
+        for update in self.updates:
+            update.divided()
 
     def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(*args)`, which uses the model: all that does has to come by here, for a model may be divided."""
@@ -369,7 +370,7 @@ class LitSparse(L.LightningModule, ABC):
             return
         # The optimizer divides gradients as it reads them; to clip them in place would be a pass of its own.
         norm = torch.nn.utils.get_total_norm(grads)  # of bf16 gradients a bf16 number
-        norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()
+        norm = whole(norm).float()
         optimizer.grad_scale = ((norm + CLIP_EPS) / gradient_clip_val).clamp(min=1)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:

@@ -29,7 +29,7 @@ from lit_sparse.importance import (
     path_importance,
     read_recorded,
 )
-from lit_sparse.optim import whole
+from lit_sparse.optim import local, total
 from lit_sparse.strategies.base import Probe, UpdateStrategy
 from lit_sparse.trained_matrices import (
     Space,
@@ -167,6 +167,16 @@ class AdaptiveRegularization(UpdateStrategy):
         by_layer = layer_coefficients(norms, self.layer_weights, self.temperature)
         self._coefficients = {name: by_layer[layer_of(name, self.layer)] for name in self._weights}
 
+    def divided(self) -> None:
+        for matrix in self._matrices:
+            for name, parameter in matrix.parameters.items():
+                if parameter.dtype.itemsize < 4:
+                    raise BadInput(
+                        f"AdaptiveRegularization holds {name}, which under fsdp2 has gradients in bfloat16, where a "
+                        "pull much weaker than the task's is lost; set model.precision to float32, or train LoRA."
+                    )
+        self._place()
+
     def _place(self) -> None:
         for matrix in self._matrices:
             device = torch.device("cpu") if self.offload else matrix.device
@@ -184,18 +194,17 @@ class AdaptiveRegularization(UpdateStrategy):
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        self._place()  # the model may have been divided among processes meanwhile
         if self.phi:
-            self._value = torch.stack([self._pull(matrix, optimizer) for matrix in self._matrices]).sum()
+            self._value = total([self._pull(matrix) for matrix in self._matrices])
 
-    def _pull(self, matrix: TrainedMatrix, optimizer: Optimizer) -> Tensor:
+    def _pull(self, matrix: TrainedMatrix) -> Tensor:
         """Add the penalty's gradient for `matrix`, and return its part of the penalty."""
-        now, strength = matrix.values(optimizer), self.phi * self._coefficients[matrix.name]
+        now, strength = matrix.values(), self.phi * self._coefficients[matrix.name]
         anchor = [value.to(now[0].device) for value in self._anchors[matrix.name]]
         distance = displacement(anchor, now, matrix.scale)
         weighted = self._weights[matrix.name].to(distance) * distance
-        value = strength * whole((weighted * distance).sum())
-        matrix.add_gradient(weighted.mul_(2 * strength))
+        value = strength * (weighted * distance).sum()
+        matrix.add_gradient(weighted.mul_(2 * strength), now)
         return value
 
     def logged(self) -> dict[str, Tensor]:
@@ -216,7 +225,7 @@ class AdaptiveRegularization(UpdateStrategy):
     def describe(self) -> dict[str, Any]:
         """The layers' coefficients, and what importance and anchor take in bytes."""
         kept = [*self._weights.values(), *(value for values in self._anchors.values() for value in values)]
-        return {"coefficients": self._coefficients, "bytes": sum(value.nbytes for value in kept)}
+        return {"coefficients": self._coefficients, "bytes": sum(local(value).nbytes for value in kept)}
 
 
 @dataclasses.dataclass
@@ -260,12 +269,14 @@ class L2SP(UpdateStrategy):
             )
         self._anchors = {matrix.name: matrix.copies() for matrix in self._matrices if matrix.scale is None}
 
+    def divided(self) -> None:
+        kept = {matrix.name: matrix for matrix in self._matrices if matrix.scale is None}
+        self._anchors = {name: [matrix.share(*self._anchors[name])] for name, matrix in kept.items()}
+
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         if not self.alpha:
             return
-        kept = {matrix.name: matrix for matrix in self._matrices if matrix.scale is None}
-        self._anchors = {name: [matrix.share(*self._anchors[name])] for name, matrix in kept.items()}
         rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
         parts = [
             pull_product(matrix, self.alpha)
@@ -273,7 +284,7 @@ class L2SP(UpdateStrategy):
             else pull_parameter(matrix, self._anchors[matrix.name][0], self.alpha, rates, optimizer)
             for matrix in self._matrices
         ]
-        self._value = torch.stack(parts).sum()
+        self._value = total(parts)
 
     def logged(self) -> dict[str, Tensor]:
         return {"l2sp_penalty": self._value}
@@ -283,7 +294,7 @@ class L2SP(UpdateStrategy):
 
     def describe(self) -> dict[str, Any]:
         """What the anchors take in bytes."""
-        return {"bytes": sum(value.nbytes for values in self._anchors.values() for value in values)}
+        return {"bytes": sum(local(value).nbytes for values in self._anchors.values() for value in values)}
 
     def detach(self, model: nn.Module) -> None:
         self._matrices, self._anchors = [], {}
@@ -309,4 +320,4 @@ def pull_parameter(
         held.sub_(way, alpha=float(rates[parameter]) * alpha)
         if held is not parameter:
             parameter.copy_(held)
-    return alpha / 2 * whole(way.square().sum())
+    return alpha / 2 * way.square().sum()

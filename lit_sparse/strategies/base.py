@@ -79,6 +79,9 @@ class UpdateStrategy(ABC):
         """Prepare `model` as `attach` did, from what `state_dict` gave; trained values are loaded afterwards."""
         self.attach(model, no_probe)
 
+    def divided(self) -> None:
+        """Called when FSDP2 has made DTensors of the model's parameters: what is kept of them may be divided too."""
+
     def optimizer(self, named_params: Sequence[tuple[str, nn.Parameter]], lr: float) -> Optimizer | None:
         """The optimizer that this method insists on; None leaves the configured one."""
         return None

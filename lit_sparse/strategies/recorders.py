@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lit_sparse.anatomy import decoder_layers, evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse.importance import entry
+from lit_sparse.optim import local
 from lit_sparse.ranks import averaged
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 from lit_sparse.trained_matrices import (
@@ -99,11 +100,14 @@ class RecordImportance(UpdateStrategy):
         self._sums[matrix.name] = matrix.share(sums).to(device)
         self._start[matrix.name] = [matrix.share(value).to(device) for value in start]
 
+    def divided(self) -> None:
+        for matrix in self._matrices:
+            self._keep(matrix, self._sums[matrix.name], self._start[matrix.name])
+
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         if step % self.every:
             return
         for matrix in self._matrices:
-            self._keep(matrix, self._sums[matrix.name], self._start[matrix.name])  # the model may be divided by now
             gradient = gradient_of(matrix, self._watchers)
             if gradient is None:  # a layer that this rank left out of its pass; the others may not have
                 gradient = torch.zeros_like(self._sums[matrix.name], device=matrix.device)
@@ -131,8 +135,8 @@ class RecordImportance(UpdateStrategy):
         return {"importance": {"kind": "path", "space": self.space, "steps": self._steps, "matrices": entries}}
 
     def describe(self) -> dict[str, Any]:
-        """How many matrices and weights are recorded, and what the record takes in bytes."""
-        sums = self._sums.values()
+        """How many matrices and weights are recorded, by this process, and what the record takes in bytes."""
+        sums = [local(sums) for sums in self._sums.values()]
         return {"matrices": len(sums), "weights": sum(s.numel() for s in sums), "bytes": sum(s.nbytes for s in sums)}
 
 
@@ -144,7 +148,8 @@ class RecordFisher(UpdateStrategy):
     samples of the squared gradient of the sample's loss, with the data's own labels and the mean over its tokens.
 
     Squares of a batch's mean gradient are too small by about the batch's size, so that each batch must be one sample:
-    data.batch_size=1, on general text. Dropout is off meanwhile. The run itself may be of one step.
+    data.batch_size=1, on general text. Dropout is off meanwhile. The run itself may be of one step. The samples are
+    looked at with the whole model on each device, under FSDP2 too; what was recorded lies in the host's memory then.
 
     Args:
         samples: How many samples are looked at, on each rank.
@@ -171,7 +176,7 @@ class RecordFisher(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe) -> None:
         self._matrices = trained_matrices(model, self.targets, self.space, "RecordFisher")
-        self._start = {matrix.name: matrix.copies() for matrix in self._matrices}
+        self._start = {matrix.name: [copy.cpu() for copy in matrix.copies()] for matrix in self._matrices}
         self._sums = {matrix.name: matrix.moved(matrix.values()) for matrix in self._matrices}
         watchers, count = watch(self._matrices), 0
         with one_sample_a_batch(model), evaluating(model):
@@ -192,15 +197,16 @@ class RecordFisher(UpdateStrategy):
                 sums.addcmul_(gradient, gradient)
 
     def _average(self, count: int) -> None:
-        total = torch.tensor(float(count), device=next(iter(self._sums.values())).device)
+        seen = torch.tensor(float(count), device=self._matrices[0].device)
+        for matrix in self._matrices:
+            self._sums[matrix.name] = self._sums[matrix.name].to(matrix.device)  # of a rank without data, too
         if dist.is_available() and dist.is_initialized():
-            for tensor in (total, *self._sums.values()):
+            for tensor in (seen, *self._sums.values()):
                 dist.all_reduce(tensor)
-        self._seen = int(total)
+        self._seen = int(seen)
         if not self._seen:
             raise BadInput("RecordFisher was given no data to look at; give data.train some general text.")
-        for sums in self._sums.values():
-            sums /= self._seen
+        self._sums = {name: (sums / self._seen).cpu() for name, sums in self._sums.items()}  # no step reads them
 
     def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         self._matrices = trained_matrices(model, self.targets, self.space, "RecordFisher")
