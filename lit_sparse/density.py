@@ -104,7 +104,8 @@ class DensityMonitor(Callback):
     tau. `tau_within_error` is the largest threshold of a layer that keeps the error of its down projection, searched
     on some tokens of each batch (the median over batches and layers, since a layer of huge activations bears a huge
     one), and `density_within_error` the share above it. Of several validation sets the first is counted, the task's
-    own. The record of a fit has them before and after training.
+    own. The record of a fit has those of the first validation and the last: a fit that ends by `max_steps` has one
+    after training only with a `val_check_interval` that divides them.
 
     Args:
         taus: Thresholds.

@@ -37,8 +37,8 @@ class Forgetting(Callback):
 
     General text by its loss (nats a token) and perplexity; multiple-choice questions, zero-shot, by the choice of the
     highest log-likelihood a token. The scores are in `before` and `after`, and in the record's outcome: list this
-    callback before a `Recorder` (`lit-sparse fit` does so). Rows that the fit trains on are left out, and training
-    goes on to the same bits as without.
+    callback before a `Recorder` (`lit-sparse fit` does so). Rows that the fit trains on are left out, where its data
+    are rows: passages of a plain text (`data.Text`) are not found. Training goes on to the same bits as without.
 
     Args:
         rows: Passages of text, and questions of each set, chosen by a hash of the row.
