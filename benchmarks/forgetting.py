@@ -30,7 +30,7 @@ from benchmarks.trials import Config, Trial, filled
 from lit_sparse import demo
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import Forgetting, digests, rows_of, untrained
+from lit_sparse.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse_profiling.bench import Job
 from lit_sparse_profiling.record import RunRecord
 
@@ -81,7 +81,7 @@ def scored_rows(workload: Config) -> set[str]:
     if heldout is None:
         raise BadInput("the workload has no data.init_args.heldout; write it: so many passages may be scored.")
     count = max(callback.rows, heldout)
-    rows = untrained(rows_of(callback.text, "text"), digests(callback.exclude), count, callback.text)
+    rows = untrained(rows_of(callback.text, "text"), Trained(callback.exclude), count, callback.text)
     return {sources.digest(row) for row in rows}
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -24,7 +27,8 @@ from lit_sparse.data.evaluation import scored_choices
 from lit_sparse.data.examples import encode
 from lit_sparse.data.loader import evaluation_loader
 from lit_sparse.data.rows import IGNORED
-from lit_sparse.data.sources import Row, digest, read
+from lit_sparse.data.sources import READERS, Row, digest, read
+from lit_sparse.data.text import Text, files
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.metrics import TokenScores, right_choices
@@ -37,8 +41,8 @@ class Forgetting(Callback):
 
     General text by its loss (nats a token) and perplexity; multiple-choice questions, zero-shot, by the choice of the
     highest log-likelihood a token. The scores are in `before` and `after`, and in the record's outcome: list this
-    callback before a `Recorder` (`lit-sparse fit` does so). Rows that the fit trains on are left out, where its data
-    are rows: passages of a plain text (`data.Text`) are not found. Training goes on to the same bits as without.
+    callback before a `Recorder` (`lit-sparse fit` does so). Rows that the fit trains on are left out, and
+    passages that stand in its plain text; training goes on to the same bits as without.
 
     Args:
         rows: Passages of text, and questions of each set, chosen by a hash of the row.
@@ -46,8 +50,8 @@ class Forgetting(Callback):
         questions: Names of demo data sets (`piqa`, `sciq`, `arc_easy`, `hellaswag`), or data files.
         batch_size: Passages, or questions, of a batch.
         max_length: Tokens of a row at most; longer passages lose their end, longer questions are left out.
-        exclude: Data files, or demo sets, whose rows are left out too, where all of a row is the same: what an earlier
-            phase was trained on, or recorded importance on.
+        exclude: Data files, demo sets or plain text, whose rows are left out too, where all of a row is the same, or
+            which a passage stands in: what an earlier phase was trained on, or recorded importance on.
         tokenizer: Folder, Hugging Face name or `demo`; none takes that of the data, or of the module's base.
 
     Attributes:
@@ -89,12 +93,10 @@ class Forgetting(Callback):
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         own = data.tokenizer if isinstance(data, TokenData) else None
         tokenizer = load_tokenizer(self.tokenizer or own or pl_module.base)
-        trained = {digest(row) for row in data.rows[TRAIN]} if isinstance(data, TokenData) else set[str]()
-        trained |= digests(self.exclude)
         self._padding = Padding(tokenizer.get_vocab()[str(tokenizer.pad_token)])
-        self._encode(Encoder(tokenizer), trained)
+        self._encode(Encoder(tokenizer), Trained(self.exclude, data))
 
-    def _encode(self, encoder: Encoder, trained: set[str]) -> None:
+    def _encode(self, encoder: Encoder, trained: Trained) -> None:
         passages = untrained(rows_of(self.text, "text"), trained, self.rows, self.text)
         self._passages = encode(passages, encoder, self.max_length, "truncate")
         for name in self.questions:
@@ -172,18 +174,44 @@ def rows_of(name: str, dataset: str) -> list[Row]:
     return read(str(demo.dataset_file(name)) if name in demo.DATASETS else name)
 
 
-def digests(names: Sequence[str]) -> set[str]:
-    """Marks of all rows of data files and demo sets."""
-    return {digest(row) for name in names for row in rows_of(name, "text")}
+class Trained:
+    """What is trained on: rows, found again where all of a row is the same, and plain texts, where a passage is found
+    whatever its line breaks.
+
+    Args:
+        names: Data files and demo sets, which have rows; any other file is plain text.
+        data: The data of a fit.
+    """
+
+    def __init__(self, names: Sequence[str], data: Any = None) -> None:
+        plain = [name for name in names if Path(name).is_file() and Path(name).suffix not in READERS]
+        rows = [row for name in names if name not in plain for row in rows_of(name, "text")]
+        texts, own = files(plain), data.rows[TRAIN] if isinstance(data, TokenData) else []
+        (texts if isinstance(data, Text) else rows).extend(own)
+        self._marks = {digest(row) for row in rows}
+        self._texts = [unbroken(row.data["text"]) for row in texts]
+
+    def has(self, row: Row) -> bool:
+        """Whether `row`, or the passage that it is, is among them."""
+        passage = row.data.get("text")
+        stands = isinstance(passage, str) and any(unbroken(passage) in text for text in self._texts)
+        return stands or digest(row) in self._marks
 
 
-def untrained(rows: Sequence[Row], trained: set[str], count: int, name: str) -> list[Row]:
+def unbroken(text: str) -> str:
+    """`text` in one line."""
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def untrained(rows: Sequence[Row], trained: Trained, count: int, name: str) -> list[Row]:
     """The `count` rows of the smallest hashes that are not trained on; all, if there are fewer.
 
     Raises:
         BadInput: if none is left.
     """
-    marked = {mark: row for row in rows if (mark := digest(row)) not in trained}
-    if not marked:
+    marked = {digest(row): row for row in rows}
+    ordered = (marked[mark] for mark in sorted(marked))
+    found = list(islice((row for row in ordered if not trained.has(row)), count))
+    if not found:
         raise BadInput(f"all rows of {name} are trained on, so that they cannot tell what is forgotten; give others.")
-    return [marked[mark] for mark in sorted(marked)[:count]]
+    return found

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_sparse.data import Instructions, Labelled
+from lit_sparse.data import Instructions, Labelled, Text
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import Forgetting, rows_of
+from lit_sparse.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.recorder import Recorder
 from lit_sparse.testing import tiny_encoder, tiny_llm
@@ -141,6 +141,19 @@ def test_rows_of_an_earlier_phase_can_be_left_out(tmp_path):
     assert len(some._passages) == len(PASSAGES) - 12 - 11  # trained on now, and earlier
     with pytest.raises(BadInput, match=r"all rows of .*text\.jsonl are trained on"):
         fitted(tmp_path, [all_of_them])
+
+
+def test_passages_of_plain_text_are_left_out(tmp_path):
+    """Of the fit's own and of an earlier one's, however their lines are broken."""
+    for name, passages in {"own.txt": PASSAGES[:6], "earlier.txt": PASSAGES[4:9]}.items():
+        (tmp_path / name).write_text("\n\n".join(row["text"].replace(" ", "\n", 1) for row in passages))
+    data = Text(str(tmp_path / "own.txt"), heldout=0, tokenizer=word_tokenizer(), max_length=8)
+    data.rows = data.read_rows()
+    rows = rows_of(forgetting(tmp_path).text, "text")
+    left = untrained(rows, Trained([str(tmp_path / "earlier.txt")], data), len(rows), "text")
+    assert sorted(row.data["text"] for row in left) == sorted(row["text"] for row in PASSAGES[9:])
+    with pytest.raises(BadInput, match="all rows of text are trained on"):
+        untrained(rows[:6], Trained([], data), 6, "text")
 
 
 def test_a_demo_set_is_the_one_that_is_named(tmp_path, monkeypatch):
