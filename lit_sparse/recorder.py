@@ -212,7 +212,7 @@ def print_summary(record: RunRecord, folder: Path, console: Console | None = Non
         console.print(sentence, markup=False, highlight=False)
     for sample in record.samples:
         console.print(answers(sample))
-    console.print(f"Files: {folder}/ (config.yaml, record.json, metrics.csv, checkpoints/last.ckpt)")
+    console.print(f"Files: {folder}/ (config.yaml, record.json, checkpoints/last.ckpt; metrics.csv of what was logged)")
 
 
 def summary(record: RunRecord) -> Table:
