@@ -184,7 +184,7 @@ class Trained:
     """
 
     def __init__(self, names: Sequence[str], data: Any = None) -> None:
-        plain = [name for name in names if Path(name).is_file() and Path(name).suffix not in READERS]
+        plain = [name for name in names if Path(name).expanduser().is_file() and Path(name).suffix not in READERS]
         rows = [row for name in names if name not in plain for row in rows_of(name, "text")]
         texts, own = files(plain), data.rows[TRAIN] if isinstance(data, TokenData) else []
         (texts if isinstance(data, Text) else rows).extend(own)
