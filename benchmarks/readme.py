@@ -263,10 +263,10 @@ def newest(lines: Iterable[Line], key: str) -> dict[str, Line]:
 
 
 def caption(command: str, lines: Sequence[Line]) -> str:
-    """Where the numbers come from: the command, the device, and every date, commit and version among the lines."""
+    """Where the numbers come from: the command, and every device, date, commit and version among the lines."""
     versions = {f"{name} {version}" for line in lines for name, version in line["versions"].items()}
-    dates, commits = ({line[key] for line in lines} for key in ("date", "commit"))
-    facts = [lines[0]["device"], *sorted(versions), " and ".join(sorted(dates)), f"commit {', '.join(sorted(commits))}"]
+    devices, dates, commits = (sorted({line[key] for line in lines}) for key in ("device", "date", "commit"))
+    facts = [" and ".join(devices), *sorted(versions), " and ".join(dates), f"commit {', '.join(commits)}"]
     return f"Measured by `{command}` on {', '.join(facts)}; table by `python benchmarks/readme.py`."
 
 

@@ -226,7 +226,8 @@ def shown(study: Study, results: Results) -> str:
     found, measured = points(study, results), costs(results)
     parts = [notes(study, found), trade_off(study, results)] if found else ["No curve has a point yet."]
     if measured:
-        parts += [cost_notes(measured), table(COST_HEAD, cost_cells(measured))]
+        about = caption(f"{COMMAND} --only cost", list(newest(measured, key="cost").values()))
+        parts += [about, cost_notes(measured), table(COST_HEAD, cost_cells(measured))]
     return "\n\n".join(parts)
 
 
@@ -244,4 +245,4 @@ def published(path: Path) -> str:
     if (results := measured_on(study, path)) is None:
         return f"Not measured yet: `{COMMAND}` measures these tables."
     lines = [line for point in points(study, results) for line in point.lines]
-    return f"{caption(COMMAND, [*lines, *costs(results)])}\n\n{shown(study, results)}"
+    return "\n\n".join([*([caption(COMMAND, lines)] if lines else []), shown(study, results)])

@@ -417,6 +417,7 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
     assert "| base |  | - | - | 4.0000 | - | - |  |" in tradeoff.shown(runner.study, runner.results)
     remark = "general: lower; domain: higher; highest rate tried"
     assert f"| adaptive | 10 | 0.01 | 1.9645 ± 0.0100 | 3.0555 ± 0.0100 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
+    assert f"Measured by `python -m benchmarks.forgetting --only cost` on {ABOUT['device']}, " in text
     assert "| a Fisher of all weights (EWC-LoRA's recipe) | 9.000 | 50.0 | 18.00 | 8.0 | 100.0% |" in text
     assert "(RecordImportance) | 0.500 | 2.8 | 1.00 | 1.0 | 12.5% |" in text
     assert "| of that, what recording adds to the run | 0.045 | 0.3 | 0.09 | 1.0 | 12.5% |" in text
