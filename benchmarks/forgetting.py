@@ -28,9 +28,9 @@ from benchmarks.recording import measure_costs
 from benchmarks.tradeoff import shown
 from benchmarks.trials import Config, Trial, filled
 from lit_sparse import demo
+from lit_sparse.callbacks.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse_profiling.bench import Job
 from lit_sparse_profiling.record import RunRecord
 
@@ -72,7 +72,7 @@ def scored_rows(workload: Config) -> set[str]:
     callbacks = [one for one in workload["trainer"].get("callbacks", []) if one["class_path"].endswith("Forgetting")]
     if not callbacks:
         raise BadInput(
-            "the workload has no lit_sparse.forgetting.Forgetting among trainer.callbacks; add it, to see what is "
+            "the workload has no lit_sparse.callbacks.Forgetting among trainer.callbacks; add it, to see what is "
             "forgotten."
         )
     own = callbacks[0].get("init_args", {})

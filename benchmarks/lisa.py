@@ -26,7 +26,7 @@ from benchmarks.trials import digest
 from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.configs import found
-from lit_sparse.merge import Merge
+from lit_sparse.export.merge import Merge
 from lit_sparse_profiling.bench import Job, sources
 from lit_sparse_profiling.record import RunRecord
 

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from benchmarks.provenance import ROOT, provenance
-from lit_sparse.callbacks import Profile
+from lit_sparse.callbacks.profile import Profile
 from lit_sparse.data import Synthetic
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import SMT

@@ -22,10 +22,10 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 import lit_sparse.data
 import lit_sparse.strategies
 from lit_sparse.bench import bench
+from lit_sparse.callbacks.record import CHECKPOINT_STEPS, Recorder
 from lit_sparse.configs import STACKED, find_configs, methods
 from lit_sparse.errors import BadInput
-from lit_sparse.export import export, generate
-from lit_sparse.recorder import CHECKPOINT_STEPS, Recorder
+from lit_sparse.export.folder import export, generate
 from lit_sparse.runs import TASKS, last_checkpoint, task_class
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report

@@ -24,14 +24,14 @@ NEVER_REACHES = {
     "demo": {"strategies", "modules", "callbacks", "data", "export", "checkpoints", "testing", "cli"},
     "data": {"strategies", "modules", "callbacks", "export", "checkpoints", "testing", "cli"},
     "checkpoints": {"modules", "callbacks", "export", "testing", "cli"},
-    "modules": {"callbacks", "forgetting", "testing", "cli"},
-    "forgetting": {"callbacks", "export", "testing", "cli"},
+    "modules": {"callbacks", "export", "testing", "cli"},
     "callbacks": {"testing", "cli"},
     "export": {"testing", "cli"},
     "testing": {"cli"},
 }
 # Taken by the standard library (profile, and profiling from 3.15 on) and by what transformers, peft and torch import.
 TAKEN_NAMES = ("kernels", "profiling", "datasets", "transformers", "triton", "profile")
+PROTOCOL = ("base", "updates")  # of strategies/: what all of them share
 EMPTY_NAMES = {"utils", "common", "core", "helpers", "layers"}
 NOT_KEPT = {"build", "dist", "runs", "shared", "lightning_logs", "__pycache__"}
 MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:work|root|farm|home|Users|tmp)/")
@@ -151,11 +151,28 @@ def test_names_say_what_is_inside() -> None:
     assert [str(path) for path in named if EMPTY_NAMES & {*path.parts[:-1], path.stem}] == []
 
 
+def strategies_in(path: Path) -> set[str]:
+    """The classes of `path` that derive from UpdateStrategy."""
+    classes = (node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef))
+    return {node.name for node in classes if "UpdateStrategy" in {ast.unparse(base) for base in node.bases}}
+
+
 def test_strategies_are_registered_by_a_config() -> None:
     configs = "\n".join(path.read_text("utf-8") for path in (ROOT / "configs").glob("*.yaml"))
     used = set(re.findall(r"class_path:\s*(?:[\w.]+\.)?(\w+)", configs))
-    paths = [path for path in sources(ROOT / "lit_sparse" / "strategies") if path.stem not in ("__init__", "base")]
-    assert [path.name for path in paths if not defined(path) & used] == [], "strategies that no configs/*.yaml uses"
+    found = {path.name: strategies_in(path) for path in sources(ROOT / "lit_sparse" / "strategies")}
+    assert len([name for name, classes in found.items() if classes]) > 5, (
+        "no strategy was found: the test reads nothing"
+    )
+    assert [name for name, classes in found.items() if classes and not classes & used] == []
+
+
+def test_what_strategies_share_has_a_room_of_its_own() -> None:
+    """A file in strategies/ without a strategy is part of the one that imports it."""
+    paths = [path for path in sources(ROOT / "lit_sparse" / "strategies") if path.stem != "__init__"]
+    parts = [path for path in paths if path.stem not in PROTOCOL and not strategies_in(path)]
+    users = {path.name: [user.name for user in paths if dotted(path) in set(imported(user))] for path in parts}
+    assert {name: found for name, found in users.items() if len(found) != 1} == {}
 
 
 def test_kernels_bring_a_reference_and_cases() -> None:

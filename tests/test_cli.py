@@ -120,7 +120,7 @@ def test_a_phase_follows_a_run_and_has_its_own_name(home):
 
 
 def test_callbacks_of_a_yaml_stand_beside_the_recorder(home):
-    Path("counted.yaml").write_text("trainer:\n  callbacks: [lit_sparse.density.DensityMonitor]\n")
+    Path("counted.yaml").write_text("trainer:\n  callbacks: [lit_sparse.callbacks.DensityMonitor]\n")
     steps = ["--trainer.max_steps=2", "--trainer.val_check_interval=2"]
     fit("--config", "lora.yaml", "--config", "deft.yaml", "--config", "counted.yaml", "--run=counted", *steps)
     outcome = RunRecord.read(Path("runs/counted-1/record.json")).outcome
@@ -168,7 +168,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(home, capsys, monkeypatch,
 BAD_PARTS = {
     "data": (["--data", "Synthetic", "--data.vocab_size=96", "--data.max_length=0"], "`max_length` is 0"),
     "callback": (
-        [*DATA, "--trainer.callbacks+=lit_sparse.density.DensityMonitor", "--trainer.callbacks.error=2"],
+        [*DATA, "--trainer.callbacks+=lit_sparse.callbacks.DensityMonitor", "--trainer.callbacks.error=2"],
         "DensityMonitor: error is 2.0; it must be between 0 and 1",
     ),
 }

@@ -10,8 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_sparse.export import export
-from tests.test_export import SMT, add_tokenizer, make_base, make_run
+from lit_sparse.export.folder import export
+from tests.export.test_folder import SMT, add_tokenizer, make_base, make_run
 
 QUESTIONS = [
     {"question": f"t{number} t{number + 1}", "choices": [f"t{number + 2}", f"t{3 * number + 5}"], "label": number % 2}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_sparse.block_linear import BlockLinear
+from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import PEFT, SMT
 from lit_sparse.strategies.base import no_probe

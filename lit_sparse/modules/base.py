@@ -24,8 +24,8 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules.checks import HALF, check_masters, check_sharding, check_trainer
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.schedule import Schedule, factor
+from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable, whole
-from lit_sparse.sharding import FSDP2Strategy, Sharded
 from lit_sparse.strategies.base import UpdateStrategy, check_keeps_base, compose
 from lit_sparse_profiling.phases import Phases
 

@@ -9,8 +9,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import AdamW
-from lit_sparse.sharding import FSDP2Strategy
 from lit_sparse.strategies.base import UpdateStrategy
 
 HALF = (torch.bfloat16, torch.float16)

@@ -15,7 +15,15 @@ from torch.optim import Optimizer
 
 from lit_sparse.anatomy import classification_head
 from lit_sparse.errors import BadInput
-from lit_sparse.importance import (
+from lit_sparse.importance.matrices import (
+    Space,
+    TrainedMatrix,
+    add_gradients,
+    displacement,
+    master_of,
+    trained_matrices,
+)
+from lit_sparse.importance.recorded import (
     Kind,
     Recorded,
     Unit,
@@ -31,14 +39,6 @@ from lit_sparse.importance import (
 )
 from lit_sparse.optim import local, total
 from lit_sparse.strategies.base import Probe, UpdateStrategy
-from lit_sparse.trained_matrices import (
-    Space,
-    TrainedMatrix,
-    add_gradients,
-    displacement,
-    master_of,
-    trained_matrices,
-)
 
 
 @dataclasses.dataclass

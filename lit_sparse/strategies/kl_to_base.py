@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import is_quantized_linear, model_inputs
-from lit_sparse.block_linear import BlockLinear
+from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.errors import BadInput
 from lit_sparse.loss import CHUNK_LOGITS
 from lit_sparse.mlp_density import token_mask

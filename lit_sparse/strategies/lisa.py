@@ -23,10 +23,10 @@ from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
-from lit_sparse.layer_sampling import Sampler, rms, sampler_of
 from lit_sparse.optim import drop_state, shard_like
 from lit_sparse.ranks import averaged
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
+from lit_sparse.strategies.layer_sampling import Sampler, rms, sampler_of
 
 State = dict[str, Any]
 """What an optimizer keeps of one parameter."""

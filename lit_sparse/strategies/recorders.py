@@ -15,11 +15,7 @@ from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers, evaluating
 from lit_sparse.errors import BadInput
-from lit_sparse.importance import entry
-from lit_sparse.optim import local
-from lit_sparse.ranks import averaged
-from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
-from lit_sparse.trained_matrices import (
+from lit_sparse.importance.matrices import (
     DenseGradient,
     Space,
     TrainedMatrix,
@@ -28,6 +24,10 @@ from lit_sparse.trained_matrices import (
     trained_matrices,
     watch,
 )
+from lit_sparse.importance.recorded import entry
+from lit_sparse.optim import local
+from lit_sparse.ranks import averaged
+from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 
 
 @dataclasses.dataclass

@@ -23,11 +23,9 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix, replace, role, shared_inputs, target_linears, weight_count
-from lit_sparse.block_linear import BlockLinear, DeltaLinear, SharedInput
-from lit_sparse.blocks import Blocks, Size, automatic_size, grid, read_choice
-from lit_sparse.errors import BadInput
-from lit_sparse.optim import AdamW
-from lit_sparse.selection import (
+from lit_sparse.blocks.grid import Blocks, Size, automatic_size, grid, read_choice
+from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput
+from lit_sparse.blocks.selection import (
     Ranking,
     Score,
     ScoreSheet,
@@ -37,6 +35,8 @@ from lit_sparse.selection import (
     top_blocks,
     within_columns,
 )
+from lit_sparse.errors import BadInput
+from lit_sparse.optim import AdamW
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 
 INPUT_SIDE = ("o", "down")

@@ -31,7 +31,7 @@ def test_penalised_arms_differ_in_the_penalty_alone(name, ours, original):
         assert (others, penalty["class_path"]) == (plain.model["updates"], "ActivationDensity")
         assert ActivationDensity(**penalty["init_args"]).weight > 0
     workloads = [read_yaml(trials.TABLES / "workloads" / f"{file}.yaml") for file in (ours, original)]
-    assert workloads[0].pop("trainer")["callbacks"] == ["lit_sparse.density.DensityMonitor"]
+    assert workloads[0].pop("trainer")["callbacks"] == ["lit_sparse.callbacks.DensityMonitor"]
     assert workloads[1].pop("trainer").keys() == {"max_steps"}
     rows = [workload["data"]["init_args"].pop("heldout") for workload in workloads]
     assert rows[0] >= rows[1]

@@ -15,10 +15,10 @@ from benchmarks.curves import STUDY, Study, left, read_study
 from benchmarks.provenance import ROOT
 from benchmarks.ranking import Results
 from benchmarks.trials import Trial
+from lit_sparse.callbacks.forgetting import Forgetting, rows_of
 from lit_sparse.checkpoints import run_checkpoint
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import Forgetting, rows_of
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import Device, Ledger, ModelSize, Pair, RunRecord, Throughput
 from tests.modules.words import word_tokenizer
@@ -72,7 +72,7 @@ WORKLOAD = {
     "trainer": {
         "accelerator": "cpu",
         "max_steps": 2,
-        "callbacks": [{"class_path": "lit_sparse.forgetting.Forgetting", "init_args": SCORED}],
+        "callbacks": [{"class_path": "lit_sparse.callbacks.Forgetting", "init_args": SCORED}],
     },
 }
 
@@ -190,7 +190,10 @@ def test_another_first_phase_is_another_trial(write: Write) -> None:
         ({"phases": {"fisher": DOCUMENT["phases"]["fisher"]}}, "the phases are ['fisher']; give general, then fisher"),
         ({"text_rows": 33}, "text.jsonl has 32 rows that are not scored, and the first phase is to see 33"),
         ({"methods": {"a": {"updates": [GO_ON], "strengths": [1], "swept": 2, "lr": [1]}}}, "a is swept at 2"),
-        ({"workload": {**WORKLOAD, "trainer": {"max_steps": 2}}}, r"no lit_sparse.forgetting.Forgetting among"),
+        (
+            {"workload": {**WORKLOAD, "trainer": {"max_steps": 2}}},
+            r"no lit_sparse.callbacks.Forgetting among",
+        ),
         (
             {"workload": {**WORKLOAD, "data": {"class_path": "lit_sparse.data.Instructions"}}},
             "no data.init_args.heldout",

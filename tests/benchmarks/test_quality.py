@@ -466,7 +466,7 @@ def test_a_table_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "model: {base: tiny}\n"
         "data:\n  class_path: lit_sparse.data.Instructions\n"
         "  init_args: {train: rows.jsonl, heldout: 4, max_length: 32}\n"
-        "trainer: {accelerator: cpu, max_steps: 2, callbacks: [lit_sparse.density.DensityMonitor]}\n"
+        "trainer: {accelerator: cpu, max_steps: 2, callbacks: [lit_sparse.callbacks.DensityMonitor]}\n"
     )
     (tmp_path / "small.yaml").write_text(
         "title: Small.\nworkload: workload.yaml\ntest: {data: {init_args: {batch_size: 2}}}\n"

@@ -19,21 +19,21 @@ from lit_sparse.anatomy import (
     weight_count,
     weights_in,
 )
+from lit_sparse.callbacks.record import Recorder
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.export import export
+from lit_sparse.export.folder import export
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.modules.loading import load_base, quantization
 from lit_sparse.optim import trainable
-from lit_sparse.recorder import Recorder
 from lit_sparse.runs import LAST
 from lit_sparse.strategies import PEFT, SMT, KLToBase
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.testing import TINY, tiny_encoder, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from tests.export.test_folder import logits, lora, make_run
 from tests.test_contract import data, module, trained, trainer
-from tests.test_export import logits, lora, make_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),

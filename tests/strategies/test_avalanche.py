@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_sparse.importance import path_importance
+from lit_sparse.importance.recorded import path_importance
 from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.strategies import RecordImportance
 from lit_sparse.strategies.base import no_probe

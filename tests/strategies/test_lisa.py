@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from lit_sparse.anatomy import decoder_layers
+from lit_sparse.callbacks.record import Recorder
 from lit_sparse.errors import BadInput
-from lit_sparse.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
-from lit_sparse.recorder import Recorder
 from lit_sparse.strategies import LISA, SMT, compose
 from lit_sparse.strategies.base import Claim, UpdateStrategy, no_probe
+from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord

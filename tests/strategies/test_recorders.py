@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
+from lit_sparse.importance.matrices import displacement
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.strategies import (
@@ -23,7 +24,6 @@ from lit_sparse.strategies import (
 )
 from lit_sparse.strategies.base import UpdateStrategy, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
-from lit_sparse.trained_matrices import displacement
 from tests.strategies.test_smt import loss_of, probe_of
 from tests.test_contract import data, trainer
 

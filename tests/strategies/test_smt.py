@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import linears, matrix
-from lit_sparse.block_linear import BlockLinear, SharedInput, _SharedBlocks
-from lit_sparse.blocks import Blocks
+from lit_sparse.blocks.grid import Blocks
+from lit_sparse.blocks.linear import BlockLinear, SharedInput, _SharedBlocks
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import dummy_forward, is_quantized, matrix
-from lit_sparse.blocks import Blocks
-from lit_sparse.delta import Change, ChangedBlocks, ChangedParameter, Delta
+from lit_sparse.blocks.grid import Blocks
 from lit_sparse.errors import BadInput
+from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_base
 from lit_sparse.optim import trainable

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lit_sparse.callbacks.forgetting import Forgetting, Trained, rows_of, untrained
+from lit_sparse.callbacks.record import Recorder
 from lit_sparse.data import Instructions, Labelled, Text
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse.modules import CausalLM, Classifier
-from lit_sparse.recorder import Recorder
 from lit_sparse.testing import tiny_encoder, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord

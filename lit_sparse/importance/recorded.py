@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lit_sparse.checkpoints import run_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.trained_matrices import Space, TrainedMatrix, Values, displacement
+from lit_sparse.importance.matrices import Space, TrainedMatrix, Values, displacement
 
 Kind = Literal["path", "fisher"]
 Weighting = Literal["mean_softmax", "softmax", "none"]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from lit_sparse.importance import layer_coefficients, layer_of, path_importance
+from lit_sparse.importance.recorded import layer_coefficients, layer_of, path_importance
 from lit_sparse.strategies import RecordImportance
 from lit_sparse.strategies.base import no_probe
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix
-from lit_sparse.blocks import Blocks, grid
+from lit_sparse.blocks.grid import Blocks, grid
 from lit_sparse.checkpoints import fingerprint
 from lit_sparse.errors import BadInput
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lit_sparse.anatomy import classification_head, dummy_forward
 from lit_sparse.errors import BadInput
-from lit_sparse.merge import check_mergeable, differs
+from lit_sparse.export.merge import check_mergeable, differs
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_base
 from lit_sparse.strategies import PEFT

@@ -18,12 +18,12 @@ from torch._C._autograd import _profiler_enabled
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader
 
-from lit_sparse import callbacks
-from lit_sparse.callbacks import Profile
+from lit_sparse.callbacks import profile as callbacks
+from lit_sparse.callbacks.profile import Profile
+from lit_sparse.callbacks.record import Recorder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
-from lit_sparse.recorder import Recorder
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling import phases, profiler, stopwatch

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_sparse.callbacks import Profile
+from lit_sparse.callbacks.forgetting import Forgetting
+from lit_sparse.callbacks.profile import Profile
 from lit_sparse.data import TokenData
 from lit_sparse.data.collate import Question, Questions
 from lit_sparse.errors import BadInput
-from lit_sparse.forgetting import Forgetting
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy

@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 
-from lit_sparse import adapter as adapters
 from lit_sparse.errors import BadInput
-from lit_sparse.export import MARK, export
-from tests.test_export import SMT, Run, files, load, logits, lora, make_run
+from lit_sparse.export import adapter as adapters
+from lit_sparse.export.folder import MARK, export
+from tests.export.test_folder import SMT, Run, files, load, logits, lora, make_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Using Rank-Stabilized LoRA with rank_pattern"),  # about PEFT's way of exporting

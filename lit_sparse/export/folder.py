@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from lit_sparse.adapter import write_adapter
 from lit_sparse.data.encoding import Encoder, load_tokenizer, named
 from lit_sparse.data.rows import BadRow, Chat, Message
 from lit_sparse.errors import BadInput
-from lit_sparse.merge import Merge, cast_error
+from lit_sparse.export.adapter import write_adapter
+from lit_sparse.export.merge import Merge, cast_error
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.runs import build_module, load_run
 

@@ -8,11 +8,11 @@ from peft import LoraConfig
 
 from lit_sparse.anatomy import linears
 from lit_sparse.errors import BadInput
+from lit_sparse.importance.matrices import displacement, gradient_of, trained_matrices, watch
 from lit_sparse.modules.loading import checkpoint_activations
 from lit_sparse.strategies import PEFT
 from lit_sparse.strategies.base import no_probe
 from lit_sparse.testing import TINY, tiny_llm
-from lit_sparse.trained_matrices import displacement, gradient_of, trained_matrices, watch
 from tests.strategies.test_smt import loss_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lit_sparse.anatomy import mlps
-from lit_sparse.density import Density, DensityMonitor, tolerable_tau
+from lit_sparse.callbacks.density import Density, DensityMonitor, tolerable_tau
+from lit_sparse.callbacks.record import Recorder
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
-from lit_sparse.recorder import Recorder
 from lit_sparse.strategies import ActivationDensity
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.profiler import Plan
@@ -62,7 +62,9 @@ def test_the_threshold_is_searched_on_some_tokens_of_each_batch():
     monitor = DensityMonitor()
     metric, down, searched = Density(), torch.nn.Linear(4, 2), list[torch.Tensor]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lit_sparse.density.tolerable_tau", lambda _, h, __: searched.append(h) or float(len(searched)))
+        patch.setattr(
+            "lit_sparse.callbacks.density.tolerable_tau", lambda _, h, __: searched.append(h) or float(len(searched))
+        )
         for tokens in (64, 65, 200):
             batch = {"input_ids": torch.ones(1, tokens)}
             monitor.on_validation_batch_start(None, None, batch, 0)
@@ -78,7 +80,7 @@ def test_validation_logs_what_hooks_see():
         model.get_submodule(mlp.down).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     hooks = [dict(child._forward_pre_hooks) for child in model.modules()]
     with pytest.MonkeyPatch.context() as patch:  # the search of a threshold calls the projections too
-        patch.setattr("lit_sparse.density.tolerable_tau", lambda *_: 0.02)
+        patch.setattr("lit_sparse.callbacks.density.tolerable_tau", lambda *_: 0.02)
         scores = trainer(1, callbacks=[monitor]).validate(module, datamodule=data(), verbose=False)[0]
     assert scores["density"] == pytest.approx(
         float(torch.stack([h != 0 for h in seen if h.shape[1] == 12]).double().mean())

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import linears, matrix
-from lit_sparse.blocks import Blocks
+from lit_sparse.blocks.grid import Blocks
+from lit_sparse.blocks.selection import random_scores, top_blocks
 from lit_sparse.checkpoints import fingerprint
-from lit_sparse.delta import FORMAT, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.errors import BadInput
-from lit_sparse.selection import random_scores, top_blocks
+from lit_sparse.export.delta import FORMAT, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.testing import TINY, tiny_llm
 
 SIZE = (16, 24)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lit_sparse.blocks import Blocks, automatic_size, read_choice
+from lit_sparse.blocks.grid import Blocks, automatic_size, read_choice
 from lit_sparse.errors import BadInput
 
 

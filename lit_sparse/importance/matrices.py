@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import is_target
-from lit_sparse.block_linear import in_precision
+from lit_sparse.blocks.linear import in_precision
 from lit_sparse.checkpoints import hash_of
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import shard_like, whole

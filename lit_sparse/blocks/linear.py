@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix
-from lit_sparse.blocks import Blocks, Size
+from lit_sparse.blocks.grid import Blocks, Size
 from lit_sparse_kernels.block_delta import block_delta, block_delta_input_grad
 from lit_sparse_kernels.block_grad import block_grad
 from lit_sparse_kernels.pack_columns import pack_columns, unpack_columns

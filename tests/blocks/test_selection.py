@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_sparse.errors import BadInput
-from lit_sparse.selection import (
+from lit_sparse.blocks.selection import (
     ScoreSheet,
     block_scores,
     diagonal_blocks,
@@ -15,6 +14,7 @@ from lit_sparse.selection import (
     top_blocks,
     within_columns,
 )
+from lit_sparse.errors import BadInput
 
 
 def tiles(matrix, size):

@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.data import Synthetic
 from lit_sparse.modules import CausalLM
+from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
-from lit_sparse.sharding import FSDP2Strategy
 from lit_sparse.strategies import LISA
 from lit_sparse.testing import tiny_llm
 from tests.pair import attempt, result, run_pair
 from tests.test_contract import METHODS, module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a model that is divided among processes"
 REFUSED = {
     "smt": SENTENCE.format("SMT"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lit_sparse.blocks import Blocks, Size, grid
+from lit_sparse.blocks.grid import Blocks, Size, grid
 from lit_sparse.errors import BadInput
 
 Score = Literal["abs_mean", "mean_abs", "l2"]

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from lit_sparse import export as exporting
-from lit_sparse.delta import ChangedBlocks, Delta
 from lit_sparse.errors import BadInput
-from lit_sparse.export import MARK, export, generate
-from lit_sparse.merge import CastError, cast_error
+from lit_sparse.export import folder as exporting
+from lit_sparse.export.delta import ChangedBlocks, Delta
+from lit_sparse.export.folder import MARK, export, generate
+from lit_sparse.export.merge import CastError, cast_error
 from lit_sparse.modules import LitSparse
 from lit_sparse.runs import LAST, build_module, load_run
 from lit_sparse.testing import TINY, tiny_llm

@@ -1,0 +1,1 @@
+"""Importance of weights: what recorders save, and the matrices that it is recorded for."""
