@@ -31,7 +31,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import RecordFisher
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.runs import folders
 
@@ -134,9 +134,9 @@ def penalty_cost(name: str, config: Config, into: Path, rounds: int) -> Line:
 def lean_cost(config: Config, samples: int) -> Line:
     """RecordFisher on LoRA's product."""
     module = module_of(config, updates=1)
-    module.updates[0].attach(module.build(), no_probe)
+    module.updates[0].attach(module.build(), no_probe, ALONE)
     recorder, seconds = RecordFisher(samples), list[float]()
-    recorder.attach(module.build(), lambda count: timed(losses(module, config, count), seconds))
+    recorder.attach(module.build(), lambda count: timed(losses(module, config, count), seconds), ALONE)
     matrices = recorder.state_dict()["importance"]["matrices"]
     return fisher_line(module, seconds, [one["sums"] for one in matrices.values()])
 

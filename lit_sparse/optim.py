@@ -15,6 +15,9 @@ from lit_sparse.errors import BadInput
 from lit_sparse_kernels.block_adamw import block_adamw
 from lit_sparse_kernels.master_adamw import Rule, master_adamw, same_layout
 
+CLIP_EPS = 1e-6
+"""What torch adds to a norm before it divides by it, in clip_grad_norm_."""
+
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -204,6 +207,13 @@ class AdamW(torch.optim.AdamW):
     def scatters(self, parameter: Tensor) -> bool:
         """Whether each step writes the blocks of which this is the master."""
         return parameter in self._scattered
+
+    def clip_norm(self, max_norm: float) -> None:
+        """Clip the norm of all gradients to `max_norm` in the next step, which divides them as it reads them."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(norm).float()  # of bf16 gradients it is a bf16 number
+        self.grad_scale = ((norm + CLIP_EPS) / max_norm).clamp(min=1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -1,13 +1,13 @@
-"""What a strategy is proved with, ours or an outside one: tiny models of several architectures, and comparisons."""
+"""Tests for update strategies, ours and outside ones: tiny models, comparisons, and the contract."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from lit_sparse.anatomy import evaluating
-from lit_sparse.optim import parameter_groups, regroup, trainable
-from lit_sparse.strategies.base import UpdateStrategy, compose
+from lit_sparse.optim import match_by_name, trainable
+from lit_sparse.strategies import Updates, UpdateStrategy
 
 TINY = ("llama", "qwen2", "gpt2")
 """The tiny models: Llama (grouped queries), Qwen2 (biases, tied head, sizes that no block divides), GPT-2 (Conv1D)."""
@@ -117,105 +117,173 @@ def assert_close(got: Tensor, reference: Tensor, factor: float = 2.0) -> None:
         raise AssertionError(f"error {error:.3e}, while one rounding to {got.dtype} is {rounding:.3e}")
 
 
-def contract(make: Callable[[], Sequence[UpdateStrategy]], kind: str = "llama", steps: int = 3) -> None:
-    """What every strategy that trains by autograd owes, checked in a bare loop on a tiny model.
+# ---- the contract
 
-    An untrained one leaves the model as it was (to rounding, where it rewrites the base); training moves every declared
-    weight and no other, to the same values each time; the state restores it on a fresh model; and detaching keeps what
-    the model computes.
+
+def contract(make: Callable[[], Sequence[UpdateStrategy]], kind: str = "llama", steps: int = 4) -> None:
+    """Check what every strategy owes, in a loop of `Updates` on a tiny model, with its own optimizer and backward pass.
+
+    Attaching leaves what the model computes as it was. Training moves every parameter that is declared trainable while
+    it is, and no other; it needs every strategy of the run; it gives the same weights from the same seed, and when it
+    goes on from a saved state. Detaching keeps what the model computes, and gives back what `leaves` says.
 
     Args:
         make: Makes the strategies of one run, anew at each call.
         kind: One of TINY.
-        steps: Optimizer steps of training.
+        steps: Optimizer steps of training; more are taken where the trainable set changes every few steps.
 
     Raises:
         AssertionError: naming what was broken.
     """
-    base = tiny_llm(kind)
-    _leaves_an_untrained_model_alone(make, base)
-    model, updates, trained = _trained(make, copy.deepcopy(base), steps)
-    _moves_what_it_declares(model, base, trained)
-    again, *_ = _trained(make, copy.deepcopy(base), steps)
-    _same(model, again, "a second training from the same seed")
-    _restores(make, model, updates, trained, copy.deepcopy(base))
-    logits = _logits(model)
-    for update in reversed(updates):
-        update.detach(model)
-    torch.testing.assert_close(
-        _logits(model), logits, rtol=1e-4, atol=1e-5, msg="detaching changed what the model computes"
-    )
+    base = _with_biases(tiny_llm(kind))
+    steps = max([steps, *(2 * update.period + 2 for update in make() if update.period is not None)])
+    _check_untrained(make, base)
+    run = _Run(make(), base)
+    run.train(steps // 2)
+    saved = run.saved()
+    run.train(steps - steps // 2)
+    run.check_moved()
+    _check_effects(make, base, run, steps)
+    again = _Run(make(), base)
+    again.train(steps)
+    _check_same(run.model, again.model, "a second training from the same seed")
+    _check_resumed(make, base, run, saved, steps)
+    _check_detached(run, base)
 
 
-def _leaves_an_untrained_model_alone(make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel) -> None:
-    model = copy.deepcopy(base)
-    updates = _attached(make, model)
-    torch.testing.assert_close(_logits(model), _logits(base), msg="attaching changed what the model computes")
-    for update in reversed(updates):
-        update.detach(model)
-    exact = not any(update.rewrites_base for update in updates)
-    _same(model, base, "attaching and detaching", 0 if exact else 1e-6)
-
-
-def _attached(make: Callable[[], Sequence[UpdateStrategy]], model: PreTrainedModel) -> list[UpdateStrategy]:
-    torch.manual_seed(1)
-    updates = compose(make())
-    model.train()
-    for update in updates:
-        update.attach(model, lambda steps: (_loss(model, seed) for seed in range(steps)))
-    return updates
-
-
-def _trained(
-    make: Callable[[], Sequence[UpdateStrategy]], model: PreTrainedModel, steps: int
-) -> tuple[PreTrainedModel, list[UpdateStrategy], set[str]]:
-    """The model, its strategies, and the names of what was trainable at any time."""
-    updates, trained = _attached(make, model), set[str]()
-    optimizer = torch.optim.AdamW(parameter_groups(trainable(model)), lr=1e-2)
-    for step in range(1, steps + 1):
-        optimizer.zero_grad()
-        trained |= {name for name, _ in trainable(model)}
-        _loss(model, step, updates).backward()
-        for update in updates:
-            update.before_step(step, optimizer)
-        optimizer.step()
-        changed = [update.after_step(step, optimizer) for update in updates]
-        if any(changed):
-            regroup(optimizer, trainable(model))
-    return model, updates, trained
-
-
-def _moves_what_it_declares(model: PreTrainedModel, base: PreTrainedModel, trained: set[str]) -> None:
-    before = dict(base.named_parameters())
-    owners = {name.rpartition(".")[0] for name, _ in trainable(model)}  # may train part of a weight that they keep
+def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
+    """Draw the biases, which start at zero: an adapter that scales them would never move."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None, f"{name} is trainable, but no gradient reaches it"
-            assert name not in before or not torch.equal(parameter, before[name]), f"{name} did not move"
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
+    return model
+
+
+class _Run:
+    """One training of a copy of `base`, each step of which is checked."""
+
+    def __init__(self, strategies: Sequence[UpdateStrategy], base: PreTrainedModel, saved: Any = None) -> None:
+        torch.manual_seed(1)
+        self.model = copy.deepcopy(base).train()
+        self.updates = Updates(strategies)
+        if saved is None:
+            self.updates.attach(self.model, lambda count: (self._loss(seed) for seed in range(count)))
         else:
-            assert parameter.grad is None, f"{name} is frozen, but it has a gradient"
-            moved = name in before and not torch.equal(parameter, before[name])
-            assert not moved or name in trained or name.rpartition(".")[0] in owners, f"{name} is frozen, but it moved"
+            self.updates.restore(self.model, saved["updates"])
+            self.model.load_state_dict(saved["values"], strict=False)
+        self.optimizer = match_by_name(self.updates.optimizer(1e-2))
+        if saved is not None:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        self.done = 0 if saved is None else saved["done"]
+        self.trained = {name for name, _ in trainable(self.model)}
+        self._idle: dict[str, int] = {}  # steps that a trainable parameter has spent without moving
+        self._moved: set[str] = set()  # since it became trainable
+
+    def _loss(self, seed: int) -> Tensor:
+        batch = {"input_ids": _batch(seed)}
+        output = self.model(**batch)
+        loss = next_token_cross_entropy(output.logits, batch["input_ids"])
+        return self.updates.penalized(loss, batch, output)
+
+    def train(self, steps: int) -> None:
+        for step in range(self.done + 1, self.done + steps + 1):
+            named = dict(trainable(self.model))
+            self.trained |= set(named)
+            written = {id(parameter) for parameter in self.updates.written()}
+            before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+            self.updates.step(step, self.optimizer, lambda seed=step: self._loss(seed))
+            self._note(named, written, before)
+        self.done += steps
+
+    def _note(self, named: dict[str, nn.Parameter], written: set[int], before: dict[str, Tensor]) -> None:
+        for name, value in self.model.named_parameters():
+            moved = name in before and not torch.equal(value, before[name])
+            if name in named:
+                self._moved |= {name} if moved else set()
+                self._idle[name] = 0 if moved else self._idle.get(name, 0) + 1
+            else:
+                assert value.grad is None, f"{name} is frozen, but it has a gradient"
+                assert not moved or id(value) in written, f"{name} is frozen, but step moved it"
+        still = {name for name, _ in trainable(self.model)}
+        for name in set(named) - still:  # it stops training here
+            self._check_moved(name)
+            self._idle.pop(name)
+            self._moved.discard(name)
+
+    def _check_moved(self, name: str) -> None:
+        # LoRA's A has no gradient before B has moved: one step without a movement proves nothing.
+        assert name in self._moved or self._idle[name] < 2, f"{name} is trainable, but {self._idle[name]} steps left it"
+
+    def check_moved(self) -> None:
+        """Check that what is trainable now has moved since it became so."""
+        for name in self._idle:
+            self._check_moved(name)
+
+    def saved(self) -> dict[str, Any]:
+        """Return what a checkpoint holds: names and values of what was trained, the strategies', the optimizer's."""
+        everything = any(update.base == "moved" for update in self.updates)
+        named = {n: p.detach() for n, p in self.model.named_parameters() if everything or n in self.trained}
+        state = {"updates": self.updates.state_dict(), "values": named, "optimizer": self.optimizer.state_dict()}
+        return copy.deepcopy({**state, "done": self.done})
 
 
-def _restores(
-    make: Callable[[], Sequence[UpdateStrategy]],
-    model: PreTrainedModel,
-    updates: Sequence[UpdateStrategy],
-    trained: set[str],
-    fresh: PreTrainedModel,
+def _check_untrained(make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel) -> None:
+    run = _Run(make(), base)
+    updates, moved = run.updates, any(update.base == "moved" for update in run.updates)
+    if not moved:
+        torch.testing.assert_close(_logits(run.model), _logits(base), msg="attaching changed what the model computes")
+    updates.detach(run.model)
+    exact = not any(update.base == "rewritten" for update in updates)
+    if not moved:
+        _check_same(run.model, base, "attaching and detaching", 0 if exact else 1e-6)
+
+
+def _check_effects(make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel, run: _Run, steps: int) -> None:
+    """Check that a training without one of the strategies gives other weights, or that the strategy recorded some."""
+    for number, strategy in enumerate(make()):
+        name = type(strategy).__name__
+        if "importance" in strategy.claims:
+            recorded = next(update for update in run.updates if type(update) is type(strategy)).state_dict()
+            assert any(value.any() for value in _tensors(recorded)), f"{name} recorded nothing"
+            continue
+        rest = [other for n, other in enumerate(make()) if n != number]
+        without = _Run(rest, base)
+        without.train(steps)
+        theirs = dict(without.model.named_parameters())
+        ours = dict(run.model.named_parameters())
+        same = ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+        assert not same, f"{name} has no effect: a training without it gives the same weights"
+
+
+def _check_resumed(
+    make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel, run: _Run, saved: Any, steps: int
 ) -> None:
-    restored = compose(make())
-    for update, old in zip(restored, updates, strict=True):
-        update.restore(fresh, old.state_dict())
-    names = {name for name, _ in trainable(model)}
-    assert names == {name for name, _ in trainable(fresh)}, "restoring made other parameters trainable"
-    values = {name: parameter.detach() for name, parameter in model.named_parameters() if name in trained}
-    fresh.load_state_dict(values, strict=False)
-    assert torch.equal(_logits(fresh), _logits(model)), "a restored model computes something else"
+    torch.manual_seed(2)  # nothing of it may matter
+    resumed = _Run(make(), base, saved)
+    resumed.train(steps - saved["done"])
+    names, theirs = {name for name, _ in trainable(run.model)}, dict(resumed.model.named_parameters())
+    assert names == {name for name, _ in trainable(resumed.model)}, "a resumed training trains other parameters"
+    for name, value in run.model.named_parameters():
+        assert name not in run.trained or torch.equal(value, theirs[name]), f"a resumed training gave another {name}"
+    assert torch.equal(_logits(run.model), _logits(resumed.model)), "a resumed model computes something else"
 
 
-def _same(model: PreTrainedModel, other: PreTrainedModel, what: str, tolerance: float = 0) -> None:
+def _check_detached(run: _Run, base: PreTrainedModel) -> None:
+    logits, plain = _logits(run.model), all(update.leaves != "own_forward" for update in run.updates)
+    run.updates.detach(run.model)
+    torch.testing.assert_close(
+        _logits(run.model), logits, rtol=1e-4, atol=1e-5, msg="detaching changed what the model computes"
+    )
+    if plain:
+        modules = [{name: type(module) for name, module in model.named_modules()} for model in (run.model, base)]
+        assert modules[0] == modules[1], "detaching left other modules than the base has"
+        hooked = [
+            name for name, module in run.model.named_modules() if module._forward_hooks or module._forward_pre_hooks
+        ]
+        assert not hooked, f"detaching left a hook on {hooked[0]}"
+
+
+def _check_same(model: PreTrainedModel, other: PreTrainedModel, what: str, tolerance: float = 0) -> None:
     theirs = dict(other.named_parameters())
     assert theirs.keys() == dict(model.named_parameters()).keys(), f"{what} gave other parameters"
     for name, parameter in model.named_parameters():
@@ -223,16 +291,22 @@ def _same(model: PreTrainedModel, other: PreTrainedModel, what: str, tolerance: 
         assert close, f"{what} gave another {name}"
 
 
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors nested in dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | Sequence) and not isinstance(value, str):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(item)
+
+
+def next_token_cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """Return the mean cross-entropy of the next token, from logits (B, S, V) and ids (B, S)."""
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
 def _batch(seed: int) -> Tensor:
     return torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(seed))
-
-
-def _loss(model: PreTrainedModel, seed: int, updates: Sequence[UpdateStrategy] = ()) -> Tensor:
-    batch = {"input_ids": _batch(seed)}
-    output = model(**batch)
-    loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten())
-    penalties = [p for update in updates if (p := update.penalty(batch, output)) is not None]
-    return loss + torch.stack(penalties).sum() if penalties else loss
 
 
 def _logits(model: PreTrainedModel) -> Tensor:

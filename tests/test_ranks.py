@@ -15,6 +15,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import SMT
+from lit_sparse.strategies.base import ALONE
 from lit_sparse.testing import tiny_llm
 from tests.pair import attempt, result, run_pair
 
@@ -31,7 +32,7 @@ def losses(model, seeds):
 
 def chosen(seeds):
     model, strategy = tiny_llm("llama"), SMT(**OPTIONS)
-    strategy.attach(model, lambda steps: losses(model, seeds))
+    strategy.attach(model, lambda steps: losses(model, seeds), ALONE)
     return {name: blocks.index.tolist() for name, blocks in strategy.choice.items()}
 
 

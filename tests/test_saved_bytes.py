@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import PEFT, SMT
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse_profiling.counted import Counter
 
 TOKENS = (2, 24)
@@ -45,7 +45,7 @@ def full(task: CausalLM) -> None:
 
 
 def lora(task: CausalLM) -> None:
-    PEFT(peft.LoraConfig(r=RANK, target_modules="all-linear")).attach(task.build(), no_probe)
+    PEFT(peft.LoraConfig(r=RANK, target_modules="all-linear")).attach(task.build(), no_probe, ALONE)
     task.build().get_input_embeddings().weight.requires_grad_(True)
 
 
@@ -87,7 +87,7 @@ def test_a_layer_saves_what_the_closed_form_says(method, shape):
 def test_smt_saves_the_floor_and_its_columns(shape):
     model, floor = task(2, shape), task(2, shape)
     strategy = SMT(blocks="random", block_size=16, num_blocks=5, targets=["q", "k", "v", "o", "down"])
-    strategy.attach(model.build(), no_probe)
+    strategy.attach(model.build(), no_probe, ALONE)
     frozen(floor)
     for task_ in (model, floor):
         task_.build().get_input_embeddings().weight.requires_grad_(True)

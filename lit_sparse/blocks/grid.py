@@ -76,16 +76,20 @@ def automatic_size(matrices: Mapping[str, Tensor], weights: float) -> Size:
     return smallest, smallest
 
 
-def read_choice(path: Path, matrices: Mapping[str, Tensor]) -> dict[str, Blocks]:
-    """A choice of blocks from a run's checkpoint (.ckpt), or from a JSON file of the same form.
+def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> dict[str, Blocks]:
+    """Read a choice of blocks from a run's checkpoint (.ckpt), or from a JSON file of the same form.
 
     The form is {name of the linear layer: {"size": [height, width], "index": [[row, column], ...]}}.
+
+    Args:
+        matrices: The matrices that may be chosen from, as (out, in), by the layer's name.
+        strategy: Class name of the strategy whose state in a checkpoint is the choice.
 
     Raises:
         BadInput: if the file is missing or malformed, or names a matrix or block that the model does not have.
     """
     try:
-        raw = _choice_of_run(path) if path.suffix == ".ckpt" else json.loads(path.read_text())
+        raw = _choice_of_run(path, strategy) if path.suffix == ".ckpt" else json.loads(path.read_text())
         choice = {
             name: Blocks.of(
                 (int(entry["size"][0]), int(entry["size"][1])), torch.as_tensor(entry["index"]).reshape(-1, 2)
@@ -116,6 +120,6 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor]) -> dict[str, Blocks]
     return choice
 
 
-def _choice_of_run(path: Path) -> dict[str, Any]:
+def _choice_of_run(path: Path, strategy: str) -> dict[str, Any]:
     updates = read_checkpoint(path)["lit_sparse"]["updates"]
-    return next(update["state"] for update in updates if update["class"] == "SMT")
+    return next(update["state"] for update in updates if update["class"] == strategy)

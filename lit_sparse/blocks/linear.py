@@ -128,6 +128,12 @@ class BlockLinear(nn.Module):
         return f"{tuple(self.matrix.shape)}, {len(self.blocks)} blocks of {self.chosen.size}"
 
 
+def chosen_blocks(model: nn.Module) -> dict[str, Blocks]:
+    """Return the blocks that are trained in `model`, by name of the linear layer."""
+    linears = ((n, m) for n, m in model.named_modules() if isinstance(m, BlockLinear | DeltaLinear))
+    return {name: linear.chosen for name, linear in linears}
+
+
 def in_precision(x: Tensor, *tensors: Tensor | None) -> Any:
     """All of them in the dtype of autocast, where that is on."""
     if not torch.is_autocast_enabled(x.device.type):

@@ -1,8 +1,8 @@
 """Block-sparse tuning in a loop of one's own, without Lightning: `python -m lit_sparse.examples.bare_loop`.
 
-A strategy needs four things of a loop: `attach` before the optimizer exists, `before_step` and `after_step` around each
-optimizer step, and `detach` at the end, which leaves a plain model. It trains the demo model on a few sentences; give
-the name or folder of another model as first argument.
+`Updates` needs four calls of a loop: `attach` before the optimizer exists, `optimizer`, `step` once an optimizer step,
+and `detach` at the end, which leaves a plain model. The example trains the demo model on a few sentences; give the name
+or folder of another model as first argument.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_sparse.demo import DEMO, resolve
-from lit_sparse.optim import parameter_groups, regroup, trainable
-from lit_sparse.strategies import SMT
+from lit_sparse.strategies import SMT, Updates
 
 SENTENCES = (
     "A block of a weight matrix is a sub-matrix of a fixed size.",
@@ -38,21 +37,13 @@ def main(name: str = DEMO, steps: int = 20) -> list[float]:
     def probe(batches: int) -> Iterator[Tensor]:
         return (loss_on(step) for step in range(batches))
 
-    strategy = SMT(trainable_fraction=0.0084, selection_batches=len(texts))
-    strategy.attach(model, probe)
-    optimizer = torch.optim.AdamW(parameter_groups(trainable(model)), lr=2e-3)
-    losses = []
+    updates = Updates([SMT(trainable_fraction=0.0084, selection_batches=len(texts))])
+    updates.attach(model, probe)
+    optimizer, losses = updates.optimizer(lr=2e-3), []
     for step in range(1, steps + 1):
-        loss = loss_on(step)
-        loss.backward()
-        strategy.before_step(step, optimizer)
-        optimizer.step()
-        if strategy.after_step(step, optimizer):  # another set of parameters is trained from here on (not with SMT)
-            regroup(optimizer, trainable(model))
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+        losses.append(float(updates.step(step, optimizer, lambda step=step: loss_on(step))))
         print(f"step {step}: loss {losses[-1]:.3f}")
-    strategy.detach(model)  # `model` is a plain Hugging Face model again: model.save_pretrained("tuned")
+    updates.detach(model)  # `model` is a plain Hugging Face model again: model.save_pretrained("tuned")
     return losses
 
 

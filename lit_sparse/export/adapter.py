@@ -11,7 +11,6 @@ from lit_sparse.errors import BadInput
 from lit_sparse.export.merge import check_mergeable, differs
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_base
-from lit_sparse.strategies import PEFT
 
 LOAD_TOLERANCE = (1e-3, 1e-5)
 """What loading it again may do to the logits, as shares of what training did to them and of the logits."""
@@ -23,11 +22,11 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
     Raises:
         BadInput: if it trained no adapter, diverged, or PEFT would compute something else.
     """
-    adapters = [update for update in module.updates if isinstance(update, PEFT)]
+    adapters = [update for update in module.updates if update.leaves == "adapter"]
     if not adapters:
-        names = " and ".join(type(update).__name__ for update in module.updates) or "full fine-tuning"
         raise BadInput(
-            f"an adapter of {run} was asked for, but {names} trained none; export it with --to hf or --to delta."
+            f"an adapter of {run} was asked for, but {module.updates.names} trained none; export it with --to hf or "
+            "--to delta."
         )
     if classification_head(module.build()):
         raise BadInput(

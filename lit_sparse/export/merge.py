@@ -11,13 +11,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import dummy_forward, is_quantized, matrix
 from lit_sparse.blocks.grid import Blocks
+from lit_sparse.blocks.linear import chosen_blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_base
 from lit_sparse.optim import trainable
 from lit_sparse.runs import load_run
-from lit_sparse.strategies import SMT
 
 MERGE_TOLERANCE = (1e-2, 1e-5)
 """What merging may do to the logits, as shares of what training did to them and of the logits; rounding does less."""
@@ -60,7 +60,7 @@ class Merge:
                 "merged without rounding away what it trained; "
                 + ("export it with --to adapter." if adapter else "use it through lit_sparse.runs.load_run.")
             )
-        choice = {k: v for update in module.updates if isinstance(update, SMT) for k, v in update.choice.items()}
+        choice = chosen_blocks(module.build())
         # A bare configuration's random weights are those of the run in the run's type only.
         dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
         base = load_base(module.auto_class, module.base, dtype, module.attention, config_options=module.config_options)
@@ -141,10 +141,9 @@ def merged(module: LitSparse, base: PreTrainedModel) -> PreTrainedModel:
     before = dummy_forward(model)
     after = dummy_forward(module.detach())
     if differs(before, after, dummy_forward(base)):
-        updates = " and ".join(type(update).__name__ for update in module.updates)
         raise BadInput(
-            f"what {updates} trained cannot be merged into {module.base} without changing its outputs (are tied "
-            "weights among what was adapted?); train other modules."
+            f"what {module.updates.names} trained cannot be merged into {module.base} without changing its outputs "
+            "(are tied weights among what was adapted?); train other modules."
         )
     return model
 

@@ -1,19 +1,17 @@
-"""What of a trainer, its strategies and an optimizer does not go together, each refused in a sentence."""
+"""Reject settings of a trainer, its strategies and an optimizer that do not go together."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.building import HALF
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import AdamW
 from lit_sparse.strategies.base import UpdateStrategy
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None:
@@ -50,11 +48,11 @@ def check_gradients_live(trainer: L.Trainer, kind: type[UpdateStrategy]) -> None
         BadInput: naming the setting.
     """
     settings = {
-        "accumulate_grad_batches": trainer.accumulate_grad_batches > 1,
-        "gradient_clip_val": bool(trainer.gradient_clip_val),
+        "accumulate_grad_batches": trainer.accumulate_grad_batches > 1 and kind.backward == "fused",
+        "gradient_clip_val": bool(trainer.gradient_clip_val) and kind.backward != "autograd",
     }
     for key, given in settings.items():
-        if given and kind.backward != "autograd":
+        if given:
             raise BadInput(
                 f"{kind.__name__} has no gradients that live until the step (its backward is {kind.backward}), so "
                 f"trainer.{key} cannot act on it; remove trainer.{key}."
@@ -62,7 +60,7 @@ def check_gradients_live(trainer: L.Trainer, kind: type[UpdateStrategy]) -> None
 
 
 def check_sharding(updates: Sequence[UpdateStrategy], options: Mapping[str, Any]) -> None:
-    """Refuse what does not work where the model is divided among processes.
+    """Refuse what does not work on a sharded model.
 
     Args:
         options: Keys of the module that must be off then, with what was given.
@@ -71,10 +69,10 @@ def check_sharding(updates: Sequence[UpdateStrategy], options: Mapping[str, Any]
         BadInput: naming the strategy, or the key.
     """
     for update in updates:
-        if not update.shards:
+        if not update.supports_sharding:
             raise BadInput(
                 f"trainer.strategy is fsdp2, but {type(update).__name__} with these settings cannot train a model that "
-                "is divided among processes; set it to ddp, where each process has the whole."
+                "is sharded; set it to ddp, where each rank has the whole."
             )
     for key, given in options.items():
         if given:

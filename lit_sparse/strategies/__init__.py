@@ -2,12 +2,13 @@
 
 from lit_sparse.strategies.activation_density import ActivationDensity
 from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
-from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy, compose
+from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy, compose
 from lit_sparse.strategies.kl_to_base import KLToBase
 from lit_sparse.strategies.lisa import LISA
 from lit_sparse.strategies.peft import PEFT
 from lit_sparse.strategies.recorders import RecordFisher, RecordImportance
 from lit_sparse.strategies.smt import SMT
+from lit_sparse.strategies.updates import Updates
 
 __all__ = [
     "L2SP",
@@ -17,10 +18,13 @@ __all__ = [
     "ActivationDensity",
     "AdaptiveRegularization",
     "Claim",
+    "Context",
     "KLToBase",
+    "Need",
     "Probe",
     "RecordFisher",
     "RecordImportance",
     "UpdateStrategy",
+    "Updates",
     "compose",
 ]

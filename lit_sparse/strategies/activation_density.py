@@ -27,7 +27,7 @@ from lit_sparse.anatomy import MLP, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.mlp_density import Site, Sums, act_of, check_sites, masked_mean, token_mask
 from lit_sparse.ranks import averaged
-from lit_sparse.strategies.base import Probe, UpdateStrategy, no_probe
+from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy, no_probe
 
 MEMORY = 0.9
 """What the adaptive weights' running densities keep of themselves at each optimizer step."""
@@ -62,9 +62,9 @@ class ActivationDensity(UpdateStrategy):
     layer_weights: list[float] | Literal["adaptive"] | None = None
     entropy: float = 0.1
 
-    keeps_base: ClassVar[bool] = True
-    penalizes_activations: ClassVar[bool] = True
-    shards: ClassVar[bool] = True
+    base: ClassVar[BaseWeights] = "kept"
+    needs: ClassVar[frozenset[Need]] = frozenset({"activations"})
+    supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -94,7 +94,7 @@ class ActivationDensity(UpdateStrategy):
 
     # ---- preparing
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         if self.weight == 0:
             return
         found = mlps(model)
@@ -117,10 +117,10 @@ class ActivationDensity(UpdateStrategy):
         roots = {model, getattr(model, "base_model", model)}
         self._handles = [root.register_forward_pre_hook(self._sums.begin) for root in roots]
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._step = state["step"]
         self._means = state.get("means")
-        self.attach(model, no_probe)
+        self.attach(model, no_probe, context)
 
     def _site(self, model: nn.Module, layer: int, mlp: MLP) -> Site:
         if mlp.gate is None and self.where == "product" and mlp.up.endswith("gate_up_proj"):

@@ -38,7 +38,7 @@ from lit_sparse.importance.recorded import (
     read_recorded,
 )
 from lit_sparse.optim import local, total
-from lit_sparse.strategies.base import Probe, UpdateStrategy
+from lit_sparse.strategies.base import BaseWeights, Context, Gradients, Need, Probe, UpdateStrategy
 
 
 @dataclasses.dataclass
@@ -88,9 +88,9 @@ class AdaptiveRegularization(UpdateStrategy):
     dtype: Literal["float32", "bfloat16"] = "float32"
     offload: bool = False
 
-    keeps_base: ClassVar[bool] = True
-    shards: ClassVar[bool] = True
-    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "adds"
+    base: ClassVar[BaseWeights] = "kept"
+    supports_sharding: ClassVar[bool] = True
+    gradients: ClassVar[Gradients] = "adds"
 
     def __post_init__(self) -> None:
         if not self.importance:
@@ -108,12 +108,13 @@ class AdaptiveRegularization(UpdateStrategy):
         self._value = torch.zeros(())
 
     @property
-    def needs_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.anchor == "base"
+    def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        always: list[Need] = ["gradients", "fixed_set"]
+        return frozenset([*always, "base"] if self.anchor == "base" else always)
 
     # ---- preparing
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         path, recorded = "", dict[str, Recorded]()
         before: tuple[Kind, Space] | None = None
         self._weights = {}
@@ -167,7 +168,7 @@ class AdaptiveRegularization(UpdateStrategy):
         by_layer = layer_coefficients(norms, self.layer_weights, self.temperature)
         self._coefficients = {name: by_layer[layer_of(name, self.layer)] for name in self._weights}
 
-    def divided(self) -> None:
+    def on_shard(self) -> None:
         for matrix in self._matrices:
             for name, parameter in matrix.parameters.items():
                 if parameter.dtype.itemsize < 4:
@@ -184,7 +185,7 @@ class AdaptiveRegularization(UpdateStrategy):
             self._weights[matrix.name] = weights.to(device, getattr(torch, self.dtype))
             self._anchors[matrix.name] = [matrix.share(value).to(device) for value in self._anchors[matrix.name]]
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._space, self._coefficients = state["space"], dict(state["coefficients"])
         self._weights, self._anchors = dict(state["weights"]), dict(state["anchors"])
         self._find(model, self._weights)
@@ -246,10 +247,10 @@ class L2SP(UpdateStrategy):
     alpha: float = 0.01
     targets: list[str] = dataclasses.field(default_factory=lambda: ["all"])
 
-    keeps_base: ClassVar[bool] = True
-    shards: ClassVar[bool] = True
-    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "adds"
-    needs_base: ClassVar[bool] = True
+    base: ClassVar[BaseWeights] = "kept"
+    supports_sharding: ClassVar[bool] = True
+    gradients: ClassVar[Gradients] = "adds"
+    needs: ClassVar[frozenset[Need]] = frozenset({"base", "gradients", "fixed_set"})
 
     def __post_init__(self) -> None:
         if not self.alpha >= 0:
@@ -258,7 +259,7 @@ class L2SP(UpdateStrategy):
         self._anchors: dict[str, list[Tensor]] = {}
         self._value = torch.zeros(())
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         heads = tuple(f"{name}." for name in classification_head(model))
         found = trained_matrices(model, self.targets, "weights", "L2SP")
         self._matrices = [matrix for matrix in found if not matrix.name.startswith(heads)]
@@ -269,7 +270,7 @@ class L2SP(UpdateStrategy):
             )
         self._anchors = {matrix.name: matrix.copies() for matrix in self._matrices if matrix.scale is None}
 
-    def divided(self) -> None:
+    def on_shard(self) -> None:
         kept = {matrix.name: matrix for matrix in self._matrices if matrix.scale is None}
         self._anchors = {name: [matrix.share(*self._anchors[name])] for name, matrix in kept.items()}
 

@@ -1,9 +1,11 @@
-"""What every update strategy has in common, and which of them go together."""
+"""The interface of an update strategy, and the rules by which strategies of one run are combined."""
 
 from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -12,211 +14,258 @@ from torch.optim import Optimizer
 from lit_sparse.errors import BadInput
 
 Claim = Literal["modules", "trainable", "optimizer", "backward", "importance"]
-"""What no second strategy can also take: the module tree, the trainable set, the optimizer, the backward, and the
-record of how important each weight is."""
+"""What only one strategy of a run may take over: the module tree, the trainable set, the optimizer, the backward pass,
+and the record of how important each weight is."""
+
+Need = Literal["base", "graph", "gradients", "task_gradients", "activations", "fixed_set"]
+"""What one strategy may depend on and another may take away; `NEEDS` says what each means."""
+
+Backward = Literal["autograd", "fused", "none"]
+BaseWeights = Literal["kept", "trained", "rewritten", "moved"]
+Leaves = Literal["plain", "adapter", "own_forward"]
+Gradients = Literal["ignores", "reads", "masks", "adds"]
 
 Probe = Callable[[int], Iterator[Tensor]]
 """`probe(steps)` yields the losses (scalars with a graph) of the first `steps` training batches, without an update."""
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a strategy may know of the run that it is attached in.
+
+    Attributes:
+        siblings: The other strategies of the run.
+        checkpointing: Whether decoder layers recompute their activations in the backward pass.
+        units: The modules that FSDP2 will shard as one unit each; empty where the model is not sharded.
+    """
+
+    siblings: tuple[UpdateStrategy, ...] = ()
+    checkpointing: bool = False
+    units: tuple[nn.Module, ...] = ()
+
+
+ALONE = Context()
+"""The context of a strategy without siblings on one device."""
+
+
 class UpdateStrategy(ABC):
     """One way to update a model. Subclasses are dataclasses: their fields are the keys in YAML.
 
-    Every hook has an honest default that does nothing; a subclass is final (nobody derives from a concrete strategy)
-    and imports no Lightning, so that it also serves a bare loop or another trainer.
+    Every hook has a default that does nothing; `Updates` calls them. A subclass is final (nobody derives from a
+    concrete strategy) and imports no Lightning, so that it also serves a bare loop or another trainer.
+
+    The attributes below are class attributes. Where the fields decide, a subclass makes one a property.
 
     Attributes:
-        claims: What no second strategy of the same run may also take.
-        backward: How gradients reach the weights: by `autograd`, `fused` into the backward pass, or `none` at all.
-        leaves: What `detach` gives back: the `plain` model (bitwise the base, where nothing was trained), a model
-            whose `adapter` was merged, or one with its `own_forward`.
-        keeps_base: Whether the base's own weights stay as they are until `detach`; only such a base can be quantised.
-            May be a property, where settings decide.
-        rewrites_base: Whether `attach` itself gives the base's own weights other values; then `detach` gives them back
-            to rounding only.
-        needs_base: Whether the method needs the weights that the base came with, beside the trained ones.
-        attaches_first: Whether `attach` and `restore` have to see the model's modules before others change them.
-        shards: Whether the method works where parameters are divided among processes, as DTensors, after `attach` or
-            `restore` has seen the whole model (FSDP2). May be a property, where settings decide.
-        gradients: What `before_step` does with the gradients of the weights that train from the start: it `ignores`
-            them, `reads` them (as the task's alone), or `adds` to them. In that order the strategies of a run are
-            called.
-        penalizes_activations: Whether `penalty` is made of what the layers compute inside, which autograd must see.
+        claims: What no second strategy of the same run may also take over.
+        backward: How gradients reach the weights: by `autograd`; `fused`, where the optimizer updates each weight
+            during the backward pass and frees its gradient; or `none`, where the optimizer's `step` gets a closure that
+            computes the loss without a graph.
+        base: What becomes of the base's own weights. `kept`: they stay as they are until `detach`; only such a base can
+            be quantised. `trained`: some of them train. `rewritten`: `attach` itself gives them other values, which
+            `detach` restores up to rounding. `moved`: `attach` trains weights that are frozen afterwards, so that
+            checkpoints hold all weights.
+        leaves: What `detach` gives back: the `plain` model, one whose `adapter` was merged, or one with its
+            `own_forward`.
+        needs: What the method depends on. A strategy that denies one of these cannot be in the same run.
+        attaches_first: Whether `attach` and `restore` must see the model's modules before other strategies change them.
+        supports_sharding: Whether the method works with parameters that are DTensors (FSDP2), after `attach` or
+            `restore` has seen the whole model.
+        gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
+            them. The strategies of a run are called in that order.
+        masters: Whether what trains is kept in fp32 while the frozen weights are in bf16. Forward-only methods, which
+            must not hold a second copy, opt out.
     """
 
     claims: ClassVar[frozenset[Claim]] = frozenset()
-    backward: ClassVar[Literal["autograd", "fused", "none"]] = "autograd"
-    leaves: ClassVar[Literal["plain", "adapter", "own_forward"]] = "plain"
-    keeps_base: ClassVar[bool] = False
-    rewrites_base: ClassVar[bool] = False
-    needs_base: ClassVar[bool] = False
+    backward: ClassVar[Backward] = "autograd"
+    base: ClassVar[BaseWeights] = "trained"
+    leaves: ClassVar[Leaves] = "plain"
+    needs: ClassVar[frozenset[Need]] = frozenset()
     attaches_first: ClassVar[bool] = False
-    shards: ClassVar[bool] = False
-    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "ignores"
-    penalizes_activations: ClassVar[bool] = False
+    supports_sharding: ClassVar[bool] = False
+    gradients: ClassVar[Gradients] = "ignores"
+    masters: ClassVar[bool] = True
+
+    @property
+    def denies(self) -> frozenset[Need]:
+        """What the method takes away from the other strategies of a run."""
+        denied: dict[Need, bool] = {
+            "base": self.base in ("rewritten", "moved"),
+            "graph": self.backward == "none",
+            "gradients": self.backward != "autograd",
+            "task_gradients": type(self).penalty is not UpdateStrategy.penalty,
+            "activations": self.leaves == "own_forward",
+            "fixed_set": self.period is not None,
+        }
+        return frozenset(need for need, taken in denied.items() if taken)
 
     @property
     def period(self) -> int | None:
         """Optimizer steps from one change of the trainable set to the next; None if it never changes.
 
-        Memory and speed are measured after the first of them.
+        Memory and speed are measured after the first change.
         """
         return None
 
-    @property
-    def moves_all(self) -> bool:
-        """Whether `attach` moves weights that are frozen afterwards: checkpoints hold all weights then."""
-        return False
-
     def describe(self) -> dict[str, Any]:
-        """What was chosen, for the record of a run: numbers, strings, and lists or dicts of them."""
+        """Return what was chosen, for the record of a run: numbers, strings, and lists or dicts of them."""
         return {}
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    # ---- preparing the model
+
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         """Prepare `model` in place, once, before the optimizer exists. `probe` gives losses on training batches."""
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        """Prepare `model` as `attach` did, from what `state_dict` gave; trained values are loaded afterwards."""
-        self.attach(model, no_probe)
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
+        """Prepare `model` as `attach` did, from what `state_dict` returned. Trained values are loaded afterwards."""
+        self.attach(model, no_probe, context)
 
-    def divided(self) -> None:
-        """Called when FSDP2 has made DTensors of the model's parameters: what is kept of them may be divided too."""
+    def on_shard(self) -> None:
+        """React to FSDP2 having replaced the model's parameters by DTensors; own tensors may be sharded alike."""
 
-    def optimizer(self, named_params: Sequence[tuple[str, nn.Parameter]], lr: float) -> Optimizer | None:
-        """The optimizer that this method insists on; None leaves the configured one."""
+    def detach(self, model: nn.Module) -> None:
+        """Merge what was trained, put the model's own modules back, remove every hook."""
+
+    # ---- training
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer | None:
+        """Return the optimizer that this method insists on; None keeps the configured one.
+
+        Args:
+            groups: Parameter groups with `params` and `param_names`: one with weight decay, one without. The optimizer
+                must be made of these very groups, since `regroup` fills them anew when the trainable set changes.
+            lr: Peak learning rate.
+        """
         return None
 
+    def regrouped(self, optimizer: Optimizer) -> None:
+        """React to the optimizer's parameters, at its start and after each change; for example by hooking them."""
+
+    def lr_factor(self, step: int) -> float:
+        """Return the factor of the learning rate of step `step` (from 1): a warm-up after a change, for example."""
+        return 1.0
+
     def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
-        """A scalar to add to this batch's loss, or None."""
+        """Return a scalar to add to this batch's loss, or None."""
         return None
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        """Called once an optimizer step, with the accumulated, unclipped gradients in place."""
+        """Run before optimizer step `step` (from 1), with the accumulated, unclipped gradients in place.
+
+        Under a `fused` or forward-only (`none`) method it runs before the step's first forward pass: there are no
+        gradients then.
+        """
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
-        """Called after the optimizer's `step`-th step (from 1). True: the set of trainable parameters changed."""
+        """Run after optimizer step `step` (from 1). Return True if the set of trainable parameters changed."""
         return False
 
     def logged(self) -> Mapping[str, Tensor]:
-        """Numbers for the log, by name, asked for after `before_step`."""
+        """Return numbers for the log, by name; asked for after `before_step`."""
         return {}
 
-    def detach(self, model: nn.Module) -> None:
-        """Merge what was trained, put the model's own modules back, take every hook off."""
+    def written(self) -> Iterator[nn.Parameter]:
+        """Yield the frozen parameters into which the method writes what it trains elsewhere."""
+        return iter(())
+
+    # ---- what is kept
 
     def state_dict(self) -> dict[str, Any]:
-        """What `restore` needs: tensors, numbers, strings, and lists or dicts of them."""
+        """Return what `restore` needs: tensors, numbers, strings, and lists or dicts of them."""
         return {}
 
     def held(self) -> Any:
-        """The tensors that the method keeps beside the model's parameters, nested in lists or dicts, for ledgers."""
+        """Return the tensors that the method keeps beside the model's parameters, nested in lists or dicts."""
         return self.state_dict()
+
+    def save(self, folder: Path) -> None:
+        """Write what was trained into the new folder `folder`, in the method's own format.
+
+        Raises:
+            BadInput: if the method has none.
+        """
+        raise BadInput(
+            f"{type(self).__name__} trains no adapter that could be saved by itself; export it with --to hf."
+        )
 
 
 def no_probe(steps: int) -> Iterator[Tensor]:
-    """The probe of a place that has no training data.
+    """Stand in for a probe where there is no training data.
 
     Raises:
         BadInput: always, when asked for a loss.
     """
-    raise BadInput(
-        f"{steps} training batches were asked for to look at, but none are at hand here; give the run training data."
-    )
+    raise BadInput(f"{steps} training batches are needed before training, but there are none here; give the run data.")
+
+
+# ---- composition
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Why a need that is denied refuses a pair: `{needy}` and `{denier}` stand for the two names."""
+
+    reason: str
+    way_out: str
+
+
+NEEDS: dict[Need, Rule] = {
+    "base": Rule(
+        "{needy} needs the base's weights as they came, and {denier} rewrites them as it starts",
+        "give {denier} a start that leaves the base alone (for PEFT, init_lora_weights: true, and bias: none with "
+        "start_from; for SMT, warmup: score_only), or leave {needy} out",
+    ),
+    "graph": Rule(
+        "{needy} trains through gradients, and {denier} computes losses without a graph",
+        "train with {needy} and an optimizer that uses gradients, or put {denier} on an adapter such as lora.yaml",
+    ),
+    "gradients": Rule(
+        "{needy} needs gradients that live until the optimizer step, and {denier} has none then",
+        "leave one of the two out",
+    ),
+    "task_gradients": Rule(
+        "{needy} reads the gradient of the task's loss, to which {denier} adds its own",
+        "record in a run without {denier}",
+    ),
+    "activations": Rule(
+        "the penalty of {needy} needs gradients through what the layers compute inside, which {denier} hides",
+        "keep one of the two",
+    ),
+    "fixed_set": Rule(
+        "{needy} follows the weights that train from the start, and {denier} trains others later",
+        "leave one of the two out",
+    ),
+}
+
+ORDER = ("ignores", "reads", "masks", "adds")
 
 
 def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:
-    """`strategies` as a list, if they go together: those that attach first, then by what they do with gradients.
+    """Return `strategies` in the order in which their hooks are called.
 
     Raises:
-        BadInput: if two of them claim the same part of the training, one needs the base that another rewrites, or one
-            needs gradients that another does not leave, of the weights, of the task alone, or of what the layers
-            compute.
+        BadInput: if two of them claim the same part of the training, or one needs what another denies.
     """
-    taken: dict[str, UpdateStrategy] = {}
-    for strategy in strategies:
-        for claim in sorted(strategy.claims):
-            if claim in taken:
-                first, second = type(taken[claim]).__name__, type(strategy).__name__
-                raise BadInput(
-                    f"{first} and {second} cannot be combined: both take over the model's {claim}; keep one of the two."
-                )
-            taken[claim] = strategy
-    _check_base(strategies)
-    _check_gradients(strategies)
-    _check_recording(strategies)
-    _check_activations(strategies)
-    order = ("ignores", "reads", "adds")
-    return sorted(strategies, key=lambda strategy: (not strategy.attaches_first, order.index(strategy.gradients)))
-
-
-def _check_activations(strategies: Sequence[UpdateStrategy]) -> None:
-    needy = [type(strategy).__name__ for strategy in strategies if strategy.penalizes_activations]
-    hiding = [
-        type(strategy).__name__
-        for strategy in strategies
-        if strategy.backward == "none" or strategy.leaves == "own_forward"
-    ]
-    if needy and hiding:
-        raise BadInput(
-            f"{needy[0]} and {hiding[0]} cannot be combined: the penalty of {needy[0]} needs gradients through what "
-            f"the layers compute inside, which {hiding[0]} leaves none of; keep one of the two."
-        )
-
-
-def _check_base(strategies: Sequence[UpdateStrategy]) -> None:
-    needy = [type(strategy).__name__ for strategy in strategies if strategy.needs_base]
-    rewriting = [type(strategy).__name__ for strategy in strategies if strategy.rewrites_base]
-    if needy and rewriting:
-        raise BadInput(
-            f"{needy[0]} and {rewriting[0]} cannot be combined: {needy[0]} needs the base's weights as they came, and "
-            f"{rewriting[0]} rewrites them as it starts; give {rewriting[0]} a start that leaves the base alone (for "
-            "PEFT, init_lora_weights: true, and bias: none with start_from; for SMT, warmup: score_only), or leave "
-            f"{needy[0]} out."
-        )
-
-
-def _check_gradients(strategies: Sequence[UpdateStrategy]) -> None:
-    needy = [type(strategy).__name__ for strategy in strategies if strategy.gradients != "ignores"]
+    taken: dict[str, str] = {}
     for strategy in strategies:
         name = type(strategy).__name__
-        if needy and strategy.backward != "autograd":
-            raise BadInput(
-                f"{needy[0]} and {name} cannot be combined: {needy[0]} needs gradients that live until the step, and "
-                f"{name} has none (its backward is {strategy.backward}); leave one of the two out."
-            )
-        if needy and strategy.period is not None:
-            raise BadInput(
-                f"{needy[0]} and {name} cannot be combined: {needy[0]} follows the weights that train from the start, "
-                f"and {name} trains others every {strategy.period} steps; leave one of the two out."
-            )
+        for claim in sorted(strategy.claims):
+            if claim in taken:
+                raise BadInput(
+                    f"{taken[claim]} and {name} cannot be combined: both take over the model's {claim}; keep one of "
+                    "the two."
+                )
+            taken[claim] = name
+    for needy in strategies:
+        for denier in strategies:
+            if needy is not denier:
+                _check_pair(needy, denier)
+    return sorted(strategies, key=lambda strategy: (not strategy.attaches_first, ORDER.index(strategy.gradients)))
 
 
-def _check_recording(strategies: Sequence[UpdateStrategy]) -> None:
-    kinds = [type(strategy) for strategy in strategies]
-    reading = [
-        kind.__name__
-        for kind in kinds
-        if kind.gradients == "reads" and kind.before_step is not UpdateStrategy.before_step  # else it reads a probe's
-    ]
-    adding = [kind.__name__ for kind in kinds if kind.penalty is not UpdateStrategy.penalty]
-    if reading and adding:
-        name = adding[0]
-        raise BadInput(
-            f"{reading[0]} and {name} cannot be combined: {reading[0]} reads the gradient of the task's loss, to which "
-            f"{name} adds its own; record in a run without {name}."
-        )
-
-
-def check_keeps_base(what: str, updates: Sequence[UpdateStrategy]) -> None:
-    """Refuse to train a quantised base itself.
-
-    Raises:
-        BadInput: naming the strategy that would, after `what` was asked for.
-    """
-    changing = [type(update).__name__ for update in updates if not update.keeps_base]
-    if changing or not any("trainable" in update.claims for update in updates):
-        who = " and ".join(changing) or "full fine-tuning"
-        raise BadInput(
-            f"{what}, but {who} changes the base's own weights, which a quantised base cannot follow; take one that is "
-            "not quantised, or train an adapter that leaves the base alone, such as lora.yaml."
-        )
+def _check_pair(needy: UpdateStrategy, denier: UpdateStrategy) -> None:
+    names = {"needy": type(needy).__name__, "denier": type(denier).__name__}
+    for need in sorted(needy.needs & denier.denies):
+        reason, way_out = NEEDS[need].reason.format(**names), NEEDS[need].way_out.format(**names)
+        raise BadInput(f"{names['needy']} and {names['denier']} cannot be combined: {reason}; {way_out}.")

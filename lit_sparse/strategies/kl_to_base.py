@@ -19,11 +19,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import is_quantized_linear, model_inputs
-from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.errors import BadInput
 from lit_sparse.loss import CHUNK_LOGITS
 from lit_sparse.mlp_density import token_mask
-from lit_sparse.strategies.base import Probe, UpdateStrategy
+from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy
 
 
 @dataclasses.dataclass
@@ -42,8 +41,8 @@ class KLToBase(UpdateStrategy):
     weight: float = 1.0
     temperature: float = 2.0
 
-    keeps_base: ClassVar[bool] = True
-    needs_base: ClassVar[bool] = True
+    base: ClassVar[BaseWeights] = "kept"
+    needs: ClassVar[frozenset[Need]] = frozenset({"base"})
     attaches_first: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -54,7 +53,7 @@ class KLToBase(UpdateStrategy):
         self._base: Base | None = None
         self._seen: list[Tensor] = []  # divergences of the batches since the last optimizer step
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         assert isinstance(model, PreTrainedModel)
         if model.get_output_embeddings() is None:
             raise BadInput(
@@ -62,7 +61,7 @@ class KLToBase(UpdateStrategy):
                 "out."
             )
         if self.weight:
-            self._base = Base(model)
+            self._base = Base(model, context.siblings)
 
     def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if self._base is None:
@@ -103,8 +102,8 @@ class Base:
         copies: Those of its weights that are its own.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    def __init__(self, model: PreTrainedModel, siblings: Sequence[UpdateStrategy]) -> None:
+        self._model, self._siblings = model, siblings
         shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
         for module in filter(is_quantized_linear, model.modules()):  # bitsandbytes keeps the weights' scales in these
             shared |= {id(own): own for name in ("state", "quant_state") if (own := getattr(module, name, None))}
@@ -130,8 +129,8 @@ class Base:
 
     def _keep_trained(self) -> None:
         self._keep(parameter for parameter in self._model.parameters() if parameter.requires_grad)
-        # These are frozen, but their trained blocks are written into them.
-        self._keep(m.get_parameter("weight") for m in self._model.modules() if isinstance(m, BlockLinear))
+        for sibling in self._siblings:
+            self._keep(sibling.written())
 
     def _keep(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:

@@ -25,7 +25,7 @@ from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import drop_state, shard_like
 from lit_sparse.ranks import averaged
-from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Sampler, rms, sampler_of
 
 State = dict[str, Any]
@@ -59,7 +59,7 @@ class LISA(UpdateStrategy):
     seed: int = 0
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"trainable"})
-    shards: ClassVar[bool] = True
+    supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name, least in (("active_layers", 1), ("interval", 1), ("warmup", 0)):
@@ -70,12 +70,15 @@ class LISA(UpdateStrategy):
         self.draws: list[list[int]] = []  # the last is the next interval's: drawn ahead, so that state can be fetched
         self._seen: dict[int, list[Tensor]] = {}
         self._parked: dict[int, list[State]] = {}  # by layer, in the order of its parameters
-        self._rates: list[float] = []  # of the optimizer's groups, while a warm-up lowers them
         self._copies: torch.cuda.Stream | None = None
 
     @property
     def period(self) -> int | None:
         return self.interval
+
+    @property
+    def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return frozenset({"gradients"} if self._sampler.sees_gradients else ())
 
     @property
     def active(self) -> list[int]:
@@ -84,7 +87,7 @@ class LISA(UpdateStrategy):
 
     # ---- preparing
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._find(model)
         model.requires_grad_(False)
         if self._sampler.probe_batches:
@@ -93,7 +96,7 @@ class LISA(UpdateStrategy):
         model.requires_grad_(self.train_embeddings)
         self._activate()
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._find(model)
         self.draws = [list(draw) for draw in state["draws"]]
         self._sampler.load_state_dict(state["sampler"])
@@ -137,20 +140,15 @@ class LISA(UpdateStrategy):
             for number in self.active:
                 grads = (p.grad for p in self._layers[number].parameters() if p.grad is not None)
                 self._seen.setdefault(number, []).append(rms(grads))
-        place = (step - 1) % self.interval
-        if place < self.warmup:
-            self._rates = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] *= (place + 1) / (self.warmup + 1)
-        if place == self.interval - 1:
+        if step % self.interval == 0:
             self._fetch()
 
-    def after_step(self, step: int, optimizer: Optimizer) -> bool:
+    def lr_factor(self, step: int) -> float:
         place = (step - 1) % self.interval
-        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = rate
-        self._rates = []
-        if place < self.interval - 1:
+        return (place + 1) / (self.warmup + 1) if place < self.warmup else 1.0
+
+    def after_step(self, step: int, optimizer: Optimizer) -> bool:
+        if step % self.interval:
             return False
         self._sampler.observe({layer: _mean(norms) for layer, norms in self._seen.items()})
         self._seen.clear()

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from lit_sparse.anatomy import classification_head, linears
 from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Claim, Context, Leaves, Probe, UpdateStrategy
 
 ADAPTER = "default"
 """PEFT's name for the only adapter of a model."""
@@ -60,7 +60,7 @@ class PEFT(UpdateStrategy):
     start_from: str | None = None
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
-    leaves: ClassVar[Literal["plain", "adapter", "own_forward"]] = "adapter"
+    leaves: ClassVar[Leaves] = "adapter"
 
     def __post_init__(self) -> None:
         name, start = type(self.config).__name__, str(getattr(self.config, "init_lora_weights", "")).lower()
@@ -92,34 +92,32 @@ class PEFT(UpdateStrategy):
         return getattr(self.config, "bias", "none") != "none"
 
     @property
-    def rewrites_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.splits_base or (self.trains_biases and self.start_from is not None)
+    def base(self) -> Literal["kept", "trained", "rewritten"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self.splits_base or (self.trains_biases and self.start_from is not None):
+            return "rewritten"
+        return "trained" if self.trains_biases else "kept"
 
     @property
-    def keeps_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return not self.splits_base and not self.trains_biases
-
-    @property
-    def shards(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """All but VeLoRA, whose projections each process would compute from a first batch of its own."""
+    def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True but for VeLoRA, whose projections each rank would compute from a first batch of its own."""
         return getattr(self.config, "velora_config", None) is None
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         if self.start_from is not None:
-            self._go_on(model, self.start_from)
+            self._go_on(model, self.start_from, context)
             return
         wrapper = self._wrap(model)
         if self.splits_base:
             self._start = {name: split(layer, self.config) for name, layer in lora_layers(wrapper).items()}
 
-    def _go_on(self, model: nn.Module, run: str) -> None:
+    def _go_on(self, model: nn.Module, run: str, context: Context) -> None:
         checkpoint = run_checkpoint(run)
         ours = checkpoint["lit_sparse"]
         adapters = [update["state"] for update in ours["updates"] if update["class"] == type(self).__name__]
         if not adapters or ours["base"] != fingerprint(model):
             lack = "has no adapter of PEFT's" if not adapters else "was trained on another base than this run's"
             raise BadInput(f"start_from is {run}, which {lack}; give a run of the same adapter on the same base.")
-        self.restore(model, adapters[0])
+        self.restore(model, adapters[0], context)
         take_values(model, run, {name.removeprefix("model."): v for name, v in checkpoint["state_dict"].items()})
         for name, scale in self._scales().items():
             before = adapters[0].get("scales", {}).get(name, scale)  # older checkpoints do not say
@@ -129,7 +127,7 @@ class PEFT(UpdateStrategy):
                     "times here; give the adapter that run's configuration."
                 )
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         wrapper = self._wrap(model)
         if state["fixed"]:  # PEFT takes the whole only; what was trained comes later
             with quiet():

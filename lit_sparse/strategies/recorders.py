@@ -6,7 +6,7 @@ Both leave their sums in the run's checkpoint, on LoRA's dense product or on tra
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from lit_sparse.importance.matrices import (
 from lit_sparse.importance.recorded import entry
 from lit_sparse.optim import local
 from lit_sparse.ranks import averaged
-from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
+from lit_sparse.strategies.base import BaseWeights, Claim, Context, Gradients, Need, Probe, UpdateStrategy
 
 
 @dataclasses.dataclass
@@ -58,9 +58,10 @@ class RecordImportance(UpdateStrategy):
     offload: bool = False
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"importance"})
-    keeps_base: ClassVar[bool] = True
-    shards: ClassVar[bool] = True
-    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "reads"
+    base: ClassVar[BaseWeights] = "kept"
+    supports_sharding: ClassVar[bool] = True
+    gradients: ClassVar[Gradients] = "reads"
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradients", "task_gradients", "fixed_set"})
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -72,13 +73,13 @@ class RecordImportance(UpdateStrategy):
         self._noted: dict[str, tuple[Tensor, list[Tensor]]] = {}
         self._steps = 0
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._noted, self._steps = {}, 0
         self._find(model)
         for matrix in self._matrices:
             self._keep(matrix, matrix.moved(matrix.values()), matrix.copies())
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._find(model)
         self._steps = state["importance"]["steps"]
         for matrix in self._matrices:
@@ -100,7 +101,7 @@ class RecordImportance(UpdateStrategy):
         self._sums[matrix.name] = matrix.share(sums).to(device)
         self._start[matrix.name] = [matrix.share(value).to(device) for value in start]
 
-    def divided(self) -> None:
+    def on_shard(self) -> None:
         for matrix in self._matrices:
             self._keep(matrix, self._sums[matrix.name], self._start[matrix.name])
 
@@ -162,9 +163,10 @@ class RecordFisher(UpdateStrategy):
     space: Space = "weights"
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"importance"})
-    keeps_base: ClassVar[bool] = True
-    shards: ClassVar[bool] = True
-    gradients: ClassVar[Literal["ignores", "reads", "adds"]] = "reads"
+    base: ClassVar[BaseWeights] = "kept"
+    supports_sharding: ClassVar[bool] = True
+    gradients: ClassVar[Gradients] = "reads"
+    needs: ClassVar[frozenset[Need]] = frozenset({"fixed_set"})
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -174,7 +176,7 @@ class RecordFisher(UpdateStrategy):
         self._start: dict[str, list[Tensor]] = {}
         self._seen = 0
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._matrices = trained_matrices(model, self.targets, self.space, "RecordFisher")
         self._start = {matrix.name: [copy.cpu() for copy in matrix.copies()] for matrix in self._matrices}
         self._sums = {matrix.name: matrix.moved(matrix.values()) for matrix in self._matrices}
@@ -208,7 +210,7 @@ class RecordFisher(UpdateStrategy):
             raise BadInput("RecordFisher was given no data to look at; give data.train some general text.")
         self._sums = {name: (sums / self._seen).cpu() for name, sums in self._sums.items()}  # no step reads them
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._matrices = trained_matrices(model, self.targets, self.space, "RecordFisher")
         self._seen, entries = state["importance"]["steps"], state["importance"]["matrices"]
         self._sums = {name: one["sums"] for name, one in entries.items()}

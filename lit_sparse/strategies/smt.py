@@ -13,7 +13,7 @@ layers that read the same input.
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ from lit_sparse.blocks.selection import (
 )
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW
-from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy
 
 INPUT_SIDE = ("o", "down")
 """Roles whose slabs are bands of input columns: what is trained belongs to heads, or to channels of the MLP."""
@@ -121,29 +121,26 @@ class SMT(UpdateStrategy):
         self._share: dict[str, dict[str, float]] = {}
 
     @property
-    def keeps_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.mode == "delta"
+    def base(self) -> Literal["kept", "trained", "moved"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "moved" if self.warmup == "update" else "kept" if self.mode == "delta" else "trained"
 
     @property
-    def moves_all(self) -> bool:
-        return self.warmup == "update"
+    def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A graph, in place: the forward pass reads the weights, into which the trained blocks are written later."""
+        return frozenset({"graph"} if self.mode == "in_place" else ())
 
-    @property
-    def rewrites_base(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.moves_all
-
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         targets = target_linears(model, self.targets)
         model.requires_grad_(False)
         self._swap(model, self._choose(model, targets, probe))
 
-    def restore(self, model: nn.Module, state: Mapping[str, Any]) -> None:
+    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         model.requires_grad_(False)
         self._swap(
             model, {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
         )
 
-    def before_step(self, step: int, optimizer: Optimizer) -> None:
+    def regrouped(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, AdamW):  # which writes the weights in the pass that moves the masters
             for linear in self._in_place:
                 optimizer.scatter(linear.blocks, linear.weight, linear.chosen.index, linear.transposed)
@@ -157,6 +154,10 @@ class SMT(UpdateStrategy):
     @property
     def _in_place(self) -> list[BlockLinear]:
         return [linear for _, linear in self._swapped.values() if isinstance(linear, BlockLinear)]
+
+    def written(self) -> Iterator[nn.Parameter]:
+        for linear in self._in_place:
+            yield linear.get_parameter("weight")
 
     def detach(self, model: nn.Module) -> None:
         for name, (original, linear) in self._swapped.items():
@@ -186,7 +187,7 @@ class SMT(UpdateStrategy):
         if self.blocks == "slab":
             return slab_blocks(matrices, [name for name in matrices if role(name) in INPUT_SIDE], weights, self.seed)
         if self.blocks not in ("gradient", "random"):
-            return read_choice(Path(self.blocks), matrices)
+            return read_choice(Path(self.blocks), matrices, type(self).__name__)
         size = self._size(model, matrices)
         grids = {name: grid(weight, size) for name, weight in matrices.items()}
         scores = (

@@ -12,7 +12,7 @@ import yaml
 from benchmarks import gpu, kernels, peers, provenance, readme, turns
 from benchmarks.floor import Floor
 from lit_sparse.modules import CausalLM
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.record import (
@@ -81,7 +81,7 @@ def test_the_floor_has_a_backward_and_moves_nothing(kind: str) -> None:
     model = task.build().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     floor = Floor()
-    floor.attach(model, no_probe)
+    floor.attach(model, no_probe, ALONE)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1.0)
     ids = torch.randint(96, (2, 12))

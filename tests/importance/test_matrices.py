@@ -11,7 +11,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.importance.matrices import displacement, gradient_of, trained_matrices, watch
 from lit_sparse.modules.loading import checkpoint_activations
 from lit_sparse.strategies import PEFT
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, tiny_llm
 from tests.strategies.test_smt import loss_of
 
@@ -21,7 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def adapted(kind="llama", moved=True, **settings):
     """A tiny model in training with LoRA, whose second factors are not zero if `moved`, and its products."""
     model = tiny_llm(kind)
-    PEFT(LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **settings})).attach(model, no_probe)
+    PEFT(LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **settings})).attach(
+        model, no_probe, ALONE
+    )
     if moved:
         torch.manual_seed(3)
         for name, parameter in model.named_parameters():
@@ -138,7 +140,7 @@ def test_targets_and_spaces():
     factors = trained_matrices(model, ["v"], "factors", "A test")
     assert [one.name.partition("lora_")[2] for one in factors] == ["A.default.weight", "B.default.weight"] * 3
     biased = tiny_llm("qwen2")
-    PEFT(LoraConfig(r=4, target_modules="all-linear", bias="all")).attach(biased, no_probe)
+    PEFT(LoraConfig(r=4, target_modules="all-linear", bias="all")).attach(biased, no_probe, ALONE)
     named = [one.name.rpartition(".")[2] for one in trained_matrices(biased, ["q"], "weights", "A test")]
     assert sorted(named) == ["bias"] * 3 + ["q_proj"] * 3
     plain = tiny_llm("gpt2")
@@ -150,7 +152,7 @@ def test_targets_and_spaces():
 
 def test_dora_is_no_product():
     model = tiny_llm()
-    PEFT(LoraConfig(r=4, target_modules="all-linear", use_dora=True)).attach(model, no_probe)
+    PEFT(LoraConfig(r=4, target_modules="all-linear", use_dora=True)).attach(model, no_probe, ALONE)
     with pytest.raises(
         BadInput, match=r"A test: model\.layers\.0\.self_attn\.q_proj has .*whose update is no plain product"
     ):

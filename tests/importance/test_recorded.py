@@ -7,7 +7,7 @@ import torch
 
 from lit_sparse.importance.recorded import layer_coefficients, layer_of, path_importance
 from lit_sparse.strategies import RecordImportance
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 
 CURVATURE = torch.tensor([0.1, 0.5, 1.0, 2.0, 5.0], dtype=torch.float64)
 GOAL = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
@@ -23,7 +23,7 @@ class Weights(torch.nn.Module):
 def test_gradient_descent_on_a_quadratic_has_its_closed_form():
     """L = 1/2 sum h (w - a)^2: Omega = h / (2 - rate h) * (1 - q^2T) / (1 - q^T)^2, with q = 1 - rate h."""
     model, recorder = Weights(), RecordImportance()
-    recorder.attach(model, no_probe)
+    recorder.attach(model, no_probe, ALONE)
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     for step in range(1, STEPS + 1):
         optimizer.zero_grad()

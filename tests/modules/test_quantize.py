@@ -28,7 +28,7 @@ from lit_sparse.modules.loading import load_base, quantization
 from lit_sparse.optim import trainable
 from lit_sparse.runs import LAST
 from lit_sparse.strategies import PEFT, SMT, KLToBase
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, tiny_encoder, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
@@ -184,7 +184,7 @@ def test_a_model_given_quantised_is_seen(base: Path) -> None:
     with pytest.raises(BadInput, match=r"the base LlamaForCausalLM is quantised, but SMT changes"):
         CausalLM(given, [SMT()]).build()
     with pytest.raises(BadInput, match="weight of a Linear8bitLt was asked for, but it is quantised"):
-        SMT(blocks="random", num_blocks=1, block_size=8).attach(given, no_probe)
+        SMT(blocks="random", num_blocks=1, block_size=8).attach(given, no_probe, ALONE)
     with pytest.raises(BadInput, match="the base given is loaded already"):
         CausalLM(tiny_llm("llama"), [PEFT(peft.LoraConfig(**LINEARS))], quantize="nf4")
     trainer(1).fit(CausalLM(given, [PEFT(peft.LoraConfig(**LINEARS))]), datamodule=data())

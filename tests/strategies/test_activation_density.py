@@ -22,7 +22,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.loading import checkpoint_activations
 from lit_sparse.strategies import LISA, PEFT, SMT, ActivationDensity, UpdateStrategy, compose
-from lit_sparse.strategies.base import check_keeps_base, no_probe
+from lit_sparse.strategies.base import ALONE, check_keeps_base, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_kernels.glu_density import proxied
 from tests.test_contract import data, trainer
@@ -54,7 +54,7 @@ def model_of(kind):
 def attached(kind="llama", **options):
     model = model_of(kind).train()
     strategy = ActivationDensity(**{"eps": 1e-3, **options})
-    strategy.attach(model, no_probe)
+    strategy.attach(model, no_probe, ALONE)
     return model, strategy
 
 
@@ -115,7 +115,7 @@ def test_goes_with_the_others_in_either_order(partner, first):
         torch.manual_seed(0)
         model, updates = model_of("llama").train(), compose(pair(weight))
         for update in updates:
-            update.attach(model, no_probe)
+            update.attach(model, no_probe, ALONE)
         output = model(input_ids=IDS, labels=IDS)
         penalties = [p for u in updates if (p := u.penalty({"input_ids": IDS}, output)) is not None]
         assert len(penalties) == (weight > 0)
@@ -261,7 +261,7 @@ def test_density_falls_with_the_weight():
     for weight in (0.0, 0.3, 3.0):
         model = model_of("llama").train()
         strategy = ActivationDensity(weight=weight, proxy="tanh", beta=20.0)
-        strategy.attach(model, no_probe)
+        strategy.attach(model, no_probe, ALONE)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
         for _ in range(25):
             optimizer.zero_grad()
@@ -271,7 +271,7 @@ def test_density_falls_with_the_weight():
             optimizer.step()
         strategy.detach(model)
         probe = ActivationDensity(proxy="tanh", beta=20.0)
-        probe.attach(model, no_probe)
+        probe.attach(model, no_probe, ALONE)
         model(input_ids=IDS)
         densities.append(float(probe.penalty({"input_ids": IDS}, None).detach()))
     assert densities[0] > 1.1 * densities[1] > 1.2 * densities[2]
@@ -306,7 +306,7 @@ def test_attaches_on_a_gpu():
     penalties = []
     for device in ("cpu", "cuda"):
         model, strategy = model_of("llama").train().to(device), ActivationDensity(proxy="tanh")
-        strategy.attach(model, no_probe)
+        strategy.attach(model, no_probe, ALONE)
         batch = {"input_ids": IDS.to(device)}
         penalties.append(strategy.penalty(batch, model(**batch)))
         penalties[-1].backward()
@@ -385,11 +385,11 @@ def test_refuses_models_without_such_mlps():
     decoder_layers(model)[1].mlp = torch.nn.Identity()
     what = r"no MLP was found in model\.layers\.1 of LlamaForCausalLM: it has 0 gate, 0 up and 0 down projections"
     with pytest.raises(BadInput, match=what):
-        ActivationDensity().attach(model, no_probe)
+        ActivationDensity().attach(model, no_probe, ALONE)
     for act, what in (("mish", "none of silu, gelu, gelu_tanh, relu"),):
         model = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act=act))
         with pytest.raises(BadInput, match=what):
-            ActivationDensity().attach(model, no_probe)
+            ActivationDensity().attach(model, no_probe, ALONE)
     with pytest.raises(BadInput, match="set where to gate_act"):
         attached("phi3", where="product")
 
@@ -400,7 +400,7 @@ def test_refuses_a_gated_mlp_of_another_form():
     kind = type("Scaled", (type(mlp),), {"forward": lambda self, x: 2 * type(mlp).__mro__[1].forward(self, x)})
     mlp.__class__ = kind
     with pytest.raises(BadInput, match=r"the Scaled that holds model\.layers\.2\.mlp\.up_proj is not down"):
-        ActivationDensity().attach(model, no_probe)
+        ActivationDensity().attach(model, no_probe, ALONE)
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -412,7 +412,7 @@ def test_refuses_a_gated_mlp_of_another_form():
 def test_a_layer_saves_less_with_the_penalty_than_without(method, where):
     def with_penalty(model):
         method(model)
-        ActivationDensity(where=where).attach(model.build(), no_probe)
+        ActivationDensity(where=where).attach(model.build(), no_probe, ALONE)
 
     shape = SHAPES[0]
     assert per_token_of_a_layer(with_penalty, shape) == per_token_of_a_layer(method, shape) - shape["intermediate_size"]
@@ -436,8 +436,8 @@ def test_an_adapters_dropout_is_no_other_formula():
     model, strategy = model_of("llama").train(), ActivationDensity()
     torch.manual_seed(0)
     PEFT(peft.LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)).attach(
-        model, no_probe
+        model, no_probe, ALONE
     )
-    strategy.attach(model, no_probe)
+    strategy.attach(model, no_probe, ALONE)
     assert strategy.describe()["mlps"] == 3
     assert all(module.training for module in model.modules())

@@ -16,7 +16,7 @@ from lit_sparse.importance.recorded import layer_coefficients, path_importance
 from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import L2SP, PEFT, AdaptiveRegularization, RecordImportance, compose
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, contract, tiny_encoder, tiny_llm
 from tests.strategies.test_recorders import lora, train
 from tests.strategies.test_smt import loss_of
@@ -157,7 +157,7 @@ def test_its_gradient_is_autograds_of_the_penalty(kind, paper, phases):
     module = module_of(phases, kind, phi=0.3, **settings)
     module.build()
     for update in module.updates:
-        update.attach(module.model, no_probe)
+        update.attach(module.model, no_probe, ALONE)
     penalty = module.updates[-1]
     checkpoint = torch.load(
         phases / {"adaptive": "general", "ewc": "fisher"}.get(kind, kind) / "checkpoints" / "last.ckpt"
@@ -235,7 +235,7 @@ def test_on_a_quadratic_it_ends_where_the_closed_form_says(tmp_path):
 def attach(module):
     model = module.build()
     for update in module.updates:
-        update.attach(model, no_probe)
+        update.attach(model, no_probe, ALONE)
 
 
 def refused(folder, config, message, **options):
@@ -292,7 +292,7 @@ def test_records_without_use_are_refused(phases, tmp_path):
     saved["lit_sparse"]["updates"].pop()
     torch.save(saved, tmp_path / "changed.ckpt")
     with pytest.raises(BadInput, match=r"start_from is .*, which has no adapter of PEFT's"):
-        PEFT(LoraConfig(), start_from=str(tmp_path / "changed.ckpt")).attach(tiny_llm(), no_probe)
+        PEFT(LoraConfig(), start_from=str(tmp_path / "changed.ckpt")).attach(tiny_llm(), no_probe, ALONE)
 
 
 @pytest.mark.parametrize("key", ["phi", "xi"])
@@ -336,7 +336,7 @@ def test_attached_again_its_importance_is_the_same(phases):
     attach(module)
     first = dict(penalty.state_dict()["weights"])
     penalty.detach(model)
-    penalty.attach(model, no_probe)
+    penalty.attach(model, no_probe, ALONE)
     assert all(torch.equal(weight, first[name]) for name, weight in penalty.state_dict()["weights"].items())
 
 
@@ -398,30 +398,30 @@ def test_importance_of_whole_weights_is_of_this_base_too(phases):
 def test_factors_are_not_taken_for_weights(config):
     for update in (L2SP(), RecordImportance()):
         model = tiny_llm()
-        PEFT(config).attach(model, no_probe)
+        PEFT(config).attach(model, no_probe, ALONE)
         with pytest.raises(BadInput, match=f"{type(update).__name__}: .* is a factor of .*, not a weight"):
-            update.attach(model, no_probe)
+            update.attach(model, no_probe, ALONE)
     model = tiny_llm()
-    PEFT(config).attach(model, no_probe)
-    RecordImportance(space="factors").attach(model, no_probe)
+    PEFT(config).attach(model, no_probe, ALONE)
+    RecordImportance(space="factors").attach(model, no_probe, ALONE)
 
 
 def test_biases_beside_lora_are_weights():
     model, update = tiny_llm("qwen2"), L2SP()
-    lora(bias="all").attach(model, no_probe)
-    update.attach(model, no_probe)
+    lora(bias="all").attach(model, no_probe, ALONE)
+    update.attach(model, no_probe, ALONE)
     assert any(name.endswith("q_proj.base_layer.bias") for name in update._anchors)
 
 
 def test_l2sp_leaves_a_classifiers_head_free():
     model, update = tiny_encoder(), L2SP()
-    update.attach(model, no_probe)
+    update.attach(model, no_probe, ALONE)
     own = {name for name, _ in trainable(model)}
     assert own - update._anchors.keys() == {
         f"{name}.{kind}" for name in ("classifier", "bert.pooler.dense") for kind in ("weight", "bias")
     }
     with pytest.raises(BadInput, match=r"only the classifier's head is among the targets \['classifier'\]"):
-        L2SP(targets=["classifier"]).attach(tiny_encoder(), no_probe)
+        L2SP(targets=["classifier"]).attach(tiny_encoder(), no_probe, ALONE)
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -432,8 +432,8 @@ def test_contract_of_l2sp(kind):
 
 def test_on_lora_its_gradient_is_that_of_the_dense_product():
     model, update = tiny_llm(), L2SP(alpha=0.7)
-    lora().attach(model, no_probe)
-    update.attach(model, no_probe)
+    lora().attach(model, no_probe, ALONE)
+    update.attach(model, no_probe, ALONE)
     torch.manual_seed(0)
     values = {}
     for name, parameter in trainable(model):
@@ -455,7 +455,7 @@ def test_on_weights_it_ends_at_ridge_regression_around_the_base():
     x, y, start = torch.randn(30, 4).double(), torch.randn(30).double(), torch.randn(1, 4).double()
     model, update = torch.nn.Linear(4, 1, bias=False, dtype=torch.float64), L2SP(alpha=5.0)
     model.weight.data.copy_(start)
-    update.attach(model, no_probe)
+    update.attach(model, no_probe, ALONE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(1, 401):
         optimizer.zero_grad()
@@ -470,7 +470,7 @@ def test_on_weights_it_ends_at_ridge_regression_around_the_base():
 def test_on_weights_adam_does_not_rescale_it(dtype):
     """Under a gradient of zeros, lr * alpha of the way is gone back, on the fp32 master where there is one."""
     model, update = torch.nn.Linear(4, 4, bias=False).to(dtype), L2SP(alpha=0.5)
-    update.attach(model, no_probe)
+    update.attach(model, no_probe, ALONE)
     start = model.weight.detach().float().clone()
     optimizer = AdamW(parameter_groups(model.named_parameters()), lr=0.1, weight_decay=0.0)
     model.weight.grad = torch.zeros_like(model.weight)
@@ -489,7 +489,7 @@ def test_l2sp_of_no_strength_is_the_run_without():
     for updates in ([], [L2SP(alpha=0.0)], [L2SP(alpha=5.0)]):
         model = tiny_llm()
         for update in updates:
-            update.attach(model, no_probe)
+            update.attach(model, no_probe, ALONE)
         train(model, updates, AdamW(parameter_groups(trainable(model)), lr=1e-3), 3)
         models.append(model)
     same = [all(torch.equal(a, b) for a, b in zip(models[0].parameters(), m.parameters(), strict=True)) for m in models]

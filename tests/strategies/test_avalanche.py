@@ -6,7 +6,7 @@ import torch
 from lit_sparse.importance.recorded import path_importance
 from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.strategies import RecordImportance
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import tiny_llm
 from tests.strategies.test_smt import loss_of
 
@@ -18,7 +18,7 @@ def test_the_path_integral_and_its_importance_are_avalanches():
     from avalanche.training.plugins import SynapticIntelligencePlugin as Theirs  # pyright: ignore
 
     model, recorder, damping = tiny_llm().train(), RecordImportance(), 1e-7
-    recorder.attach(model, no_probe)
+    recorder.attach(model, no_probe, ALONE)
     kept = ({}, {}), {key: {} for key in ("old_theta", "new_theta", "grad", "trajectory", "cum_trajectory")}
     Theirs.create_syn_data(model, *kept, set())
     Theirs.init_batch(model, *kept, set())

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import LISA, PEFT, SMT, KLToBase, compose
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.strategies.kl_to_base import Base, kl
 from lit_sparse.testing import tiny_encoder, tiny_llm
 from lit_sparse_profiling.ledger import ledger
@@ -81,7 +81,7 @@ def test_parts_of_hidden_states_are_whole_logits(monkeypatch):
     monkeypatch.setattr("lit_sparse.strategies.kl_to_base.CHUNK_LOGITS", 3 * 96)
     model, batch = tiny_llm("qwen2").eval(), batch_of()
     update, kept = KLToBase(weight=0.5), batch["attention_mask"].bool()
-    update.attach(model, no_probe)
+    update.attach(model, no_probe, ALONE)
     with torch.no_grad():
         theirs = model(**batch).logits
     first = next(iter(model.parameters()))
@@ -192,7 +192,7 @@ def test_what_cannot_be_held_is_refused():
     with pytest.raises(BadInput, match="temperature is 0; it must be above 0"):
         KLToBase(temperature=0)
     with pytest.raises(BadInput, match="BertForSequenceClassification predicts no tokens"):
-        KLToBase().attach(tiny_encoder(), no_probe)
+        KLToBase().attach(tiny_encoder(), no_probe, ALONE)
     biases = PEFT(LoraConfig(bias="all"), start_from="runs/general-1")
     for other in (PEFT(LoraConfig(init_lora_weights="pissa")), SMT(warmup="update"), biases):
         with pytest.raises(BadInput, match=f"KLToBase and {type(other).__name__} cannot be combined: KLToBase needs"):

@@ -15,7 +15,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
 from lit_sparse.strategies import LISA, SMT, compose
-from lit_sparse.strategies.base import Claim, UpdateStrategy, no_probe
+from lit_sparse.strategies.base import ALONE, Claim, UpdateStrategy, no_probe
 from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.profiler import Plan
@@ -27,7 +27,7 @@ from tests.test_contract import data, trainer
 def attached(kind="llama", dtype=torch.float32, **options):
     model = tiny_llm(kind).to(dtype)
     strategy = LISA(**{"active_layers": 1, "interval": 2, **options})
-    strategy.attach(model, probe_of(model))
+    strategy.attach(model, probe_of(model), ALONE)
     return model, strategy
 
 
@@ -383,12 +383,12 @@ def test_more_layers_than_there_are_are_refused():
 
 def test_a_probe_without_data_is_refused():
     with pytest.raises(BadInput, match="4 training batches were asked for to look at, but none are at hand"):
-        LISA(active_layers=1, sampler="grad_norm").attach(tiny_llm("llama"), no_probe)
+        LISA(active_layers=1, sampler="grad_norm").attach(tiny_llm("llama"), no_probe, ALONE)
 
 
 def test_a_model_without_layers_is_refused():
     with pytest.raises(BadInput, match="the layers of Linear were not found"):
-        LISA().attach(torch.nn.Linear(2, 2), no_probe)
+        LISA().attach(torch.nn.Linear(2, 2), no_probe, ALONE)
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import trainable
 from lit_sparse.strategies import PEFT, UpdateStrategy, compose
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, contract, tiny_encoder, tiny_llm
 
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
@@ -29,7 +29,7 @@ def lora(**settings):
 def test_pissa_moves_the_largest_singular_parts_into_the_adapter(kind, how):
     model = tiny_llm(kind)
     before = {name: matrix(linear).detach().clone() for name, linear in linears(model).items()}
-    lora(init_lora_weights=how, lora_alpha=8).attach(model, no_probe)
+    lora(init_lora_weights=how, lora_alpha=8).attach(model, no_probe, ALONE)
     for name, weight in before.items():
         layer = model.get_submodule(name)
         values = torch.linalg.svdvals(weight)
@@ -45,7 +45,7 @@ def test_a_start_of_random_numbers_is_restored_to_the_bit(dtype):
     """Neither the generator nor the singular vectors' signs may matter: a checkpoint may move to another device."""
     first, second = tiny_llm("llama").to(dtype), tiny_llm("llama").to(dtype)
     given, restored = (lora(init_lora_weights="pissa_niter_2") for _ in range(2))
-    given.attach(first, no_probe)
+    given.attach(first, no_probe, ALONE)
     state = copy.deepcopy(given.state_dict())
     torch.manual_seed(7)
     restored.restore(second, state)
@@ -59,7 +59,7 @@ def test_a_start_of_random_numbers_is_restored_to_the_bit(dtype):
 def test_olora():
     contract(lambda: [lora(init_lora_weights="olora")], "llama")
     with pytest.raises(BadInput, match="olora was asked for on a Conv1D"):
-        lora(init_lora_weights="olora").attach(tiny_llm("gpt2"), no_probe)
+        lora(init_lora_weights="olora").attach(tiny_llm("gpt2"), no_probe, ALONE)
 
 
 @pytest.mark.parametrize("how", ["batch_average", "batch_average_once", "random"])
@@ -67,7 +67,7 @@ def test_velora_keeps_its_projections(how):
     contract(lambda: [lora(velora_config=VeloraConfig(num_groups=8, init_type=how))], "llama")
     first, second = tiny_llm("llama"), tiny_llm("llama")
     given, restored = (lora(velora_config=VeloraConfig(num_groups=8, init_type=how)) for _ in range(2))
-    given.attach(first, no_probe)
+    given.attach(first, no_probe, ALONE)
     ids = [torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     first.train()(input_ids=ids[0])
     restored.restore(second, copy.deepcopy(given.state_dict()))
@@ -84,7 +84,7 @@ def test_shira_keeps_its_places():
     """Wherever they came from: here from another seed than the one that restores."""
     given, restored = (PEFT(peft.ShiraConfig(r=4, target_modules="all-linear", random_seed=seed)) for seed in (1, 2))
     first, second = tiny_llm("llama"), tiny_llm("llama")
-    given.attach(first, no_probe)
+    given.attach(first, no_probe, ALONE)
     restored.restore(second, given.state_dict())
     for name in linears(tiny_llm("llama")):
         ours, theirs = (model.get_submodule(name).shira_indices["default"] for model in (first, second))
@@ -93,7 +93,7 @@ def test_shira_keeps_its_places():
 
 def test_the_state_of_plain_lora_has_scales_alone():
     model, update = tiny_llm("llama"), lora(lora_alpha=8)
-    update.attach(model, no_probe)
+    update.attach(model, no_probe, ALONE)
     scales = {f"base_model.model.{name}": 2.0 for name in linears(tiny_llm("llama"))}
     assert update.state_dict() == {"fixed": {}, "start": {}, "scales": scales}
 
@@ -114,7 +114,7 @@ def test_it_knows_whether_the_base_stays_as_it_is(settings, keeps, rewrites):
     model, update = tiny_llm("qwen2"), lora(**settings)
     assert (update.keeps_base, update.rewrites_base) == (keeps, rewrites)
     before = {name: matrix(linear).detach().clone() for name, linear in linears(model).items()}
-    update.attach(model, no_probe)
+    update.attach(model, no_probe, ALONE)
     same = [torch.equal(matrix(model.get_submodule(n).get_base_layer()), weight) for n, weight in before.items()]
     assert not any(same) if rewrites else all(same)
     own = [name for name, _ in trainable(model) if "lora" not in name]
@@ -131,7 +131,7 @@ def test_starts_that_need_a_program_of_their_own_are_refused(start):
 
 def test_what_peft_refuses_is_said_in_a_sentence():
     with pytest.raises(BadInput, match=r"PEFT cannot put it on LlamaForCausalLM \(Target modules .*nowhere.*; give"):
-        PEFT(LoraConfig(target_modules=["nowhere"])).attach(tiny_llm("llama"), no_probe)
+        PEFT(LoraConfig(target_modules=["nowhere"])).attach(tiny_llm("llama"), no_probe, ALONE)
 
 
 @dataclasses.dataclass
@@ -174,7 +174,7 @@ def test_another_configuration_is_refused_where_a_run_goes_on(full, tmp_path):
     path = tmp_path / "run.ckpt"
     ends = written(path, CausalLM(base=tiny_llm(), updates=[two()], full_checkpoints=full))
     went_on = tiny_llm()
-    dataclasses.replace(two(), start_from=str(path)).attach(went_on, no_probe)
+    dataclasses.replace(two(), start_from=str(path)).attach(went_on, no_probe, ALONE)
     assert all(torch.equal(value, ends[name]) for name, value in trainable(went_on))
     for settings, sentence in (
         ({"lora_alpha": 32}, r"whose adapter counts 2 times at .*layers\.0.*q_proj, and would count 8 times here"),
@@ -182,14 +182,14 @@ def test_another_configuration_is_refused_where_a_run_goes_on(full, tmp_path):
         ({"target_modules": ["q_proj"]}, r"that run trained .*v_proj.*, and this one does not"),
     ):
         with pytest.raises(BadInput, match=sentence):
-            dataclasses.replace(two(**settings), start_from=str(path)).attach(tiny_llm(), no_probe)
+            dataclasses.replace(two(**settings), start_from=str(path)).attach(tiny_llm(), no_probe, ALONE)
 
 
 def test_biases_that_a_run_trained_are_not_left_behind(tmp_path):
     path = tmp_path / "run.ckpt"
     written(path, CausalLM(base=tiny_llm("qwen2"), updates=[two(bias="all")]))
     with pytest.raises(BadInput, match=r"that run trained .*bias, and this one does not"):
-        dataclasses.replace(two(), start_from=str(path)).attach(tiny_llm("qwen2"), no_probe)
+        dataclasses.replace(two(), start_from=str(path)).attach(tiny_llm("qwen2"), no_probe, ALONE)
 
 
 def test_a_run_that_does_not_say_its_scales_is_gone_on_from(tmp_path):
@@ -198,7 +198,7 @@ def test_a_run_that_does_not_say_its_scales_is_gone_on_from(tmp_path):
     saved = torch.load(path)
     del saved["lit_sparse"]["updates"][0]["state"]["scales"]
     torch.save(saved, path)
-    dataclasses.replace(two(), start_from=str(path)).attach(tiny_llm(), no_probe)
+    dataclasses.replace(two(), start_from=str(path)).attach(tiny_llm(), no_probe, ALONE)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

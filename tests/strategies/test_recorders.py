@@ -22,7 +22,7 @@ from lit_sparse.strategies import (
     RecordImportance,
     compose,
 )
-from lit_sparse.strategies.base import UpdateStrategy, no_probe
+from lit_sparse.strategies.base import ALONE, UpdateStrategy, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
 from tests.strategies.test_smt import loss_of, probe_of
 from tests.test_contract import data, trainer
@@ -41,7 +41,7 @@ def attached(adapter, recorder, model=None):
     model, updates = model or tiny_llm(), compose([recorder, *([lora()] if adapter else [])])
     torch.manual_seed(1)
     for update in updates:
-        update.attach(model.train(), probe_of(model))
+        update.attach(model.train(), probe_of(model), ALONE)
     return model, updates
 
 
@@ -170,7 +170,7 @@ def test_of_linear_regression_with_unit_noise_the_fisher_is_the_mean_square_of_t
             output = model.layers[0](inputs[number // 2])
             yield (output - (output.detach() + (-1) ** number)).square().sum() / 2  # noise of exactly +-1
 
-    recorder.attach(model, probe)
+    recorder.attach(model, probe, ALONE)
     got = recorded(recorder)["layers.0.weight"]
     torch.testing.assert_close(got, inputs.square().mean(0), rtol=1e-12, atol=0)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -189,7 +189,7 @@ def test_of_logistic_regression_the_fisher_is_the_mean_of_p_times_1_minus_p_time
             logit = model.layers[0](inputs[number // 4])
             yield torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.full_like(logit, number % 4 == 0))
 
-    recorder.attach(model, probe)
+    recorder.attach(model, probe, ALONE)
     expected = 3 / 16 * inputs.square().mean(0)
     torch.testing.assert_close(recorded(recorder)["layers.0.weight"], expected, rtol=1e-12, atol=0)
 
@@ -207,8 +207,8 @@ def test_on_a_new_adapter_it_is_the_fisher_of_the_weights_themselves():
         return losses
 
     model, plain, recorder = tiny_llm(dropout=0.5).train(), tiny_llm(), RecordFisher(samples=5)
-    lora(lora_dropout=0.5).attach(model, no_probe)
-    recorder.attach(model, probe_of_one(model))
+    lora(lora_dropout=0.5).attach(model, no_probe, ALONE)
+    recorder.attach(model, probe_of_one(model), ALONE)
     assert model.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     expected = dict.fromkeys(recorded(recorder), 0)
@@ -225,14 +225,14 @@ def test_on_a_new_adapter_it_is_the_fisher_of_the_weights_themselves():
 def test_batches_of_several_samples_and_none_are_refused():
     model = tiny_llm()
     with pytest.raises(BadInput, match=r"squares the gradient of each sample, but a batch has 2; set data\.batch_size"):
-        RecordFisher().attach(model, probe_of(model))
+        RecordFisher().attach(model, probe_of(model), ALONE)
     assert not any(m._forward_pre_hooks for m in model.modules())
     ids = torch.arange(3, 11)[None]
     packed = {"input_ids": ids, "position_ids": torch.arange(4).repeat(2)[None], "labels": ids}
     with pytest.raises(BadInput, match=r"but a row has several; set data\.packing to false"):
-        RecordFisher().attach(model, lambda steps: iter(model(**packed).loss for _ in range(steps)))
+        RecordFisher().attach(model, lambda steps: iter(model(**packed).loss for _ in range(steps)), ALONE)
     with pytest.raises(BadInput, match=r"RecordFisher was given no data to look at; give data\.train"):
-        RecordFisher().attach(model, lambda steps: iter(()))
+        RecordFisher().attach(model, lambda steps: iter(()), ALONE)
 
 
 # ---- what goes together

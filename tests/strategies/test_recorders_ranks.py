@@ -8,7 +8,7 @@ from peft import LoraConfig
 
 from lit_sparse.optim import trainable
 from lit_sparse.strategies import PEFT, RecordFisher, RecordImportance, compose
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import tiny_llm
 
 
@@ -28,7 +28,7 @@ def sums_of(adapter: bool, seeds, ranks: int = 1):
     torch.manual_seed(1)
     updates = compose([*([lora] if adapter else []), recorder])
     for update in updates:
-        update.attach(model, no_probe)
+        update.attach(model, no_probe, ALONE)
     optimizer = torch.optim.SGD([parameter for _, parameter in trainable(model)], lr=0.1)
     for step in (1, 2):
         optimizer.zero_grad()
@@ -54,7 +54,7 @@ def fisher_of(seeds):
             ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(seed))
             yield torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
 
-    recorder.attach(model, losses)
+    recorder.attach(model, losses, ALONE)
     return {name: one["sums"] for name, one in recorder.state_dict()["importance"]["matrices"].items()}
 
 

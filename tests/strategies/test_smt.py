@@ -15,7 +15,7 @@ from lit_sparse.blocks.linear import BlockLinear, SharedInput, _SharedBlocks
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
-from lit_sparse.strategies.base import no_probe
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.strategies.smt import SMT
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.counted import Counter
@@ -40,7 +40,7 @@ def attached(kind="llama", dtype=torch.float32, **options):
     strategy = SMT(
         **{"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["all"], **options}
     )
-    strategy.attach(model, probe_of(model))
+    strategy.attach(model, probe_of(model), ALONE)
     return model, strategy
 
 
@@ -186,7 +186,7 @@ def test_a_planted_block_is_found(score):
     layer.register_forward_pre_hook(lambda _, args: (args[0] * torch.where(torch.arange(32) // 8 == 2, 50.0, 1.0),))
     layer.register_forward_hook(lambda _, args, out: out * torch.where(torch.arange(64) // 8 == 5, 50.0, 1.0))
     strategy = SMT(num_blocks=1, block_size=8, targets=["all"], score=score, selection_batches=4)
-    strategy.attach(model, probe_of(model))
+    strategy.attach(model, probe_of(model), ALONE)
     assert {name: blocks.index.tolist() for name, blocks in strategy.choice.items()} == {
         "model.layers.1.mlp.up_proj": [[5, 2]]
     }
@@ -349,7 +349,7 @@ def test_bad_fields_are_refused_at_once(options):
 
 def test_scoring_needs_data():
     with pytest.raises(BadInput, match="training batches were asked for"):
-        SMT(block_size=8, trainable_fraction=0.05).attach(tiny_llm(), no_probe)
+        SMT(block_size=8, trainable_fraction=0.05).attach(tiny_llm(), no_probe, ALONE)
 
 
 # ---- a contiguous slab, fewer columns

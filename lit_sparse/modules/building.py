@@ -1,0 +1,277 @@
+"""Building the model of a run: the base, what the strategies make of it, its precision, its sharding."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lit_sparse.anatomy import decoder_layers, is_quantized, weights_in
+from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
+from lit_sparse.errors import BadInput
+from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
+from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
+from lit_sparse.optim import trainable
+from lit_sparse.strategies import Context, Updates, UpdateStrategy
+from lit_sparse_profiling.phases import Phases
+
+Precision = Literal["auto", "float32", "bfloat16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+HALF = (torch.bfloat16, torch.float16)
+
+
+class Masters:
+    """Upcasts what trains to fp32, where updates at a small learning rate are not lost to rounding."""
+
+    def __init__(self) -> None:
+        self._dtypes: dict[nn.Parameter, torch.dtype] = {}
+
+    def __contains__(self, parameter: nn.Parameter) -> bool:
+        return parameter in self._dtypes
+
+    def upcast(self, model: nn.Module) -> None:
+        """Upcast the trainable parameters of `model`; those that are frozen again get their dtype back."""
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dtype in HALF:
+                self._dtypes[parameter] = parameter.dtype
+                parameter.data = parameter.data.float()
+            elif not parameter.requires_grad and parameter in self._dtypes:
+                parameter.data = parameter.data.to(self._dtypes.pop(parameter))
+
+    def restore(self) -> None:
+        """Give every parameter its own dtype back."""
+        for parameter, dtype in self._dtypes.items():
+            parameter.data = parameter.data.to(dtype)
+        self._dtypes.clear()
+
+
+class BuiltModel(L.LightningModule, ABC):
+    """The part of the host that builds the model. `LitSparse` documents the arguments.
+
+    Attributes:
+        model: The model, None before it is loaded.
+        updates: The update strategies.
+        masters: The parameters that were upcast to fp32.
+        base_fingerprint: Hash of the base's weights.
+        base_parameters: Number of the base's weights.
+        trained: Names of what was trainable at any time.
+        phases: Time and peak memory of loading, selection and the phases of a step.
+    """
+
+    auto_class: ClassVar[Any]
+    """The transformers Auto class that loads the model of this task."""
+
+    def __init__(
+        self,
+        base: Any,
+        updates: list[UpdateStrategy],
+        precision: Precision,
+        activation_checkpointing: bool,
+        attention: str,
+        compile: bool,
+        quantize: Quantization | None,
+    ) -> None:
+        super().__init__()
+        # These are kept in tuples: as attributes they would be submodules, beside `self.model`.
+        self._given: tuple[PreTrainedModel, ...] = (base,) if isinstance(base, PreTrainedModel) else ()
+        self._sharded: tuple[Sharded, ...] = ()
+        self.base: Any = type(base).__name__ if self._given else base
+        self.updates = Updates(updates, prefix="model.")
+        if quantize is not None:
+            self.updates.check_quantizable(f"model.quantize is {quantize}")
+            if self._given:
+                raise BadInput(
+                    f"model.quantize is {quantize}, but the base given is loaded already; give its folder or name, or "
+                    "load it quantised and leave model.quantize out."
+                )
+        self.precision: Precision = precision
+        self.activation_checkpointing, self.attention, self.compile_model = activation_checkpointing, attention, compile
+        self.quantize: Quantization | None = quantize
+        self.model: PreTrainedModel | None = None
+        self.masters = Masters()
+        self.base_fingerprint, self.base_parameters = "", 0
+        self.trained: set[str] = set()
+        self.resume_from: Any = None
+        self.phases = Phases()
+        self._attached = False
+
+    # ---- the task's part
+
+    @abstractmethod
+    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+        """Return the mean loss of a batch (scalar with a graph), and the model's output, for penalties."""
+
+    @property
+    def config_options(self) -> dict[str, Any]:
+        """Entries of the base's configuration that the task sets when it loads the base."""
+        return {}
+
+    def always_trained(self) -> Iterator[torch.nn.Parameter]:
+        """Yield what trains whatever the strategies freeze: parts of the model that are the task's own."""
+        return iter(())
+
+    # ---- building
+
+    def configure_model(self) -> None:
+        with self.phases("loading"):
+            self.build()
+        if self._attached or self.trainer.state.fn != "fit":
+            return
+        with torch.device("cpu"):  # Lightning has made its own device the default one, where draws would be others
+            if self.resume_from is not None:
+                self.restore(read_checkpoint(self.resume_from))
+            else:
+                self._attach()
+
+    def build(self) -> PreTrainedModel:
+        """Return the base model, loaded in the dtype of its frozen weights (also set as `self.model`)."""
+        if self.model is None:
+            self.model = self._given[0] if self._given else self._load()
+            if is_quantized(self.model):
+                self.updates.check_quantizable(f"the base {self.base} is quantised")
+            self.base_fingerprint = fingerprint(self.model)
+            self.base_parameters = sum(weights_in(parameter) for parameter in self.model.parameters())
+        return self.model
+
+    def _load(self) -> PreTrainedModel:
+        how = (self.frozen_dtype, self.attention, self.quantize, self.device_to_be, self.config_options)
+        return load_base(self.auto_class, self.base, *how)
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        if self.precision == "auto":
+            return torch.bfloat16 if self.device_to_be.type == "cuda" else torch.float32
+        return DTYPES[self.precision]
+
+    @property
+    def device_to_be(self) -> torch.device:
+        """The trainer's device, where the model may not have been moved yet; the module's own without a trainer."""
+        return self.trainer.strategy.root_device if self._trainer is not None else self.device
+
+    @property
+    def to_shard(self) -> bool:
+        """Whether the trainer's strategy shards the model over ranks."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy)
+
+    def _attach(self) -> None:
+        self._prepare()
+        with self.phases("selection"), forked_rng(self.device_to_be):
+            self.updates.attach(self.build(), self.probe, self._context)
+        self._after_attach()
+
+    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Rebuild what the strategies made of the model, from a checkpoint of the same configuration.
+
+        Raises:
+            BadInput: if the checkpoint is of another base or of other strategies.
+        """
+        model, saved = self.build(), checkpoint["lit_sparse"]
+        if saved["base"] != self.base_fingerprint:
+            raise BadInput(
+                f"the checkpoint was trained on another base than {self.base!r}; give the base of the run that "
+                f"wrote it."
+            )
+        self._prepare()
+        with forked_rng(self.device_to_be):
+            self.updates.restore(model, saved["updates"], self._context)
+        self._after_attach()
+
+    @property
+    def _context(self) -> Context:
+        units = tuple(decoder_layers(self.build())) if self.to_shard else ()
+        return Context(checkpointing=self.activation_checkpointing, units=units)
+
+    def _prepare(self) -> None:
+        """Prepare the model for strategies: move it to its device, where they keep copies, and set training mode."""
+        model = self.build()
+        if self._trainer is not None and not self.to_shard:  # which moves one layer after the other
+            model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
+        if self.activation_checkpointing:
+            checkpoint_activations(model)
+        model.train()
+
+    def _after_attach(self) -> None:
+        model, self._attached = self.build(), True
+        for parameter in self.always_trained():
+            parameter.requires_grad_(True)
+        self._upcast()
+        if not trainable(model):
+            raise BadInput(f"nothing is left to train with {self.updates}.")
+        if self.compile_model:
+            model.base_model.compile()
+        self.note_trained()
+        if self.to_shard:
+            self._shard()
+
+    def _upcast(self) -> None:
+        """Upcast what trains to fp32; FSDP2 cannot change a sharded dtype, so the optimizer keeps masters there."""
+        if self.updates.masters and not self.to_shard:
+            self.masters.upcast(self.build())
+
+    def _shard(self) -> None:
+        if is_quantized(self.build()):
+            raise BadInput(
+                "trainer.strategy is fsdp2, which cannot shard a quantised base; set it to ddp, where each rank has "
+                "the whole."
+            )
+        assert self.device_mesh is not None
+        self._sharded = (Sharded(self.build(), self.device_mesh["data_parallel"]),)
+        self.updates.on_shard()
+
+    def compute(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return `function(*args)`. Call the model only through this: its parameters may be sharded."""
+        return self._sharded[0].compute(function, *args) if self._sharded else function(*args)
+
+    def detach(self) -> PreTrainedModel:
+        """Take every strategy off again, last one first, and return the plain model with what was trained merged in.
+
+        Where weights of its own trained in fp32, all of it is in fp32; else it is in the base's dtype, to which an
+        adapter or blocks were rounded.
+
+        Raises:
+            BadInput: if the model is sharded.
+        """
+        if self._sharded:
+            raise BadInput(
+                "the model is sharded over ranks and cannot be put together in place; save a checkpoint, and load or "
+                "export that in a process of its own."
+            )
+        model = self.take_off()
+        mixed = any(parameter in self.masters for parameter in model.parameters())
+        return model.float() if mixed and not is_quantized(model) else model
+
+    def probe(self, steps: int) -> Iterator[Tensor]:
+        """Yield losses of the first `steps` training batches (or as many as there are), in the training's precision."""
+        rank_zero_info(f"{self.updates.names} looks at {steps} training batches before training.")
+        self.build().to(self.device_to_be)  # pyright: ignore[reportArgumentType]
+        loader = self.trainer.fit_loop._data_source.dataloader()
+        for _, batch in zip(range(steps), loader, strict=False):
+            with self.autocast():
+                yield self.loss(move_data_to_device(batch, self.device_to_be))[0]
+
+    def note_trained(self) -> None:
+        """Remember the names of what is trainable now, or of all weights where frozen ones were moved."""
+        named = self.build().named_parameters() if self._moves_all else trainable(self.build())
+        self.trained |= {f"model.{name}" for name, _ in named}
+
+    @property
+    def _moves_all(self) -> bool:
+        return any(update.base == "moved" for update in self.updates)
+
+    def take_off(self) -> PreTrainedModel:
+        """Detach the strategies and return the plain model."""
+        self.updates.detach(self.build())
+        self._attached = False
+        return self.build()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of the computation: autocast to bfloat16 where the frozen weights are."""
+        if self.frozen_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_to_be.type, self.frozen_dtype)

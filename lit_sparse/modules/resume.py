@@ -1,0 +1,112 @@
+"""Saving and resuming: small checkpoints, and what becomes of a module that a checkpoint is loaded into."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_sparse.anatomy import is_quantized
+from lit_sparse.checkpoints import alike, get_rng, set_rng
+from lit_sparse.errors import BadInput
+from lit_sparse.modules.building import BuiltModel, Masters
+
+
+class Resumable(BuiltModel):
+    """The part of the host that saves and resumes.
+
+    Attributes:
+        full_checkpoints: Whether checkpoints hold all weights instead of what was trained.
+        resume_from: The checkpoint that the model is built from in place of a fresh start.
+    """
+
+    def __init__(self, *args: Any, full_checkpoints: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.full_checkpoints = full_checkpoints
+        self.resume_from: str | Path | None = None
+        self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
+        self._moved = False  # whether what trains has other values than it began with
+        self._rng: Any = None
+
+    @property
+    def classes(self) -> Any:
+        """The classes that the task tells apart, as a checkpoint keeps them; None where there are none."""
+        return None
+
+    # ---- saving
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self.full_checkpoints:
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.trained}
+        checkpoint["lit_sparse"] = {
+            "base": self.base_fingerprint,
+            "precision": str(self.frozen_dtype).removeprefix("torch."),
+            "updates": self.updates.state_dict(),
+            "rng": get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
+        }
+
+    # ---- resuming
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "lit_sparse" not in checkpoint:
+            raise BadInput("this is not a checkpoint of a lit_sparse run.")
+        if self.resume_from is None and not self._fits(checkpoint["lit_sparse"], checkpoint["state_dict"].keys()):
+            if self._attached or self._moved:  # given to the Trainer alone: what was prepared or trained is taken back
+                self._start_over()
+            self.restore(checkpoint)
+        self.check_complete(checkpoint)
+        self._moved, self._rng = True, checkpoint["lit_sparse"]["rng"]
+
+    def _fits(self, saved: Mapping[str, Any], names: Collection[str]) -> bool:
+        """Return whether loading a checkpoint's values over the present ones leaves nothing of another training."""
+        if not self._attached or self._sharded or not self.trained <= set(names):
+            return False
+        here = {"base": self.base_fingerprint, "updates": self.updates.state_dict(), "classes": self.classes}
+        return all(alike(value, saved.get(key)) for key, value in here.items())
+
+    def _start_over(self) -> None:
+        """Undo a fresh start exactly; undo a training by loading the base again."""
+        rewritten = is_quantized(self.build()) or any(u.base in ("rewritten", "moved") for u in self.updates)
+        if not (rewritten or self._moved or self._sharded):
+            self.take_off()
+            self.masters.restore()
+            self.trained = set()
+            return
+        if self._given:
+            raise BadInput(
+                "the checkpoint was given to the trainer alone, after the model given as base had been changed in a "
+                "way that cannot be undone exactly; make a new module of the model loaded anew, and set its "
+                "resume_from to the checkpoint too."
+            )
+        self.model, self._attached, self._moved, self._sharded, self.masters = None, False, False, (), Masters()
+        self.trained = set()
+        self.updates = self.updates.fresh()
+        self.build()
+
+    def check_complete(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint that lacks a value of what this module trains; call it after `restore`.
+
+        Raises:
+            BadInput: naming the first that is missing.
+        """
+        if missing := sorted(self.trained - set(checkpoint["state_dict"])):
+            raise BadInput(
+                f"the checkpoint lacks {len(missing)} trained parameters of this configuration, the first is "
+                f"{missing[0]}; give the configuration of the run that wrote it, or an undamaged checkpoint."
+            )
+        if not self.full_checkpoints:
+            self.trained |= set(checkpoint["state_dict"])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._rng is not None:  # only now: making the loaders' iterators draws random numbers too
+            self._resume_rng(self._rng)
+            self._rng = None
+
+    def _resume_rng(self, states: Any) -> None:
+        before, now = set_rng(states, self.device, self.global_rank, self.trainer.world_size), self.trainer.world_size
+        if before != now:
+            rank_zero_info(
+                f"The checkpoint has random states of {before} processes, this run has {now}: each draws anew, from a "
+                "seed of the old state and its rank."
+            )

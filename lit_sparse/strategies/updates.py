@@ -1,0 +1,236 @@
+"""The update strategies of a run, and the one place that knows in which order their hooks are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_sparse.errors import BadInput
+from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
+from lit_sparse.strategies.base import ALONE, Backward, Context, Probe, UpdateStrategy, compose, no_probe
+
+
+class Updates(Sequence[UpdateStrategy]):
+    """The update strategies of one run. A training loop calls these methods and no strategy's own hooks.
+
+    A loop without Lightning needs four of them, in this order: `attach`, `optimizer`, `step` (once an optimizer step),
+    `detach`. A trainer that runs forward, backward and optimizer itself calls `penalized` on each loss, and
+    `before_step`, `after_step` and `regroup` around each optimizer step, as `step` does.
+
+    Args:
+        strategies: The strategies; none is full fine-tuning.
+        prefix: What precedes the model's parameter names in optimizer groups and checkpoints.
+
+    Raises:
+        BadInput: if the strategies cannot be combined.
+    """
+
+    def __init__(self, strategies: Sequence[UpdateStrategy] = (), prefix: str = "") -> None:
+        self._strategies = compose(strategies)
+        self._prefix = prefix
+        self._model: nn.Module | None = None
+        self._rates: list[float] = []  # of the optimizer's groups, while lr_factor has changed them
+
+    @overload
+    def __getitem__(self, index: int) -> UpdateStrategy: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[UpdateStrategy]: ...
+    def __getitem__(self, index: int | slice) -> UpdateStrategy | list[UpdateStrategy]:
+        return self._strategies[index]
+
+    def __len__(self) -> int:
+        return len(self._strategies)
+
+    def __repr__(self) -> str:
+        return repr(self._strategies)
+
+    def fresh(self) -> Updates:
+        """Return the same strategies as they were before they were attached."""
+        return Updates([replace(strategy) for strategy in self], self._prefix)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def names(self) -> str:
+        """The strategies' names, for a sentence."""
+        return " and ".join(type(strategy).__name__ for strategy in self) or "full fine-tuning"
+
+    @property
+    def backward(self) -> Backward:
+        """How gradients reach the weights in this run."""
+        own: list[Backward] = [strategy.backward for strategy in self if strategy.backward != "autograd"]
+        return own[0] if own else "autograd"
+
+    @property
+    def masters(self) -> bool:
+        """Whether what trains is kept in fp32."""
+        return all(strategy.masters for strategy in self)
+
+    @property
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable parameters with their full names, in the model's order."""
+        assert self._model is not None, "attach or restore the strategies first"
+        return [(f"{self._prefix}{name}", parameter) for name, parameter in trainable(self._model)]
+
+    def check_quantizable(self, what: str) -> None:
+        """Refuse to train a quantised base itself.
+
+        Raises:
+            BadInput: naming the strategy that would, after `what` was asked for.
+        """
+        changing = [type(strategy).__name__ for strategy in self if strategy.base != "kept"]
+        if changing or not any("trainable" in strategy.claims for strategy in self):
+            raise BadInput(
+                f"{what}, but {' and '.join(changing) or 'full fine-tuning'} changes the base's own weights, which a "
+                "quantised base cannot follow; take one that is not quantised, or train an adapter that leaves the "
+                "base alone, such as lora.yaml."
+            )
+
+    # ---- preparing the model
+
+    def attach(self, model: nn.Module, probe: Probe = no_probe, context: Context = ALONE) -> None:
+        """Prepare `model` in place, before its optimizer exists. `probe(n)` yields losses of n training batches."""
+        self._model = model
+        for strategy in self:
+            strategy.attach(model, probe, self._context_of(strategy, context))
+
+    def restore(self, model: nn.Module, states: Sequence[Mapping[str, Any]], context: Context = ALONE) -> None:
+        """Prepare `model` as it was when `state_dict` returned `states`; trained values are loaded afterwards.
+
+        Raises:
+            BadInput: if the states are of other strategies.
+        """
+        saved, ours = [entry["class"] for entry in states], [type(strategy).__name__ for strategy in self]
+        if saved != ours:
+            raise BadInput(
+                f"the checkpoint was trained with {saved or 'full fine-tuning'}, this run has "
+                f"{ours or 'full fine-tuning'}; give the configuration of the run that wrote it."
+            )
+        self._model = model
+        for strategy, entry in zip(self, states, strict=True):
+            strategy.restore(model, entry["state"], self._context_of(strategy, context))
+
+    def _context_of(self, strategy: UpdateStrategy, context: Context) -> Context:
+        return replace(context, siblings=tuple(other for other in self if other is not strategy))
+
+    def on_shard(self) -> None:
+        """Tell the strategies that the model's parameters have become DTensors."""
+        for strategy in self:
+            strategy.on_shard()
+
+    def detach(self, model: nn.Module) -> None:
+        """Take the strategies off `model` again, the last one first; what they trained is merged in."""
+        for strategy in reversed(self._strategies):
+            strategy.detach(model)
+        self._model = None
+
+    # ---- training
+
+    def optimizer(self, lr: float, make: Callable[..., Optimizer] | None = None) -> Optimizer:
+        """Return the optimizer of the trainable parameters: what a strategy insists on, else `make`, else AdamW.
+
+        Args:
+            lr: Peak learning rate.
+            make: Called with parameter groups (with and without weight decay) and `lr`.
+
+        Raises:
+            BadInput: if `make` is given although a strategy brings its own, or that is not made of the given groups.
+        """
+        groups = parameter_groups(self.named)
+        own = self._own_optimizer(groups, lr)
+        if own is not None and make is not None:
+            raise BadInput(f"model.optimizer is set, but {own[0]} brings its own optimizer; remove model.optimizer.")
+        optimizer = (make or AdamW)(groups, lr=lr) if own is None else own[1]
+        for strategy in self:
+            strategy.regrouped(optimizer)
+        return optimizer
+
+    def _own_optimizer(self, groups: list[dict[str, Any]], lr: float) -> tuple[str, Optimizer] | None:
+        """Return the optimizer that a strategy insists on, with the strategy's name."""
+        for strategy in self:
+            optimizer = strategy.optimizer(groups, lr)
+            if optimizer is None:
+                continue
+            name, found = type(strategy).__name__, [group.get("param_names") for group in optimizer.param_groups]
+            if found != [group["param_names"] for group in groups]:
+                raise BadInput(
+                    f"the optimizer of {name} has {len(found)} parameter group(s) of its own making, which cannot "
+                    f"follow a change of the trainable set; make it of the {len(groups)} groups that it is given."
+                )
+            return name, optimizer
+        return None
+
+    def penalized(self, loss: Tensor, batch: Mapping[str, Tensor], output: Any) -> Tensor:
+        """Return `loss` plus the strategies' penalties for the same batch and the model's `output`."""
+        penalties = [p for strategy in self if (p := strategy.penalty(batch, output)) is not None]
+        return loss + torch.stack(penalties).sum() if penalties else loss
+
+    def before_step(self, step: int, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Call the hooks before optimizer step `step` (from 1), scale its learning rates, and return what is logged.
+
+        With `autograd` it is called with all gradients in place, else before the step's first forward pass.
+        """
+        logged: dict[str, Tensor] = {}
+        for strategy in self:
+            strategy.before_step(step, optimizer)
+            logged |= strategy.logged()
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for strategy in self:
+            for group in optimizer.param_groups:
+                group["lr"] *= strategy.lr_factor(step)
+        return logged
+
+    def after_step(self, step: int, optimizer: Optimizer) -> bool:
+        """Call the hooks after optimizer step `step`, the last strategy first, and give back the learning rates.
+
+        Returns:
+            Whether the trainable set changed. The optimizer has the new set then.
+        """
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate
+        changed = [strategy.after_step(step, optimizer) for strategy in reversed(self._strategies)]
+        return any(changed)
+
+    def regroup(self, optimizer: Optimizer) -> None:
+        """Give `optimizer` the parameters that are trainable now, after `after_step` returned True."""
+        regroup(optimizer, self.named)
+        for strategy in self:
+            strategy.regrouped(optimizer)
+
+    def step(self, step: int, optimizer: Optimizer, loss: Callable[[], Tensor]) -> Tensor:
+        """Take optimizer step `step` (from 1) in a loop without Lightning, and return its loss.
+
+        Args:
+            loss: Computes the loss of the step's batch, penalties included; called with or without a graph, as often as
+                the method needs it.
+        """
+        if self.backward == "none":
+            self.before_step(step, optimizer)
+            with torch.no_grad():
+                value = torch.as_tensor(optimizer.step(loss))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        else:
+            if self.backward == "fused":
+                self.before_step(step, optimizer)
+            value = loss()
+            value.backward()
+            if self.backward == "autograd":
+                self.before_step(step, optimizer)
+            optimizer.step()
+        if self.after_step(step, optimizer):
+            self.regroup(optimizer)
+        optimizer.zero_grad()
+        return value.detach()
+
+    # ---- what is kept
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the class name and state of each strategy, as `restore` takes them."""
+        return [{"class": type(strategy).__name__, "state": strategy.state_dict()} for strategy in self]
+
+    def written(self) -> Iterator[nn.Parameter]:
+        """Yield the frozen parameters into which strategies write what they train elsewhere."""
+        for strategy in self:
+            yield from strategy.written()
