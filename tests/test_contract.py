@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import re
 from functools import cache
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import lightning as L
@@ -102,6 +102,19 @@ def trained(model: LitSparse) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("method", "kind"), PAIRS)
 def test_contract(method, kind):
     contract(lambda: module(method, "unused").updates, kind)
+
+
+@pytest.mark.parametrize("pair", ["+".join(pair) for pair in combinations(METHODS, 2)])
+def test_a_pair_has_both_effects_or_is_refused(pair):
+    """The contract sees an effect of each strategy beside the other; a refusal names what was asked and the way out."""
+    try:
+        contract(lambda: module(pair, "unused").updates, steps=3)
+    except BadInput as refused:
+        alone = [module(method, "unused").updates for method in pair.split("+")]
+        names = [type(update).__name__ for updates in alone for update in updates]
+        together = f"{names[0]} and {names[-1]} cannot", f"{names[-1]} and {names[0]} cannot"
+        assert str(refused).startswith((*together, *(f"{name}: " for name in names))), refused
+        assert "; " in str(refused), refused
 
 
 @pytest.mark.parametrize(("method", "kind"), PAIRS)

@@ -63,7 +63,7 @@ class ActivationDensity(UpdateStrategy):
     entropy: float = 0.1
 
     base: ClassVar[BaseWeights] = "kept"
-    needs: ClassVar[frozenset[Need]] = frozenset({"activations"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"activations", "graph"})
     supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

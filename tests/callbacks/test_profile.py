@@ -495,7 +495,7 @@ class Switching(UpdateStrategy):
     def period(self) -> int:
         return self.steps
 
-    def attach(self, model: nn.Module, probe: Any) -> None:
+    def attach(self, model: nn.Module, probe: Any, context: Any) -> None:
         self.seen: list[int] = []
 
     def before_step(self, step: int, optimizer: Any) -> None:
@@ -530,7 +530,7 @@ def test_evaluation_before_training_is_in_the_record(run: Path) -> None:
 
 def test_memory_that_is_used_up_in_the_selection_has_its_phases(run: Path) -> None:
     class Hungry(Switching):
-        def attach(self, model: nn.Module, probe: Any) -> None:
+        def attach(self, model: nn.Module, probe: Any, context: Any) -> None:
             absurd(model)
 
     run.mkdir(parents=True)

@@ -36,10 +36,8 @@ class OwnOptimizer(UpdateStrategy):
 
     claims: ClassVar = frozenset({"optimizer"})
 
-    def optimizer(self, named_params, lr):
-        return torch.optim.SGD(
-            [{"params": [p for _, p in named_params], "param_names": [n for n, _ in named_params]}], lr
-        )
+    def optimizer(self, groups, lr):
+        return torch.optim.SGD(groups, lr)
 
 
 @dataclasses.dataclass
@@ -48,7 +46,7 @@ class OneLayer(UpdateStrategy):
 
     claims: ClassVar = frozenset({"trainable"})
 
-    def attach(self, model, probe):
+    def attach(self, model, probe, context):
         self.layers = decoder_layers(model)
         self.choose(model, 0)
 
@@ -235,7 +233,7 @@ class Events(UpdateStrategy):
 
     events: list[str]
 
-    def attach(self, model, probe):
+    def attach(self, model, probe, context):
         self.events.append("strategy")
 
 

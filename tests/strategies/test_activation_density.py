@@ -21,8 +21,8 @@ from lit_sparse.anatomy import decoder_layers, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.loading import checkpoint_activations
-from lit_sparse.strategies import LISA, PEFT, SMT, ActivationDensity, UpdateStrategy, compose
-from lit_sparse.strategies.base import ALONE, check_keeps_base, no_probe
+from lit_sparse.strategies import LISA, PEFT, SMT, ActivationDensity, Updates, UpdateStrategy, compose
+from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_kernels.glu_density import proxied
 from tests.test_contract import data, trainer
@@ -285,7 +285,7 @@ def test_sharpness_is_annealed_by_equal_factors_and_resumed():
         course.append(float(strategy._sums.sharpness))
     assert course == pytest.approx([1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-5, 1e-5])
     resumed = ActivationDensity(eps=1e-1, end=1e-5, anneal_steps=4)
-    resumed.restore(model_of("llama"), {"step": 2})
+    resumed.restore(model_of("llama"), {"step": 2}, ALONE)
     assert float(resumed._sums.sharpness) == pytest.approx(1e-3)
 
 
@@ -340,24 +340,24 @@ def test_adaptive_weights_minimise_the_weighted_density_less_entropy():
         assert objective(torch.softmax(w.log() + 0.1 * torch.randn(3), 0)) >= objective(w) - 1e-7
 
 
-class Zeroth(UpdateStrategy):
-    backward = "none"
-
-
 class OwnForward(UpdateStrategy):
     leaves = "own_forward"
 
 
-@pytest.mark.parametrize("other", [Zeroth, OwnForward])
-def test_refuses_what_leaves_no_gradient_inside(other):
-    with pytest.raises(BadInput, match=f"ActivationDensity and {other.__name__} cannot be combined: the penalty of"):
+class ForwardOnly(UpdateStrategy):
+    backward = "none"
+
+
+@pytest.mark.parametrize(("other", "why"), [(ForwardOnly, "ActivationDensity trains"), (OwnForward, "the penalty of")])
+def test_refuses_what_leaves_no_gradient_inside(other, why):
+    with pytest.raises(BadInput, match=f"ActivationDensity and {other.__name__} cannot be combined: {why}"):
         compose([other(), ActivationDensity()])
 
 
 def test_a_quantised_base_needs_an_adapter_beside_it():
-    check_keeps_base("x", [ActivationDensity(), PEFT(peft.LoraConfig(r=2))])
+    Updates([ActivationDensity(), PEFT(peft.LoraConfig(r=2))]).check_quantizable("x")
     with pytest.raises(BadInput, match="full fine-tuning changes"):
-        check_keeps_base("x", [ActivationDensity()])
+        Updates([ActivationDensity()]).check_quantizable("x")
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def test_on_a_quadratic_it_ends_where_the_closed_form_says(tmp_path):
     )
     weights, anchors = {"weight": omega}, {"weight": [torch.full((3,), 0.5)]}
     penalty.restore(
-        model, {"space": "weights", "weights": weights, "anchors": anchors, "coefficients": {"weight": 1.0}}
+        model, {"space": "weights", "weights": weights, "anchors": anchors, "coefficients": {"weight": 1.0}}, ALONE
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=4e-4)
     for step in range(1, 4001):

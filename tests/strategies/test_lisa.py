@@ -193,7 +193,7 @@ def test_resuming_in_the_middle_of_an_interval_changes_nothing(sampler, state):
     train(straight, strategy, optimizer, range(9, 15))
 
     resumed, again = tiny_llm("llama"), LISA(active_layers=1, **options)
-    again.restore(resumed, kept[0])
+    again.restore(resumed, kept[0], ALONE)
     resumed.load_state_dict(weights)
     other = optimizer_of(resumed)
     other.load_state_dict(kept[1])
@@ -397,7 +397,7 @@ class Pull(UpdateStrategy):
 
     weight: float = 1.0
 
-    def attach(self, model, probe):
+    def attach(self, model, probe, context):
         self.model = model
 
     def penalty(self, batch, output):
@@ -410,8 +410,8 @@ class OwnOptimizer(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer"})
 
-    def optimizer(self, named_params, lr):
-        return torch.optim.RMSprop(parameter_groups(named_params), lr=lr)
+    def optimizer(self, groups, lr):
+        return torch.optim.RMSprop(groups, lr=lr)
 
 
 def fitted(*others, sampler="cyclic"):

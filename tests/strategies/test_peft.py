@@ -48,7 +48,7 @@ def test_a_start_of_random_numbers_is_restored_to_the_bit(dtype):
     given.attach(first, no_probe, ALONE)
     state = copy.deepcopy(given.state_dict())
     torch.manual_seed(7)
-    restored.restore(second, state)
+    restored.restore(second, state, ALONE)
     theirs = dict(second.named_parameters())
     for name, parameter in first.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
@@ -70,7 +70,7 @@ def test_velora_keeps_its_projections(how):
     given.attach(first, no_probe, ALONE)
     ids = [torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
     first.train()(input_ids=ids[0])
-    restored.restore(second, copy.deepcopy(given.state_dict()))
+    restored.restore(second, copy.deepcopy(given.state_dict()), ALONE)
     name = "model.layers.1.mlp.up_proj"
     kept = first.get_submodule(name).lora_velora_embed["default"].clone()
     assert kept.any()
@@ -85,7 +85,7 @@ def test_shira_keeps_its_places():
     given, restored = (PEFT(peft.ShiraConfig(r=4, target_modules="all-linear", random_seed=seed)) for seed in (1, 2))
     first, second = tiny_llm("llama"), tiny_llm("llama")
     given.attach(first, no_probe, ALONE)
-    restored.restore(second, given.state_dict())
+    restored.restore(second, given.state_dict(), ALONE)
     for name in linears(tiny_llm("llama")):
         ours, theirs = (model.get_submodule(name).shira_indices["default"] for model in (first, second))
         assert torch.equal(ours, theirs)
@@ -99,26 +99,26 @@ def test_the_state_of_plain_lora_has_scales_alone():
 
 
 @pytest.mark.parametrize(
-    ("settings", "keeps", "rewrites"),
+    ("settings", "base"),
     [
-        ({}, True, False),
-        ({"init_lora_weights": "pissa"}, False, True),
-        ({"init_lora_weights": "pissa_niter_4"}, False, True),
-        ({"init_lora_weights": "olora"}, False, True),
-        ({"init_lora_weights": "orthogonal"}, True, False),
-        ({"bias": "all"}, False, False),
+        ({}, "kept"),
+        ({"init_lora_weights": "pissa"}, "rewritten"),
+        ({"init_lora_weights": "pissa_niter_4"}, "rewritten"),
+        ({"init_lora_weights": "olora"}, "rewritten"),
+        ({"init_lora_weights": "orthogonal"}, "kept"),
+        ({"bias": "all"}, "trained"),
     ],
     ids=str,
 )
-def test_it_knows_whether_the_base_stays_as_it_is(settings, keeps, rewrites):
+def test_it_knows_whether_the_base_stays_as_it_is(settings, base):
     model, update = tiny_llm("qwen2"), lora(**settings)
-    assert (update.keeps_base, update.rewrites_base) == (keeps, rewrites)
+    assert update.base == base
     before = {name: matrix(linear).detach().clone() for name, linear in linears(model).items()}
     update.attach(model, no_probe, ALONE)
     same = [torch.equal(matrix(model.get_submodule(n).get_base_layer()), weight) for n, weight in before.items()]
-    assert not any(same) if rewrites else all(same)
+    assert not any(same) if base == "rewritten" else all(same)
     own = [name for name, _ in trainable(model) if "lora" not in name]
-    assert bool(own) == (not keeps and not rewrites)
+    assert bool(own) == (base == "trained")
 
 
 @pytest.mark.parametrize("start", ["eva", "corda", "loftq"])
@@ -138,7 +138,7 @@ def test_what_peft_refuses_is_said_in_a_sentence():
 class Anchor(UpdateStrategy):
     """Compares with the base's weights."""
 
-    needs_base: ClassVar = True
+    needs: ClassVar = frozenset({"base"})
 
 
 def test_who_needs_the_base_does_not_go_with_who_rewrites_it():

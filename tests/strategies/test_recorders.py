@@ -251,9 +251,12 @@ def test_a_recorder_reads_the_gradient_of_the_task_alone(penalty):
 
 
 def test_what_does_not_go_together_is_refused():
-    with pytest.raises(BadInput, match=r"RecordImportance and Fused cannot be combined: .* \(its backward is fused\)"):
+    with pytest.raises(
+        BadInput,
+        match=r"RecordImportance and Fused cannot be combined: .* needs gradients that live",
+    ):
         compose([Fused(), RecordImportance()])
-    with pytest.raises(BadInput, match=r"RecordFisher and LISA cannot be combined: .* trains others every 20 steps"):
+    with pytest.raises(BadInput, match=r"RecordFisher and LISA cannot be combined: .* trains others later"):
         compose([RecordFisher(), LISA()])
     with pytest.raises(BadInput, match="both take over the model's importance"):
         compose([RecordFisher(), RecordImportance()])
