@@ -20,7 +20,7 @@ from lit_sparse import demo
 from lit_sparse.anatomy import evaluating
 from lit_sparse.checkpoints import forked_rng
 from lit_sparse.data import TokenData
-from lit_sparse.data.base import TRAIN, at_least
+from lit_sparse.data.module import TRAIN, at_least
 from lit_sparse.data.collate import Choices, Padded, Padding, ScoredChoices
 from lit_sparse.data.encoding import Encoder, Example, load_tokenizer
 from lit_sparse.data.evaluation import scored_choices

@@ -7,7 +7,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
-from lit_sparse.data.base import at_least, first_epoch, replica
+from lit_sparse.data.module import at_least, first_epoch, replica
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
