@@ -31,8 +31,8 @@ from lit_sparse import demo
 from lit_sparse.callbacks.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
-from lit_sparse_profiling.bench import Job
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.runner import Job
 
 RESULTS = ROOT / "benchmarks" / "results" / "forgetting.jsonl"
 PARTS = ("trials", "cost")

@@ -27,8 +27,8 @@ from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.configs import found
 from lit_sparse.export.merge import Merge
-from lit_sparse_profiling.bench import Job, sources
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.runner import Job, sources
 
 HERE = ROOT / "benchmarks" / "lisa"
 RESULTS = ROOT / "benchmarks" / "results" / "lisa.jsonl"

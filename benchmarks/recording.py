@@ -33,7 +33,7 @@ from lit_sparse.runs import build_module
 from lit_sparse.strategies import RecordFisher
 from lit_sparse.strategies.base import no_probe
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.runs import folders
+from lit_sparse_profiling.run_folders import folders
 
 EXTRAPOLATED = 20_000
 """Samples that the published recipe looks at."""

@@ -29,7 +29,7 @@ from lit_sparse.export.folder import export, generate
 from lit_sparse.runs import TASKS, last_checkpoint, task_class
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report
-from lit_sparse_profiling.runs import next_folder
+from lit_sparse_profiling.run_folders import next_folder
 
 RUNS = "runs"
 NOISE = (

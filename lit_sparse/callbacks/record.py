@@ -22,7 +22,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
-from lit_sparse_profiling.kernels import table as kernel_table
+from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.profiler import EXAMINATION, LOOKED_INTO, Plan
 from lit_sparse_profiling.reconcile import findings
