@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 import lit_sparse.data
 import lit_sparse.strategies
 from lit_sparse.bench import bench
-from lit_sparse.callbacks.record import CHECKPOINT_STEPS, Recorder
+from lit_sparse.callbacks.recorder import CHECKPOINT_STEPS, Recorder
 from lit_sparse.configs import STACKED, find_configs, methods
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export, generate

@@ -5,7 +5,7 @@ import torch
 
 from lit_sparse.anatomy import mlps
 from lit_sparse.callbacks.density import Density, DensityMonitor, tolerable_tau
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import ActivationDensity
