@@ -20,9 +20,9 @@ import lit_sparse_kernels
 import lit_sparse_profiling
 from lit_sparse.configs import configs_folder, found, methods
 from lit_sparse.errors import BadInput
-from lit_sparse_profiling.bench import Job, Turn, execute, sources, turns
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report
+from lit_sparse_profiling.runner import Job, Turn, execute, sources, turns
 
 UNENDING = 10**6
 """Optimizer steps that the learning rate's course is laid out for: a bench never comes to its end."""

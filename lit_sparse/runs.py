@@ -12,7 +12,7 @@ import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve a
 from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier, LitSparse
-from lit_sparse_profiling.runs import folders
+from lit_sparse_profiling.run_folders import folders
 
 TASKS: dict[str, type[LitSparse]] = {"CausalLM": CausalLM, "Classifier": Classifier}
 """What `task` in a configuration may be; the first, where it is not there."""

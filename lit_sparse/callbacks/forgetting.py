@@ -20,12 +20,12 @@ from lit_sparse import demo
 from lit_sparse.anatomy import evaluating
 from lit_sparse.checkpoints import forked_rng
 from lit_sparse.data import TokenData
-from lit_sparse.data.base import TRAIN, at_least
 from lit_sparse.data.collate import Choices, Padded, Padding, ScoredChoices
 from lit_sparse.data.encoding import Encoder, Example, load_tokenizer
 from lit_sparse.data.evaluation import scored_choices
 from lit_sparse.data.examples import encode
 from lit_sparse.data.loader import evaluation_loader
+from lit_sparse.data.module import TRAIN, at_least
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.data.sources import READERS, Row, digest, read
 from lit_sparse.data.text import Text, files
