@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lit_sparse.anatomy import decoder_layers, linears, role
-from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Claim, Context, Probe, UpdateStrategy
 
 NAME = "floor"
 """Of the parameter that stands in for a trained one: it is in no computation, so that no optimizer ever moves it."""
@@ -27,7 +27,7 @@ class Floor(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
 
-    def attach(self, model: nn.Module, probe: Probe) -> None:
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         model.requires_grad_(False)
         model.register_parameter(NAME, nn.Parameter(torch.zeros(1)))
         first = set(decoder_layers(model)[0].modules())

@@ -93,7 +93,7 @@ class Updates(Sequence[UpdateStrategy]):
 
     def attach(self, model: nn.Module, probe: Probe = no_probe, context: Context = ALONE) -> None:
         """Prepare `model` in place, before its optimizer exists. `probe(n)` yields losses of n training batches."""
-        self._model = model
+        self.follow(model)
         for strategy in self:
             strategy.attach(model, probe, self._context_of(strategy, context))
 
@@ -109,9 +109,13 @@ class Updates(Sequence[UpdateStrategy]):
                 f"the checkpoint was trained with {saved or 'full fine-tuning'}, this run has "
                 f"{ours or 'full fine-tuning'}; give the configuration of the run that wrote it."
             )
-        self._model = model
+        self.follow(model)
         for strategy, entry in zip(self, states, strict=True):
             strategy.restore(model, entry["state"], self._context_of(strategy, context))
+
+    def follow(self, model: nn.Module) -> None:
+        """Take `model` as the one that trains, if the strategies were attached to it one by one."""
+        self._model = model
 
     def _context_of(self, strategy: UpdateStrategy, context: Context) -> Context:
         return replace(context, siblings=tuple(other for other in self if other is not strategy))

@@ -36,12 +36,12 @@ def test_a_choice_is_read_from_json_or_a_run(tmp_path):
     torch.save({"lit_sparse": {"updates": updates}}, tmp_path / "last.ckpt")
     (tmp_path / "blocks.json").write_text('{"q": {"size": [4, 2], "index": [[1, 0], [0, 3]]}}')
     for name in ("last.ckpt", "blocks.json"):
-        back = read_choice(tmp_path / name, {"q": torch.zeros(8, 8)})
+        back = read_choice(tmp_path / name, {"q": torch.zeros(8, 8)}, "SMT")
         assert back["q"].size == (4, 2)
         assert torch.equal(back["q"].index, state["q"]["index"])
     torch.save({"lit_sparse": {"updates": []}}, tmp_path / "other.ckpt")
     with pytest.raises(BadInput, match="no choice of blocks could be read"):
-        read_choice(tmp_path / "other.ckpt", {"q": torch.zeros(8, 8)})
+        read_choice(tmp_path / "other.ckpt", {"q": torch.zeros(8, 8)}, "SMT")
 
 
 @pytest.mark.parametrize(
@@ -59,4 +59,4 @@ def test_a_bad_file_is_one_sentence(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(BadInput, match=message):
-        read_choice(path, {"q": torch.zeros(8, 8)})
+        read_choice(path, {"q": torch.zeros(8, 8)}, "SMT")

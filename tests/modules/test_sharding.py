@@ -29,12 +29,15 @@ from tests.test_contract import METHODS, module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
 ROOT = Path(__file__).parents[2]
-SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a model that is divided among processes"
-REFUSED = {
-    "smt": SENTENCE.format("SMT"),
-    "velora": SENTENCE.format("PEFT"),
-    "kl_to_base": SENTENCE.format("KLToBase"),
-}
+SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a model that is sharded"
+
+
+def unsharded(method: str) -> list[str]:
+    """The strategies of a method's YAML that do not support sharding, as their classes say."""
+    return [type(update).__name__ for update in module(method, "unused").updates if not update.supports_sharding]
+
+
+REFUSED = {method: SENTENCE.format(unsharded(method)[0]) for method in METHODS if unsharded(method)}
 """Methods that cannot be sharded, with the beginning of what they are told."""
 
 ROWS = 4  # a step, of all processes
@@ -386,7 +389,7 @@ def test_what_would_go_wrong_is_refused(name, sentence, pair):
 
 
 def test_a_divided_model_is_not_detached(pair):
-    assert result(pair, "detached").startswith("BadInput: the model is divided among processes")
+    assert result(pair, "detached").startswith("BadInput: the model is sharded over ranks")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -69,7 +69,7 @@ def test_value_and_gradient_by_brute_force():
 
 def test_the_base_itself_costs_nothing():
     model = tiny_llm()
-    base, batch = Base(model.eval()), batch_of()
+    base, batch = Base(model.eval(), []), batch_of()
     value = base.divergence(batch, model(**batch), batch["attention_mask"].bool(), 2.0)
     value.backward()
     assert value.item() == pytest.approx(0, abs=1e-6)

@@ -13,8 +13,8 @@ from lit_sparse.anatomy import decoder_layers
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
-from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
-from lit_sparse.strategies import LISA, SMT, compose
+from lit_sparse.optim import AdamW, parameter_groups, trainable
+from lit_sparse.strategies import LISA, SMT, Updates, compose
 from lit_sparse.strategies.base import ALONE, Claim, UpdateStrategy, no_probe
 from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
 from lit_sparse.testing import TINY, contract, tiny_llm
@@ -36,14 +36,11 @@ def optimizer_of(model, kind=AdamW):
 
 
 def train(model, strategy, optimizer, steps, seen=lambda step: None):
-    """What the host does each step."""
+    """Take the steps as `Updates` does, with a strategy that is attached already."""
+    updates = Updates([strategy])
+    updates.follow(model)
     for step in steps:
-        loss_of(model, step).backward()
-        strategy.before_step(step, optimizer)
-        optimizer.step()
-        if strategy.after_step(step, optimizer):
-            regroup(optimizer, trainable(model))
-        optimizer.zero_grad()
+        updates.step(step, optimizer, lambda step=step: loss_of(model, step))
         seen(step)
 
 
@@ -382,7 +379,7 @@ def test_more_layers_than_there_are_are_refused():
 
 
 def test_a_probe_without_data_is_refused():
-    with pytest.raises(BadInput, match="4 training batches were asked for to look at, but none are at hand"):
+    with pytest.raises(BadInput, match="4 training batches are needed before training"):
         LISA(active_layers=1, sampler="grad_norm").attach(tiny_llm("llama"), no_probe, ALONE)
 
 

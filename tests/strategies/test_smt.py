@@ -348,7 +348,7 @@ def test_bad_fields_are_refused_at_once(options):
 
 
 def test_scoring_needs_data():
-    with pytest.raises(BadInput, match="training batches were asked for"):
+    with pytest.raises(BadInput, match="training batches are needed before training"):
         SMT(block_size=8, trainable_fraction=0.05).attach(tiny_llm(), no_probe, ALONE)
 
 
