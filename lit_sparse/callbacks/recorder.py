@@ -24,7 +24,7 @@ from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.ledger import ledger
-from lit_sparse_profiling.profiler import EXAMINATION, LOOKED_INTO, Plan
+from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES, Plan
 from lit_sparse_profiling.reconcile import findings
 from lit_sparse_profiling.record import ModelSize, RunRecord, StateBytes
 
@@ -246,7 +246,7 @@ def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.memory is not None and record.memory.peak_resident is not None:
         yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
     for phase in record.phases:
-        if phase.name in LOOKED_INTO and phase.name != EXAMINATION:
+        if phase.name in INSTRUMENTED_PHASES and phase.name != EXAMINATION:
             continue  # parts of the examination
         peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
         yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"

@@ -27,12 +27,12 @@ class Padding:
         """Tokens of the padded rows."""
         return -(-max(lengths) // self.multiple) * self.multiple
 
-    def right(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    def pad_right(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
         """`rows`, filled up on the right."""
         width = self.width([len(row) for row in rows])
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
-    def left(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+    def pad_left(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
         """`rows`, filled up on the left, as generation wants it."""
         width = self.width([len(row) for row in rows])
         return torch.tensor([[*[fill] * (width - len(row)), *row] for row in rows])
@@ -45,16 +45,16 @@ class Padded:
     padding: Padding
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        labels = self.padding.right([one.labels for one in examples], IGNORED)
+        labels = self.padding.pad_right([one.labels for one in examples], IGNORED)
         return {
-            "input_ids": self.padding.right([one.input_ids for one in examples], self.padding.token),
-            "attention_mask": self.padding.right([[1] * len(one.input_ids) for one in examples], 0),
+            "input_ids": self.padding.pad_right([one.input_ids for one in examples], self.padding.token),
+            "attention_mask": self.padding.pad_right([[1] * len(one.input_ids) for one in examples], 0),
             "labels": labels,
-            "scored": scored(labels),
+            "scored": scored_positions(labels),
         }
 
 
-def scored(labels: Tensor) -> Tensor:
+def scored_positions(labels: Tensor) -> Tensor:
     """Places (N,) in the flattened (B, S-1) predictions whose label counts, so that only they need logits.
 
     Found here, on the host: on a GPU the training step would have to wait for the device to know how many there are.
@@ -102,7 +102,7 @@ class Questions:
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, Any]:
         return {
-            "prompt_ids": self.padding.left([one.prompt_ids for one in questions], self.padding.token),
-            "prompt_mask": self.padding.left([[1] * len(one.prompt_ids) for one in questions], 0),
+            "prompt_ids": self.padding.pad_left([one.prompt_ids for one in questions], self.padding.token),
+            "prompt_mask": self.padding.pad_left([[1] * len(one.prompt_ids) for one in questions], 0),
             "answer": [one.answer for one in questions],
         }

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse import demo
-from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, at_least
+from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, require_at_least
 from lit_sparse.data.sources import Row, read, split
 
 Task = Literal["gsm8k", "arc_easy", "sciq", "piqa", "hellaswag"]
@@ -25,7 +25,7 @@ class Embedded(TokenData):
 
     def __init__(self, task: Task = "gsm8k", heldout: int = 64, **common: Any) -> None:
         super().__init__(**common)
-        at_least(0, heldout=heldout)
+        require_at_least(0, heldout=heldout)
         self.task, self.heldout = task, heldout
         self.val_names = [HELDOUT, "text"] if heldout else []
 

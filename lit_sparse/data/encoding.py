@@ -42,7 +42,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     Raises:
         BadInput: there is none of that name, or only one in Python, which cannot tell where a token stands in the text.
     """
-    found = named(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    found = load_named(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if not isinstance(found, PreTrainedTokenizerFast):
         raise BadInput(f"The tokenizer is a {type(found).__name__}, a fast one (with a tokenizer.json) is wanted.")
     if found.pad_token is None:
@@ -50,7 +50,7 @@ def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokeni
     return found
 
 
-def named(name: str) -> PreTrainedTokenizerBase:
+def load_named(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a Hugging Face name or "demo".
 
     Raises:
@@ -95,7 +95,9 @@ class Encoder:
             raise BadInput("The tokenizer has no end token (eos_token), so that no answer could end; set one.")
         self.begin = begin_token(tokenizer)
         self.end = tokenizer.get_vocab()[str(tokenizer.eos_token)]
-        self.marked = self.template == "chat" and bool(GENERATION_MARKS.search(str(tokenizer.chat_template)))
+        self.has_generation_marks = self.template == "chat" and bool(
+            GENERATION_MARKS.search(str(tokenizer.chat_template))
+        )
 
     def fingerprint(self) -> str:
         """A hash of everything that decides which ids a text becomes."""
@@ -104,7 +106,7 @@ class Encoder:
         parts = (self.tokenizer.backend_tokenizer.to_str(), special, *templates)
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
-    def example(self, item: Item) -> Example:
+    def encode(self, item: Item) -> Example:
         """The tokens of `item` and the labels of what is learnt of it.
 
         Raises:
@@ -112,72 +114,72 @@ class Encoder:
         """
         match item:
             case Tokens():
-                example = self._checked(item)
+                example = self._check_ids(item)
             case Passage():
-                example = self._labelled(self._passage(item.text))
+                example = self._tokenise(self._render_passage(item.text))
             case Choice():
-                example = self._choice(item, item.label)
+                example = self._encode_choice(item, item.label)
             case Chat():
-                example = self._chat(item)
+                example = self._encode_chat(item)
         if all(label == IGNORED for label in example.labels[1:]):  # the first token follows none that could predict it
             raise BadRow("no token of it would be learnt")
         return example
 
-    def choices(self, item: Choice) -> list[Example]:
+    def encode_choices(self, item: Choice) -> list[Example]:
         """One example for each choice, with labels on the choice, without an end token: it would only add noise."""
-        return [self._endless(self._choice(item, index)) for index in range(len(item.choices))]
+        return [self._without_end(self._encode_choice(item, index)) for index in range(len(item.choices))]
 
-    def prompt(self, item: Chat | Choice) -> list[int]:
+    def encode_prompt(self, item: Chat | Choice) -> list[int]:
         """The tokens up to where the (last) answer begins."""
         if isinstance(item, Choice) and self.choice_template == "plain":
-            return self.ids(self._question(item))
+            return self.encode_text(self._render_question(item))
         chat = item.chat(item.label) if isinstance(item, Choice) else item
-        return self.ids(self._opening(last_prompt(chat)))
+        return self.encode_text(self._render_prompt(last_prompt(chat)))
 
-    def ids(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """The tokens of `text` and nothing around them."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
-    def _checked(self, item: Tokens) -> Example:
+    def _check_ids(self, item: Tokens) -> Example:
         size = len(self.tokenizer)
         if max(item.input_ids) >= size or max(item.labels) >= size:
             raise BadRow(f"an id is outside the tokenizer's vocabulary of {size}")
         return Example(list(item.input_ids), list(item.labels))
 
-    def _passage(self, text: str) -> Rendered:
-        text = self._begun(text + str(self.tokenizer.eos_token))
+    def _render_passage(self, text: str) -> Rendered:
+        text = self._with_begin(text + str(self.tokenizer.eos_token))
         return Rendered(text, ((0, len(text)),))
 
-    def _question(self, item: Choice) -> str:
-        return self._begun(f"Question: {item.question}\nAnswer:")
+    def _render_question(self, item: Choice) -> str:
+        return self._with_begin(f"Question: {item.question}\nAnswer:")
 
-    def _choice(self, item: Choice, index: int) -> Example:
+    def _encode_choice(self, item: Choice, index: int) -> Example:
         if self.choice_template == "chat":
-            return self._chat(item.chat(index))
-        question = self._question(item)
+            return self._encode_chat(item.chat(index))
+        question = self._render_question(item)
         text = f"{question} {item.choices[index]}{self.tokenizer.eos_token}"
-        return self._labelled(Rendered(text, ((len(question), len(text)),)))
+        return self._tokenise(Rendered(text, ((len(question), len(text)),)))
 
-    def _endless(self, example: Example) -> Example:
+    def _without_end(self, example: Example) -> Example:
         end = len(example.labels) - (example.labels[-1] == self.end)
         return Example(example.input_ids[:end], example.labels[:end])
 
-    def _chat(self, chat: Chat) -> Example:
-        if self.marked:
-            return trimmed(*self._by_marks(chat.messages))
-        example = self._labelled(self._rendered(chat.messages))
-        return trimmed(example.input_ids, example.labels)
+    def _encode_chat(self, chat: Chat) -> Example:
+        if self.has_generation_marks:
+            return trim_tail(*self._encode_by_marks(chat.messages))
+        example = self._tokenise(self._render(chat.messages))
+        return trim_tail(example.input_ids, example.labels)
 
-    def _by_marks(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        out = self._applied(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    def _encode_by_marks(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
+        out = self._apply_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, learnt = out["input_ids"], out["assistant_masks"]
         return ids, [token if mark else IGNORED for token, mark in zip(ids, learnt, strict=True)]
 
-    def _rendered(self, messages: Sequence[Message]) -> Rendered:
-        whole, spans = self._closed(messages), []
+    def _render(self, messages: Sequence[Message]) -> Rendered:
+        whole, spans = self._render_turns(messages), []
         for index, message in enumerate(messages):
             if message.role == "assistant":
-                before, upto = self._opening(messages[:index]), self._closed(messages[: index + 1])
+                before, upto = self._render_prompt(messages[:index]), self._render_turns(messages[: index + 1])
                 if not (upto.startswith(before) and whole.startswith(upto)):
                     raise BadRow(
                         "the tokenizer's chat template writes earlier turns otherwise than the last one; keep one "
@@ -186,30 +188,30 @@ class Encoder:
                 spans.append((len(before), len(upto)))
         return Rendered(whole, tuple(spans))
 
-    def _opening(self, messages: Sequence[Message]) -> str:
+    def _render_prompt(self, messages: Sequence[Message]) -> str:
         """The turns so far and what stands before the assistant's answer."""
         if self.template == "chat":
-            return self._applied(messages, tokenize=False, add_generation_prompt=True)
-        return self._closed(messages)
+            return self._apply_template(messages, tokenize=False, add_generation_prompt=True)
+        return self._render_turns(messages)
 
-    def _closed(self, messages: Sequence[Message]) -> str:
+    def _render_turns(self, messages: Sequence[Message]) -> str:
         """The turns so far, each with its end."""
         if self.template == "chat":
-            return self._applied(messages, tokenize=False)
+            return self._apply_template(messages, tokenize=False)
         ends = {"assistant": str(self.tokenizer.eos_token)}
-        return self._begun("".join(turn.content + ends.get(turn.role, "\n") for turn in messages))
+        return self._with_begin("".join(turn.content + ends.get(turn.role, "\n") for turn in messages))
 
-    def _applied(self, messages: Sequence[Message], **options: Any) -> Any:
+    def _apply_template(self, messages: Sequence[Message], **options: Any) -> Any:
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
             return self.tokenizer.apply_chat_template(turns, **options)
         except TemplateError as error:
             raise BadRow(f"the tokenizer's chat template refuses it ({error})") from error
 
-    def _begun(self, text: str) -> str:
+    def _with_begin(self, text: str) -> str:
         return text if text.startswith(self.begin) else self.begin + text
 
-    def _labelled(self, rendered: Rendered) -> Example:
+    def _tokenise(self, rendered: Rendered) -> Example:
         """Labels on the tokens that begin inside a span, up to the span's last end token where it has one."""
         out = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, starts = out["input_ids"], [start for start, _ in out["offset_mapping"]]
@@ -236,7 +238,7 @@ def last_prompt(chat: Chat) -> tuple[Message, ...]:
     return chat.messages[:last]
 
 
-def trimmed(ids: list[int], labels: list[int]) -> Example:
+def trim_tail(ids: list[int], labels: list[int]) -> Example:
     """Without the tokens after the last one that is learnt: they would cost time and teach nothing."""
     end = max((index + 1 for index, label in enumerate(labels) if label != IGNORED), default=len(ids))
     return Example(ids[:end], labels[:end])

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from lit_sparse.data.encoding import Encoder, Example
 from lit_sparse.data.rows import IGNORED, parse
-from lit_sparse.data.sources import Row, blame, digest
+from lit_sparse.data.sources import Row, locate_errors, row_digest
 from lit_sparse.demo import cache_folder
 from lit_sparse.errors import BadInput
 
@@ -56,7 +56,7 @@ class Examples(Dataset[Example]):
         """Tokens of each sequence."""
         return np.diff(self.starts).tolist()
 
-    def part(self, begin: int, end: int) -> "Examples":
+    def take(self, begin: int, end: int) -> "Examples":
         """The sequences from number `begin` to before number `end`."""
         starts = self.starts[begin : end + 1]
         tokens = slice(starts[0], starts[-1])
@@ -81,7 +81,7 @@ class Examples(Dataset[Example]):
             return cls(arrays["ids"], arrays["labels"], arrays["starts"], int(arrays["dropped"]))
 
 
-def cached(settings: Sequence[object], make: Callable[[], Examples]) -> Examples:
+def load_or_make(settings: Sequence[object], make: Callable[[], Examples]) -> Examples:
     """What `make` gives, out of the cache where it was made before with the same `settings` (text and numbers)."""
     key = hashlib.sha256(json.dumps([CACHE_VERSION, *settings]).encode()).hexdigest()
     path = cache_folder() / "tokens" / f"{key}.npz"
@@ -97,10 +97,10 @@ def cached(settings: Sequence[object], make: Callable[[], Examples]) -> Examples
     return examples
 
 
-def tokenised(rows: Sequence[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
+def tokenise_cached(rows: Sequence[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
     """The examples of `rows`, cached; see `encode`."""
-    settings = ["rows", encoder.fingerprint(), max_length, overlong, [digest(row) for row in rows]]
-    return cached(settings, lambda: encode(rows, encoder, max_length, overlong))
+    settings = ["rows", encoder.fingerprint(), max_length, overlong, [row_digest(row) for row in rows]]
+    return load_or_make(settings, lambda: encode(rows, encoder, max_length, overlong))
 
 
 def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
@@ -111,8 +111,8 @@ def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Ove
     """
     kept, dropped = [], 0
     for row in rows:
-        with blame(row):
-            example = fitted(encoder.example(parse(row.data)), max_length, overlong)
+        with locate_errors(row):
+            example = fit_length(encoder.encode(parse(row.data)), max_length, overlong)
         if example is None:
             dropped += 1
         else:
@@ -124,7 +124,7 @@ def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Ove
     return Examples.of(kept, dropped)
 
 
-def fitted(example: Example, max_length: int, overlong: Overlong) -> Example | None:
+def fit_length(example: Example, max_length: int, overlong: Overlong) -> Example | None:
     """`example` with at most `max_length` tokens, or None where it is dropped or nothing learnt is left of it."""
     if len(example.input_ids) <= max_length:
         return example

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, at_least
+from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, require_at_least
 from lit_sparse.data.sources import Row, read, split
 
 
@@ -31,7 +31,7 @@ class Instructions(TokenData):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        at_least(0, heldout=heldout)
+        require_at_least(0, heldout=heldout)
         self.train, self.validation, self.heldout, self.config = train, validation, heldout, config
         self.val_names = [HELDOUT] if heldout or validation else []
 

@@ -17,9 +17,9 @@ from lit_sparse import demo
 from lit_sparse.data.collate import Padding
 from lit_sparse.data.encoding import load_tokenizer
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
-from lit_sparse.data.module import HELDOUT, TRAIN, at_least, first_epoch, replica
-from lit_sparse.data.rows import BadRow, text
-from lit_sparse.data.sources import Row, blame, read, split
+from lit_sparse.data.module import HELDOUT, TRAIN, first_epoch, rank_and_world, require_at_least
+from lit_sparse.data.rows import BadRow, text_field
+from lit_sparse.data.sources import Row, locate_errors, read, split
 from lit_sparse.errors import BadInput
 
 FORMATS = (
@@ -94,8 +94,8 @@ class Labelled(L.LightningDataModule):
         pad_to_multiple_of: int = 1,
     ) -> None:
         super().__init__()
-        at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
-        at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
+        require_at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
+        require_at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
         self.train, self.validation, self.heldout, self.config = train, validation, heldout, config
         self.tokenizer_name = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
@@ -107,9 +107,9 @@ class Labelled(L.LightningDataModule):
     @cached_property
     def rows(self) -> dict[str, list[Row]]:
         """Training rows, and those that are scored."""
-        rows = read(labelled_rows(self.train), self.config)
+        rows = read(source_of(self.train), self.config)
         if self.validation is not None:
-            return {TRAIN: rows, HELDOUT: read(labelled_rows(self.validation), self.config)}
+            return {TRAIN: rows, HELDOUT: read(source_of(self.validation), self.config)}
         train, heldout = keep_classes(*split(rows, self.heldout, self.train), self.train)
         return {TRAIN: train, HELDOUT: heldout} if heldout else {TRAIN: train}
 
@@ -144,13 +144,13 @@ class Labelled(L.LightningDataModule):
         """
         if self.examples:
             return
-        parsed = {name: [parsed_row(row) for row in rows] for name, rows in self.rows.items()}
-        self.label_names = classes([item.label for item in parsed[TRAIN]], self.train)
+        parsed = {name: [parse_row(row) for row in rows] for name, rows in self.rows.items()}
+        self.label_names = class_names([item.label for item in parsed[TRAIN]], self.train)
         for name, items in parsed.items():
             self._check_known(self.rows[name], items)
             self.examples[name] = self._tokenise(items, name)
 
-    def number(self, labels: Sequence[str]) -> None:
+    def renumber(self, labels: Sequence[str]) -> None:
         """Number the classes by their places in `labels`: the same classes as now, in whatever order."""
         if list(labels) == self.label_names:
             return
@@ -165,15 +165,15 @@ class Labelled(L.LightningDataModule):
         known = set(self.label_names)
         for row, item in zip(rows, items, strict=True):
             if item.label not in known:
-                with blame(row):
+                with locate_errors(row):
                     raise BadRow(f"its `label` {item.label} is that of no training row")
 
     def _tokenise(self, items: Sequence[LabelledText], name: str) -> list[LabelledExample]:
         numbers, texts = {label: n for n, label in enumerate(self.label_names)}, [item.texts for item in items]
-        encoded = [self._ids(pair, verbose=False) for pair in texts]
+        encoded = [self._tokenise_texts(pair, verbose=False) for pair in texts]
         overlong = [n for n, one in enumerate(encoded) if len(one["input_ids"]) > self.max_length]
         for n in overlong:
-            encoded[n] = self._ids(texts[n], truncation="longest_first", max_length=self.max_length)
+            encoded[n] = self._tokenise_texts(texts[n], truncation="longest_first", max_length=self.max_length)
         if overlong:
             rank_zero_info(f"{name}: {len(overlong)} rows have over {self.max_length} tokens and lose their end.")
         return [
@@ -181,27 +181,27 @@ class Labelled(L.LightningDataModule):
             for one, item in zip(encoded, items, strict=True)
         ]
 
-    def _ids(self, texts: tuple[str, ...], **options: Any) -> Any:
+    def _tokenise_texts(self, texts: tuple[str, ...], **options: Any) -> Any:
         first, second = (*texts, None)[:2]
         return self.tokenizer(first, second, return_token_type_ids=True, **options)
 
     def train_dataloader(self) -> Loader:
         """Training batches, in an order that depends on seed and epoch only; the position is kept in checkpoints."""
         rows: Any = self.examples[TRAIN]
-        batches = Batches(lengths(rows), self.batch_size, self.seed, *replica(self.trainer))
+        batches = Batches(token_counts(rows), self.batch_size, self.seed, *rank_and_world(self.trainer))
         return Loader(rows, batches, self._collate, self.num_workers, first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """The held-out rows, each once."""
-        return [self._evaluation(self.examples[name]) for name in self.val_names]
+        return [self._evaluation_loader(self.examples[name]) for name in self.val_names]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """The same."""
         return self.val_dataloader()
 
-    def _evaluation(self, rows: Any) -> DataLoader[Any]:
-        shared = replica(self.trainer)
-        return evaluation_loader(rows, lengths(rows), self.batch_size, self._collate, *shared, self.num_workers)
+    def _evaluation_loader(self, rows: Any) -> DataLoader[Any]:
+        shared = rank_and_world(self.trainer)
+        return evaluation_loader(rows, token_counts(rows), self.batch_size, self._collate, *shared, self.num_workers)
 
     @cached_property
     def pad_token(self) -> int:
@@ -228,16 +228,16 @@ class LabelledBatch:
 
     def __call__(self, rows: Sequence[LabelledExample]) -> dict[str, Tensor]:
         batch = {
-            "input_ids": self.padding.right([row.input_ids for row in rows], self.padding.token),
-            "attention_mask": self.padding.right([[1] * len(row.input_ids) for row in rows], 0),
+            "input_ids": self.padding.pad_right([row.input_ids for row in rows], self.padding.token),
+            "attention_mask": self.padding.pad_right([[1] * len(row.input_ids) for row in rows], 0),
             "labels": torch.tensor([row.label for row in rows]),
         }
         if self.pairs:
-            batch["token_type_ids"] = self.padding.right([row.token_type_ids for row in rows], 0)
+            batch["token_type_ids"] = self.padding.pad_right([row.token_type_ids for row in rows], 0)
         return batch
 
 
-def labelled_rows(name: str) -> str:
+def source_of(name: str) -> str:
     """`name` itself, or the file of the labelled demo data for "demo"."""
     return str(demo.labelled_file()) if name == demo.DEMO else name
 
@@ -248,26 +248,26 @@ def keep_classes(train: list[Row], heldout: list[Row], name: str) -> tuple[list[
     Raises:
         BadInput: if no row is left to hold out.
     """
-    known = {parsed_row(row).label for row in train}
-    out = [row for row in heldout if parsed_row(row).label in known]
+    known = {parse_row(row).label for row in train}
+    out = [row for row in heldout if parse_row(row).label in known]
     if heldout and not out:
         raise BadInput(
             f"{name} has no other rows of the classes of the {len(heldout)} that would be held out; raise `heldout`, "
             "or set it to 0."
         )
-    kept = [row for row in heldout if parsed_row(row).label not in known]
+    kept = [row for row in heldout if parse_row(row).label not in known]
     if kept:
         rank_zero_info(f"{HELDOUT}: {len(kept)} rows are not held out, since training has no other of their classes.")
     return train + kept, out
 
 
-def parsed_row(row: Row) -> LabelledText:
+def parse_row(row: Row) -> LabelledText:
     """What `row` says.
 
     Raises:
         BadInput: naming its file and line, where it is bad.
     """
-    with blame(row):
+    with locate_errors(row):
         return labelled_text(row.data)
 
 
@@ -279,7 +279,7 @@ def labelled_text(row: Mapping[str, Any]) -> LabelledText:
     """
     for keys in FORMATS:
         if all(row.get(key) is not None for key in keys):
-            return LabelledText(tuple(text(row, key) for key in keys), label_name(row))
+            return LabelledText(tuple(text_field(row, key) for key in keys), label_name(row))
     known = "; ".join(", ".join(keys) for keys in FORMATS)
     raise BadRow(f"it has the keys {', '.join(map(str, row)) or 'none'}, and no text: one of {known} is wanted")
 
@@ -297,7 +297,7 @@ def label_name(row: Mapping[str, Any]) -> str:
     return name
 
 
-def classes(labels: Sequence[str], name: str) -> list[str]:
+def class_names(labels: Sequence[str], name: str) -> list[str]:
     """The different labels, numbers by value and others by name.
 
     Raises:
@@ -309,6 +309,6 @@ def classes(labels: Sequence[str], name: str) -> list[str]:
     return found
 
 
-def lengths(rows: Sequence[LabelledExample]) -> list[int]:
+def token_counts(rows: Sequence[LabelledExample]) -> list[int]:
     """Tokens of each row."""
     return [len(row.input_ids) for row in rows]

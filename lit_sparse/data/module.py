@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lit_sparse.data.collate import Choices, Padded, Padding, Question, Questions, ScoredChoices
 from lit_sparse.data.encoding import Encoder, Template, load_tokenizer
 from lit_sparse.data.evaluation import questions, samples, scored_choices
-from lit_sparse.data.examples import Examples, Overlong, tokenised
+from lit_sparse.data.examples import Examples, Overlong, tokenise_cached
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
 from lit_sparse.data.packing import Packed, PackedRows
 from lit_sparse.data.sources import Row
@@ -66,8 +66,8 @@ class TokenData(L.LightningDataModule, ABC):
         num_samples: int = 3,
     ) -> None:
         super().__init__()
-        at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
-        at_least(0, num_workers=num_workers, seed=seed, num_samples=num_samples)
+        require_at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
+        require_at_least(0, num_workers=num_workers, seed=seed, num_samples=num_samples)
         self.tokenizer_name = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
         self.overlong: Overlong = overlong
@@ -99,7 +99,10 @@ class TokenData(L.LightningDataModule, ABC):
 
     def tokenise(self) -> dict[str, Examples]:
         """The tokenised rows of each name, out of the cache where they are in it."""
-        return {name: tokenised(rows, self.encoder, self.max_length, self.overlong) for name, rows in self.rows.items()}
+        return {
+            name: tokenise_cached(rows, self.encoder, self.max_length, self.overlong)
+            for name, rows in self.rows.items()
+        }
 
     def prepare_data(self) -> None:
         """Reads and tokenises all rows into the cache, on one process of each machine.
@@ -128,26 +131,26 @@ class TokenData(L.LightningDataModule, ABC):
 
     def train_dataloader(self) -> Loader:
         """Training batches, in an order that depends on seed and epoch only; the position is kept in checkpoints."""
-        rows, collate = self._overfitted(self.examples[TRAIN]), Padded(self.padding)
+        rows, collate = self._limit_overfit(self.examples[TRAIN]), Padded(self.padding)
         if self.packing:
             rows, collate = PackedRows(rows, rows.lengths, self.max_length), Packed(self.padding)
-        batches = Batches(rows.lengths, self.batch_size, self.seed, *replica(self.trainer))
+        batches = Batches(rows.lengths, self.batch_size, self.seed, *rank_and_world(self.trainer))
         return Loader(rows, batches, collate, self.num_workers, first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for each name in `val_names`, every row once."""
         sets = [self.examples[name] for name in self.val_names]
-        return [self._evaluation(one, one.lengths, Padded(self.padding)) for one in sets]
+        return [self._evaluation_loader(one, one.lengths, Padded(self.padding)) for one in sets]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
         """One loader for each name in `test_names`: `choices` to be scored, `questions` to be answered."""
         loaders = []
         if self.choices:
             lengths = [sum(len(one.input_ids) for one in item.examples) for item in self.choices]
-            loaders.append(self._evaluation(self.choices, lengths, Choices(self.padding)))
+            loaders.append(self._evaluation_loader(self.choices, lengths, Choices(self.padding)))
         if self.questions:
             lengths = [len(one.prompt_ids) for one in self.questions]
-            loaders.append(self._evaluation(self.questions, lengths, Questions(self.padding)))
+            loaders.append(self._evaluation_loader(self.questions, lengths, Questions(self.padding)))
         return loaders
 
     @property
@@ -155,21 +158,21 @@ class TokenData(L.LightningDataModule, ABC):
         """What batches are filled up with."""
         return Padding(self.tokenizer.get_vocab()[str(self.tokenizer.pad_token)], self.pad_to_multiple_of)
 
-    def _overfitted(self, examples: Examples) -> Examples:
+    def _limit_overfit(self, examples: Examples) -> Examples:
         """As many rows as `Trainer(overfit_batches=...)` asks for, so that every epoch has the same ones."""
         asked = self.trainer.overfit_batches if self.trainer else 0  # pyright: ignore[reportAttributeAccessIssue]
         if not asked:
             return examples
-        of_all = self.batch_size * replica(self.trainer)[1]
+        of_all = self.batch_size * rank_and_world(self.trainer)[1]
         rows = asked * of_all if isinstance(asked, int) else round(asked * len(examples))
-        return examples.part(0, min(rows, len(examples)))
+        return examples.take(0, min(rows, len(examples)))
 
-    def _evaluation(self, data: Any, lengths: Sequence[int], collate: Callable[[Any], Any]) -> DataLoader[Any]:
-        rank, world = replica(self.trainer)
+    def _evaluation_loader(self, data: Any, lengths: Sequence[int], collate: Callable[[Any], Any]) -> DataLoader[Any]:
+        rank, world = rank_and_world(self.trainer)
         return evaluation_loader(data, lengths, self.batch_size, collate, rank, world, self.num_workers)
 
 
-def at_least(lowest: int, **settings: int) -> None:
+def require_at_least(lowest: int, **settings: int) -> None:
     """Refuses a setting below `lowest`."""
     for name, value in settings.items():
         if value < lowest:
@@ -181,7 +184,7 @@ def first_epoch(trainer: L.Trainer | None) -> int:
     return trainer.current_epoch if trainer else 0
 
 
-def replica(trainer: L.Trainer | None) -> tuple[int, int]:
+def rank_and_world(trainer: L.Trainer | None) -> tuple[int, int]:
     """This process's number among those that share the data, and their count."""
     shared = trainer.distributed_sampler_kwargs if trainer else None
     if shared is not None:  # knows about tensor parallelism, under which several ranks see the same rows

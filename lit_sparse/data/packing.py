@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from lit_sparse.data.collate import Padding, scored
+from lit_sparse.data.collate import Padding, scored_positions
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.errors import BadInput
@@ -33,14 +33,14 @@ class Packed:
     def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
         ids = [[token for one in row for token in one.input_ids] for row in rows]
         labels = [[label for one in row for label in [IGNORED, *one.labels[1:]]] for row in rows]
-        padded_labels = self.padding.right(labels, IGNORED)
+        padded_labels = self.padding.pad_right(labels, IGNORED)
         positions = [[place for one in row for place in range(len(one.input_ids))] for row in rows]
         return {
-            "input_ids": self.padding.right(ids, self.padding.token),
+            "input_ids": self.padding.pad_right(ids, self.padding.token),
             "labels": padded_labels,
-            "scored": scored(padded_labels),
-            "position_ids": self.padding.right(positions, 0),
-            "token_mask": self.padding.right([[1] * len(row) for row in ids], 0),
+            "scored": scored_positions(padded_labels),
+            "position_ids": self.padding.pad_right(positions, 0),
+            "token_mask": self.padding.pad_right([[1] * len(row) for row in ids], 0),
         }
 
 
@@ -98,8 +98,8 @@ def check_packing(model: PreTrainedModel) -> None:
     """
     size, tokens = 9, model.config.get_text_config().vocab_size
     first, second = torch.arange(1, 7) * 997 % tokens, torch.arange(size) * 1009 % tokens
-    behind_one, behind_other = (logits(model, [before, second])[-size:] for before in (first, first.flip(0)))
-    alone = logits(model, [second])
+    behind_one, behind_other = (packed_logits(model, [before, second])[-size:] for before in (first, first.flip(0)))
+    alone = packed_logits(model, [second])
     if not torch.equal(behind_one, behind_other) or (behind_one - alone).abs().mean() > TOLERANCE * alone.std():
         raise BadInput(
             f"{type(model).__name__} lets the examples of a packed row see each other; set `packing` to false, or "
@@ -108,7 +108,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
+def packed_logits(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
     """The logits (tokens, vocabulary) of `sequences` in one packed row, without dropout."""
     device, training = next(model.parameters()).device, model.training
     ids, positions = torch.cat(list(sequences)), torch.cat([torch.arange(len(one)) for one in sequences])

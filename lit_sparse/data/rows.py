@@ -71,7 +71,7 @@ def parse(row: Mapping[str, Any]) -> Item:
     raise BadRow(f"it has the keys {', '.join(map(str, row)) or 'none'}, and no known format: one of {known} is wanted")
 
 
-def text(row: Mapping[str, Any], key: str) -> str:
+def text_field(row: Mapping[str, Any], key: str) -> str:
     """The text under `key`, which must say something."""
     value = row.get(key)
     if not isinstance(value, str):
@@ -81,28 +81,30 @@ def text(row: Mapping[str, Any], key: str) -> str:
     return value
 
 
-def messages(row: Mapping[str, Any]) -> Chat:
+def read_messages(row: Mapping[str, Any]) -> Chat:
     """{"messages": [{"role": "user", "content": "..."}, ...]}"""
-    return chat([Message(text(turn, "role"), text(turn, "content")) for turn in turns(row, "messages")])
+    return checked_chat(
+        [Message(text_field(turn, "role"), text_field(turn, "content")) for turn in turn_list(row, "messages")]
+    )
 
 
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def conversations(row: Mapping[str, Any]) -> Chat:
+def read_conversations(row: Mapping[str, Any]) -> Chat:
     """{"conversations": [{"from": "human", "value": "..."}, ...]}"""
-    return chat([Message(speaker(turn), text(turn, "value")) for turn in turns(row, "conversations")])
+    return checked_chat([Message(role_of(turn), text_field(turn, "value")) for turn in turn_list(row, "conversations")])
 
 
-def speaker(turn: Mapping[str, Any]) -> str:
+def role_of(turn: Mapping[str, Any]) -> str:
     """The role of a sharegpt turn."""
-    name = text(turn, "from")
+    name = text_field(turn, "from")
     if name not in SPEAKERS:
         raise BadRow(f"`from` is {name!r}, one of {', '.join(SPEAKERS)} is wanted")
     return SPEAKERS[name]
 
 
-def turns(row: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
+def turn_list(row: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
     """The list of dictionaries under `key`."""
     value = row[key]
     if not isinstance(value, Sequence) or not all(isinstance(turn, Mapping) for turn in value):
@@ -110,7 +112,7 @@ def turns(row: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
     return value
 
 
-def chat(turns: Sequence[Message]) -> Chat:
+def checked_chat(turns: Sequence[Message]) -> Chat:
     """A chat that something can be learnt from."""
     if not any(turn.role == "assistant" for turn in turns):
         raise BadRow("no turn is the assistant's, so there is nothing to learn")
@@ -119,34 +121,34 @@ def chat(turns: Sequence[Message]) -> Chat:
     return Chat(tuple(turns))
 
 
-def exchange(prompt: str, answer: str) -> Chat:
+def single_turn_chat(prompt: str, answer: str) -> Chat:
     """One question and one answer."""
     return Chat((Message("user", prompt), Message("assistant", answer)))
 
 
-def alpaca(row: Mapping[str, Any]) -> Chat:
+def read_alpaca(row: Mapping[str, Any]) -> Chat:
     """{"instruction": "...", "input": "..." (may be empty or absent), "output": "..."}"""
-    prompt = text(row, "instruction")
+    prompt = text_field(row, "instruction")
     if row.get("input"):
-        prompt += "\n\n" + text(row, "input")
-    return exchange(prompt, text(row, "output"))
+        prompt += "\n\n" + text_field(row, "input")
+    return single_turn_chat(prompt, text_field(row, "output"))
 
 
-def completion(row: Mapping[str, Any]) -> Chat:
+def read_completion(row: Mapping[str, Any]) -> Chat:
     """{"prompt": "...", "completion": "..."}"""
-    return exchange(text(row, "prompt"), text(row, "completion"))
+    return single_turn_chat(text_field(row, "prompt"), text_field(row, "completion"))
 
 
 CALCULATOR = re.compile(r"<<[^<>]*>>")
 """GSM8K's marks, such as <<48/2=24>>: instructions to a calculator, nothing that a reader sees."""
 
 
-def answered(row: Mapping[str, Any]) -> Chat:
+def read_answered(row: Mapping[str, Any]) -> Chat:
     """{"question": "...", "answer": "..."}, as in GSM8K"""
-    return exchange(text(row, "question"), CALCULATOR.sub("", text(row, "answer")))
+    return single_turn_chat(text_field(row, "question"), CALCULATOR.sub("", text_field(row, "answer")))
 
 
-def choice(row: Mapping[str, Any]) -> Choice:
+def read_choice(row: Mapping[str, Any]) -> Choice:
     """{"question": "...", "choices": ["...", ...], "label": 0}"""
     offered, label = row["choices"], row["label"]
     if not isinstance(offered, Sequence) or isinstance(offered, str) or len(offered) < 2:
@@ -155,24 +157,24 @@ def choice(row: Mapping[str, Any]) -> Choice:
         raise BadRow("`choices` holds something empty or not text")
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(offered):
         raise BadRow(f"`label` is {label!r}, the index of the right choice (0 to {len(offered) - 1}) is wanted")
-    return Choice(text(row, "question"), tuple(offered), label)
+    return Choice(text_field(row, "question"), tuple(offered), label)
 
 
-def passage(row: Mapping[str, Any]) -> Passage:
+def read_passage(row: Mapping[str, Any]) -> Passage:
     """{"text": "..."}"""
-    return Passage(text(row, "text"))
+    return Passage(text_field(row, "text"))
 
 
-def tokens(row: Mapping[str, Any]) -> Tokens:
+def read_tokens(row: Mapping[str, Any]) -> Tokens:
     """{"input_ids": [...], "labels": [...] (absent: all tokens are learnt)}"""
-    ids = integers(row, "input_ids", lowest=0)
-    labels = integers(row, "labels", lowest=IGNORED) if row.get("labels") is not None else ids
+    ids = integer_field(row, "input_ids", lowest=0)
+    labels = integer_field(row, "labels", lowest=IGNORED) if row.get("labels") is not None else ids
     if len(ids) != len(labels):
         raise BadRow(f"`input_ids` has {len(ids)} numbers and `labels` {len(labels)}")
     return Tokens(ids, labels)
 
 
-def integers(row: Mapping[str, Any], key: str, lowest: int) -> tuple[int, ...]:
+def integer_field(row: Mapping[str, Any], key: str, lowest: int) -> tuple[int, ...]:
     """The whole numbers under `key`, none below `lowest`."""
     value = row[key]
     if not isinstance(value, Sequence) or not value or not all(type(one) is int and one >= lowest for one in value):
@@ -181,14 +183,14 @@ def integers(row: Mapping[str, Any], key: str, lowest: int) -> tuple[int, ...]:
 
 
 FORMATS: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Item]] = {
-    ("input_ids",): tokens,
-    ("messages",): messages,
-    ("conversations",): conversations,
-    ("instruction", "output"): alpaca,
-    ("prompt", "completion"): completion,
-    ("question", "choices", "label"): choice,
-    ("question", "answer"): answered,
-    ("text",): passage,
+    ("input_ids",): read_tokens,
+    ("messages",): read_messages,
+    ("conversations",): read_conversations,
+    ("instruction", "output"): read_alpaca,
+    ("prompt", "completion"): read_completion,
+    ("question", "choices", "label"): read_choice,
+    ("question", "answer"): read_answered,
+    ("text",): read_passage,
 }
 """The keys that tell a format, most telling first: many sets carry a `text` beside the fields it was made of."""
 
@@ -207,10 +209,10 @@ def final_number(answer: str) -> str | None:
     _, marked, after = answer.partition(RESULT_MARK)
     found = NUMBER.search(after) if marked else None
     numbers = [found.group()] if found else NUMBER.findall(answer)
-    return plain_number(numbers[-1]) if numbers else None
+    return normalise_number(numbers[-1]) if numbers else None
 
 
-def plain_number(number: str) -> str:
+def normalise_number(number: str) -> str:
     """`number` without commas and without zeros that say nothing."""
     number = number.replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number

@@ -23,7 +23,7 @@ class Row:
 
 
 @contextmanager
-def blame(row: Row) -> Iterator[None]:
+def locate_errors(row: Row) -> Iterator[None]:
     """Names the file and the line of a row that turns out to be bad."""
     try:
         yield
@@ -44,43 +44,43 @@ def read(name: str, config: str | None = None) -> list[Row]:
     """
     path = Path(name).expanduser()
     if path.suffix in READERS:
-        rows = list(READERS[path.suffix](existing(path)))
+        rows = list(READERS[path.suffix](require_file(path)))
     elif path.exists():
         raise BadInput(f"{path} is no data file; give one that ends in {', '.join(READERS)}.")
     else:
-        rows = list(hub_rows(name, config))
+        rows = list(read_hub(name, config))
     if not rows:
         raise BadInput(f"{name} has no rows; give a file or a split that has some.")
     return rows
 
 
-def existing(path: Path) -> Path:
+def require_file(path: Path) -> Path:
     """`path`, if there is such a file."""
     if not path.is_file():
         raise BadInput(f"There is no data file {path} (looked from {Path.cwd()}); check the path.")
     return path
 
 
-def json_rows(path: Path) -> Iterator[Row]:
+def read_json(path: Path) -> Iterator[Row]:
     """One JSON list of objects, or an object a line."""
     content = path.read_text(encoding="utf-8")
     if not content.lstrip().startswith("["):
-        yield from line_rows(path)
+        yield from read_json_lines(path)
         return
-    for number, value in enumerate(decoded(content, str(path)), 1):
-        yield row(f"{path} row {number}", value)
+    for number, value in enumerate(parse_json(content, str(path)), 1):
+        yield make_row(f"{path} row {number}", value)
 
 
-def line_rows(path: Path) -> Iterator[Row]:
+def read_json_lines(path: Path) -> Iterator[Row]:
     """One JSON object a line; empty lines are passed over."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path} line {number}"
             if line.strip():
-                yield row(where, decoded(line, where))
+                yield make_row(where, parse_json(line, where))
 
 
-def decoded(content: str, where: str) -> Any:
+def parse_json(content: str, where: str) -> Any:
     """The JSON value written in `content`."""
     try:
         return json.loads(content)
@@ -88,14 +88,14 @@ def decoded(content: str, where: str) -> Any:
         raise BadInput(f"{where}: no valid JSON ({error}).") from error
 
 
-def row(where: str, value: Any) -> Row:
+def make_row(where: str, value: Any) -> Row:
     """A row, which must be an object with keys."""
     if not isinstance(value, dict):
         raise BadInput(f"{where}: a {type(value).__name__} where an object with keys is wanted.")
     return Row(where, value)
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
+def read_csv(path: Path) -> Iterator[Row]:
     """A header line of keys, then a row each; all values are text."""
     with path.open(encoding="utf-8-sig", newline="") as lines:
         reader = csv.DictReader(lines)
@@ -105,16 +105,16 @@ def csv_rows(path: Path) -> Iterator[Row]:
             yield Row(f"{path} line {reader.line_num}", values)
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def read_parquet(path: Path) -> Iterator[Row]:
     """A row of a Parquet table each."""
-    table = extra("pyarrow.parquet", str(path)).read_table(path)
+    table = import_extra("pyarrow.parquet", str(path)).read_table(path)
     for number, value in enumerate(table.to_pylist(), 1):
         yield Row(f"{path} row {number}", value)
 
 
-def hub_rows(name: str, config: str | None) -> Iterator[Row]:
+def read_hub(name: str, config: str | None) -> Iterator[Row]:
     """The rows of a Hugging Face data set, `name` or `name:split`."""
-    datasets = extra("datasets", name)
+    datasets = import_extra("datasets", name)
     where, _, split = name.partition(":")
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(where, name=config, split=split or "train")
@@ -125,7 +125,7 @@ def hub_rows(name: str, config: str | None) -> Iterator[Row]:
         yield Row(f"{name} row {number}", value)
 
 
-def extra(module: str, wanted_for: str) -> Any:
+def import_extra(module: str, wanted_for: str) -> Any:
     """A module of the extra `data`."""
     try:
         return importlib.import_module(module)
@@ -137,14 +137,14 @@ def extra(module: str, wanted_for: str) -> Any:
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": json_rows,
-    ".jsonl": line_rows,
-    ".csv": csv_rows,
-    ".parquet": parquet_rows,
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
 }
 
 
-def digest(row: Row) -> str:
+def row_digest(row: Row) -> str:
     """A hash of what the row says, the same wherever it stands and on every machine."""
     return hashlib.sha256(json.dumps(row.data, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -157,7 +157,7 @@ def split(rows: list[Row], heldout: int, name: str) -> tuple[list[Row], list[Row
     Raises:
         BadInput: so many held-out rows leave none to train on.
     """
-    hashes = [digest(row) for row in rows]
+    hashes = [row_digest(row) for row in rows]
     distinct = sorted(set(hashes))
     if heldout >= len(distinct):
         raise BadInput(f"{name} has {len(distinct)} different rows, too few to hold out {heldout}; lower `heldout`.")

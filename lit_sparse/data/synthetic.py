@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
-from lit_sparse.data.module import at_least, first_epoch, replica
+from lit_sparse.data.module import first_epoch, rank_and_world, require_at_least
 from lit_sparse.demo import DEMO, resolve
 from lit_sparse.errors import BadInput
 
@@ -73,8 +73,8 @@ class Synthetic(L.LightningDataModule):
     ) -> None:
         super().__init__()
         vocab_size = vocabulary(tokenizer) if vocab_size is None else vocab_size
-        at_least(1, vocab_size=vocab_size, max_length=max_length, rows=rows, batch_size=batch_size)
-        at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
+        require_at_least(1, vocab_size=vocab_size, max_length=max_length, rows=rows, batch_size=batch_size)
+        require_at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
         self.max_length, self.batch_size, self.num_workers, self.seed = max_length, batch_size, num_workers, seed
         self.train_rows = RandomRows(rows, max_length, vocab_size, 2 * seed)
         self.heldout_rows = RandomRows(heldout, max_length, vocab_size, 2 * seed + 1)
@@ -85,7 +85,7 @@ class Synthetic(L.LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Training batches; the position is kept in checkpoints."""
         lengths = [self.max_length] * len(self.train_rows)
-        batches = Batches(lengths, self.batch_size, self.seed, *replica(self.trainer))
+        batches = Batches(lengths, self.batch_size, self.seed, *rank_and_world(self.trainer))
         return Loader(self.train_rows, batches, Padded(Padding()), self.num_workers, first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
@@ -94,6 +94,11 @@ class Synthetic(L.LightningDataModule):
             return []
         lengths = [self.max_length] * len(self.heldout_rows)
         loader = evaluation_loader(
-            self.heldout_rows, lengths, self.batch_size, Padded(Padding()), *replica(self.trainer), self.num_workers
+            self.heldout_rows,
+            lengths,
+            self.batch_size,
+            Padded(Padding()),
+            *rank_and_world(self.trainer),
+            self.num_workers,
         )
         return [loader]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from lit_sparse.data.encoding import Encoder, load_tokenizer, named
+from lit_sparse.data.encoding import Encoder, load_named, load_tokenizer
 from lit_sparse.data.rows import BadRow, Chat, Message
 from lit_sparse.errors import BadInput
 from lit_sparse.export.adapter import write_adapter
@@ -95,7 +95,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
     merge.model.save_pretrained(folder)  # pyright: ignore
     check_loads(merge, folder)
     try:
-        named(merge.module.base).save_pretrained(folder)
+        load_named(merge.module.base).save_pretrained(folder)
     except BadInput as missing:
         print(f"{missing} The export has no tokenizer.")
     write_mark(folder, {**origin(merge.run, merge.module), "cast": asdict(cost)})
@@ -254,6 +254,6 @@ def prompt_ids(encoder: Encoder, prompt: str) -> list[int]:
         BadInput: if the chat template refuses it.
     """
     try:
-        return encoder.prompt(Chat((Message("user", prompt), Message("assistant", ""))))
+        return encoder.encode_prompt(Chat((Message("user", prompt), Message("assistant", ""))))
     except BadRow as error:
         raise BadInput(f"the prompt cannot be asked: {error}.") from error

@@ -22,7 +22,7 @@ MARK = "lit_sparse: measured from here"
 
 
 @dataclass
-class Measured:
+class Allocations:
     """What was allocated in a block of code, in bytes, once it has ended.
 
     Attributes:
@@ -37,7 +37,7 @@ class Measured:
 
 
 @contextmanager
-def measured(device: torch.device | None = None) -> Iterator[Measured]:
+def measure_allocations(device: torch.device | None = None) -> Iterator[Allocations]:
     """Measure what the code in this block allocates on `device` (none is the GPU, if there is one, else the CPU).
 
     On a GPU its peak counters are set back. On a CPU the code runs under torch.profiler and takes longer; blocks that
@@ -50,8 +50,8 @@ def measured(device: torch.device | None = None) -> Iterator[Measured]:
 
 
 @contextmanager
-def _on_cuda(device: torch.device) -> Iterator[Measured]:
-    result = Measured(method=CUDA)
+def _on_cuda(device: torch.device) -> Iterator[Allocations]:
+    result = Allocations(method=CUDA)
     before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)  # empty before CUDA has begun
     torch.cuda.reset_peak_memory_stats(device)
     yield result
@@ -61,11 +61,11 @@ def _on_cuda(device: torch.device) -> Iterator[Measured]:
 
 
 @contextmanager
-def _on_cpu(device: torch.device) -> Iterator[Measured]:
+def _on_cpu(device: torch.device) -> Iterator[Allocations]:
     events = CPUEvents()
     events.start()
     events.mark()
-    result = Measured(method=CPU)
+    result = Allocations(method=CPU)
     try:
         yield result
     finally:
@@ -85,7 +85,7 @@ class CPUEvents:
     """
 
     def __init__(self) -> None:
-        self.peak = self.left = self.others = 0
+        self.peak = self.left = self.unnamed = 0
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._named: frozenset[int] = frozenset()
 
@@ -119,13 +119,13 @@ class CPUEvents:
         results = self._profile.profiler
         assert results is not None
         assert results.kineto_results is not None
-        events = list(_all(results.kineto_results.experimental_event_tree()))
+        events = list(_walk(results.kineto_results.experimental_event_tree()))
         begin = next((event.start_time_ns for event in events if event.name == MARK), None)
         if begin is None:
             raise RuntimeError("Allocations were recorded, but from no mark on; call mark between start and stop.")
-        changes, held = _changes(events), dict[int, int]()
+        changes, held = _size_changes(events), dict[int, int]()
         _levels([change for change in changes if change.when < begin], held)
-        self.others = sum(size for address, size in held.items() if address not in self._named)
+        self.unnamed = sum(size for address, size in held.items() if address not in self._named)
         levels = _levels([change for change in changes if change.when >= begin], held)
         self.peak, self.left = max(levels), levels[-1]
 
@@ -138,7 +138,7 @@ class _Change(NamedTuple):
     address: int
 
 
-def _all(events: Iterable[Any]) -> Iterator[Any]:
+def _walk(events: Iterable[Any]) -> Iterator[Any]:
     """The events of a tree, parents first."""
     ahead = list(events)
     while ahead:
@@ -147,7 +147,7 @@ def _all(events: Iterable[Any]) -> Iterator[Any]:
         yield event
 
 
-def _changes(events: Iterable[Any]) -> list[_Change]:
+def _size_changes(events: Iterable[Any]) -> list[_Change]:
     """What the CPU's allocator did, in the course of time."""
     fields = [(event.start_time_ns, event.extra_fields) for event in events if event.tag == _EventType.Allocation]
     return sorted(_Change(when, it.alloc_size, it.ptr) for when, it in fields if it.device.type == "cpu")

@@ -22,7 +22,7 @@ from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
 from lit_sparse_profiling.record import Held, Ledger
 
 SAVED, TEMPORARY, BATCH, GRADIENTS = "saved", "temporaries", "batch", "gradients"
-COURSE = "course"
+UNNAMED_PHASE = "course"
 """Where a step is said to be as long as nobody tells."""
 Sizes = dict[str, int]
 
@@ -36,7 +36,7 @@ class _Block:
     saves: int = 0
 
     @property
-    def counts_as(self) -> str:
+    def counted_as(self) -> str:
         return self.category or (SAVED if self.saves else TEMPORARY)
 
 
@@ -47,11 +47,11 @@ class _Saved:
         # Detached: a node that saves its own output would keep itself alive through it, if no backward comes.
         self.tensor, self.counter, self.blocks = tensor.detach(), counter, counter.blocks(tensor)
         for block in self.blocks:
-            counter.change(block, saves=block.saves + 1)
+            counter.update(block, saves=block.saves + 1)
 
     def __del__(self) -> None:
         for block in self.blocks:
-            self.counter.change(block, saves=block.saves - 1)
+            self.counter.update(block, saves=block.saves - 1)
 
 
 class Counter(TorchDispatchMode):
@@ -85,7 +85,7 @@ class Counter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.device = device or next(model.parameters()).device
-        self.phase = self.peak_phase = COURSE
+        self.phase = self.peak_phase = UNNAMED_PHASE
         self.now: Sizes = {}
         self.peak: Sizes = {}
         self.saved_peak = 0
@@ -102,11 +102,11 @@ class Counter(TorchDispatchMode):
     def __enter__(self) -> Counter:
         super().__enter__()
         self.start = self._total  # here: a strategy's state may be copies, which live no longer than the constructor
-        self._watch_resizing()
+        self._patch_resize()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
         self._hooks.__enter__()
         self._handles = [
-            p.register_post_accumulate_grad_hook(self._gradient) for p in set(self._weights) if p.requires_grad
+            p.register_post_accumulate_grad_hook(self._on_gradient) for p in set(self._weights) if p.requires_grad
         ]
         return self
 
@@ -117,24 +117,24 @@ class Counter(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._plain_resize
         super().__exit__(*raised)
 
-    def _watch_resizing(self) -> None:
+    def _patch_resize(self) -> None:
         """FSDP frees gathered weights by resizing their storage to nothing, of which no operation tells."""
         plain = self._plain_resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             result = plain(storage, size)
             if storage.device == self.device:
-                self._resized(storage)
+                self._on_resize(storage)
             return result
 
         torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue] - named otherwise
 
-    def _resized(self, storage: torch.UntypedStorage) -> None:
+    def _on_resize(self, storage: torch.UntypedStorage) -> None:
         """A storage has another size now. Who resizes it frees it too, so that it is not saved by whoever saves it."""
         block = self._block(storage, TEMPORARY)
-        self._move(block, -block.size)
+        self._adjust(block, -block.size)
         block.size, block.category = storage.nbytes(), block.category or TEMPORARY
-        self._move(block, block.size)
+        self._adjust(block, block.size)
         self._note_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -144,10 +144,10 @@ class Counter(TorchDispatchMode):
                 self.blocks(leaf)
         return out
 
-    def _gradient(self, parameter: Tensor) -> None:
+    def _on_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:  # a fused optimizer's hook may have taken it away
             for block in self.blocks(parameter.grad):
-                self.change(block, category=block.category or GRADIENTS)
+                self.update(block, category=block.category or GRADIENTS)
 
     def addresses(self) -> Iterator[int]:
         """Where the storages that are counted now are."""
@@ -165,20 +165,20 @@ class Counter(TorchDispatchMode):
         if storage in self._blocks:
             return self._blocks[storage]
         block = self._blocks[storage] = _Block(storage.nbytes(), category)
-        weakref.finalize(storage, self._add, block, -1).atexit = False
-        self._add(block, 1)
+        weakref.finalize(storage, self._count, block, -1).atexit = False
+        self._count(block, 1)
         return block
 
-    def change(self, block: _Block, **fields: Any) -> None:
+    def update(self, block: _Block, **fields: Any) -> None:
         """Give a block other fields; a block that is dead already has no bytes in the count and gets none."""
         alive = block.size > 0
-        self._move(block, -block.size)
+        self._adjust(block, -block.size)
         for name, value in fields.items():
             setattr(block, name, value)
-        self._move(block, block.size if alive else 0)
+        self._adjust(block, block.size if alive else 0)
 
-    def _add(self, block: _Block, sign: int) -> None:
-        self._move(block, sign * block.size)
+    def _count(self, block: _Block, sign: int) -> None:
+        self._adjust(block, sign * block.size)
         if sign < 0:
             block.size = 0
         else:
@@ -188,9 +188,9 @@ class Counter(TorchDispatchMode):
         if self._total > self._peak_total:
             self._peak_total, self.peak, self.peak_phase = self._total, dict(self.now), self.phase
 
-    def _move(self, block: _Block, size: int) -> None:
+    def _adjust(self, block: _Block, size: int) -> None:
         self._total += size
-        self.now[block.counts_as] = self.now.get(block.counts_as, 0) + size
+        self.now[block.counted_as] = self.now.get(block.counted_as, 0) + size
         self.saved_peak = max(self.saved_peak, self.saved)
 
     @property
@@ -198,7 +198,7 @@ class Counter(TorchDispatchMode):
         """Bytes saved for backward now that are in no other category."""
         return self.now.get(SAVED, 0)
 
-    def held(self) -> Held:
+    def at_peak(self) -> Held:
         """What was held at the peak."""
         ledger = Ledger(**{name: self.peak.get(name, 0) for name in Ledger.__dataclass_fields__})
         rest = {name: self.peak.get(name, 0) for name in (BATCH, SAVED, TEMPORARY)}

@@ -8,29 +8,29 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def finite(value: Any) -> Any:
+def spell_nonfinite(value: Any) -> Any:
     """`value` with every non-finite number spelt out, which `typed` reads back where a number is due."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: spell_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [spell_nonfinite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
-def typed(value: Any, wanted: Any, where: str) -> Any:
+def parse_as(value: Any, wanted: Any, where: str) -> Any:
     """Plain JSON `value` as the annotated type `wanted`; ValueError if it is something else."""
     if wanted is Any:
         return value
     if is_dataclass(wanted):
-        return _object(value, wanted, where)
+        return _parse_dataclass(value, wanted, where)
     if get_origin(wanted) in (Union, types.UnionType):  # here always: something or None
-        return None if value is None else typed(value, get_args(wanted)[0], where)
+        return None if value is None else parse_as(value, get_args(wanted)[0], where)
     if get_origin(wanted) is list and isinstance(value, list):
-        return [typed(item, get_args(wanted)[0], f"{where}[{i}]") for i, item in enumerate(value)]
+        return [parse_as(item, get_args(wanted)[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if get_origin(wanted) is dict and isinstance(value, dict):
-        return {key: typed(item, get_args(wanted)[1], f"{where}.{key}") for key, item in value.items()}
+        return {key: parse_as(item, get_args(wanted)[1], f"{where}.{key}") for key, item in value.items()}
     if get_origin(wanted) is Literal and value in get_args(wanted):
         return value
     if wanted is float and (type(value) is int or value in ("NaN", "Infinity", "-Infinity")):
@@ -40,7 +40,7 @@ def typed(value: Any, wanted: Any, where: str) -> Any:
     raise ValueError(f"{where} is {value!r:.60} where {getattr(wanted, '__name__', wanted)} is due")
 
 
-def _object(value: Any, wanted: Any, where: str) -> Any:
+def _parse_dataclass(value: Any, wanted: Any, where: str) -> Any:
     """The JSON object `value` as the dataclass `wanted`, without unknown and with every required field."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r:.60} where an object is due")
@@ -50,4 +50,4 @@ def _object(value: Any, wanted: Any, where: str) -> Any:
     required = {f.name for f in fields(wanted) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - value.keys()):
         raise ValueError(f"{where} lacks: {', '.join(missing)}")
-    return wanted(**{key: typed(item, hints[key], f"{where}.{key}") for key, item in value.items()})
+    return wanted(**{key: parse_as(item, hints[key], f"{where}.{key}") for key, item in value.items()})

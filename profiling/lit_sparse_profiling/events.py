@@ -108,12 +108,12 @@ def window_of(events: Iterable[Event]) -> Event:
     return window
 
 
-def within(events: Iterable[Event], window: Event) -> list[Event]:
+def in_window(events: Iterable[Event], window: Event) -> list[Event]:
     """The events that are in the window, if only in part."""
     return [event for event in events if event.end > window.begin and event.begin < window.end]
 
 
-def covered(events: Iterable[Event], window: Event) -> int:
+def busy_nanoseconds(events: Iterable[Event], window: Event) -> int:
     """Nanoseconds of the window in which at least one of the events ran."""
     total, reached = 0, window.begin
     for event in sorted(events, key=lambda event: event.begin):
@@ -123,7 +123,7 @@ def covered(events: Iterable[Event], window: Event) -> int:
     return total
 
 
-def stepping_ops(events: list[Event]) -> list[Event]:
+def step_thread_ops(events: list[Event]) -> list[Event]:
     """The ops of the thread that steps and of autograd's; what ops have done by worker threads is their own time."""
     lanes = {event.lane for event in events if event.name.startswith("autograd::engine::")} | {window_of(events).lane}
     return [event for event in events if event.kind == "op" and event.lane in lanes]
@@ -172,7 +172,7 @@ def _nested(ops: list[Event], known: Collection[str]) -> Iterator[tuple[Event, E
             yield op, parent, owner
 
 
-def summed(
+def summarize(
     events: list[Event],
     steps: int,
     counts: OpCounts | None,
@@ -190,9 +190,9 @@ def summed(
         RuntimeError: if the events do not tell where the steps are, or there is no kernel though this was on `cuda`.
     """
     window = window_of(events)
-    inside = within(events, window)
+    inside = in_window(events, window)
     known = set() if counts is None else set(counts.ops)
-    busy = [event for event in inside if event.kind == "device"] if cuda else stepping_ops(inside)
+    busy = [event for event in inside if event.kind == "device"] if cuda else step_thread_ops(inside)
     if cuda and not busy:
         raise RuntimeError(
             "Kernels were to be profiled, but torch.profiler saw none; "
@@ -204,7 +204,7 @@ def summed(
     return Kernels(
         steps=steps,
         seconds=length / 1e9 / steps,
-        gaps=1 - covered(busy, window) / length,
+        gaps=1 - busy_nanoseconds(busy, window) / length,
         dtype=str(dtype).removeprefix("torch."),
         flops_ceiling=best.flops,
         bytes_ceiling=best.bytes,

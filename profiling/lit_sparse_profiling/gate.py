@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_sparse_profiling.documents import typed
-from lit_sparse_profiling.reconcile import amount
+from lit_sparse_profiling.documents import parse_as
+from lit_sparse_profiling.reconcile import format_bytes
 from lit_sparse_profiling.record import RunRecord, Status
-from lit_sparse_profiling.run_folders import Runs, kind_of, likeness, method_of, name_of, peak_of
+from lit_sparse_profiling.run_folders import Runs, device_kind, method_name, peak_memory, repetition_key, run_name
 
 BASELINE_SCHEMA = 1
 
 
-def share(text: str) -> float:
+def parse_share(text: str) -> float:
     """A share written as "5%" or "0.05".
 
     Raises:
@@ -78,7 +78,7 @@ def save_baseline(runs: Runs, path: Path) -> None:
     for _, record in runs:
         if isinstance(record, str):
             raise ValueError(f"A baseline of all runs was asked for, but one cannot be read: {record}")
-        groups.setdefault(method_of(record.name), []).append(record)
+        groups.setdefault(method_name(record.name), []).append(record)
     entries = {name: _entry(records) for name, records in groups.items()}
     if not path.parent.is_dir():
         raise ValueError(f"A baseline was to be saved as {path}, but there is no folder {path.parent}; make it first.")
@@ -95,7 +95,7 @@ def _entry(records: list[RunRecord]) -> _Entry:
     good = [record for record in records if record.status == "ok"]
     if not good:
         return _Entry(records[0].status)
-    if len({likeness(record) for record in good}) > 1:
+    if len({repetition_key(record) for record in good}) > 1:
         raise ValueError(
             f"A baseline knows runs by their names without the number, but {', '.join(r.name for r in good)} differ in "
             "model, device or settings; give those that it is to keep."
@@ -113,7 +113,7 @@ def _entry(records: list[RunRecord]) -> _Entry:
 
 def _figures(record: RunRecord) -> tuple[int | None, float | None]:
     """A run's peak in bytes, and its tokens a second."""
-    return peak_of(record, kind_of(record)), record.throughput and record.throughput.tokens_per_second
+    return peak_memory(record, device_kind(record)), record.throughput and record.throughput.tokens_per_second
 
 
 def check(runs: Runs, baseline: Path, tolerance: float) -> list[Verdict]:
@@ -127,8 +127,8 @@ def check(runs: Runs, baseline: Path, tolerance: float) -> list[Verdict]:
         ValueError: if `baseline` is no such file.
     """
     entries = _read_baseline(baseline).runs
-    verdicts = [_verdict(name_of(file, record), record, entries, tolerance) for file, record in runs]
-    gone = entries.keys() - {method_of(name_of(file, record)) for file, record in runs}
+    verdicts = [_verdict(run_name(file, record), record, entries, tolerance) for file, record in runs]
+    gone = entries.keys() - {method_name(run_name(file, record)) for file, record in runs}
     sentence = "not comparable: the baseline has it, but no run of that name was given"
     return [*verdicts, *(Verdict(name, "not comparable", sentence) for name in entries if name in gone)]
 
@@ -144,13 +144,13 @@ def _read_baseline(path: Path) -> _Baseline:
             f"{path} is a baseline of schema {schema}, and this version reads {BASELINE_SCHEMA}; save it anew."
         )
     try:
-        return typed(document, _Baseline, "baseline")
+        return parse_as(document, _Baseline, "baseline")
     except ValueError as error:
         raise ValueError(f"{path} is no valid baseline: {error}; correct it, or save it anew.") from error
 
 
 def _verdict(name: str, record: RunRecord | str, entries: dict[str, _Entry], tolerance: float) -> Verdict:
-    entry = entries.get(method_of(name))
+    entry = entries.get(method_name(name))
     if isinstance(record, str):
         return Verdict(name, "not comparable", f"not comparable: {record}")
     if entry is None:
@@ -162,18 +162,18 @@ def _verdict(name: str, record: RunRecord | str, entries: dict[str, _Entry], tol
         return Verdict(name, result, f"{result}: {record.status} where the baseline is {entry.status}: {record.reason}")
     if entry.status != "ok":
         return Verdict(name, "better", f"better: ok where the baseline is {entry.status}")
-    return _compared(name, record, entry, tolerance)
+    return _compare(name, record, entry, tolerance)
 
 
-def _compared(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> Verdict:
+def _compare(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> Verdict:
     device, model = record.device and record.device.name, record.model and record.model.base
     for what, now, was in (("device", device, entry.device), ("model", model, entry.model)):
         if now != was:
             return Verdict(name, "not comparable", f"not comparable: {what} {now} where the baseline has {was}")
     peak, speed = _figures(record)
     found = [
-        _against("memory", peak, entry.peak, tolerance, -1, lambda size: amount(round(size))),
-        _against("tokens/s", speed, entry.tokens_per_second, tolerance, 1, "{:,.1f}".format),
+        _compare_figure("memory", peak, entry.peak, tolerance, -1, lambda size: format_bytes(round(size))),
+        _compare_figure("tokens/s", speed, entry.tokens_per_second, tolerance, 1, "{:,.1f}".format),
     ]
     known = [one for one in found if one is not None]
     if not known:
@@ -182,7 +182,7 @@ def _compared(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> 
     return Verdict(name, max(results, key=_ORDER.index), "; ".join(sentence for _, sentence in known))
 
 
-def _against(
+def _compare_figure(
     what: str, now: float | None, was: float | None, tolerance: float, sign: int, form: Callable[[float], str]
 ) -> tuple[Result, str] | None:
     """One figure's result and sentence; `sign` is 1 if more is better. None if it was measured on neither side."""

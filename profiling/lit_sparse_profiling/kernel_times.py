@@ -14,7 +14,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lit_sparse_profiling.ceilings import Ceilings, ceilings
-from lit_sparse_profiling.events import OURS, Event, read, summed
+from lit_sparse_profiling.events import OURS, Event, read, summarize
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.record import Kernel, Kernels
 
@@ -85,7 +85,7 @@ class KernelProfile:
         if self.trace is not None:
             self.trace.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.trace))
-        self._steps, self._events = steps, _recorded(profiler, self.device)
+        self._steps, self._events = steps, _read_events(profiler, self.device)
 
     def close(self) -> None:
         """End without a result, if it runs: for steps that failed."""
@@ -114,7 +114,7 @@ class KernelProfile:
             raise RuntimeError("Kernels are asked for, but no step was profiled; start, step and stop first.")
         trace = None if self.trace is None else str(self.trace)
         cuda = self.device.type == "cuda"
-        return summed(self._events, self._steps, counts, best, dtype, cuda=cuda, top=top, ours=ours, trace=trace)
+        return summarize(self._events, self._steps, counts, best, dtype, cuda=cuda, top=top, ours=ours, trace=trace)
 
     def _end(self) -> profile | None:
         """End the window and the profiler; gives the profiler, None if there was none."""
@@ -131,7 +131,7 @@ class KernelProfile:
             torch.cuda.synchronize(self.device)
 
 
-def _recorded(profiler: profile, device: torch.device) -> list[Event]:
+def _read_events(profiler: profile, device: torch.device) -> list[Event]:
     # the raw events: torch's EventList merges ops, and with them goes the link from a kernel to its op
     results = None if profiler.profiler is None else profiler.profiler.kineto_results
     if results is None:
@@ -153,7 +153,7 @@ def table(kernels: Kernels, rows: int = 10) -> Table:
     for figure in ("calls/step", "ms", "share", "achieved", "of ceiling"):
         grid.add_column(figure, justify="right", no_wrap=True)
     for kernel in shown:
-        name = ("* " if kernel.ours else "") + shortened(kernel.name)
+        name = ("* " if kernel.ours else "") + shorten_name(kernel.name)
         labels = [name] if on_cpu else [name, kernel.op]
         grid.add_row(*map(escape, labels), *_figures(kernels, kernel))
     return grid
@@ -184,7 +184,7 @@ def _rate(rate: float, unit: str) -> str:
     return f"{rate / size:,.2f} {prefix}{unit}"
 
 
-def shortened(name: str, width: int = 44) -> str:
+def shorten_name(name: str, width: int = 44) -> str:
     """A kernel's name without return type and torch's namespaces, cut to `width` characters."""
     bare = NAMESPACES.sub("", name)
     return bare if len(bare) <= width else bare[: width - 1] + "…"

@@ -20,7 +20,7 @@ from lit_sparse_profiling.record import Ledger
 Key = tuple[str, int]
 """Names a storage for as long as it is alive."""
 
-Share = tuple[Key, int]
+SizedKey = tuple[Key, int]
 """A storage's key and its bytes."""
 
 
@@ -65,7 +65,7 @@ def tensors(nested: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def storages(tensor: Tensor) -> Iterator[Share]:
+def storages(tensor: Tensor) -> Iterator[SizedKey]:
     """Keys and bytes of the storages that hold `tensor`."""
     for storage in untyped_storages(tensor):
         # fake and meta storages have no address, and are told apart by themselves

@@ -32,8 +32,8 @@ class ResidentMemory:
 
     def __init__(self) -> None:
         self._highest = _peak()
-        self._resets = _can_reset()
-        self.method = PER_PHASE if self._resets else _method()
+        self._resets = _try_reset_peak()
+        self.method = PER_PHASE if self._resets else _peak_method()
 
     def current(self) -> int | None:
         """Bytes resident now; None where the system does not tell (it does on Linux)."""
@@ -55,7 +55,7 @@ class ResidentMemory:
         return max(filter(None, (self._highest, _peak())), default=None)
 
 
-def return_freed() -> None:
+def trim_heap() -> None:
     """Have glibc give the memory that was freed back to the system; it would keep some of it for later.
 
     For tools that took memory only to look at something: what they freed is not to count as the program's.
@@ -86,7 +86,7 @@ def _maxrss() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _can_reset() -> bool:
+def _try_reset_peak() -> bool:
     """Set the process's peak back to what it holds now; False where the system does not let us."""
     if _status("VmHWM") is None:
         return False
@@ -97,7 +97,7 @@ def _can_reset() -> bool:
     return True
 
 
-def _method() -> str:
+def _peak_method() -> str:
     if _peak() is None:
         return UNKNOWN
     return SO_FAR.format("ru_maxrss" if _status("VmHWM") is None else "VmHWM")

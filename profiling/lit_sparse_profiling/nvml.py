@@ -140,7 +140,7 @@ class NVML:
         if self._thread is not None:
             self._thread.join(PATIENCE)
             if self._thread.is_alive():  # NVML cannot be shut down below a call that is under way
-                self._lose(f"no answer for {PATIENCE:g} seconds")
+                self._mark_lost(f"no answer for {PATIENCE:g} seconds")
                 self._closed = True
                 return
             self.sample()
@@ -159,7 +159,7 @@ class NVML:
         Raises:
             ValueError: if one is open already.
         """
-        joules = self._unless_lost(self._device.joules)
+        joules = self._query(self._device.joules)
         with self._lock:
             self._windows.begin(joules)
 
@@ -169,7 +169,7 @@ class NVML:
         Raises:
             ValueError: if none is open.
         """
-        joules = self._unless_lost(self._device.joules)
+        joules = self._query(self._device.joules)
         with self._lock:
             self._windows.end(joules)
 
@@ -201,7 +201,7 @@ class NVML:
             self.sample()
 
     def _observe(self, context: bool = False) -> None:
-        reading = self._unless_lost(self._device.read)
+        reading = self._query(self._device.read)
         if reading is None:
             return
         with self._lock:
@@ -211,7 +211,7 @@ class NVML:
             self._watts_peak = _highest(self._watts_peak, reading.watts)
             self._sm_mhz.update([] if reading.sm_mhz is None else [reading.sm_mhz])
 
-    def _unless_lost(self, query: Callable[[], T]) -> T | None:
+    def _query(self, query: Callable[[], T]) -> T | None:
         """The query's answer; None once the device or NVML has failed."""
         if self._closed:
             raise RuntimeError(f"NVML was to be asked for {self.uuid}, but it was stopped; make a new NVML.")
@@ -220,16 +220,16 @@ class NVML:
         try:
             return query()
         except self._error as error:
-            self._lose(str(error))
+            self._mark_lost(str(error))
             return None
 
     def _shut_down(self) -> None:
         try:
             self._device.close()
         except self._error as error:
-            self._lose(str(error))
+            self._mark_lost(str(error))
 
-    def _lose(self, reason: str) -> None:
+    def _mark_lost(self, reason: str) -> None:
         if self._lost is None:  # the first failure is the cause of those after it
             self._lost = (
                 f"NVML failed after {self._samples} samples of {self.uuid} ({reason}), and the figures are those until "

@@ -21,7 +21,7 @@ from lit_sparse_profiling.record import Pair
 
 READY, GO = b"r", b"g"
 SECONDS = struct.Struct("d")
-LOOK = 0.2
+POLL_SECONDS = 0.2
 """Seconds between two looks at a process that is waited for."""
 
 
@@ -51,12 +51,12 @@ class Turns:
         if os.read(self._read, 1) != GO:
             raise RuntimeError("the bench that gave this run its turns has ended.")
 
-    def done(self, seconds: float) -> None:
+    def report(self, seconds: float) -> None:
         """The step is over and took so long."""
         os.write(self._write, SECONDS.pack(seconds))
 
 
-class Player:
+class PairedRun:
     """The bench's side of one of the two processes."""
 
     def __init__(self, command: Sequence[str], log: Path, **popen: Any) -> None:
@@ -85,7 +85,7 @@ class Player:
         return SECONDS.unpack(answer)[0] if len(answer) == SECONDS.size else None
 
     def _read(self, size: int, deadline: float | None, tick: Callable[[], None]) -> bytes:
-        while not select.select([self._answers], [], [], LOOK)[0]:
+        while not select.select([self._answers], [], [], POLL_SECONDS)[0]:
             tick()
             if deadline is not None and time.monotonic() > deadline:
                 return b""
@@ -100,7 +100,7 @@ class Player:
                 if deadline is not None and time.monotonic() > deadline:
                     return None
                 tick()
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
             return self.process.returncode
         finally:
             if self.process.poll() is None:
@@ -108,8 +108,8 @@ class Player:
                 self.process.wait()
 
 
-def play(
-    first: Player, second: Callable[[], Player], deadline: float | None, tick: Callable[[], None]
+def interleave(
+    first: PairedRun, second: Callable[[], PairedRun], deadline: float | None, tick: Callable[[], None]
 ) -> list[tuple[float, float]]:
     """Seconds of both in each round, until one of them has no more steps. Who begins alternates.
 
@@ -130,7 +130,7 @@ def play(
 
 
 def _rounds(
-    first: Player, second: Player, deadline: float | None, tick: Callable[[], None]
+    first: PairedRun, second: PairedRun, deadline: float | None, tick: Callable[[], None]
 ) -> list[tuple[float, float]]:
     """Both stand before their first timed step."""
     out: list[tuple[float, float]] = []
@@ -145,7 +145,7 @@ def _rounds(
             return out
 
 
-def pair_of(against: str, seconds: Sequence[tuple[float, float]]) -> Pair:
+def compare_rounds(against: str, seconds: Sequence[tuple[float, float]]) -> Pair:
     """The comparison that these rounds make: how many times the second's seconds the first takes.
 
     Raises:
@@ -154,11 +154,11 @@ def pair_of(against: str, seconds: Sequence[tuple[float, float]]) -> Pair:
     if not seconds:
         raise ValueError(f"there are no rounds to compare with {against}.")
     ratios = [one / two for one, two in seconds]
-    low, high = interval(ratios)
+    low, high = bootstrap_interval(ratios)
     return Pair(against, statistics.median(ratios), low, high, max(ratios), len(ratios))
 
 
-def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+def bootstrap_interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
     """The 95 % bootstrap interval of the median."""
     generator = random.Random(0)
     medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))

@@ -88,7 +88,7 @@ class Phases:
         now = perf_counter()
         peaks = self._lap()
         for name in self._begun:
-            self._phases[name] = _raised(self._phases[name], peaks)
+            self._phases[name] = _raise_peaks(self._phases[name], peaks)
         return now
 
     def _lap(self) -> _Peaks:
@@ -101,7 +101,7 @@ class Phases:
         return _Peaks(resident, *(stats.get(f"{name}.all.peak", 0) for name in names))
 
 
-def _raised(phase: Phase, peaks: _Peaks) -> Phase:
+def _raise_peaks(phase: Phase, peaks: _Peaks) -> Phase:
     return replace(
         phase,
         peak_rss=_highest(phase.peak_rss, peaks.peak_rss),

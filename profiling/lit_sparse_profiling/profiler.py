@@ -20,10 +20,10 @@ from torch.optim import Optimizer
 
 from lit_sparse_profiling.allocator import CPU, CUDA, CPUEvents
 from lit_sparse_profiling.ceilings import DTYPES
-from lit_sparse_profiling.counted import COURSE, Counter
+from lit_sparse_profiling.counted import UNNAMED_PHASE, Counter
 from lit_sparse_profiling.kernel_times import KernelProfile, OpCounts, ceilings
 from lit_sparse_profiling.ledger import ledger
-from lit_sparse_profiling.memory import return_freed
+from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.nvml import NVML, NVMLMissing
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
@@ -34,10 +34,10 @@ Stage = str
 """warm-up, lead-in, examined, kernels, or timed; and interrupted, which is none of these any more."""
 TRAINING, EXAMINATION, EXAMINED = "training", "examination", "examined step"
 INTERRUPTED: Stage = "interrupted"
-LOOKED_INTO = (EXAMINATION, EXAMINED, "forward", "backward", "optimizer step")
+INSTRUMENTED_PHASES = (EXAMINATION, EXAMINED, "forward", "backward", "optimizer step")
 """Phases in which the profiler's own tools take memory of the process too."""
-GIVEN_UP = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
-ATTEMPTS = 5
+GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
+MAX_ATTEMPTS = 5
 """How often the steps of one kind are begun anew when evaluation or saving comes in between."""
 
 
@@ -128,12 +128,12 @@ class Profiler:
     ) -> None:
         first = next(model.parameters())
         self.model, self.optimizer, self.plan, self.state = model, optimizer, plan, state
-        self.device = with_index(device or first.device)
+        self.device = resolve_index(device or first.device)
         self.dtype = dtype or next((p.dtype for p in model.parameters() if p.dtype in DTYPES), first.dtype)
         self.phases = phases or Phases(self.device)
         self.notes: list[str] = []
         self.timed = 0
-        self.nvml = nvml or opened(self.device, self.notes)
+        self.nvml = nvml or open_nvml(self.device, self.notes)
         self._stages = plan.stages()
         self._stage: Stage | None = None
         self._phase: str | None = None
@@ -188,7 +188,7 @@ class Profiler:
         """The same without a `with`; one that did not begin, or whose step was interrupted, need not end."""
         if name in self._parts and self._examined is not None:
             self._parts.remove(name)
-            self._examined.counter.phase = self._parts[-1] if self._parts else COURSE
+            self._examined.counter.phase = self._parts[-1] if self._parts else UNNAMED_PHASE
             self.phases.end(name)
 
     @property
@@ -205,7 +205,7 @@ class Profiler:
     def begin_step(self, batch: Any = None) -> None:
         """The next optimizer step begins, with this batch."""
         self._stage = stage = self._stages.popleft() if self._stages else "timed"
-        self._enter(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
+        self._enter_phase(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
         if self._stage == "lead-in" and self.device.type != "cuda":
             lead = CPUEvents()
             lead.start()
@@ -233,7 +233,7 @@ class Profiler:
         self.timed += 1
         if self._turns is not None:
             self._close_window()
-            self._turns.done(self._watch.seconds[-1])
+            self._turns.report(self._watch.seconds[-1])
 
     def _close_window(self) -> None:
         if self._watch.running:
@@ -256,7 +256,7 @@ class Profiler:
         elif stage == INTERRUPTED:
             self._interrupted += 1
 
-    def _enter(self, phase: str | None) -> None:
+    def _enter_phase(self, phase: str | None) -> None:
         """Be in that phase of the loop, which goes on between its steps."""
         if self._phase == phase:
             return
@@ -264,7 +264,7 @@ class Profiler:
             self.phases.end(self._phase)
         if self._phase == EXAMINATION:
             gc.collect()
-            return_freed()  # else the peaks of what follows have the examination's own tools in them
+            trim_heap()  # else the peaks of what follows have the examination's own tools in them
         if phase is not None:
             self.phases.begin(phase)
         self._phase = phase
@@ -275,22 +275,22 @@ class Profiler:
         Steps that are looked into go together: if this comes in between, they are begun anew. So they are if it comes
         in the middle of one; a timed step then does not count.
         """
-        self._enter(None)
+        self._enter_phase(None)
         self._close_window()
         if self._kernel_steps and not self._profiled and not self.in_step:
             self._stop_kernels()
-        self._put_off(self._take_off())
+        self._reschedule(self._remove_instruments())
         if self.in_step:
             self._stage = INTERRUPTED
 
     def resume(self) -> None:
         """What `pause` was for is over: if it came in the middle of a step, the rest is training."""
         if self.in_step:
-            self._enter(TRAINING)
+            self._enter_phase(TRAINING)
 
     def abort(self) -> None:
         """The step failed: whatever looks into it is taken off, and none of those that follow is looked into."""
-        self._take_off()
+        self._remove_instruments()
         self._stage = None
         self._stages.clear()
         self.pause()
@@ -302,7 +302,7 @@ class Profiler:
         if self.nvml is not None:
             self.nvml.stop()
 
-    def _take_off(self) -> list[Stage]:
+    def _remove_instruments(self) -> list[Stage]:
         """Take off, without a result, what looks into a step or waits for the next; gives the stages to do again."""
         unfinished = self._examined is not None and self._examined.allocator is None
         if unfinished or self._lead is not None:
@@ -314,19 +314,20 @@ class Profiler:
             return ["kernels"] * self.plan.profiled
         return []
 
-    def _put_off(self, again: list[Stage]) -> None:
+    def _reschedule(self, again: list[Stage]) -> None:
         """Plan these stages for the steps that follow, unless that was tried often enough."""
         if not again:
             return
         name = again[-1]
         self._attempts[name] = self._attempts.get(name, 0) + 1
         others = [stage for stage in self._stages if stage not in again]
-        if self._attempts[name] < ATTEMPTS:
+        if self._attempts[name] < MAX_ATTEMPTS:
             self._stages = deque(again + others)
             return
         self._stages = deque(others)
         self.notes.append(
-            f"{GIVEN_UP[name]}: in {ATTEMPTS} attempts evaluation or saving came in between; do these less often."
+            f"{GIVE_UP_NOTES[name]}: in {MAX_ATTEMPTS} attempts evaluation or saving came in between; "
+            "do these less often."
         )
 
     # ---- the examined step
@@ -337,13 +338,13 @@ class Profiler:
         gc.collect()  # here and at the end: reference cycles are no leak, and their end is not this step's
         self.phases.begin(EXAMINED)
         counter = Counter(self.model, self.optimizer, self.state(), batch, self.device)
-        self._examined = examined = _Examined(counter, OpCounts(), before=self._level())
+        self._examined = examined = _Examined(counter, OpCounts(), before=self._allocated_and_held())
         if self._lead is not None:
             self._lead.mark(counter.addresses())
         examined.stack.enter_context(counter)
         examined.stack.enter_context(examined.ops)
 
-    def _level(self) -> tuple[int, int]:
+    def _allocated_and_held(self) -> tuple[int, int]:
         """Bytes asked for of the CUDA allocator and not given back, and the ledger's."""
         held = ledger(self.model, self.optimizer, self.state()).total
         if self.device.type != "cuda":
@@ -370,10 +371,10 @@ class Profiler:
         if events is not None:
             events.stop()
         self.phases.end(EXAMINED)
-        level, held = self._level()
+        level, held = self._allocated_and_held()
         growth = held - examined.before[1]
         if events is not None:
-            begun = examined.counter.start + events.others
+            begun = examined.counter.start + events.unnamed
             examined.allocator = Allocator(CPU, begun + events.peak, events.left - growth)
         else:
             examined.allocator = self._cuda_allocator(level - examined.before[0] - growth)
@@ -418,12 +419,12 @@ class Profiler:
 
     def memory(self) -> Memory:
         """The process's peak outside of the examination, and what the examined step held."""
-        phases = [phase.peak_rss for phase in self.phases.to_list() if phase.name not in LOOKED_INTO]
+        phases = [phase.peak_rss for phase in self.phases.to_list() if phase.name not in INSTRUMENTED_PHASES]
         peak = max((size for size in phases if size is not None), default=None)
         method, examined = self.phases.memory.method, self._examined
         if examined is None or examined.allocator is None:
             return Memory(peak, method)
-        return Memory(peak, method, examined.counter.saved_peak, examined.counter.held(), examined.allocator)
+        return Memory(peak, method, examined.counter.saved_peak, examined.counter.at_peak(), examined.allocator)
 
     def kernels(self) -> Kernels | None:
         """Where the time of the profiled steps went; None if there were none. Measures the device's ceilings."""
@@ -439,17 +440,17 @@ class Profiler:
     def results(self, failed: bool = False) -> dict[str, Any]:
         """Everything measured, as fields of a `RunRecord`. After a failure nothing more is run on the device."""
         return {
-            "device": device_of(self.device),
+            "device": describe_device(self.device),
             "phases": self.phases.to_list(),
             "ledger": ledger(self.model, self.optimizer, self.state()),
             "memory": self.memory(),
             "throughput": self.throughput(),
             "driver": self.nvml.result() if self.nvml is not None else None,
             "kernels": None if failed else self.kernels(),
-            "notes": [*self.notes, *self._uncounted()],
+            "notes": [*self.notes, *self._interruption_note()],
         }
 
-    def _uncounted(self) -> Iterator[str]:
+    def _interruption_note(self) -> Iterator[str]:
         if self._interrupted:
             yield f"Steps not measured, since evaluation or saving came in the middle of them: {self._interrupted}."
 
@@ -459,7 +460,7 @@ class Profiler:
         return RunRecord(name=name, **{"versions": versions, **self.results(), **fields})
 
 
-def opened(device: torch.device, notes: list[str]) -> NVML | None:
+def open_nvml(device: torch.device, notes: list[str]) -> NVML | None:
     """The started sampler of a GPU; where there is none, `notes` says why."""
     if device.type != "cuda":
         return None
@@ -472,14 +473,14 @@ def opened(device: torch.device, notes: list[str]) -> NVML | None:
     return nvml
 
 
-def with_index(device: torch.device) -> torch.device:
+def resolve_index(device: torch.device) -> torch.device:
     """The device as its tensors name it: "cuda" alone is the current one."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
-def device_of(device: torch.device) -> Device:
+def describe_device(device: torch.device) -> Device:
     """What is to be known of the device."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -15,7 +15,7 @@ import pytest
 if TYPE_CHECKING:
     from torch import device as Device
 
-    from lit_sparse_profiling.allocator import Measured
+    from lit_sparse_profiling.allocator import Allocations
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -30,7 +30,7 @@ class Peak:
     """
 
     def __init__(self) -> None:
-        self._measured: Measured | None = None
+        self._measured: Allocations | None = None
 
     @property
     def bytes(self) -> int:
@@ -44,13 +44,13 @@ class Peak:
     def method(self) -> str:
         return self._known().method
 
-    def _known(self) -> Measured:
+    def _known(self) -> Allocations:
         if self._measured is None:
             raise RuntimeError("The peak of a block was asked for before the block ended; ask for it below the block.")
         return self._measured
 
 
-def limited(at_most: int | str | None = None, device: Device | str | None = None) -> AbstractContextManager[Peak]:
+def limit_peak(at_most: int | str | None = None, device: Device | str | None = None) -> AbstractContextManager[Peak]:
     """A context manager that measures its block: `with limited("50 MiB") as peak: ...`.
 
     Args:
@@ -61,35 +61,35 @@ def limited(at_most: int | str | None = None, device: Device | str | None = None
         ValueError: if `at_most` is no size.
         AssertionError: at the end of the block, if its peak was above `at_most`.
     """
-    return _limited(None if at_most is None else size(at_most), device)
+    return _limit_peak(None if at_most is None else parse_size(at_most), device)
 
 
 @contextmanager
-def _limited(limit: int | None, device: Device | str | None) -> Iterator[Peak]:
+def _limit_peak(limit: int | None, device: Device | str | None) -> Iterator[Peak]:
     __tracebackhide__ = True
     import torch
 
-    from lit_sparse_profiling.allocator import measured
-    from lit_sparse_profiling.reconcile import amount
+    from lit_sparse_profiling.allocator import measure_allocations
+    from lit_sparse_profiling.reconcile import format_bytes
 
     peak = Peak()
-    with measured(None if device is None else torch.device(device)) as found:
+    with measure_allocations(None if device is None else torch.device(device)) as found:
         yield peak
     peak._measured = found
     if limit is not None and found.requested > limit:
         raise AssertionError(
-            f"The block allocated {amount(found.requested)} ({found.requested:,} bytes) at its peak, and at most "
-            f"{amount(limit)} ({limit:,} bytes) were allowed; measured by: {found.method}."
+            f"The block allocated {format_bytes(found.requested)} ({found.requested:,} bytes) at its peak, and at most "
+            f"{format_bytes(limit)} ({limit:,} bytes) were allowed; measured by: {found.method}."
         )
 
 
 @pytest.fixture
 def peak_memory() -> Callable[..., AbstractContextManager[Peak]]:
     """Measures what a block allocates: `with peak_memory(at_most="50 MiB") as peak: step()`, then `peak.bytes`."""
-    return limited
+    return limit_peak
 
 
-def size(spelled: int | str) -> int:
+def parse_size(spelled: int | str) -> int:
     """Bytes of a size such as "50 MiB"; a number is bytes already.
 
     Raises:

@@ -74,7 +74,7 @@ def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
     return sentences
 
 
-def amount(size: int) -> str:
+def format_bytes(size: int) -> str:
     """Bytes in the largest unit of which there is at least one: 1536 is "1.50 KiB"."""
     if abs(size) < 1024:
         return f"{size} bytes"
@@ -111,19 +111,19 @@ def _add_allocator(lines: list[Line], record: RunRecord) -> None:
         return
     allocator = record.memory.allocator
     part = NOT_COUNTED if record.memory.held is None else RESIDUE
-    _rise(lines, part, "allocator requested", allocator.requested, note=allocator.method)
+    _append_total(lines, part, "allocator requested", allocator.requested, note=allocator.method)
     if allocator.allocated is not None:
-        _rise(lines, "rounding", "allocator allocated", allocator.allocated)
+        _append_total(lines, "rounding", "allocator allocated", allocator.allocated)
     if allocator.reserved is not None:
         split = allocator.inactive_split
-        of_which = "" if split is None else f"of which {amount(split)} are rests of split segments"
-        _rise(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
+        of_which = "" if split is None else f"of which {format_bytes(split)} are rests of split segments"
+        _append_total(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
 
 
 def _add_other_phases(lines: list[Line], record: RunRecord) -> None:
     highest = _highest_reserved(record)
     if highest is not None and (highest.peak_reserved or 0) > _sum(lines):
-        _rise(lines, ELSEWHERE, "reserved at most", highest.peak_reserved or 0, note=f"in {highest.name}")
+        _append_total(lines, ELSEWHERE, "reserved at most", highest.peak_reserved or 0, note=f"in {highest.name}")
 
 
 def _add_driver(lines: list[Line], record: RunRecord) -> None:
@@ -133,7 +133,7 @@ def _add_driver(lines: list[Line], record: RunRecord) -> None:
     if driver.context is not None:
         lines.append(Line(CONTEXT, driver.context))
     part = DRIVER_RESIDUE if driver.context is not None else CONTEXT_UNKNOWN
-    _rise(
+    _append_total(
         lines,
         part if _reserved_known(record) else ALLOCATOR_UNKNOWN,
         "process",
@@ -143,7 +143,7 @@ def _add_driver(lines: list[Line], record: RunRecord) -> None:
     lines.append(Line("foreign", driver.foreign, "most that others held on the device; no part of the process"))
 
 
-def _rise(lines: list[Line], part: str, total: str, size: int, note: str = "", part_note: str = "") -> None:
+def _append_total(lines: list[Line], part: str, total: str, size: int, note: str = "", part_note: str = "") -> None:
     """Append the total, and before it the part that it has beyond all parts so far."""
     lines.append(Line(part, size - _sum(lines), part_note))
     lines.append(Line(total, size, note, total=True))
@@ -174,12 +174,12 @@ def _residue(size: int, requested: int, limit: float) -> Iterator[str]:
     share = _share(size, requested)
     if share > limit:
         yield (
-            f"The allocator gave out {amount(size)} ({share:.1%} of its peak) more than was counted: usually "
+            f"The allocator gave out {format_bytes(size)} ({share:.1%} of its peak) more than was counted: usually "
             "workspaces inside of operations, or tensors that an extension holds."
         )
     elif share < -limit:
         yield (
-            f"{amount(-size)} ({-share:.1%} of the allocator's peak) more were counted than it gave out: usually "
+            f"{format_bytes(-size)} ({-share:.1%} of the allocator's peak) more were counted than it gave out: usually "
             "tensors in memory that is not its own, such as mapped weight files and arrays of other libraries."
         )
 
@@ -193,8 +193,8 @@ def _allocator(allocator: Allocator, limit: float) -> Iterator[str]:
     split, reserved = allocator.inactive_split, allocator.reserved
     if split is not None and reserved is not None and split > limit * reserved:
         yield (
-            f"{amount(split)} ({_share(split, reserved):.1%} of what the allocator reserved) are free rests of split "
-            "segments, which is fragmentation; PYTORCH_ALLOC_CONF=expandable_segments:True usually mends it."
+            f"{format_bytes(split)} ({_share(split, reserved):.1%} of what the allocator reserved) are free rests of "
+            "split segments, which is fragmentation; PYTORCH_ALLOC_CONF=expandable_segments:True usually mends it."
         )
     if allocator.retries:
         yield (
@@ -207,21 +207,21 @@ def _driver_residue(size: int, process: int, limit: float) -> Iterator[str]:
     share = _share(size, process)
     if share > limit:
         yield (
-            f"The driver says {amount(size)} ({share:.1%} of the process) more than the allocator reserved and the "
-            "CUDA context together: usually buffers of libraries (cuBLAS, NCCL), and kernels loaded late."
+            f"The driver says {format_bytes(size)} ({share:.1%} of the process) more than the allocator reserved and "
+            "the CUDA context together: usually buffers of libraries (cuBLAS, NCCL), and kernels loaded late."
         )
     elif share < -limit:
         yield (
-            f"The driver says {amount(-size)} ({-share:.1%} of the process) less than the allocator reserved and the "
-            "CUDA context together: its samples missed the peak, or the process was not fully attributed."
+            f"The driver says {format_bytes(-size)} ({-share:.1%} of the process) less than the allocator reserved "
+            "and the CUDA context together: its samples missed the peak, or the process was not fully attributed."
         )
 
 
 def _driver(driver: Driver) -> Iterator[str]:
     if driver.foreign > FOREIGN_LIMIT:
         yield (
-            f"Other processes held up to {amount(driver.foreign)} on {driver.device}: neither its speed nor its room "
-            "was all this run's."
+            f"Other processes held up to {format_bytes(driver.foreign)} on {driver.device}: neither its speed nor "
+            "its room was all this run's."
         )
     if driver.attribution == "device delta":
         yield (

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from lit_sparse_profiling.documents import finite, typed
+from lit_sparse_profiling.documents import parse_as, spell_nonfinite
 
 SCHEMA = 1
 """Raised when a record of the version before can no longer be read; a new field with a default does not raise it."""
@@ -384,8 +384,8 @@ class RunRecord:
             TypeError: if a value is none that JSON has (a tensor, a path); nothing is written then.
             ValueError: if a field holds what `read` would refuse; nothing is written then.
         """
-        document = json.dumps(finite(asdict(self)), indent=1, allow_nan=False) + "\n"
-        typed(json.loads(document), type(self), "record")
+        document = json.dumps(spell_nonfinite(asdict(self)), indent=1, allow_nan=False) + "\n"
+        parse_as(json.loads(document), type(self), "record")
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
         try:
@@ -417,6 +417,6 @@ class RunRecord:
                 "read it with the version that wrote it, or make the run again."
             )
         try:
-            return typed(document, cls, "record")
+            return parse_as(document, cls, "record")
         except ValueError as error:
             raise ValueError(f"{path} is no valid run record: {error}; correct it, or make the run again.") from error

@@ -17,11 +17,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_sparse_profiling.gate import check, save_baseline, share
+from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
-from lit_sparse_profiling.reconcile import amount, findings, reconcile, residue
+from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
 from lit_sparse_profiling.record import RunRecord, StateBytes
-from lit_sparse_profiling.run_folders import Runs, kind_of, likeness, method_of, name_of, peak_of, read_runs
+from lit_sparse_profiling.run_folders import (
+    Runs,
+    device_kind,
+    method_name,
+    peak_memory,
+    read_runs,
+    repetition_key,
+    run_name,
+)
 
 UNREADABLE = "unreadable"
 GIB = 2**30
@@ -51,7 +59,7 @@ def report(
     Raises:
         ValueError: if a path has no record, or the baseline or the tolerance cannot be read.
     """
-    allowed = share(tolerance)
+    allowed = parse_share(tolerance)
     read = read_runs([Path(run) for run in runs])
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     _print_runs(read, markdown, console)
@@ -127,7 +135,7 @@ def _layout(runs: Runs) -> tuple[str, list[_Column], list[_Row]]:
 def _rows(runs: Runs) -> list[_Row]:
     groups: dict[str, list[tuple[Path, RunRecord | str]]] = {}
     for file, record in runs:
-        key = str(file) if isinstance(record, str) else record.status + likeness(record)
+        key = str(file) if isinstance(record, str) else record.status + repetition_key(record)
         groups.setdefault(key, []).append((file, record))
     labels = [_label(group) for group in groups.values()]
     return [
@@ -138,8 +146,8 @@ def _rows(runs: Runs) -> list[_Row]:
 
 
 def _label(group: Runs) -> str:
-    name = name_of(*group[0])
-    return name if len(group) == 1 else f"{method_of(name)}\n({len(group)} runs)"
+    name = run_name(*group[0])
+    return name if len(group) == 1 else f"{method_name(name)}\n({len(group)} runs)"
 
 
 def _row(label: str, group: Runs) -> _Row:
@@ -164,24 +172,24 @@ def _trainable(row: _Row) -> str:
 def _numbers(records: list[RunRecord]) -> list[_Column]:
     columns = [
         _number("tokens/s", lambda r: r.throughput and r.throughput.tokens_per_second, ",.1f"),
-        _number("with\npadding", _padded, ",.1f"),
-        _number("median\nstep ms", lambda r: r.throughput and _times(r.throughput.median_step, 1e3), ".1f"),
+        _number("with\npadding", _padded_rate, ",.1f"),
+        _number("median\nstep ms", lambda r: r.throughput and _scale(r.throughput.median_step, 1e3), ".1f"),
         *map(_ratio, dict.fromkeys(record.pair.against for record in records if record.pair is not None)),
-        _number("peak GiB\nreserved", lambda r: _times(peak_of(r, "cuda"), 1 / GIB), ".2f"),
-        _number("peak GiB\nresident", lambda r: _times(peak_of(r, "cpu"), 1 / GIB), ".2f"),
-        _number("residue\n%", lambda r: _times(residue(r), 100), ".1f"),
+        _number("peak GiB\nreserved", lambda r: _scale(peak_memory(r, "cuda"), 1 / GIB), ".2f"),
+        _number("peak GiB\nresident", lambda r: _scale(peak_memory(r, "cpu"), 1 / GIB), ".2f"),
+        _number("residue\n%", lambda r: _scale(residue(r), 100), ".1f"),
         _number("select.\ns", _selection_seconds, ".1f"),
-        _number("select.\npeak GiB", lambda r: _times(peak_of(r, kind_of(r), "selection"), 1 / GIB), ".2f"),
+        _number("select.\npeak GiB", lambda r: _scale(peak_memory(r, device_kind(r), "selection"), 1 / GIB), ".2f"),
         _number("J/step", _joules_per_step, ".1f"),
-        _number("utiliz.\n%", lambda r: _times(r.utilization, 100), ".1f"),
+        _number("utiliz.\n%", lambda r: _scale(r.utilization, 100), ".1f"),
     ]
-    for loss in dict.fromkeys(_loss(record) for record in records):
+    for loss in dict.fromkeys(_loss_name(record) for record in records):
         for moment in ("before", "after") if loss else ():
             columns.append(_number(f"{loss}\n{moment}".replace("_", "\n"), _outcome(moment, str(loss)), ".3f"))
     return columns
 
 
-def _padded(record: RunRecord) -> float | None:
+def _padded_rate(record: RunRecord) -> float | None:
     """Token positions a second, where some are padding."""
     throughput = record.throughput
     if throughput is None or throughput.tokens == throughput.padded_tokens:
@@ -209,15 +217,15 @@ def _spread(values: list[float], form: str) -> str:
         return ""
     if any(map(math.isnan, values)):
         return "nan"
-    low, median, high = (_spelled(value, form) for value in (min(values), statistics.median(values), max(values)))
+    low, median, high = (_format_number(value, form) for value in (min(values), statistics.median(values), max(values)))
     return f"{median}\n[{low},\n{high}]" if low != high else median
 
 
-def _spelled(value: float, form: str) -> str:
+def _format_number(value: float, form: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{form}}"
 
 
-def _times(value: float | None, factor: float) -> float | None:
+def _scale(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
@@ -231,7 +239,7 @@ def _joules_per_step(record: RunRecord) -> float | None:
     return record.driver.joules / record.throughput.steps
 
 
-def _loss(record: RunRecord) -> str | None:
+def _loss_name(record: RunRecord) -> str | None:
     """The first metric of the run that is a loss."""
     names = [name for moment in ("after", "before") for name in record.outcome.get(moment, {})]
     return next((name for name in names if name.endswith("loss")), None)
@@ -257,7 +265,7 @@ def details(record: RunRecord) -> Table:
     out.add_column("", justify="right", no_wrap=True)
     out.add_column("note", overflow="fold", max_width=60)
     for line in lines:
-        cells = (line.name, f"{line.bytes:,}", amount(line.bytes), line.note)
+        cells = (line.name, f"{line.bytes:,}", format_bytes(line.bytes), line.note)
         out.add_row(*map(Text, cells), style="bold" if line.total else None, end_section=line.total)
     out.caption = Text("\n".join(sentences or ["Nothing of note: the ledgers add up."]), justify="left")
     return out
@@ -271,11 +279,11 @@ def share_map(share: dict[str, dict[str, float]]) -> Table:
     for header in ("layer", *roles):
         out.add_column(Text(header), justify="right", no_wrap=True)
     for layer, parts in share.items():
-        out.add_row(Text(layer), *(_shaded(parts.get(role, 0.0), most) for role in roles))
+        out.add_row(Text(layer), *(_shade(parts.get(role, 0.0), most) for role in roles))
     return out
 
 
-def _shaded(part: float, most: float) -> Text:
+def _shade(part: float, most: float) -> Text:
     if not part:
         return Text("-", style="dim")
     strength = round(215 * (1 - part / most))  # of white, so that the largest share is the darkest
@@ -307,21 +315,21 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
 def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
     """What the table has no room for: why a run did not end well, and whether its details are worth a look."""
     if isinstance(record, str):
-        yield f"{name_of(file, record)}: {UNREADABLE}: {record}"
+        yield f"{run_name(file, record)}: {UNREADABLE}: {record}"
         return
     if record.reason is not None:
         yield f"{record.name}: {record.status}: {record.reason}"
     if alone and record.states:
-        yield states(record.states)
+        yield describe_states(record.states)
     count = len(findings(record))
     if count and not alone:
         yield f"{record.name}: {count} of its memory figures are not as they should be; report {file.parent} alone."
 
 
-def states(noted: list[StateBytes]) -> str:
+def describe_states(noted: list[StateBytes]) -> str:
     """Whether optimizer and strategy state grew as the trainable set changed, in a sentence."""
     held = [state.optimizer + state.strategy for state in noted]
-    low, high = amount(min(held)), amount(max(held))
+    low, high = format_bytes(min(held)), format_bytes(max(held))
     course = f"{low} each time" if min(held) == max(held) else f"{low} to {high}"
     return f"State of optimizer and strategies, noted {len(held)} times, after each change of what trains: {course}."
 

@@ -53,10 +53,10 @@ def _record_files(path: Path) -> list[Path]:
     found = [*path.glob(f"*/{RECORD}"), *path.glob(f"*/*/{RECORD}")]
     if not found:
         raise ValueError(f"{path} was given, but there is no {RECORD} in it or two folders deep; give a run's folder.")
-    return sorted(found, key=_natural)
+    return sorted(found, key=_natural_key)
 
 
-def _natural(path: Path) -> list[str | int]:
+def _natural_key(path: Path) -> list[str | int]:
     words = re.split(r"(\d+)", str(path))
     return [int(word) if i % 2 else word for i, word in enumerate(words)]
 
@@ -68,38 +68,40 @@ def _read(file: Path) -> RunRecord | str:
         return str(error)
 
 
-def name_of(file: Path, record: RunRecord | str) -> str:
+def run_name(file: Path, record: RunRecord | str) -> str:
     if isinstance(record, RunRecord):
         return record.name
     return file.resolve().parent.name if file.name == RECORD else file.stem
 
 
-def method_of(name: str) -> str:
+def method_name(name: str) -> str:
     """A run's name without its number."""
     return re.sub(r"-\d+$", "", name)
 
 
-def likeness(record: RunRecord) -> str:
+def repetition_key(record: RunRecord) -> str:
     """What runs have in common that are repetitions of one another."""
     device, model = record.device, record.model
     where = None if device is None else [device.kind, device.name, device.cores]
     what = None if model is None else [model.base, model.parameters]
-    return json.dumps([method_of(record.name), where, what, _seedless(record.settings)], sort_keys=True, default=repr)
+    return json.dumps(
+        [method_name(record.name), where, what, _without_seeds(record.settings)], sort_keys=True, default=repr
+    )
 
 
-def _seedless(settings: Any) -> Any:
+def _without_seeds(settings: Any) -> Any:
     if isinstance(settings, dict):
-        return {key: _seedless(item) for key, item in settings.items() if key not in ("seed", "seed_everything")}
-    return [_seedless(item) for item in settings] if isinstance(settings, list) else settings
+        return {key: _without_seeds(item) for key, item in settings.items() if key not in ("seed", "seed_everything")}
+    return [_without_seeds(item) for item in settings] if isinstance(settings, list) else settings
 
 
-def kind_of(record: RunRecord) -> str:
+def device_kind(record: RunRecord) -> str:
     return "cpu" if record.device is None else record.device.kind
 
 
-def peak_of(record: RunRecord, kind: str, phase: str | None = None) -> int | None:
+def peak_memory(record: RunRecord, kind: str, phase: str | None = None) -> int | None:
     """The highest peak of a run, or of one of its phases: reserved on a GPU, resident elsewhere."""
-    if kind != kind_of(record):
+    if kind != device_kind(record):
         return None
     if phase is None and kind == "cpu" and record.memory is not None and record.memory.peak_resident is not None:
         return record.memory.peak_resident  # the profiler's own tools, which examine a step, are not in it

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lit_sparse_profiling.paired import Player, pair_of, play
+from lit_sparse_profiling.paired import PairedRun, compare_rounds, interleave
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.run_folders import folders, next_folder
 
@@ -25,10 +25,10 @@ RECORD, JOB, LOG = "record.json", "bench.json", "log.txt"
 REFUSAL = re.compile(r"^lit-sparse: (.+)$", re.MULTILINE)
 REFUSED = 2
 """Exit status of a process that refused its input, and said why in a last line that begins with `lit-sparse: `."""
-FINAL: tuple[Status, ...] = ("ok", "oom", "refused")
+FINAL_STATUSES: tuple[Status, ...] = ("ok", "oom", "refused")
 """What is a result; a run that failed is made again."""
-DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
-ROOT = "--trainer.default_root_dir="
+PR_SET_PDEATHSIG = 1  # PR_SET_PDEATHSIG
+ROOT_OPTION = "--trainer.default_root_dir="
 """The word of a command that says where it makes its folder."""
 
 
@@ -56,7 +56,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Repeat:
     """The `number`-th run (from 1) of a job; `folder` is there if it was made earlier."""
 
     job: Job
@@ -64,20 +64,20 @@ class Turn:
     folder: Path | None
 
 
-def turns(jobs: Sequence[Job], root: Path, repeat: int) -> list[Turn]:
+def plan_repeats(jobs: Sequence[Job], root: Path, repeat: int) -> list[Repeat]:
     """What there is to do, and what is done: all jobs once, then all of them again, so that drift meets all alike."""
-    done = {job.identity: finished(root, job) for job in jobs}
+    done = {job.identity: finished_runs(root, job) for job in jobs}
     return [
-        Turn(job, number, done[job.identity][number - 1] if number <= len(done[job.identity]) else None)
+        Repeat(job, number, done[job.identity][number - 1] if number <= len(done[job.identity]) else None)
         for number in range(1, repeat + 1)
         for job in jobs
     ]
 
 
-def finished(root: Path, job: Job) -> list[Path]:
+def finished_runs(root: Path, job: Job) -> list[Path]:
     """The folders of this very job's runs that have a result, oldest first."""
     ours = [folder for folder in folders(root, job.name) if _identity(folder) == job.identity]
-    return [folder for folder in ours if (record := _record(folder)) is not None and record.status in FINAL]
+    return [folder for folder in ours if (record := _record(folder)) is not None and record.status in FINAL_STATUSES]
 
 
 def _identity(folder: Path) -> str | None:
@@ -108,26 +108,26 @@ def execute(job: Job, root: Path, limit: float | None = None, tick: Callable[[],
     root.mkdir(parents=True, exist_ok=True)
     deadline = None if limit is None else time.monotonic() + limit
     if job.against is None:
-        code, rounds = _wait(job.command, log, deadline, tick), []
+        code, rounds = _run_until(job.command, log, deadline, tick), []
     else:
-        code, rounds = _in_turn(job, job.against, log, deadline, tick)
+        code, rounds = _run_interleaved(job, job.against, log, deadline, tick)
     folder.mkdir(exist_ok=True)  # the process made it, unless it failed before
     os.replace(log, folder / LOG)
     record = _record(folder)
     if record is None:
-        status, reason = verdict(code, (folder / LOG).read_text(encoding="utf-8", errors="replace"), limit)
+        status, reason = diagnose(code, (folder / LOG).read_text(encoding="utf-8", errors="replace"), limit)
         RunRecord(name=folder.name, status=status, reason=reason).write(folder / RECORD)
     elif job.against is not None:
-        _compared(record, job.against.name, rounds).write(folder / RECORD)
+        _with_pair(record, job.against.name, rounds).write(folder / RECORD)
     (folder / JOB).write_text(json.dumps({"identity": job.identity, "command": job.command}), encoding="utf-8")
     return folder
 
 
-def _wait(command: Sequence[str], log: Path, deadline: float | None, tick: Callable[[], None]) -> int | None:
+def _run_until(command: Sequence[str], log: Path, deadline: float | None, tick: Callable[[], None]) -> int | None:
     """The exit status of `command`; None if it was killed at the deadline."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=ends_with_parent()
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, preexec_fn=parent_death_hook()
         )
         try:
             while process.poll() is None:
@@ -142,30 +142,30 @@ def _wait(command: Sequence[str], log: Path, deadline: float | None, tick: Calla
                 process.wait()
 
 
-def _in_turn(
+def _run_interleaved(
     job: Job, against: Job, log: Path, deadline: float | None, tick: Callable[[], None]
 ) -> tuple[int | None, list[tuple[float, float]]]:
     """The exit status of the job, and seconds of its steps and of the other's in each round."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [word if not word.startswith(ROOT) else f"{ROOT}{scratch}" for word in against.command]
-        player = Player(job.command, log, preexec_fn=ends_with_parent())
+        command = [word if not word.startswith(ROOT_OPTION) else f"{ROOT_OPTION}{scratch}" for word in against.command]
+        player = PairedRun(job.command, log, preexec_fn=parent_death_hook())
         try:
-            other = partial(Player, command, Path(scratch, "log.txt"), preexec_fn=ends_with_parent())
-            rounds = play(player, other, deadline, tick)
+            other = partial(PairedRun, command, Path(scratch, "log.txt"), preexec_fn=parent_death_hook())
+            rounds = interleave(player, other, deadline, tick)
         finally:
             code = player.end(deadline, tick)
     return code, rounds
 
 
-def _compared(record: RunRecord, against: str, rounds: Sequence[tuple[float, float]]) -> RunRecord:
+def _with_pair(record: RunRecord, against: str, rounds: Sequence[tuple[float, float]]) -> RunRecord:
     """The record with what its steps took of the other's; with a note where no steps took turns."""
     if rounds:
-        return replace(record, pair=pair_of(against, rounds))
+        return replace(record, pair=compare_rounds(against, rounds))
     note = f"No step took turns with one of {against}: one of the two runs ended before its first timed step."
     return replace(record, notes=[*record.notes, note])
 
 
-def ends_with_parent() -> Callable[[], object] | None:
+def parent_death_hook() -> Callable[[], object] | None:
     """On Linux, for subprocess's `preexec_fn`: a process that lost its bench ends too.
 
     Otherwise it would hold the device while the next bench measures.
@@ -175,14 +175,14 @@ def ends_with_parent() -> Callable[[], object] | None:
     libc, bench = ctypes.CDLL(None), os.getpid()  # loaded here: not to be done between fork and exec
 
     def end_with_bench() -> None:
-        libc.prctl(DIE_WITH_PARENT, signal.SIGKILL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != bench:  # it ended before it was listened for
             os._exit(1)
 
     return end_with_bench
 
 
-def verdict(code: int | None, log: str, limit: float | None) -> tuple[Status, str]:
+def diagnose(code: int | None, log: str, limit: float | None) -> tuple[Status, str]:
     """How a process ended that left no whole record, and why, in a sentence."""
     refusals = REFUSAL.findall(log)
     lines = [line for line in log.splitlines() if line.strip()]
@@ -196,7 +196,7 @@ def verdict(code: int | None, log: str, limit: float | None) -> tuple[Status, st
     return "failed", f"exit status {code} without a whole record; the log ends: {lines[-1] if lines else '(empty)'}"
 
 
-def sources(folders: Sequence[Path]) -> str:
+def hash_sources(folders: Sequence[Path]) -> str:
     """A hash of the Python files in these folders: a changed program measures something else."""
     digest = hashlib.sha256()
     for path in _python_files(folders):

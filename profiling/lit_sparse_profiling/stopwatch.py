@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEPS_HELD = 512
+MAX_STAMPS = 512
 """Time stamps kept before they are read: reading them waits for the device, once."""
 
 
@@ -30,7 +30,7 @@ class Stopwatch:
     def stamp(self) -> None:
         """Open a window, or end a step in it."""
         self._stamps.append(self._now())
-        if len(self._stamps) > STEPS_HELD:
+        if len(self._stamps) > MAX_STAMPS:
             last = self._stamps[-1]
             self.close()
             self._stamps = [last]

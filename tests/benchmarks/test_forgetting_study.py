@@ -219,12 +219,12 @@ def written(write: Write, changes: dict[str, Any]) -> Path:
 
 def test_what_is_recorded_on_is_not_scored(write: Write) -> None:
     study = read(write())
-    seen = {sources.digest(row) for row in rows_of(str(forgetting.write_text(study, Path("runs"))), "text")}
+    seen = {sources.row_digest(row) for row in rows_of(str(forgetting.write_text(study, Path("runs"))), "text")}
     callback = Forgetting(**SCORED)
     scored: set[str] = forgetting.scored_rows(study.table.workload)
     assert len(seen) == 12
     assert len(scored) == callback.rows
-    assert scored == set(sorted(sources.digest(row) for row in rows_of("text.jsonl", "text"))[:8])
+    assert scored == set(sorted(sources.row_digest(row) for row in rows_of("text.jsonl", "text"))[:8])
     assert not seen & scored
 
 

@@ -119,7 +119,7 @@ def test_true_and_false_are_the_same_classes_in_each_format(tmp_path):
 def test_classes_are_numbered_anew(tmp_path):
     data = labelled(tmp_path / "rows.jsonl", ROWS)
     before = {name: [data.label_names[one.label] for one in rows] for name, rows in data.examples.items()}
-    data.number(["2", "0", "1"])
+    data.renumber(["2", "0", "1"])
     assert data.label_names == ["2", "0", "1"]
     assert {name: [data.label_names[one.label] for one in rows] for name, rows in data.examples.items()} == before
 

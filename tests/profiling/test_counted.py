@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from lit_sparse_profiling.allocator import measured
+from lit_sparse_profiling.allocator import measure_allocations
 from lit_sparse_profiling.counted import TEMPORARY, Counter
 from lit_sparse_profiling.record import Held, Ledger
 
@@ -232,7 +232,7 @@ def test_a_step_with_large_activations_holds_most_in_its_backward() -> None:
     moments = (2 * WEIGHTS + 4) * F32  # and AdamW's own count of steps, one for each of four parameters
     ledger = Ledger(WEIGHTS * F32, gradients=(4 * 2 + 2) * F32, optimizer=moments, strategy=7 * F32)
     temporaries = (2 * MANY * 4 + 2) * F32
-    assert counter.held() == Held(ledger, MANY * 3 * F32, MANY * 4 * F32, temporaries, "backward")
+    assert counter.at_peak() == Held(ledger, MANY * 3 * F32, MANY * 4 * F32, temporaries, "backward")
 
 
 def test_a_step_with_large_weights_holds_most_in_its_optimizer() -> None:
@@ -245,7 +245,7 @@ def test_a_step_with_large_weights_holds_most_in_its_optimizer() -> None:
         train(net, optimizer, x, counter)
     trained = (64 * 128 + 128 + 128 * 32 + 32) * F32
     ledger = Ledger(trained, frozen=33 * F32, gradients=trained, optimizer=2 * trained + 4 * F32)
-    assert counter.held() == Held(ledger, x.nbytes, 0, (2 * 64 * 128 + 1) * F32, "optimizer step")
+    assert counter.at_peak() == Held(ledger, x.nbytes, 0, (2 * 64 * 128 + 1) * F32, "optimizer step")
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -256,9 +256,9 @@ def test_the_count_is_the_allocators_to_the_byte(momentum: float, sizes: tuple[i
     net = nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2]))
     x, optimizer = torch.randn(rows, sizes[0]), SGD(net.parameters(), 0.1, momentum=momentum)
     train(net, optimizer, x)
-    with measured(CPU) as allocator, Counter(net, optimizer, batch=x) as counter:
+    with measure_allocations(CPU) as allocator, Counter(net, optimizer, batch=x) as counter:
         train(net, optimizer, x)
-    assert counter.held().total - counter.start == allocator.requested > 0
+    assert counter.at_peak().total - counter.start == allocator.requested > 0
     assert allocator.left == 0
     assert sum(counter.now.values()) == counter.start
 
@@ -266,7 +266,7 @@ def test_the_count_is_the_allocators_to_the_byte(momentum: float, sizes: tuple[i
 def test_a_phase_that_nobody_told_has_no_name_of_one() -> None:
     with Counter(linear_net()) as counter:
         torch.ones(ROWS)
-    assert counter.held().phase == "course"
+    assert counter.at_peak().phase == "course"
 
 
 def test_gradients_count_as_such_until_they_are_gone() -> None:

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import lit_sparse_kernels
 from lit_sparse_profiling.ceilings import Ceilings
-from lit_sparse_profiling.events import OURS, Event, covered, read, summed
-from lit_sparse_profiling.kernel_times import WINDOW, KernelProfile, shortened, table
+from lit_sparse_profiling.events import OURS, Event, busy_nanoseconds, read, summarize
+from lit_sparse_profiling.kernel_times import WINDOW, KernelProfile, shorten_name, table
 from lit_sparse_profiling.opcounts import OpCount, OpCounts
 from lit_sparse_profiling.record import Kernel, Kernels
 
@@ -39,7 +39,7 @@ def counted(**ops: OpCount) -> OpCounts:
 def sums(
     events: list[Event], counts: OpCounts | None = None, steps: int = 1, cuda: bool = True, **rest: Any
 ) -> Kernels:
-    return summed(events, steps, counts, BEST, torch.float32, cuda=cuda, **rest)
+    return summarize(events, steps, counts, BEST, torch.float32, cuda=cuda, **rest)
 
 
 def by_name(kernels: Kernels) -> dict[tuple[str, str], Kernel]:
@@ -157,7 +157,7 @@ def test_what_was_before_and_after_the_steps_does_not_count() -> None:
 )
 def test_overlapping_streams_count_once(spans: list[tuple[int, int]], expected: int) -> None:
     events = [Event("device", "k", lane, *span) for lane, span in enumerate(spans)]
-    assert covered(events, START) == expected
+    assert busy_nanoseconds(events, START) == expected
 
 
 def test_a_gpu_without_kernels_and_a_trace_without_steps_are_refused() -> None:
@@ -409,9 +409,9 @@ def test_the_table_of_a_gpu_names_ops() -> None:
 
 
 def test_names_are_shortened() -> None:
-    assert shortened("aten::mm") == "aten::mm"
-    assert shortened("void (anonymous namespace)::f<at::Half>(int)") == "f<Half>(int)"
-    assert shortened("x" * 50, 10) == "x" * 9 + "…"
+    assert shorten_name("aten::mm") == "aten::mm"
+    assert shorten_name("void (anonymous namespace)::f<at::Half>(int)") == "f<Half>(int)"
+    assert shorten_name("x" * 50, 10) == "x" * 9 + "…"
 
 
 # ---- the real thing

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_sparse_profiling import memory
-from lit_sparse_profiling.memory import ResidentMemory, return_freed
+from lit_sparse_profiling.memory import ResidentMemory, trim_heap
 
 MIB = 2**20
 BLOCK = 64 * MIB
@@ -111,7 +111,7 @@ def test_a_process_does_not_inherit_the_peak_of_the_one_that_started_it(
 def test_freed_memory_is_returned() -> None:
     kept = [bytearray(2000) for _ in range(100_000)][::1000]  # here and there, so that glibc keeps what is between them
     before = ResidentMemory().current()
-    return_freed()
+    trim_heap()
     after = ResidentMemory().current()
     assert before is not None
     assert after is not None

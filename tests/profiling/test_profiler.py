@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lit_sparse_profiling import phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
-from lit_sparse_profiling.counted import COURSE
+from lit_sparse_profiling.counted import UNNAMED_PHASE
 from lit_sparse_profiling.nvml import NVML
-from lit_sparse_profiling.profiler import ATTEMPTS, Plan, Profiler, opened
+from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Plan, Profiler, open_nvml
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
@@ -230,7 +230,7 @@ def test_between_the_phases_a_step_is_in_its_course() -> None:
                 with found.phase("forward"):
                     model(**batch)
                 torch.ones(MIB)
-    assert found.record("course").memory.held.phase == COURSE
+    assert found.record("course").memory.held.phase == UNNAMED_PHASE
 
 
 def test_the_trace_is_written(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_evaluation_in_the_middle_of_a_step_of_any_stage(amid: int) -> None:
 
 def test_what_always_falls_apart_is_given_up_with_a_sentence() -> None:
     loop = Loop(Plan(warmup=0, profiled=0, timed=2))
-    for _ in range(ATTEMPTS + 2):
+    for _ in range(MAX_ATTEMPTS + 2):
         assert not loop.profiler.done
         loop.step()
         loop.profiler.pause()
@@ -364,12 +364,12 @@ def test_what_always_falls_apart_is_given_up_with_a_sentence() -> None:
     record = loop.record()
     assert record.memory.held is None
     (note,) = record.notes
-    assert note.startswith(f"Memory was not counted: in {ATTEMPTS} attempts evaluation or saving came in between")
+    assert note.startswith(f"Memory was not counted: in {MAX_ATTEMPTS} attempts evaluation or saving came in between")
 
 
 def test_kernels_that_are_always_interrupted_are_given_up_too() -> None:
     loop = Loop(Plan(0, False, 1))
-    loop.steps(ATTEMPTS, loop.profiler.pause)
+    loop.steps(MAX_ATTEMPTS, loop.profiler.pause)
     loop.step()
     record = loop.record()
     assert (record.kernels, record.throughput.steps) == (None, 1)
@@ -534,7 +534,7 @@ def test_batches_that_tell_nothing_have_no_tokens() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 8, 11])
 def test_more_steps_than_are_held_are_folded(steps: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "STEPS_HELD", 4)
+    monkeypatch.setattr(stopwatch, "MAX_STAMPS", 4)
     loop = Loop(Plan(0, False, 0))
     for number in range(steps):
         loop.step(clock.takes(2.0**number))
@@ -666,7 +666,7 @@ def test_the_stopwatch_waits_once_a_window(card: Card, monkeypatch: pytest.Monke
     assert (card.waits, card.synchronised) == (2, 0)
     watch.close()
     assert card.waits == 2
-    monkeypatch.setattr(stopwatch, "STEPS_HELD", 2)
+    monkeypatch.setattr(stopwatch, "MAX_STAMPS", 2)
     for _ in range(6):
         watch.stamp()
     assert card.waits == 2 + 2
@@ -762,7 +762,7 @@ def test_a_machine_without_nvml_says_so_and_trains(card: Card, fake: FakeNVML) -
 
 def test_a_cpu_has_no_nvml() -> None:
     notes: list[str] = []
-    assert opened(torch.device("cpu"), notes) is None
+    assert open_nvml(torch.device("cpu"), notes) is None
     assert notes == []
 
 

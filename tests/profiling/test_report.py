@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_sparse_profiling import gate as gate_file
-from lit_sparse_profiling.gate import check, save_baseline, share
+from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.record import (
     Allocator,
     Device,
@@ -468,13 +468,13 @@ def test_a_baseline_that_is_not_a_number_lets_nothing_pass(baseline: Path) -> No
     ("text", "value"), [("5%", 0.05), ("0.05", 0.05), (" 2.5 % ", 0.025), ("0", 0.0), (".5", 0.5), ("150%", 1.5)]
 )
 def test_shares_are_read(text: str, value: float) -> None:
-    assert share(text) == value
+    assert parse_share(text) == value
 
 
 @pytest.mark.parametrize("text", ["5", "1", "-5%", "", "%", "nan", "inf", "1e-2", "five", "5%%"])
 def test_what_is_no_share_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"A tolerance of .* was asked for, but it is a share; write it as 5% or as 0"):
-        share(text)
+        parse_share(text)
 
 
 # ---- the verb

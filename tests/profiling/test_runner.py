@@ -17,7 +17,7 @@ import pytest
 from lit_sparse_profiling import runner
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.run_folders import folders, next_folder
-from lit_sparse_profiling.runner import Job, execute, finished, sources, turns
+from lit_sparse_profiling.runner import Job, execute, finished_runs, hash_sources, plan_repeats
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(runner.__file__).parents[1])}
@@ -52,7 +52,7 @@ def job(root: Path, name: str = "a", body: str = "record()", **settings: str) ->
 
 def make(jobs: list[Job], root: Path, repeat: int = 1) -> list[str]:
     """Make what is missing; the names of the folders made, in their order."""
-    return [execute(turn.job, root).name for turn in turns(jobs, root, repeat) if turn.folder is None]
+    return [execute(turn.job, root).name for turn in plan_repeats(jobs, root, repeat) if turn.folder is None]
 
 
 def made(body: str, root: Path, limit: float | None = None) -> RunRecord:
@@ -147,7 +147,7 @@ def test_a_bench_that_is_broken_off_ends_its_process(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         execute(job(tmp_path, body="record(); hold()"), tmp_path, tick=interrupt)
     assert is_dead(int(pid.read_text()))
-    assert finished(tmp_path, job(tmp_path, body="record(); hold()")) == []
+    assert finished_runs(tmp_path, job(tmp_path, body="record(); hold()")) == []
 
 
 # ---- turns
@@ -156,14 +156,14 @@ def test_a_bench_that_is_broken_off_ends_its_process(tmp_path):
 def test_all_take_turns_and_what_is_done_stays(tmp_path):
     jobs = [job(tmp_path, name) for name in "abc"]
     assert make(jobs[1:2], tmp_path) == ["b-1"]
-    plan = [(turn.job.name, turn.number, turn.folder and turn.folder.name) for turn in turns(jobs, tmp_path, 2)]
+    plan = [(turn.job.name, turn.number, turn.folder and turn.folder.name) for turn in plan_repeats(jobs, tmp_path, 2)]
     assert plan == [("a", 1, None), ("b", 1, "b-1"), ("c", 1, None), ("a", 2, None), ("b", 2, None), ("c", 2, None)]
     before = stamps(tmp_path / "b-1")
     assert make(jobs, tmp_path, 2) == ["a-1", "c-1", "a-2", "b-2", "c-2"]
     assert stamps(tmp_path / "b-1") == before
     assert make(jobs, tmp_path, 2) == []
     assert make(jobs, tmp_path, 3) == ["a-3", "b-3", "c-3"]
-    assert [turn.folder.name for turn in turns(jobs, tmp_path, 1)] == ["a-1", "b-1", "c-1"]
+    assert [turn.folder.name for turn in plan_repeats(jobs, tmp_path, 1)] == ["a-1", "b-1", "c-1"]
 
 
 def test_what_failed_is_made_again_and_what_ended_otherwise_is_not(tmp_path):
@@ -190,14 +190,14 @@ CHANGED: dict[str, Callable[[Job], Job]] = {
 def test_runs_of_something_else_do_not_count(tmp_path, change):
     one = job(tmp_path, code="1")
     assert make([one], tmp_path) == ["a-1"]
-    assert [turn.folder for turn in turns([change(one)], tmp_path, 1)] == [None]
+    assert [turn.folder for turn in plan_repeats([change(one)], tmp_path, 1)] == [None]
     assert make([job(tmp_path, code="1")], tmp_path) == []
 
 
 def test_runs_of_something_else_get_further_numbers(tmp_path):
     jobs = [job(tmp_path, code=version) for version in "12"]
     assert make(jobs, tmp_path, 2) == ["a-1", "a-2", "a-3", "a-4"]
-    assert [[path.name for path in finished(tmp_path, one)] for one in jobs] == [["a-1", "a-3"], ["a-2", "a-4"]]
+    assert [[path.name for path in finished_runs(tmp_path, one)] for one in jobs] == [["a-1", "a-3"], ["a-2", "a-4"]]
 
 
 def test_folders_are_told_by_name_and_ordered_by_number(tmp_path):
@@ -220,12 +220,12 @@ def test_a_truncated_file_makes_no_result(tmp_path, file):
     whole = (tmp_path / "a-1" / file).read_bytes()
     for length in range(len(whole.rstrip())):
         (tmp_path / "a-1" / file).write_bytes(whole[:length])
-        assert finished(tmp_path, one) == []
+        assert finished_runs(tmp_path, one) == []
     (tmp_path / "a-1" / file).unlink()
-    assert finished(tmp_path, one) == []
+    assert finished_runs(tmp_path, one) == []
     assert make([one], tmp_path) == ["a-2"]
     (tmp_path / "a-1" / file).write_bytes(whole)
-    assert [path.name for path in finished(tmp_path, one)] == ["a-1", "a-2"]
+    assert [path.name for path in finished_runs(tmp_path, one)] == ["a-1", "a-2"]
 
 
 FOREIGN = ["[]", '"identity"', "null", "3", "{}", '{"identity": null}', '{"identity": ["x"]}', '{"loss": 1.0}', "\0"]
@@ -237,7 +237,7 @@ def test_a_foreign_file_makes_no_result(tmp_path, file, text):
     one = job(tmp_path)
     make([one], tmp_path)
     (tmp_path / "a-1" / file).write_text(text, encoding="utf-8")
-    assert finished(tmp_path, one) == []
+    assert finished_runs(tmp_path, one) == []
 
 
 def test_a_record_alone_is_no_result_nor_is_a_file_in_a_folder_s_place(tmp_path):
@@ -266,7 +266,7 @@ time.sleep = lambda seconds: sleep(seconds / 20)
 root, jobs, file, line = pathlib.Path(sys.argv[1]), [runner.Job(*job) for job in json.loads(sys.argv[2])], *sys.argv[3:]
 if file:
     sys.settrace(killed_at)
-for turn in runner.turns(jobs, root, 1):
+for turn in runner.plan_repeats(jobs, root, 1):
     if turn.folder is None:
         runner.execute(turn.job, root)
 """
@@ -301,17 +301,17 @@ def test_a_killed_bench_loses_the_run_under_way_and_no_other(tmp_path, held, bod
     assert bench_.wait(SECONDS) == -signal.SIGKILL
     wait_for(lambda: is_dead(int(pid.read_text())))
     (tmp_path / "hold").unlink()
-    before = {path: stamps(path) for one in jobs for path in finished(tmp_path, one)}
+    before = {path: stamps(path) for one in jobs for path in finished_runs(tmp_path, one)}
     assert len(before) == len(jobs) - len(missing)
     assert make(jobs, tmp_path) == missing
     assert {path: stamps(path) for path in before} == before
     assert make(jobs, tmp_path) == []
-    assert all(RunRecord.read(finished(tmp_path, one)[0] / "record.json").status == "ok" for one in jobs)
+    assert all(RunRecord.read(finished_runs(tmp_path, one)[0] / "record.json").status == "ok" for one in jobs)
 
 
 def test_a_bench_killed_before_its_first_run_loses_nothing(tmp_path):
     jobs = [job(tmp_path, name) for name in "ab"]
-    assert started(jobs, tmp_path, *lines_of(turns)[0]).wait(SECONDS) == -signal.SIGKILL
+    assert started(jobs, tmp_path, *lines_of(plan_repeats)[0]).wait(SECONDS) == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
     assert make(jobs, tmp_path) == ["a-1", "b-1"]
 
@@ -329,8 +329,8 @@ def lines_of(function: Callable[..., object]) -> list[tuple[str, int]]:
 
 
 SWEPT = {
-    "ok": ("record()", [execute, runner._wait]),
-    "refused": ("print('lit-sparse: no.'); sys.exit(2)", [execute, runner._record, runner.verdict, RunRecord.write]),
+    "ok": ("record()", [execute, runner._run_until]),
+    "refused": ("print('lit-sparse: no.'); sys.exit(2)", [execute, runner._record, runner.diagnose, RunRecord.write]),
 }
 
 
@@ -350,12 +350,12 @@ def was_killed(folder: Path, status: str, file: str, line: int) -> bool:
     assert make(jobs[:1], root) == ["a-1"]
     before = stamps(root / "a-1")
     code = started(jobs, root, file, line).wait(SECONDS)
-    noted = [path.name for path in finished(root, jobs[1])]
+    noted = [path.name for path in finished_runs(root, jobs[1])]
     assert (code, noted) in [(0, ["b-1"]), (-signal.SIGKILL, ["b-1"]), (-signal.SIGKILL, [])]
     assert len(make(jobs, root)) == 1 - len(noted)
-    (result,) = finished(root, jobs[1])
+    (result,) = finished_runs(root, jobs[1])
     assert RunRecord.read(result / "record.json").status == status
-    assert finished(root, jobs[0]) == [root / "a-1"]
+    assert finished_runs(root, jobs[0]) == [root / "a-1"]
     assert stamps(root / "a-1") == before
     return code != 0
 
@@ -365,7 +365,7 @@ def test_a_process_whose_bench_ended_before_it_began_ends_too():
     code = """
 import os, sys
 from lit_sparse_profiling import runner
-begin = runner.ends_with_parent()
+begin = runner.parent_death_hook()
 if os.fork() == 0:
     if os.fork() == 0:  # its parent is not the bench, as after the bench's end
         begin()
@@ -385,12 +385,12 @@ else:
 def test_sources_change_with_names_and_contents_of_python_files_only(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "x.py").write_text("1")
-    first = sources([tmp_path])
+    first = hash_sources([tmp_path])
     (tmp_path / "x.yaml").write_text("2")
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "y.py").write_text("3")
-    assert sources([tmp_path]) == first
+    assert hash_sources([tmp_path]) == first
     (tmp_path / "inner" / "x.py").write_text("4")
-    second = sources([tmp_path])
+    second = hash_sources([tmp_path])
     (tmp_path / "inner" / "x.py").rename(tmp_path / "inner" / "z.py")
-    assert len({first, second, sources([tmp_path]), sources([])}) == 4
+    assert len({first, second, hash_sources([tmp_path]), hash_sources([])}) == 4
