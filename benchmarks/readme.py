@@ -171,7 +171,7 @@ def ratio(line: Line) -> str:
     return f"Steps with the profiler take {times} times as long as without ({rounds})."
 
 
-LISA = "python -m benchmarks.lisa"
+LISA = "python -m benchmarks.lisa_costs"
 STATE_HEAD = [
     "when a layer stops training",
     "MiB of state at first",

@@ -12,7 +12,7 @@ from benchmarks.ranking import SCORE, Results, end_of, mean_spread, newest_first
 from benchmarks.readme import Line, caption, newest, table
 from benchmarks.recording import EXTRAPOLATED, PENALTY, costs
 
-COMMAND = "python -m benchmarks.forgetting"
+COMMAND = "python -m benchmarks.forgetting_study"
 GENERAL = "general_loss"
 ZERO_SHOT = "_zero_shot"
 HEAD = ["method", "strength", "learning rate", "domain loss", "general loss", "zero-shot", "seeds", ""]

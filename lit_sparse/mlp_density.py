@@ -99,12 +99,12 @@ class Site:
     def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
         flat = gate.flatten(0, -2)
         other = None if up is None else up.flatten(0, -2).to(gate.dtype)
-        h, rows = Density.apply(flat, other, self.sums.sharpness, self.act, self.proxy, self.where)  # pyright: ignore
+        h, rows = GLUDensity.apply(flat, other, self.sums.sharpness, self.act, self.proxy, self.where)  # pyright: ignore
         self.sums.add(self.layer, rows / gate.shape[-1])
         return h.view(gate.shape)
 
 
-class Density(torch.autograd.Function):
+class GLUDensity(torch.autograd.Function):
     """`glu_density` under autograd. Both outputs are one node, which runs when the gradients of both are there."""
 
     @staticmethod

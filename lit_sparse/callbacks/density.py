@@ -23,7 +23,7 @@ SEARCHED = 64
 """Tokens of a batch at most, evenly spaced, on which a threshold is searched: all would take longer than the model."""
 
 
-class Density(Metric):
+class DensityMetric(Metric):
     """Shares of activations that are not zero, of those above each threshold, and of groups that are not all zero.
 
     Args:
@@ -41,7 +41,7 @@ class Density(Metric):
     def __init__(self, taus: Sequence[float] = ()) -> None:
         super().__init__()
         if not all(tau > 0 for tau in taus):
-            raise BadInput(f"Density: taus are {list(taus)}; they must be above 0, and exact zeros count always.")
+            raise BadInput(f"DensityMetric: taus are {list(taus)}; they must be above 0, and exact zeros count always.")
         self.taus = (0.0, *taus)
         self.add_state("counts", torch.zeros(len(self.taus), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("groups", torch.zeros(len(self.taus), len(GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
@@ -118,9 +118,9 @@ class DensityMonitor(Callback):
     def __init__(self, taus: Sequence[float] = (1e-3, 1e-2, 1e-1), error: float = 0.01) -> None:
         if not 0 < error < 1:
             raise BadInput(f"DensityMonitor: error is {error}; it must be between 0 and 1.")
-        Density(taus)  # refuses bad ones before anything is loaded
+        DensityMetric(taus)  # refuses bad ones before anything is loaded
         self.taus, self.error = tuple(taus), error
-        self._metrics: list[Density] = []
+        self._metrics: list[DensityMetric] = []
         self._within: list[tuple[float, Tensor]] = []  # tau and share above it, of each batch and layer
         self._handles: list[Any] = []
         self._counted: Tensor | None = None  # which tokens (T,) of the batch count; None: nothing is looked at
@@ -129,14 +129,14 @@ class DensityMonitor(Callback):
         model = pl_module.model
         assert isinstance(model, nn.Module)
         downs = [model.get_submodule(mlp.down) for mlp in mlps(model)]
-        self._metrics = [Density(self.taus).to(pl_module.device) for _ in downs]
+        self._metrics = [DensityMetric(self.taus).to(pl_module.device) for _ in downs]
         self._within = []
         self._handles = [
             down.register_forward_pre_hook(self._watcher(metric))
             for down, metric in zip(downs, self._metrics, strict=True)
         ]
 
-    def _watcher(self, metric: Density) -> Callable[[nn.Module, Any], None]:
+    def _watcher(self, metric: DensityMetric) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: self._see(module, args[0], metric)
 
     def on_validation_batch_start(
@@ -161,7 +161,7 @@ class DensityMonitor(Callback):
         self._counted = None
 
     @torch.no_grad()
-    def _see(self, down: nn.Module, h: Tensor, metric: Density) -> None:
+    def _see(self, down: nn.Module, h: Tensor, metric: DensityMetric) -> None:
         h_TI, counted = h.flatten(0, -2), self._counted
         if counted is None or len(h_TI) != len(counted):  # a pass of the module's own, over dummy tokens
             return

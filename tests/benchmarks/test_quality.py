@@ -168,6 +168,23 @@ def test_local_data_count_by_their_contents(write: Write, tmp_path: Path) -> Non
     assert trial.identity(STACK) != before
 
 
+def test_a_class_of_ours_that_moves_keeps_its_trials() -> None:
+    def of(path: str) -> str:
+        return trials.digest({"trainer": {"callbacks": [{"class_path": path}]}}, STACK)
+
+    assert of("lit_sparse.callbacks.Forgetting") == of("lit_sparse.forgetting.Forgetting")
+    assert of("lit_sparse.callbacks.Forgetting") != of("lit_sparse.callbacks.DensityMonitor")
+    assert of("lit_sparse.optim.AdamW") != of("torch.optim.AdamW")
+
+
+@pytest.mark.parametrize("name", ["quality", "forgetting"])
+def test_what_was_measured_belongs_to_the_configuration_beside_it(name: str) -> None:
+    lines = ranking.read_results(ROOT / "benchmarks" / "results" / f"{name}.jsonl")
+    fits = [line for line in lines if line["kind"] == "fit"]
+    assert fits
+    assert [line["identity"] for line in fits] == [trials.digest(line["config"], line["stack"]) for line in fits]
+
+
 def test_blocks_and_batches_follow_the_seed(write: Write) -> None:
     shira = {"class_path": "PEFT", "init_args": {"config": {"init_args": {"random_seed": "${seed}"}}}}
     arms = {"a": {"updates": [*RANDOM, shira], "lr": [1]}, "smt": {"method": "smt.yaml", "lr": [1]}}

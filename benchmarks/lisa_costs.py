@@ -1,6 +1,6 @@
 """LISA beside full fine-tuning and LoRA: step time, memory, state from switch to switch, and how far layers move.
 
-`python -m benchmarks.lisa` measures three things on the demo model and appends them to benchmarks/results/lisa.jsonl:
+`python -m benchmarks.lisa_costs` measures three things on the demo model and appends to benchmarks/results/lisa.jsonl:
 `time`: steps of LISA and LoRA in turn with full fine-tuning's, 4 x 256 random tokens (wants a quiet machine);
 `state`: optimizer and strategy state over twenty switches, for each policy of LISA's;
 `norms`: norms of each layer's weights, and of their change, after fine-tuning on grade-school problems: the premise of
