@@ -23,7 +23,7 @@ IMPORTING = "from lit_sparse_profiling.pytest_plugin import peak_memory\n"
 
 
 @dataclass
-class Measured:
+class Allocations:
     requested: int = 0
     left: int = 0
     method: str = "scripted"
@@ -34,13 +34,13 @@ class FakeAllocator(types.ModuleType):
 
     def __init__(self) -> None:
         super().__init__("lit_sparse_profiling.allocator")
-        self.says = Measured()
+        self.says = Allocations()
         self.asked: list[torch.device | None] = []
 
     @contextmanager
-    def measured(self, device: torch.device | None = None) -> Iterator[Measured]:
+    def measure_allocations(self, device: torch.device | None = None) -> Iterator[Allocations]:
         self.asked.append(device)
-        found = Measured()
+        found = Allocations()
         yield found
         found.requested, found.left = self.says.requested, self.says.left
 
@@ -52,8 +52,8 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> FakeAllocator:
     return fake
 
 
-def test_what_was_measured_is_told_below_the_block(allocator: FakeAllocator) -> None:
-    allocator.says = Measured(50 * MIB, -3)
+def test_the_peak_is_known_after_the_block_below_the_block(allocator: FakeAllocator) -> None:
+    allocator.says = Allocations(50 * MIB, -3)
     with limit_peak() as peak:
         pass
     assert (peak.bytes, peak.left, peak.method) == (50 * MIB, -3, "scripted")
@@ -75,10 +75,10 @@ def test_the_device_may_be_named(allocator: FakeAllocator) -> None:
 
 @pytest.mark.parametrize("at_most", [50 * MIB, "50 MiB", "50MiB", "51200 KiB"])
 def test_a_limit_is_reached_but_not_passed(allocator: FakeAllocator, at_most: int | str) -> None:
-    allocator.says = Measured(50 * MIB)
+    allocator.says = Allocations(50 * MIB)
     with limit_peak(at_most):
         pass
-    allocator.says = Measured(50 * MIB + 1)
+    allocator.says = Allocations(50 * MIB + 1)
     with (
         pytest.raises(AssertionError, match=r"50\.00 MiB \(52,428,801 bytes\) .* at most 50\.00 MiB \(52,428,800 byt"),
         limit_peak(at_most),
@@ -87,7 +87,7 @@ def test_a_limit_is_reached_but_not_passed(allocator: FakeAllocator, at_most: in
 
 
 def test_a_failure_of_the_block_is_what_is_told(allocator: FakeAllocator) -> None:
-    allocator.says = Measured(50 * MIB)
+    allocator.says = Allocations(50 * MIB)
     with pytest.raises(ZeroDivisionError), limit_peak("1 B"):
         _ = 1 / 0
 
@@ -115,7 +115,7 @@ def test_what_is_no_size_is_refused_before_the_block(spelled: int | str) -> None
 
 
 def test_the_fixture_in_a_test_of_a_user(pytester: pytest.Pytester, allocator: FakeAllocator) -> None:
-    allocator.says = Measured(50 * MIB, left=9)
+    allocator.says = Allocations(50 * MIB, left=9)
     pytester.makeconftest(IMPORTING)
     pytester.makepyfile("""
         def test_tells(peak_memory):
