@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from lit_sparse_profiling.profiler import describe_device
-from lit_sparse_profiling.record import Device, RunRecord
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("lit_sparse", "kernels", "profiling", "configs", "benchmarks")

@@ -10,8 +10,9 @@ from pathlib import Path
 from benchmarks.provenance import provenance
 from benchmarks.readme import Line
 from lit_sparse.bench import bench
-from lit_sparse_profiling.record import Pair, RunRecord
+from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import method_name, read_runs, run_name
+from lit_sparse_profiling.sections import Pair
 
 FLOOR = "floor"
 """The mode that trains nothing: its one trained weight is a stand-in and does not count."""

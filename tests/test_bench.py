@@ -12,8 +12,9 @@ from lit_sparse import bench as verb
 from lit_sparse import cli, configs
 from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.record import SCHEMA, RunRecord, Throughput
+from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.runner import Job, Repeat
+from lit_sparse_profiling.sections import Throughput
 
 ROOTS = [str(Path(verb.__file__).parents[1] / folder) for folder in ("", "kernels", "profiling")]
 SYNTHETIC = f"--config={configs.configs_folder()}/data/synthetic.yaml"

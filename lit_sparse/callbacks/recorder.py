@@ -26,7 +26,8 @@ from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES, Plan
 from lit_sparse_profiling.reconcile import findings
-from lit_sparse_profiling.record import ModelSize, RunRecord, StateBytes
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import ModelSize, StateBytes
 
 SAMPLE_TOKENS = 96
 CHECKPOINT_STEPS = 100

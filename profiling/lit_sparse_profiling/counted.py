@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
-from lit_sparse_profiling.record import Held, Ledger
+from lit_sparse_profiling.sections import Held, Ledger
 
 SAVED, TEMPORARY, BATCH, GRADIENTS = "saved", "temporaries", "batch", "gradients"
 UNNAMED_PHASE = "course"

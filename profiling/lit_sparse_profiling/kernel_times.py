@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lit_sparse_profiling.ceilings import Ceilings, ceilings
 from lit_sparse_profiling.events import OURS, Event, read, summarize
 from lit_sparse_profiling.opcounts import OpCounts
-from lit_sparse_profiling.record import Kernel, Kernels
+from lit_sparse_profiling.sections import Kernel, Kernels
 
 __all__ = ["Ceilings", "KernelProfile", "OpCounts", "ceilings", "table"]
 

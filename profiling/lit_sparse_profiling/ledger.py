@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lit_sparse_profiling.record import Ledger
+from lit_sparse_profiling.sections import Ledger
 
 Key = tuple[str, int]
 """Names a storage for as long as it is alive."""

@@ -33,7 +33,7 @@ from typing import Any, Literal, Self, TypeVar
 import pynvml
 import torch
 
-from lit_sparse_profiling.record import Attribution, Driver
+from lit_sparse_profiling.sections import Attribution, Driver
 
 T = TypeVar("T")
 

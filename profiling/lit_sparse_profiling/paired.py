@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_sparse_profiling.record import Pair
+from lit_sparse_profiling.sections import Pair
 
 READY, GO = b"r", b"g"
 SECONDS = struct.Struct("d")

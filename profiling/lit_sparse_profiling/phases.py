@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from lit_sparse_profiling.memory import ResidentMemory
-from lit_sparse_profiling.record import Phase
+from lit_sparse_profiling.sections import Phase
 
 
 @dataclass(frozen=True)

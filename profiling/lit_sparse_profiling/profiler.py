@@ -27,7 +27,8 @@ from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.nvml import NVML, NVMLMissing
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.record import Allocator, Device, Kernels, Memory, RunRecord, Throughput
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Allocator, Device, Kernels, Memory, Throughput
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
 
 Stage = str

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lit_sparse_profiling.record import Allocator, Driver, Phase, RunRecord
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Allocator, Driver, Phase
 
 RESIDUE = "residue: counted by neither"
 NOT_COUNTED = "not counted: no step was examined"

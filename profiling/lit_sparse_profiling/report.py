@@ -20,7 +20,7 @@ from rich.text import Text
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
-from lit_sparse_profiling.record import RunRecord, StateBytes
+from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import (
     Runs,
     device_kind,
@@ -30,6 +30,7 @@ from lit_sparse_profiling.run_folders import (
     repetition_key,
     run_name,
 )
+from lit_sparse_profiling.sections import StateBytes
 
 UNREADABLE = "unreadable"
 GIB = 2**30

@@ -20,7 +20,8 @@ from lit_sparse.checkpoints import run_checkpoint
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.record import Device, Ledger, ModelSize, Pair, RunRecord, Throughput
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Device, Ledger, ModelSize, Pair, Throughput
 from tests.modules.words import word_tokenizer
 
 STACK = {"device": "cpu", "torch": "2.13.0"}

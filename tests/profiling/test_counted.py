@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_sparse_profiling.allocator import measure_allocations
 from lit_sparse_profiling.counted import TEMPORARY, Counter
-from lit_sparse_profiling.record import Held, Ledger
+from lit_sparse_profiling.sections import Held, Ledger
 
 F32 = 4
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_sparse_profiling.ledger import ledger, tensors
-from lit_sparse_profiling.record import Ledger
+from lit_sparse_profiling.sections import Ledger
 
 F32 = 4
 

@@ -7,7 +7,7 @@ import torch
 
 from lit_sparse_profiling import memory, phases
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.record import Phase
+from lit_sparse_profiling.sections import Phase
 
 MIB = 2**20
 

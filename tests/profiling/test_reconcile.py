@@ -20,7 +20,8 @@ from lit_sparse_profiling.reconcile import (
     reconcile,
     residue,
 )
-from lit_sparse_profiling.record import Allocator, Driver, Held, Ledger, Memory, Phase, RunRecord
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Allocator, Driver, Held, Ledger, Memory, Phase
 
 MIB = 2**20
 LEDGER = Ledger(

@@ -14,7 +14,10 @@ from rich.table import Table
 
 from lit_sparse_profiling import gate as gate_file
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
-from lit_sparse_profiling.record import (
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.report import details, markdown, report, table
+from lit_sparse_profiling.run_folders import read_runs
+from lit_sparse_profiling.sections import (
     Allocator,
     Device,
     Driver,
@@ -25,12 +28,9 @@ from lit_sparse_profiling.record import (
     ModelSize,
     Pair,
     Phase,
-    RunRecord,
     StateBytes,
     Throughput,
 )
-from lit_sparse_profiling.report import details, markdown, report, table
-from lit_sparse_profiling.run_folders import read_runs
 
 GIB = 2**30
 CPU = RunRecord(
@@ -129,7 +129,7 @@ def test_a_record_that_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path: Pat
     other.write_text('{"schema": 99}')
     first, second, third = (record for _, record in read_runs([root]))
     assert first == CPU
-    assert "smt-2/record.json is not a whole JSON document" in second
+    assert "smt-2/record.json is not a complete JSON document" in second
     assert "is a record of schema 99" in third
     assert [(row["run"], row["status"]) for row in rows(read_runs([root]))] == [
         ("smt-1", "ok"),
