@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lit_sparse_profiling.profiler import describe_device
+from lit_sparse_profiling.devices import describe_device
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import Device
 

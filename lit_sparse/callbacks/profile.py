@@ -16,9 +16,9 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
 
 from lit_sparse.errors import BadInput
-from lit_sparse_profiling.nvml import NVML
+from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.profiler import Plan, Profiler, open_nvml
+from lit_sparse_profiling.profiler import Plan, Profiler
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.stopwatch import Tokens, count_tokens
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lit_sparse_profiling import nvml as sampler
-from lit_sparse_profiling.nvml import COMPUTE, NVML, NVMLMissing, device_uuid
+from lit_sparse_profiling.nvml import NVML, NVMLMissing, device_uuid
+from lit_sparse_profiling.nvml_device import COMPUTE
 from tests.profiling.fake_nvml import HANDLE, MIB, MIG_UUID, UUID, FakeNVML
 
 OURS = os.getpid()

@@ -20,11 +20,11 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lit_sparse_profiling import phases, profiler, stopwatch
+from lit_sparse_profiling import nvml, phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.counted import UNNAMED_PHASE
-from lit_sparse_profiling.nvml import NVML
-from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Plan, Profiler, open_nvml
+from lit_sparse_profiling.nvml import NVML, open_nvml
+from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Plan, Profiler
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
@@ -345,7 +345,7 @@ def test_evaluation_in_the_middle_of_a_step_of_any_stage(amid: int) -> None:
     loop.steps(9)
     record = loop.record()
     assert findings(record) == []
-    assert record.notes == ["Steps not measured, since evaluation or saving came in the middle of them: 1."]
+    assert record.notes == ["Steps not measured, since evaluation or saving interrupted them: 1."]
     assert record.memory.allocator.requested < MIB
     assert record.kernels.steps == 2
     lost = {"warm-up": 0, "lead-in": 1, "examined": 2, "kernels": 1, "timed": 1}[STAGES[amid]]
@@ -364,7 +364,7 @@ def test_what_always_falls_apart_is_given_up_with_a_sentence() -> None:
     record = loop.record()
     assert record.memory.held is None
     (note,) = record.notes
-    assert note.startswith(f"Memory was not counted: in {MAX_ATTEMPTS} attempts evaluation or saving came in between")
+    assert note.startswith(f"Memory was not counted: evaluation or saving interrupted all of {MAX_ATTEMPTS} attempts")
 
 
 def test_kernels_that_are_always_interrupted_are_given_up_too() -> None:
@@ -373,7 +373,7 @@ def test_kernels_that_are_always_interrupted_are_given_up_too() -> None:
     loop.step()
     record = loop.record()
     assert (record.kernels, record.throughput.steps) == (None, 1)
-    assert record.notes[0].startswith("Kernels were not timed: in 5 attempts")
+    assert record.notes[0].startswith("Kernels were not timed: evaluation or saving interrupted all of 5 attempts")
 
 
 def test_the_rest_of_an_interrupted_step_is_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,7 +647,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
     """NVML by script, with samples only when the profiler or a test takes them."""
     fake = FakeNVML()
     fake.compute = {os.getpid(): 300 * MIB}
-    monkeypatch.setattr(profiler, "NVML", SimpleNamespace(of=lambda device: NVML(UUID, interval=1000, api=fake)))
+    monkeypatch.setattr(nvml, "NVML", SimpleNamespace(of=lambda device: NVML(UUID, interval=1000, api=fake)))
     return fake
 
 

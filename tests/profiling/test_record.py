@@ -137,13 +137,13 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         ({"phases": {}}, r"record\.phases is {} where list is due"),
         ({"name": None}, r"record\.name is None where str is due"),
         ({"status": "fine"}, r"record\.status is 'fine'"),
-        ({"status": "failed"}, r"Status 'failed' and reason None"),
-        ({"reason": "because"}, r"Status 'ok' and reason 'because'"),
+        ({"status": "failed"}, r"status 'failed' and reason None"),
+        ({"reason": "because"}, r"status 'ok' and reason 'because'"),
         ({"device": "cpu"}, r"record\.device is 'cpu' where an object is due"),
         ({"model": {"base": "a", "parameters": True, "trainable": 0}}, r"model\.parameters is True where int"),
         ({"outcome": {"after": {"loss": None}}}, r"outcome\.after\.loss is None where float"),
         ({"throughput": {"tokens": 1, "padded_tokens": 1, "seconds": 0.0, "steps": 1}}, "needs timed steps"),
-        ({"throughput": {"tokens": 2, "padded_tokens": 1, "seconds": 1.0, "steps": 1}}, "fewer than the 2 without"),
+        ({"throughput": {"tokens": 2, "padded_tokens": 1, "seconds": 1.0, "steps": 1}}, "`padded_tokens` is 1"),
     ],
 )
 def test_a_malformed_record_is_refused_and_the_place_named(
