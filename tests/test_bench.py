@@ -270,7 +270,7 @@ def test_each_run_is_told_and_all_are_compared(capsys):
 def test_a_run_beyond_the_limit_has_failed(capsys):
     endless = Job("endless", [sys.executable, "-IS", "-c", "import time; time.sleep(60)"], {})
     assert verb.run([endless], Path("out"), 1, 0.5) == 1
-    assert "endless-1: failed it had not ended after " in capsys.readouterr().out
+    assert "endless-1: failed it was stopped after " in capsys.readouterr().out
 
 
 def test_a_good_run_is_told_by_its_step(tmp_path):

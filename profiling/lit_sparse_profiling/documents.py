@@ -1,4 +1,4 @@
-"""Dataclasses to plain JSON values and back, strictly: what does not fit is refused, and its place named."""
+"""Strict conversion between dataclasses and JSON values. An error names the place of the value that does not fit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 def spell_nonfinite(value: Any) -> Any:
-    """`value` with every non-finite number spelt out, which `typed` reads back where a number is due."""
+    """Replace NaN and infinities in nested dicts and lists by "NaN", "Infinity" and "-Infinity".
+
+    JSON has no such numbers, and Python's `json` would write documents that other readers reject. `parse_as` reads the
+    words back as floats.
+    """
     if isinstance(value, dict):
         return {key: spell_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -20,12 +24,19 @@ def spell_nonfinite(value: Any) -> Any:
 
 
 def parse_as(value: Any, wanted: Any, where: str) -> Any:
-    """Plain JSON `value` as the annotated type `wanted`; ValueError if it is something else."""
+    """Convert a JSON value to the annotated type `wanted`: a dataclass, list, dict, literal, optional or plain type.
+
+    Args:
+        where: Path of the value in its document, for the error message.
+
+    Raises:
+        ValueError: if the value has another type, or an object has unknown or missing fields.
+    """
     if wanted is Any:
         return value
     if is_dataclass(wanted):
         return _parse_dataclass(value, wanted, where)
-    if get_origin(wanted) in (Union, types.UnionType):  # here always: something or None
+    if get_origin(wanted) in (Union, types.UnionType):  # all unions in records are `X | None`
         return None if value is None else parse_as(value, get_args(wanted)[0], where)
     if get_origin(wanted) is list and isinstance(value, list):
         return [parse_as(item, get_args(wanted)[0], f"{where}[{i}]") for i, item in enumerate(value)]
@@ -35,13 +46,13 @@ def parse_as(value: Any, wanted: Any, where: str) -> Any:
         return value
     if wanted is float and (type(value) is int or value in ("NaN", "Infinity", "-Infinity")):
         return float(value)
-    if type(value) is wanted:
+    if type(value) is wanted:  # not isinstance: True is an int, and must not pass for a number of bytes
         return value
     raise ValueError(f"{where} is {value!r:.60} where {getattr(wanted, '__name__', wanted)} is due")
 
 
 def _parse_dataclass(value: Any, wanted: Any, where: str) -> Any:
-    """The JSON object `value` as the dataclass `wanted`, without unknown and with every required field."""
+    """Convert a JSON object to the dataclass `wanted`; refuse unknown and missing fields."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r:.60} where an object is due")
     hints = get_type_hints(wanted)

@@ -1,6 +1,6 @@
-"""A record's ledgers brought together: what was counted, what the allocator and the driver say, and what lies between.
+"""Reconciliation of a record's memory figures: the counts, the allocator and the driver, and the gaps between them.
 
-Nothing is made to fit: what does not add up has a line and a name of its own.
+No figure is adjusted: a gap has a line and a name of its own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ CONTEXT_UNKNOWN = "CUDA context and residue of the driver"
 ALLOCATOR_UNKNOWN = "all else: the allocator was not read"
 
 LEAK_SHARE, LEAK_FLOOR = 0.001, 4096
+"""Bytes that a step may leave behind, as a fraction of its peak and at least."""
 FOREIGN_LIMIT = 64 * 2**20
+"""Bytes of other processes that are not worth a finding, such as those of a display server."""
 UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes under a name. A `total` is the sum of all lines above it that are none, to the byte."""
+    """Bytes under a name. A `total` equals the sum of all lines above it that are not totals."""
 
     name: str
     bytes: int
@@ -35,11 +37,11 @@ class Line:
 
 
 def reconcile(record: RunRecord) -> list[Line]:
-    """From the weights up to what the driver says: parts, and the totals that they add up to.
+    """Return the lines from the weights up to the driver's figure: parts, and the totals that they add up to.
 
-    A part that lies between two measured totals is their difference, also if it is 0 or negative. What was not measured
-    has no line. The driver's peak is that of the whole run and the step's is not: where another phase reserved more
-    than the step, a part of its own says so. Below the last total stands what others held on the device.
+    A part between two measured totals is their difference, even if 0 or negative. A figure that was not measured has no
+    line. The driver's peak is the whole run's, the allocator's is the examined step's: if another phase reserved more,
+    the excess is a part of its own. The last line is the memory of other processes.
     """
     lines = _counted(record)
     _add_allocator(lines, record)
@@ -49,7 +51,7 @@ def reconcile(record: RunRecord) -> list[Line]:
 
 
 def residue(record: RunRecord) -> float | None:
-    """What the allocator gave out beyond what was counted, as a share of what it gave out; None if not measured."""
+    """Return the allocator's peak beyond the count, as a fraction of that peak; None if not measured."""
     memory = record.memory
     if memory is None or memory.allocator is None or memory.held is None:
         return None
@@ -57,10 +59,10 @@ def residue(record: RunRecord) -> float | None:
 
 
 def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
-    """What in the memory figures is not as it should be, a sentence each; none if all is well.
+    """Return one sentence for each memory figure that is not as expected.
 
     Args:
-        limit: Share of the total above which residues and fragmentation are worth a sentence, 0 to 1.
+        limit: Fraction of the total, 0 to 1, above which residues and fragmentation are reported.
     """
     found = {line.name: line.bytes for line in reconcile(record)}
     sentences: list[str] = []
@@ -76,7 +78,7 @@ def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
 
 
 def format_bytes(size: int) -> str:
-    """Bytes in the largest unit of which there is at least one: 1536 is "1.50 KiB"."""
+    """Format bytes in the largest unit of which there is at least one: 1536 is "1.50 KiB"."""
     if abs(size) < 1024:
         return f"{size} bytes"
     power = min((abs(size).bit_length() - 1) // 10, len(UNITS))
@@ -145,7 +147,7 @@ def _add_driver(lines: list[Line], record: RunRecord) -> None:
 
 
 def _append_total(lines: list[Line], part: str, total: str, size: int, note: str = "", part_note: str = "") -> None:
-    """Append the total, and before it the part that it has beyond all parts so far."""
+    """Append a total, and before it a part: the excess of the total over all parts so far."""
     lines.append(Line(part, size - _sum(lines), part_note))
     lines.append(Line(total, size, note, total=True))
 

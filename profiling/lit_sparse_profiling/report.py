@@ -1,7 +1,4 @@
-"""Runs side by side, and one run in detail.
-
-Everything is read from records; nothing is measured here.
-"""
+"""Tables of runs side by side and of one run in detail, from their records."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ from lit_sparse_profiling.sections import StateBytes
 UNREADABLE = "unreadable"
 GIB = 2**30
 PIPE_WIDTH = 160
-"""Characters in a line where the output is no terminal that has a width."""
+"""Characters per line if the output is not a terminal."""
 
 
 def report(
@@ -45,20 +42,20 @@ def report(
     tolerance: str = "5%",
     save_baseline: str | None = None,
 ) -> int:
-    """Compare runs on the terminal, and hold them against a baseline.
+    """Print a table that compares runs, and check them against a baseline.
 
     Args:
         runs: Folders of runs, folders that hold such folders, or files of records.
         markdown: Print the table as Markdown.
-        check: A baseline: its runs must not have become worse.
-        tolerance: By how much memory and speed may be worse than the baseline's, such as 5% or 0.05.
-        save_baseline: Keep these runs' figures in this file, as a baseline.
+        check: Baseline file to check the runs against.
+        tolerance: Fraction by which memory and speed may be worse than the baseline's, such as 5% or 0.05.
+        save_baseline: File in which to save these runs' figures as a baseline.
 
     Returns:
-        The exit status: 1 if the gate failed, else 0.
+        Exit status: 1 if the check failed, else 0.
 
     Raises:
-        ValueError: if a path has no record, or the baseline or the tolerance cannot be read.
+        ValueError: if a path has no record, or if the baseline or the tolerance cannot be read.
     """
     allowed = parse_share(tolerance)
     read = read_runs([Path(run) for run in runs])
@@ -75,7 +72,7 @@ def report(
 
 @dataclass(frozen=True)
 class _Row:
-    """One run, or repetitions of one; `records` is empty if there is none to be read."""
+    """One run, or the repetitions of one; `records` is empty if the record cannot be read."""
 
     label: str
     status: str
@@ -90,10 +87,10 @@ class _Column:
 
 
 def table(runs: Runs) -> Table:
-    """Runs as rows; what no run has is no column.
+    """Return a table with a row per run, without columns that no run has.
 
-    Runs of one name (without the number), model, device and settings (without seeds) that ended alike are repetitions.
-    They share a row: the median, and [lowest, highest] if they differ.
+    Runs with the same name (without its number), model, device, settings (without seeds) and status are repetitions.
+    They share a row, which shows the median, and [lowest, highest] if these differ.
     """
     title, columns, rows = _layout(runs)
     out = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
@@ -106,7 +103,7 @@ def table(runs: Runs) -> Table:
 
 
 def markdown(runs: Runs) -> str:
-    """The same table in Markdown."""
+    """Return the same table in Markdown."""
     title, columns, rows = _layout(runs)
     lines = [[column.header for column in columns], ["---:" if column.number else "---" for column in columns]]
     lines += [[column.cell(row) for column in columns] for row in rows]
@@ -140,7 +137,7 @@ def _rows(runs: Runs) -> list[_Row]:
         groups.setdefault(key, []).append((file, record))
     labels = [_label(group) for group in groups.values()]
     return [
-        # The same name in several folders, or for several settings: only the folder tells such runs apart
+        # One name in several folders, or with several settings: only the folder tells such runs apart.
         _row(label if labels.count(label) == 1 else f"{label} in {group[0][0].parent}", group)
         for label, group in zip(labels, groups.values(), strict=True)
     ]
@@ -191,7 +188,7 @@ def _numbers(records: list[RunRecord]) -> list[_Column]:
 
 
 def _padded_rate(record: RunRecord) -> float | None:
-    """Token positions a second, where some are padding."""
+    """Return token positions per second; None if there is no padding, since tokens/s says the same."""
     throughput = record.throughput
     if throughput is None or throughput.tokens == throughput.padded_tokens:
         return None
@@ -199,7 +196,7 @@ def _padded_rate(record: RunRecord) -> float | None:
 
 
 def _ratio(against: str) -> _Column:
-    """Step time over another's, with its interval; runs that were repeated show the last."""
+    """Return the column of step times relative to the run `against`. Of repetitions, the last is shown."""
 
     def cell(row: _Row) -> str:
         pairs = [record.pair for record in row.records if record.pair is not None and record.pair.against == against]
@@ -213,7 +210,7 @@ def _number(header: str, value: Callable[[RunRecord], float | None], form: str) 
 
 
 def _spread(values: list[float], form: str) -> str:
-    """The median, and below it the range if there is one; a NaN among the values hides behind no median."""
+    """Format the median, and the range below it if there is one. One NaN makes the result "nan": no median hides it."""
     if not values:
         return ""
     if any(map(math.isnan, values)):
@@ -241,7 +238,7 @@ def _joules_per_step(record: RunRecord) -> float | None:
 
 
 def _loss_name(record: RunRecord) -> str | None:
-    """The first metric of the run that is a loss."""
+    """Return the name of the run's first metric that is a loss."""
     names = [name for moment in ("after", "before") for name in record.outcome.get(moment, {})]
     return next((name for name in names if name.endswith("loss")), None)
 
@@ -254,10 +251,10 @@ def _outcome(moment: str, metric: str) -> Callable[[RunRecord], float | None]:
 
 
 def details(record: RunRecord) -> Table:
-    """Where a run's memory went, from the weights up to what the driver says; below it findings and the run's notes."""
+    """Return a table of a run's memory, from the weights up to the driver's figure, with findings and notes below."""
     lines, sentences = reconcile(record), [*findings(record), *record.notes]
     if not any(line.name == "allocator requested" for line in lines):
-        sentences.append("The allocator was not read in a step, so that nothing above is held against it.")
+        sentences.append("The allocator was not read in a step, so that nothing above is compared with it.")
     out = Table(
         title=Text(f"{record.name}: where the memory went"), box=box.SIMPLE_HEAD, pad_edge=False, caption_style=""
     )
@@ -273,7 +270,11 @@ def details(record: RunRecord) -> Table:
 
 
 def share_map(share: dict[str, dict[str, float]]) -> Table:
-    """Which part of each matrix is trained: a row a decoder layer, a column a role, the darker the more."""
+    """Return a table of the trained fraction of each matrix: a row per decoder layer, a column per role.
+
+    Args:
+        share: Trained fraction, 0 to 1, by layer and role. Higher fractions have a darker cell.
+    """
     roles = sorted({role for layer in share.values() for role in layer})
     most = max((part for layer in share.values() for part in layer.values()), default=0.0)
     out = Table(title=Text("Trained share of each matrix"), box=box.SIMPLE_HEAD, pad_edge=False)
@@ -314,7 +315,7 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
 
 
 def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
-    """What the table has no room for: why a run did not end well, and whether its details are worth a look."""
+    """Yield sentences for which the table has no room: why a run did not end well, and how many findings it has."""
     if isinstance(record, str):
         yield f"{run_name(file, record)}: {UNREADABLE}: {record}"
         return
@@ -324,15 +325,17 @@ def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
         yield describe_states(record.states)
     count = len(findings(record))
     if count and not alone:
-        yield f"{record.name}: {count} of its memory figures are not as they should be; report {file.parent} alone."
+        yield f"{record.name}: {count} of its memory figures are not as expected; report {file.parent} alone."
 
 
 def describe_states(noted: list[StateBytes]) -> str:
-    """Whether optimizer and strategy state grew as the trainable set changed, in a sentence."""
+    """Return a sentence on whether optimizer and strategy state grew as the trainable set changed."""
     held = [state.optimizer + state.strategy for state in noted]
     low, high = format_bytes(min(held)), format_bytes(max(held))
     course = f"{low} each time" if min(held) == max(held) else f"{low} to {high}"
-    return f"State of optimizer and strategies, noted {len(held)} times, after each change of what trains: {course}."
+    return (
+        f"Optimizer and strategy state, measured {len(held)} times, after each change of the trainable set: {course}."
+    )
 
 
 def _print_gate(runs: Runs, baseline: Path, tolerance: float, console: Console) -> bool:

@@ -127,7 +127,7 @@ def test_a_recording_can_be_dropped_at_any_time() -> None:
 def test_figures_from_no_mark_on_are_refused() -> None:
     events = CPUEvents()
     events.start()
-    with pytest.raises(RuntimeError, match="from no mark on; call mark between start and stop"):
+    with pytest.raises(RuntimeError, match="without a mark; call mark between start and stop"):
         events.stop()
 
 

@@ -344,12 +344,12 @@ def test_a_profile_out_of_turn_is_refused() -> None:
     profiled = KernelProfile(CPU)
     with pytest.raises(RuntimeError, match="no step was profiled; start, step and stop first"):
         profiled.kernels(None, BEST, torch.float32)
-    with pytest.raises(RuntimeError, match="it does not run; start it first"):
+    with pytest.raises(RuntimeError, match="it is not running; start it first"):
         profiled.stop(1)
     profiled.start()
-    with pytest.raises(RuntimeError, match="it runs already; stop it first"):
+    with pytest.raises(RuntimeError, match="it is running; stop it first"):
         profiled.start()
-    with pytest.raises(ValueError, match="needs a step at least, but 0 were given"):
+    with pytest.raises(ValueError, match="needs at least one step, but 0 were given"):
         profiled.stop(0)
     with pytest.raises(ValueError, match="Kernels of meta"):
         KernelProfile(torch.device("meta"))

@@ -110,7 +110,7 @@ def test_sizes_are_read(spelled: int | str, found: int) -> None:
 
 @pytest.mark.parametrize("spelled", ["50", "50 MB", "50 mib", "MiB", "-1 MiB", "1e3 MiB", "", -1, 1.5])
 def test_what_is_no_size_is_refused_before_the_block(spelled: int | str) -> None:
-    with pytest.raises(ValueError, match=r"it is no size; give bytes .* units B, KiB, MiB, GiB, TiB"):
+    with pytest.raises(ValueError, match=r"it is not a size; give bytes .* units B, KiB, MiB, GiB, TiB"):
         limit_peak(spelled)
 
 

@@ -280,7 +280,7 @@ def test_the_state_of_a_run_that_changes_what_trains_is_told(
 ) -> None:
     folder = written(tmp_path, replace(CPU, states=[StateBytes(1, 2**20, 0), StateBytes(3, 2**20, later)]))
     assert report([str(folder)]) == 0
-    assert f"noted 2 times, after each change of what trains: {course}" in capsys.readouterr().out
+    assert f"measured 2 times, after each change of the trainable set: {course}" in capsys.readouterr().out
 
 
 def test_details_have_every_line_and_the_findings_below() -> None:
@@ -473,7 +473,9 @@ def test_shares_are_read(text: str, value: float) -> None:
 
 @pytest.mark.parametrize("text", ["5", "1", "-5%", "", "%", "nan", "inf", "1e-2", "five", "5%%"])
 def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"A tolerance of .* was asked for, but it is a share; write it as 5% or as 0"):
+    with pytest.raises(
+        ValueError, match=r"A tolerance of .* was asked for, but it must be a fraction; write it as 5% or as 0"
+    ):
         parse_share(text)
 
 
@@ -505,7 +507,7 @@ def test_several_are_compared_and_reasons_told(tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "galore-1: oom: out of memory [tried 2 GiB]\n" in out
     assert "cut-1: unreadable: " in out
-    assert f"lisa-1: 1 of its memory figures are not as they should be; report {tmp_path / 'lisa-1'} alone." in out
+    assert f"lisa-1: 1 of its memory figures are not as expected; report {tmp_path / 'lisa-1'} alone." in out
     assert "where the memory went" not in out
 
 
