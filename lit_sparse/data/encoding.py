@@ -1,4 +1,4 @@
-"""From a row's meaning to token ids, with labels on the answers only."""
+"""Encoding of parsed rows into token ids, with labels on the answers only."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from lit_sparse.errors import BadInput
 Template = Literal["auto", "chat", "plain"]
 
 GENERATION_MARKS = re.compile(r"\{%-?\s*generation\b")
-"""How a chat template tells the assistant's tokens itself."""
+"""The block by which a chat template marks the assistant's tokens itself."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence to train on: token ids, and as many labels, -100 where no loss is taken."""
+    """One training sequence: token ids, and as many labels, which are -100 where no loss is taken."""
 
     input_ids: list[int]
     labels: list[int]
@@ -30,31 +30,33 @@ class Example:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A row as text, and the spans (start, end) of characters that are learnt."""
+    """A row as text, and the spans (start, end) of characters on which the loss is taken."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
-    """The tokenizer of that folder, Hugging Face name or "demo"; it gets its end token for padding if it has none.
+    """Load the tokenizer of a folder, Hugging Face name or "demo". Without a padding token, it pads with its end token.
 
     Raises:
-        BadInput: there is none of that name, or only one in Python, which cannot tell where a token stands in the text.
+        BadInput: if there is no such tokenizer, or only a slow one, which does not report where a token is in the text.
     """
     found = load_named(tokenizer) if isinstance(tokenizer, str) else tokenizer
     if not isinstance(found, PreTrainedTokenizerFast):
-        raise BadInput(f"The tokenizer is a {type(found).__name__}, a fast one (with a tokenizer.json) is wanted.")
+        raise BadInput(
+            f"The tokenizer is a {type(found).__name__}, but a fast one is needed; give one with a tokenizer.json."
+        )
     if found.pad_token is None:
         found.pad_token = found.eos_token
     return found
 
 
 def load_named(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a Hugging Face name or "demo".
+    """Load the tokenizer of a folder, Hugging Face name or "demo".
 
     Raises:
-        BadInput: there is none.
+        BadInput: if there is none.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(demo.resolve(name))
@@ -63,26 +65,26 @@ def load_named(name: str) -> PreTrainedTokenizerBase:
         raise BadInput(
             f"No tokenizer could be loaded from {name!r} ({said}); give a folder or a name that has one."
         ) from error
-    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # some models get an empty one made up
+    # Without tokenizer files, transformers makes up an empty tokenizer for some model types instead of failing.
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():
         raise BadInput(f"{name!r} has no tokenizer (no tokenizer.json beside its weights); give one that has.")
     return tokenizer
 
 
 class Encoder:
-    """Turns rows into `Example`s.
+    """Encoder of parsed rows into `Example`s.
 
-    Chats go through the tokenizer's chat template and only the assistant's turns are learnt, each with its end token.
-    The plain format, for tokenizers without a template, is the prompt, a line break, the answer and the end token.
-    Multiple-choice rows read "Question: ...", a line break and "Answer: ...", as evaluation suites write them, unless
-    `chat` is asked for: models answer them far better so.
-    A begin token stands in front where the tokenizer itself would put one, and never twice.
+    Chats are rendered by the tokenizer's chat template. The loss is on the assistant's turns, end tokens included. The
+    plain format, for tokenizers without a template, is prompt, line break, answer and end token. Multiple-choice rows
+    read "Question: ...", line break, "Answer: ...", as evaluation suites write them, unless `template` is `chat`:
+    models answer far better in this format. A begin token precedes a text if the tokenizer adds one, and never twice.
 
     Args:
         tokenizer: A fast tokenizer.
-        template: `chat`, `plain`, or `auto` for chat where the tokenizer has a template.
+        template: `chat`, `plain`, or `auto` for `chat` if the tokenizer has a template.
 
     Raises:
-        BadInput: `chat` without a chat template, or `plain` without an end token.
+        BadInput: if `template` is `chat` and the tokenizer has no chat template, or if it has no end token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: Template = "auto") -> None:
@@ -92,7 +94,7 @@ class Encoder:
         if self.template == "chat" and not tokenizer.chat_template:
             raise BadInput("`template` is chat, but the tokenizer has no chat template; choose plain or auto.")
         if tokenizer.eos_token is None:
-            raise BadInput("The tokenizer has no end token (eos_token), so that no answer could end; set one.")
+            raise BadInput("The tokenizer has no end token (eos_token), but every answer needs one; set one.")
         self.begin = begin_token(tokenizer)
         self.end = tokenizer.get_vocab()[str(tokenizer.eos_token)]
         self.has_generation_marks = self.template == "chat" and bool(
@@ -100,17 +102,17 @@ class Encoder:
         )
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides which ids a text becomes."""
+        """Return a hash of everything on which the ids of a text depend; it is part of the cache's keys."""
         special = {key: str(value) for key, value in self.tokenizer.special_tokens_map.items()}
         templates = (self.tokenizer.chat_template, self.template, self.choice_template)
         parts = (self.tokenizer.backend_tokenizer.to_str(), special, *templates)
         return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
     def encode(self, item: Item) -> Example:
-        """The tokens of `item` and the labels of what is learnt of it.
+        """Return tokens and labels of a row.
 
         Raises:
-            BadRow: the template refuses it, an id is outside the vocabulary, or nothing is left to learn.
+            BadRow: if the template refuses the row, an id is outside the vocabulary, or no token has a label.
         """
         match item:
             case Tokens():
@@ -121,23 +123,27 @@ class Encoder:
                 example = self._encode_choice(item, item.label)
             case Chat():
                 example = self._encode_chat(item)
-        if all(label == IGNORED for label in example.labels[1:]):  # the first token follows none that could predict it
-            raise BadRow("no token of it would be learnt")
+        # The first label never counts: no token before it predicts it.
+        if all(label == IGNORED for label in example.labels[1:]):
+            raise BadRow("no token of it has a label, so that nothing is learnt")
         return example
 
     def encode_choices(self, item: Choice) -> list[Example]:
-        """One example for each choice, with labels on the choice, without an end token: it would only add noise."""
+        """Return one example per choice, labelled on the choice, for scoring.
+
+        The end token is left out: its probability says little about the choice, and adds noise to the score.
+        """
         return [self._without_end(self._encode_choice(item, index)) for index in range(len(item.choices))]
 
     def encode_prompt(self, item: Chat | Choice) -> list[int]:
-        """The tokens up to where the (last) answer begins."""
+        """Return the tokens before the last answer."""
         if isinstance(item, Choice) and self.choice_template == "plain":
             return self.encode_text(self._render_question(item))
         chat = item.chat(item.label) if isinstance(item, Choice) else item
         return self.encode_text(self._render_prompt(last_prompt(chat)))
 
     def encode_text(self, text: str) -> list[int]:
-        """The tokens of `text` and nothing around them."""
+        """Return the tokens of `text`, without begin or end token."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _check_ids(self, item: Tokens) -> Example:
@@ -179,6 +185,8 @@ class Encoder:
         whole, spans = self._render_turns(messages), []
         for index, message in enumerate(messages):
             if message.role == "assistant":
+                # An answer's span is what its turn adds to the text before it. That holds only if the template renders
+                # a turn the same whatever follows; some drop earlier turns' reasoning, for example.
                 before, upto = self._render_prompt(messages[:index]), self._render_turns(messages[: index + 1])
                 if not (upto.startswith(before) and whole.startswith(upto)):
                     raise BadRow(
@@ -189,13 +197,13 @@ class Encoder:
         return Rendered(whole, tuple(spans))
 
     def _render_prompt(self, messages: Sequence[Message]) -> str:
-        """The turns so far and what stands before the assistant's answer."""
+        """Render the turns, and what precedes the assistant's answer."""
         if self.template == "chat":
             return self._apply_template(messages, tokenize=False, add_generation_prompt=True)
         return self._render_turns(messages)
 
     def _render_turns(self, messages: Sequence[Message]) -> str:
-        """The turns so far, each with its end."""
+        """Render the turns, each with its end."""
         if self.template == "chat":
             return self._apply_template(messages, tokenize=False)
         ends = {"assistant": str(self.tokenizer.eos_token)}
@@ -212,7 +220,10 @@ class Encoder:
         return text if text.startswith(self.begin) else self.begin + text
 
     def _tokenise(self, rendered: Rendered) -> Example:
-        """Labels on the tokens that begin inside a span, up to the span's last end token where it has one."""
+        """Tokenise the text; label the tokens that begin inside a span, up to its last end token if it has one.
+
+        Templates often write a line break after the end token, which a model never has to generate.
+        """
         out = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, starts = out["input_ids"], [start for start, _ in out["offset_mapping"]]
         labels = [IGNORED] * len(ids)
@@ -226,19 +237,22 @@ class Encoder:
 
 
 def begin_token(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The begin token that the tokenizer puts in front of a text by itself, else nothing."""
+    """Return the begin token if the tokenizer itself adds it to a text, else "".
+
+    A tokenizer may define one and not add it, which only a trial shows.
+    """
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     begins = tokenizer.bos_token is not None and whole[0] == tokenizer.bos_token_id and whole[: len(bare)] != bare
     return str(tokenizer.bos_token) if begins else ""
 
 
 def last_prompt(chat: Chat) -> tuple[Message, ...]:
-    """The turns before the assistant's last answer."""
+    """Return the turns before the assistant's last answer."""
     last = max(index for index, turn in enumerate(chat.messages) if turn.role == "assistant")
     return chat.messages[:last]
 
 
 def trim_tail(ids: list[int], labels: list[int]) -> Example:
-    """Without the tokens after the last one that is learnt: they would cost time and teach nothing."""
+    """Drop the tokens after the last one with a label: they cost time and have no loss."""
     end = max((index + 1 for index, label in enumerate(labels) if label != IGNORED), default=len(ids))
     return Example(ids[:end], labels[:end])

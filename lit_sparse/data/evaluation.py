@@ -1,4 +1,4 @@
-"""What is scored on held-out rows beside the loss: choices, worked answers, and samples to read."""
+"""Held-out rows that are scored beside the loss: multiple choice, worked answers, and samples to read."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -11,14 +11,14 @@ from lit_sparse.data.sources import Row, locate_errors
 
 
 def parse_rows(rows: Sequence[Row]) -> Iterator[tuple[Row, Item]]:
-    """The rows and what they mean."""
+    """Iterate over the rows, each with its parsed item."""
     for row in rows:
         with locate_errors(row):
             yield row, parse(row.data)
 
 
 def scored_choices(rows: Sequence[Row], encoder: Encoder, max_length: int) -> list[ScoredChoices]:
-    """The multiple-choice questions among `rows`, of which every choice fits into `max_length` tokens."""
+    """Return the multiple-choice questions among `rows` whose every choice fits into `max_length` tokens."""
     found = []
     for row, item in parse_rows(rows):
         if isinstance(item, Choice):
@@ -30,7 +30,7 @@ def scored_choices(rows: Sequence[Row], encoder: Encoder, max_length: int) -> li
 
 
 def questions(rows: Sequence[Row], encoder: Encoder, max_length: int) -> list[Question]:
-    """The questions with a worked answer ("#### number") among `rows`, with prompts of `max_length` tokens at most."""
+    """Return the questions with a worked answer ("#### number") whose prompt fits into `max_length` tokens."""
     found = []
     for row, item in parse_rows(rows):
         answer = reference_answer(item) if isinstance(item, Chat) else ""
@@ -42,7 +42,10 @@ def questions(rows: Sequence[Row], encoder: Encoder, max_length: int) -> list[Qu
 
 
 def samples(rows: Sequence[Row], encoder: Encoder, max_length: int, count: int) -> list[dict[str, Any]]:
-    """The first `count` prompts of `rows`: `prompt_ids`, and `prompt` and `reference` as text."""
+    """Return the first `count` prompts that fit into `max_length` tokens.
+
+    Each has the keys `prompt_ids` (list of int), `prompt` and `reference` (texts).
+    """
     asking = (item for _, item in parse_rows(rows) if isinstance(item, Chat | Choice))
     prompts = ((encoder.encode_prompt(item), item) for item in asking)
     fitting = ((ids, item) for ids, item in prompts if len(ids) <= max_length)
@@ -53,12 +56,12 @@ def samples(rows: Sequence[Row], encoder: Encoder, max_length: int, count: int) 
 
 
 def question_text(item: Chat | Choice) -> str:
-    """The question, or what was said before the assistant's last answer."""
+    """Return the question of a multiple-choice item, or the turn before the assistant's last answer."""
     return item.question if isinstance(item, Choice) else last_prompt(item)[-1].content
 
 
 def reference_answer(item: Chat | Choice) -> str:
-    """The right choice, or the assistant's last answer."""
+    """Return the correct choice, or the assistant's last answer."""
     if isinstance(item, Choice):
         return item.choices[item.label]
     return [turn.content for turn in item.messages if turn.role == "assistant"][-1]

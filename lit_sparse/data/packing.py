@@ -1,4 +1,4 @@
-"""Several examples in one row, without one seeing the other."""
+"""Packing: several examples in one row that do not attend to each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from lit_sparse.errors import BadInput
 
 @dataclass(frozen=True)
 class Packed:
-    """Collates lists of `Example`s that share a row.
+    """Collator of lists of `Example`s, each list a row.
 
-    `input_ids`, `labels`, `position_ids`, `token_mask`, all (B, S); and `scored` as in `Padded`.
+    The batch has `input_ids`, `labels`, `position_ids` and `token_mask`, each (B, S), and `scored` as in `Padded`.
 
-    `position_ids` begin at 0 with each example, from which a Hugging Face model, given no `attention_mask` and no
-    cache, makes the block-diagonal mask of its own attention implementation. `token_mask` (1 for tokens, 0 for padding)
-    is for counting and must not reach the model. The first label of an example is -100: what stands before it in the
-    row is another example's end.
+    `position_ids` restart at 0 with each example. From them, a Hugging Face model without `attention_mask` and cache
+    makes the block-diagonal mask for its attention implementation. `token_mask`, 1 for tokens and 0 for padding, is for
+    counting and must not reach the model. The first label of an example is -100: the token before it is the end of
+    another example.
     """
 
     padding: Padding
@@ -45,22 +45,24 @@ class Packed:
 
 
 class PackedRows(Dataset[list[Example]]):
-    """Examples joined into rows of at most `max_length` tokens, longest first into the fullest row that has room.
+    """Data set of rows of at most `max_length` tokens, into which examples are packed.
+
+    Best fit decreasing: the longest example first, each into the fullest row with room for it.
 
     Args:
-        examples: A data set of `Example`s.
-        lengths: Tokens of each of them, none above `max_length`.
-        max_length: Tokens of a row at most.
+        examples: Data set of `Example`s.
+        lengths: Number of tokens of each example, at most `max_length`.
+        max_length: Maximum number of tokens in a row.
 
     Attributes:
         rows: Indices of the examples in each row.
-        lengths: Tokens of each row.
+        lengths: Number of tokens of each row.
     """
 
     def __init__(self, examples: Dataset[Example], lengths: Sequence[int], max_length: int) -> None:
         self.examples = examples
         self.rows: list[list[int]] = []
-        with_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]  # rows by the tokens they have room for
+        with_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]  # rows by their free tokens
         for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
             length = lengths[index]
             room = next((room for room in range(length, max_length) if with_room[room]), None)
@@ -81,21 +83,22 @@ class PackedRows(Dataset[list[Example]]):
 
 
 TOLERANCE = 0.1
-"""Mean difference of logits, in their standard deviations, put down to rounding: bfloat16 in 30 layers makes 0.01."""
+"""Mean difference of logits, in standard deviations, that counts as rounding. bfloat16 in 30 layers makes 0.01."""
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Makes sure that `model` keeps the examples of a packed row apart.
+    """Check that `model` does not let the examples of a packed row attend to each other.
 
-    An example's logits must not change at all with what stands before it in the row, and must be those that it has
-    alone, but for rounding.
+    An example's logits must not depend on what precedes it in the row, bit for bit, and must equal those of the example
+    alone up to rounding.
 
     Args:
         model: A Hugging Face causal language model.
 
     Raises:
-        BadInput: it mixes them, as models do whose state runs through the row or that count positions by themselves.
+        BadInput: if the examples affect each other, as in a model with recurrent state or with positions of its own.
     """
+    # Multiples of primes give ids spread over the vocabulary, without a random generator to disturb.
     size, tokens = 9, model.config.get_text_config().vocab_size
     first, second = torch.arange(1, 7) * 997 % tokens, torch.arange(size) * 1009 % tokens
     behind_one, behind_other = (packed_logits(model, [before, second])[-size:] for before in (first, first.flip(0)))
@@ -109,7 +112,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def packed_logits(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
-    """The logits (tokens, vocabulary) of `sequences` in one packed row, without dropout."""
+    """Return the logits (tokens, vocabulary) of `sequences` in one packed row, in fp32 and without dropout."""
     device, training = next(model.parameters()).device, model.training
     ids, positions = torch.cat(list(sequences)), torch.cat([torch.arange(len(one)) for one in sequences])
     model.eval()

@@ -12,16 +12,16 @@ from lit_sparse.data.sources import Row, require_file
 from lit_sparse.errors import BadInput
 
 PIECE_CHARACTERS = 1 << 20
-"""Characters tokenised at once, up to the next line break: a tokenizer needs many times the memory of its text."""
+"""Characters tokenised at once, up to the next line break. A tokenizer takes many times the memory of its text."""
 
 
 class Text(TokenData):
-    """Plain text, cut into blocks of `max_length` tokens; every token is learnt.
+    """Data module of plain text, cut into blocks of `max_length` tokens. The loss is on every token.
 
     Args:
-        train: A text file, or several; each ends with the end token, and blocks run on from one into the next.
-        validation: The same for validation; absent: the last blocks of the training text are held out.
-        heldout: How many blocks those are.
+        train: A text file, or several. Each ends with the end token, and a block may continue into the next file.
+        validation: The same for validation. Without it, the last blocks of the training text are held out.
+        heldout: Number of held-out blocks.
     """
 
     def __init__(
@@ -37,12 +37,12 @@ class Text(TokenData):
         self.val_names = [HELDOUT] if heldout or validation else []
 
     def read_rows(self) -> dict[str, list[Row]]:
-        """One row for each file."""
+        """Return one row per file."""
         rows = {TRAIN: read_files(self.train)}
         return rows | {HELDOUT: read_files(self.validation)} if self.validation is not None else rows
 
     def tokenise(self) -> dict[str, Examples]:
-        """Blocks of training text and of what is held out."""
+        """Return the blocks of the training text and of the held-out text."""
         sets = {name: self._blocks(rows) for name, rows in self.rows.items()}
         if self.validation is not None or not self.heldout:
             return sets
@@ -62,7 +62,7 @@ class Text(TokenData):
 
 
 def read_files(paths: str | list[str]) -> list[Row]:
-    """The contents of text files."""
+    """Read text files into one row each; raise BadInput if one is missing or empty."""
     found = []
     for path in [paths] if isinstance(paths, str) else paths:
         content = require_file(Path(path).expanduser()).read_text(encoding="utf-8")
@@ -73,7 +73,10 @@ def read_files(paths: str | list[str]) -> list[Row]:
 
 
 def cut_blocks(rows: list[Row], encoder: Encoder, size: int) -> Examples:
-    """All texts as one stream of tokens, cut into blocks of `size`; a last block of one token is left out."""
+    """Join all texts into one stream of tokens, and cut it into blocks of `size` tokens.
+
+    A last block of one token is dropped: it has nothing to predict.
+    """
     stream: list[int] = []
     for row in rows:
         stream += [token for piece in split_pieces(row.data["text"]) for token in encoder.encode_text(piece)]
@@ -83,7 +86,7 @@ def cut_blocks(rows: list[Row], encoder: Encoder, size: int) -> Examples:
 
 
 def split_pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of about `PIECE` characters that end with a line."""
+    """Cut `text` into pieces of about `PIECE_CHARACTERS` characters, each of whole lines."""
     begin = 0
     while begin < len(text):
         end = text.find("\n", begin + PIECE_CHARACTERS) + 1 or len(text)

@@ -151,9 +151,9 @@ def test_template_that_refuses_is_quoted(chat_tokenizer):
     ("item", "why"),
     [
         (Tokens((1, 9999), (1, 9999)), "outside the tokenizer's vocabulary"),
-        (Tokens((1, 2), (IGNORED, IGNORED)), "no token of it would be learnt"),
-        (Tokens((1, 2), (1, IGNORED)), "no token of it would be learnt"),
-        (Tokens((1,), (1,)), "no token of it would be learnt"),
+        (Tokens((1, 2), (IGNORED, IGNORED)), "no token of it has a label"),
+        (Tokens((1, 2), (1, IGNORED)), "no token of it has a label"),
+        (Tokens((1,), (1,)), "no token of it has a label"),
     ],
 )
 def test_rows_without_anything_to_learn(chat_tokenizer, item, why):

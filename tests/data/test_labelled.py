@@ -74,8 +74,8 @@ def test_a_long_text_loses_its_end(tmp_path):
     ("row", "reason"),
     [
         ({"text": "a"}, "its `label` is None"),
-        ({"text": "a", "label": 1.5}, "its `label` is 1.5; a text, a whole number"),
-        ({"text": "a", "label": -1}, "by which sets mark rows whose class is not told"),
+        ({"text": "a", "label": 1.5}, "its `label` is 1.5; give a text, a whole number"),
+        ({"text": "a", "label": -1}, "which marks rows without a published class"),
         ({"words": "a", "label": 1}, "it has the keys words, label, and no text"),
         ({"text": 3, "label": 1}, "text"),
     ],
@@ -105,7 +105,7 @@ def test_a_rare_class_stays_in_training(tmp_path):
 
 
 def test_rows_that_are_alone_in_their_class_cannot_be_held_out(tmp_path):
-    with pytest.raises(BadInput, match="has no other rows of the classes of the 3 that would be held out"):
+    with pytest.raises(BadInput, match="lack the classes of all 3 held-out rows"):
         labelled(tmp_path / "rows.jsonl", [{"text": f"a {n}", "label": n} for n in range(9)])
 
 
@@ -125,5 +125,5 @@ def test_classes_are_numbered_anew(tmp_path):
 
 
 def test_one_class_is_none_to_tell_apart(tmp_path):
-    with pytest.raises(BadInput, match="labelled 1; classes to tell apart are two or more"):
+    with pytest.raises(BadInput, match="have the label 1; give rows of two classes or more"):
         labelled(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 1}], heldout=0)

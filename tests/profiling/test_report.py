@@ -439,9 +439,9 @@ def test_a_write_that_is_cut_off_leaves_the_old_baseline(baseline: Path, monkeyp
     ("text", "sentence"),
     [
         ("{", "cannot be read as a baseline"),
-        ("[]", "is a baseline of schema None, and this version reads 1; save it anew"),
+        ("[]", "is a baseline of schema None, and this version reads 1; save it again"),
         ('{"schema": 2, "runs": {}}', "is a baseline of schema 2, and this version reads 1"),
-        ('{"schema": 1}', "is no valid baseline: baseline lacks: runs"),
+        ('{"schema": 1}', "is not a valid baseline: baseline lacks: runs"),
         (
             '{"schema": 1, "runs": {"smt": {"status": "ok", "peak": "3"}}}',
             r"runs\.smt\.peak is '3' where int",
@@ -473,9 +473,7 @@ def test_shares_are_read(text: str, value: float) -> None:
 
 @pytest.mark.parametrize("text", ["5", "1", "-5%", "", "%", "nan", "inf", "1e-2", "five", "5%%"])
 def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(
-        ValueError, match=r"A tolerance of .* was asked for, but it must be a fraction; write it as 5% or as 0"
-    ):
+    with pytest.raises(ValueError, match=r"A tolerance of .* but it must be a fraction; write it as 5% or as 0"):
         parse_share(text)
 
 

@@ -102,10 +102,10 @@ RESULTS = {
     "a sentence, but exit 1": ("print('lit-sparse: no.'); sys.exit(1)", "failed", "^exit status 1 .*lit-sparse: no"),
     "silence": ("pass", "failed", r"^exit status 0 without a complete record; the log ends: \(empty\)$"),
     "traceback": ("1 / 0", "failed", "^exit status 1 .*the log ends: ZeroDivisionError: division by zero$"),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "by SIGKILL; Linux ends so what takes too much"),
-    "another signal": ("os.kill(os.getpid(), signal.SIGTERM)", "failed", r"ended by SIGTERM\.$"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "by SIGKILL; Linux does so when memory runs out"),
+    "another signal": ("os.kill(os.getpid(), signal.SIGTERM)", "failed", r"killed by SIGTERM\.$"),
     "undecodable log": ("os.write(1, b'\\xff!\\n'); sys.exit(3)", "failed", "^exit status 3 .*the log ends: \ufffd!$"),
-    "truncated": ("record(); os.truncate(folder / 'record.json', 9)", "failed", "^exit status 0 without a whole"),
+    "truncated": ("record(); os.truncate(folder / 'record.json', 9)", "failed", "^exit status 0 without a complete"),
     "foreign": ("record(loss=1)", "failed", "^exit status 0 without a complete record"),
     "contradictory": ("record(status='oom')", "failed", "^exit status 0 without a complete record"),
 }
