@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.measurements import Line
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.quality import QUIET, checkpointed, fitted
-from benchmarks.readme import Line
 from benchmarks.trials import digest
 from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers

@@ -27,9 +27,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from benchmarks.measurements import Line, table
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score
-from benchmarks.readme import Line, table
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.curves import Study
+from benchmarks.measurements import Line
 from benchmarks.provenance import of_device
 from benchmarks.provenance import provenance as provenance_of
 from benchmarks.quality import written
 from benchmarks.ranking import Results
-from benchmarks.readme import Line
 from benchmarks.trials import Config, digest, filled
 from benchmarks.turns import pair_line
 from lit_sparse.bench import bench

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.measurements import Line
 from benchmarks.provenance import provenance
-from benchmarks.readme import Line
 from lit_sparse.bench import bench
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import method_name, read_runs, run_name

