@@ -58,7 +58,7 @@ class Shares:
 
     @property
     def attribution(self) -> Attribution:
-        """How this process's share is found."""
+        """Method by which this process's share is found."""
         if self._pid in self._most:
             return "own pid"
         # Two pids that were alone in turn: one of them, but it is unknown which, is another process.

@@ -37,6 +37,7 @@ class _Block:
 
     @property
     def counted_as(self) -> str:
+        """The category in which the block counts now."""
         return self.category or (SAVED if self.saves else TEMPORARY)
 
 

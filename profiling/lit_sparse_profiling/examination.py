@@ -133,7 +133,7 @@ class Examination:
             self._events = None
 
     def _allocated_and_held(self) -> tuple[int, int]:
-        """Bytes requested from the CUDA allocator and not freed (0 on a CPU), and the ledger's total."""
+        """Return the bytes requested from the CUDA allocator and not freed (0 on a CPU), and the ledger's total."""
         held = ledger(*self._subject()).total
         if self._device.type != "cuda":
             return 0, held

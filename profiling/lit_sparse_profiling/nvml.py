@@ -275,11 +275,13 @@ class _Windows:
         self._watts: list[float] = [0.0, 0.0]  # sum and count: a run of days has millions of samples
 
     def begin(self, joules: float | None) -> None:
+        """Open a window, at this reading of the energy counter."""
         if self._begun is not None:
             raise ValueError("An energy window is to begin, but one is open already; end it first.")
         self._begun = (perf_counter(), joules)
 
     def end(self, joules: float | None) -> None:
+        """Close the window, at this reading of the energy counter."""
         if self._begun is None:
             raise ValueError("An energy window is to end, but none is open; begin it first.")
         (began, before), self._begun = self._begun, None

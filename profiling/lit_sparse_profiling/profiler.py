@@ -38,7 +38,7 @@ INSTRUMENTED_PHASES = (EXAMINATION, EXAMINED, "forward", "backward", "optimizer 
 """Phases whose resident memory includes the profiler's own instruments."""
 GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
 MAX_ATTEMPTS = 5
-"""How often steps of one kind are started when evaluation or saving interrupts them."""
+"""Attempts at the steps of one kind before they are given up, if evaluation or saving interrupts each."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Labels fall on the answers and their end tokens; begin tokens come once; what cannot be encoded says why."""
+"""Labels are on answers and their end tokens; begin tokens occur once; rows that cannot be encoded say why."""
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +12,7 @@ TWO = Chat((Message("system", "be brief"), *ONE.messages, *ONE.messages[:1], Mes
 
 
 def learnt(encoder: Encoder, item) -> list[str]:
-    """The stretches of labelled tokens, decoded."""
+    """Return the decoded spans of labelled tokens."""
     example = encoder.encode(item)
     assert len(example.input_ids) == len(example.labels)
     stretches, last = [], IGNORED
@@ -43,7 +43,7 @@ def test_every_answer_of_a_chat_is_learnt(chat_tokenizer):
     assert learnt(Encoder(chat_tokenizer), last) == ["on the mat<|im_end|>", "still there 7<|im_end|>"]
 
 
-def test_token_that_begins_in_the_prompt_is_not_learnt(chat_tokenizer):
+def test_a_token_that_begins_in_the_prompt_has_no_label(chat_tokenizer):
     encoder = Encoder(chat_tokenizer)
     assert (
         len(encoder.encode_text("\n\n")) == 1
@@ -112,7 +112,7 @@ def test_tokens_stay_as_they_are(chat_tokenizer):
 
 
 @pytest.mark.parametrize("template", ["auto", "chat"])
-def test_choices_differ_only_in_what_is_learnt(chat_tokenizer, template):
+def test_choices_differ_only_in_their_labels(chat_tokenizer, template):
     encoder, item = Encoder(chat_tokenizer, template), Choice("where?", ("on the mat", "here", "there"), 2)
     examples = encoder.encode_choices(item)
     prompts = {tuple(t for t, label in zip(e.input_ids, e.labels, strict=True) if label == IGNORED) for e in examples}
@@ -161,7 +161,7 @@ def test_rows_without_anything_to_learn(chat_tokenizer, item, why):
         Encoder(chat_tokenizer).encode(item)
 
 
-def test_tokenizers_that_will_not_do(chat_tokenizer, plain_tokenizer, tmp_path):
+def test_unusable_tokenizers_are_refused(chat_tokenizer, plain_tokenizer, tmp_path):
     with pytest.raises(BadInput, match="no chat template"):
         Encoder(plain_tokenizer, "chat")
     with pytest.raises(BadInput, match="No tokenizer could be loaded"):

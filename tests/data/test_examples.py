@@ -1,4 +1,4 @@
-"""Flat arrays, what is too long, bad rows, and the cache of tokenised rows."""
+"""Flat arrays, overlong and invalid rows, and the cache of tokenised rows."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_arrays_give_back_the_examples(tmp_path):
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 2), (1, 3), (2, 3), (0, 3)])
-def test_part(begin, end):
+def test_take(begin, end):
     part = Examples.of(THREE).take(begin, end)
     assert [part[index] for index in range(len(part))] == THREE[begin:end]
 

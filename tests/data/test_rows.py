@@ -1,4 +1,4 @@
-"""Formats, one by one, and what is wrong with rows that are none."""
+"""Every format, and the errors of rows without one."""
 
 import pytest
 

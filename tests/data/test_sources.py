@@ -1,4 +1,4 @@
-"""Reading files: every format, and errors that name file and line."""
+"""Reading of every file format, and errors that name file and line."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""What the allocator gives out in a block of code, to the byte, and that a recording disturbs nothing."""
+"""Measured allocations of a block of code, to the byte; a recording disturbs no other profiler."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def nothing_is_left_running() -> Iterator[None]:
 # ---- a CPU
 
 
-def test_the_highest_level_and_what_is_left_count() -> None:
+def test_the_peak_and_the_bytes_left_are_measured() -> None:
     with measure_allocations(ON_CPU) as found:
         kept = torch.ones(1000)
         torch.ones(500)
@@ -36,13 +36,13 @@ def test_the_highest_level_and_what_is_left_count() -> None:
     assert kept.numel() == 1000
 
 
-def test_nothing_allocated_is_nothing() -> None:
+def test_a_block_without_allocations_measures_zero() -> None:
     with measure_allocations(ON_CPU) as found:
         pass
     assert (found.requested, found.left) == (0, 0)
 
 
-def test_blocks_from_before_do_not_count_when_they_are_freed() -> None:
+def test_freeing_an_earlier_block_is_not_counted() -> None:
     before = [torch.ones(1000)]
     with measure_allocations(ON_CPU) as found:
         before.clear()
@@ -50,8 +50,8 @@ def test_blocks_from_before_do_not_count_when_they_are_freed() -> None:
     assert (found.requested, found.left) == (10 * F32, 0)
 
 
-def test_what_torch_remembers_of_an_earlier_recording_does_not_count() -> None:
-    """It takes blocks that are freed for those that an earlier recording saw at their addresses."""
+def test_sizes_from_an_earlier_recording_are_not_counted() -> None:
+    """Torch reports a freed block with the size that an earlier recording saw at its address."""
     with measure_allocations(ON_CPU):
         earlier = [torch.ones(1000) for _ in range(20)]
         addresses = {block.data_ptr() for block in earlier}
@@ -65,7 +65,7 @@ def test_what_torch_remembers_of_an_earlier_recording_does_not_count() -> None:
     assert (found.requested, found.left) == (10 * F32, 0)
 
 
-def test_blocks_made_known_before_the_mark_do() -> None:
+def test_freeing_a_block_known_before_the_mark_is_counted() -> None:
     events = CPUEvents()
     events.start()
     known = [torch.ones(1000)]
@@ -77,7 +77,7 @@ def test_blocks_made_known_before_the_mark_do() -> None:
     assert kept.numel() == 10
 
 
-def test_what_happens_after_the_recording_is_not_in_it() -> None:
+def test_allocations_after_the_recording_are_not_counted() -> None:
     events = CPUEvents()
     events.start()
     events.mark()
@@ -87,7 +87,7 @@ def test_what_happens_after_the_recording_is_not_in_it() -> None:
     assert (events.peak, events.left) == (kept.nbytes, kept.nbytes)
 
 
-def test_blocks_that_nobody_named_at_the_mark_are_the_others() -> None:
+def test_live_blocks_not_named_at_the_mark_are_unnamed() -> None:
     events = CPUEvents()
     events.start()
     named, kept, freed = torch.ones(100), [torch.ones(20)], [torch.ones(3000)]
@@ -124,14 +124,14 @@ def test_a_recording_can_be_dropped_at_any_time() -> None:
         assert (events.peak, events.left) == (0, 0)
 
 
-def test_figures_from_no_mark_on_are_refused() -> None:
+def test_a_recording_without_a_mark_is_refused() -> None:
     events = CPUEvents()
     events.start()
     with pytest.raises(RuntimeError, match="without a mark; call mark between start and stop"):
         events.stop()
 
 
-def test_another_profiler_goes_on() -> None:
+def test_another_running_profiler_is_not_stopped() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as theirs:
         with pytest.raises(RuntimeError, match=r"another torch\.profiler runs; stop that one first"):
             CPUEvents().start()
@@ -143,7 +143,7 @@ def test_another_profiler_goes_on() -> None:
 
 
 class Stats:
-    """Stands in for `torch.cuda.memory_stats`: gives one answer after the other."""
+    """Stand-in for `torch.cuda.memory_stats` that returns scripted answers in turn."""
 
     def __init__(self, *answers: dict[str, int]) -> None:
         self.answers = list(answers)

@@ -1,4 +1,4 @@
-"""Two processes that take turns: rounds, who begins, and what becomes of one whose partner ends."""
+"""Interleaved processes: rounds, their order, and a process whose partner ends."""
 
 import os
 import sys

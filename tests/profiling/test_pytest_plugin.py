@@ -19,7 +19,7 @@ pytest_plugins = ["pytester"]
 
 MIB = 2**20
 IMPORTING = "from lit_sparse_profiling.pytest_plugin import peak_memory\n"
-"""In a conftest: so the fixture is there also where nothing was installed."""
+"""For a conftest, so that the fixture exists without an installation."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Allocations:
 
 
 class FakeAllocator(types.ModuleType):
-    """Stands in for `lit_sparse_profiling.allocator`: says what it is told to, once the block has ended."""
+    """Stand-in for `lit_sparse_profiling.allocator` that reports scripted figures after the block."""
 
     def __init__(self) -> None:
         super().__init__("lit_sparse_profiling.allocator")
@@ -62,7 +62,7 @@ def test_the_peak_is_known_after_the_block_below_the_block(allocator: FakeAlloca
 
 @pytest.mark.parametrize("name", ["bytes", "left", "method"])
 @pytest.mark.usefixtures("allocator")
-def test_inside_of_the_block_nothing_is_known_yet(name: str) -> None:
+def test_figures_are_refused_inside_the_block(name: str) -> None:
     with limit_peak() as peak, pytest.raises(RuntimeError, match="before the block ended; ask for it below the block"):
         getattr(peak, name)
 
@@ -86,7 +86,7 @@ def test_a_limit_is_reached_but_not_passed(allocator: FakeAllocator, at_most: in
         pass
 
 
-def test_a_failure_of_the_block_is_what_is_told(allocator: FakeAllocator) -> None:
+def test_a_failure_of_the_block_is_not_hidden(allocator: FakeAllocator) -> None:
     allocator.says = Allocations(50 * MIB)
     with pytest.raises(ZeroDivisionError), limit_peak("1 B"):
         _ = 1 / 0

@@ -108,14 +108,14 @@ def test_a_truncated_file_is_named(tmp_path: Path, length: int) -> None:
         RunRecord.read(path)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"record\.json is not a complete JSON document"):
         RunRecord.read(tmp_path / "record.json")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"name": "x"}'])
-def test_other_json_is_no_record(tmp_path: Path, text: str) -> None:
+def test_json_without_a_schema_is_not_a_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(ValueError, match=r"metrics\.json is JSON but not a run record .*give a run's record\.json"):
         RunRecord.read(tmp_path / "metrics.json")

@@ -1,4 +1,4 @@
-"""The bench: what a process leaves, what is made again, and that killing it loses at most the run under way."""
+"""The bench: records of processes however they end, repetitions, and the loss of at most one run if it is killed."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from lit_sparse_profiling.runner import Job, execute, finished_runs, hash_source
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(runner.__file__).parents[1])}
 SECONDS = 60.0
-"""What is waited for happens within these."""
+"""Time limit of waits."""
 
 RUN = f"""
 import json, os, pathlib, signal, sys, time
@@ -43,7 +43,7 @@ def hold():
     while (root / "hold").exists() and time.monotonic() < end:
         time.sleep(0.02)
 """
-"""What a job executes before its own lines: it makes the next folder as a fit does."""
+"""Prologue of every job: it creates the next folder as a fit does."""
 
 
 def job(root: Path, name: str = "a", body: str = "record()", **settings: str) -> Job:
@@ -51,12 +51,12 @@ def job(root: Path, name: str = "a", body: str = "record()", **settings: str) ->
 
 
 def make(jobs: list[Job], root: Path, repeat: int = 1) -> list[str]:
-    """Make what is missing; the names of the folders made, in their order."""
+    """Run the jobs that have no result; return the names of their folders, in order."""
     return [execute(turn.job, root).name for turn in plan_repeats(jobs, root, repeat) if turn.folder is None]
 
 
 def made(body: str, root: Path, limit: float | None = None) -> RunRecord:
-    """The record after one run that does `body`."""
+    """Run `body` once and return its record."""
     folder = execute(job(root, body=body), root, limit)
     assert folder == root / "a-1"
     assert {"record.json", "bench.json", "log.txt"} <= {path.name for path in folder.iterdir()}
@@ -64,7 +64,7 @@ def made(body: str, root: Path, limit: float | None = None) -> RunRecord:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when one of a folder's files is written again."""
+    """Return inode and time of each file in a folder, which change when it is rewritten."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
@@ -84,7 +84,7 @@ def is_dead(pid: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch):
-    """The bench looks more often whether a process has ended."""
+    """Poll processes more often."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 20))
 
@@ -124,7 +124,7 @@ def test_the_log_has_what_the_process_said(tmp_path):
     assert not (tmp_path / "a.log").exists()
 
 
-def test_at_the_limit_a_process_is_stopped(tmp_path):
+def test_a_process_is_stopped_at_its_limit(tmp_path):
     begin = time.monotonic()
     record = made(f"(root / 'pid').write_text(str(os.getpid())); time.sleep({SECONDS})", tmp_path, limit=1.0)
     assert time.monotonic() - begin < SECONDS
@@ -132,11 +132,11 @@ def test_at_the_limit_a_process_is_stopped(tmp_path):
     assert is_dead(int((tmp_path / "pid").read_text()))
 
 
-def test_what_was_recorded_before_the_limit_counts(tmp_path):
+def test_a_record_written_before_the_limit_counts(tmp_path):
     assert made(f"record(); time.sleep({SECONDS})", tmp_path, limit=1.0).status == "ok"
 
 
-def test_a_bench_that_is_broken_off_ends_its_process(tmp_path):
+def test_an_interrupted_bench_ends_its_process(tmp_path):
     pid = tmp_path / "a-1" / "pid"
     (tmp_path / "hold").touch()
 
@@ -153,7 +153,7 @@ def test_a_bench_that_is_broken_off_ends_its_process(tmp_path):
 # ---- turns
 
 
-def test_all_take_turns_and_what_is_done_stays(tmp_path):
+def test_jobs_are_interleaved_and_results_are_kept(tmp_path):
     jobs = [job(tmp_path, name) for name in "abc"]
     assert make(jobs[1:2], tmp_path) == ["b-1"]
     plan = [(turn.job.name, turn.number, turn.folder and turn.folder.name) for turn in plan_repeats(jobs, tmp_path, 2)]
@@ -166,7 +166,7 @@ def test_all_take_turns_and_what_is_done_stays(tmp_path):
     assert [turn.folder.name for turn in plan_repeats(jobs, tmp_path, 1)] == ["a-1", "b-1", "c-1"]
 
 
-def test_what_failed_is_made_again_and_what_ended_otherwise_is_not(tmp_path):
+def test_only_failed_runs_are_repeated(tmp_path):
     bodies = {
         "a": "record(status='oom', reason='full')",
         "b": "print('lit-sparse: no.'); sys.exit(2)",
@@ -187,20 +187,20 @@ CHANGED: dict[str, Callable[[Job], Job]] = {
 
 
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
-def test_runs_of_something_else_do_not_count(tmp_path, change):
+def test_runs_of_another_identity_do_not_count(tmp_path, change):
     one = job(tmp_path, code="1")
     assert make([one], tmp_path) == ["a-1"]
     assert [turn.folder for turn in plan_repeats([change(one)], tmp_path, 1)] == [None]
     assert make([job(tmp_path, code="1")], tmp_path) == []
 
 
-def test_runs_of_something_else_get_further_numbers(tmp_path):
+def test_runs_of_another_identity_get_new_numbers(tmp_path):
     jobs = [job(tmp_path, code=version) for version in "12"]
     assert make(jobs, tmp_path, 2) == ["a-1", "a-2", "a-3", "a-4"]
     assert [[path.name for path in finished_runs(tmp_path, one)] for one in jobs] == [["a-1", "a-3"], ["a-2", "a-4"]]
 
 
-def test_folders_are_told_by_name_and_ordered_by_number(tmp_path):
+def test_folders_match_by_name_and_are_ordered_by_number(tmp_path):
     assert next_folder(tmp_path / "nowhere", "a") == tmp_path / "nowhere" / "a-1"
     for name in ("a-10", "a-9", "a-b-11", "a-12.part", "ba-13", "a-", "a--1"):
         (tmp_path / name).mkdir()
@@ -214,7 +214,7 @@ def test_folders_are_told_by_name_and_ordered_by_number(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["record.json", "bench.json"])
-def test_a_truncated_file_makes_no_result(tmp_path, file):
+def test_a_truncated_file_is_not_a_result(tmp_path, file):
     one = job(tmp_path)
     assert make([one], tmp_path) == ["a-1"]
     whole = (tmp_path / "a-1" / file).read_bytes()
@@ -233,14 +233,14 @@ FOREIGN = ["[]", '"identity"', "null", "3", "{}", '{"identity": null}', '{"ident
 
 @pytest.mark.parametrize("text", FOREIGN)
 @pytest.mark.parametrize("file", ["record.json", "bench.json"])
-def test_a_foreign_file_makes_no_result(tmp_path, file, text):
+def test_a_foreign_file_is_not_a_result(tmp_path, file, text):
     one = job(tmp_path)
     make([one], tmp_path)
     (tmp_path / "a-1" / file).write_text(text, encoding="utf-8")
     assert finished_runs(tmp_path, one) == []
 
 
-def test_a_record_alone_is_no_result_nor_is_a_file_in_a_folder_s_place(tmp_path):
+def test_neither_a_record_alone_nor_a_file_named_like_a_folder_is_a_result(tmp_path):
     RunRecord(name="a-1").write(tmp_path / "record.json")
     (tmp_path / "a-1").mkdir()
     (tmp_path / "record.json").rename(tmp_path / "a-1" / "record.json")
@@ -270,7 +270,7 @@ for turn in runner.plan_repeats(jobs, root, 1):
     if turn.folder is None:
         runner.execute(turn.job, root)
 """
-"""A bench that makes all jobs once, in a process that is killed when it comes to a line of a file, if one is given."""
+"""A bench that runs all jobs once, in a process that is killed at a given line of a file, if any."""
 
 
 def started(
@@ -292,7 +292,7 @@ MOMENTS = {
 
 @linux
 @pytest.mark.parametrize(("held", "body", "missing"), MOMENTS.values(), ids=MOMENTS)
-def test_a_killed_bench_loses_the_run_under_way_and_no_other(tmp_path, held, body, missing):
+def test_a_killed_bench_loses_only_its_current_run(tmp_path, held, body, missing):
     jobs = [job(tmp_path, name, body if name == held else "record()") for name in "abc"]
     (tmp_path / "hold").touch()
     bench_, pid = started(jobs, tmp_path), tmp_path / f"{held}-1" / "pid"
@@ -316,14 +316,14 @@ def test_a_bench_killed_before_its_first_run_loses_nothing(tmp_path):
     assert make(jobs, tmp_path) == ["a-1", "b-1"]
 
 
-def test_what_is_typed_meanwhile_is_not_the_process_s(tmp_path):
+def test_a_process_does_not_read_the_terminal(tmp_path):
     reading = job(tmp_path, body="print(sys.stdin.read()); record()")
     started([reading], tmp_path, stdin=subprocess.PIPE).communicate(b"typed", SECONDS)
     assert (tmp_path / "a-1" / "log.txt").read_text() == "\n"
 
 
 def lines_of(function: Callable[..., object]) -> list[tuple[str, int]]:
-    """File and number of each line in the function's body."""
+    """Return file and number of each line in a function's body."""
     code = function.__code__
     return sorted({(code.co_filename, line) for *_, line in code.co_lines() if line and line > code.co_firstlineno})
 
@@ -336,7 +336,7 @@ SWEPT = {
 
 @linux
 @pytest.mark.parametrize("status", SWEPT)
-def test_a_bench_killed_at_any_of_its_lines_goes_on(tmp_path, status):
+def test_a_bench_killed_at_any_line_can_continue(tmp_path, status):
     functions = SWEPT[status][1]
     places = [place for function in functions for place in lines_of(function)]
     killed = [place for place in places if was_killed(tmp_path, status, *place)]
@@ -344,7 +344,7 @@ def test_a_bench_killed_at_any_of_its_lines_goes_on(tmp_path, status):
 
 
 def was_killed(folder: Path, status: str, file: str, line: int) -> bool:
-    """Kill a bench at the line, in its second run, and see that it goes on from there; whether it came to the line."""
+    """Kill a bench at a line in its second run, and check that it can continue; return whether it reached the line."""
     root = folder / f"{Path(file).stem}-{line}"
     jobs = [job(root, "a"), job(root, "b", SWEPT[status][0])]
     assert make(jobs[:1], root) == ["a-1"]
@@ -361,7 +361,7 @@ def was_killed(folder: Path, status: str, file: str, line: int) -> bool:
 
 
 @linux
-def test_a_process_whose_bench_ended_before_it_began_ends_too():
+def test_a_process_ends_if_its_bench_ended_before_it_began():
     code = """
 import os, sys
 from lit_sparse_profiling import runner
