@@ -50,7 +50,7 @@ def write_text(study: Study, into: Path) -> Path:
         BadInput: if there are too few rows.
     """
     scored = scored_rows(study.table.workload)
-    rows = {mark: row for row in rows_of(study.text, "text") if (mark := sources.digest(row)) not in scored}
+    rows = {mark: row for row in rows_of(study.text, "text") if (mark := sources.row_digest(row)) not in scored}
     if len(rows) < study.text_rows:
         raise BadInput(
             f"{study.text} has {len(rows)} rows that are not scored, and the first phase is to see {study.text_rows}; "
@@ -82,7 +82,7 @@ def scored_rows(workload: Config) -> set[str]:
         raise BadInput("the workload has no data.init_args.heldout; write it: so many passages may be scored.")
     count = max(callback.rows, heldout)
     rows = untrained(rows_of(callback.text, "text"), Trained(callback.exclude), count, callback.text)
-    return {sources.digest(row) for row in rows}
+    return {sources.row_digest(row) for row in rows}
 
 
 # ---- doing it

@@ -28,9 +28,9 @@ from lit_sparse.mlp_density import GLUDensity
 from lit_sparse.optim import AdamW
 from lit_sparse_kernels import block_delta, block_grad, pack_columns
 from lit_sparse_kernels.glu_density import activation, proxied
-from lit_sparse_profiling.allocator import measured
+from lit_sparse_profiling.allocator import measure_allocations
 from lit_sparse_profiling.ceilings import Ceilings, ceilings
-from lit_sparse_profiling.paired import pair_of
+from lit_sparse_profiling.paired import compare_rounds
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
 OURS, DIAGONAL = "ours", "as many diagonal blocks"
@@ -328,7 +328,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
     """Bytes that one call holds at most, its result among them."""
-    with measured(device) as found:
+    with measure_allocations(device) as found:
         kept = run()
     del kept
     return found.requested
@@ -339,7 +339,7 @@ def line_of(work: Work, device: torch.device, best: Ceilings, rounds: int) -> di
     taken = times(work, device, rounds)
     ours = median(taken[OURS])
     rivals = [name for name in work.contenders if name != OURS]
-    pairs = {name: pair_of(name, list(zip(taken[OURS], taken[name], strict=True))) for name in rivals}
+    pairs = {name: compare_rounds(name, list(zip(taken[OURS], taken[name], strict=True))) for name in rivals}
     return {
         "op": work.op,
         "shape": work.shape,

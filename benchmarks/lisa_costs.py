@@ -28,7 +28,7 @@ from lit_sparse.anatomy import decoder_layers
 from lit_sparse.configs import found
 from lit_sparse.export.merge import Merge
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.runner import Job, sources
+from lit_sparse_profiling.runner import Job, hash_sources
 
 HERE = ROOT / "benchmarks" / "lisa"
 RESULTS = ROOT / "benchmarks" / "results" / "lisa.jsonl"
@@ -114,7 +114,7 @@ def trained(name: str, yaml: str, rate: float, into: Path) -> Path:
     ends = [f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.num_sanity_val_steps=0"]
     place = [f"--run={name}", f"--trainer.default_root_dir={into}", f"--checkpoint_steps={STEPS}"]
     command = [sys.executable, "-m", "lit_sparse", "fit", *config, f"--model.lr={rate}", *ends, *place, *QUIET]
-    code = sources([ROOT / folder for folder in ("lit_sparse", "kernels")])
+    code = hash_sources([ROOT / folder for folder in ("lit_sparse", "kernels")])
     job = Job(name, command, {"lr": f"{rate:g}", "steps": str(STEPS), "made": digest({"files": files}, {"code": code})})
     return checkpointed(into, job) or fitted(into, job)
 

@@ -24,7 +24,7 @@ from lit_sparse.callbacks.profile import Profile
 from lit_sparse.data import Synthetic
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import SMT
-from lit_sparse_profiling.paired import Player, Turns, pair_of, play
+from lit_sparse_profiling.paired import PairedRun, Turns, compare_rounds, interleave
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
 
@@ -55,7 +55,7 @@ class End(Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if trainer.global_step > WARMUP:
-            self.begin.turns.done(perf_counter() - self.begin.begun)
+            self.begin.turns.report(perf_counter() - self.begin.begun)
 
 
 def fit(turns: Turns, rounds: int, folder: Path | None) -> None:
@@ -90,14 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "benchmarks.overhead", f"--rounds={asked.rounds}"]
         folder = Path(scratch, "profiled-1")
-        watched = Player([*command, f"--folder={folder}"], Path(scratch, "with.log"))
-        plain = lambda: Player(command, Path(scratch, "without.log"))  # noqa: E731
-        seconds = play(watched, plain, None, lambda: None)
+        watched = PairedRun([*command, f"--folder={folder}"], Path(scratch, "with.log"))
+        plain = lambda: PairedRun(command, Path(scratch, "without.log"))  # noqa: E731
+        seconds = interleave(watched, plain, None, lambda: None)
         if watched.end(None, lambda: None) or len(seconds) < asked.rounds:
             print(Path(scratch, "with.log").read_text(), file=sys.stderr)
             return 1
         record = RunRecord.read(folder / "record.json")
-    pair = pair_of("the same without the profiler", seconds)
+    pair = compare_rounds("the same without the profiler", seconds)
     line = provenance("overhead", record, model="demo")
     line |= {"ratio_median": pair.median, "ratio_low": pair.low, "ratio_high": pair.high, "rounds": pair.rounds}
     with asked.results.open("a", encoding="utf-8") as file:

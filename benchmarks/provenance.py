@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from lit_sparse_profiling.profiler import device_of
-from lit_sparse_profiling.record import Device, RunRecord
+from lit_sparse_profiling.devices import describe_device
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("lit_sparse", "kernels", "profiling", "configs", "benchmarks")
@@ -40,7 +41,7 @@ def of_device(bench: str, device: torch.device) -> dict[str, Any]:
     """The same for what trains no model."""
     found = {package: version(package) for package in ("torch", "triton")}
     today = datetime.now(UTC).date().isoformat()
-    source = {"bench": bench, "commit": commit(), "date": today, "device": where(device_of(device))}
+    source = {"bench": bench, "commit": commit(), "date": today, "device": where(describe_device(device))}
     return {**source, "versions": found}
 
 

@@ -35,7 +35,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import folders
-from lit_sparse_profiling.runner import REFUSED, Job, ends_with_parent, execute, finished, verdict
+from lit_sparse_profiling.runner import REFUSED, Job, diagnose, execute, finished_runs, parent_death_hook
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 QUIET = (
@@ -278,7 +278,7 @@ def fitted(root: Path, job: Job) -> Path:
 
 def checkpointed(root: Path, job: Job) -> Path | None:
     """The folder of this very job's newest run that has a checkpoint, if there is one."""
-    done = [folder for folder in finished(root, job) if (folder / LAST).is_file()]
+    done = [folder for folder in finished_runs(root, job) if (folder / LAST).is_file()]
     return done[-1] if done else None
 
 
@@ -316,11 +316,11 @@ def answers(trial: Trial, test: Config, folder: Path) -> dict[str, float]:
     file = written(folder / "test.yaml", config)
     command = [sys.executable, "-m", "lit_sparse", "test", f"--config={file}", f"--ckpt_path={folder / LAST}"]
     with (folder / "test.txt").open("wb") as log:
-        end = ends_with_parent()
+        end = parent_death_hook()
         run = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, preexec_fn=end)
     if code := run.returncode:
         said = (folder / "test.txt").read_text(encoding="utf-8", errors="replace")
-        raise RuntimeError(f"{'refused' if code == REFUSED else 'failed'}: {verdict(code, said, None)[1]}")
+        raise RuntimeError(f"{'refused' if code == REFUSED else 'failed'}: {diagnose(code, said, None)[1]}")
     return accuracies(folder / "test" / "metrics.csv")
 
 

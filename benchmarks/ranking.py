@@ -14,7 +14,7 @@ from typing import Any, Literal
 from benchmarks.measurements import Line, caption, parsed, table
 from benchmarks.trials import Arm, Config, Table, Trial, read_table
 from lit_sparse.errors import BadInput
-from lit_sparse_profiling.documents import finite
+from lit_sparse_profiling.documents import spell_nonfinite
 
 SCORE, TEXT = "heldout_loss", "text_loss"
 """What the learning rate is chosen by and arms are ranked by, lower being better; what shows forgetting."""
@@ -70,7 +70,7 @@ class Results:
 
     def append(self, line: Line) -> None:
         """Keep a line, on disk at once."""
-        text = json.dumps(finite(line), allow_nan=False)
+        text = json.dumps(spell_nonfinite(line), allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")

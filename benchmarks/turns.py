@@ -10,8 +10,9 @@ from pathlib import Path
 from benchmarks.measurements import Line
 from benchmarks.provenance import provenance
 from lit_sparse.bench import bench
-from lit_sparse_profiling.record import Pair, RunRecord
-from lit_sparse_profiling.run_folders import method_of, name_of, read_runs
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.run_folders import method_name, read_runs, run_name
+from lit_sparse_profiling.sections import Pair
 
 FLOOR = "floor"
 """The mode that trains nothing: its one trained weight is a stand-in and does not count."""
@@ -33,7 +34,7 @@ def newest(folder: Path) -> dict[str, RunRecord]:
     Raises:
         RuntimeError: if one has no result.
     """
-    found = {method_of(name_of(path, record)): record for path, record in read_runs([folder])}
+    found = {method_name(run_name(path, record)): record for path, record in read_runs([folder])}
     for name, record in found.items():
         if isinstance(record, str) or record.status != "ok":
             raise RuntimeError(f"{folder}: {name} has no result: {record}")

@@ -22,7 +22,7 @@ from lit_sparse.configs import configs_folder, found, methods
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report
-from lit_sparse_profiling.runner import Job, Turn, execute, sources, turns
+from lit_sparse_profiling.runner import Job, Repeat, execute, hash_sources, plan_repeats
 
 UNENDING = 10**6
 """`max_steps` of a measured fit, so large that the learning rate stays at the start of its schedule."""
@@ -118,7 +118,7 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
         **{str(path): path.read_text(encoding="utf-8", errors="surrogateescape") for path in files},
         **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
         "devices": f"{torch.cuda.device_count()} with CUDA",
-        "code": sources(packages),
+        "code": hash_sources(packages),
     }
     stems = "+".join(Path(part).stem for part in name.split("+"))
     place = [f"--trainer.default_root_dir={asked.into}", f"--run={stems}", f"--profile.timed={asked.steps}"]
@@ -167,7 +167,7 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     # auto_refresh starts a thread, which must not exist when processes are forked; `tick` refreshes instead.
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
-        plan = turns(jobs, root, repeat)
+        plan = plan_repeats(jobs, root, repeat)
         task = progress.add_task("bench", total=len(plan))
         for turn in plan:
             progress.update(task, description=f"{turn.job.name} ({turn.number} of {repeat})")
@@ -179,7 +179,7 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
     return int(any(RunRecord.read(folder / "record.json").status == "failed" for folder in done))
 
 
-def outcome(turn: Turn, folder: Path) -> str:
+def outcome(turn: Repeat, folder: Path) -> str:
     """Describe the result of a run in one line."""
     record = RunRecord.read(folder / "record.json")
     said = record.reason or ""

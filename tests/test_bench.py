@@ -12,8 +12,9 @@ from lit_sparse import bench as verb
 from lit_sparse import cli, configs
 from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.record import SCHEMA, RunRecord, Throughput
-from lit_sparse_profiling.runner import Job, Turn
+from lit_sparse_profiling.record import SCHEMA, RunRecord
+from lit_sparse_profiling.runner import Job, Repeat
+from lit_sparse_profiling.sections import Throughput
 
 ROOTS = [str(Path(verb.__file__).parents[1] / folder) for folder in ("", "kernels", "profiling")]
 SYNTHETIC = f"--config={configs.configs_folder()}/data/synthetic.yaml"
@@ -269,13 +270,13 @@ def test_each_run_is_told_and_all_are_compared(capsys):
 def test_a_run_beyond_the_limit_has_failed(capsys):
     endless = Job("endless", [sys.executable, "-IS", "-c", "import time; time.sleep(60)"], {})
     assert verb.run([endless], Path("out"), 1, 0.5) == 1
-    assert "endless-1: failed it had not ended after " in capsys.readouterr().out
+    assert "endless-1: failed it was stopped after " in capsys.readouterr().out
 
 
 def test_a_good_run_is_told_by_its_step(tmp_path):
     throughput = Throughput(tokens=None, padded_tokens=None, seconds=3.0, steps=2, median_step=1.25)
     RunRecord(name="x-1", throughput=throughput).write(tmp_path / "record.json")
-    turn = Turn(quick("x", "{}"), 1, None)
+    turn = Repeat(quick("x", "{}"), 1, None)
     assert verb.outcome(turn, tmp_path) == f"{tmp_path.name}: ok 1.250 s a step"
 
 

@@ -25,10 +25,10 @@ from lit_sparse.data.encoding import Encoder, Example, load_tokenizer
 from lit_sparse.data.evaluation import scored_choices
 from lit_sparse.data.examples import encode
 from lit_sparse.data.loader import evaluation_loader
-from lit_sparse.data.module import TRAIN, at_least
+from lit_sparse.data.module import TRAIN, require_at_least
 from lit_sparse.data.rows import IGNORED
-from lit_sparse.data.sources import READERS, Row, digest, read
-from lit_sparse.data.text import Text, files
+from lit_sparse.data.sources import READERS, Row, read, row_digest
+from lit_sparse.data.text import Text, read_files
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.metrics import TokenScores, right_choices
@@ -70,7 +70,7 @@ class Forgetting(Callback):
         exclude: Sequence[str] = (),
         tokenizer: str | PreTrainedTokenizerBase | None = None,
     ) -> None:
-        at_least(1, rows=rows, batch_size=batch_size, max_length=max_length)
+        require_at_least(1, rows=rows, batch_size=batch_size, max_length=max_length)
         self.rows, self.text, self.questions = rows, text, list(questions)
         self.batch_size, self.max_length, self.tokenizer = batch_size, max_length, tokenizer
         self.exclude = list(exclude)
@@ -185,16 +185,16 @@ class Trained:
     def __init__(self, names: Sequence[str], data: Any = None) -> None:
         plain = [name for name in names if Path(name).expanduser().is_file() and Path(name).suffix not in READERS]
         rows = [row for name in names if name not in plain for row in rows_of(name, "text")]
-        texts, own = files(plain), data.rows[TRAIN] if isinstance(data, TokenData) else []
+        texts, own = read_files(plain), data.rows[TRAIN] if isinstance(data, TokenData) else []
         (texts if isinstance(data, Text) else rows).extend(own)
-        self._marks = {digest(row) for row in rows}
+        self._marks = {row_digest(row) for row in rows}
         self._texts = [unbroken(row.data["text"]) for row in texts]
 
     def has(self, row: Row) -> bool:
         """Return true if `row` is one of the rows, or a passage of the plain text."""
         passage = row.data.get("text")
         stands = isinstance(passage, str) and any(unbroken(passage) in text for text in self._texts)
-        return stands or digest(row) in self._marks
+        return stands or row_digest(row) in self._marks
 
 
 def unbroken(text: str) -> str:
@@ -208,7 +208,7 @@ def untrained(rows: Sequence[Row], trained: Trained, count: int, name: str) -> l
     Raises:
         BadInput: if none is left.
     """
-    marked = {digest(row): row for row in rows}
+    marked = {row_digest(row): row for row in rows}
     ordered = (marked[mark] for mark in sorted(marked))
     found = list(islice((row for row in ordered if not trained.has(row)), count))
     if not found:

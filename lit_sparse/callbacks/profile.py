@@ -16,9 +16,9 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
 
 from lit_sparse.errors import BadInput
-from lit_sparse_profiling.nvml import NVML
+from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.profiler import Plan, Profiler, opened
+from lit_sparse_profiling.profiler import Plan, Profiler
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.stopwatch import Tokens, count_tokens
 
@@ -82,7 +82,7 @@ class Profile(Callback):
         device = trainer.strategy.root_device
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # starts CUDA: what the process holds now is its context
-            self._nvml = opened(device, self._notes)
+            self._nvml = open_nvml(device, self._notes)
             if self._nvml is not None:
                 self._nvml.mark_context()
 

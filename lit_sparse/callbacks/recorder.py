@@ -21,7 +21,8 @@ from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.profiler import Plan
-from lit_sparse_profiling.record import ModelSize, RunRecord, StateBytes
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import ModelSize, StateBytes
 
 
 class Recorder(Profile):

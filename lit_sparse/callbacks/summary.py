@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_sparse_profiling.kernel_times import table as kernel_table
-from lit_sparse_profiling.profiler import EXAMINATION, LOOKED_INTO
+from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES
 from lit_sparse_profiling.reconcile import findings
 from lit_sparse_profiling.record import RunRecord
 
@@ -59,7 +59,7 @@ def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.memory is not None and record.memory.peak_resident is not None:
         yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
     for phase in record.phases:
-        if phase.name in LOOKED_INTO and phase.name != EXAMINATION:
+        if phase.name in INSTRUMENTED_PHASES and phase.name != EXAMINATION:
             continue  # parts of the examination, whose seconds hold theirs
         peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
         yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"

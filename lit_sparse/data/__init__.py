@@ -1,4 +1,4 @@
-"""Lightning data modules: the embedded demo data, your own instructions or text, labelled texts, and random tokens."""
+"""Lightning data modules: demo data, your own instructions or text, labelled texts, and random tokens."""
 
 from lit_sparse.data.embedded import Embedded
 from lit_sparse.data.instructions import Instructions

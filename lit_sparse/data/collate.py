@@ -1,4 +1,4 @@
-"""From rows to batches of tensors. B sequences, S tokens of the longest, all int64."""
+"""Collators, from rows to int64 tensors. B is the number of sequences, S the length of the padded ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,58 +13,62 @@ from lit_sparse.data.rows import IGNORED
 
 @dataclass(frozen=True)
 class Padding:
-    """What batches are filled up with.
+    """Padding of batches.
 
     Attributes:
-        token: Id of the padding token; nothing reads it.
-        multiple: S becomes a multiple of this (8 suits tensor cores).
+        token: Id of the padding token. It is masked, so that any id does.
+        multiple: S is rounded up to a multiple of this; 8 suits tensor cores.
     """
 
     token: int = 0
     multiple: int = 1
 
     def width(self, lengths: Sequence[int]) -> int:
-        """Tokens of the padded rows."""
+        """Return S for rows of these lengths."""
         return -(-max(lengths) // self.multiple) * self.multiple
 
-    def right(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        """`rows`, filled up on the right."""
+    def pad_right(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        """Return `rows` padded on the right with `fill`, (B, S)."""
         width = self.width([len(row) for row in rows])
         return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows])
 
-    def left(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-        """`rows`, filled up on the left, as generation wants it."""
+    def pad_left(self, rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+        """Return `rows` padded on the left with `fill`, (B, S): generation continues the last position."""
         width = self.width([len(row) for row in rows])
         return torch.tensor([[*[fill] * (width - len(row)), *row] for row in rows])
 
 
 @dataclass(frozen=True)
 class Padded:
-    """Collates `Example`s: `input_ids`, `attention_mask`, `labels` (-100 where no loss), all (B, S); and `scored`."""
+    """Collator of `Example`s into `input_ids`, `attention_mask` and `labels`, each (B, S), and `scored` (N,).
+
+    Labels are -100 where no loss is taken. For `scored`, see `scored_positions`.
+    """
 
     padding: Padding
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        labels = self.padding.right([one.labels for one in examples], IGNORED)
+        labels = self.padding.pad_right([one.labels for one in examples], IGNORED)
         return {
-            "input_ids": self.padding.right([one.input_ids for one in examples], self.padding.token),
-            "attention_mask": self.padding.right([[1] * len(one.input_ids) for one in examples], 0),
+            "input_ids": self.padding.pad_right([one.input_ids for one in examples], self.padding.token),
+            "attention_mask": self.padding.pad_right([[1] * len(one.input_ids) for one in examples], 0),
             "labels": labels,
-            "scored": scored(labels),
+            "scored": scored_positions(labels),
         }
 
 
-def scored(labels: Tensor) -> Tensor:
-    """Places (N,) in the flattened (B, S-1) predictions whose label counts, so that only they need logits.
+def scored_positions(labels: Tensor) -> Tensor:
+    """Return the indices (N,) of scored labels in the flattened (B, S-1) predictions; only these need logits.
 
-    Found here, on the host: on a GPU the training step would have to wait for the device to know how many there are.
+    They are computed here, on the host. On the device, `nonzero` would synchronise in every step, since N is the shape
+    of what follows.
     """
     return (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class ScoredChoices:
-    """All choices of a question as examples, and the index of the right one."""
+    """All choices of a question as examples, and the index of the correct one."""
 
     examples: list[Example]
     label: int
@@ -72,7 +76,11 @@ class ScoredChoices:
 
 @dataclass(frozen=True)
 class Choices:
-    """Collates `ScoredChoices`: a padded batch of all N choices, `item` and `choice` (N,), and `label` (items,)."""
+    """Collator of `ScoredChoices` into a padded batch of all N choices.
+
+    Beside the keys of `Padded`, it has `item` and `choice` (N,), the indices of each sequence's question and choice,
+    and `label`, the index of the correct choice of each question.
+    """
 
     padding: Padding
 
@@ -88,7 +96,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt to be answered by generation, and the result that is right."""
+    """A prompt to answer by generation, and the correct result."""
 
     prompt_ids: list[int]
     answer: str
@@ -96,13 +104,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Questions:
-    """Collates `Question`s: `prompt_ids`, `prompt_mask` (B, S), padded on the left, and `answer`, B texts."""
+    """Collator of `Question`s into `prompt_ids` and `prompt_mask` (B, S), padded on the left, and `answer`, B texts."""
 
     padding: Padding
 
     def __call__(self, questions: Sequence[Question]) -> dict[str, Any]:
         return {
-            "prompt_ids": self.padding.left([one.prompt_ids for one in questions], self.padding.token),
-            "prompt_mask": self.padding.left([[1] * len(one.prompt_ids) for one in questions], 0),
+            "prompt_ids": self.padding.pad_left([one.prompt_ids for one in questions], self.padding.token),
+            "prompt_mask": self.padding.pad_left([[1] * len(one.prompt_ids) for one in questions], 0),
             "answer": [one.answer for one in questions],
         }

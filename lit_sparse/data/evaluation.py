@@ -1,4 +1,4 @@
-"""What is scored on held-out rows beside the loss: choices, worked answers, and samples to read."""
+"""Held-out rows that are scored beside the loss: multiple choice, worked answers, and samples to read."""
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -7,57 +7,61 @@ from typing import Any
 from lit_sparse.data.collate import Question, ScoredChoices
 from lit_sparse.data.encoding import Encoder, last_prompt
 from lit_sparse.data.rows import RESULT_MARK, Chat, Choice, Item, final_number, parse
-from lit_sparse.data.sources import Row, blame
+from lit_sparse.data.sources import Row, locate_errors
 
 
-def items(rows: Sequence[Row]) -> Iterator[tuple[Row, Item]]:
-    """The rows and what they mean."""
+def parse_rows(rows: Sequence[Row]) -> Iterator[tuple[Row, Item]]:
+    """Iterate over the rows, each with its parsed item."""
     for row in rows:
-        with blame(row):
+        with locate_errors(row):
             yield row, parse(row.data)
 
 
 def scored_choices(rows: Sequence[Row], encoder: Encoder, max_length: int) -> list[ScoredChoices]:
-    """The multiple-choice questions among `rows`, of which every choice fits into `max_length` tokens."""
+    """Return the multiple-choice questions among `rows` whose every choice fits into `max_length` tokens."""
     found = []
-    for row, item in items(rows):
+    for row, item in parse_rows(rows):
         if isinstance(item, Choice):
-            with blame(row):
-                examples = encoder.choices(item)
+            with locate_errors(row):
+                examples = encoder.encode_choices(item)
             if max(len(one.input_ids) for one in examples) <= max_length:
                 found.append(ScoredChoices(examples, item.label))
     return found
 
 
 def questions(rows: Sequence[Row], encoder: Encoder, max_length: int) -> list[Question]:
-    """The questions with a worked answer ("#### number") among `rows`, with prompts of `max_length` tokens at most."""
+    """Return the questions with a worked answer ("#### number") whose prompt fits into `max_length` tokens."""
     found = []
-    for row, item in items(rows):
-        answer = reference(item) if isinstance(item, Chat) else ""
+    for row, item in parse_rows(rows):
+        answer = reference_answer(item) if isinstance(item, Chat) else ""
         result = final_number(answer) if RESULT_MARK in answer else None
         if isinstance(item, Chat) and result is not None:
-            with blame(row):
-                found.append(Question(encoder.prompt(item), result))
+            with locate_errors(row):
+                found.append(Question(encoder.encode_prompt(item), result))
     return [one for one in found if len(one.prompt_ids) <= max_length]
 
 
 def samples(rows: Sequence[Row], encoder: Encoder, max_length: int, count: int) -> list[dict[str, Any]]:
-    """The first `count` prompts of `rows`: `prompt_ids`, and `prompt` and `reference` as text."""
-    asking = (item for _, item in items(rows) if isinstance(item, Chat | Choice))
-    prompts = ((encoder.prompt(item), item) for item in asking)
+    """Return the first `count` prompts that fit into `max_length` tokens.
+
+    Each has the keys `prompt_ids` (list of int), `prompt` and `reference` (texts).
+    """
+    asking = (item for _, item in parse_rows(rows) if isinstance(item, Chat | Choice))
+    prompts = ((encoder.encode_prompt(item), item) for item in asking)
     fitting = ((ids, item) for ids, item in prompts if len(ids) <= max_length)
     return [
-        {"prompt_ids": ids, "prompt": asked(item), "reference": reference(item)} for ids, item in islice(fitting, count)
+        {"prompt_ids": ids, "prompt": question_text(item), "reference": reference_answer(item)}
+        for ids, item in islice(fitting, count)
     ]
 
 
-def asked(item: Chat | Choice) -> str:
-    """The question, or what was said before the assistant's last answer."""
+def question_text(item: Chat | Choice) -> str:
+    """Return the question of a multiple-choice item, or the turn before the assistant's last answer."""
     return item.question if isinstance(item, Choice) else last_prompt(item)[-1].content
 
 
-def reference(item: Chat | Choice) -> str:
-    """The right choice, or the assistant's last answer."""
+def reference_answer(item: Chat | Choice) -> str:
+    """Return the correct choice, or the assistant's last answer."""
     if isinstance(item, Choice):
         return item.choices[item.label]
     return [turn.content for turn in item.messages if turn.role == "assistant"][-1]

@@ -13,24 +13,26 @@ from torch.utils.data import Dataset
 
 from lit_sparse.data.encoding import Encoder, Example
 from lit_sparse.data.rows import IGNORED, parse
-from lit_sparse.data.sources import Row, blame, digest
+from lit_sparse.data.sources import Row, locate_errors, row_digest
 from lit_sparse.demo import cache_folder
 from lit_sparse.errors import BadInput
 
 Overlong = Literal["drop", "truncate"]
 
 CACHE_VERSION = 1
-"""Rises whenever the same rows and settings would become other tokens."""
+"""Increment it when the same rows and settings give other tokens than before."""
 
 
 class Examples(Dataset[Example]):
     """Sequences of different lengths, stored end to end.
 
+    They are arrays because a Python integer in a list takes 36 bytes instead of 4, and is copied into every worker.
+
     Attributes:
-        ids: All token ids, (tokens,) int32.
-        labels: As many labels, -100 where no loss is taken, (tokens,) int32.
-        starts: Where each sequence begins, and at last the number of tokens, (sequences + 1,) int64.
-        dropped: How many rows were too long to become an example.
+        ids: Token ids, (tokens,) int32.
+        labels: Labels, -100 where no loss is taken, (tokens,) int32.
+        starts: Start of each sequence, and finally the number of tokens, (sequences + 1,) int64.
+        dropped: Number of rows that were dropped because they were too long.
     """
 
     def __init__(self, ids: Any, labels: Any, starts: Any, dropped: int = 0) -> None:
@@ -38,7 +40,7 @@ class Examples(Dataset[Example]):
 
     @classmethod
     def of(cls, examples: Sequence[Example], dropped: int = 0) -> "Examples":
-        """The arrays of `examples`."""
+        """Make the arrays from `examples`."""
         starts = np.cumsum([0, *(len(example.input_ids) for example in examples)], dtype=np.int64)
         ids = np.fromiter((token for example in examples for token in example.input_ids), np.int32, starts[-1])
         labels = np.fromiter((label for example in examples for label in example.labels), np.int32, starts[-1])
@@ -53,17 +55,17 @@ class Examples(Dataset[Example]):
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
+        """Number of tokens of each sequence."""
         return np.diff(self.starts).tolist()
 
-    def part(self, begin: int, end: int) -> "Examples":
-        """The sequences from number `begin` to before number `end`."""
+    def take(self, begin: int, end: int) -> "Examples":
+        """Return the sequences `begin` to `end - 1`, as views of the arrays."""
         starts = self.starts[begin : end + 1]
         tokens = slice(starts[0], starts[-1])
         return Examples(self.ids[tokens], self.labels[tokens], starts - starts[0])
 
     def save(self, path: Path) -> None:
-        """Writes the arrays to `path`, which appears complete or not at all."""
+        """Write the arrays to `path` atomically: other processes may read the cache at the same time."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
             try:
@@ -76,13 +78,21 @@ class Examples(Dataset[Example]):
 
     @classmethod
     def load(cls, path: Path) -> "Examples":
-        """What `save` wrote to `path`."""
+        """Read the arrays that `save` wrote to `path`."""
         with np.load(path) as arrays:
             return cls(arrays["ids"], arrays["labels"], arrays["starts"], int(arrays["dropped"]))
 
 
-def cached(settings: Sequence[object], make: Callable[[], Examples]) -> Examples:
-    """What `make` gives, out of the cache where it was made before with the same `settings` (text and numbers)."""
+def load_or_make(settings: Sequence[object], make: Callable[[], Examples]) -> Examples:
+    """Return the cached examples of these settings, or make and cache them.
+
+    Args:
+        settings: Everything on which the examples depend, as texts and numbers.
+        make: Makes the examples.
+
+    Raises:
+        BadInput: if the cache cannot be written.
+    """
     key = hashlib.sha256(json.dumps([CACHE_VERSION, *settings]).encode()).hexdigest()
     path = cache_folder() / "tokens" / f"{key}.npz"
     if path.is_file():
@@ -97,22 +107,22 @@ def cached(settings: Sequence[object], make: Callable[[], Examples]) -> Examples
     return examples
 
 
-def tokenised(rows: Sequence[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
-    """The examples of `rows`, cached; see `encode`."""
-    settings = ["rows", encoder.fingerprint(), max_length, overlong, [digest(row) for row in rows]]
-    return cached(settings, lambda: encode(rows, encoder, max_length, overlong))
+def tokenise_cached(rows: Sequence[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
+    """Return the examples of `rows` from the cache, or encode and cache them; see `encode`."""
+    settings = ["rows", encoder.fingerprint(), max_length, overlong, [row_digest(row) for row in rows]]
+    return load_or_make(settings, lambda: encode(rows, encoder, max_length, overlong))
 
 
 def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
-    """Tokenises `rows`; those with more than `max_length` tokens are dropped or lose their end.
+    """Tokenise `rows`. Rows with more than `max_length` tokens are dropped or truncated.
 
     Raises:
-        BadInput: a bad row (its file and line are named), or nothing is left after dropping what is too long.
+        BadInput: if a row is invalid (the message names its file and line), or if every row was dropped.
     """
     kept, dropped = [], 0
     for row in rows:
-        with blame(row):
-            example = fitted(encoder.example(parse(row.data)), max_length, overlong)
+        with locate_errors(row):
+            example = fit_length(encoder.encode(parse(row.data)), max_length, overlong)
         if example is None:
             dropped += 1
         else:
@@ -124,8 +134,8 @@ def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Ove
     return Examples.of(kept, dropped)
 
 
-def fitted(example: Example, max_length: int, overlong: Overlong) -> Example | None:
-    """`example` with at most `max_length` tokens, or None where it is dropped or nothing learnt is left of it."""
+def fit_length(example: Example, max_length: int, overlong: Overlong) -> Example | None:
+    """Return `example` with at most `max_length` tokens; None if it is dropped or has no label after truncation."""
     if len(example.input_ids) <= max_length:
         return example
     labels = example.labels[:max_length]

@@ -1,4 +1,4 @@
-"""Texts, or pairs of texts, with a label each: data to learn to classify."""
+"""Labelled texts and pairs of texts, for classification."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from lit_sparse import demo
 from lit_sparse.data.collate import Padding
 from lit_sparse.data.encoding import load_tokenizer
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
-from lit_sparse.data.module import HELDOUT, TRAIN, at_least, first_epoch, replica
-from lit_sparse.data.rows import BadRow, text
-from lit_sparse.data.sources import Row, blame, read, split
+from lit_sparse.data.module import HELDOUT, TRAIN, first_epoch, rank_and_world, require_at_least
+from lit_sparse.data.rows import BadRow, text_field
+from lit_sparse.data.sources import Row, locate_errors, read, split
 from lit_sparse.errors import BadInput
 
 FORMATS = (
@@ -32,12 +32,12 @@ FORMATS = (
     ("text",),
     ("sentence",),
 )
-"""The keys of the texts beside `label`, the most telling first; the names of the usual sets."""
+"""Keys of the texts beside `label` in common data sets. Pairs first: `text` alone is also in rows of pairs."""
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """What a row says: a text or two, and the name of its class."""
+    """A parsed row: one or two texts, and the name of its class."""
 
     texts: tuple[str, ...]
     label: str
@@ -45,7 +45,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """A tokenised row, and the number of its class."""
+    """A tokenised row, and the index of its class."""
 
     input_ids: list[int]
     token_type_ids: list[int]
@@ -53,31 +53,31 @@ class LabelledExample:
 
 
 class Labelled(L.LightningDataModule):
-    """Texts or pairs of texts with labels, to learn to classify; detected from their keys.
+    """Data module of labelled texts or pairs of texts, whose format is detected from their keys.
 
     Formats: `label` beside `text`, `text` and `text_pair`, `sentence`, `sentence1` and `sentence2`, `premise` and
-    `hypothesis`, `question1` and `question2`, `question` and `passage`, or `question` and `sentence`. A label is text,
-    a whole number, or true or false; the classes are those of the training rows. A text with more than `max_length`
-    tokens loses its end, and how many did is printed.
+    `hypothesis`, `question1` and `question2`, `question` and `passage`, or `question` and `sentence`. A label is a
+    text, a whole number, or true or false. The classes are those of the training rows. Rows with more than `max_length`
+    tokens are truncated, and their number is printed.
 
     Args:
         train: A json, jsonl, csv or parquet file, a Hugging Face data set with its split, such as
             "nyu-mll/glue:train", or `demo`: 4,181 medical examination questions, labelled with one of 20 subjects.
-        validation: The same for validation; absent: some training rows are held out.
-        heldout: How many rows those are, chosen by a hash of the row; 1,000 tell two points of accuracy apart at best.
-            The rows of a class that training would otherwise lack are not held out.
-        config: Which configuration of the Hugging Face data set, where it has several.
+        validation: The same for validation. Without it, some training rows are held out.
+        heldout: Number of held-out training rows, chosen by a hash of the row. 1,000 rows resolve two points of
+            accuracy at best. Rows whose class would otherwise be missing in training are not held out.
+        config: Configuration of the Hugging Face data set, if it has several.
         tokenizer: Folder, Hugging Face name, `demo` or `minilm`; from Python also a tokenizer. The command line takes
             it from `model.base`.
-        max_length: Tokens of a row at most, the tokenizer's own marks included.
-        batch_size: Rows of a batch on one device.
-        num_workers: Processes that prepare batches; 0 does it in the training process.
-        seed: Of the order of training batches.
-        pad_to_multiple_of: Make the length of batches a multiple of this, such as 8 for tensor cores.
+        max_length: Maximum number of tokens in a row, the tokenizer's special tokens included.
+        batch_size: Rows in a batch on one device.
+        num_workers: Worker processes that prepare batches; 0 prepares them in the training process.
+        seed: Seed of the order of training batches.
+        pad_to_multiple_of: Pad batches to a multiple of this length, such as 8 for tensor cores.
 
     Attributes:
         val_names: Name of each loader of `val_dataloader()`.
-        label_names: The classes in the order of their numbers, once `setup` has run; `Classifier` may number them anew.
+        label_names: Class names by index, once `setup` has run; `Classifier` may reorder them.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Labelled(L.LightningDataModule):
         pad_to_multiple_of: int = 1,
     ) -> None:
         super().__init__()
-        at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
-        at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
+        require_at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
+        require_at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
         self.train, self.validation, self.heldout, self.config = train, validation, heldout, config
         self.tokenizer_name = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
@@ -106,10 +106,10 @@ class Labelled(L.LightningDataModule):
 
     @cached_property
     def rows(self) -> dict[str, list[Row]]:
-        """Training rows, and those that are scored."""
-        rows = read(labelled_rows(self.train), self.config)
+        """The training rows and the held-out rows, read once."""
+        rows = read(source_of(self.train), self.config)
         if self.validation is not None:
-            return {TRAIN: rows, HELDOUT: read(labelled_rows(self.validation), self.config)}
+            return {TRAIN: rows, HELDOUT: read(source_of(self.validation), self.config)}
         train, heldout = keep_classes(*split(rows, self.heldout, self.train), self.train)
         return {TRAIN: train, HELDOUT: heldout} if heldout else {TRAIN: train}
 
@@ -118,7 +118,7 @@ class Labelled(L.LightningDataModule):
         """The tokenizer, loaded when it is first used.
 
         Raises:
-            BadInput: if its model reads fewer tokens than `max_length`.
+            BadInput: if `max_length` is above the model's maximum.
         """
         found = load_tokenizer(self.tokenizer_name)
         if self.max_length > found.model_max_length:
@@ -129,29 +129,32 @@ class Labelled(L.LightningDataModule):
         return found
 
     def prepare_data(self) -> None:
-        """Brings what is downloaded, on one process of each machine.
+        """Read the rows and the tokenizer, which downloads them if need be. Called in one process per machine.
 
         Raises:
-            BadInput: a file is missing.
+            BadInput: if a file is missing.
         """
         _ = self.rows, self.tokenizer
 
     def setup(self, stage: str) -> None:
-        """Tokenises all rows, once.
+        """Tokenise all rows, once.
 
         Raises:
-            BadInput: a row is bad (its file and line are named), or all are of one class.
+            BadInput: if a row is invalid (the message names its file and line), or if all have the same class.
         """
         if self.examples:
             return
-        parsed = {name: [parsed_row(row) for row in rows] for name, rows in self.rows.items()}
-        self.label_names = classes([item.label for item in parsed[TRAIN]], self.train)
+        parsed = {name: [parse_row(row) for row in rows] for name, rows in self.rows.items()}
+        self.label_names = class_names([item.label for item in parsed[TRAIN]], self.train)
         for name, items in parsed.items():
             self._check_known(self.rows[name], items)
             self.examples[name] = self._tokenise(items, name)
 
-    def number(self, labels: Sequence[str]) -> None:
-        """Number the classes by their places in `labels`: the same classes as now, in whatever order."""
+    def renumber(self, labels: Sequence[str]) -> None:
+        """Renumber the classes in the order of `labels`, which are the same classes as now.
+
+        A checkpoint's head has its classes in a fixed order, which the data must follow.
+        """
         if list(labels) == self.label_names:
             return
         places = {label: n for n, label in enumerate(labels)}
@@ -165,47 +168,47 @@ class Labelled(L.LightningDataModule):
         known = set(self.label_names)
         for row, item in zip(rows, items, strict=True):
             if item.label not in known:
-                with blame(row):
+                with locate_errors(row):
                     raise BadRow(f"its `label` {item.label} is that of no training row")
 
     def _tokenise(self, items: Sequence[LabelledText], name: str) -> list[LabelledExample]:
         numbers, texts = {label: n for n, label in enumerate(self.label_names)}, [item.texts for item in items]
-        encoded = [self._ids(pair, verbose=False) for pair in texts]
+        encoded = [self._tokenise_texts(pair, verbose=False) for pair in texts]
         overlong = [n for n, one in enumerate(encoded) if len(one["input_ids"]) > self.max_length]
         for n in overlong:
-            encoded[n] = self._ids(texts[n], truncation="longest_first", max_length=self.max_length)
+            encoded[n] = self._tokenise_texts(texts[n], truncation="longest_first", max_length=self.max_length)
         if overlong:
-            rank_zero_info(f"{name}: {len(overlong)} rows have over {self.max_length} tokens and lose their end.")
+            rank_zero_info(f"{name}: {len(overlong)} rows have over {self.max_length} tokens and are truncated.")
         return [
             LabelledExample(one["input_ids"], one["token_type_ids"], numbers[item.label])
             for one, item in zip(encoded, items, strict=True)
         ]
 
-    def _ids(self, texts: tuple[str, ...], **options: Any) -> Any:
+    def _tokenise_texts(self, texts: tuple[str, ...], **options: Any) -> Any:
         first, second = (*texts, None)[:2]
         return self.tokenizer(first, second, return_token_type_ids=True, **options)
 
     def train_dataloader(self) -> Loader:
-        """Training batches, in an order that depends on seed and epoch only; the position is kept in checkpoints."""
+        """Return training batches in an order that depends on seed and epoch only. Checkpoints hold its position."""
         rows: Any = self.examples[TRAIN]
-        batches = Batches(lengths(rows), self.batch_size, self.seed, *replica(self.trainer))
+        batches = Batches(token_counts(rows), self.batch_size, self.seed, *rank_and_world(self.trainer))
         return Loader(rows, batches, self._collate, self.num_workers, first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """The held-out rows, each once."""
-        return [self._evaluation(self.examples[name]) for name in self.val_names]
+        """Return the held-out rows, each once."""
+        return [self._evaluation_loader(self.examples[name]) for name in self.val_names]
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        """The same."""
+        """Return the held-out rows, as `val_dataloader` does."""
         return self.val_dataloader()
 
-    def _evaluation(self, rows: Any) -> DataLoader[Any]:
-        shared = replica(self.trainer)
-        return evaluation_loader(rows, lengths(rows), self.batch_size, self._collate, *shared, self.num_workers)
+    def _evaluation_loader(self, rows: Any) -> DataLoader[Any]:
+        shared = rank_and_world(self.trainer)
+        return evaluation_loader(rows, token_counts(rows), self.batch_size, self._collate, *shared, self.num_workers)
 
     @cached_property
     def pad_token(self) -> int:
-        """Id of the token that batches are filled up with."""
+        """Id of the padding token."""
         return self.tokenizer.get_vocab()[str(self.tokenizer.pad_token)]
 
     @property
@@ -216,11 +219,11 @@ class Labelled(L.LightningDataModule):
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """Collates `LabelledExample`s: `input_ids`, `attention_mask` (B, S), `labels` (B,), all int64.
+    """Collator of `LabelledExample`s into `input_ids`, `attention_mask` (B, S) and `labels` (B,), all int64.
 
     Attributes:
-        padding: What rows are filled up with on the right.
-        pairs: Whether `token_type_ids` (B, S), which tell a pair's texts apart, go along.
+        padding: Padding on the right.
+        pairs: Add `token_type_ids` (B, S), by which some models (BERT) tell a pair's texts apart.
     """
 
     padding: Padding
@@ -228,87 +231,93 @@ class LabelledBatch:
 
     def __call__(self, rows: Sequence[LabelledExample]) -> dict[str, Tensor]:
         batch = {
-            "input_ids": self.padding.right([row.input_ids for row in rows], self.padding.token),
-            "attention_mask": self.padding.right([[1] * len(row.input_ids) for row in rows], 0),
+            "input_ids": self.padding.pad_right([row.input_ids for row in rows], self.padding.token),
+            "attention_mask": self.padding.pad_right([[1] * len(row.input_ids) for row in rows], 0),
             "labels": torch.tensor([row.label for row in rows]),
         }
         if self.pairs:
-            batch["token_type_ids"] = self.padding.right([row.token_type_ids for row in rows], 0)
+            batch["token_type_ids"] = self.padding.pad_right([row.token_type_ids for row in rows], 0)
         return batch
 
 
-def labelled_rows(name: str) -> str:
-    """`name` itself, or the file of the labelled demo data for "demo"."""
+def source_of(name: str) -> str:
+    """Return `name`, or the file of the labelled demo data for "demo"."""
     return str(demo.labelled_file()) if name == demo.DEMO else name
 
 
 def keep_classes(train: list[Row], heldout: list[Row], name: str) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows, those in training whose class it would lack otherwise.
+    """Move held-out rows whose class training lacks to the training rows; return both.
 
     Raises:
-        BadInput: if no row is left to hold out.
+        BadInput: if no held-out row is left.
     """
-    known = {parsed_row(row).label for row in train}
-    out = [row for row in heldout if parsed_row(row).label in known]
+    known = {parse_row(row).label for row in train}
+    out = [row for row in heldout if parse_row(row).label in known]
     if heldout and not out:
         raise BadInput(
-            f"{name} has no other rows of the classes of the {len(heldout)} that would be held out; raise `heldout`, "
-            "or set it to 0."
+            f"The training rows of {name} lack the classes of all {len(heldout)} held-out rows; raise `heldout`, or "
+            "set it to 0."
         )
-    kept = [row for row in heldout if parsed_row(row).label not in known]
+    kept = [row for row in heldout if parse_row(row).label not in known]
     if kept:
-        rank_zero_info(f"{HELDOUT}: {len(kept)} rows are not held out, since training has no other of their classes.")
+        rank_zero_info(f"{HELDOUT}: {len(kept)} rows are not held out, since training has no other row of their class.")
     return train + kept, out
 
 
-def parsed_row(row: Row) -> LabelledText:
-    """What `row` says.
+def parse_row(row: Row) -> LabelledText:
+    """Parse `row`.
 
     Raises:
-        BadInput: naming its file and line, where it is bad.
+        BadInput: if the row is invalid; the message names its file and line.
     """
-    with blame(row):
+    with locate_errors(row):
         return labelled_text(row.data)
 
 
 def labelled_text(row: Mapping[str, Any]) -> LabelledText:
-    """The texts and the label of `row`.
+    """Return the texts and the label of `row`.
 
     Raises:
-        BadRow: it has no label, no known keys, or a value of another kind.
+        BadRow: if it has no label or no known keys, or a value of another type.
     """
     for keys in FORMATS:
         if all(row.get(key) is not None for key in keys):
-            return LabelledText(tuple(text(row, key) for key in keys), label_name(row))
+            return LabelledText(tuple(text_field(row, key) for key in keys), label_name(row))
     known = "; ".join(", ".join(keys) for keys in FORMATS)
-    raise BadRow(f"it has the keys {', '.join(map(str, row)) or 'none'}, and no text: one of {known} is wanted")
+    raise BadRow(f"it has the keys {', '.join(map(str, row)) or 'none'}, and no text; give one of {known}")
 
 
 def label_name(row: Mapping[str, Any]) -> str:
-    """The class of `row` as text, the same for 1 or true in JSON and "1" or "true" in a CSV file."""
+    """Return the class of `row` as text: the same for 1 and true in JSON as for "1" and "true" in a CSV file.
+
+    Raises:
+        BadRow: if the label is missing, of another type, or negative.
+    """
     label = row.get("label")
     name = str(label).strip() if isinstance(label, int | str) else ""
-    if name in ("True", "False"):  # which is what Python writes into a CSV file, too
+    if name in ("True", "False"):  # str(True), which Python also writes into CSV files
         name = name.lower()
     if not name:
-        raise BadRow(f"its `label` is {label!r}; a text, a whole number, or true or false is wanted")
+        raise BadRow(f"its `label` is {label!r}; give a text, a whole number, or true or false")
     if re.fullmatch(r"-\d+", name):
-        raise BadRow(f"its `label` is {name}, by which sets mark rows whose class is not told; leave them out")
+        raise BadRow(
+            f"its `label` is {name}, which marks rows without a published class (GLUE's test split); leave them out"
+        )
     return name
 
 
-def classes(labels: Sequence[str], name: str) -> list[str]:
-    """The different labels, numbers by value and others by name.
+def class_names(labels: Sequence[str], name: str) -> list[str]:
+    """Return the distinct labels, numbers sorted by value before others sorted by name.
 
     Raises:
         BadInput: if there are fewer than two.
     """
     found = sorted(set(labels), key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
     if len(found) < 2:
-        raise BadInput(f"all training rows of {name} are labelled {found[0]}; classes to tell apart are two or more.")
+        raise BadInput(f"All training rows of {name} have the label {found[0]}; give rows of two classes or more.")
     return found
 
 
-def lengths(rows: Sequence[LabelledExample]) -> list[int]:
-    """Tokens of each row."""
+def token_counts(rows: Sequence[LabelledExample]) -> list[int]:
+    """Return the number of tokens of each row."""
     return [len(row.input_ids) for row in rows]

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on nothing but (seed, epoch), and a loader that knows where it stopped."""
+"""Batches in an order that depends only on (seed, epoch), and a loader that resumes at its position."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,29 +11,34 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lit_sparse.errors import BadInput
 
 STEPS_SORTED = 50
-"""Steps whose rows are sorted by length together: long enough to save padding, short enough to keep epochs random."""
+"""Steps whose rows are sorted by length together. More save more padding, and make epochs less random."""
 
 Collate = Callable[[list[Any]], dict[str, Any]]
 
 
 class Batches(Sampler[list[int]]):
-    """Indices of training batches, for ever: shuffled anew in every epoch, rows of like length together.
+    """Sampler of training batches without end: shuffled in every epoch, with rows of similar length together.
 
-    Rows are shuffled, every `STEPS_SORTED` steps of them sorted by length and cut into steps, and the steps shuffled.
-    A step is one batch on each rank, so that ranks wait for each other as little as possible; every rank has as many.
-    The very first step is the largest of its epoch, so that what does not fit into memory shows at once.
-    All rows come once an epoch, but for fewer than `world` of them, others in each epoch.
+    Rows are shuffled, each `STEPS_SORTED` steps of them are sorted by length and cut into steps, and the steps are
+    shuffled. A step is one batch on each rank. Its rows have similar lengths, so that ranks rarely wait for each other.
+    The first step of all is the largest of its epoch: a run that does not fit into memory fails at once.
+
+    Every rank has the same number of batches, or collectives would deadlock. Each epoch covers all rows but fewer than
+    `world`, which are others in each epoch.
 
     Args:
-        lengths: Tokens of each row.
-        batch_size: Rows of a batch on one rank.
-        seed: Of the order.
-        rank: This replica's number.
-        world: How many replicas share the rows.
+        lengths: Number of tokens of each row.
+        batch_size: Rows in a batch on one rank.
+        seed: Seed of the order.
+        rank: Rank of this replica.
+        world: Number of replicas that share the rows.
 
     Attributes:
-        start: Number of the batch, counted over all epochs, at which the next iteration begins. An iteration gives as
+        start: Index of the batch, counted over all epochs, at which the next iteration begins. An iteration yields as
             many batches as an epoch has, wherever it begins.
+
+    Raises:
+        BadInput: if there are fewer rows than replicas.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
@@ -59,7 +64,7 @@ class Batches(Sampler[list[int]]):
             yield batches[number % len(self)]
 
     def epoch(self, number: int) -> list[list[int]]:
-        """This rank's batches of that epoch."""
+        """Return this rank's batches of epoch `number`, as lists of row indices."""
         random = np.random.default_rng([self.seed, number])
         order = random.permutation(len(self.lengths))
         rows = self.batch_size * self.world  # of a step
@@ -68,38 +73,44 @@ class Batches(Sampler[list[int]]):
             some = order[begin : begin + rows * STEPS_SORTED]
             some = some[np.argsort(-self.lengths[some], kind="stable")]
             steps += [some[first : first + rows] for first in range(0, len(some), rows)]
-        steps = [step for step in steps if len(step) >= self.world]
+        steps = [step for step in steps if len(step) >= self.world]  # a rank without rows would have no batch
         turns = random.permutation(len(steps)).tolist()
         if number == 0:
             turns.insert(0, turns.pop(turns.index(self._largest(steps))))
         return [np.array_split(steps[index], self.world)[self.rank].tolist() for index in turns]
 
     def _largest(self, steps: Sequence[np.ndarray]) -> int:
-        """Index of the step with the most token positions, padding included."""
+        """Return the index of the step with the most token positions, padding included."""
         return int(np.argmax([self.lengths[step].max() * len(step) for step in steps]))
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides the order of steps, by whatever number of processes each is shared."""
+        """Return a hash of everything on which the order of steps depends.
+
+        The number of processes is not part of it, as long as a step has the same number of rows: a run may be resumed
+        on two GPUs with half the batch size.
+        """
         rows = self.batch_size * self.world
-        short = len(self.lengths) % rows  # rows of the last step: too few for each process to have one, it is left out
+        short = len(self.lengths) % rows  # rows of the last step, which is dropped if a process would have none
         settings = repr((rows, self.seed, self.world if 0 < short < self.world else 1))
         return hashlib.sha256(self.lengths.tobytes() + settings.encode()).hexdigest()
 
 
 class Loader(DataLoader[Any]):
-    """A training loader whose position is stored in checkpoints and restored from them.
+    """Training loader whose position is saved in checkpoints and restored from them.
 
-    Each iteration goes on where the last one stopped, and gives as many batches as an epoch has. That makes runs exact
-    however they were interrupted: after the last batch of an epoch, in its midst, or with `limit_train_batches`, where
-    an epoch of the trainer's is shorter than one of the data's. The position counts batches handed out; Lightning asks
-    for one only when it trains on it, as the loader has a length, and what workers prefetch does not count.
+    Each iteration continues where the last one stopped, and yields as many batches as an epoch has. A resumed run is
+    therefore exact wherever it was interrupted: after an epoch, within one, or with `limit_train_batches`, under which
+    the trainer's epochs are shorter than the data's.
+
+    The position counts the batches that were yielded. Lightning fetches ahead only from loaders without a length, and
+    batches that workers prefetch are not yielded yet.
 
     Args:
-        dataset: Of the rows.
-        batches: The order.
-        collate: Makes a batch of rows.
-        workers: Processes that prepare batches; 0 prepares them in the training process.
-        epoch: Where to begin, unless a state is loaded.
+        dataset: The rows.
+        batches: Their order.
+        collate: Makes a batch from a list of rows.
+        workers: Worker processes that prepare batches; 0 prepares them in the training process.
+        epoch: Epoch at which to begin, unless a state is loaded.
     """
 
     def __init__(
@@ -112,7 +123,9 @@ class Loader(DataLoader[Any]):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else iterating draws from the global one, and dropout differs on resume
+            # Without a generator, each new iterator draws its workers' seed from the global one: a run that resumes,
+            # and makes one iterator more, would have other dropout masks.
+            generator=torch.Generator(),
         )
         self.batches = batches
         self.position = epoch * len(batches)
@@ -124,21 +137,21 @@ class Loader(DataLoader[Any]):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Epoch, batches handed out in it, and a hash of the order they refer to."""
+        """Return the epoch, the number of batches yielded in it, and a hash of the order that they refer to."""
         epoch, batch = divmod(self.position, len(self))
         return {"epoch": epoch, "batch": batch, "order": self.batches.fingerprint()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues, at the next iteration, where `state` was taken.
+        """Continue at the position of `state` in the next iteration.
 
         Raises:
-            BadInput: other data, seed or rows a step: the position would mean other rows.
+            BadInput: if data, seed or rows per step differ, so that the position means other rows.
         """
         if state["order"] != self.batches.fingerprint():
             raise BadInput(
-                "The checkpoint was written with other training data, seed or rows a step (batch size times "
-                "processes), so its place in the data is unknown; resume with the same ones, or start a new run from "
-                "its weights."
+                "The checkpoint was written with other training data, seed or rows per step (batch size times "
+                "processes), so that its place in the data is unknown; resume with the same ones, or start a new run "
+                "from its weights."
             )
         self.position = state["epoch"] * len(self) + state["batch"]
 
@@ -152,16 +165,29 @@ def evaluation_loader(
     world: int = 1,
     workers: int = 0,
 ) -> DataLoader[Any]:
-    """A loader that gives every row once, longest first, on one of the ranks; all ranks have equally many batches.
+    """Return a loader of this rank's rows, longest first. Ranks together yield every row once.
+
+    All ranks have the same number of batches: the forward of a sharded model is a collective, in which a rank without a
+    batch would leave the others waiting. Sorting by length saves padding, and a run that does not fit into memory fails
+    at the first batch.
+
+    Args:
+        dataset: The rows.
+        lengths: Number of tokens of each row.
+        batch_size: Maximum number of rows in a batch.
+        collate: Makes a batch from a list of rows.
+        rank: Rank of this replica.
+        world: Number of replicas that share the rows.
+        workers: Worker processes that prepare batches; 0 prepares them in the training process.
 
     Raises:
-        BadInput: there are fewer rows than ranks.
+        BadInput: if there are fewer rows than ranks.
     """
     if len(lengths) < world:
         raise BadInput(f"{len(lengths)} evaluation rows cannot be shared by {world} processes; use fewer of them.")
     order = np.argsort(-np.asarray(lengths), kind="stable")
     most, least = -(-len(order) // world), len(order) // world
-    count = min(-(-most // batch_size), least)  # a rank with fewer rows gets smaller batches, never fewer
+    count = min(-(-most // batch_size), least)  # a rank with fewer rows has smaller batches, not fewer
     batches = [part.tolist() for part in np.array_split(order[rank::world], count)]
     return DataLoader(
         dataset,

@@ -1,4 +1,4 @@
-"""Several examples in one row, without one seeing the other."""
+"""Packing: several examples in one row that do not attend to each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from lit_sparse.data.collate import Padding, scored
+from lit_sparse.data.collate import Padding, scored_positions
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.errors import BadInput
@@ -18,14 +18,14 @@ from lit_sparse.errors import BadInput
 
 @dataclass(frozen=True)
 class Packed:
-    """Collates lists of `Example`s that share a row.
+    """Collator of lists of `Example`s, each list a row.
 
-    `input_ids`, `labels`, `position_ids`, `token_mask`, all (B, S); and `scored` as in `Padded`.
+    The batch has `input_ids`, `labels`, `position_ids` and `token_mask`, each (B, S), and `scored` as in `Padded`.
 
-    `position_ids` begin at 0 with each example, from which a Hugging Face model, given no `attention_mask` and no
-    cache, makes the block-diagonal mask of its own attention implementation. `token_mask` (1 for tokens, 0 for padding)
-    is for counting and must not reach the model. The first label of an example is -100: what stands before it in the
-    row is another example's end.
+    `position_ids` restart at 0 with each example. From them, a Hugging Face model without `attention_mask` and cache
+    makes the block-diagonal mask for its attention implementation. `token_mask`, 1 for tokens and 0 for padding, is for
+    counting and must not reach the model. The first label of an example is -100: the token before it is the end of
+    another example.
     """
 
     padding: Padding
@@ -33,34 +33,36 @@ class Packed:
     def __call__(self, rows: Sequence[Sequence[Example]]) -> dict[str, Any]:
         ids = [[token for one in row for token in one.input_ids] for row in rows]
         labels = [[label for one in row for label in [IGNORED, *one.labels[1:]]] for row in rows]
-        padded_labels = self.padding.right(labels, IGNORED)
+        padded_labels = self.padding.pad_right(labels, IGNORED)
         positions = [[place for one in row for place in range(len(one.input_ids))] for row in rows]
         return {
-            "input_ids": self.padding.right(ids, self.padding.token),
+            "input_ids": self.padding.pad_right(ids, self.padding.token),
             "labels": padded_labels,
-            "scored": scored(padded_labels),
-            "position_ids": self.padding.right(positions, 0),
-            "token_mask": self.padding.right([[1] * len(row) for row in ids], 0),
+            "scored": scored_positions(padded_labels),
+            "position_ids": self.padding.pad_right(positions, 0),
+            "token_mask": self.padding.pad_right([[1] * len(row) for row in ids], 0),
         }
 
 
 class PackedRows(Dataset[list[Example]]):
-    """Examples joined into rows of at most `max_length` tokens, longest first into the fullest row that has room.
+    """Data set of rows of at most `max_length` tokens, into which examples are packed.
+
+    Best fit decreasing: the longest example first, each into the fullest row with room for it.
 
     Args:
-        examples: A data set of `Example`s.
-        lengths: Tokens of each of them, none above `max_length`.
-        max_length: Tokens of a row at most.
+        examples: Data set of `Example`s.
+        lengths: Number of tokens of each example, at most `max_length`.
+        max_length: Maximum number of tokens in a row.
 
     Attributes:
         rows: Indices of the examples in each row.
-        lengths: Tokens of each row.
+        lengths: Number of tokens of each row.
     """
 
     def __init__(self, examples: Dataset[Example], lengths: Sequence[int], max_length: int) -> None:
         self.examples = examples
         self.rows: list[list[int]] = []
-        with_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]  # rows by the tokens they have room for
+        with_room: list[list[list[int]]] = [[] for _ in range(max_length + 1)]  # rows by their free tokens
         for index in np.argsort(-np.asarray(lengths), kind="stable").tolist():
             length = lengths[index]
             room = next((room for room in range(length, max_length) if with_room[room]), None)
@@ -81,25 +83,26 @@ class PackedRows(Dataset[list[Example]]):
 
 
 TOLERANCE = 0.1
-"""Mean difference of logits, in their standard deviations, put down to rounding: bfloat16 in 30 layers makes 0.01."""
+"""Mean difference of logits, in standard deviations, that counts as rounding. bfloat16 in 30 layers makes 0.01."""
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """Makes sure that `model` keeps the examples of a packed row apart.
+    """Check that `model` does not let the examples of a packed row attend to each other.
 
-    An example's logits must not change at all with what stands before it in the row, and must be those that it has
-    alone, but for rounding.
+    An example's logits must not depend on what precedes it in the row, bit for bit, and must equal those of the example
+    alone up to rounding.
 
     Args:
         model: A Hugging Face causal language model.
 
     Raises:
-        BadInput: it mixes them, as models do whose state runs through the row or that count positions by themselves.
+        BadInput: if the examples affect each other, as in a model with recurrent state or with positions of its own.
     """
+    # Multiples of primes give ids spread over the vocabulary, without a random generator to disturb.
     size, tokens = 9, model.config.get_text_config().vocab_size
     first, second = torch.arange(1, 7) * 997 % tokens, torch.arange(size) * 1009 % tokens
-    behind_one, behind_other = (logits(model, [before, second])[-size:] for before in (first, first.flip(0)))
-    alone = logits(model, [second])
+    behind_one, behind_other = (packed_logits(model, [before, second])[-size:] for before in (first, first.flip(0)))
+    alone = packed_logits(model, [second])
     if not torch.equal(behind_one, behind_other) or (behind_one - alone).abs().mean() > TOLERANCE * alone.std():
         raise BadInput(
             f"{type(model).__name__} lets the examples of a packed row see each other; set `packing` to false, or "
@@ -108,8 +111,8 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
-    """The logits (tokens, vocabulary) of `sequences` in one packed row, without dropout."""
+def packed_logits(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
+    """Return the logits (tokens, vocabulary) of `sequences` in one packed row, in fp32 and without dropout."""
     device, training = next(model.parameters()).device, model.training
     ids, positions = torch.cat(list(sequences)), torch.cat([torch.arange(len(one)) for one in sequences])
     model.eval()

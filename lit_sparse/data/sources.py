@@ -1,4 +1,4 @@
-"""Rows out of local files and Hugging Face data sets, each with the place that it came from."""
+"""Rows of local files and Hugging Face data sets, each with the place that it came from."""
 
 import csv
 import hashlib
@@ -16,15 +16,15 @@ from lit_sparse.errors import BadInput
 
 @dataclass(frozen=True)
 class Row:
-    """One row and where it stands, such as "train.jsonl line 3"."""
+    """A row, and its place, such as "train.jsonl line 3"."""
 
     where: str
     data: dict[str, Any]
 
 
 @contextmanager
-def blame(row: Row) -> Iterator[None]:
-    """Names the file and the line of a row that turns out to be bad."""
+def locate_errors(row: Row) -> Iterator[None]:
+    """Turn a BadRow in the block into a BadInput that names the row's file and line."""
     try:
         yield
     except BadRow as error:
@@ -32,132 +32,137 @@ def blame(row: Row) -> Iterator[None]:
 
 
 def read(name: str, config: str | None = None) -> list[Row]:
-    """All rows of a file, or of a Hugging Face data set.
+    """Read all rows of a file or of a Hugging Face data set.
 
     Args:
-        name: Path of a .json, .jsonl, .csv or .parquet file, or the name of a data set with its split, such as
-            "openai/gsm8k:test" (without a split: train).
-        config: Which configuration of a Hugging Face data set, where it has several.
+        name: Path of a .json, .jsonl, .csv or .parquet file, or name of a data set with its split, such as
+            "openai/gsm8k:test"; without a split, "train".
+        config: Configuration of the Hugging Face data set, if it has several.
 
     Raises:
-        BadInput: there is no such file or data set, it cannot be read, or it is empty; names file and line.
+        BadInput: if the file or data set does not exist, cannot be read, or is empty. The message names file and line.
     """
     path = Path(name).expanduser()
     if path.suffix in READERS:
-        rows = list(READERS[path.suffix](existing(path)))
+        rows = list(READERS[path.suffix](require_file(path)))
     elif path.exists():
-        raise BadInput(f"{path} is no data file; give one that ends in {', '.join(READERS)}.")
+        raise BadInput(f"{path} is not a data file; give one that ends in {', '.join(READERS)}.")
     else:
-        rows = list(hub_rows(name, config))
+        rows = list(read_hub(name, config))
     if not rows:
         raise BadInput(f"{name} has no rows; give a file or a split that has some.")
     return rows
 
 
-def existing(path: Path) -> Path:
-    """`path`, if there is such a file."""
+def require_file(path: Path) -> Path:
+    """Return `path`; raise BadInput if there is no such file."""
     if not path.is_file():
         raise BadInput(f"There is no data file {path} (looked from {Path.cwd()}); check the path.")
     return path
 
 
-def json_rows(path: Path) -> Iterator[Row]:
-    """One JSON list of objects, or an object a line."""
+def read_json(path: Path) -> Iterator[Row]:
+    """Read a JSON list of objects, or one object per line: many .json files are JSON lines."""
     content = path.read_text(encoding="utf-8")
     if not content.lstrip().startswith("["):
-        yield from line_rows(path)
+        yield from read_json_lines(path)
         return
-    for number, value in enumerate(decoded(content, str(path)), 1):
-        yield row(f"{path} row {number}", value)
+    for number, value in enumerate(parse_json(content, str(path)), 1):
+        yield make_row(f"{path} row {number}", value)
 
 
-def line_rows(path: Path) -> Iterator[Row]:
-    """One JSON object a line; empty lines are passed over."""
+def read_json_lines(path: Path) -> Iterator[Row]:
+    """Read one JSON object per line; skip empty lines."""
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             where = f"{path} line {number}"
             if line.strip():
-                yield row(where, decoded(line, where))
+                yield make_row(where, parse_json(line, where))
 
 
-def decoded(content: str, where: str) -> Any:
-    """The JSON value written in `content`."""
+def parse_json(content: str, where: str) -> Any:
+    """Parse the JSON value in `content`; raise BadInput if it is invalid."""
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:
-        raise BadInput(f"{where}: no valid JSON ({error}).") from error
+        raise BadInput(f"{where}: not valid JSON ({error}).") from error
 
 
-def row(where: str, value: Any) -> Row:
-    """A row, which must be an object with keys."""
+def make_row(where: str, value: Any) -> Row:
+    """Return a row; raise BadInput if `value` is not an object."""
     if not isinstance(value, dict):
-        raise BadInput(f"{where}: a {type(value).__name__} where an object with keys is wanted.")
+        raise BadInput(f"{where}: a {type(value).__name__}; give an object with keys.")
     return Row(where, value)
 
 
-def csv_rows(path: Path) -> Iterator[Row]:
-    """A header line of keys, then a row each; all values are text."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+def read_csv(path: Path) -> Iterator[Row]:
+    """Read a header line of keys, then one row per line. All values are texts."""
+    with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel writes a byte order mark before the first key
         reader = csv.DictReader(lines)
         for values in reader:
-            if None in values or None in values.values():
-                raise BadInput(f"{path} line {reader.line_num}: more or fewer fields than the header has.")
+            if None in values or None in values.values():  # DictReader's marks of extra and of missing fields
+                raise BadInput(
+                    f"{path} line {reader.line_num}: more or fewer fields than in the header; quote fields with commas."
+                )
             yield Row(f"{path} line {reader.line_num}", values)
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """A row of a Parquet table each."""
-    table = extra("pyarrow.parquet", str(path)).read_table(path)
+def read_parquet(path: Path) -> Iterator[Row]:
+    """Read the rows of a Parquet table."""
+    table = import_extra("pyarrow.parquet", str(path)).read_table(path)
     for number, value in enumerate(table.to_pylist(), 1):
         yield Row(f"{path} row {number}", value)
 
 
-def hub_rows(name: str, config: str | None) -> Iterator[Row]:
-    """The rows of a Hugging Face data set, `name` or `name:split`."""
-    datasets = extra("datasets", name)
+def read_hub(name: str, config: str | None) -> Iterator[Row]:
+    """Read the rows of a Hugging Face data set, `name` or `name:split`."""
+    datasets = import_extra("datasets", name)
     where, _, split = name.partition(":")
     try:
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(where, name=config, split=split or "train")
     except (OSError, ValueError) as error:  # no such set, split or configuration; no network
         said = " ".join(str(error).split())
-        raise BadInput(f"{name} is no file here, nor a data set that could be loaded ({said}).") from error
+        raise BadInput(
+            f"{name} is not a file here, and no data set of this name could be loaded ({said}); check the name."
+        ) from error
     for number, value in enumerate(rows, 1):
         yield Row(f"{name} row {number}", value)
 
 
-def extra(module: str, wanted_for: str) -> Any:
-    """A module of the extra `data`."""
+def import_extra(module: str, wanted_for: str) -> Any:
+    """Import a module of the extra `data`; raise BadInput if it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise BadInput(
-            f"{wanted_for} is no local json, jsonl or csv file, and anything else needs the extra `data`; "
+            f"{wanted_for} is not a local json, jsonl or csv file, and anything else needs the extra `data`; "
             "run `pip install 'lit-sparse[data]'` or check the path."
         ) from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".json": json_rows,
-    ".jsonl": line_rows,
-    ".csv": csv_rows,
-    ".parquet": parquet_rows,
+    ".json": read_json,
+    ".jsonl": read_json_lines,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
 }
 
 
-def digest(row: Row) -> str:
-    """A hash of what the row says, the same wherever it stands and on every machine."""
+def row_digest(row: Row) -> str:
+    """Return a hash of the row's content, which depends neither on its place nor on the machine."""
     return hashlib.sha256(json.dumps(row.data, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def split(rows: list[Row], heldout: int, name: str) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows: those with the `heldout` smallest hashes are held out, copies of a row with it.
+    """Return training and held-out rows. Rows with the `heldout` smallest hashes are held out, with all their copies.
 
-    The split depends on nothing but the rows' contents, so it survives reordering and is the same in every run.
+    The split depends only on the rows' contents: it is the same in every run, and after reordering. A copy of a
+    held-out row in training would leak it.
 
     Raises:
-        BadInput: so many held-out rows leave none to train on.
+        BadInput: if no row is left to train on.
     """
-    hashes = [digest(row) for row in rows]
+    hashes = [row_digest(row) for row in rows]
     distinct = sorted(set(hashes))
     if heldout >= len(distinct):
         raise BadInput(f"{name} has {len(distinct)} different rows, too few to hold out {heldout}; lower `heldout`.")

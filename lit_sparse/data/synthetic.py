@@ -1,4 +1,4 @@
-"""Random tokens, for measurements in which the text does not matter."""
+"""Random tokens, for measurements that do not depend on the text."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from transformers import AutoConfig
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
-from lit_sparse.data.module import at_least, first_epoch, replica
+from lit_sparse.data.module import first_epoch, rank_and_world, require_at_least
 from lit_sparse.demo import DEMO, resolve
 from lit_sparse.errors import BadInput
 
 
 class RandomRows(Dataset[Example]):
-    """`count` rows of `length` random tokens below `vocab_size`, each a function of (seed, its number)."""
+    """Data set of `count` rows of `length` random tokens below `vocab_size`. Each is a function of (seed, index)."""
 
     def __init__(self, count: int, length: int, vocab_size: int, seed: int) -> None:
         self.count, self.length, self.vocab_size, self.seed = count, length, vocab_size, seed
@@ -30,7 +30,7 @@ class RandomRows(Dataset[Example]):
 
 
 def vocabulary(model: str) -> int:
-    """How many tokens the model of that name knows.
+    """Return the vocabulary size of a model, given by name or folder.
 
     Raises:
         BadInput: if there is no such model.
@@ -38,26 +38,30 @@ def vocabulary(model: str) -> int:
     try:
         return AutoConfig.from_pretrained(resolve(model)).get_text_config().vocab_size
     except (OSError, ValueError) as error:
-        raise BadInput(f"no vocabulary of {model!r} is known: {str(error).strip().splitlines()[0]}") from error
+        raise BadInput(
+            f"No configuration of {model!r} could be loaded ({str(error).strip().splitlines()[0]}); set `vocab_size`."
+        ) from error
 
 
 class Synthetic(L.LightningDataModule):
-    """Rows of random tokens, all of the same length and all learnt: for plan and bench. Needs no tokenizer.
+    """Data module of random tokens in rows of equal length, for plan and bench. It needs no tokenizer.
+
+    The loss is on every token.
 
     Args:
-        tokenizer: The model (a name, a folder or a `config.json`) whose vocabulary the tokens are drawn from.
-        vocab_size: Tokens are drawn from 0 to `vocab_size` - 1; none is the model's whole vocabulary.
-        max_length: Tokens of every row.
-        rows: Rows of an epoch.
-        heldout: Rows that are scored.
-        batch_size: Rows of a batch on one device.
-        num_workers: Processes that prepare batches; 0 does it in the training process.
-        seed: Of the tokens and of their order.
+        tokenizer: Model (name, folder or `config.json`) from whose vocabulary the tokens are drawn.
+        vocab_size: Tokens are drawn from 0 to `vocab_size` - 1; by default, from the model's whole vocabulary.
+        max_length: Number of tokens in every row.
+        rows: Number of training rows.
+        heldout: Number of held-out rows, which are scored.
+        batch_size: Rows in a batch on one device.
+        num_workers: Worker processes that prepare batches; 0 prepares them in the training process.
+        seed: Seed of the tokens and of their order.
 
     Attributes:
         val_names: Name of each loader of `val_dataloader()`.
-        test_names: None.
-        samples: None.
+        test_names: Empty: random tokens have no answers to score.
+        samples: Empty, likewise.
     """
 
     def __init__(
@@ -73,9 +77,10 @@ class Synthetic(L.LightningDataModule):
     ) -> None:
         super().__init__()
         vocab_size = vocabulary(tokenizer) if vocab_size is None else vocab_size
-        at_least(1, vocab_size=vocab_size, max_length=max_length, rows=rows, batch_size=batch_size)
-        at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
+        require_at_least(1, vocab_size=vocab_size, max_length=max_length, rows=rows, batch_size=batch_size)
+        require_at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
         self.max_length, self.batch_size, self.num_workers, self.seed = max_length, batch_size, num_workers, seed
+        # Even and odd: one run's held-out rows are never the training rows of a run with another seed.
         self.train_rows = RandomRows(rows, max_length, vocab_size, 2 * seed)
         self.heldout_rows = RandomRows(heldout, max_length, vocab_size, 2 * seed + 1)
         self.val_names = ["heldout"] if heldout else []
@@ -83,17 +88,22 @@ class Synthetic(L.LightningDataModule):
         self.samples: list[dict[str, Any]] = []
 
     def train_dataloader(self) -> Loader:
-        """Training batches; the position is kept in checkpoints."""
+        """Return training batches. Checkpoints hold their position."""
         lengths = [self.max_length] * len(self.train_rows)
-        batches = Batches(lengths, self.batch_size, self.seed, *replica(self.trainer))
+        batches = Batches(lengths, self.batch_size, self.seed, *rank_and_world(self.trainer))
         return Loader(self.train_rows, batches, Padded(Padding()), self.num_workers, first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
-        """The held-out rows."""
+        """Return the held-out rows, in one loader; none if there are no such rows."""
         if not self.val_names:
             return []
         lengths = [self.max_length] * len(self.heldout_rows)
         loader = evaluation_loader(
-            self.heldout_rows, lengths, self.batch_size, Padded(Padding()), *replica(self.trainer), self.num_workers
+            self.heldout_rows,
+            lengths,
+            self.batch_size,
+            Padded(Padding()),
+            *rank_and_world(self.trainer),
+            self.num_workers,
         )
         return [loader]

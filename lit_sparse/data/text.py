@@ -6,22 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from lit_sparse.data.encoding import Encoder, Example
-from lit_sparse.data.examples import Examples, cached
-from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, at_least
-from lit_sparse.data.sources import Row, existing
+from lit_sparse.data.examples import Examples, load_or_make
+from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, require_at_least
+from lit_sparse.data.sources import Row, require_file
 from lit_sparse.errors import BadInput
 
-PIECE = 1 << 20
-"""Characters tokenised at once, up to the next line break: a tokenizer needs many times the memory of its text."""
+PIECE_CHARACTERS = 1 << 20
+"""Characters tokenised at once, up to the next line break. A tokenizer takes many times the memory of its text."""
 
 
 class Text(TokenData):
-    """Plain text, cut into blocks of `max_length` tokens; every token is learnt.
+    """Data module of plain text, cut into blocks of `max_length` tokens. The loss is on every token.
 
     Args:
-        train: A text file, or several; each ends with the end token, and blocks run on from one into the next.
-        validation: The same for validation; absent: the last blocks of the training text are held out.
-        heldout: How many blocks those are.
+        train: A text file, or several. Each ends with the end token, and a block may continue into the next file.
+        validation: The same for validation. Without it, the last blocks of the training text are held out.
+        heldout: Number of held-out blocks.
     """
 
     def __init__(
@@ -32,17 +32,17 @@ class Text(TokenData):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        at_least(0, heldout=heldout)
+        require_at_least(0, heldout=heldout)
         self.train, self.validation, self.heldout = train, validation, heldout
         self.val_names = [HELDOUT] if heldout or validation else []
 
     def read_rows(self) -> dict[str, list[Row]]:
-        """One row for each file."""
-        rows = {TRAIN: files(self.train)}
-        return rows | {HELDOUT: files(self.validation)} if self.validation is not None else rows
+        """Return one row per file."""
+        rows = {TRAIN: read_files(self.train)}
+        return rows | {HELDOUT: read_files(self.validation)} if self.validation is not None else rows
 
     def tokenise(self) -> dict[str, Examples]:
-        """Blocks of training text and of what is held out."""
+        """Return the blocks of the training text and of the held-out text."""
         sets = {name: self._blocks(rows) for name, rows in self.rows.items()}
         if self.validation is not None or not self.heldout:
             return sets
@@ -53,39 +53,42 @@ class Text(TokenData):
                 f"The text makes {len(blocks)} blocks of {self.max_length} tokens, too few to hold out {self.heldout}; "
                 "lower `heldout` or `max_length`."
             )
-        return {TRAIN: blocks.part(0, cut), HELDOUT: blocks.part(cut, len(blocks))}
+        return {TRAIN: blocks.take(0, cut), HELDOUT: blocks.take(cut, len(blocks))}
 
     def _blocks(self, rows: list[Row]) -> Examples:
         texts = [hashlib.sha256(row.data["text"].encode()).hexdigest() for row in rows]
         settings = ["blocks", self.encoder.fingerprint(), self.max_length, texts]
-        return cached(settings, lambda: blocks(rows, self.encoder, self.max_length))
+        return load_or_make(settings, lambda: cut_blocks(rows, self.encoder, self.max_length))
 
 
-def files(paths: str | list[str]) -> list[Row]:
-    """The contents of text files."""
+def read_files(paths: str | list[str]) -> list[Row]:
+    """Read text files into one row each; raise BadInput if one is missing or empty."""
     found = []
     for path in [paths] if isinstance(paths, str) else paths:
-        content = existing(Path(path).expanduser()).read_text(encoding="utf-8")
+        content = require_file(Path(path).expanduser()).read_text(encoding="utf-8")
         if not content.strip():
             raise BadInput(f"The text file {path} is empty; give one that has text.")
         found.append(Row(path, {"text": content}))
     return found
 
 
-def blocks(rows: list[Row], encoder: Encoder, size: int) -> Examples:
-    """All texts as one stream of tokens, cut into blocks of `size`; a last block of one token is left out."""
+def cut_blocks(rows: list[Row], encoder: Encoder, size: int) -> Examples:
+    """Join all texts into one stream of tokens, and cut it into blocks of `size` tokens.
+
+    A last block of one token is dropped: it has nothing to predict.
+    """
     stream: list[int] = []
     for row in rows:
-        stream += [token for piece in pieces(row.data["text"]) for token in encoder.ids(piece)]
+        stream += [token for piece in split_pieces(row.data["text"]) for token in encoder.encode_text(piece)]
         stream.append(encoder.end)
     cut = [stream[begin : begin + size] for begin in range(0, len(stream), size)]
     return Examples.of([Example(block, block) for block in cut if len(block) > 1])
 
 
-def pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of about `PIECE` characters that end with a line."""
+def split_pieces(text: str) -> Iterator[str]:
+    """Cut `text` into pieces of about `PIECE_CHARACTERS` characters, each of whole lines."""
     begin = 0
     while begin < len(text):
-        end = text.find("\n", begin + PIECE) + 1 or len(text)
+        end = text.find("\n", begin + PIECE_CHARACTERS) + 1 or len(text)
         yield text[begin:end]
         begin = end

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 
-from lit_sparse.data.encoding import named
+from lit_sparse.data.encoding import load_named
 from lit_sparse.errors import BadInput
 from lit_sparse.export.adapter import write_adapter
 from lit_sparse.export.merge import Merge, cast_error
@@ -94,7 +94,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
     merge.model.save_pretrained(folder)  # pyright: ignore
     check_loads(merge, folder)
     try:
-        named(merge.module.base).save_pretrained(folder)
+        load_named(merge.module.base).save_pretrained(folder)
     except BadInput as missing:
         print(f"{missing} The export has no tokenizer.")
     write_mark(folder, {**origin(merge.run, merge.module), "cast": asdict(cost)})

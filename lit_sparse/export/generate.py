@@ -84,6 +84,6 @@ def prompt_ids(encoder: Encoder, prompt: str) -> list[int]:
         BadInput: if the chat template rejects it.
     """
     try:
-        return encoder.prompt(Chat((Message("user", prompt), Message("assistant", ""))))
+        return encoder.encode_prompt(Chat((Message("user", prompt), Message("assistant", ""))))
     except BadRow as error:
         raise BadInput(f"the prompt cannot be asked: {error}.") from error

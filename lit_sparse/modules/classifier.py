@@ -50,7 +50,7 @@ class Classifier(LitSparse):
         self.scores = {}
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, Labelled):
-            data.number(self._ordered(data.label_names))
+            data.renumber(self._ordered(data.label_names))
             self._take("the data", data.label_names, data.pad_token)
         elif data is not None:
             raise BadInput(

@@ -1,1 +1,1 @@
-"""Records of what a training run took: memory ledgers, phases, throughput. Knows neither Lightning nor lit_sparse."""
+"""Records of the cost of training runs: memory, time, energy. Imports neither Lightning nor lit_sparse."""

@@ -1,7 +1,8 @@
-"""What torch's allocator gives out while a block of code runs, on a GPU and on a CPU.
+"""Measurement of what torch's allocator allocates in a block of code, on a GPU and on a CPU.
 
-A GPU's caching allocator keeps counters. The CPU's keeps none, but tells torch.profiler of every block that it gives
-out or takes back; blocks from before are unknown to it, so that it knows levels only as a rise over a beginning.
+The GPU's caching allocator keeps counters. The CPU's keeps none, but reports each allocation and each free to
+torch.profiler. The size of a block that was allocated before the recording is unknown when it is freed, so that on a
+CPU only the rise over the beginning is known.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ MARK = "lit_sparse: measured from here"
 
 
 @dataclass
-class Measured:
-    """What was allocated in a block of code, in bytes, once it has ended.
+class Allocations:
+    """Bytes allocated in a block of code. The figures are set when the block ends.
 
     Attributes:
-        requested: The most that was held at one time above what was held at the beginning.
-        left: What was still held at the end above what was held at the beginning.
-        method: Which allocator it was, and how it was read.
+        requested: Peak above the level at the beginning.
+        left: Level at the end above that at the beginning; negative if the block freed more than it allocated.
+        method: Which allocator was read, and how.
     """
 
     requested: int = 0
@@ -37,11 +38,14 @@ class Measured:
 
 
 @contextmanager
-def measured(device: torch.device | None = None) -> Iterator[Measured]:
-    """Measure what the code in this block allocates on `device` (none is the GPU, if there is one, else the CPU).
+def measure_allocations(device: torch.device | None = None) -> Iterator[Allocations]:
+    """Measure what the code in this block allocates on `device`; by default the GPU if there is one, else the CPU.
 
-    On a GPU its peak counters are set back. On a CPU the code runs under torch.profiler and takes longer; blocks that
-    it frees and that were allocated before do not count.
+    On a GPU, the peak counters are reset. On a CPU, the code runs under torch.profiler and is slower, and freeing a
+    block that was allocated before is not seen.
+
+    Raises:
+        RuntimeError: on a CPU, if another torch.profiler is running.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measure = _on_cuda if device.type == "cuda" else _on_cpu
@@ -50,9 +54,9 @@ def measured(device: torch.device | None = None) -> Iterator[Measured]:
 
 
 @contextmanager
-def _on_cuda(device: torch.device) -> Iterator[Measured]:
-    result = Measured(method=CUDA)
-    before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)  # empty before CUDA has begun
+def _on_cuda(device: torch.device) -> Iterator[Allocations]:
+    result = Allocations(method=CUDA)
+    before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)  # empty before CUDA is initialised
     torch.cuda.reset_peak_memory_stats(device)
     yield result
     after = torch.cuda.memory_stats(device)
@@ -61,11 +65,11 @@ def _on_cuda(device: torch.device) -> Iterator[Measured]:
 
 
 @contextmanager
-def _on_cpu(device: torch.device) -> Iterator[Measured]:
+def _on_cpu(device: torch.device) -> Iterator[Allocations]:
     events = CPUEvents()
     events.start()
     events.mark()
-    result = Measured(method=CPU)
+    result = Allocations(method=CPU)
     try:
         yield result
     finally:
@@ -74,43 +78,43 @@ def _on_cpu(device: torch.device) -> Iterator[Measured]:
 
 
 class CPUEvents:
-    """Records the CPU allocator's events from `start` to `stop`.
+    """Recording of the CPU allocator's events from `start` to `stop`. The figures are those from `mark` on.
 
-    What happens between `start` and `mark` makes blocks known, so that it counts when they are freed after `mark`.
+    Blocks that are allocated between `start` and `mark` become known, so that freeing them after `mark` is seen.
 
     Attributes:
-        peak: Most bytes that were held at one time after `mark` above what was held there.
-        left: Bytes still held at the end above that.
-        others: Bytes given out after `start` that were held at `mark` at other addresses than those named there.
+        peak: Peak bytes after `mark`, above the level at `mark`.
+        left: Bytes at the end, above the level at `mark`.
+        unnamed: Bytes of known blocks alive at `mark` whose addresses were not named there.
     """
 
     def __init__(self) -> None:
-        self.peak = self.left = self.others = 0
+        self.peak = self.left = self.unnamed = 0
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._named: frozenset[int] = frozenset()
 
     def start(self) -> None:
-        """Begin to record.
+        """Start to record.
 
         Raises:
-            RuntimeError: if another torch.profiler runs.
+            RuntimeError: if another torch.profiler is running.
         """
-        if _profiler_enabled():  # torch would end that one without a word
+        if _profiler_enabled():  # torch would stop that one silently, and its owner would get an empty trace
             raise RuntimeError("Allocations are to be recorded, but another torch.profiler runs; stop that one first.")
         self._profile.start()
 
     def mark(self, named: Iterable[int] = ()) -> None:
-        """Count from here on; `named` are the addresses of blocks that the caller knows to be held here."""
+        """Start to count. `named` are addresses of blocks that are alive and that the caller counts itself."""
         self._named = frozenset(named)
         with record_function(MARK):
             pass
 
     def close(self) -> None:
-        """End the recording without figures: what was to be measured failed, or did not come."""
+        """Stop the recording without figures, after a failure."""
         self._profile.stop()
 
     def stop(self) -> None:
-        """End the recording and work out the figures.
+        """Stop the recording and compute the figures.
 
         Raises:
             RuntimeError: if `mark` was never called.
@@ -119,27 +123,27 @@ class CPUEvents:
         results = self._profile.profiler
         assert results is not None
         assert results.kineto_results is not None
-        events = list(_all(results.kineto_results.experimental_event_tree()))
+        events = list(_walk(results.kineto_results.experimental_event_tree()))
         begin = next((event.start_time_ns for event in events if event.name == MARK), None)
         if begin is None:
-            raise RuntimeError("Allocations were recorded, but from no mark on; call mark between start and stop.")
-        changes, held = _changes(events), dict[int, int]()
+            raise RuntimeError("Allocations were recorded without a mark; call mark between start and stop.")
+        changes, held = _size_changes(events), dict[int, int]()
         _levels([change for change in changes if change.when < begin], held)
-        self.others = sum(size for address, size in held.items() if address not in self._named)
+        self.unnamed = sum(size for address, size in held.items() if address not in self._named)
         levels = _levels([change for change in changes if change.when >= begin], held)
         self.peak, self.left = max(levels), levels[-1]
 
 
 class _Change(NamedTuple):
-    """Bytes given out (above 0) or taken back at an address, and when, in nanoseconds."""
+    """An allocation (size above 0) or a free (below 0) of bytes at an address, and its time in nanoseconds."""
 
     when: int
     size: int
     address: int
 
 
-def _all(events: Iterable[Any]) -> Iterator[Any]:
-    """The events of a tree, parents first."""
+def _walk(events: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over the events of a tree, parents first."""
     ahead = list(events)
     while ahead:
         event = ahead.pop()
@@ -147,17 +151,16 @@ def _all(events: Iterable[Any]) -> Iterator[Any]:
         yield event
 
 
-def _changes(events: Iterable[Any]) -> list[_Change]:
-    """What the CPU's allocator did, in the course of time."""
+def _size_changes(events: Iterable[Any]) -> list[_Change]:
+    """Return the CPU allocator's allocations and frees, ordered by time."""
     fields = [(event.start_time_ns, event.extra_fields) for event in events if event.tag == _EventType.Allocation]
     return sorted(_Change(when, it.alloc_size, it.ptr) for when, it in fields if it.device.type == "cpu")
 
 
 def _levels(changes: Iterable[_Change], held: dict[int, int]) -> list[int]:
-    """Bytes above the beginning, there and after each change; `held`, the known blocks' bytes by address, follows.
+    """Return the level above the beginning, first 0 and then after each change.
 
-    A block from before the recording is not known when it is taken back. Torch may tell of it all the same, with the
-    size of another one that was at its address in an earlier recording.
+    `held` maps the addresses of known blocks to their bytes, and is updated in place.
     """
     levels = [0]
     for change in changes:
@@ -165,5 +168,7 @@ def _levels(changes: Iterable[_Change], held: dict[int, int]) -> list[int]:
             held[change.address] = change.size
             levels.append(levels[-1] + change.size)
         else:
+            # Not `change.size`: for a block from before this recording, torch may report the size of another block that
+            # an earlier recording saw at the same address.
             levels.append(levels[-1] - held.pop(change.address, 0))
     return levels

@@ -1,4 +1,4 @@
-"""What a device can do at best: its rate of floating-point operations, and of reading and writing memory."""
+"""Measurement of a device's ceilings: the rates of a dense matrix product and of a copy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ _NAMES = ", ".join(str(dtype) for dtype in DTYPES)
 COPY_BYTES = 128 * 2**20
 PRODUCT_SIZES = (512, 1024, 2048, 4096, 8192)
 LONG_ENOUGH = 0.01
-"""Seconds of a product from which on a larger one would come no nearer to the ceiling."""
+"""Seconds of a product. Launch overhead no longer matters in one that is longer, so that larger ones are not tried."""
 REPETITIONS = 4
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The best rates measured on a device: FLOP/s of a dense matrix product, B/s (read and written) of a copy.
+    """Highest rates measured on a device.
 
-    The copy is too large for caches: what works in these may be faster than the ceiling.
+    The copied buffer is larger than the caches: an op whose data fits into them can exceed the ceiling.
+
+    Attributes:
+        flops: FLOP/s of a dense matrix product.
+        bytes: Bytes/s, read plus written, of a copy.
     """
 
     flops: float
@@ -29,10 +33,10 @@ class Ceilings:
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure both now, on a device that does nothing else meanwhile; it takes about a second, less on a GPU.
+    """Measure both ceilings. It takes about a second on a CPU, less on a GPU; the device must be idle.
 
-    They are the best of several repetitions, with the settings (threads, TF32) that the process has. Up to 768 MiB are
-    taken (fp32 on a GPU) and given back; torch's random state is left as it is.
+    Each is the best of several repetitions under the process's own settings (threads, TF32). Up to 768 MiB are
+    allocated (three fp32 matrices on a GPU) and freed. Torch's random state is not changed.
 
     Raises:
         ValueError: if the device is neither a CPU nor a CUDA device, or the dtype is none of `DTYPES`.
@@ -46,7 +50,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     found = Ceilings(_product_rate(device, dtype), _copy_rate(device))
     if device.type == "cuda":
         with torch.cuda.device(device):
-            torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # else the driver's figures of the run would include these buffers
     return found
 
 
@@ -61,7 +65,8 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _product_seconds(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    # random numbers, since a GPU multiplies zeros faster; from a generator of their own, since the run has its draws
+    # Random numbers: a GPU multiplies zeros faster, since it draws less power and keeps its clock. They come from a
+    # generator of their own: the run's own random numbers must not depend on whether it was profiled.
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, size, size, generator=generator, device=device, dtype=dtype)
     out = torch.empty_like(a)
@@ -75,7 +80,7 @@ def _copy_rate(device: torch.device) -> float:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """The shortest of several repetitions, after one that does not count."""
+    """Return the shortest time of several repetitions. The first one is dropped: it loads libraries and tunes."""
     timed = _seconds_on_cuda if device.type == "cuda" else _seconds_on_cpu
     return min([timed(work, device) for _ in range(1 + REPETITIONS)][1:])
 

@@ -1,7 +1,7 @@
-"""What a training step holds, counted storage by storage while it runs.
+"""The memory of a training step, counted storage by storage while it runs.
 
-Every operation's outputs are seen as they are made and as they die, so that nothing here is "the rest": what an
-allocator's own peak has beyond this count was allocated inside operations, where nobody sees it.
+A dispatch mode sees the outputs of every operation, and finalizers see storages die. No category is "the rest". What an
+allocator's peak has beyond this count was allocated inside operations, where no hook sees it.
 """
 
 from __future__ import annotations
@@ -19,60 +19,62 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
-from lit_sparse_profiling.record import Held, Ledger
+from lit_sparse_profiling.sections import Held, Ledger
 
 SAVED, TEMPORARY, BATCH, GRADIENTS = "saved", "temporaries", "batch", "gradients"
-COURSE = "course"
-"""Where a step is said to be as long as nobody tells."""
+UNNAMED_PHASE = "course"
+"""The phase of a step until the caller sets another. It is written into records: its value cannot change."""
 Sizes = dict[str, int]
 
 
 @dataclass
 class _Block:
-    """A storage that is alive: its bytes, the category that it has for good, and how many saved tensors live in it."""
+    """A live storage: its bytes, its permanent category if it has one, and the number of saved tensors in it."""
 
     size: int
     category: str | None
     saves: int = 0
 
     @property
-    def counts_as(self) -> str:
+    def counted_as(self) -> str:
+        """The category in which the block counts now."""
         return self.category or (SAVED if self.saves else TEMPORARY)
 
 
 class _Saved:
-    """A saved tensor in autograd's hands, and its blocks."""
+    """A tensor saved for backward. Its blocks count as saved for as long as autograd keeps this object."""
 
     def __init__(self, tensor: Tensor, counter: Counter) -> None:
-        # Detached: a node that saves its own output would keep itself alive through it, if no backward comes.
+        # Detached: a node that saves its own output would otherwise keep itself alive through it, if
+        # backward is never called.
         self.tensor, self.counter, self.blocks = tensor.detach(), counter, counter.blocks(tensor)
         for block in self.blocks:
-            counter.change(block, saves=block.saves + 1)
+            counter.update(block, saves=block.saves + 1)
 
     def __del__(self) -> None:
         for block in self.blocks:
-            self.counter.change(block, saves=block.saves - 1)
+            self.counter.update(block, saves=block.saves - 1)
 
 
 class Counter(TorchDispatchMode):
-    """Counts what is alive while a training step runs under it: `with Counter(model, optimizer, state, batch): ...`.
+    """Counter of the live bytes of a training step: `with Counter(model, optimizer, state, batch): step()`.
 
-    Not for a timed step. A model under torch.compile runs its layers eagerly meanwhile, and is not counted as it runs
-    otherwise.
+    Do not time such a step. A model under torch.compile runs eagerly in it: the counts are those of eager execution.
 
     Args:
-        model: Its parameters, gradients and buffers are categories of their own.
-        optimizer: So is its state.
-        strategy_state: And the tensors in here.
-        batch: And in here.
-        device: The device whose storages count.
+        model: Its parameters, gradients and buffers are categories.
+        optimizer: Its state is a category.
+        strategy_state: Tensors nested in dicts and lists, a category.
+        batch: Likewise.
+        device: Only storages on this device count; by default, that of the first parameter.
 
     Attributes:
-        now: Bytes alive by category.
-        peak: The same at the moment when it was most.
-        phase: What the step is at, told by whoever runs it; `peak_phase` is that of the peak.
-        saved_peak: The most that was saved for backward at one time.
-        start: Bytes alive when the block began, in all categories.
+        now: Live bytes by category.
+        peak: Live bytes by category when their sum was highest.
+        phase: Phase of the step; the caller sets it.
+        peak_phase: Phase of the peak.
+        saved_peak: Highest number of bytes saved for backward.
+        start: Live bytes when the block began.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class Counter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.device = device or next(model.parameters()).device
-        self.phase = self.peak_phase = COURSE
+        self.phase = self.peak_phase = UNNAMED_PHASE
         self.now: Sizes = {}
         self.peak: Sizes = {}
         self.saved_peak = 0
@@ -101,12 +103,14 @@ class Counter(TorchDispatchMode):
 
     def __enter__(self) -> Counter:
         super().__enter__()
-        self.start = self._total  # here: a strategy's state may be copies, which live no longer than the constructor
-        self._watch_resizing()
+        # Not in the constructor: a strategy's state may be copies that die with the constructor's arguments.
+        self.start = self._total
+        self._patch_resize()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
         self._hooks.__enter__()
+        # Post-accumulate hooks: a plain tensor hook runs before the gradient is in `grad`, and never under FSDP2.
         self._handles = [
-            p.register_post_accumulate_grad_hook(self._gradient) for p in set(self._weights) if p.requires_grad
+            p.register_post_accumulate_grad_hook(self._on_gradient) for p in set(self._weights) if p.requires_grad
         ]
         return self
 
@@ -117,24 +121,24 @@ class Counter(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._plain_resize
         super().__exit__(*raised)
 
-    def _watch_resizing(self) -> None:
-        """FSDP frees gathered weights by resizing their storage to nothing, of which no operation tells."""
+    def _patch_resize(self) -> None:
+        """Wrap `UntypedStorage.resize_`: FSDP frees gathered weights by it, and it dispatches no operation."""
         plain = self._plain_resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
             result = plain(storage, size)
             if storage.device == self.device:
-                self._resized(storage)
+                self._on_resize(storage)
             return result
 
         torch.UntypedStorage.resize_ = resize  # pyright: ignore[reportAttributeAccessIssue] - named otherwise
 
-    def _resized(self, storage: torch.UntypedStorage) -> None:
-        """A storage has another size now. Who resizes it frees it too, so that it is not saved by whoever saves it."""
+    def _on_resize(self, storage: torch.UntypedStorage) -> None:
+        """Count the storage's new size. It counts as temporary from now on: its owner frees it, whoever saved it."""
         block = self._block(storage, TEMPORARY)
-        self._move(block, -block.size)
+        self._adjust(block, -block.size)
         block.size, block.category = storage.nbytes(), block.category or TEMPORARY
-        self._move(block, block.size)
+        self._adjust(block, block.size)
         self._note_peak()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -144,19 +148,19 @@ class Counter(TorchDispatchMode):
                 self.blocks(leaf)
         return out
 
-    def _gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:  # a fused optimizer's hook may have taken it away
+    def _on_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:  # the hook of a fused optimizer may have consumed it already
             for block in self.blocks(parameter.grad):
-                self.change(block, category=block.category or GRADIENTS)
+                self.update(block, category=block.category or GRADIENTS)
 
     def addresses(self) -> Iterator[int]:
-        """Where the storages that are counted now are."""
+        """Iterate over the addresses of the live storages."""
         return (storage.data_ptr() for storage in self._blocks)
 
     # ---- the count
 
     def blocks(self, tensor: Tensor, category: str | None = None) -> list[_Block]:
-        """The blocks of a tensor's storages on the device; those not seen before come to life."""
+        """Return the blocks of the tensor's storages on the device. Storages not seen before start to count."""
         if tensor.device != self.device:
             return []
         return [self._block(storage, category) for storage in untyped_storages(tensor)]
@@ -165,20 +169,21 @@ class Counter(TorchDispatchMode):
         if storage in self._blocks:
             return self._blocks[storage]
         block = self._blocks[storage] = _Block(storage.nbytes(), category)
-        weakref.finalize(storage, self._add, block, -1).atexit = False
-        self._add(block, 1)
+        # No finalizer at exit: thousands of them would run while the interpreter's modules are already torn down.
+        weakref.finalize(storage, self._count, block, -1).atexit = False
+        self._count(block, 1)
         return block
 
-    def change(self, block: _Block, **fields: Any) -> None:
-        """Give a block other fields; a block that is dead already has no bytes in the count and gets none."""
+    def update(self, block: _Block, **fields: Any) -> None:
+        """Set fields of a block, and move its bytes to its new category. A dead block has no bytes to move."""
         alive = block.size > 0
-        self._move(block, -block.size)
+        self._adjust(block, -block.size)
         for name, value in fields.items():
             setattr(block, name, value)
-        self._move(block, block.size if alive else 0)
+        self._adjust(block, block.size if alive else 0)
 
-    def _add(self, block: _Block, sign: int) -> None:
-        self._move(block, sign * block.size)
+    def _count(self, block: _Block, sign: int) -> None:
+        self._adjust(block, sign * block.size)
         if sign < 0:
             block.size = 0
         else:
@@ -188,18 +193,18 @@ class Counter(TorchDispatchMode):
         if self._total > self._peak_total:
             self._peak_total, self.peak, self.peak_phase = self._total, dict(self.now), self.phase
 
-    def _move(self, block: _Block, size: int) -> None:
+    def _adjust(self, block: _Block, size: int) -> None:
         self._total += size
-        self.now[block.counts_as] = self.now.get(block.counts_as, 0) + size
+        self.now[block.counted_as] = self.now.get(block.counted_as, 0) + size
         self.saved_peak = max(self.saved_peak, self.saved)
 
     @property
     def saved(self) -> int:
-        """Bytes saved for backward now that are in no other category."""
+        """Bytes saved for backward now, without those in another category."""
         return self.now.get(SAVED, 0)
 
-    def held(self) -> Held:
-        """What was held at the peak."""
+    def at_peak(self) -> Held:
+        """Return the live bytes at the peak, by category."""
         ledger = Ledger(**{name: self.peak.get(name, 0) for name in Ledger.__dataclass_fields__})
         rest = {name: self.peak.get(name, 0) for name in (BATCH, SAVED, TEMPORARY)}
         return Held(ledger=ledger, phase=self.peak_phase, **rest)

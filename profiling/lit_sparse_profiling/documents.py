@@ -1,4 +1,4 @@
-"""Dataclasses to plain JSON values and back, strictly: what does not fit is refused, and its place named."""
+"""Strict conversion between dataclasses and JSON values. An error names the place of the value that does not fit."""
 
 from __future__ import annotations
 
@@ -8,40 +8,51 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def finite(value: Any) -> Any:
-    """`value` with every non-finite number spelt out, which `typed` reads back where a number is due."""
+def spell_nonfinite(value: Any) -> Any:
+    """Replace NaN and infinities in nested dicts and lists by "NaN", "Infinity" and "-Infinity".
+
+    JSON has no such numbers, and Python's `json` would write documents that other readers reject. `parse_as` reads the
+    words back as floats.
+    """
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: spell_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
+        return [spell_nonfinite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
 
 
-def typed(value: Any, wanted: Any, where: str) -> Any:
-    """Plain JSON `value` as the annotated type `wanted`; ValueError if it is something else."""
+def parse_as(value: Any, wanted: Any, where: str) -> Any:
+    """Convert a JSON value to the annotated type `wanted`: a dataclass, list, dict, literal, optional or plain type.
+
+    Args:
+        where: Path of the value in its document, for the error message.
+
+    Raises:
+        ValueError: if the value has another type, or an object has unknown or missing fields.
+    """
     if wanted is Any:
         return value
     if is_dataclass(wanted):
-        return _object(value, wanted, where)
-    if get_origin(wanted) in (Union, types.UnionType):  # here always: something or None
-        return None if value is None else typed(value, get_args(wanted)[0], where)
+        return _parse_dataclass(value, wanted, where)
+    if get_origin(wanted) in (Union, types.UnionType):  # all unions in records are `X | None`
+        return None if value is None else parse_as(value, get_args(wanted)[0], where)
     if get_origin(wanted) is list and isinstance(value, list):
-        return [typed(item, get_args(wanted)[0], f"{where}[{i}]") for i, item in enumerate(value)]
+        return [parse_as(item, get_args(wanted)[0], f"{where}[{i}]") for i, item in enumerate(value)]
     if get_origin(wanted) is dict and isinstance(value, dict):
-        return {key: typed(item, get_args(wanted)[1], f"{where}.{key}") for key, item in value.items()}
+        return {key: parse_as(item, get_args(wanted)[1], f"{where}.{key}") for key, item in value.items()}
     if get_origin(wanted) is Literal and value in get_args(wanted):
         return value
     if wanted is float and (type(value) is int or value in ("NaN", "Infinity", "-Infinity")):
         return float(value)
-    if type(value) is wanted:
+    if type(value) is wanted:  # not isinstance: True is an int, and must not pass for a number of bytes
         return value
     raise ValueError(f"{where} is {value!r:.60} where {getattr(wanted, '__name__', wanted)} is due")
 
 
-def _object(value: Any, wanted: Any, where: str) -> Any:
-    """The JSON object `value` as the dataclass `wanted`, without unknown and with every required field."""
+def _parse_dataclass(value: Any, wanted: Any, where: str) -> Any:
+    """Convert a JSON object to the dataclass `wanted`; refuse unknown and missing fields."""
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r:.60} where an object is due")
     hints = get_type_hints(wanted)
@@ -50,4 +61,4 @@ def _object(value: Any, wanted: Any, where: str) -> Any:
     required = {f.name for f in fields(wanted) if f.default is MISSING and f.default_factory is MISSING}
     if missing := sorted(required - value.keys()):
         raise ValueError(f"{where} lacks: {', '.join(missing)}")
-    return wanted(**{key: typed(item, hints[key], f"{where}.{key}") for key, item in value.items()})
+    return wanted(**{key: parse_as(item, hints[key], f"{where}.{key}") for key, item in value.items()})

@@ -1,4 +1,4 @@
-"""What torch.profiler recorded, as plain tuples, and the sums over them: pure functions that need no device."""
+"""The events of torch.profiler as plain tuples, and sums over them: pure functions, which need no device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch._C._autograd import DeviceType
 
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.opcounts import OpCounts
-from lit_sparse_profiling.record import Kernel, Kernels
+from lit_sparse_profiling.sections import Kernel, Kernels
 
 OURS = (
     "lit_sparse",
@@ -24,23 +24,23 @@ OURS = (
     "_glu_density",
     "_master_adamw_kernel",
 )
-"""What the names of this project's ops and kernels begin with: an optimizer launches kernels from no op."""
+"""Prefixes of the names of this project's ops and kernels. Kernels too, since an optimizer launches them from no op."""
 
 RUNTIME = re.compile(r"(cuda|cu|hip)[A-Z]")
-"""Names of the device runtime's calls; their ids are another series than those of ops, and could be taken for these."""
+"""Names of the device runtime's calls. Their ids are a separate series, and could be mistaken for ids of ops."""
 
 Kind = Literal["op", "node", "device", "window"]
 
 
 class Event(NamedTuple):
-    """One event, times in nanoseconds.
+    """One event, with times in nanoseconds.
 
     Attributes:
-        kind: An op; a node of autograd's graph or another function around ops; something that ran on the device
-            (kernel, copy, fill); or the window that the profiled steps fill.
-        lane: The thread; of a device event the stream.
-        id: Of an op or node, unique among them.
-        link: Of a device event: the id of the op or node that launched it, 0 if that is not known.
+        kind: "op"; "node", an autograd node or another function around ops; "device", something that ran on the device
+            (kernel, copy, fill); or "window", the annotation around the profiled steps.
+        lane: Thread of the event; for a device event, its stream.
+        id: Id of an op or node, unique among these.
+        link: For a device event, the id of the op or node that launched it; 0 if unknown.
     """
 
     kind: Kind
@@ -53,7 +53,7 @@ class Event(NamedTuple):
 
 
 class Row(NamedTuple):
-    """All calls of a kernel that one op launched, `nanoseconds` together; on a CPU all calls of an op."""
+    """All calls of a kernel launched by one op, and their total nanoseconds; on a CPU, all calls of an op."""
 
     name: str
     op: str
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
 
 def read(recorded: Iterable[Any], device: torch.device, window: str) -> list[Event]:
-    """The events of a profiler's `kineto_results.events()` that say something of `device` or of who launched it.
+    """Convert those of a profiler's `kineto_results.events()` that concern `device`, and drop the others.
 
     `window` is the name of the annotation around the profiled steps.
     """
@@ -84,9 +84,11 @@ def _kind(event: Any, name: str, device: torch.device, window: str) -> Kind | No
     annotation = event.is_user_annotation()
     if event.device_type() == DeviceType.CUDA:
         here = device.type == "cuda" and event.device_index() == device.index
-        return "device" if here and not annotation else None  # an annotation has a shadow on the device
+        # Kineto mirrors each annotation on the device, where it would count as one kernel that fills all gaps.
+        return "device" if here and not annotation else None
     if annotation:
         return "window" if name == window else None
+    # "[" begins the allocator's events. An event that ends in another thread cannot be nested with others of its own.
     if name.startswith(("profiler::", "[")) or RUNTIME.match(name) or event.start_thread_id() != event.end_thread_id():
         return None
     engine = name.startswith(("autograd::", "torch::autograd::"))
@@ -94,7 +96,7 @@ def _kind(event: Any, name: str, device: torch.device, window: str) -> Kind | No
 
 
 def window_of(events: Iterable[Event]) -> Event:
-    """The window of the profiled steps.
+    """Return the window of the profiled steps.
 
     Raises:
         RuntimeError: if it was not recorded.
@@ -108,13 +110,13 @@ def window_of(events: Iterable[Event]) -> Event:
     return window
 
 
-def within(events: Iterable[Event], window: Event) -> list[Event]:
-    """The events that are in the window, if only in part."""
+def in_window(events: Iterable[Event], window: Event) -> list[Event]:
+    """Return the events that overlap the window."""
     return [event for event in events if event.end > window.begin and event.begin < window.end]
 
 
-def covered(events: Iterable[Event], window: Event) -> int:
-    """Nanoseconds of the window in which at least one of the events ran."""
+def busy_nanoseconds(events: Iterable[Event], window: Event) -> int:
+    """Return the nanoseconds of the window in which at least one of the events ran."""
     total, reached = 0, window.begin
     for event in sorted(events, key=lambda event: event.begin):
         begin, end = max(event.begin, reached), min(event.end, window.end)
@@ -123,17 +125,17 @@ def covered(events: Iterable[Event], window: Event) -> int:
     return total
 
 
-def stepping_ops(events: list[Event]) -> list[Event]:
-    """The ops of the thread that steps and of autograd's; what ops have done by worker threads is their own time."""
+def step_thread_ops(events: list[Event]) -> list[Event]:
+    """Return the ops of the stepping thread and of autograd's. Ops in worker threads are in their caller's time."""
     lanes = {event.lane for event in events if event.name.startswith("autograd::engine::")} | {window_of(events).lane}
     return [event for event in events if event.kind == "op" and event.lane in lanes]
 
 
 def op_rows(ops: list[Event], known: Collection[str]) -> list[Row]:
-    """A row an op: the time that it ran itself, without the ops that it called.
+    """Return one row per op, with its own time: without the ops that it calls.
 
-    An op of the names in `known` has those with it: what was counted of it (`aten::clone`) is their work too
-    (`aten::copy_`).
+    An op whose name is in `known` includes the ops that it calls. FLOPs and bytes were counted for that op
+    (`aten::clone`), and cover the work of those (`aten::copy_`).
     """
     calls, own = Counter[str](), Counter[str]()
     for op, parent, owner in _nested(ops, known):
@@ -145,9 +147,9 @@ def op_rows(ops: list[Event], known: Collection[str]) -> list[Row]:
 
 
 def kernel_rows(events: list[Event], known: Collection[str]) -> list[Row]:
-    """A row a kernel and op: of the ops around its launch the outermost of those in `known`, else the innermost.
+    """Return one row per kernel and op.
 
-    Where no op is known to have launched it, the op is "".
+    The op is the outermost one around the launch that is in `known`, else the innermost; "" if no launch was recorded.
     """
     launchers = [event for event in events if event.kind in ("op", "node")]
     owners = {op.id: owner.name for op, _, owner in _nested(launchers, known)}
@@ -159,11 +161,15 @@ def kernel_rows(events: list[Event], known: Collection[str]) -> list[Row]:
 
 
 def _nested(ops: list[Event], known: Collection[str]) -> Iterator[tuple[Event, Event | None, Event]]:
-    """Each op, the owner of the op that called it, and its own: the outermost op around it that is known, or itself."""
+    """Yield each op, the owner of its caller, and its own owner: the outermost known op around it, or itself.
+
+    Ops of a thread nest strictly: sorted by begin, longest first, callers precede the ops that they call.
+    """
     ordered = sorted(ops, key=lambda op: (op.lane, op.begin, -op.end))
     for _, lane in groupby(ordered, key=lambda op: op.lane):
         open_: list[tuple[Event, Event]] = []
         for op in lane:
+            # `+ 1`: an op of 0 ns, as the clock's resolution gives, is not inside one that ends when it begins.
             while open_ and open_[-1][0].end < max(op.end, op.begin + 1):
                 open_.pop()
             parent = open_[-1][1] if open_ else None
@@ -172,7 +178,7 @@ def _nested(ops: list[Event], known: Collection[str]) -> Iterator[tuple[Event, E
             yield op, parent, owner
 
 
-def summed(
+def summarize(
     events: list[Event],
     steps: int,
     counts: OpCounts | None,
@@ -184,15 +190,15 @@ def summed(
     ours: Sequence[str] = OURS,
     trace: str | None = None,
 ) -> Kernels:
-    """What `KernelProfile.kernels` gives, from the events of these steps.
+    """Sum the events of the profiled steps; see `KernelProfile.kernels`.
 
     Raises:
-        RuntimeError: if the events do not tell where the steps are, or there is no kernel though this was on `cuda`.
+        RuntimeError: if the events have no window, or no kernel though the steps ran on `cuda`.
     """
     window = window_of(events)
-    inside = within(events, window)
+    inside = in_window(events, window)
     known = set() if counts is None else set(counts.ops)
-    busy = [event for event in inside if event.kind == "device"] if cuda else stepping_ops(inside)
+    busy = [event for event in inside if event.kind == "device"] if cuda else step_thread_ops(inside)
     if cuda and not busy:
         raise RuntimeError(
             "Kernels were to be profiled, but torch.profiler saw none; "
@@ -204,7 +210,7 @@ def summed(
     return Kernels(
         steps=steps,
         seconds=length / 1e9 / steps,
-        gaps=1 - covered(busy, window) / length,
+        gaps=1 - busy_nanoseconds(busy, window) / length,
         dtype=str(dtype).removeprefix("torch."),
         flops_ceiling=best.flops,
         bytes_ceiling=best.bytes,

@@ -1,4 +1,4 @@
-"""A gate that fails when memory or speed became worse than a baseline's."""
+"""A gate that fails if memory or speed is worse than in a baseline."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_sparse_profiling.documents import typed
-from lit_sparse_profiling.reconcile import amount
+from lit_sparse_profiling.documents import parse_as
+from lit_sparse_profiling.reconcile import format_bytes
 from lit_sparse_profiling.record import RunRecord, Status
-from lit_sparse_profiling.run_folders import Runs, kind_of, likeness, method_of, name_of, peak_of
+from lit_sparse_profiling.run_folders import Runs, device_kind, method_name, peak_memory, repetition_key, run_name
 
 BASELINE_SCHEMA = 1
 
 
-def share(text: str) -> float:
-    """A share written as "5%" or "0.05".
+def parse_share(text: str) -> float:
+    """Return the fraction written as "5%" or "0.05".
 
     Raises:
-        ValueError: if it is written otherwise, or is none from 0 up; without "%" it must be below 1.
+        ValueError: if it is written otherwise, is negative, or is 1 or more without "%": "5" may mean 5 % or 500 %.
     """
     number = text.strip().removesuffix("%").rstrip()
     percent = text.strip().endswith("%")
     if re.fullmatch(r"\d+(\.\d*)?|\.\d+", number) and (percent or float(number) < 1):
         return float(number) / (100 if percent else 1)
-    raise ValueError(f"A tolerance of {text!r} was asked for, but it is a share; write it as 5% or as 0.05.")
+    raise ValueError(f"A tolerance of {text!r} was asked for, but it must be a fraction; write it as 5% or as 0.05.")
 
 
 Result = Literal["within tolerance", "better", "worse", "new", "not comparable"]
@@ -38,7 +38,7 @@ _ORDER: tuple[Result, ...] = ("within tolerance", "better", "worse", "not compar
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a gate says of one run, with the numbers that it says it for."""
+    """Result of the gate for one run, and a sentence with the figures."""
 
     run: str
     result: Result
@@ -46,13 +46,13 @@ class Verdict:
 
     @property
     def failed(self) -> bool:
-        """Whether the gate fails for it."""
+        """True if the gate fails because of this run."""
         return self.result in ("worse", "not comparable")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a baseline knows of a run: medians of its repetitions that ended well."""
+    """A run in a baseline: medians over its repetitions with status "ok"."""
 
     status: Status
     device: str | None = None
@@ -68,17 +68,17 @@ class _Baseline:
 
 
 def save_baseline(runs: Runs, path: Path) -> None:
-    """Write what `check` compares with, at one stroke. Runs are known by their names without the number.
+    """Write the baseline that `check` reads, atomically. Its keys are the runs' names without their numbers.
 
     Raises:
-        ValueError: if a record cannot be read, if runs of one name are no repetitions of one another, or if there is no
-            folder for the file.
+        ValueError: if a record cannot be read, if runs of one name are not repetitions of each other, or if the folder
+            of `path` does not exist.
     """
     groups: dict[str, list[RunRecord]] = {}
     for _, record in runs:
         if isinstance(record, str):
             raise ValueError(f"A baseline of all runs was asked for, but one cannot be read: {record}")
-        groups.setdefault(method_of(record.name), []).append(record)
+        groups.setdefault(method_name(record.name), []).append(record)
     entries = {name: _entry(records) for name, records in groups.items()}
     if not path.parent.is_dir():
         raise ValueError(f"A baseline was to be saved as {path}, but there is no folder {path.parent}; make it first.")
@@ -95,7 +95,7 @@ def _entry(records: list[RunRecord]) -> _Entry:
     good = [record for record in records if record.status == "ok"]
     if not good:
         return _Entry(records[0].status)
-    if len({likeness(record) for record in good}) > 1:
+    if len({repetition_key(record) for record in good}) > 1:
         raise ValueError(
             f"A baseline knows runs by their names without the number, but {', '.join(r.name for r in good)} differ in "
             "model, device or settings; give those that it is to keep."
@@ -112,23 +112,26 @@ def _entry(records: list[RunRecord]) -> _Entry:
 
 
 def _figures(record: RunRecord) -> tuple[int | None, float | None]:
-    """A run's peak in bytes, and its tokens a second."""
-    return peak_of(record, kind_of(record)), record.throughput and record.throughput.tokens_per_second
+    """Return a run's memory peak in bytes, and its tokens per second."""
+    return peak_memory(record, device_kind(record)), record.throughput and record.throughput.tokens_per_second
 
 
 def check(runs: Runs, baseline: Path, tolerance: float) -> list[Verdict]:
-    """Hold each run against the baseline's of its name (without the number), and find those that are gone.
+    """Compare each run with the baseline's run of the same name, without the number.
+
+    A run of the baseline that is missing in `runs` fails the gate too: a method that no longer runs must not pass.
 
     Args:
-        baseline: A file that `save_baseline` wrote.
-        tolerance: A share, 0 to 1: by how much memory may be higher, and speed lower.
+        runs: Runs to compare.
+        baseline: A file written by `save_baseline`.
+        tolerance: Fraction, 0 to 1, by which memory may be higher or speed lower.
 
     Raises:
-        ValueError: if `baseline` is no such file.
+        ValueError: if `baseline` is not such a file.
     """
     entries = _read_baseline(baseline).runs
-    verdicts = [_verdict(name_of(file, record), record, entries, tolerance) for file, record in runs]
-    gone = entries.keys() - {method_of(name_of(file, record)) for file, record in runs}
+    verdicts = [_verdict(run_name(file, record), record, entries, tolerance) for file, record in runs]
+    gone = entries.keys() - {method_name(run_name(file, record)) for file, record in runs}
     sentence = "not comparable: the baseline has it, but no run of that name was given"
     return [*verdicts, *(Verdict(name, "not comparable", sentence) for name in entries if name in gone)]
 
@@ -137,20 +140,20 @@ def _read_baseline(path: Path) -> _Baseline:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as a baseline ({error}); save one of runs that are good.") from error
+        raise ValueError(f"{path} cannot be read as a baseline ({error}); save one with --save_baseline.") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != BASELINE_SCHEMA:
         raise ValueError(
-            f"{path} is a baseline of schema {schema}, and this version reads {BASELINE_SCHEMA}; save it anew."
+            f"{path} is a baseline of schema {schema}, and this version reads {BASELINE_SCHEMA}; save it again."
         )
     try:
-        return typed(document, _Baseline, "baseline")
+        return parse_as(document, _Baseline, "baseline")
     except ValueError as error:
-        raise ValueError(f"{path} is no valid baseline: {error}; correct it, or save it anew.") from error
+        raise ValueError(f"{path} is not a valid baseline: {error}; correct it, or save it again.") from error
 
 
 def _verdict(name: str, record: RunRecord | str, entries: dict[str, _Entry], tolerance: float) -> Verdict:
-    entry = entries.get(method_of(name))
+    entry = entries.get(method_name(name))
     if isinstance(record, str):
         return Verdict(name, "not comparable", f"not comparable: {record}")
     if entry is None:
@@ -162,18 +165,18 @@ def _verdict(name: str, record: RunRecord | str, entries: dict[str, _Entry], tol
         return Verdict(name, result, f"{result}: {record.status} where the baseline is {entry.status}: {record.reason}")
     if entry.status != "ok":
         return Verdict(name, "better", f"better: ok where the baseline is {entry.status}")
-    return _compared(name, record, entry, tolerance)
+    return _compare(name, record, entry, tolerance)
 
 
-def _compared(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> Verdict:
+def _compare(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> Verdict:
     device, model = record.device and record.device.name, record.model and record.model.base
     for what, now, was in (("device", device, entry.device), ("model", model, entry.model)):
         if now != was:
             return Verdict(name, "not comparable", f"not comparable: {what} {now} where the baseline has {was}")
     peak, speed = _figures(record)
     found = [
-        _against("memory", peak, entry.peak, tolerance, -1, lambda size: amount(round(size))),
-        _against("tokens/s", speed, entry.tokens_per_second, tolerance, 1, "{:,.1f}".format),
+        _compare_figure("memory", peak, entry.peak, tolerance, -1, lambda size: format_bytes(round(size))),
+        _compare_figure("tokens/s", speed, entry.tokens_per_second, tolerance, 1, "{:,.1f}".format),
     ]
     known = [one for one in found if one is not None]
     if not known:
@@ -182,16 +185,19 @@ def _compared(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> 
     return Verdict(name, max(results, key=_ORDER.index), "; ".join(sentence for _, sentence in known))
 
 
-def _against(
+def _compare_figure(
     what: str, now: float | None, was: float | None, tolerance: float, sign: int, form: Callable[[float], str]
 ) -> tuple[Result, str] | None:
-    """One figure's result and sentence; `sign` is 1 if more is better. None if it was measured on neither side."""
+    """Compare one figure; return its result and a sentence, or None if neither side measured it.
+
+    `sign` is 1 if higher is better, -1 if lower is.
+    """
     if now is None and was is None:
         return None
     if now is None or was is None:
         return "not comparable", f"{what} not comparable: it was measured only {'now' if was is None else 'then'}"
     gain, allowed = sign * (now - was), tolerance * was
-    # A NaN in a baseline written by hand is neither: it must not pass
+    # In this order, a NaN in a baseline written by hand is "worse": every comparison with it is False.
     result = "better" if gain > allowed else "within tolerance" if gain >= -allowed else "worse"
     change = f" ({now / was - 1:+.1%})" if was else ""
     return result, f"{what} {result}: {form(now)}, was {form(was)}{change}"

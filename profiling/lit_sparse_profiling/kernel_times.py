@@ -1,4 +1,4 @@
-"""Where the time of a step goes: kernels (on a CPU, ops), what they achieve of what the device can do, and the gaps."""
+"""The time of a step by kernel (on a CPU, by op), compared with the device's ceilings, and the gaps between kernels."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch._C._autograd import _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lit_sparse_profiling.ceilings import Ceilings, ceilings
-from lit_sparse_profiling.events import OURS, Event, read, summed
+from lit_sparse_profiling.events import OURS, Event, read, summarize
 from lit_sparse_profiling.opcounts import OpCounts
-from lit_sparse_profiling.record import Kernel, Kernels
+from lit_sparse_profiling.sections import Kernel, Kernels
 
 __all__ = ["Ceilings", "KernelProfile", "OpCounts", "ceilings", "table"]
 
@@ -25,23 +25,23 @@ NAMESPACES = re.compile(r"^void |\(anonymous namespace\)::|\bat::(native::)?|\bs
 
 
 class KernelProfile:
-    """Times every kernel, on a CPU every op, of a few steps: `start()`, the steps, `stop(steps)`, then `kernels(...)`.
+    """Profile of every kernel, on a CPU every op, of a few steps: `start()`, the steps, `stop(steps)`, `kernels(...)`.
 
-    The profiler costs time for every op, so that a step is slower and, on a GPU, has more gaps than one that is not
-    profiled. One torch.profiler can run in a thread at a time. CUDA is synchronised at start and stop.
+    The profiler adds time to every op: a profiled step is slower and, on a GPU, has more gaps. Only one torch.profiler
+    can run in a thread at a time. CUDA is synchronised at start and stop.
 
     Args:
-        device: Where the steps run, a CPU or a CUDA device.
-        trace: File for the Chrome trace, `.json` or `.json.gz`; its folder is made if need be.
+        device: Device of the steps, a CPU or a CUDA device.
+        trace: File for the Chrome trace, `.json` or `.json.gz`; its folder is created.
 
     Raises:
-        ValueError: if the device is of another kind.
+        ValueError: if the device is neither.
     """
 
     def __init__(self, device: torch.device, trace: Path | None = None) -> None:
         if device.type not in ("cpu", "cuda"):
             raise ValueError(
-                f"Kernels of {device} were to be profiled, but only cpu and cuda can be; give one of these."
+                f"Kernels of {device} were to be profiled, but only those of cpu and cuda can be; give one of these."
             )
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
@@ -51,73 +51,75 @@ class KernelProfile:
         self._steps = 0
 
     def start(self) -> None:
-        """Begin to profile.
+        """Start to profile.
 
         Raises:
-            RuntimeError: if this profile or another torch.profiler runs already.
+            RuntimeError: if this profile or another torch.profiler is running.
         """
         if self._running is not None:
-            raise RuntimeError("A profile is to start, but it runs already; stop it first.")
-        if _profiler_enabled():  # torch would end that one without a word
+            raise RuntimeError("A profile is to start, but it is running; stop it first.")
+        if _profiler_enabled():  # torch would stop that one silently, and its owner would get an empty trace
             raise RuntimeError("A profile is to start, but another torch.profiler runs; stop that one first.")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
         profiler = profile(activities=activities)
         profiler.start()
-        torch.zeros((), device=self.device)  # the first launch under a profiler takes longer than those that follow
+        torch.zeros((), device=self.device)  # the first launch under a profiler is slow: keep it out of the window
         self._synchronize()
         window = record_function(WINDOW)
         window.__enter__()
         self._running = profiler, window
 
     def stop(self, steps: int) -> None:
-        """End, after so many steps; the trace is written now, if one was asked for.
+        """Stop after `steps` steps, and write the trace if one was requested.
 
         Raises:
-            RuntimeError: if the profile does not run.
-            ValueError: if there was no step.
+            RuntimeError: if the profile is not running.
+            ValueError: if `steps` is below 1.
         """
         if steps < 1:
             self.close()
-            raise ValueError(f"A profile needs a step at least, but {steps} were given; step between start and stop.")
+            raise ValueError(
+                f"A profile needs at least one step, but {steps} were given; run a step between start and stop."
+            )
         profiler = self._end()
         if profiler is None:
-            raise RuntimeError("A profile is to stop, but it does not run; start it first.")
+            raise RuntimeError("A profile is to stop, but it is not running; start it first.")
         if self.trace is not None:
             self.trace.parent.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(self.trace))
-        self._steps, self._events = steps, _recorded(profiler, self.device)
+        self._steps, self._events = steps, _read_events(profiler, self.device)
 
     def close(self) -> None:
-        """End without a result, if it runs: for steps that failed."""
+        """Stop without a result, if running: for steps that failed."""
         self._end()
 
     def kernels(
         self, counts: OpCounts | None, best: Ceilings, dtype: torch.dtype, top: int = 20, ours: Sequence[str] = OURS
     ) -> Kernels:
-        """The figures of the profiled steps.
+        """Return the time of the profiled steps by kernel.
 
-        An op's counted FLOPs and bytes go to its kernels in proportion to their time. The op of a kernel is the one
-        that was counted: a copy's kernel has `aten::clone` if that called `aten::copy_`. On a CPU likewise: an op that
-        was counted has the time of those that it calls with it, any other only its own.
+        An op's FLOPs and bytes are divided among its kernels in proportion to their time. A kernel belongs to the op
+        that was counted: a copy's kernel to `aten::clone`, if that called `aten::copy_`. Likewise on a CPU, where a
+        counted op includes the time of the ops that it calls, and any other op does not.
 
         Args:
-            counts: Of one such step; None leaves FLOPs and bytes unknown.
-            best: The device's ceilings, of products in `dtype`.
-            dtype: That of the computation.
-            top: How many of the kernels that take longest are kept.
-            ours: What the names of the project's own kernels or ops begin with.
+            counts: FLOPs and bytes of one such step; None leaves them unknown.
+            best: The device's ceilings for products in `dtype`.
+            dtype: Dtype of the computation.
+            top: Number of slowest kernels to keep.
+            ours: Prefixes of the names of the project's own kernels and ops.
 
         Raises:
-            RuntimeError: if nothing was profiled, or the profiler saw no kernel of the GPU.
+            RuntimeError: if nothing was profiled, or the profiler saw no kernel on a GPU.
         """
         if not self._steps:
             raise RuntimeError("Kernels are asked for, but no step was profiled; start, step and stop first.")
         trace = None if self.trace is None else str(self.trace)
         cuda = self.device.type == "cuda"
-        return summed(self._events, self._steps, counts, best, dtype, cuda=cuda, top=top, ours=ours, trace=trace)
+        return summarize(self._events, self._steps, counts, best, dtype, cuda=cuda, top=top, ours=ours, trace=trace)
 
     def _end(self) -> profile | None:
-        """End the window and the profiler; gives the profiler, None if there was none."""
+        """End the window and the profiler, and return the profiler; None if it was not running."""
         if self._running is None:
             return None
         (profiler, window), self._running = self._running, None
@@ -131,8 +133,8 @@ class KernelProfile:
             torch.cuda.synchronize(self.device)
 
 
-def _recorded(profiler: profile, device: torch.device) -> list[Event]:
-    # the raw events: torch's EventList merges ops, and with them goes the link from a kernel to its op
+def _read_events(profiler: profile, device: torch.device) -> list[Event]:
+    # The raw events: torch's EventList merges ops, and loses the link from a kernel to its op.
     results = None if profiler.profiler is None else profiler.profiler.kineto_results
     if results is None:
         raise RuntimeError("torch.profiler was to record ops, but it kept none; use a build of torch with Kineto.")
@@ -140,20 +142,20 @@ def _recorded(profiler: profile, device: torch.device) -> list[Event]:
 
 
 def table(kernels: Kernels, rows: int = 10) -> Table:
-    """The kernels that take longest, ours marked; below it the gaps and the ceilings.
+    """Return a table of the slowest kernels, ours marked by "*", with gaps and ceilings in the caption.
 
-    What a kernel achieves is shown beside the ceiling that it comes nearer to.
+    A kernel's rate is shown as a fraction of the ceiling that it comes closer to.
     """
     shown = kernels.top[:rows]
     on_cpu = all(kernel.name == kernel.op for kernel in kernels.top)
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(kernels, len(shown)), caption_justify="left")
     names = ["op"] if on_cpu else ["kernel", "op"]
     for name in names:
-        grid.add_column(name, overflow="fold")  # these give way where the terminal is narrow, the figures do not
+        grid.add_column(name, overflow="fold")  # names wrap in a narrow terminal, figures do not
     for figure in ("calls/step", "ms", "share", "achieved", "of ceiling"):
         grid.add_column(figure, justify="right", no_wrap=True)
     for kernel in shown:
-        name = ("* " if kernel.ours else "") + shortened(kernel.name)
+        name = ("* " if kernel.ours else "") + shorten_name(kernel.name)
         labels = [name] if on_cpu else [name, kernel.op]
         grid.add_row(*map(escape, labels), *_figures(kernels, kernel))
     return grid
@@ -184,7 +186,7 @@ def _rate(rate: float, unit: str) -> str:
     return f"{rate / size:,.2f} {prefix}{unit}"
 
 
-def shortened(name: str, width: int = 44) -> str:
-    """A kernel's name without return type and torch's namespaces, cut to `width` characters."""
+def shorten_name(name: str, width: int = 44) -> str:
+    """Return a kernel's name without return type and torch's namespaces, cut to `width` characters."""
     bare = NAMESPACES.sub("", name)
     return bare if len(bare) <= width else bare[: width - 1] + "…"

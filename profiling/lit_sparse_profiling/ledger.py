@@ -1,8 +1,7 @@
-"""Exact bytes of what a training state holds.
+"""Exact bytes of a training state: weights, gradients, optimizer and strategy state.
 
-What counts is the storage, not the tensor: a view keeps its whole storage alive. Tensors that share a storage count
-once. Of a distributed tensor, the local shard counts. A tensor on the meta device, or a fake one, counts what it
-would take.
+Storages count, not tensors: a view keeps its whole storage alive, and tensors that share a storage count once. Of a
+sharded tensor, the local shard counts. A meta or fake tensor counts with the bytes that a real one would have.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lit_sparse_profiling.record import Ledger
+from lit_sparse_profiling.sections import Ledger
 
 Key = tuple[str, int]
-"""Names a storage for as long as it is alive."""
+"""Device and address of a storage. It is unique only while the storage is alive."""
 
-Share = tuple[Key, int]
-"""A storage's key and its bytes."""
+SizedKey = tuple[Key, int]
+"""Key of a storage, and its bytes."""
 
 
 def ledger(model: nn.Module, optimizer: Optimizer | None = None, strategy_state: Any = None) -> Ledger:
-    """The bytes that are held now, by category.
+    """Return the bytes held now, by category.
 
     A storage in several categories counts in the first of: trainable weights, frozen weights, buffers, gradients,
-    optimizer state, strategy state. Parameters that only the optimizer knows count as the model's own do.
+    optimizer state, strategy state. Parameters that only the optimizer has, such as fp32 masters, count as the model's.
 
     Args:
-        model: Its parameters, their gradients and its buffers, non-persistent ones too.
-        optimizer: Its state and options as far as they are tensors; what other objects hold in there is not seen.
-        strategy_state: Tensors nested in dicts, lists and tuples; everything else in there is ignored.
+        model: Parameters, their gradients, and buffers, non-persistent ones included.
+        optimizer: Tensors in its state and options; tensors inside other objects are not seen.
+        strategy_state: Tensors nested in dicts, lists, tuples and sets; everything else is ignored.
     """
     seen: set[Key] = set()
     members = categories(model, optimizer, strategy_state)
@@ -41,7 +40,7 @@ def ledger(model: nn.Module, optimizer: Optimizer | None = None, strategy_state:
 
 
 def categories(model: nn.Module, optimizer: Optimizer | None, strategy_state: Any) -> dict[str, list[Tensor]]:
-    """The tensors of each category of a `Ledger`, in the order in which a storage's category is decided."""
+    """Return the tensors of each category of a `Ledger`, in the order that decides a shared storage's category."""
     groups = [] if optimizer is None else optimizer.param_groups
     weights = [*model.parameters(), *(p for group in groups for p in group["params"])]
     return {
@@ -55,7 +54,7 @@ def categories(model: nn.Module, optimizer: Optimizer | None, strategy_state: An
 
 
 def tensors(nested: Any) -> Iterator[Tensor]:
-    """All tensors in dicts' values, lists, tuples and sets, however deep; what else is in there is passed over."""
+    """Iterate over the tensors nested in values of dicts, lists, tuples and sets; skip everything else."""
     if isinstance(nested, Tensor):
         yield nested
     elif isinstance(nested, Mapping):
@@ -65,16 +64,16 @@ def tensors(nested: Any) -> Iterator[Tensor]:
             yield from tensors(item)
 
 
-def storages(tensor: Tensor) -> Iterator[Share]:
-    """Keys and bytes of the storages that hold `tensor`."""
+def storages(tensor: Tensor) -> Iterator[SizedKey]:
+    """Iterate over key and bytes of the storages that hold `tensor`."""
     for storage in untyped_storages(tensor):
-        # fake and meta storages have no address, and are told apart by themselves
+        # Fake and meta storages all have the address 0: only their objects tell them apart.
         identity = storage._cdata if storage.device.type == "meta" else storage.data_ptr()
         yield (str(storage.device), identity), storage.nbytes()
 
 
 def untyped_storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """The storages that hold `tensor`: one, or those of the parts of a sparse, distributed or quantized tensor."""
+    """Iterate over the storages of `tensor`: one, or those of the parts of a sparse, sharded or quantized tensor."""
     parts = _parts(tensor)
     for part in parts:
         yield from untyped_storages(part)
@@ -95,7 +94,7 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 
 
 def _unseen_bytes(members: Iterable[Tensor], seen: set[Key]) -> int:
-    """Bytes of the members' storages that are not in `seen` yet; adds them to it."""
+    """Return the bytes of the members' storages that are not in `seen`, and add these to it."""
     fresh = {key: size for tensor in members for key, size in storages(tensor) if key not in seen}
     seen.update(fresh)
     return sum(fresh.values())

@@ -1,8 +1,7 @@
-"""Resident memory of this process, in bytes: now, and at its peak.
+"""Resident memory of this process, in bytes: the current value and its peak.
 
-Resident memory is what the process takes of the machine's: its tensors, but also the interpreter, libraries, mapped
-weight files as far as they were read, and what the C allocator has not given back. Child processes (data loader
-workers) are not in it.
+It includes tensors, the interpreter, libraries, the pages of mapped weight files that were read, and freed memory that
+the C allocator has not returned. It does not include child processes, such as data loader workers.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ if sys.platform != "win32":
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
+"""Written to `clear_refs`, it sets VmHWM back to VmRSS (Linux, man 5 proc)."""
 
 PER_PHASE = "VmHWM, set back at each phase: resident memory of this process, mapped files included"
 SO_FAR = "the process's peak so far, not the phase's ({}): resident memory of this process, mapped files included"
@@ -24,25 +24,26 @@ UNKNOWN = "not measured: this system tells no peak of the resident memory"
 
 
 class ResidentMemory:
-    """Reads this process's resident memory; have one at a time, since setting the peak back is for the whole process.
+    """Reader of this process's resident memory. Use one at a time: resetting the peak affects the whole process.
 
     Attributes:
-        method: How peaks are read, in words; it says so when they are the process's rather than a phase's.
+        method: How peaks are read, in words, and whether they are a phase's or the process's.
     """
 
     def __init__(self) -> None:
         self._highest = _peak()
-        self._resets = _can_reset()
-        self.method = PER_PHASE if self._resets else _method()
+        self._resets = _try_reset_peak()
+        self.method = PER_PHASE if self._resets else _peak_method()
 
     def current(self) -> int | None:
-        """Bytes resident now; None where the system does not tell (it does on Linux)."""
+        """Return the resident bytes now; None except on Linux."""
         return _status("VmRSS")
 
     def lap(self) -> int | None:
-        """The peak since the last lap (at first, since this object was made), and the begin of a new lap.
+        """Return the peak since the last lap, or since construction, and begin a new lap.
 
-        Where the peak cannot be set back it is that of the process so far, as `method` says; None if there is none.
+        If the peak cannot be reset, it is that of the process so far, as `method` says. It is None if the system does
+        not report one.
         """
         peak = _peak()
         self._highest = max(filter(None, (self._highest, peak)), default=None)
@@ -51,23 +52,23 @@ class ResidentMemory:
         return peak
 
     def peak(self) -> int | None:
-        """The process's peak since it began, through all laps."""
+        """Return the process's peak since it began, over all laps."""
         return max(filter(None, (self._highest, _peak())), default=None)
 
 
-def return_freed() -> None:
-    """Have glibc give the memory that was freed back to the system; it would keep some of it for later.
+def trim_heap() -> None:
+    """Make glibc return freed memory to the system, which it otherwise keeps for later allocations.
 
-    For tools that took memory only to look at something: what they freed is not to count as the program's.
+    Call it after an instrument has freed its memory, which would otherwise count as the program's resident memory.
     """
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
 
 
 def _status(key: str) -> int | None:
-    """A size out of Linux's own account of this process; None where there is no such account."""
+    """Return a size from Linux's /proc/self/status, in bytes; None on other systems."""
     if not STATUS.exists():
         return None
     sizes = [line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:")]
@@ -75,29 +76,29 @@ def _status(key: str) -> int | None:
 
 
 def _peak() -> int | None:
-    # ru_maxrss comes second: a process started by a large one inherits its figure, VmHWM does not
+    # VmHWM first: a process that a larger one forked inherits the parent's ru_maxrss.
     return _status("VmHWM") or _maxrss()
 
 
 def _maxrss() -> int | None:
     if sys.platform == "win32":
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _can_reset() -> bool:
-    """Set the process's peak back to what it holds now; False where the system does not let us."""
+def _try_reset_peak() -> bool:
+    """Reset the process's peak to its resident memory now; return False if the system does not allow it."""
     if _status("VmHWM") is None:
         return False
     try:
         CLEAR_REFS.write_text(RESET_PEAK)
-    except OSError:  # no such file, or a read-only /proc: the method says what that means
+    except OSError:  # no such file, or /proc is read-only, as in many containers
         return False
     return True
 
 
-def _method() -> str:
+def _peak_method() -> str:
     if _peak() is None:
         return UNKNOWN
     return SO_FAR.format("ru_maxrss" if _status("VmHWM") is None else "VmHWM")

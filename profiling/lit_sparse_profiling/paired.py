@@ -1,7 +1,7 @@
-"""Two runs whose timed steps take turns: what slows the machine meets both, and their ratio holds where times drift.
+"""Two runs with interleaved timed steps: whatever slows the machine slows both, so that the ratio of times is stable.
 
-The process of a run is started with `--profile.turns=READ,WRITE`, two file descriptors. It says READY before each timed
-step and waits; told to GO it does the step and says how many seconds it took.
+Each run is a process started with `--profile.turns=READ,WRITE`, two file descriptors. It writes READY before each timed
+step and waits. On GO, it runs the step and writes its seconds.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_sparse_profiling.record import Pair
+from lit_sparse_profiling.sections import Pair
 
 READY, GO = b"r", b"g"
 SECONDS = struct.Struct("d")
-LOOK = 0.2
-"""Seconds between two looks at a process that is waited for."""
+POLL_SECONDS = 0.2
+"""Seconds between two polls of a process."""
 
 
 class Turns:
-    """The side of the run: `wait` before a timed step, `done` after it.
+    """The run's end of the pipes: `wait` before each timed step, `report` after it.
 
     Args:
-        descriptors: "READ,WRITE": where the word to go comes from, and where seconds go to.
+        descriptors: "READ,WRITE", the file descriptors from which GO is read and to which seconds are written.
 
     Raises:
-        ValueError: if that is not how two file descriptors are written.
+        ValueError: if `descriptors` is not two numbers.
     """
 
     def __init__(self, descriptors: str) -> None:
@@ -42,22 +42,28 @@ class Turns:
         self._read, self._write = map(int, parts)
 
     def wait(self) -> None:
-        """Until it is this run's turn.
+        """Block until it is this run's turn.
 
         Raises:
-            RuntimeError: if who gives the turns is gone.
+            RuntimeError: if the bench has ended.
         """
         os.write(self._write, READY)
         if os.read(self._read, 1) != GO:
             raise RuntimeError("the bench that gave this run its turns has ended.")
 
-    def done(self, seconds: float) -> None:
-        """The step is over and took so long."""
+    def report(self, seconds: float) -> None:
+        """Report the seconds of the step that has ended."""
         os.write(self._write, SECONDS.pack(seconds))
 
 
-class Player:
-    """The bench's side of one of the two processes."""
+class PairedRun:
+    """The bench's end of the pipes of one of the two processes.
+
+    Args:
+        command: Command of the run, to which `--profile.turns` is appended.
+        log: File for its output.
+        popen: Further arguments of `subprocess.Popen`.
+    """
 
     def __init__(self, command: Sequence[str], log: Path, **popen: Any) -> None:
         reads, self._go = os.pipe()
@@ -71,28 +77,32 @@ class Player:
                 pass_fds=(reads, writes),
                 **popen,
             )
+        # Close our copies of the child's ends: `os.read` sees the child's death only if nobody else can write.
         os.close(reads)
         os.close(writes)
 
     def ready(self, deadline: float | None, tick: Callable[[], None]) -> bool:
-        """Wait until it stands before a timed step; False if it has ended, or is late."""
+        """Wait until the process is ready for a timed step; return False if it ends or the deadline passes first."""
         return self._read(len(READY), deadline, tick) == READY
 
     def step(self, deadline: float | None, tick: Callable[[], None]) -> float | None:
-        """Seconds of its next step; None if it ended, or is late."""
+        """Run the next step and return its seconds; None if the process ends or the deadline passes first."""
         os.write(self._go, GO)
         answer = self._read(SECONDS.size, deadline, tick)
         return SECONDS.unpack(answer)[0] if len(answer) == SECONDS.size else None
 
     def _read(self, size: int, deadline: float | None, tick: Callable[[], None]) -> bytes:
-        while not select.select([self._answers], [], [], LOOK)[0]:
+        while not select.select([self._answers], [], [], POLL_SECONDS)[0]:
             tick()
             if deadline is not None and time.monotonic() > deadline:
                 return b""
         return os.read(self._answers, size)
 
     def end(self, deadline: float | None, tick: Callable[[], None]) -> int | None:
-        """Its exit status, once it ended by itself; None if it is late. A process that waits for its turn gets none."""
+        """Wait for the process to end and return its exit status; kill it and return None at the deadline.
+
+        A process that still waits for its turn fails, since its pipe is closed.
+        """
         os.close(self._go)
         os.close(self._answers)
         try:
@@ -100,7 +110,7 @@ class Player:
                 if deadline is not None and time.monotonic() > deadline:
                     return None
                 tick()
-                time.sleep(LOOK)
+                time.sleep(POLL_SECONDS)
             return self.process.returncode
         finally:
             if self.process.poll() is None:
@@ -108,13 +118,20 @@ class Player:
                 self.process.wait()
 
 
-def play(
-    first: Player, second: Callable[[], Player], deadline: float | None, tick: Callable[[], None]
+def interleave(
+    first: PairedRun, second: Callable[[], PairedRun], deadline: float | None, tick: Callable[[], None]
 ) -> list[tuple[float, float]]:
-    """Seconds of both in each round, until one of them has no more steps. Who begins alternates.
+    """Run both with interleaved timed steps until one has no more; return the seconds of both in each round.
 
-    `second` is started when the first stands before its first timed step: until there each has the machine for itself.
-    If the second does not come so far, the first does its steps alone, and there are no rounds.
+    `second` is started when the first is ready for its first timed step, so that selection, warm-up and compilation of
+    each have the machine to themselves. If the second fails before its first timed step, the first runs its steps alone
+    and there are no rounds.
+
+    Args:
+        first: A started run.
+        second: Starts the other run.
+        deadline: Time of `time.monotonic()` at which to give up; None waits for ever.
+        tick: Called a few times a second.
     """
     if not first.ready(deadline, tick):
         return []
@@ -130,11 +147,12 @@ def play(
 
 
 def _rounds(
-    first: Player, second: Player, deadline: float | None, tick: Callable[[], None]
+    first: PairedRun, second: PairedRun, deadline: float | None, tick: Callable[[], None]
 ) -> list[tuple[float, float]]:
-    """Both stand before their first timed step."""
+    """Play the rounds, once both runs are ready for their first timed step."""
     out: list[tuple[float, float]] = []
     while True:
+        # The order alternates: whoever comes second finds other caches and clocks than whoever comes first.
         players = (second, first) if len(out) % 2 else (first, second)
         seconds = {player: player.step(deadline, tick) for player in players}
         one, two = seconds[first], seconds[second]
@@ -145,8 +163,8 @@ def _rounds(
             return out
 
 
-def pair_of(against: str, seconds: Sequence[tuple[float, float]]) -> Pair:
-    """The comparison that these rounds make: how many times the second's seconds the first takes.
+def compare_rounds(against: str, seconds: Sequence[tuple[float, float]]) -> Pair:
+    """Return median, interval and maximum of the ratio of the first run's seconds to the second's.
 
     Raises:
         ValueError: if there are no rounds.
@@ -154,12 +172,12 @@ def pair_of(against: str, seconds: Sequence[tuple[float, float]]) -> Pair:
     if not seconds:
         raise ValueError(f"there are no rounds to compare with {against}.")
     ratios = [one / two for one, two in seconds]
-    low, high = interval(ratios)
+    low, high = bootstrap_interval(ratios)
     return Pair(against, statistics.median(ratios), low, high, max(ratios), len(ratios))
 
 
-def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median."""
+def bootstrap_interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the median; the random numbers are seeded."""
     generator = random.Random(0)
     medians = sorted(statistics.median(generator.choices(values, k=len(values))) for _ in range(draws))
     return medians[round(0.025 * (draws - 1))], medians[round(0.975 * (draws - 1))]

@@ -1,4 +1,4 @@
-"""How long the phases of a run take, and what they hold at their peak."""
+"""Time and memory peaks of the phases of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from time import perf_counter
 import torch
 
 from lit_sparse_profiling.memory import ResidentMemory
-from lit_sparse_profiling.record import Phase
+from lit_sparse_profiling.sections import Phase
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class _Peaks:
 
 
 class Phases:
-    """A stop-watch and peak meter: `with phases("selection"): ...`.
+    """Stop-watch and peak meter of phases: `with phases("selection"): ...`.
 
-    A phase may be entered many times: seconds and calls add up, peaks are the highest of any call. Phases may nest or
-    overlap: each has everything that happened between its begin and its end, so that inner time and inner peaks count
-    in both, and seconds of nested phases must not be added up. A phase cannot be entered while it is open.
+    A phase may be entered many times: seconds and calls add up, and peaks are the highest of any call. Phases may nest
+    or overlap. Each includes everything between its begin and its end, so that seconds of nested phases must not be
+    added up. A phase cannot be entered while it is open.
 
-    Peaks are read and set back at every begin and end, for the whole process: have one `Phases` at a time, and let
-    nobody else reset the CUDA peaks meanwhile. On CUDA the device is synchronised there too, and nowhere else.
+    Every begin and end reads and resets the peaks of the whole process: use one `Phases` at a time, and do not reset
+    CUDA's peaks elsewhere. On CUDA, every begin and end synchronises the device.
 
     Args:
-        device: The device whose allocator is read too, if it is a CUDA device.
+        device: Device whose allocator is read, if it is a CUDA device.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -43,7 +43,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Everything in the `with` block is the phase `name`, also if it ends by an exception."""
+        """Measure the block as the phase `name`, even if it ends by an exception."""
         self.begin(name)
         try:
             yield
@@ -54,7 +54,7 @@ class Phases:
         """Open the phase `name`.
 
         Raises:
-            ValueError: if it is open already, since its time would count twice.
+            ValueError: if the phase is open already, since its time would count twice.
         """
         if name in self._begun:
             raise ValueError(
@@ -68,7 +68,7 @@ class Phases:
         """Close the phase `name`.
 
         Raises:
-            ValueError: if it is not open.
+            ValueError: if the phase is not open.
         """
         if name not in self._begun:
             raise ValueError(f"Phase {name!r} is to end, but it is not open; begin it first.")
@@ -78,30 +78,34 @@ class Phases:
         self._phases[name] = replace(phase, seconds=seconds, calls=phase.calls + 1)
 
     def to_list(self) -> list[Phase]:
-        """The phases that have ended at least once, in the order of their first begin."""
+        """Return the phases that have ended at least once, in the order of their first begin."""
         return [phase for phase in self._phases.values() if phase.calls]
 
     def _boundary(self) -> float:
-        """The time here, before the peaks since the last boundary go to all open phases and start anew."""
+        """Add the peaks since the last boundary to all open phases, reset them, and return the time before that.
+
+        Boundaries split the run into intervals. A phase's peak is the highest over its intervals: resetting a peak at
+        an inner phase's begin does not lose the outer one's.
+        """
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
         now = perf_counter()
         peaks = self._lap()
         for name in self._begun:
-            self._phases[name] = _raised(self._phases[name], peaks)
+            self._phases[name] = _raise_peaks(self._phases[name], peaks)
         return now
 
     def _lap(self) -> _Peaks:
         resident = self.memory.lap()
         if self._cuda is None:
             return _Peaks(resident)
-        stats = torch.cuda.memory_stats(self._cuda)  # empty before CUDA has begun
+        stats = torch.cuda.memory_stats(self._cuda)  # empty before CUDA is initialised
         torch.cuda.reset_peak_memory_stats(self._cuda)
         names = ("requested_bytes", "allocated_bytes", "reserved_bytes")
         return _Peaks(resident, *(stats.get(f"{name}.all.peak", 0) for name in names))
 
 
-def _raised(phase: Phase, peaks: _Peaks) -> Phase:
+def _raise_peaks(phase: Phase, peaks: _Peaks) -> Phase:
     return replace(
         phase,
         peak_rss=_highest(phase.peak_rss, peaks.peak_rss),

@@ -1,6 +1,6 @@
-"""A pytest fixture that measures and limits what a block of code allocates at its peak.
+"""A pytest fixture that measures, and limits, the peak memory that a block of code allocates.
 
-pytest loads this file at its start, also where no test uses it: nothing heavy is imported before a test does.
+pytest loads this file at every start, whether or not a test uses it. Torch is imported only when a test does.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import pytest
 if TYPE_CHECKING:
     from torch import device as Device
 
-    from lit_sparse_profiling.allocator import Measured
+    from lit_sparse_profiling.allocator import Allocations
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
 class Peak:
-    """What a block of code allocated, above what was there at its begin. It is known once the block has ended.
+    """Memory that a block of code allocated, above the level at its begin. The figures are known once it has ended.
 
     Attributes:
-        bytes: The most that was held at one time.
-        left: What was still held at the end; below 0 if the block freed more than it kept.
-        method: Which allocator that was, and how it was read.
+        bytes: Peak, in bytes.
+        left: Bytes still allocated at the end; negative if the block freed more than it allocated.
+        method: Which allocator was read, and how.
     """
 
     def __init__(self) -> None:
-        self._measured: Measured | None = None
+        self._measured: Allocations | None = None
 
     @property
     def bytes(self) -> int:
@@ -44,56 +44,56 @@ class Peak:
     def method(self) -> str:
         return self._known().method
 
-    def _known(self) -> Measured:
+    def _known(self) -> Allocations:
         if self._measured is None:
             raise RuntimeError("The peak of a block was asked for before the block ended; ask for it below the block.")
         return self._measured
 
 
-def limited(at_most: int | str | None = None, device: Device | str | None = None) -> AbstractContextManager[Peak]:
-    """A context manager that measures its block: `with limited("50 MiB") as peak: ...`.
+def limit_peak(at_most: int | str | None = None, device: Device | str | None = None) -> AbstractContextManager[Peak]:
+    """Return a context manager that measures its block: `with limit_peak("50 MiB") as peak: ...`.
 
     Args:
-        at_most: Bytes, or a size such as "50 MiB" or "1.5GiB", that the peak must not exceed; none is no limit.
-        device: Whose allocator is read; none is the GPU if there is one, else the CPU.
+        at_most: Limit of the peak in bytes, or as a size such as "50 MiB" or "1.5GiB"; None sets no limit.
+        device: Device whose allocator is read; by default the GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: if `at_most` is no size.
-        AssertionError: at the end of the block, if its peak was above `at_most`.
+        ValueError: if `at_most` is not a size.
+        AssertionError: at the end of the block, if its peak exceeded `at_most`.
     """
-    return _limited(None if at_most is None else size(at_most), device)
+    return _limit_peak(None if at_most is None else parse_size(at_most), device)
 
 
 @contextmanager
-def _limited(limit: int | None, device: Device | str | None) -> Iterator[Peak]:
-    __tracebackhide__ = True
+def _limit_peak(limit: int | None, device: Device | str | None) -> Iterator[Peak]:
+    __tracebackhide__ = True  # pytest then shows the line of the test, not this function
     import torch
 
-    from lit_sparse_profiling.allocator import measured
-    from lit_sparse_profiling.reconcile import amount
+    from lit_sparse_profiling.allocator import measure_allocations
+    from lit_sparse_profiling.reconcile import format_bytes
 
     peak = Peak()
-    with measured(None if device is None else torch.device(device)) as found:
+    with measure_allocations(None if device is None else torch.device(device)) as found:
         yield peak
     peak._measured = found
     if limit is not None and found.requested > limit:
         raise AssertionError(
-            f"The block allocated {amount(found.requested)} ({found.requested:,} bytes) at its peak, and at most "
-            f"{amount(limit)} ({limit:,} bytes) were allowed; measured by: {found.method}."
+            f"The block allocated {format_bytes(found.requested)} ({found.requested:,} bytes) at its peak, and at most "
+            f"{format_bytes(limit)} ({limit:,} bytes) were allowed; measured by: {found.method}."
         )
 
 
 @pytest.fixture
 def peak_memory() -> Callable[..., AbstractContextManager[Peak]]:
-    """Measures what a block allocates: `with peak_memory(at_most="50 MiB") as peak: step()`, then `peak.bytes`."""
-    return limited
+    """Measure what a block allocates: `with peak_memory(at_most="50 MiB") as peak: step()`, then `peak.bytes`."""
+    return limit_peak
 
 
-def size(spelled: int | str) -> int:
-    """Bytes of a size such as "50 MiB"; a number is bytes already.
+def parse_size(spelled: int | str) -> int:
+    """Return the bytes of a size such as "50 MiB"; a whole number is bytes already.
 
     Raises:
-        ValueError: if it is no size from 0 up, or has another unit than B, KiB, MiB, GiB and TiB.
+        ValueError: if it is negative or not a size, or has a unit other than B, KiB, MiB, GiB and TiB.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]iB|B)\s*", str(spelled))
     if match:
@@ -101,6 +101,6 @@ def size(spelled: int | str) -> int:
     if isinstance(spelled, int) and spelled >= 0:
         return spelled
     raise ValueError(
-        f"At most {spelled!r} was asked for, but it is no size; give bytes as a whole number, or text such as "
+        f"At most {spelled!r} was asked for, but it is not a size; give bytes as a whole number, or text such as "
         f'"50 MiB" with one of the units {", ".join(UNITS)}.'
     )

@@ -1,6 +1,6 @@
-"""A record's ledgers brought together: what was counted, what the allocator and the driver say, and what lies between.
+"""Reconciliation of a record's memory figures: the counts, the allocator and the driver, and the gaps between them.
 
-Nothing is made to fit: what does not add up has a line and a name of its own.
+No figure is adjusted: a gap has a line and a name of its own.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lit_sparse_profiling.record import Allocator, Driver, Phase, RunRecord
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Allocator, Driver, Phase
 
 RESIDUE = "residue: counted by neither"
 NOT_COUNTED = "not counted: no step was examined"
@@ -19,13 +20,15 @@ CONTEXT_UNKNOWN = "CUDA context and residue of the driver"
 ALLOCATOR_UNKNOWN = "all else: the allocator was not read"
 
 LEAK_SHARE, LEAK_FLOOR = 0.001, 4096
+"""Bytes that a step may leave behind, as a fraction of its peak and at least."""
 FOREIGN_LIMIT = 64 * 2**20
+"""Bytes of other processes that are not worth a finding, such as those of a display server."""
 UNITS = ("KiB", "MiB", "GiB", "TiB")
 
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes under a name. A `total` is the sum of all lines above it that are none, to the byte."""
+    """Bytes under a name. A `total` equals the sum of all lines above it that are not totals."""
 
     name: str
     bytes: int
@@ -34,11 +37,11 @@ class Line:
 
 
 def reconcile(record: RunRecord) -> list[Line]:
-    """From the weights up to what the driver says: parts, and the totals that they add up to.
+    """Return the lines from the weights up to the driver's figure: parts, and the totals that they add up to.
 
-    A part that lies between two measured totals is their difference, also if it is 0 or negative. What was not measured
-    has no line. The driver's peak is that of the whole run and the step's is not: where another phase reserved more
-    than the step, a part of its own says so. Below the last total stands what others held on the device.
+    A part between two measured totals is their difference, even if 0 or negative. A figure that was not measured has no
+    line. The driver's peak is the whole run's, the allocator's is the examined step's: if another phase reserved more,
+    the excess is a part of its own. The last line is the memory of other processes.
     """
     lines = _counted(record)
     _add_allocator(lines, record)
@@ -48,7 +51,7 @@ def reconcile(record: RunRecord) -> list[Line]:
 
 
 def residue(record: RunRecord) -> float | None:
-    """What the allocator gave out beyond what was counted, as a share of what it gave out; None if not measured."""
+    """Return the allocator's peak beyond the count, as a fraction of that peak; None if not measured."""
     memory = record.memory
     if memory is None or memory.allocator is None or memory.held is None:
         return None
@@ -56,10 +59,10 @@ def residue(record: RunRecord) -> float | None:
 
 
 def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
-    """What in the memory figures is not as it should be, a sentence each; none if all is well.
+    """Return one sentence for each memory figure that is not as expected.
 
     Args:
-        limit: Share of the total above which residues and fragmentation are worth a sentence, 0 to 1.
+        limit: Fraction of the total, 0 to 1, above which residues and fragmentation are reported.
     """
     found = {line.name: line.bytes for line in reconcile(record)}
     sentences: list[str] = []
@@ -74,8 +77,8 @@ def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
     return sentences
 
 
-def amount(size: int) -> str:
-    """Bytes in the largest unit of which there is at least one: 1536 is "1.50 KiB"."""
+def format_bytes(size: int) -> str:
+    """Format bytes in the largest unit of which there is at least one: 1536 is "1.50 KiB"."""
     if abs(size) < 1024:
         return f"{size} bytes"
     power = min((abs(size).bit_length() - 1) // 10, len(UNITS))
@@ -111,19 +114,19 @@ def _add_allocator(lines: list[Line], record: RunRecord) -> None:
         return
     allocator = record.memory.allocator
     part = NOT_COUNTED if record.memory.held is None else RESIDUE
-    _rise(lines, part, "allocator requested", allocator.requested, note=allocator.method)
+    _append_total(lines, part, "allocator requested", allocator.requested, note=allocator.method)
     if allocator.allocated is not None:
-        _rise(lines, "rounding", "allocator allocated", allocator.allocated)
+        _append_total(lines, "rounding", "allocator allocated", allocator.allocated)
     if allocator.reserved is not None:
         split = allocator.inactive_split
-        of_which = "" if split is None else f"of which {amount(split)} are rests of split segments"
-        _rise(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
+        of_which = "" if split is None else f"of which {format_bytes(split)} are rests of split segments"
+        _append_total(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
 
 
 def _add_other_phases(lines: list[Line], record: RunRecord) -> None:
     highest = _highest_reserved(record)
     if highest is not None and (highest.peak_reserved or 0) > _sum(lines):
-        _rise(lines, ELSEWHERE, "reserved at most", highest.peak_reserved or 0, note=f"in {highest.name}")
+        _append_total(lines, ELSEWHERE, "reserved at most", highest.peak_reserved or 0, note=f"in {highest.name}")
 
 
 def _add_driver(lines: list[Line], record: RunRecord) -> None:
@@ -133,7 +136,7 @@ def _add_driver(lines: list[Line], record: RunRecord) -> None:
     if driver.context is not None:
         lines.append(Line(CONTEXT, driver.context))
     part = DRIVER_RESIDUE if driver.context is not None else CONTEXT_UNKNOWN
-    _rise(
+    _append_total(
         lines,
         part if _reserved_known(record) else ALLOCATOR_UNKNOWN,
         "process",
@@ -143,8 +146,8 @@ def _add_driver(lines: list[Line], record: RunRecord) -> None:
     lines.append(Line("foreign", driver.foreign, "most that others held on the device; no part of the process"))
 
 
-def _rise(lines: list[Line], part: str, total: str, size: int, note: str = "", part_note: str = "") -> None:
-    """Append the total, and before it the part that it has beyond all parts so far."""
+def _append_total(lines: list[Line], part: str, total: str, size: int, note: str = "", part_note: str = "") -> None:
+    """Append a total, and before it a part: the excess of the total over all parts so far."""
     lines.append(Line(part, size - _sum(lines), part_note))
     lines.append(Line(total, size, note, total=True))
 
@@ -174,12 +177,12 @@ def _residue(size: int, requested: int, limit: float) -> Iterator[str]:
     share = _share(size, requested)
     if share > limit:
         yield (
-            f"The allocator gave out {amount(size)} ({share:.1%} of its peak) more than was counted: usually "
+            f"The allocator gave out {format_bytes(size)} ({share:.1%} of its peak) more than was counted: usually "
             "workspaces inside of operations, or tensors that an extension holds."
         )
     elif share < -limit:
         yield (
-            f"{amount(-size)} ({-share:.1%} of the allocator's peak) more were counted than it gave out: usually "
+            f"{format_bytes(-size)} ({-share:.1%} of the allocator's peak) more were counted than it gave out: usually "
             "tensors in memory that is not its own, such as mapped weight files and arrays of other libraries."
         )
 
@@ -193,8 +196,8 @@ def _allocator(allocator: Allocator, limit: float) -> Iterator[str]:
     split, reserved = allocator.inactive_split, allocator.reserved
     if split is not None and reserved is not None and split > limit * reserved:
         yield (
-            f"{amount(split)} ({_share(split, reserved):.1%} of what the allocator reserved) are free rests of split "
-            "segments, which is fragmentation; PYTORCH_ALLOC_CONF=expandable_segments:True usually mends it."
+            f"{format_bytes(split)} ({_share(split, reserved):.1%} of what the allocator reserved) are free rests of "
+            "split segments, which is fragmentation; PYTORCH_ALLOC_CONF=expandable_segments:True usually mends it."
         )
     if allocator.retries:
         yield (
@@ -207,21 +210,21 @@ def _driver_residue(size: int, process: int, limit: float) -> Iterator[str]:
     share = _share(size, process)
     if share > limit:
         yield (
-            f"The driver says {amount(size)} ({share:.1%} of the process) more than the allocator reserved and the "
-            "CUDA context together: usually buffers of libraries (cuBLAS, NCCL), and kernels loaded late."
+            f"The driver says {format_bytes(size)} ({share:.1%} of the process) more than the allocator reserved and "
+            "the CUDA context together: usually buffers of libraries (cuBLAS, NCCL), and kernels loaded late."
         )
     elif share < -limit:
         yield (
-            f"The driver says {amount(-size)} ({-share:.1%} of the process) less than the allocator reserved and the "
-            "CUDA context together: its samples missed the peak, or the process was not fully attributed."
+            f"The driver says {format_bytes(-size)} ({-share:.1%} of the process) less than the allocator reserved "
+            "and the CUDA context together: its samples missed the peak, or the process was not fully attributed."
         )
 
 
 def _driver(driver: Driver) -> Iterator[str]:
     if driver.foreign > FOREIGN_LIMIT:
         yield (
-            f"Other processes held up to {amount(driver.foreign)} on {driver.device}: neither its speed nor its room "
-            "was all this run's."
+            f"Other processes held up to {format_bytes(driver.foreign)} on {driver.device}: neither its speed nor "
+            "its room was all this run's."
         )
     if driver.attribution == "device delta":
         yield (

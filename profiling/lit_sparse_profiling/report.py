@@ -1,7 +1,4 @@
-"""Runs side by side, and one run in detail.
-
-Everything is read from records; nothing is measured here.
-"""
+"""Tables of runs side by side and of one run in detail, from their records."""
 
 from __future__ import annotations
 
@@ -17,16 +14,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_sparse_profiling.gate import check, save_baseline, share
+from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
-from lit_sparse_profiling.reconcile import amount, findings, reconcile, residue
-from lit_sparse_profiling.record import RunRecord, StateBytes
-from lit_sparse_profiling.run_folders import Runs, kind_of, likeness, method_of, name_of, peak_of, read_runs
+from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.run_folders import (
+    Runs,
+    device_kind,
+    method_name,
+    peak_memory,
+    read_runs,
+    repetition_key,
+    run_name,
+)
+from lit_sparse_profiling.sections import StateBytes
 
 UNREADABLE = "unreadable"
 GIB = 2**30
 PIPE_WIDTH = 160
-"""Characters in a line where the output is no terminal that has a width."""
+"""Characters per line if the output is not a terminal."""
 
 
 def report(
@@ -36,22 +42,22 @@ def report(
     tolerance: str = "5%",
     save_baseline: str | None = None,
 ) -> int:
-    """Compare runs on the terminal, and hold them against a baseline.
+    """Print a table that compares runs, and check them against a baseline.
 
     Args:
         runs: Folders of runs, folders that hold such folders, or files of records.
         markdown: Print the table as Markdown.
-        check: A baseline: its runs must not have become worse.
-        tolerance: By how much memory and speed may be worse than the baseline's, such as 5% or 0.05.
-        save_baseline: Keep these runs' figures in this file, as a baseline.
+        check: Baseline file to check the runs against.
+        tolerance: Fraction by which memory and speed may be worse than the baseline's, such as 5% or 0.05.
+        save_baseline: File in which to save these runs' figures as a baseline.
 
     Returns:
-        The exit status: 1 if the gate failed, else 0.
+        Exit status: 1 if the check failed, else 0.
 
     Raises:
-        ValueError: if a path has no record, or the baseline or the tolerance cannot be read.
+        ValueError: if a path has no record, or if the baseline or the tolerance cannot be read.
     """
-    allowed = share(tolerance)
+    allowed = parse_share(tolerance)
     read = read_runs([Path(run) for run in runs])
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     _print_runs(read, markdown, console)
@@ -66,7 +72,7 @@ def report(
 
 @dataclass(frozen=True)
 class _Row:
-    """One run, or repetitions of one; `records` is empty if there is none to be read."""
+    """One run, or the repetitions of one; `records` is empty if the record cannot be read."""
 
     label: str
     status: str
@@ -81,10 +87,10 @@ class _Column:
 
 
 def table(runs: Runs) -> Table:
-    """Runs as rows; what no run has is no column.
+    """Return a table with a row per run, without columns that no run has.
 
-    Runs of one name (without the number), model, device and settings (without seeds) that ended alike are repetitions.
-    They share a row: the median, and [lowest, highest] if they differ.
+    Runs with the same name (without its number), model, device, settings (without seeds) and status are repetitions.
+    They share a row, which shows the median, and [lowest, highest] if these differ.
     """
     title, columns, rows = _layout(runs)
     out = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
@@ -97,7 +103,7 @@ def table(runs: Runs) -> Table:
 
 
 def markdown(runs: Runs) -> str:
-    """The same table in Markdown."""
+    """Return the same table in Markdown."""
     title, columns, rows = _layout(runs)
     lines = [[column.header for column in columns], ["---:" if column.number else "---" for column in columns]]
     lines += [[column.cell(row) for column in columns] for row in rows]
@@ -127,19 +133,19 @@ def _layout(runs: Runs) -> tuple[str, list[_Column], list[_Row]]:
 def _rows(runs: Runs) -> list[_Row]:
     groups: dict[str, list[tuple[Path, RunRecord | str]]] = {}
     for file, record in runs:
-        key = str(file) if isinstance(record, str) else record.status + likeness(record)
+        key = str(file) if isinstance(record, str) else record.status + repetition_key(record)
         groups.setdefault(key, []).append((file, record))
     labels = [_label(group) for group in groups.values()]
     return [
-        # The same name in several folders, or for several settings: only the folder tells such runs apart
+        # One name in several folders, or with several settings: only the folder tells such runs apart.
         _row(label if labels.count(label) == 1 else f"{label} in {group[0][0].parent}", group)
         for label, group in zip(labels, groups.values(), strict=True)
     ]
 
 
 def _label(group: Runs) -> str:
-    name = name_of(*group[0])
-    return name if len(group) == 1 else f"{method_of(name)}\n({len(group)} runs)"
+    name = run_name(*group[0])
+    return name if len(group) == 1 else f"{method_name(name)}\n({len(group)} runs)"
 
 
 def _row(label: str, group: Runs) -> _Row:
@@ -164,25 +170,25 @@ def _trainable(row: _Row) -> str:
 def _numbers(records: list[RunRecord]) -> list[_Column]:
     columns = [
         _number("tokens/s", lambda r: r.throughput and r.throughput.tokens_per_second, ",.1f"),
-        _number("with\npadding", _padded, ",.1f"),
-        _number("median\nstep ms", lambda r: r.throughput and _times(r.throughput.median_step, 1e3), ".1f"),
+        _number("with\npadding", _padded_rate, ",.1f"),
+        _number("median\nstep ms", lambda r: r.throughput and _scale(r.throughput.median_step, 1e3), ".1f"),
         *map(_ratio, dict.fromkeys(record.pair.against for record in records if record.pair is not None)),
-        _number("peak GiB\nreserved", lambda r: _times(peak_of(r, "cuda"), 1 / GIB), ".2f"),
-        _number("peak GiB\nresident", lambda r: _times(peak_of(r, "cpu"), 1 / GIB), ".2f"),
-        _number("residue\n%", lambda r: _times(residue(r), 100), ".1f"),
+        _number("peak GiB\nreserved", lambda r: _scale(peak_memory(r, "cuda"), 1 / GIB), ".2f"),
+        _number("peak GiB\nresident", lambda r: _scale(peak_memory(r, "cpu"), 1 / GIB), ".2f"),
+        _number("residue\n%", lambda r: _scale(residue(r), 100), ".1f"),
         _number("select.\ns", _selection_seconds, ".1f"),
-        _number("select.\npeak GiB", lambda r: _times(peak_of(r, kind_of(r), "selection"), 1 / GIB), ".2f"),
+        _number("select.\npeak GiB", lambda r: _scale(peak_memory(r, device_kind(r), "selection"), 1 / GIB), ".2f"),
         _number("J/step", _joules_per_step, ".1f"),
-        _number("utiliz.\n%", lambda r: _times(r.utilization, 100), ".1f"),
+        _number("utiliz.\n%", lambda r: _scale(r.utilization, 100), ".1f"),
     ]
-    for loss in dict.fromkeys(_loss(record) for record in records):
+    for loss in dict.fromkeys(_loss_name(record) for record in records):
         for moment in ("before", "after") if loss else ():
             columns.append(_number(f"{loss}\n{moment}".replace("_", "\n"), _outcome(moment, str(loss)), ".3f"))
     return columns
 
 
-def _padded(record: RunRecord) -> float | None:
-    """Token positions a second, where some are padding."""
+def _padded_rate(record: RunRecord) -> float | None:
+    """Return token positions per second; None if there is no padding, since tokens/s says the same."""
     throughput = record.throughput
     if throughput is None or throughput.tokens == throughput.padded_tokens:
         return None
@@ -190,7 +196,7 @@ def _padded(record: RunRecord) -> float | None:
 
 
 def _ratio(against: str) -> _Column:
-    """Step time over another's, with its interval; runs that were repeated show the last."""
+    """Return the column of step times relative to the run `against`. Of repetitions, the last is shown."""
 
     def cell(row: _Row) -> str:
         pairs = [record.pair for record in row.records if record.pair is not None and record.pair.against == against]
@@ -204,20 +210,20 @@ def _number(header: str, value: Callable[[RunRecord], float | None], form: str) 
 
 
 def _spread(values: list[float], form: str) -> str:
-    """The median, and below it the range if there is one; a NaN among the values hides behind no median."""
+    """Format the median, and the range below it if there is one. One NaN makes the result "nan": no median hides it."""
     if not values:
         return ""
     if any(map(math.isnan, values)):
         return "nan"
-    low, median, high = (_spelled(value, form) for value in (min(values), statistics.median(values), max(values)))
+    low, median, high = (_format_number(value, form) for value in (min(values), statistics.median(values), max(values)))
     return f"{median}\n[{low},\n{high}]" if low != high else median
 
 
-def _spelled(value: float, form: str) -> str:
+def _format_number(value: float, form: str) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:{form}}"
 
 
-def _times(value: float | None, factor: float) -> float | None:
+def _scale(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
@@ -231,8 +237,8 @@ def _joules_per_step(record: RunRecord) -> float | None:
     return record.driver.joules / record.throughput.steps
 
 
-def _loss(record: RunRecord) -> str | None:
-    """The first metric of the run that is a loss."""
+def _loss_name(record: RunRecord) -> str | None:
+    """Return the name of the run's first metric that is a loss."""
     names = [name for moment in ("after", "before") for name in record.outcome.get(moment, {})]
     return next((name for name in names if name.endswith("loss")), None)
 
@@ -245,10 +251,10 @@ def _outcome(moment: str, metric: str) -> Callable[[RunRecord], float | None]:
 
 
 def details(record: RunRecord) -> Table:
-    """Where a run's memory went, from the weights up to what the driver says; below it findings and the run's notes."""
+    """Return a table of a run's memory, from the weights up to the driver's figure, with findings and notes below."""
     lines, sentences = reconcile(record), [*findings(record), *record.notes]
     if not any(line.name == "allocator requested" for line in lines):
-        sentences.append("The allocator was not read in a step, so that nothing above is held against it.")
+        sentences.append("The allocator was not read in a step, so that nothing above is compared with it.")
     out = Table(
         title=Text(f"{record.name}: where the memory went"), box=box.SIMPLE_HEAD, pad_edge=False, caption_style=""
     )
@@ -257,25 +263,29 @@ def details(record: RunRecord) -> Table:
     out.add_column("", justify="right", no_wrap=True)
     out.add_column("note", overflow="fold", max_width=60)
     for line in lines:
-        cells = (line.name, f"{line.bytes:,}", amount(line.bytes), line.note)
+        cells = (line.name, f"{line.bytes:,}", format_bytes(line.bytes), line.note)
         out.add_row(*map(Text, cells), style="bold" if line.total else None, end_section=line.total)
     out.caption = Text("\n".join(sentences or ["Nothing of note: the ledgers add up."]), justify="left")
     return out
 
 
 def share_map(share: dict[str, dict[str, float]]) -> Table:
-    """Which part of each matrix is trained: a row a decoder layer, a column a role, the darker the more."""
+    """Return a table of the trained fraction of each matrix: a row per decoder layer, a column per role.
+
+    Args:
+        share: Trained fraction, 0 to 1, by layer and role. Higher fractions have a darker cell.
+    """
     roles = sorted({role for layer in share.values() for role in layer})
     most = max((part for layer in share.values() for part in layer.values()), default=0.0)
     out = Table(title=Text("Trained share of each matrix"), box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("layer", *roles):
         out.add_column(Text(header), justify="right", no_wrap=True)
     for layer, parts in share.items():
-        out.add_row(Text(layer), *(_shaded(parts.get(role, 0.0), most) for role in roles))
+        out.add_row(Text(layer), *(_shade(parts.get(role, 0.0), most) for role in roles))
     return out
 
 
-def _shaded(part: float, most: float) -> Text:
+def _shade(part: float, most: float) -> Text:
     if not part:
         return Text("-", style="dim")
     strength = round(215 * (1 - part / most))  # of white, so that the largest share is the darkest
@@ -305,25 +315,27 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
 
 
 def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
-    """What the table has no room for: why a run did not end well, and whether its details are worth a look."""
+    """Yield sentences for which the table has no room: why a run did not end well, and how many findings it has."""
     if isinstance(record, str):
-        yield f"{name_of(file, record)}: {UNREADABLE}: {record}"
+        yield f"{run_name(file, record)}: {UNREADABLE}: {record}"
         return
     if record.reason is not None:
         yield f"{record.name}: {record.status}: {record.reason}"
     if alone and record.states:
-        yield states(record.states)
+        yield describe_states(record.states)
     count = len(findings(record))
     if count and not alone:
-        yield f"{record.name}: {count} of its memory figures are not as they should be; report {file.parent} alone."
+        yield f"{record.name}: {count} of its memory figures are not as expected; report {file.parent} alone."
 
 
-def states(noted: list[StateBytes]) -> str:
-    """Whether optimizer and strategy state grew as the trainable set changed, in a sentence."""
+def describe_states(noted: list[StateBytes]) -> str:
+    """Return a sentence on whether optimizer and strategy state grew as the trainable set changed."""
     held = [state.optimizer + state.strategy for state in noted]
-    low, high = amount(min(held)), amount(max(held))
+    low, high = format_bytes(min(held)), format_bytes(max(held))
     course = f"{low} each time" if min(held) == max(held) else f"{low} to {high}"
-    return f"State of optimizer and strategies, noted {len(held)} times, after each change of what trains: {course}."
+    return (
+        f"Optimizer and strategy state, measured {len(held)} times, after each change of the trainable set: {course}."
+    )
 
 
 def _print_gate(runs: Runs, baseline: Path, tolerance: float, console: Console) -> bool:

@@ -1,4 +1,4 @@
-"""The folders of runs, their records, and which of them are repetitions of one another."""
+"""Folders of runs, their records, and which runs are repetitions of each other."""
 
 from __future__ import annotations
 
@@ -12,29 +12,33 @@ from lit_sparse_profiling.record import RunRecord
 
 RECORD = "record.json"
 Runs = Sequence[tuple[Path, RunRecord | str]]
-"""Files of records, each with its record or with the sentence that says why there is none."""
+"""Files of records, each with its record or with the sentence that says why it cannot be read."""
 
 
 def folders(root: Path, name: str) -> list[Path]:
-    """The folders `<name>-<n>` in `root`, by number."""
+    """Return the folders `<name>-<n>` in `root`, ordered by number."""
     pattern = re.compile(re.escape(name) + r"-(\d+)")
     numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
 
 
 def next_folder(root: Path, name: str) -> Path:
-    """The next free folder `<name>-<n>`; it is not made."""
+    """Return the next free folder `<name>-<n>`, without creating it."""
     taken = folders(root, name)
     return root / f"{name}-{int(taken[-1].name.rpartition('-')[2]) + 1 if taken else 1}"
 
 
 def read_runs(paths: Sequence[Path]) -> list[tuple[Path, RunRecord | str]]:
-    """The records under `paths` with their files, each file once, and a sentence in place of those that cannot be read.
+    """Read the records under `paths`. A record that cannot be read is replaced by a sentence that says why.
 
-    A path is the folder of a run, a record's file, or a folder with run folders in it or in its folders.
+    Args:
+        paths: Folders of runs, files of records, or folders that hold run folders up to two levels deep.
+
+    Returns:
+        Each file once, with its record or sentence.
 
     Raises:
-        ValueError: if no path is given, or if there is no record under one.
+        ValueError: if `paths` is empty, or if there is no record under one of them.
     """
     if not paths:
         raise ValueError("A report of no runs was asked for; give folders of runs, such as runs/smt-1.")
@@ -53,10 +57,10 @@ def _record_files(path: Path) -> list[Path]:
     found = [*path.glob(f"*/{RECORD}"), *path.glob(f"*/*/{RECORD}")]
     if not found:
         raise ValueError(f"{path} was given, but there is no {RECORD} in it or two folders deep; give a run's folder.")
-    return sorted(found, key=_natural)
+    return sorted(found, key=_natural_key)
 
 
-def _natural(path: Path) -> list[str | int]:
+def _natural_key(path: Path) -> list[str | int]:
     words = re.split(r"(\d+)", str(path))
     return [int(word) if i % 2 else word for i, word in enumerate(words)]
 
@@ -68,41 +72,48 @@ def _read(file: Path) -> RunRecord | str:
         return str(error)
 
 
-def name_of(file: Path, record: RunRecord | str) -> str:
+def run_name(file: Path, record: RunRecord | str) -> str:
+    """Return the name of a run; for a record that cannot be read, the name of its folder."""
     if isinstance(record, RunRecord):
         return record.name
     return file.resolve().parent.name if file.name == RECORD else file.stem
 
 
-def method_of(name: str) -> str:
-    """A run's name without its number."""
+def method_name(name: str) -> str:
+    """Return a run's name without its number."""
     return re.sub(r"-\d+$", "", name)
 
 
-def likeness(record: RunRecord) -> str:
-    """What runs have in common that are repetitions of one another."""
+def repetition_key(record: RunRecord) -> str:
+    """Return a key that is equal for runs that are repetitions: same name, device, model and settings but seeds."""
     device, model = record.device, record.model
     where = None if device is None else [device.kind, device.name, device.cores]
     what = None if model is None else [model.base, model.parameters]
-    return json.dumps([method_of(record.name), where, what, _seedless(record.settings)], sort_keys=True, default=repr)
+    return json.dumps(
+        [method_name(record.name), where, what, _without_seeds(record.settings)], sort_keys=True, default=repr
+    )
 
 
-def _seedless(settings: Any) -> Any:
+def _without_seeds(settings: Any) -> Any:
     if isinstance(settings, dict):
-        return {key: _seedless(item) for key, item in settings.items() if key not in ("seed", "seed_everything")}
-    return [_seedless(item) for item in settings] if isinstance(settings, list) else settings
+        return {key: _without_seeds(item) for key, item in settings.items() if key not in ("seed", "seed_everything")}
+    return [_without_seeds(item) for item in settings] if isinstance(settings, list) else settings
 
 
-def kind_of(record: RunRecord) -> str:
+def device_kind(record: RunRecord) -> str:
+    """Return "cuda" or "cpu"; "cpu" if the record has no device."""
     return "cpu" if record.device is None else record.device.kind
 
 
-def peak_of(record: RunRecord, kind: str, phase: str | None = None) -> int | None:
-    """The highest peak of a run, or of one of its phases: reserved on a GPU, resident elsewhere."""
-    if kind != kind_of(record):
+def peak_memory(record: RunRecord, kind: str, phase: str | None = None) -> int | None:
+    """Return the memory peak of a run, or of one of its phases, in bytes: reserved on a GPU, resident on a CPU.
+
+    It is None if it was not measured, or if the run's device is not of this kind.
+    """
+    if kind != device_kind(record):
         return None
     if phase is None and kind == "cpu" and record.memory is not None and record.memory.peak_resident is not None:
-        return record.memory.peak_resident  # the profiler's own tools, which examine a step, are not in it
+        return record.memory.peak_resident  # unlike the phases', it excludes the profiler's own instruments
     phases = [p for p in record.phases if phase in (None, p.name)]
     peaks = [p.peak_reserved if kind == "cuda" else p.peak_rss for p in phases]
     if phase is None and record.memory is not None and record.memory.allocator is not None:

@@ -1,4 +1,4 @@
-"""What speed is made of: seconds of the steps, and the tokens that they worked through."""
+"""Seconds of the timed steps, and the tokens in them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STEPS_HELD = 512
-"""Time stamps kept before they are read: reading them waits for the device, once."""
+MAX_STAMPS = 512
+"""Number of time stamps after which they are read. Reading waits for the device, which must not happen every step."""
 
 
 class Stopwatch:
-    """Seconds of each step of the timed windows. On a GPU by events; the device is waited for once a window."""
+    """Stop-watch of the steps in timed windows. On a GPU it records events, and waits for the device once per window.
+
+    Attributes:
+        seconds: Seconds of each step in the windows closed so far.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: list[float] = []
@@ -24,19 +28,19 @@ class Stopwatch:
 
     @property
     def running(self) -> bool:
-        """Whether a window is open."""
+        """True while a window is open."""
         return bool(self._stamps)
 
     def stamp(self) -> None:
         """Open a window, or end a step in it."""
         self._stamps.append(self._now())
-        if len(self._stamps) > STEPS_HELD:
-            last = self._stamps[-1]
+        if len(self._stamps) > MAX_STAMPS:
+            last = self._stamps[-1]  # it also begins the next step: no step is lost between two windows
             self.close()
             self._stamps = [last]
 
     def close(self) -> None:
-        """End the window with the step that ended last."""
+        """Close the window at the end of the last step."""
         if self._cuda and self._stamps:
             self._stamps[-1].synchronize()
         pairs = zip(self._stamps, self._stamps[1:], strict=False)
@@ -47,20 +51,24 @@ class Stopwatch:
         if not self._cuda:
             return perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))  # which need not be the current device's
+        # Not `event.record()`: it would use the current device's stream, and that may be another device.
+        event.record(torch.cuda.current_stream(self._device))
         return event
 
 
 @dataclass
 class Tokens:
-    """Tokens without and with padding; those on a device are added up there, and read when all is over."""
+    """Sums of tokens without and with padding.
+
+    Counts on a device are summed there. Reading them in every step would wait for the device.
+    """
 
     real: Tensor | int = 0
     padded: int = 0
     known: bool = True
 
     def add(self, counts: tuple[Tensor | int, int] | None) -> None:
-        """Add those of a batch; None if it does not tell."""
+        """Add the counts of a batch; None if they are unknown."""
         if counts is None:
             self.known = False
         else:
@@ -68,12 +76,16 @@ class Tokens:
 
     @property
     def counts(self) -> tuple[Tensor | int, int] | None:
-        """Both sums; None if some batch did not tell."""
+        """Both sums; None if the counts of a batch were unknown."""
         return (self.real, self.padded) if self.known else None
 
 
 def count_tokens(batch: Any) -> tuple[Tensor | int, int] | None:
-    """Tokens of a batch without and with padding, from its `token_mask`, `attention_mask` or `input_ids`, if any."""
+    """Return the tokens of a batch without and with padding; None if the batch has no key to count them by.
+
+    The keys are `token_mask`, `attention_mask` or `input_ids`, in this order, as tensors of shape (B, S). Without a
+    mask, all tokens count as real. The first number stays on its device.
+    """
     if not isinstance(batch, Mapping):
         return None
     for name in ("token_mask", "attention_mask"):

@@ -20,7 +20,8 @@ from lit_sparse.checkpoints import run_checkpoint
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.record import Device, Ledger, ModelSize, Pair, RunRecord, Throughput
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Device, Ledger, ModelSize, Pair, Throughput
 from tests.modules.words import word_tokenizer
 
 STACK = {"device": "cpu", "torch": "2.13.0"}
@@ -219,12 +220,12 @@ def written(write: Write, changes: dict[str, Any]) -> Path:
 
 def test_what_is_recorded_on_is_not_scored(write: Write) -> None:
     study = read(write())
-    seen = {sources.digest(row) for row in rows_of(str(forgetting_study.write_text(study, Path("runs"))), "text")}
+    seen = {sources.row_digest(row) for row in rows_of(str(forgetting_study.write_text(study, Path("runs"))), "text")}
     callback = Forgetting(**SCORED)
     scored: set[str] = forgetting_study.scored_rows(study.table.workload)
     assert len(seen) == 12
     assert len(scored) == callback.rows
-    assert scored == set(sorted(sources.digest(row) for row in rows_of("text.jsonl", "text"))[:8])
+    assert scored == set(sorted(sources.row_digest(row) for row in rows_of("text.jsonl", "text"))[:8])
     assert not seen & scored
 
 

@@ -15,7 +15,8 @@ from lit_sparse.modules import CausalLM
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.ceilings import Ceilings
-from lit_sparse_profiling.record import (
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import (
     Allocator,
     Device,
     Driver,
@@ -26,7 +27,6 @@ from lit_sparse_profiling.record import (
     ModelSize,
     Pair,
     Phase,
-    RunRecord,
     Throughput,
 )
 

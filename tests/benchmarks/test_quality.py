@@ -17,7 +17,8 @@ from benchmarks.ranking import Results
 from benchmarks.trials import Table, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.record import Device, ModelSize, RunRecord
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Device, ModelSize
 
 STACK = {"device": "cpu", "torch": "2.13.0"}
 WORKLOAD = {

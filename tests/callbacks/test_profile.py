@@ -271,7 +271,7 @@ def test_evaluation_in_the_middle_of_a_step(clock: Clock, run: Path) -> None:
     assert record.throughput.padded_tokens == record.throughput.steps * 2 * WIDTH
     interrupted = 32 - record.throughput.steps - len(profile.plan.stages())
     assert interrupted > 5
-    assert any("came in the middle of them: " in note for note in record.notes)
+    assert any("interrupted them: " in note for note in record.notes)
     assert seconds(record)["training"] + seconds(record)["examination"] == 32 * step
 
 
@@ -468,7 +468,7 @@ def test_the_sampler_of_a_card_begins_before_training_and_ends_with_a_failure(
 ) -> None:
     said: list[str] = []
     nvml = SimpleNamespace(mark_context=lambda: said.append("context"), stop=lambda: said.append("stop"))
-    monkeypatch.setattr(callbacks, "opened", lambda device, notes: said.append(f"opened {device}") or nvml)
+    monkeypatch.setattr(callbacks, "open_nvml", lambda device, notes: said.append(f"opened {device}") or nvml)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append(f"synchronised {device}"))
     strategy = SimpleNamespace(root_device=torch.device("cuda", 1))
     fit: Any = SimpleNamespace(profiler=None, strategy=strategy, is_global_zero=True, state=SimpleNamespace(fn="fit"))

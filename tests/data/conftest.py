@@ -1,4 +1,4 @@
-"""Tiny tokenizers, trained in memory, and a cache of the test's own."""
+"""Tiny tokenizers trained in memory, and a cache per test."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ def byte_level() -> Tokenizer:
 
 @pytest.fixture
 def chat_tokenizer() -> PreTrainedTokenizerFast:
-    """With a ChatML template, and no begin token put in front."""
+    """A tokenizer with a ChatML template that adds no begin token."""
     found = PreTrainedTokenizerFast(tokenizer_object=byte_level(), eos_token="<|im_end|>", bos_token="<|im_start|>")
     found.chat_template = CHATML
     return found
@@ -38,7 +38,7 @@ def chat_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def plain_tokenizer() -> PreTrainedTokenizerFast:
-    """Without a template; puts <s> in front of every text."""
+    """A tokenizer without a template that adds <s> to every text."""
     tokenizer = byte_level()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
@@ -48,14 +48,14 @@ def plain_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Keeps tests out of the user's cache, but for those that need the demo's assets."""
+    """Give each test a cache of its own, unless it needs the demo's assets."""
     if request.node.get_closest_marker("needs_demo") is None:
         monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
 def jsonl(tmp_path: Path) -> Callable[..., str]:
-    """Writes rows to a JSON-lines file and returns its path."""
+    """Write rows to a JSON-lines file and return its path."""
 
     def write(rows: Sequence[Any], name: str = "rows.jsonl") -> str:
         path = tmp_path / name

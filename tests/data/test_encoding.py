@@ -1,4 +1,4 @@
-"""Labels fall on the answers and their end tokens; begin tokens come once; what cannot be encoded says why."""
+"""Labels are on answers and their end tokens; begin tokens occur once; rows that cannot be encoded say why."""
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -12,8 +12,8 @@ TWO = Chat((Message("system", "be brief"), *ONE.messages, *ONE.messages[:1], Mes
 
 
 def learnt(encoder: Encoder, item) -> list[str]:
-    """The stretches of labelled tokens, decoded."""
-    example = encoder.example(item)
+    """Return the decoded spans of labelled tokens."""
+    example = encoder.encode(item)
     assert len(example.input_ids) == len(example.labels)
     stretches, last = [], IGNORED
     for token, label in zip(example.input_ids, example.labels, strict=True):
@@ -26,7 +26,7 @@ def learnt(encoder: Encoder, item) -> list[str]:
 
 
 def decoded(encoder: Encoder, item) -> str:
-    return str(encoder.tokenizer.decode(encoder.example(item).input_ids))
+    return str(encoder.tokenizer.decode(encoder.encode(item).input_ids))
 
 
 def test_chat_learns_the_answer_with_its_end(chat_tokenizer):
@@ -43,23 +43,25 @@ def test_every_answer_of_a_chat_is_learnt(chat_tokenizer):
     assert learnt(Encoder(chat_tokenizer), last) == ["on the mat<|im_end|>", "still there 7<|im_end|>"]
 
 
-def test_token_that_begins_in_the_prompt_is_not_learnt(chat_tokenizer):
+def test_a_token_that_begins_in_the_prompt_has_no_label(chat_tokenizer):
     encoder = Encoder(chat_tokenizer)
-    assert len(encoder.ids("\n\n")) == 1  # the prompt ends with a line break, which the answer's first one joins
+    assert (
+        len(encoder.encode_text("\n\n")) == 1
+    )  # the prompt ends with a line break, which the answer's first one joins
     chat = Chat((ONE.messages[0], Message("assistant", "\n\non the mat")))
     assert learnt(encoder, chat) == ["\non the mat<|im_end|>"]
 
 
 def test_turns_after_the_last_answer_are_left_out(chat_tokenizer):
     encoder = Encoder(chat_tokenizer)
-    assert encoder.example(Chat((*ONE.messages, Message("user", "why?")))) == encoder.example(ONE)
+    assert encoder.encode(Chat((*ONE.messages, Message("user", "why?")))) == encoder.encode(ONE)
 
 
 @pytest.mark.parametrize("chat", [ONE, TWO])
 def test_prompt_is_what_stands_before_the_last_answer(chat_tokenizer, plain_tokenizer, chat):
     for tokenizer in (chat_tokenizer, plain_tokenizer):
         encoder = Encoder(tokenizer)
-        prompt = encoder.tokenizer.decode(encoder.prompt(chat))
+        prompt = encoder.tokenizer.decode(encoder.encode_prompt(chat))
         whole = decoded(encoder, chat)
         assert whole == prompt + chat.messages[-1].content + "<|im_end|>"
 
@@ -87,14 +89,14 @@ def test_begin_token_comes_once(plain_tokenizer):
     encoder = Encoder(plain_tokenizer)
     begin = plain_tokenizer.bos_token_id
     for item in (Passage("the cat"), Passage("<s>the cat"), ONE, Chat((Message("user", "<s>hi"), ONE.messages[1]))):
-        ids = encoder.example(item).input_ids
+        ids = encoder.encode(item).input_ids
         assert ids[0] == begin
         assert ids.count(begin) == 1
 
 
 def test_begin_token_of_the_template_is_not_doubled(plain_tokenizer):
     plain_tokenizer.chat_template = "<s>{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}"
-    ids = Encoder(plain_tokenizer).example(ONE).input_ids
+    ids = Encoder(plain_tokenizer).encode(ONE).input_ids
     assert ids.count(plain_tokenizer.bos_token_id) == 1
 
 
@@ -104,20 +106,20 @@ def test_passage_is_learnt_whole(chat_tokenizer, plain_tokenizer):
 
 
 def test_tokens_stay_as_they_are(chat_tokenizer):
-    example = Encoder(chat_tokenizer).example(Tokens((5, 6, 7, 8), (IGNORED, IGNORED, 7, IGNORED)))
+    example = Encoder(chat_tokenizer).encode(Tokens((5, 6, 7, 8), (IGNORED, IGNORED, 7, IGNORED)))
     assert example.input_ids == [5, 6, 7, 8]
     assert example.labels == [IGNORED, IGNORED, 7, IGNORED]
 
 
 @pytest.mark.parametrize("template", ["auto", "chat"])
-def test_choices_differ_only_in_what_is_learnt(chat_tokenizer, template):
+def test_choices_differ_only_in_their_labels(chat_tokenizer, template):
     encoder, item = Encoder(chat_tokenizer, template), Choice("where?", ("on the mat", "here", "there"), 2)
-    examples = encoder.choices(item)
+    examples = encoder.encode_choices(item)
     prompts = {tuple(t for t, label in zip(e.input_ids, e.labels, strict=True) if label == IGNORED) for e in examples}
-    assert prompts == {tuple(encoder.prompt(item))}
+    assert prompts == {tuple(encoder.encode_prompt(item))}
     texts = [encoder.tokenizer.decode([label for label in e.labels if label != IGNORED]) for e in examples]
     assert [str(text).strip() for text in texts] == list(item.choices)
-    trained = encoder.example(item)
+    trained = encoder.encode(item)
     assert trained.input_ids == [*examples[2].input_ids, encoder.end]
     assert trained.labels == [*examples[2].labels, encoder.end]
 
@@ -136,30 +138,30 @@ def test_template_that_rewrites_earlier_turns_is_named(chat_tokenizer):
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     with pytest.raises(BadRow, match="chat template writes earlier turns otherwise"):
-        Encoder(chat_tokenizer).example(TWO)
+        Encoder(chat_tokenizer).encode(TWO)
 
 
 def test_template_that_refuses_is_quoted(chat_tokenizer):
     chat_tokenizer.chat_template = "{{ raise_exception('no system turns here') }}"
     with pytest.raises(BadRow, match="no system turns here"):
-        Encoder(chat_tokenizer).example(TWO)
+        Encoder(chat_tokenizer).encode(TWO)
 
 
 @pytest.mark.parametrize(
     ("item", "why"),
     [
         (Tokens((1, 9999), (1, 9999)), "outside the tokenizer's vocabulary"),
-        (Tokens((1, 2), (IGNORED, IGNORED)), "no token of it would be learnt"),
-        (Tokens((1, 2), (1, IGNORED)), "no token of it would be learnt"),
-        (Tokens((1,), (1,)), "no token of it would be learnt"),
+        (Tokens((1, 2), (IGNORED, IGNORED)), "no token of it has a label"),
+        (Tokens((1, 2), (1, IGNORED)), "no token of it has a label"),
+        (Tokens((1,), (1,)), "no token of it has a label"),
     ],
 )
 def test_rows_without_anything_to_learn(chat_tokenizer, item, why):
     with pytest.raises(BadRow, match=why):
-        Encoder(chat_tokenizer).example(item)
+        Encoder(chat_tokenizer).encode(item)
 
 
-def test_tokenizers_that_will_not_do(chat_tokenizer, plain_tokenizer, tmp_path):
+def test_unusable_tokenizers_are_refused(chat_tokenizer, plain_tokenizer, tmp_path):
     with pytest.raises(BadInput, match="no chat template"):
         Encoder(plain_tokenizer, "chat")
     with pytest.raises(BadInput, match="No tokenizer could be loaded"):

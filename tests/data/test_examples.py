@@ -1,11 +1,11 @@
-"""Flat arrays, what is too long, bad rows, and the cache of tokenised rows."""
+"""Flat arrays, overlong and invalid rows, and the cache of tokenised rows."""
 
 import numpy as np
 import pytest
 
 from lit_sparse.data import examples as module
 from lit_sparse.data.encoding import Encoder, Example
-from lit_sparse.data.examples import Examples, encode, tokenised
+from lit_sparse.data.examples import Examples, encode, tokenise_cached
 from lit_sparse.data.sources import Row
 from lit_sparse.errors import BadInput
 
@@ -25,8 +25,8 @@ def test_arrays_give_back_the_examples(tmp_path):
 
 
 @pytest.mark.parametrize(("begin", "end"), [(0, 2), (1, 3), (2, 3), (0, 3)])
-def test_part(begin, end):
-    part = Examples.of(THREE).part(begin, end)
+def test_take(begin, end):
+    part = Examples.of(THREE).take(begin, end)
     assert [part[index] for index in range(len(part))] == THREE[begin:end]
 
 
@@ -42,7 +42,7 @@ def test_overlong_rows_are_truncated(chat_tokenizer):
     found = encode(rows("the cat", "the cat " * 50), encoder, 16, "truncate")
     assert found.lengths[1] == 16
     assert found.dropped == 0
-    assert encoder.ids("the cat " * 50)[:16] == found[1].input_ids
+    assert encoder.encode_text("the cat " * 50)[:16] == found[1].input_ids
 
 
 def test_truncated_rows_without_an_answer_are_dropped(chat_tokenizer):
@@ -64,17 +64,17 @@ def test_bad_row_is_named(chat_tokenizer):
 
 def test_cache_is_read_and_depends_on_everything_that_matters(chat_tokenizer, monkeypatch):
     data, encoder = rows("the cat", "the cat sat on the mat"), Encoder(chat_tokenizer)
-    first = tokenised(data, encoder, 16, "drop")
+    first = tokenise_cached(data, encoder, 16, "drop")
     made = []
     monkeypatch.setattr(module, "encode", lambda *args: made.append(args) or first)
-    again = tokenised(data, encoder, 16, "drop")
+    again = tokenise_cached(data, encoder, 16, "drop")
     assert not made
     np.testing.assert_array_equal(again.ids, first.ids)
-    tokenised(list(reversed(data)), encoder, 16, "drop")
-    tokenised(data, encoder, 15, "drop")
-    tokenised(data, encoder, 16, "truncate")
-    tokenised(data, Encoder(chat_tokenizer, "plain"), 16, "drop")
-    tokenised(rows("the cat", "the cat sat on the hat"), encoder, 16, "drop")
+    tokenise_cached(list(reversed(data)), encoder, 16, "drop")
+    tokenise_cached(data, encoder, 15, "drop")
+    tokenise_cached(data, encoder, 16, "truncate")
+    tokenise_cached(data, Encoder(chat_tokenizer, "plain"), 16, "drop")
+    tokenise_cached(rows("the cat", "the cat sat on the hat"), encoder, 16, "drop")
     assert len(made) == 5
 
 
@@ -82,7 +82,7 @@ def test_cache_that_cannot_be_written_is_one_sentence(chat_tokenizer, tmp_path, 
     (tmp_path / "file").touch()
     monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "file"))
     with pytest.raises(BadInput, match="point LIT_SPARSE_CACHE elsewhere"):
-        tokenised(rows("the cat"), Encoder(chat_tokenizer), 16, "drop")
+        tokenise_cached(rows("the cat"), Encoder(chat_tokenizer), 16, "drop")
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Labelled texts: which keys are read, which rows are bad, and what a batch holds."""
+"""Labelled texts: detected keys, invalid rows, and batches."""
 
 import csv
 import json
@@ -64,7 +64,7 @@ def test_a_pair_is_two_texts(tmp_path):
     assert len(data.examples["train"][0].input_ids) > len(single.examples["train"][0].input_ids)
 
 
-def test_a_long_text_loses_its_end(tmp_path):
+def test_a_long_text_is_truncated(tmp_path):
     rows = [{"text": "a " * 50, "label": 0}, {"text": "b", "label": 1}]
     data = labelled(tmp_path / "rows.jsonl", rows, heldout=0, max_length=8)
     assert [len(one.input_ids) <= 8 for one in data.examples["train"]] == [True, True]
@@ -74,8 +74,8 @@ def test_a_long_text_loses_its_end(tmp_path):
     ("row", "reason"),
     [
         ({"text": "a"}, "its `label` is None"),
-        ({"text": "a", "label": 1.5}, "its `label` is 1.5; a text, a whole number"),
-        ({"text": "a", "label": -1}, "by which sets mark rows whose class is not told"),
+        ({"text": "a", "label": 1.5}, "its `label` is 1.5; give a text, a whole number"),
+        ({"text": "a", "label": -1}, "which marks rows without a published class"),
         ({"words": "a", "label": 1}, "it has the keys words, label, and no text"),
         ({"text": 3, "label": 1}, "text"),
     ],
@@ -105,7 +105,7 @@ def test_a_rare_class_stays_in_training(tmp_path):
 
 
 def test_rows_that_are_alone_in_their_class_cannot_be_held_out(tmp_path):
-    with pytest.raises(BadInput, match="has no other rows of the classes of the 3 that would be held out"):
+    with pytest.raises(BadInput, match="lack the classes of all 3 held-out rows"):
         labelled(tmp_path / "rows.jsonl", [{"text": f"a {n}", "label": n} for n in range(9)])
 
 
@@ -116,14 +116,14 @@ def test_true_and_false_are_the_same_classes_in_each_format(tmp_path):
     assert [one.label for one in data.examples[TRAIN]] == [1, 0, 1, 0]
 
 
-def test_classes_are_numbered_anew(tmp_path):
+def test_classes_are_renumbered(tmp_path):
     data = labelled(tmp_path / "rows.jsonl", ROWS)
     before = {name: [data.label_names[one.label] for one in rows] for name, rows in data.examples.items()}
-    data.number(["2", "0", "1"])
+    data.renumber(["2", "0", "1"])
     assert data.label_names == ["2", "0", "1"]
     assert {name: [data.label_names[one.label] for one in rows] for name, rows in data.examples.items()} == before
 
 
-def test_one_class_is_none_to_tell_apart(tmp_path):
-    with pytest.raises(BadInput, match="labelled 1; classes to tell apart are two or more"):
+def test_a_single_class_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="have the label 1; give rows of two classes or more"):
         labelled(tmp_path / "rows.jsonl", [{"text": "a", "label": 1}, {"text": "b", "label": 1}], heldout=0)

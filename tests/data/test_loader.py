@@ -1,4 +1,4 @@
-"""The order of batches, and resuming: every interrupted run sees the batches of the straight one."""
+"""Order of batches and resuming: an interrupted run sees the batches of an uninterrupted one."""
 
 from collections import Counter
 from pathlib import Path
@@ -21,7 +21,7 @@ LENGTHS = [1 + (index * 7) % 13 for index in range(103)]
 
 
 def rows_of(count: int) -> Examples:
-    """Rows that begin with their own number."""
+    """Make rows that begin with their own index."""
     return Examples.of([Example([index] * (2 + index % 3), [index] * (2 + index % 3)) for index in range(count)])
 
 
@@ -78,7 +78,7 @@ def test_batches_do_not_come_sorted():
 # ---- position
 
 
-def test_iterations_go_on_where_the_last_one_stopped():
+def test_iterations_continue_where_the_last_one_stopped():
     straight, broken = loader(), loader()
     whole = [contents(batch) for _ in range(2) for batch in straight]
     assert len(whole) == 10
@@ -90,7 +90,7 @@ def test_iterations_go_on_where_the_last_one_stopped():
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("taken", [0, 2, 5, 7])
-def test_restored_loader_gives_what_the_stored_one_would(workers, taken):
+def test_a_restored_loader_yields_what_the_saved_one_would(workers, taken):
     straight = loader(workers=workers)
     seen = iter_for_ever(straight)
     for _ in range(taken):
@@ -125,7 +125,7 @@ def test_state_of_another_order_is_refused(other):
 
 
 class Recorder(L.LightningModule):
-    """Learns a little, with dropout, and notes the rows of every batch and the order of calls."""
+    """A module with dropout that records the rows of every batch and the order of calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Recorder(L.LightningModule):
 
 
 class AtEnds(L.Callback):
-    """Saves where `ModelCheckpoint` does when it is not told a number of steps."""
+    """A checkpoint callback that saves when `ModelCheckpoint` does by default."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -230,7 +230,7 @@ def test_evaluation_needs_a_row_for_each_rank():
         evaluation_loader(rows_of(1), [2], 4, Padded(Padding()), 0, 2)
 
 
-def test_the_place_in_the_data_is_known_to_any_number_of_processes_that_share_the_same_steps():
+def test_the_position_holds_for_any_number_of_processes_with_the_same_steps():
     one = Batches([8] * 14, 4)
     for rank in range(2):
         assert Batches([8] * 14, 2, rank=rank, world=2).fingerprint() == one.fingerprint()

@@ -1,4 +1,4 @@
-"""The data modules as a trainer and a command line use them."""
+"""The data modules under a trainer and a command line."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def ready(module: L.LightningDataModule, stage: str = "fit") -> Any:
 
 @pytest.fixture
 def assets(own_cache: None) -> None:
-    """Demo data as small as the test wants it, in place of the real."""
+    """Replace the demo data by small files."""
     demo.DATA.path.mkdir(parents=True)
     for name, rows in {"gsm8k": PROBLEMS, "sciq": CHOICES, "text": PASSAGES}.items():
         (demo.DATA.path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -170,7 +170,7 @@ def test_synthetic_rows_come_from_the_seed():
 
 
 @pytest.mark.parametrize("name", ["max_length", "batch_size", "pad_to_multiple_of", "heldout", "seed", "num_workers"])
-def test_sizes_below_the_least_are_refused(name):
+def test_sizes_below_their_minimum_are_refused(name):
     with pytest.raises(BadInput, match=f"`{name}` is -1; it must be"):
         Embedded("gsm8k", **{name: -1})
 
@@ -191,7 +191,7 @@ def rows_and_masks(batch: dict[str, torch.Tensor]) -> Any:
 
 
 class Reader(L.LightningModule):
-    """Notes what a trainer hands out, and trains on nothing much."""
+    """A module that records the batches it gets."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def test_reloaded_loaders_go_on_with_the_next_epoch(chat_tokenizer, tmp_path):
 
 @pytest.mark.filterwarnings(r"ignore:\s+(By default only one|``instantiate_classes`` was deprecated)")
 class TestCommandLine:
-    """Arguments and their help, as jsonargparse reads them from the classes."""
+    """Return arguments and help as jsonargparse reads them from the classes."""
 
     @staticmethod
     def parser() -> Any:

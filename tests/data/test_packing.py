@@ -1,4 +1,4 @@
-"""Packed rows: the same logits and the same loss as alone, or a refusal."""
+"""Packed rows: logits and loss equal those of single rows, or the model is refused."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Formats, one by one, and what is wrong with rows that are none."""
+"""Every format, and the errors of rows without one."""
 
 import pytest
 
@@ -51,12 +51,12 @@ def test_calculator_marks_are_stripped():
         ({"foo": 1, "bar": 2}, "keys foo, bar"),
         ({}, "keys none"),
         ({"text": ""}, "`text` is empty"),
-        ({"text": 3}, "`text` is int"),
-        ({"prompt": ["a"], "completion": "b"}, "`prompt` is list"),
-        ({"messages": "hi"}, "no list of turns"),
-        ({"messages": [{"role": "user", "content": "hi"}]}, "nothing to learn"),
-        ({"messages": [{"role": "assistant", "content": "hi"}]}, "speaks first"),
-        ({"messages": [{"role": "user"}]}, "`content` is NoneType"),
+        ({"text": 3}, "`text` has type int"),
+        ({"prompt": ["a"], "completion": "b"}, "`prompt` has type list"),
+        ({"messages": "hi"}, "not a list of turns"),
+        ({"messages": [{"role": "user", "content": "hi"}]}, "nothing is learnt"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "has the first turn"),
+        ({"messages": [{"role": "user"}]}, "`content` has type NoneType"),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, "`from` is 'bot'"),
         ({"question": "q", "choices": ["a"], "label": 0}, "two or more"),
         ({"question": "q", "choices": "ab", "label": 0}, "two or more"),
@@ -66,7 +66,7 @@ def test_calculator_marks_are_stripped():
         ({"input_ids": []}, "whole numbers"),
         ({"input_ids": [1, -2]}, "whole numbers"),
         ({"input_ids": [1, True]}, "whole numbers"),
-        ({"input_ids": [1, 2], "labels": [1]}, "2 numbers and `labels` 1"),
+        ({"input_ids": [1, 2], "labels": [1]}, "2 numbers and `labels` has 1"),
     ],
 )
 def test_bad_rows_say_why(row, why):

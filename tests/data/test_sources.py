@@ -1,4 +1,4 @@
-"""Reading files: every format, and errors that name file and line."""
+"""Reading of every file format, and errors that name file and line."""
 
 import json
 import random
@@ -42,14 +42,14 @@ def test_parquet_gives_the_same_rows(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl line 2: no valid JSON"),
+        ("a.jsonl", '{"text": "x"}\n{"text": \n', r"a\.jsonl line 2: not valid JSON"),
         ("a.jsonl", '{"text": "x"}\n[1]\n', r"a\.jsonl line 2: a list"),
         ("a.json", '[{"text": "x"}, 3]', r"a\.json row 2: a int"),
-        ("a.json", "[", r"a\.json: no valid JSON"),
+        ("a.json", "[", r"a\.json: not valid JSON"),
         ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv line 3: more or fewer fields"),
         ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv line 2: more or fewer fields"),
         ("a.jsonl", "", "has no rows"),
-        ("a.txt", "x", "no data file"),
+        ("a.txt", "x", "is not a data file"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, says):
@@ -86,7 +86,7 @@ def test_unknown_hub_name_is_one_sentence(monkeypatch):
         raise FileNotFoundError("not on the Hub\nnor anywhere")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(BadInput, match=r"no/where is no file here.*not on the Hub nor anywhere"):
+    with pytest.raises(BadInput, match=r"no/where is not a file here.*not on the Hub nor anywhere"):
         read("no/where")
 
 

@@ -1,4 +1,4 @@
-"""What the allocator gives out in a block of code, to the byte, and that a recording disturbs nothing."""
+"""Measured allocations of a block of code, to the byte; a recording disturbs no other profiler."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from lit_sparse_profiling import allocator
-from lit_sparse_profiling.allocator import CPU, CUDA, CPUEvents, Measured, measured
+from lit_sparse_profiling.allocator import CPU, CUDA, Allocations, CPUEvents, measure_allocations
 
 F32 = 4
 ON_CPU = torch.device("cpu")
@@ -26,46 +26,46 @@ def nothing_is_left_running() -> Iterator[None]:
 # ---- a CPU
 
 
-def test_the_highest_level_and_what_is_left_count() -> None:
-    with measured(ON_CPU) as found:
+def test_the_peak_and_the_bytes_left_are_measured() -> None:
+    with measure_allocations(ON_CPU) as found:
         kept = torch.ones(1000)
         torch.ones(500)
         other = torch.ones(300)
         del other
-    assert found == Measured(requested=1500 * F32, left=1000 * F32, method=CPU)
+    assert found == Allocations(requested=1500 * F32, left=1000 * F32, method=CPU)
     assert kept.numel() == 1000
 
 
-def test_nothing_allocated_is_nothing() -> None:
-    with measured(ON_CPU) as found:
+def test_a_block_without_allocations_measures_zero() -> None:
+    with measure_allocations(ON_CPU) as found:
         pass
     assert (found.requested, found.left) == (0, 0)
 
 
-def test_blocks_from_before_do_not_count_when_they_are_freed() -> None:
+def test_freeing_an_earlier_block_is_not_counted() -> None:
     before = [torch.ones(1000)]
-    with measured(ON_CPU) as found:
+    with measure_allocations(ON_CPU) as found:
         before.clear()
         torch.ones(10)
     assert (found.requested, found.left) == (10 * F32, 0)
 
 
-def test_what_torch_remembers_of_an_earlier_recording_does_not_count() -> None:
-    """It takes blocks that are freed for those that an earlier recording saw at their addresses."""
-    with measured(ON_CPU):
+def test_sizes_from_an_earlier_recording_are_not_counted() -> None:
+    """Torch reports a freed block with the size that an earlier recording saw at its address."""
+    with measure_allocations(ON_CPU):
         earlier = [torch.ones(1000) for _ in range(20)]
         addresses = {block.data_ptr() for block in earlier}
     earlier.clear()
     before = [torch.ones(1000) for _ in range(20)]
     if not addresses & {block.data_ptr() for block in before}:
         pytest.skip("this allocator gives no address out again")
-    with measured(ON_CPU) as found:
+    with measure_allocations(ON_CPU) as found:
         before.clear()
         torch.ones(10)
     assert (found.requested, found.left) == (10 * F32, 0)
 
 
-def test_blocks_made_known_before_the_mark_do() -> None:
+def test_freeing_a_block_known_before_the_mark_is_counted() -> None:
     events = CPUEvents()
     events.start()
     known = [torch.ones(1000)]
@@ -77,7 +77,7 @@ def test_blocks_made_known_before_the_mark_do() -> None:
     assert kept.numel() == 10
 
 
-def test_what_happens_after_the_recording_is_not_in_it() -> None:
+def test_allocations_after_the_recording_are_not_counted() -> None:
     events = CPUEvents()
     events.start()
     events.mark()
@@ -87,7 +87,7 @@ def test_what_happens_after_the_recording_is_not_in_it() -> None:
     assert (events.peak, events.left) == (kept.nbytes, kept.nbytes)
 
 
-def test_blocks_that_nobody_named_at_the_mark_are_the_others() -> None:
+def test_live_blocks_not_named_at_the_mark_are_unnamed() -> None:
     events = CPUEvents()
     events.start()
     named, kept, freed = torch.ones(100), [torch.ones(20)], [torch.ones(3000)]
@@ -96,7 +96,7 @@ def test_blocks_that_nobody_named_at_the_mark_are_the_others() -> None:
     kept.clear()
     torch.ones(30)
     events.stop()
-    assert (events.others, events.peak, events.left) == (20 * F32, 10 * F32, -20 * F32)
+    assert (events.unnamed, events.peak, events.left) == (20 * F32, 10 * F32, -20 * F32)
 
 
 def test_memory_of_other_devices_is_not_the_cpus() -> None:
@@ -106,11 +106,11 @@ def test_memory_of_other_devices_is_not_the_cpus() -> None:
 
     events = [allocation(3, -8, "cpu"), allocation(1, 8, "cpu"), allocation(2, 4096, "cuda:0")]
     other = SimpleNamespace(tag=_EventType.TorchOp, start_time_ns=2, extra_fields=None)
-    assert [change[:2] for change in allocator._changes([*events, other])] == [(1, 8), (3, -8)]
+    assert [change[:2] for change in allocator._size_changes([*events, other])] == [(1, 8), (3, -8)]
 
 
 def test_a_block_that_fails_leaves_no_profiler_running() -> None:
-    with pytest.raises(KeyError), measured(ON_CPU):
+    with pytest.raises(KeyError), measure_allocations(ON_CPU):
         raise KeyError("in the block")
 
 
@@ -124,14 +124,14 @@ def test_a_recording_can_be_dropped_at_any_time() -> None:
         assert (events.peak, events.left) == (0, 0)
 
 
-def test_figures_from_no_mark_on_are_refused() -> None:
+def test_a_recording_without_a_mark_is_refused() -> None:
     events = CPUEvents()
     events.start()
-    with pytest.raises(RuntimeError, match="from no mark on; call mark between start and stop"):
+    with pytest.raises(RuntimeError, match="without a mark; call mark between start and stop"):
         events.stop()
 
 
-def test_another_profiler_goes_on() -> None:
+def test_another_running_profiler_is_not_stopped() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as theirs:
         with pytest.raises(RuntimeError, match=r"another torch\.profiler runs; stop that one first"):
             CPUEvents().start()
@@ -143,7 +143,7 @@ def test_another_profiler_goes_on() -> None:
 
 
 class Stats:
-    """Stands in for `torch.cuda.memory_stats`: gives one answer after the other."""
+    """Stand-in for `torch.cuda.memory_stats` that returns scripted answers in turn."""
 
     def __init__(self, *answers: dict[str, int]) -> None:
         self.answers = list(answers)
@@ -168,10 +168,10 @@ def test_cuda_peaks_are_those_of_the_block(monkeypatch: pytest.MonkeyPatch, befo
     stats = Stats(before, levels(130, 900))
     monkeypatch.setattr(torch.cuda, "memory_stats", stats)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", stats.reset)
-    with measured(ON_CUDA) as found:
+    with measure_allocations(ON_CUDA) as found:
         assert stats.resets == 1
     held = before.get("requested_bytes.all.current", 0)
-    assert found == Measured(requested=900 - held, left=130 - held, method=CUDA)
+    assert found == Allocations(requested=900 - held, left=130 - held, method=CUDA)
 
 
 def test_without_a_device_it_is_the_gpu_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +179,11 @@ def test_without_a_device_it_is_the_gpu_if_there_is_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_stats", stats)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", stats.reset)
-    with measured() as found:
+    with measure_allocations() as found:
         pass
     assert found.method == CUDA
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with measured() as found:
+    with measure_allocations() as found:
         pass
     assert found.method == CPU
 
@@ -191,8 +191,8 @@ def test_without_a_device_it_is_the_gpu_if_there_is_one(monkeypatch: pytest.Monk
 @pytest.mark.gpu
 def test_a_real_gpu_to_the_byte() -> None:
     before = [torch.ones(1000, device=ON_CUDA)]
-    with measured() as found:
+    with measure_allocations() as found:
         kept = torch.ones(1001, device=ON_CUDA)
         before.clear()
         torch.ones(400, device=ON_CUDA)
-    assert found == Measured(requested=kept.nbytes, left=F32, method=CUDA)
+    assert found == Allocations(requested=kept.nbytes, left=F32, method=CUDA)

@@ -1,4 +1,4 @@
-"""Ceilings: rates that are there, and a process left as it was."""
+"""Ceilings: the rates are right, and the process is left as it was."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_random_state_is_left_alone(dtype: torch.dtype) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_an_unknown_device_or_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Ceilings of meta .* known for cpu and cuda; give one of these"):
         ceilings(torch.device("meta"), torch.float32)
     with pytest.raises(ValueError, match=r"Ceilings in torch.int8 .* torch.float16, .* give one"):
@@ -54,7 +54,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_a_gpu_gets_its_memory_back() -> None:
+def test_gpu_memory_is_freed() -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     ceilings(device, torch.bfloat16)  # makes cuBLAS's workspace, which stays
     before = torch.cuda.memory_allocated(device)

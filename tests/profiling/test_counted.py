@@ -1,4 +1,4 @@
-"""What a step holds, against formulas and against the allocator's own account."""
+"""The count of a step's memory, against formulas and against the allocator's figures."""
 
 import gc
 import weakref
@@ -15,16 +15,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from lit_sparse_profiling.allocator import measured
+from lit_sparse_profiling.allocator import measure_allocations
 from lit_sparse_profiling.counted import TEMPORARY, Counter
-from lit_sparse_profiling.record import Held, Ledger
+from lit_sparse_profiling.sections import Held, Ledger
 
 F32 = 4
 CPU = torch.device("cpu")
 
 
 class Net(nn.Module):
-    """A weight, and a buffer that is in no state dict."""
+    """A weight, and a non-persistent buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def linear_net() -> nn.Sequential:
-    """Saves for backward: the batch of 3 and the 4 after the sigmoid; of the weights, 2 x 4 (not counted)."""
+    """Network that saves the batch (3) and the sigmoid's output (4) for backward; 2 x 4 saved weights do not count."""
     return nn.Sequential(nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
 
 
@@ -60,7 +60,7 @@ def test_frozen_layers_save_no_input() -> None:
     assert saved.saved == 0
 
 
-def test_weights_and_buffers_do_not_count_but_other_tensors_do() -> None:
+def test_weights_and_buffers_are_not_counted_as_saved() -> None:
     net = Net()
     x = torch.ones(6, requires_grad=True)
     with Counter(net) as saved:
@@ -84,7 +84,7 @@ def test_gradients_are_the_same_while_counting() -> None:
     assert all(map(torch.equal, plain, counted))
 
 
-def test_batches_one_after_the_other_do_not_add_up() -> None:
+def test_consecutive_batches_do_not_add_up() -> None:
     net = linear_net()
     with Counter(net) as saved:
         for _ in range(3):
@@ -152,7 +152,7 @@ def test_fake_tensors_save_as_much_as_real_ones() -> None:
     assert (saved.saved, saved.saved_peak) == (0, SAVED)
 
 
-def test_what_is_freed_by_resizing_is_not_held() -> None:
+def test_storage_freed_by_resizing_is_not_counted() -> None:
     x, weight = torch.ones(1000, requires_grad=True), torch.ones(1000)
     storage = weight.untyped_storage()
     storage.resize_(0)
@@ -171,7 +171,7 @@ def test_what_is_freed_by_resizing_is_not_held() -> None:
 
 @pytest.fixture
 def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
-    """Of this process alone."""
+    """A process group of this process alone."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -198,7 +198,7 @@ MANY = 1000
 
 
 def train(net: nn.Module, optimizer: Optimizer, x: Tensor, counter: Counter | None = None) -> None:
-    """One step; the counter is told where it is."""
+    """Run one step, and tell the counter its phases."""
 
     def tell(phase: str) -> None:
         if counter is not None:
@@ -221,8 +221,8 @@ def no_collection() -> Iterator[None]:
     gc.enable()
 
 
-def test_a_step_with_large_activations_holds_most_in_its_backward() -> None:
-    """There is the batch, the saved output of the sigmoid, its gradient and that of its input, loss and seed, and the
+def test_a_step_with_large_activations_peaks_in_backward() -> None:
+    """At the peak: the batch, the sigmoid's saved output, the gradients of its output and input, loss and seed, and the
     second layer's gradients."""
     net, x = linear_net(), torch.ones(MANY, 3)
     optimizer, state = AdamW(net.parameters()), {"index": [torch.ones(7)]}
@@ -232,11 +232,11 @@ def test_a_step_with_large_activations_holds_most_in_its_backward() -> None:
     moments = (2 * WEIGHTS + 4) * F32  # and AdamW's own count of steps, one for each of four parameters
     ledger = Ledger(WEIGHTS * F32, gradients=(4 * 2 + 2) * F32, optimizer=moments, strategy=7 * F32)
     temporaries = (2 * MANY * 4 + 2) * F32
-    assert counter.held() == Held(ledger, MANY * 3 * F32, MANY * 4 * F32, temporaries, "backward")
+    assert counter.at_peak() == Held(ledger, MANY * 3 * F32, MANY * 4 * F32, temporaries, "backward")
 
 
-def test_a_step_with_large_weights_holds_most_in_its_optimizer() -> None:
-    """There are all gradients, two temporaries of the largest weight's size in AdamW, and the loss."""
+def test_a_step_with_large_weights_peaks_in_the_optimizer_step() -> None:
+    """At the peak: all gradients, two temporaries of AdamW of the largest weight's size, and the loss."""
     net, x = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 32)), torch.ones(2, 64)
     net.append(nn.Linear(32, 1).requires_grad_(False))
     optimizer = AdamW([p for p in net.parameters() if p.requires_grad], foreach=False)
@@ -245,31 +245,31 @@ def test_a_step_with_large_weights_holds_most_in_its_optimizer() -> None:
         train(net, optimizer, x, counter)
     trained = (64 * 128 + 128 + 128 * 32 + 32) * F32
     ledger = Ledger(trained, frozen=33 * F32, gradients=trained, optimizer=2 * trained + 4 * F32)
-    assert counter.held() == Held(ledger, x.nbytes, 0, (2 * 64 * 128 + 1) * F32, "optimizer step")
+    assert counter.at_peak() == Held(ledger, x.nbytes, 0, (2 * 64 * 128 + 1) * F32, "optimizer step")
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("sizes", [(3, 4, 2), (64, 128, 32)])
 @pytest.mark.parametrize("rows", [2, MANY])
-def test_the_count_is_the_allocators_to_the_byte(momentum: float, sizes: tuple[int, int, int], rows: int) -> None:
+def test_the_count_is_the_allocators_peak_to_the_byte(momentum: float, sizes: tuple[int, int, int], rows: int) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(sizes[0], sizes[1]), nn.ReLU(), nn.Linear(sizes[1], sizes[2]))
     x, optimizer = torch.randn(rows, sizes[0]), SGD(net.parameters(), 0.1, momentum=momentum)
     train(net, optimizer, x)
-    with measured(CPU) as allocator, Counter(net, optimizer, batch=x) as counter:
+    with measure_allocations(CPU) as allocator, Counter(net, optimizer, batch=x) as counter:
         train(net, optimizer, x)
-    assert counter.held().total - counter.start == allocator.requested > 0
+    assert counter.at_peak().total - counter.start == allocator.requested > 0
     assert allocator.left == 0
     assert sum(counter.now.values()) == counter.start
 
 
-def test_a_phase_that_nobody_told_has_no_name_of_one() -> None:
+def test_a_step_without_phases_peaks_in_the_unnamed_phase() -> None:
     with Counter(linear_net()) as counter:
         torch.ones(ROWS)
-    assert counter.held().phase == "course"
+    assert counter.at_peak().phase == "course"
 
 
-def test_gradients_count_as_such_until_they_are_gone() -> None:
+def test_gradients_are_counted_until_they_are_freed() -> None:
     net = linear_net()
     with Counter(net) as counter:
         net(torch.ones(ROWS, 3)).sum().backward()
@@ -278,7 +278,7 @@ def test_gradients_count_as_such_until_they_are_gone() -> None:
         assert counter.now["gradients"] == 0
 
 
-def test_a_gradient_that_an_earlier_hook_takes_away_is_no_gradient() -> None:
+def test_a_gradient_consumed_by_an_earlier_hook_is_not_counted() -> None:
     net = linear_net()
 
     def take(parameter: Tensor) -> None:
@@ -292,8 +292,8 @@ def test_a_gradient_that_an_earlier_hook_takes_away_is_no_gradient() -> None:
 
 
 @pytest.mark.usefixtures("no_collection")
-def test_a_graph_without_a_backward_goes_when_its_output_does() -> None:
-    """Also one whose nodes save their own outputs, as a sigmoid's does, and without help of the garbage collector."""
+def test_a_graph_without_backward_is_freed_with_its_output() -> None:
+    """A sigmoid's node saves its own output; it must be freed without the garbage collector."""
     net = linear_net()
     with Counter(net) as counter:
         out = net(torch.ones(ROWS, 3)).sigmoid()
@@ -304,7 +304,7 @@ def test_a_graph_without_a_backward_goes_when_its_output_does() -> None:
         assert sum(counter.now.values()) == counter.start
 
 
-def test_what_is_counted_ends_with_the_block() -> None:
+def test_counting_ends_with_the_block() -> None:
     net = linear_net()
     with Counter(net) as counter:
         pass

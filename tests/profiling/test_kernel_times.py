@@ -1,4 +1,4 @@
-"""Where a step's time goes: sums over scripted events, and a profile of a real loop."""
+"""Time by kernel: sums over scripted events, and a profile of a real loop."""
 
 import gzip
 import json
@@ -19,10 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import lit_sparse_kernels
 from lit_sparse_profiling.ceilings import Ceilings
-from lit_sparse_profiling.events import OURS, Event, covered, read, summed
-from lit_sparse_profiling.kernel_times import WINDOW, KernelProfile, shortened, table
+from lit_sparse_profiling.events import OURS, Event, busy_nanoseconds, read, summarize
+from lit_sparse_profiling.kernel_times import WINDOW, KernelProfile, shorten_name, table
 from lit_sparse_profiling.opcounts import OpCount, OpCounts
-from lit_sparse_profiling.record import Kernel, Kernels
+from lit_sparse_profiling.sections import Kernel, Kernels
 
 CPU = torch.device("cpu")
 BEST = Ceilings(flops=1e12, bytes=1e11)
@@ -30,7 +30,7 @@ START = Event("window", "steps", 1, 1000, 2000)
 
 
 def counted(**ops: OpCount) -> OpCounts:
-    """Counts of ops in `aten`."""
+    """Counts of `aten` ops."""
     counts = OpCounts()
     counts.ops = {f"aten::{name}": op for name, op in ops.items()}
     return counts
@@ -39,7 +39,7 @@ def counted(**ops: OpCount) -> OpCounts:
 def sums(
     events: list[Event], counts: OpCounts | None = None, steps: int = 1, cuda: bool = True, **rest: Any
 ) -> Kernels:
-    return summed(events, steps, counts, BEST, torch.float32, cuda=cuda, **rest)
+    return summarize(events, steps, counts, BEST, torch.float32, cuda=cuda, **rest)
 
 
 def by_name(kernels: Kernels) -> dict[tuple[str, str], Kernel]:
@@ -137,7 +137,7 @@ def test_ours_are_known_by_name_of_kernel_or_op() -> None:
     assert {k.op for k in sums(GPU, ours=["aten::mm", "My"]).top if k.ours} == {"aten::mm", "MyBackward"}
 
 
-def test_what_was_before_and_after_the_steps_does_not_count() -> None:
+def test_events_outside_the_window_are_not_counted() -> None:
     before, after = Event("device", "gemm", 7, 100, 1000, link=2), Event("device", "gemm", 7, 2000, 2900, link=2)
     assert sums([before, *GPU, after]) == sums(GPU)
 
@@ -157,7 +157,7 @@ def test_what_was_before_and_after_the_steps_does_not_count() -> None:
 )
 def test_overlapping_streams_count_once(spans: list[tuple[int, int]], expected: int) -> None:
     events = [Event("device", "k", lane, *span) for lane, span in enumerate(spans)]
-    assert covered(events, START) == expected
+    assert busy_nanoseconds(events, START) == expected
 
 
 def test_a_gpu_without_kernels_and_a_trace_without_steps_are_refused() -> None:
@@ -181,7 +181,7 @@ HOST = [
 ]
 
 
-def test_an_op_has_its_own_time_and_a_counted_one_also_that_of_those_it_calls() -> None:
+def test_a_counted_op_includes_the_ops_that_it_calls() -> None:
     def seconds(counts: OpCounts | None) -> dict[str, tuple[float, int]]:
         return {k.name: (k.calls, round(k.seconds * 1e9)) for k in sums(HOST, counts, cuda=False).top}
 
@@ -218,7 +218,7 @@ def test_on_a_cpu_the_gaps_are_where_no_op_runs() -> None:
 
 
 def recorded(name: str, **values: Any) -> SimpleNamespace:
-    """Stands in for an event of torch's profiler: an op of a CPU unless `values` say otherwise."""
+    """Stand-in for an event of torch's profiler: a CPU op unless `values` say otherwise."""
     cpu = {"device_type": DeviceType.CPU, "device_index": 0, "device_resource_id": 7, "is_user_annotation": False}
     times = {"start_ns": 10, "end_ns": 20, "start_thread_id": 1, "end_thread_id": 1}
     ids = {"correlation_id": 5, "linked_correlation_id": 0}
@@ -249,7 +249,7 @@ GPU_0: dict[str, Any] = {"device_type": DeviceType.CUDA, "linked_correlation_id"
         (recorded("aten::mm", end_thread_id=2), None),
     ],
 )
-def test_of_torchs_events_those_are_read_that_tell_something(event: SimpleNamespace, expected: Event | None) -> None:
+def test_only_events_of_the_device_and_its_launches_are_read(event: SimpleNamespace, expected: Event | None) -> None:
     assert read([event], torch.device("cuda", 0), "mine") == ([] if expected is None else [expected])
 
 
@@ -340,16 +340,16 @@ def test_a_trace_is_written(loop: Loop, tmp_path: Path, name: str) -> None:
     assert profiled.kernels(None, BEST, torch.float32).trace == str(path)
 
 
-def test_a_profile_out_of_turn_is_refused() -> None:
+def test_start_and_stop_in_the_wrong_order_are_refused() -> None:
     profiled = KernelProfile(CPU)
     with pytest.raises(RuntimeError, match="no step was profiled; start, step and stop first"):
         profiled.kernels(None, BEST, torch.float32)
-    with pytest.raises(RuntimeError, match="it does not run; start it first"):
+    with pytest.raises(RuntimeError, match="it is not running; start it first"):
         profiled.stop(1)
     profiled.start()
-    with pytest.raises(RuntimeError, match="it runs already; stop it first"):
+    with pytest.raises(RuntimeError, match="it is running; stop it first"):
         profiled.start()
-    with pytest.raises(ValueError, match="needs a step at least, but 0 were given"):
+    with pytest.raises(ValueError, match="needs at least one step, but 0 were given"):
         profiled.stop(0)
     with pytest.raises(ValueError, match="Kernels of meta"):
         KernelProfile(torch.device("meta"))
@@ -409,9 +409,9 @@ def test_the_table_of_a_gpu_names_ops() -> None:
 
 
 def test_names_are_shortened() -> None:
-    assert shortened("aten::mm") == "aten::mm"
-    assert shortened("void (anonymous namespace)::f<at::Half>(int)") == "f<Half>(int)"
-    assert shortened("x" * 50, 10) == "x" * 9 + "…"
+    assert shorten_name("aten::mm") == "aten::mm"
+    assert shorten_name("void (anonymous namespace)::f<at::Half>(int)") == "f<Half>(int)"
+    assert shorten_name("x" * 50, 10) == "x" * 9 + "…"
 
 
 # ---- the real thing

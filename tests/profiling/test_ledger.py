@@ -1,4 +1,4 @@
-"""The ledger and the bytes saved for backward, against figures worked out by hand."""
+"""The ledger, against figures computed by hand."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_sparse_profiling.ledger import ledger, tensors
-from lit_sparse_profiling.record import Ledger
+from lit_sparse_profiling.sections import Ledger
 
 F32 = 4
 
 
 class Net(nn.Module):
-    """12 frozen and 8 trained weights (4 x 3, 2 x 4), a buffer of 5, and one of 6 that no checkpoint has."""
+    """12 frozen and 8 trainable weights (4 x 3, 2 x 4), a buffer of 5, and a non-persistent one of 6."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def test_before_the_first_step_there_is_no_gradient_and_no_state() -> None:
     assert ledger(net) == found
 
 
-def test_a_storage_counts_once_and_where_it_is_met_first() -> None:
+def test_a_storage_counts_once_in_its_first_category() -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.parameters())
     step(net, optimizer)
@@ -85,7 +85,7 @@ def test_a_trained_view_makes_its_storage_trainable() -> None:
     assert ledger(net) == Ledger(trainable=100 * F32)
 
 
-def test_masters_that_only_the_optimizer_knows_are_weights() -> None:
+def test_masters_held_by_the_optimizer_only_count_as_weights() -> None:
     master = nn.Parameter(torch.zeros(6))
     master.grad = torch.zeros(6)
     optimizer = torch.optim.SGD([master], lr=torch.tensor(0.1))
@@ -104,7 +104,7 @@ def test_sparse_tensors_count_their_indices_and_values() -> None:
         assert ledger(nn.Module(), strategy_state=compressed) == Ledger(strategy=(3 + 2) * 8 + 2 * F32)
 
 
-def test_meta_and_fake_tensors_count_what_they_would_take() -> None:
+def test_meta_and_fake_tensors_count_like_real_ones() -> None:
     real = ledger(Net())
     with torch.device("meta"):
         assert ledger(Net()) == real
@@ -119,7 +119,7 @@ def test_meta_and_fake_tensors_count_what_they_would_take() -> None:
 
 @pytest.fixture
 def two_ranks() -> Iterator[None]:
-    """A process group of two in which nothing is sent: this is rank 0."""
+    """A fake process group of two, without communication; this is rank 0."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
@@ -128,7 +128,7 @@ def two_ranks() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_ranks")
-def test_a_distributed_tensor_counts_its_local_shard() -> None:
+def test_a_sharded_tensor_counts_its_local_shard() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 

@@ -1,4 +1,4 @@
-"""Resident memory: against what is really allocated, and honest about what a system does not tell."""
+"""Resident memory: it follows allocations, and says so if the system does not report it."""
 
 import ctypes
 import mmap
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_sparse_profiling import memory
-from lit_sparse_profiling.memory import ResidentMemory, return_freed
+from lit_sparse_profiling.memory import ResidentMemory, trim_heap
 
 MIB = 2**20
 BLOCK = 64 * MIB
@@ -18,7 +18,7 @@ SLACK = 8 * MIB
 
 
 def allocate() -> torch.Tensor:
-    """BLOCK bytes, all of them touched."""
+    """Allocate BLOCK bytes and touch all pages."""
     return torch.ones(BLOCK // 4)
 
 
@@ -67,7 +67,7 @@ def no_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "absent" / "clear_refs")
 
 
-def test_where_the_peak_stays_the_method_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_method_says_when_the_peak_cannot_be_reset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     no_reset(tmp_path, monkeypatch)
     resident = ResidentMemory()
     assert "peak so far, not the phase's" in resident.method
@@ -87,7 +87,7 @@ def test_without_proc_the_system_call_answers(tmp_path: Path, monkeypatch: pytes
     assert (resident.lap() or 0) > 32 * MIB
 
 
-def test_where_nothing_is_told_nothing_is_made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_peak_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "STATUS", tmp_path / "absent")
     monkeypatch.setattr(memory, "_maxrss", lambda: None)
     resident = ResidentMemory()
@@ -111,7 +111,7 @@ def test_a_process_does_not_inherit_the_peak_of_the_one_that_started_it(
 def test_freed_memory_is_returned() -> None:
     kept = [bytearray(2000) for _ in range(100_000)][::1000]  # here and there, so that glibc keeps what is between them
     before = ResidentMemory().current()
-    return_freed()
+    trim_heap()
     after = ResidentMemory().current()
     assert before is not None
     assert after is not None

@@ -1,4 +1,4 @@
-"""NVML: whose memory it was, power and energy of windows, and what happens where the driver has less to say."""
+"""NVML: attribution of memory, power and energy of windows, and drivers that report less."""
 
 import inspect
 import os
@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from lit_sparse_profiling import nvml as sampler
-from lit_sparse_profiling.nvml import COMPUTE, NVML, NVMLMissing, device_uuid
+from lit_sparse_profiling.nvml import NVML, NVMLMissing, device_uuid
+from lit_sparse_profiling.nvml_device import COMPUTE
 from tests.profiling.fake_nvml import HANDLE, MIB, MIG_UUID, UUID, FakeNVML
 
 OURS = os.getpid()
 HOST, FOREIGN, THIRD = 4_000_001, 4_000_002, 4_000_003
-"""Pids beyond what Linux gives out here, so that none is this process's."""
+"""Pids above Linux's maximum, so that none is this process's."""
 
 POWER, ENERGY, CLOCK = (
     "nvmlDeviceGetPowerUsage",
@@ -32,14 +33,14 @@ def fake() -> FakeNVML:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """The time that windows read, in seconds."""
+    """The clock of windows, in seconds."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(sampler, "perf_counter", lambda: clock.now)
     return clock
 
 
 def sample(nvml: NVML, fake: FakeNVML, **held: dict[int, int | None]) -> None:
-    """One sample while the lists say this, in MiB."""
+    """Take one sample while the lists show these sizes, in MiB."""
     for name, sizes in held.items():
         setattr(fake, name, {pid: size and size * MIB for pid, size in sizes.items()})
     nvml.sample()
@@ -146,7 +147,7 @@ def test_the_own_pid_wins_over_a_process_that_was_alone_before(fake: FakeNVML) -
     assert (found.attribution, found.process, found.foreign) == ("own pid", 50 * MIB, 600 * MIB)
 
 
-def test_who_was_there_before_us_is_not_taken_for_us(fake: FakeNVML) -> None:
+def test_a_process_from_before_the_opening_is_not_ours(fake: FakeNVML) -> None:
     fake.compute = {FOREIGN: 600 * MIB}
     nvml = NVML(UUID, api=fake)
     sample(nvml, fake, compute={FOREIGN: 600})
@@ -155,7 +156,7 @@ def test_who_was_there_before_us_is_not_taken_for_us(fake: FakeNVML) -> None:
     assert (found.attribution, found.process, found.foreign) == ("device delta", 200 * MIB, 600 * MIB)
 
 
-def test_who_was_alone_when_we_had_a_context_is_us(fake: FakeNVML) -> None:
+def test_the_process_alone_at_the_marked_context_is_ours(fake: FakeNVML) -> None:
     fake.compute = {HOST: 400 * MIB}
     nvml = NVML(UUID, api=fake)
     nvml.mark_context()
@@ -164,14 +165,14 @@ def test_who_was_alone_when_we_had_a_context_is_us(fake: FakeNVML) -> None:
     assert (found.attribution, found.process, found.context) == ("only process", 700 * MIB, 400 * MIB)
 
 
-def test_who_is_alone_when_we_hold_memory_already_is_us(fake: FakeNVML) -> None:
+def test_the_process_alone_while_we_hold_memory_is_ours(fake: FakeNVML) -> None:
     fake.compute = {HOST: 400 * MIB}
     nvml = NVML(UUID, api=fake, held=300 * MIB)
     nvml.sample()
     assert (nvml.result().attribution, nvml.result().process) == ("only process", 400 * MIB)
 
 
-def test_two_that_were_alone_one_after_the_other_prove_nothing(fake: FakeNVML) -> None:
+def test_two_processes_alone_in_turn_give_a_device_delta(fake: FakeNVML) -> None:
     nvml = NVML(UUID, api=fake)
     sample(nvml, fake, compute={FOREIGN: 600})
     sample(nvml, fake, compute={HOST: 200})
@@ -179,7 +180,7 @@ def test_two_that_were_alone_one_after_the_other_prove_nothing(fake: FakeNVML) -
     assert (found.attribution, found.process, found.foreign) == ("device delta", 600 * MIB, 0)
 
 
-def test_two_that_came_together_are_the_device_delta(fake: FakeNVML) -> None:
+def test_two_processes_that_appear_together_give_a_device_delta(fake: FakeNVML) -> None:
     fake.unlisted = 30 * MIB
     nvml = NVML(UUID, api=fake)
     sample(nvml, fake, compute={HOST: 500, FOREIGN: 100})
@@ -200,7 +201,7 @@ def test_without_a_size_there_is_only_the_device_delta(fake: FakeNVML, pid: int,
     assert (found.attribution, found.process, found.foreign) == ("device delta", 500 * MIB, 40 * MIB)
 
 
-def test_what_we_held_before_the_opening_is_no_others(fake: FakeNVML) -> None:
+def test_memory_held_before_the_opening_is_not_foreign(fake: FakeNVML) -> None:
     fake.compute = {HOST: 500 * MIB, FOREIGN: 100 * MIB}
     nvml = NVML(UUID, api=fake, held=450 * MIB)
     sample(nvml, fake, compute={HOST: 800, FOREIGN: 100})
@@ -240,7 +241,7 @@ def test_the_context_of_a_device_delta_is_what_use_rose_by(fake: FakeNVML) -> No
     assert (nvml.result().attribution, nvml.result().context) == ("device delta", 450 * MIB)
 
 
-def test_a_context_that_was_not_caught_is_none(fake: FakeNVML) -> None:
+def test_a_context_that_was_not_marked_is_none(fake: FakeNVML) -> None:
     unmarked, early = NVML(UUID, api=fake), NVML(UUID, api=fake)
     early.mark_context()
     for nvml in (unmarked, early):
@@ -248,7 +249,7 @@ def test_a_context_that_was_not_caught_is_none(fake: FakeNVML) -> None:
     assert (unmarked.result().context, early.result().context) == (None, None)
 
 
-def test_a_device_delta_of_nothing_is_no_context(fake: FakeNVML) -> None:
+def test_a_device_delta_of_zero_is_no_context(fake: FakeNVML) -> None:
     nvml = NVML(UUID, api=fake)
     nvml.mark_context()
     fake.unlisted = 480 * MIB
@@ -295,7 +296,7 @@ def test_without_windows_there_is_no_mean_power(fake: FakeNVML) -> None:
     assert (nvml.result().joules, nvml.result().watts, nvml.result().watts_peak) == (None, None, 70.0)
 
 
-def test_what_a_device_does_not_support_is_asked_once_and_left_out(fake: FakeNVML) -> None:
+def test_unsupported_queries_are_made_once(fake: FakeNVML) -> None:
     fake.fails = dict.fromkeys((POWER, CLOCK), pynvml.NVML_ERROR_NOT_SUPPORTED)
     nvml = NVML(UUID, api=fake)
     sample(nvml, fake, compute={OURS: 500})
@@ -366,7 +367,7 @@ def test_a_short_run_has_the_samples_of_its_begin_and_its_end(fake: FakeNVML) ->
     assert (nvml.result().samples, fake.calls["nvmlShutdown"], fake.open) == (2, 1, 0)
 
 
-def test_what_never_began_is_shut_down_without_a_sample(fake: FakeNVML) -> None:
+def test_a_sampler_never_started_is_shut_down_without_a_sample(fake: FakeNVML) -> None:
     fake.unlisted = 30 * MIB
     nvml = NVML(UUID, api=fake)
     nvml.stop()
@@ -375,7 +376,7 @@ def test_what_never_began_is_shut_down_without_a_sample(fake: FakeNVML) -> None:
 
 
 @pytest.mark.parametrize("use", ["start", "sample", "mark_context", "begin_window", "end_window"])
-def test_what_was_stopped_is_not_used_again(fake: FakeNVML, use: str) -> None:
+def test_a_stopped_sampler_cannot_be_restarted(fake: FakeNVML, use: str) -> None:
     nvml = NVML(UUID, interval=3_600, api=fake)
     nvml.start()
     nvml.stop()
@@ -383,7 +384,7 @@ def test_what_was_stopped_is_not_used_again(fake: FakeNVML, use: str) -> None:
         getattr(nvml, use)()
 
 
-def test_a_device_that_is_lost_ends_the_sampling_and_not_the_run(fake: FakeNVML, clock: SimpleNamespace) -> None:
+def test_a_lost_device_ends_the_sampling_but_not_the_run(fake: FakeNVML, clock: SimpleNamespace) -> None:
     nvml = NVML(UUID, interval=3_600, api=fake)
     nvml.start()
     nvml.begin_window()
@@ -433,14 +434,14 @@ def test_a_driver_that_does_not_answer_is_not_waited_for(fake: FakeNVML, monkeyp
     assert not nvml._thread.is_alive()
 
 
-def test_a_shutdown_that_fails_is_told(fake: FakeNVML) -> None:
+def test_a_failed_shutdown_is_reported(fake: FakeNVML) -> None:
     nvml = NVML(UUID, api=fake)
     fake.fails["nvmlShutdown"] = pynvml.NVML_ERROR_UNINITIALIZED
     nvml.stop()
     assert "(Uninitialized)" in nvml.result().lost
 
 
-def test_of_several_failures_the_first_is_told(fake: FakeNVML) -> None:
+def test_the_first_of_several_failures_is_reported(fake: FakeNVML) -> None:
     nvml = NVML(UUID, api=fake)
     fake.fails = {POWER: pynvml.NVML_ERROR_GPU_IS_LOST, "nvmlShutdown": pynvml.NVML_ERROR_UNINITIALIZED}
     nvml.sample()
@@ -475,7 +476,7 @@ def test_the_real_library_is_missing_or_does_not_know_a_made_up_device() -> None
         NVML(UUID)
 
 
-def test_an_interval_of_no_time_is_refused(fake: FakeNVML) -> None:
+def test_an_interval_of_zero_is_refused(fake: FakeNVML) -> None:
     with pytest.raises(ValueError, match="every 0 seconds; give a time above 0"):
         NVML(UUID, interval=0, api=fake)
 

@@ -1,4 +1,4 @@
-"""Two processes that take turns: rounds, who begins, and what becomes of one whose partner ends."""
+"""Interleaved processes: rounds, their order, and a process whose partner ends."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_sparse_profiling import paired
-from lit_sparse_profiling.paired import Player, Turns, interval, pair_of, play
+from lit_sparse_profiling.paired import PairedRun, Turns, bootstrap_interval, compare_rounds, interleave
 
 SOURCES = str(Path(paired.__file__).parents[1])
 STEPS = """
@@ -20,19 +20,19 @@ for step in range({steps}):
     turns.wait()
     with open({log!r}, "a") as log:
         log.write({name!r} + chr(10))
-    turns.done({seconds})
+    turns.report({seconds})
 {after}
 """
 
 
-def player(folder: Path, name: str, steps: int, seconds: float, after: str = "") -> Player:
+def player(folder: Path, name: str, steps: int, seconds: float, after: str = "") -> PairedRun:
     values = {"sources": SOURCES, "log": str(folder / "order"), "name": name, "steps": steps, "seconds": seconds}
-    return Player([sys.executable, "-c", STEPS.format(**values, after=after)], folder / f"{name}.log")
+    return PairedRun([sys.executable, "-c", STEPS.format(**values, after=after)], folder / f"{name}.log")
 
 
 def played(folder: Path, steps: tuple[int, int], after: str = "") -> tuple[list[tuple[float, float]], int | None]:
     first = player(folder, "a", steps[0], 3.0, after)
-    rounds = play(first, partial(player, folder, "b", steps[1], 2.0), None, lambda: None)
+    rounds = interleave(first, partial(player, folder, "b", steps[1], 2.0), None, lambda: None)
     return rounds, first.end(None, lambda: None)
 
 
@@ -57,7 +57,7 @@ def test_the_first_goes_on_alone_if_the_second_never_steps(tmp_path: Path) -> No
 
 def test_the_second_is_not_even_started_if_the_first_never_steps(tmp_path: Path) -> None:
     first = player(tmp_path, "a", 0, 1.0, "sys.exit(2)")
-    assert play(first, lambda: pytest.fail("it was started"), None, lambda: None) == []
+    assert interleave(first, lambda: pytest.fail("it was started"), None, lambda: None) == []
     assert first.end(None, lambda: None) == 2
 
 
@@ -91,17 +91,17 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
 
 
 def test_the_pair_is_the_ratio_of_the_first_to_the_second() -> None:
-    pair = pair_of("floor", [(3.0, 2.0), (2.0, 2.0), (5.0, 2.0)])
+    pair = compare_rounds("floor", [(3.0, 2.0), (2.0, 2.0), (5.0, 2.0)])
     assert (pair.against, pair.median, pair.highest, pair.rounds) == ("floor", 1.5, 2.5, 3)
     assert 1.0 <= pair.low <= 1.5 <= pair.high <= 2.5
     with pytest.raises(ValueError, match="no rounds to compare with floor"):
-        pair_of("floor", [])
+        compare_rounds("floor", [])
 
 
 def test_the_interval_holds_the_median_and_narrows() -> None:
     few, many = [1.0, 1.1, 1.2, 1.3], [1.0, 1.1, 1.2, 1.3] * 20
-    low, high = interval(few)
+    low, high = bootstrap_interval(few)
     assert 1.0 <= low < 1.15 < high <= 1.3
-    assert interval(few) == (low, high)
-    narrow = interval(many)
+    assert bootstrap_interval(few) == (low, high)
+    narrow = bootstrap_interval(many)
     assert narrow[1] - narrow[0] < high - low

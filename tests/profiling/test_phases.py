@@ -7,13 +7,13 @@ import torch
 
 from lit_sparse_profiling import memory, phases
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.record import Phase
+from lit_sparse_profiling.sections import Phase
 
 MIB = 2**20
 
 
 class Clock:
-    """A clock that only moves when told to."""
+    """A clock that moves only on request."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -116,7 +116,7 @@ def test_resident_peaks_belong_to_their_phase(by_name: Callable[[Phases], dict[s
 
 
 class Allocator:
-    """Stands in for CUDA's: its peaks fall back to what is held when they are reset."""
+    """Stand-in for CUDA's allocator, whose peaks fall to the current level on reset."""
 
     def __init__(self) -> None:
         self.held = self.peak = self.synchronised = 0

@@ -20,11 +20,11 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lit_sparse_profiling import phases, profiler, stopwatch
+from lit_sparse_profiling import nvml, phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
-from lit_sparse_profiling.counted import COURSE
-from lit_sparse_profiling.nvml import NVML
-from lit_sparse_profiling.profiler import ATTEMPTS, Plan, Profiler, opened
+from lit_sparse_profiling.counted import UNNAMED_PHASE
+from lit_sparse_profiling.nvml import NVML, open_nvml
+from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Plan, Profiler
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
@@ -59,7 +59,7 @@ def batches(count: int | None = None) -> Iterator[dict[str, Tensor]]:
 
 
 class Loop:
-    """A training loop; `inside` is called in each step's forward, `tokens` are told instead of counted."""
+    """A training loop. It calls `inside` in each forward, and reports `tokens` instead of counting them."""
 
     def __init__(self, plan: Plan = PLAN, **options: Any) -> None:
         torch.manual_seed(0)
@@ -90,7 +90,7 @@ class Loop:
         return self.profiler.record("loop")
 
     def is_clean(self) -> bool:
-        """Whether nothing looks into the process any more."""
+        """True if no instrument is left in the process."""
         hooks: list[Any] = [p._post_accumulate_grad_hooks for p in self.model.parameters()]  # pyright: ignore
         modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
         saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -98,7 +98,7 @@ class Loop:
 
 
 class Clock:
-    """A clock that only moves when told to."""
+    """A clock that moves only on request."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -107,7 +107,7 @@ class Clock:
         return self.now
 
     def takes(self, seconds: float) -> Callable[[], None]:
-        """Work that takes so long."""
+        """Return work that takes so many seconds."""
 
         def work() -> None:
             self.now += seconds
@@ -117,7 +117,7 @@ class Clock:
 
 @pytest.fixture(scope="module", autouse=True)
 def a_small_heap() -> Iterator[None]:
-    """Keeps the garbage collector, which each examination calls, from all that the imports have made."""
+    """Freeze the objects of the imports, so that the garbage collection in each examination is fast."""
     gc.collect()
     gc.freeze()
     yield
@@ -126,7 +126,7 @@ def a_small_heap() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The device's ceilings are given, which takes no time; one entry for each time they were asked for."""
+    """Replace the measurement of ceilings, which is slow; return a list with an entry per call."""
     asked: list[str] = []
 
     def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
@@ -145,7 +145,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def tools() -> tuple[bool, int]:
-    """Whether a torch.profiler runs, and how many modes see each operation."""
+    """Return whether a torch.profiler is running, and the number of active dispatch modes."""
     return _profiler_enabled(), len(_get_current_dispatch_mode_stack())
 
 
@@ -164,7 +164,7 @@ def test_the_docstrings_example_runs_as_it_stands(monkeypatch: pytest.MonkeyPatc
     assert findings(record) == []
 
 
-def test_each_stage_has_its_tools_and_the_timed_steps_have_none() -> None:
+def test_only_untimed_stages_have_instruments() -> None:
     loop, seen = Loop(), []
     for _ in STAGES:
         loop.step(lambda: seen.append(tools()))
@@ -230,7 +230,7 @@ def test_between_the_phases_a_step_is_in_its_course() -> None:
                 with found.phase("forward"):
                     model(**batch)
                 torch.ones(MIB)
-    assert found.record("course").memory.held.phase == COURSE
+    assert found.record("course").memory.held.phase == UNNAMED_PHASE
 
 
 def test_the_trace_is_written(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_what_the_ledger_grew_by_is_no_leak() -> None:
 
 
 def test_reference_cycles_are_no_leak() -> None:
-    """They are gone when the garbage collector comes, which may be any time."""
+    """They are freed by the garbage collector, which may run at any time."""
     loop = Loop()
 
     def tie() -> None:
@@ -345,7 +345,7 @@ def test_evaluation_in_the_middle_of_a_step_of_any_stage(amid: int) -> None:
     loop.steps(9)
     record = loop.record()
     assert findings(record) == []
-    assert record.notes == ["Steps not measured, since evaluation or saving came in the middle of them: 1."]
+    assert record.notes == ["Steps not measured, since evaluation or saving interrupted them: 1."]
     assert record.memory.allocator.requested < MIB
     assert record.kernels.steps == 2
     lost = {"warm-up": 0, "lead-in": 1, "examined": 2, "kernels": 1, "timed": 1}[STAGES[amid]]
@@ -354,9 +354,9 @@ def test_evaluation_in_the_middle_of_a_step_of_any_stage(amid: int) -> None:
     assert record.throughput.tokens == record.throughput.steps * TOKENS
 
 
-def test_what_always_falls_apart_is_given_up_with_a_sentence() -> None:
+def test_steps_that_are_always_interrupted_are_given_up_with_a_note() -> None:
     loop = Loop(Plan(warmup=0, profiled=0, timed=2))
-    for _ in range(ATTEMPTS + 2):
+    for _ in range(MAX_ATTEMPTS + 2):
         assert not loop.profiler.done
         loop.step()
         loop.profiler.pause()
@@ -364,16 +364,16 @@ def test_what_always_falls_apart_is_given_up_with_a_sentence() -> None:
     record = loop.record()
     assert record.memory.held is None
     (note,) = record.notes
-    assert note.startswith(f"Memory was not counted: in {ATTEMPTS} attempts evaluation or saving came in between")
+    assert note.startswith(f"Memory was not counted: evaluation or saving interrupted all of {MAX_ATTEMPTS} attempts")
 
 
 def test_kernels_that_are_always_interrupted_are_given_up_too() -> None:
     loop = Loop(Plan(0, False, 1))
-    loop.steps(ATTEMPTS, loop.profiler.pause)
+    loop.steps(MAX_ATTEMPTS, loop.profiler.pause)
     loop.step()
     record = loop.record()
     assert (record.kernels, record.throughput.steps) == (None, 1)
-    assert record.notes[0].startswith("Kernels were not timed: in 5 attempts")
+    assert record.notes[0].startswith("Kernels were not timed: evaluation or saving interrupted all of 5 attempts")
 
 
 def test_the_rest_of_an_interrupted_step_is_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +410,7 @@ def test_a_loop_that_ends_within_a_step_leaves_nothing_behind() -> None:
 
 
 class Failure(Exception):
-    """What a step fails with."""
+    """The exception of a failing step."""
 
 
 def fail() -> None:
@@ -494,7 +494,7 @@ def test_no_timed_step_is_no_throughput() -> None:
 
 @pytest.mark.parametrize("at_a_time", [1, 4])
 def test_accumulated_batches_all_count(at_a_time: int, clock: Clock) -> None:
-    """As many tokens, however many batches make a step."""
+    """The number of tokens is the same however many batches a step has."""
     given = [{"token_mask": torch.arange(TOKENS) < length} for length in (60, 1, 33, 64, 17, 5, 48, 2)]
     loop = Loop(Plan(0, False, 0))
     for first in range(0, len(given), at_a_time):
@@ -534,7 +534,7 @@ def test_batches_that_tell_nothing_have_no_tokens() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 8, 11])
 def test_more_steps_than_are_held_are_folded(steps: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stopwatch, "STEPS_HELD", 4)
+    monkeypatch.setattr(stopwatch, "MAX_STAMPS", 4)
     loop = Loop(Plan(0, False, 0))
     for number in range(steps):
         loop.step(clock.takes(2.0**number))
@@ -571,7 +571,7 @@ def test_weights_of_few_bits_do_not_choose_the_ceilings_type() -> None:
 
 
 class Card:
-    """Stands in for `torch.cuda`: its time moves by `Loop`'s steps, its memory as it is told to.
+    """Stand-in for `torch.cuda`, whose time moves with `Loop`'s steps, and memory on request.
 
     Attributes:
         waits: How often someone waited for an event; `synchronised` is how often for the whole device.
@@ -616,7 +616,7 @@ class Card:
 
 
 class CardEvent:
-    """An event of a `Card`; its time may be read when it was waited for, or a later one was."""
+    """An event of a `Card`, whose time can be read once it, or a later one, was synchronised."""
 
     def __init__(self, card: Card) -> None:
         self.card = card
@@ -644,10 +644,10 @@ def card(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> Card:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeNVML:
-    """NVML by script, with samples only when the profiler or a test takes them."""
+    """A scripted NVML that samples only when the profiler or a test asks."""
     fake = FakeNVML()
     fake.compute = {os.getpid(): 300 * MIB}
-    monkeypatch.setattr(profiler, "NVML", SimpleNamespace(of=lambda device: NVML(UUID, interval=1000, api=fake)))
+    monkeypatch.setattr(nvml, "NVML", SimpleNamespace(of=lambda device: NVML(UUID, interval=1000, api=fake)))
     return fake
 
 
@@ -666,7 +666,7 @@ def test_the_stopwatch_waits_once_a_window(card: Card, monkeypatch: pytest.Monke
     assert (card.waits, card.synchronised) == (2, 0)
     watch.close()
     assert card.waits == 2
-    monkeypatch.setattr(stopwatch, "STEPS_HELD", 2)
+    monkeypatch.setattr(stopwatch, "MAX_STAMPS", 2)
     for _ in range(6):
         watch.stamp()
     assert card.waits == 2 + 2
@@ -762,7 +762,7 @@ def test_a_machine_without_nvml_says_so_and_trains(card: Card, fake: FakeNVML) -
 
 def test_a_cpu_has_no_nvml() -> None:
     notes: list[str] = []
-    assert opened(torch.device("cpu"), notes) is None
+    assert open_nvml(torch.device("cpu"), notes) is None
     assert notes == []
 
 

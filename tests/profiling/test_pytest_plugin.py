@@ -13,34 +13,34 @@ import pytest
 import torch
 
 from lit_sparse_profiling import pytest_plugin
-from lit_sparse_profiling.pytest_plugin import limited, size
+from lit_sparse_profiling.pytest_plugin import limit_peak, parse_size
 
 pytest_plugins = ["pytester"]
 
 MIB = 2**20
 IMPORTING = "from lit_sparse_profiling.pytest_plugin import peak_memory\n"
-"""In a conftest: so the fixture is there also where nothing was installed."""
+"""For a conftest, so that the fixture exists without an installation."""
 
 
 @dataclass
-class Measured:
+class Allocations:
     requested: int = 0
     left: int = 0
     method: str = "scripted"
 
 
 class FakeAllocator(types.ModuleType):
-    """Stands in for `lit_sparse_profiling.allocator`: says what it is told to, once the block has ended."""
+    """Stand-in for `lit_sparse_profiling.allocator` that reports scripted figures after the block."""
 
     def __init__(self) -> None:
         super().__init__("lit_sparse_profiling.allocator")
-        self.says = Measured()
+        self.says = Allocations()
         self.asked: list[torch.device | None] = []
 
     @contextmanager
-    def measured(self, device: torch.device | None = None) -> Iterator[Measured]:
+    def measure_allocations(self, device: torch.device | None = None) -> Iterator[Allocations]:
         self.asked.append(device)
-        found = Measured()
+        found = Allocations()
         yield found
         found.requested, found.left = self.says.requested, self.says.left
 
@@ -52,9 +52,9 @@ def allocator(monkeypatch: pytest.MonkeyPatch) -> FakeAllocator:
     return fake
 
 
-def test_what_was_measured_is_told_below_the_block(allocator: FakeAllocator) -> None:
-    allocator.says = Measured(50 * MIB, -3)
-    with limited() as peak:
+def test_the_peak_is_known_after_the_block_below_the_block(allocator: FakeAllocator) -> None:
+    allocator.says = Allocations(50 * MIB, -3)
+    with limit_peak() as peak:
         pass
     assert (peak.bytes, peak.left, peak.method) == (50 * MIB, -3, "scripted")
     assert allocator.asked == [None]
@@ -62,33 +62,33 @@ def test_what_was_measured_is_told_below_the_block(allocator: FakeAllocator) -> 
 
 @pytest.mark.parametrize("name", ["bytes", "left", "method"])
 @pytest.mark.usefixtures("allocator")
-def test_inside_of_the_block_nothing_is_known_yet(name: str) -> None:
-    with limited() as peak, pytest.raises(RuntimeError, match="before the block ended; ask for it below the block"):
+def test_figures_are_refused_inside_the_block(name: str) -> None:
+    with limit_peak() as peak, pytest.raises(RuntimeError, match="before the block ended; ask for it below the block"):
         getattr(peak, name)
 
 
 def test_the_device_may_be_named(allocator: FakeAllocator) -> None:
-    with limited(device="cpu"), limited(device=torch.device("cuda", 1)):
+    with limit_peak(device="cpu"), limit_peak(device=torch.device("cuda", 1)):
         pass
     assert allocator.asked == [torch.device("cpu"), torch.device("cuda", 1)]
 
 
 @pytest.mark.parametrize("at_most", [50 * MIB, "50 MiB", "50MiB", "51200 KiB"])
 def test_a_limit_is_reached_but_not_passed(allocator: FakeAllocator, at_most: int | str) -> None:
-    allocator.says = Measured(50 * MIB)
-    with limited(at_most):
+    allocator.says = Allocations(50 * MIB)
+    with limit_peak(at_most):
         pass
-    allocator.says = Measured(50 * MIB + 1)
+    allocator.says = Allocations(50 * MIB + 1)
     with (
         pytest.raises(AssertionError, match=r"50\.00 MiB \(52,428,801 bytes\) .* at most 50\.00 MiB \(52,428,800 byt"),
-        limited(at_most),
+        limit_peak(at_most),
     ):
         pass
 
 
-def test_a_failure_of_the_block_is_what_is_told(allocator: FakeAllocator) -> None:
-    allocator.says = Measured(50 * MIB)
-    with pytest.raises(ZeroDivisionError), limited("1 B"):
+def test_a_failure_of_the_block_is_not_hidden(allocator: FakeAllocator) -> None:
+    allocator.says = Allocations(50 * MIB)
+    with pytest.raises(ZeroDivisionError), limit_peak("1 B"):
         _ = 1 / 0
 
 
@@ -105,17 +105,17 @@ def test_a_failure_of_the_block_is_what_is_told(allocator: FakeAllocator) -> Non
     ],
 )
 def test_sizes_are_read(spelled: int | str, found: int) -> None:
-    assert size(spelled) == found
+    assert parse_size(spelled) == found
 
 
 @pytest.mark.parametrize("spelled", ["50", "50 MB", "50 mib", "MiB", "-1 MiB", "1e3 MiB", "", -1, 1.5])
 def test_what_is_no_size_is_refused_before_the_block(spelled: int | str) -> None:
-    with pytest.raises(ValueError, match=r"it is no size; give bytes .* units B, KiB, MiB, GiB, TiB"):
-        limited(spelled)
+    with pytest.raises(ValueError, match=r"it is not a size; give bytes .* units B, KiB, MiB, GiB, TiB"):
+        limit_peak(spelled)
 
 
 def test_the_fixture_in_a_test_of_a_user(pytester: pytest.Pytester, allocator: FakeAllocator) -> None:
-    allocator.says = Measured(50 * MIB, left=9)
+    allocator.says = Allocations(50 * MIB, left=9)
     pytester.makeconftest(IMPORTING)
     pytester.makepyfile("""
         def test_tells(peak_memory):
@@ -144,20 +144,20 @@ def test_loading_the_plugin_imports_no_torch() -> None:
 
 
 def test_the_real_allocator() -> None:
-    with limited("24 MiB", device="cpu") as peak:
+    with limit_peak("24 MiB", device="cpu") as peak:
         kept = torch.ones(2 * MIB)  # of 4 bytes each
         torch.ones(3 * MIB)
     assert peak.bytes == pytest.approx(20 * MIB, abs=4096)
     assert peak.left == pytest.approx(8 * MIB, abs=4096)
     assert "CPU" in peak.method
     assert kept.numel() == 2 * MIB
-    with pytest.raises(AssertionError, match=r"at most 1\.00 MiB"), limited("1 MiB", device="cpu"):
+    with pytest.raises(AssertionError, match=r"at most 1\.00 MiB"), limit_peak("1 MiB", device="cpu"):
         torch.ones(MIB)
 
 
 @pytest.mark.gpu
 def test_the_real_allocator_of_a_gpu() -> None:
-    with limited("24 MiB") as peak:
+    with limit_peak("24 MiB") as peak:
         kept = torch.ones(2 * MIB, device="cuda")
         torch.ones(3 * MIB, device="cuda")
     assert (peak.bytes, peak.left) == (20 * MIB, 8 * MIB)

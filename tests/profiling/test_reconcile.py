@@ -15,12 +15,13 @@ from lit_sparse_profiling.reconcile import (
     NOT_COUNTED,
     RESIDUE,
     Line,
-    amount,
     findings,
+    format_bytes,
     reconcile,
     residue,
 )
-from lit_sparse_profiling.record import Allocator, Driver, Held, Ledger, Memory, Phase, RunRecord
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Allocator, Driver, Held, Ledger, Memory, Phase
 
 MIB = 2**20
 LEDGER = Ledger(
@@ -286,4 +287,4 @@ def test_an_allocator_that_gave_nothing_out_is_a_finding() -> None:
     ],
 )
 def test_amounts_are_spelled_in_the_largest_unit(size: int, spelled: str) -> None:
-    assert amount(size) == spelled
+    assert format_bytes(size) == spelled

@@ -6,16 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lit_sparse_profiling.record import (
-    SCHEMA,
-    Device,
-    Ledger,
-    Memory,
-    ModelSize,
-    Phase,
-    RunRecord,
-    Throughput,
-)
+from lit_sparse_profiling.record import SCHEMA, RunRecord
+from lit_sparse_profiling.sections import Device, Ledger, Memory, ModelSize, Phase, Throughput
 
 FULL = RunRecord(
     name="smt-1",
@@ -112,20 +104,20 @@ def test_a_truncated_file_is_named(tmp_path: Path, length: int) -> None:
     path = tmp_path / "record.json"
     FULL.write(path)
     path.write_text(path.read_text()[:length])
-    with pytest.raises(ValueError, match=r"record\.json is not a whole JSON document .*; make the run again"):
+    with pytest.raises(ValueError, match=r"record\.json is not a complete JSON document .*; repeat the run"):
         RunRecord.read(path)
 
 
-def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"record\.json is not a whole JSON document"):
+    with pytest.raises(ValueError, match=r"record\.json is not a complete JSON document"):
         RunRecord.read(tmp_path / "record.json")
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"name": "x"}'])
-def test_other_json_is_no_record(tmp_path: Path, text: str) -> None:
+def test_json_without_a_schema_is_not_a_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.json").write_text(text)
-    with pytest.raises(ValueError, match=r"metrics\.json is JSON but no run record .*give a run's record\.json"):
+    with pytest.raises(ValueError, match=r"metrics\.json is JSON but not a run record .*give a run's record\.json"):
         RunRecord.read(tmp_path / "metrics.json")
 
 
@@ -145,20 +137,20 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         ({"phases": {}}, r"record\.phases is {} where list is due"),
         ({"name": None}, r"record\.name is None where str is due"),
         ({"status": "fine"}, r"record\.status is 'fine'"),
-        ({"status": "failed"}, r"Status 'failed' and reason None"),
-        ({"reason": "because"}, r"Status 'ok' and reason 'because'"),
+        ({"status": "failed"}, r"status 'failed' and reason None"),
+        ({"reason": "because"}, r"status 'ok' and reason 'because'"),
         ({"device": "cpu"}, r"record\.device is 'cpu' where an object is due"),
         ({"model": {"base": "a", "parameters": True, "trainable": 0}}, r"model\.parameters is True where int"),
         ({"outcome": {"after": {"loss": None}}}, r"outcome\.after\.loss is None where float"),
         ({"throughput": {"tokens": 1, "padded_tokens": 1, "seconds": 0.0, "steps": 1}}, "needs timed steps"),
-        ({"throughput": {"tokens": 2, "padded_tokens": 1, "seconds": 1.0, "steps": 1}}, "fewer than the 2 without"),
+        ({"throughput": {"tokens": 2, "padded_tokens": 1, "seconds": 1.0, "steps": 1}}, "`padded_tokens` is 1"),
     ],
 )
 def test_a_malformed_record_is_refused_and_the_place_named(
     tmp_path: Path, changes: dict[str, object], finding: str
 ) -> None:
     path = document(tmp_path / "record.json", **changes)
-    with pytest.raises(ValueError, match=rf"record\.json is no valid run record: .*{finding}.*make the run again"):
+    with pytest.raises(ValueError, match=rf"record\.json is not a valid run record: .*{finding}.*repeat the run"):
         RunRecord.read(path)
 
 

@@ -1,4 +1,4 @@
-"""The report: what is read, what stands side by side, and a gate that fails for what became worse and only for that."""
+"""The report: reading runs, the table that compares them, and a gate that fails for regressions only."""
 
 import json
 import math
@@ -13,8 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_sparse_profiling import gate as gate_file
-from lit_sparse_profiling.gate import check, save_baseline, share
-from lit_sparse_profiling.record import (
+from lit_sparse_profiling.gate import check, parse_share, save_baseline
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.report import details, markdown, report, table
+from lit_sparse_profiling.run_folders import read_runs
+from lit_sparse_profiling.sections import (
     Allocator,
     Device,
     Driver,
@@ -25,12 +28,9 @@ from lit_sparse_profiling.record import (
     ModelSize,
     Pair,
     Phase,
-    RunRecord,
     StateBytes,
     Throughput,
 )
-from lit_sparse_profiling.report import details, markdown, report, table
-from lit_sparse_profiling.run_folders import read_runs
 
 GIB = 2**30
 CPU = RunRecord(
@@ -129,7 +129,7 @@ def test_a_record_that_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path: Pat
     other.write_text('{"schema": 99}')
     first, second, third = (record for _, record in read_runs([root]))
     assert first == CPU
-    assert "smt-2/record.json is not a whole JSON document" in second
+    assert "smt-2/record.json is not a complete JSON document" in second
     assert "is a record of schema 99" in third
     assert [(row["run"], row["status"]) for row in rows(read_runs([root]))] == [
         ("smt-1", "ok"),
@@ -177,19 +177,19 @@ def test_a_gpu_run() -> None:
     assert "peak GiB resident" not in row
 
 
-def test_what_no_run_has_is_no_column() -> None:
+def test_columns_that_no_run_has_are_left_out() -> None:
     assert rows(runs(RunRecord(name="x"))) == [{"run": "x", "status": "ok"}]
     both = rows(runs(OOM, replace(CPU, outcome={}, throughput=None)))
     assert list(both[0]) == ["run", "status", "trainable", "peak GiB resident", "select. s", "select. peak GiB"]
     assert both[0]["trainable"] == ""
 
 
-def test_tokens_that_are_not_known_are_no_zero() -> None:
+def test_unknown_tokens_are_not_shown_as_zero() -> None:
     (row,) = rows(runs(replace(CPU, throughput=Throughput(None, None, seconds=1.0, steps=1))))
     assert "tokens/s" not in row
 
 
-def test_a_run_in_turn_with_another_shows_the_ratio() -> None:
+def test_an_interleaved_run_shows_the_ratio() -> None:
     paired = replace(CPU, name="lora-1", pair=Pair("floor", 1.1387, 1.061, 1.192, 1.3, 12))
     first, second = rows(runs(CPU, paired))
     assert (first["step / floor"], second["step / floor"]) == ("", "1.139 [1.061, 1.192]")
@@ -217,12 +217,12 @@ def test_repetitions_share_a_row_with_median_and_range() -> None:
         {"status": "failed", "reason": "it fell over"},
     ],
 )
-def test_what_differs_is_no_repetition(other: dict[str, Any]) -> None:
+def test_runs_that_differ_are_not_repetitions(other: dict[str, Any]) -> None:
     found = rows(runs(CPU, replace(CPU, **{"name": "smt-2", **other})))
     assert [row["run"] for row in found] == ["smt-1", other.get("name", "smt-2")]
 
 
-def test_a_diverged_loss_hides_behind_no_median() -> None:
+def test_a_diverged_loss_is_not_hidden_by_the_median() -> None:
     diverged = replace(CPU, name="smt-2", outcome={"after": {"heldout_loss": math.nan}})
     for of in ((diverged, CPU, replace(CPU, name="smt-3")), (CPU, replace(CPU, name="smt-3"), diverged)):
         (row,) = rows(runs(*of))
@@ -265,7 +265,7 @@ def test_numbers_are_right_aligned_and_whole_at_120_columns() -> None:
     assert len({end for end in ends if end > 10}) == 1, text
 
 
-def test_a_name_is_no_markup_and_a_bar_no_column() -> None:
+def test_names_are_not_markup_and_bars_are_escaped() -> None:
     odd = replace(CPU, name="[red]a|b")
     assert "[red]a|b" in shown(table(runs(odd)))
     assert "| [red]a\\|b |" in markdown(runs(odd))
@@ -275,12 +275,10 @@ def test_a_name_is_no_markup_and_a_bar_no_column() -> None:
 
 
 @pytest.mark.parametrize(("later", "course"), [(0, "1.00 MiB each time."), (2**20, "1.00 MiB to 2.00 MiB.")])
-def test_the_state_of_a_run_that_changes_what_trains_is_told(
-    tmp_path: Path, capsys: Any, later: int, course: str
-) -> None:
+def test_state_is_reported_when_the_trainable_set_changes(tmp_path: Path, capsys: Any, later: int, course: str) -> None:
     folder = written(tmp_path, replace(CPU, states=[StateBytes(1, 2**20, 0), StateBytes(3, 2**20, later)]))
     assert report([str(folder)]) == 0
-    assert f"noted 2 times, after each change of what trains: {course}" in capsys.readouterr().out
+    assert f"measured 2 times, after each change of the trainable set: {course}" in capsys.readouterr().out
 
 
 def test_details_have_every_line_and_the_findings_below() -> None:
@@ -293,7 +291,7 @@ def test_details_have_every_line_and_the_findings_below() -> None:
     assert "ledgers add up" not in text
 
 
-def test_details_say_when_nothing_is_amiss_or_nothing_was_held_against_it() -> None:
+def test_details_say_when_all_is_well_or_the_allocator_was_not_read() -> None:
     held = replace(HELD, saved=4 * GIB)
     assert "the ledgers add up" in shown(details(replace(GPU, memory=replace(GPU.memory, held=held))))
     assert "The allocator was not read in a step" in shown(details(replace(CPU, ledger=Ledger(frozen=1))))
@@ -360,7 +358,7 @@ def test_each_run_gets_its_verdict(baseline: Path, record: RunRecord, result: st
     assert not other.failed
 
 
-def test_a_new_run_is_told_and_passes_and_one_that_is_gone_fails(baseline: Path) -> None:
+def test_a_new_run_passes_and_a_missing_one_fails(baseline: Path) -> None:
     found = check(runs(CPU, replace(CPU, name="galore-1")), baseline, 0.05)
     assert [(v.run, v.result, v.failed) for v in found] == [
         ("smt-1", "within tolerance", False),
@@ -384,7 +382,7 @@ def test_a_record_that_cannot_be_read_fails(baseline: Path) -> None:
     assert (found.run, found.failed, found.sentence) == ("smt-1", True, "not comparable: it is cut off.")
 
 
-def test_what_failed_in_the_baseline_may_fail_alike_or_become_better(tmp_path: Path) -> None:
+def test_a_failure_in_the_baseline_may_stay_or_improve(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
     save_baseline(runs(OOM), path)
     assert verdicts(path, OOM) == {"galore-1": "within tolerance"}
@@ -392,7 +390,7 @@ def test_what_failed_in_the_baseline_may_fail_alike_or_become_better(tmp_path: P
     assert verdicts(path, replace(OOM, status="failed")) == {"galore-1": "not comparable"}
 
 
-def test_nothing_measured_is_not_taken_for_nothing_wrong(tmp_path: Path) -> None:
+def test_a_run_without_measurements_does_not_pass(tmp_path: Path) -> None:
     path = tmp_path / "baseline.json"
     save_baseline(runs(RunRecord(name="x")), path)
     (verdict,) = check(runs(RunRecord(name="x")), path, 0.05)
@@ -439,9 +437,9 @@ def test_a_write_that_is_cut_off_leaves_the_old_baseline(baseline: Path, monkeyp
     ("text", "sentence"),
     [
         ("{", "cannot be read as a baseline"),
-        ("[]", "is a baseline of schema None, and this version reads 1; save it anew"),
+        ("[]", "is a baseline of schema None, and this version reads 1; save it again"),
         ('{"schema": 2, "runs": {}}', "is a baseline of schema 2, and this version reads 1"),
-        ('{"schema": 1}', "is no valid baseline: baseline lacks: runs"),
+        ('{"schema": 1}', "is not a valid baseline: baseline lacks: runs"),
         (
             '{"schema": 1, "runs": {"smt": {"status": "ok", "peak": "3"}}}',
             r"runs\.smt\.peak is '3' where int",
@@ -459,7 +457,7 @@ def test_a_missing_baseline_is_named(tmp_path: Path) -> None:
         check(runs(CPU), tmp_path / "baseline.json", 0.05)
 
 
-def test_a_baseline_that_is_not_a_number_lets_nothing_pass(baseline: Path) -> None:
+def test_a_nan_in_the_baseline_lets_nothing_pass(baseline: Path) -> None:
     baseline.write_text(baseline.read_text().replace("200.0", '"NaN"'))
     assert verdicts(baseline, CPU, LISA) == {"smt-1": "worse", "lisa-1": "worse"}
 
@@ -468,13 +466,13 @@ def test_a_baseline_that_is_not_a_number_lets_nothing_pass(baseline: Path) -> No
     ("text", "value"), [("5%", 0.05), ("0.05", 0.05), (" 2.5 % ", 0.025), ("0", 0.0), (".5", 0.5), ("150%", 1.5)]
 )
 def test_shares_are_read(text: str, value: float) -> None:
-    assert share(text) == value
+    assert parse_share(text) == value
 
 
 @pytest.mark.parametrize("text", ["5", "1", "-5%", "", "%", "nan", "inf", "1e-2", "five", "5%%"])
-def test_what_is_no_share_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"A tolerance of .* was asked for, but it is a share; write it as 5% or as 0"):
-        share(text)
+def test_an_invalid_tolerance_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"A tolerance of .* but it must be a fraction; write it as 5% or as 0"):
+        parse_share(text)
 
 
 # ---- the verb
@@ -497,7 +495,7 @@ def test_one_run_shows_where_it_trains(tmp_path: Path, capsys: pytest.CaptureFix
     assert ["1", "25.0%", "100.0%"] in rows
 
 
-def test_several_are_compared_and_reasons_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_runs_are_compared_with_their_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written(tmp_path, CPU, OOM, replace(GPU, name="lisa-1"))
     (tmp_path / "cut-1").mkdir()
     (tmp_path / "cut-1" / "record.json").write_text("{")
@@ -505,11 +503,11 @@ def test_several_are_compared_and_reasons_told(tmp_path: Path, capsys: pytest.Ca
     out = capsys.readouterr().out
     assert "galore-1: oom: out of memory [tried 2 GiB]\n" in out
     assert "cut-1: unreadable: " in out
-    assert f"lisa-1: 1 of its memory figures are not as they should be; report {tmp_path / 'lisa-1'} alone." in out
+    assert f"lisa-1: 1 of its memory figures are not as expected; report {tmp_path / 'lisa-1'} alone." in out
     assert "where the memory went" not in out
 
 
-def test_a_run_of_which_nothing_is_known_has_no_details(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_measurements_has_no_details(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report([str(written(tmp_path, OOM))]) == 0
     assert "where the memory went" not in capsys.readouterr().out
 

@@ -1,4 +1,4 @@
-"""The bench: what a process leaves, what is made again, and that killing it loses at most the run under way."""
+"""The bench: records of processes however they end, repetitions, and the loss of at most one run if it is killed."""
 
 import json
 import os
@@ -17,12 +17,12 @@ import pytest
 from lit_sparse_profiling import runner
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.run_folders import folders, next_folder
-from lit_sparse_profiling.runner import Job, execute, finished, sources, turns
+from lit_sparse_profiling.runner import Job, execute, finished_runs, hash_sources, plan_repeats
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(runner.__file__).parents[1])}
 SECONDS = 60.0
-"""What is waited for happens within these."""
+"""Time limit of waits."""
 
 RUN = f"""
 import json, os, pathlib, signal, sys, time
@@ -43,7 +43,7 @@ def hold():
     while (root / "hold").exists() and time.monotonic() < end:
         time.sleep(0.02)
 """
-"""What a job executes before its own lines: it makes the next folder as a fit does."""
+"""Prologue of every job: it creates the next folder as a fit does."""
 
 
 def job(root: Path, name: str = "a", body: str = "record()", **settings: str) -> Job:
@@ -51,12 +51,12 @@ def job(root: Path, name: str = "a", body: str = "record()", **settings: str) ->
 
 
 def make(jobs: list[Job], root: Path, repeat: int = 1) -> list[str]:
-    """Make what is missing; the names of the folders made, in their order."""
-    return [execute(turn.job, root).name for turn in turns(jobs, root, repeat) if turn.folder is None]
+    """Run the jobs that have no result; return the names of their folders, in order."""
+    return [execute(turn.job, root).name for turn in plan_repeats(jobs, root, repeat) if turn.folder is None]
 
 
 def made(body: str, root: Path, limit: float | None = None) -> RunRecord:
-    """The record after one run that does `body`."""
+    """Run `body` once and return its record."""
     folder = execute(job(root, body=body), root, limit)
     assert folder == root / "a-1"
     assert {"record.json", "bench.json", "log.txt"} <= {path.name for path in folder.iterdir()}
@@ -64,7 +64,7 @@ def made(body: str, root: Path, limit: float | None = None) -> RunRecord:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """What changes when one of a folder's files is written again."""
+    """Return inode and time of each file in a folder, which change when it is rewritten."""
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
@@ -84,7 +84,7 @@ def is_dead(pid: int) -> bool:
 
 @pytest.fixture(autouse=True)
 def impatience(monkeypatch):
-    """The bench looks more often whether a process has ended."""
+    """Poll processes more often."""
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 20))
 
@@ -100,14 +100,14 @@ RESULTS = {
     "last sentence": ("print('lit-sparse: hm.\\nlit-sparse: no.'); sys.exit(2)", "refused", r"^no\.$"),
     "exit 2 without a sentence": ("print('usage'); sys.exit(2)", "failed", "^exit status 2 .*the log ends: usage$"),
     "a sentence, but exit 1": ("print('lit-sparse: no.'); sys.exit(1)", "failed", "^exit status 1 .*lit-sparse: no"),
-    "silence": ("pass", "failed", r"^exit status 0 without a whole record; the log ends: \(empty\)$"),
+    "silence": ("pass", "failed", r"^exit status 0 without a complete record; the log ends: \(empty\)$"),
     "traceback": ("1 / 0", "failed", "^exit status 1 .*the log ends: ZeroDivisionError: division by zero$"),
-    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "by SIGKILL; Linux ends so what takes too much"),
-    "another signal": ("os.kill(os.getpid(), signal.SIGTERM)", "failed", r"ended by SIGTERM\.$"),
+    "killed": ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "by SIGKILL; Linux does so when memory runs out"),
+    "another signal": ("os.kill(os.getpid(), signal.SIGTERM)", "failed", r"killed by SIGTERM\.$"),
     "undecodable log": ("os.write(1, b'\\xff!\\n'); sys.exit(3)", "failed", "^exit status 3 .*the log ends: \ufffd!$"),
-    "truncated": ("record(); os.truncate(folder / 'record.json', 9)", "failed", "^exit status 0 without a whole"),
-    "foreign": ("record(loss=1)", "failed", "^exit status 0 without a whole record"),
-    "contradictory": ("record(status='oom')", "failed", "^exit status 0 without a whole record"),
+    "truncated": ("record(); os.truncate(folder / 'record.json', 9)", "failed", "^exit status 0 without a complete"),
+    "foreign": ("record(loss=1)", "failed", "^exit status 0 without a complete record"),
+    "contradictory": ("record(status='oom')", "failed", "^exit status 0 without a complete record"),
 }
 
 
@@ -124,19 +124,19 @@ def test_the_log_has_what_the_process_said(tmp_path):
     assert not (tmp_path / "a.log").exists()
 
 
-def test_at_the_limit_a_process_is_stopped(tmp_path):
+def test_a_process_is_stopped_at_its_limit(tmp_path):
     begin = time.monotonic()
     record = made(f"(root / 'pid').write_text(str(os.getpid())); time.sleep({SECONDS})", tmp_path, limit=1.0)
     assert time.monotonic() - begin < SECONDS
-    assert (record.status, record.reason) == ("failed", "it had not ended after 1 seconds and was stopped.")
+    assert (record.status, record.reason) == ("failed", "it was stopped after 1 seconds.")
     assert is_dead(int((tmp_path / "pid").read_text()))
 
 
-def test_what_was_recorded_before_the_limit_counts(tmp_path):
+def test_a_record_written_before_the_limit_counts(tmp_path):
     assert made(f"record(); time.sleep({SECONDS})", tmp_path, limit=1.0).status == "ok"
 
 
-def test_a_bench_that_is_broken_off_ends_its_process(tmp_path):
+def test_an_interrupted_bench_ends_its_process(tmp_path):
     pid = tmp_path / "a-1" / "pid"
     (tmp_path / "hold").touch()
 
@@ -147,26 +147,26 @@ def test_a_bench_that_is_broken_off_ends_its_process(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         execute(job(tmp_path, body="record(); hold()"), tmp_path, tick=interrupt)
     assert is_dead(int(pid.read_text()))
-    assert finished(tmp_path, job(tmp_path, body="record(); hold()")) == []
+    assert finished_runs(tmp_path, job(tmp_path, body="record(); hold()")) == []
 
 
 # ---- turns
 
 
-def test_all_take_turns_and_what_is_done_stays(tmp_path):
+def test_jobs_are_interleaved_and_results_are_kept(tmp_path):
     jobs = [job(tmp_path, name) for name in "abc"]
     assert make(jobs[1:2], tmp_path) == ["b-1"]
-    plan = [(turn.job.name, turn.number, turn.folder and turn.folder.name) for turn in turns(jobs, tmp_path, 2)]
+    plan = [(turn.job.name, turn.number, turn.folder and turn.folder.name) for turn in plan_repeats(jobs, tmp_path, 2)]
     assert plan == [("a", 1, None), ("b", 1, "b-1"), ("c", 1, None), ("a", 2, None), ("b", 2, None), ("c", 2, None)]
     before = stamps(tmp_path / "b-1")
     assert make(jobs, tmp_path, 2) == ["a-1", "c-1", "a-2", "b-2", "c-2"]
     assert stamps(tmp_path / "b-1") == before
     assert make(jobs, tmp_path, 2) == []
     assert make(jobs, tmp_path, 3) == ["a-3", "b-3", "c-3"]
-    assert [turn.folder.name for turn in turns(jobs, tmp_path, 1)] == ["a-1", "b-1", "c-1"]
+    assert [turn.folder.name for turn in plan_repeats(jobs, tmp_path, 1)] == ["a-1", "b-1", "c-1"]
 
 
-def test_what_failed_is_made_again_and_what_ended_otherwise_is_not(tmp_path):
+def test_only_failed_runs_are_repeated(tmp_path):
     bodies = {
         "a": "record(status='oom', reason='full')",
         "b": "print('lit-sparse: no.'); sys.exit(2)",
@@ -187,20 +187,20 @@ CHANGED: dict[str, Callable[[Job], Job]] = {
 
 
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
-def test_runs_of_something_else_do_not_count(tmp_path, change):
+def test_runs_of_another_identity_do_not_count(tmp_path, change):
     one = job(tmp_path, code="1")
     assert make([one], tmp_path) == ["a-1"]
-    assert [turn.folder for turn in turns([change(one)], tmp_path, 1)] == [None]
+    assert [turn.folder for turn in plan_repeats([change(one)], tmp_path, 1)] == [None]
     assert make([job(tmp_path, code="1")], tmp_path) == []
 
 
-def test_runs_of_something_else_get_further_numbers(tmp_path):
+def test_runs_of_another_identity_get_new_numbers(tmp_path):
     jobs = [job(tmp_path, code=version) for version in "12"]
     assert make(jobs, tmp_path, 2) == ["a-1", "a-2", "a-3", "a-4"]
-    assert [[path.name for path in finished(tmp_path, one)] for one in jobs] == [["a-1", "a-3"], ["a-2", "a-4"]]
+    assert [[path.name for path in finished_runs(tmp_path, one)] for one in jobs] == [["a-1", "a-3"], ["a-2", "a-4"]]
 
 
-def test_folders_are_told_by_name_and_ordered_by_number(tmp_path):
+def test_folders_match_by_name_and_are_ordered_by_number(tmp_path):
     assert next_folder(tmp_path / "nowhere", "a") == tmp_path / "nowhere" / "a-1"
     for name in ("a-10", "a-9", "a-b-11", "a-12.part", "ba-13", "a-", "a--1"):
         (tmp_path / name).mkdir()
@@ -214,18 +214,18 @@ def test_folders_are_told_by_name_and_ordered_by_number(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["record.json", "bench.json"])
-def test_a_truncated_file_makes_no_result(tmp_path, file):
+def test_a_truncated_file_is_not_a_result(tmp_path, file):
     one = job(tmp_path)
     assert make([one], tmp_path) == ["a-1"]
     whole = (tmp_path / "a-1" / file).read_bytes()
     for length in range(len(whole.rstrip())):
         (tmp_path / "a-1" / file).write_bytes(whole[:length])
-        assert finished(tmp_path, one) == []
+        assert finished_runs(tmp_path, one) == []
     (tmp_path / "a-1" / file).unlink()
-    assert finished(tmp_path, one) == []
+    assert finished_runs(tmp_path, one) == []
     assert make([one], tmp_path) == ["a-2"]
     (tmp_path / "a-1" / file).write_bytes(whole)
-    assert [path.name for path in finished(tmp_path, one)] == ["a-1", "a-2"]
+    assert [path.name for path in finished_runs(tmp_path, one)] == ["a-1", "a-2"]
 
 
 FOREIGN = ["[]", '"identity"', "null", "3", "{}", '{"identity": null}', '{"identity": ["x"]}', '{"loss": 1.0}', "\0"]
@@ -233,14 +233,14 @@ FOREIGN = ["[]", '"identity"', "null", "3", "{}", '{"identity": null}', '{"ident
 
 @pytest.mark.parametrize("text", FOREIGN)
 @pytest.mark.parametrize("file", ["record.json", "bench.json"])
-def test_a_foreign_file_makes_no_result(tmp_path, file, text):
+def test_a_foreign_file_is_not_a_result(tmp_path, file, text):
     one = job(tmp_path)
     make([one], tmp_path)
     (tmp_path / "a-1" / file).write_text(text, encoding="utf-8")
-    assert finished(tmp_path, one) == []
+    assert finished_runs(tmp_path, one) == []
 
 
-def test_a_record_alone_is_no_result_nor_is_a_file_in_a_folder_s_place(tmp_path):
+def test_neither_a_record_alone_nor_a_file_named_like_a_folder_is_a_result(tmp_path):
     RunRecord(name="a-1").write(tmp_path / "record.json")
     (tmp_path / "a-1").mkdir()
     (tmp_path / "record.json").rename(tmp_path / "a-1" / "record.json")
@@ -266,11 +266,11 @@ time.sleep = lambda seconds: sleep(seconds / 20)
 root, jobs, file, line = pathlib.Path(sys.argv[1]), [runner.Job(*job) for job in json.loads(sys.argv[2])], *sys.argv[3:]
 if file:
     sys.settrace(killed_at)
-for turn in runner.turns(jobs, root, 1):
+for turn in runner.plan_repeats(jobs, root, 1):
     if turn.folder is None:
         runner.execute(turn.job, root)
 """
-"""A bench that makes all jobs once, in a process that is killed when it comes to a line of a file, if one is given."""
+"""A bench that runs all jobs once, in a process that is killed at a given line of a file, if any."""
 
 
 def started(
@@ -292,7 +292,7 @@ MOMENTS = {
 
 @linux
 @pytest.mark.parametrize(("held", "body", "missing"), MOMENTS.values(), ids=MOMENTS)
-def test_a_killed_bench_loses_the_run_under_way_and_no_other(tmp_path, held, body, missing):
+def test_a_killed_bench_loses_only_its_current_run(tmp_path, held, body, missing):
     jobs = [job(tmp_path, name, body if name == held else "record()") for name in "abc"]
     (tmp_path / "hold").touch()
     bench_, pid = started(jobs, tmp_path), tmp_path / f"{held}-1" / "pid"
@@ -301,42 +301,42 @@ def test_a_killed_bench_loses_the_run_under_way_and_no_other(tmp_path, held, bod
     assert bench_.wait(SECONDS) == -signal.SIGKILL
     wait_for(lambda: is_dead(int(pid.read_text())))
     (tmp_path / "hold").unlink()
-    before = {path: stamps(path) for one in jobs for path in finished(tmp_path, one)}
+    before = {path: stamps(path) for one in jobs for path in finished_runs(tmp_path, one)}
     assert len(before) == len(jobs) - len(missing)
     assert make(jobs, tmp_path) == missing
     assert {path: stamps(path) for path in before} == before
     assert make(jobs, tmp_path) == []
-    assert all(RunRecord.read(finished(tmp_path, one)[0] / "record.json").status == "ok" for one in jobs)
+    assert all(RunRecord.read(finished_runs(tmp_path, one)[0] / "record.json").status == "ok" for one in jobs)
 
 
 def test_a_bench_killed_before_its_first_run_loses_nothing(tmp_path):
     jobs = [job(tmp_path, name) for name in "ab"]
-    assert started(jobs, tmp_path, *lines_of(turns)[0]).wait(SECONDS) == -signal.SIGKILL
+    assert started(jobs, tmp_path, *lines_of(plan_repeats)[0]).wait(SECONDS) == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
     assert make(jobs, tmp_path) == ["a-1", "b-1"]
 
 
-def test_what_is_typed_meanwhile_is_not_the_process_s(tmp_path):
+def test_a_process_does_not_read_the_terminal(tmp_path):
     reading = job(tmp_path, body="print(sys.stdin.read()); record()")
     started([reading], tmp_path, stdin=subprocess.PIPE).communicate(b"typed", SECONDS)
     assert (tmp_path / "a-1" / "log.txt").read_text() == "\n"
 
 
 def lines_of(function: Callable[..., object]) -> list[tuple[str, int]]:
-    """File and number of each line in the function's body."""
+    """Return file and number of each line in a function's body."""
     code = function.__code__
     return sorted({(code.co_filename, line) for *_, line in code.co_lines() if line and line > code.co_firstlineno})
 
 
 SWEPT = {
-    "ok": ("record()", [execute, runner._wait]),
-    "refused": ("print('lit-sparse: no.'); sys.exit(2)", [execute, runner._record, runner.verdict, RunRecord.write]),
+    "ok": ("record()", [execute, runner._run_until]),
+    "refused": ("print('lit-sparse: no.'); sys.exit(2)", [execute, runner._record, runner.diagnose, RunRecord.write]),
 }
 
 
 @linux
 @pytest.mark.parametrize("status", SWEPT)
-def test_a_bench_killed_at_any_of_its_lines_goes_on(tmp_path, status):
+def test_a_bench_killed_at_any_line_can_continue(tmp_path, status):
     functions = SWEPT[status][1]
     places = [place for function in functions for place in lines_of(function)]
     killed = [place for place in places if was_killed(tmp_path, status, *place)]
@@ -344,28 +344,28 @@ def test_a_bench_killed_at_any_of_its_lines_goes_on(tmp_path, status):
 
 
 def was_killed(folder: Path, status: str, file: str, line: int) -> bool:
-    """Kill a bench at the line, in its second run, and see that it goes on from there; whether it came to the line."""
+    """Kill a bench at a line in its second run, and check that it can continue; return whether it reached the line."""
     root = folder / f"{Path(file).stem}-{line}"
     jobs = [job(root, "a"), job(root, "b", SWEPT[status][0])]
     assert make(jobs[:1], root) == ["a-1"]
     before = stamps(root / "a-1")
     code = started(jobs, root, file, line).wait(SECONDS)
-    noted = [path.name for path in finished(root, jobs[1])]
+    noted = [path.name for path in finished_runs(root, jobs[1])]
     assert (code, noted) in [(0, ["b-1"]), (-signal.SIGKILL, ["b-1"]), (-signal.SIGKILL, [])]
     assert len(make(jobs, root)) == 1 - len(noted)
-    (result,) = finished(root, jobs[1])
+    (result,) = finished_runs(root, jobs[1])
     assert RunRecord.read(result / "record.json").status == status
-    assert finished(root, jobs[0]) == [root / "a-1"]
+    assert finished_runs(root, jobs[0]) == [root / "a-1"]
     assert stamps(root / "a-1") == before
     return code != 0
 
 
 @linux
-def test_a_process_whose_bench_ended_before_it_began_ends_too():
+def test_a_process_ends_if_its_bench_ended_before_it_began():
     code = """
 import os, sys
 from lit_sparse_profiling import runner
-begin = runner.ends_with_parent()
+begin = runner.parent_death_hook()
 if os.fork() == 0:
     if os.fork() == 0:  # its parent is not the bench, as after the bench's end
         begin()
@@ -385,12 +385,12 @@ else:
 def test_sources_change_with_names_and_contents_of_python_files_only(tmp_path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "x.py").write_text("1")
-    first = sources([tmp_path])
+    first = hash_sources([tmp_path])
     (tmp_path / "x.yaml").write_text("2")
     (tmp_path / "__pycache__").mkdir()
     (tmp_path / "__pycache__" / "y.py").write_text("3")
-    assert sources([tmp_path]) == first
+    assert hash_sources([tmp_path]) == first
     (tmp_path / "inner" / "x.py").write_text("4")
-    second = sources([tmp_path])
+    second = hash_sources([tmp_path])
     (tmp_path / "inner" / "x.py").rename(tmp_path / "inner" / "z.py")
-    assert len({first, second, sources([tmp_path]), sources([])}) == 4
+    assert len({first, second, hash_sources([tmp_path]), hash_sources([])}) == 4

@@ -1,0 +1,356 @@
+"""The sections of a run's record: device, model, phases, memory, driver, kernels, throughput.
+
+Sizes are bytes and times are seconds. A figure that was not measured is None, never 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of a run.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        name: Model name of the GPU or processor.
+        cores: Threads that torch uses; None on a GPU.
+        memory: Bytes that the device has.
+    """
+
+    kind: str
+    name: str
+    cores: int | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Size of the trained model.
+
+    Attributes:
+        base: Name or folder of the base model.
+        parameters: Number of all parameters.
+        trainable: Number of trainable parameters.
+    """
+
+    base: str
+    parameters: int
+    trainable: int
+
+    @property
+    def trainable_share(self) -> float:
+        """Trainable parameters as a fraction of all parameters, 0 to 1."""
+        return self.trainable / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """All calls of one phase. A phase includes the phases nested in it.
+
+    Attributes:
+        seconds: Total time of all calls.
+        calls: Number of calls.
+        peak_rss: Highest resident memory of the process in any call. `Memory.method` says how it was read.
+        peak_requested: Highest number of bytes requested from the CUDA allocator and not freed.
+        peak_allocated: The same after the allocator's rounding.
+        peak_reserved: Highest number of bytes that the CUDA allocator held from the driver.
+    """
+
+    name: str
+    seconds: float
+    calls: int
+    peak_rss: int | None = None
+    peak_requested: int | None = None
+    peak_allocated: int | None = None
+    peak_reserved: int | None = None
+
+
+# ---- memory
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Exact bytes of the storages of a training state. Each storage counts in exactly one category."""
+
+    trainable: int = 0
+    frozen: int = 0
+    buffers: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    strategy: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of all categories."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes alive at the peak of one training step, counted storage by storage in an untimed step.
+
+    Each storage counts in exactly one category.
+
+    Attributes:
+        ledger: Weights, buffers, gradients and states that existed at the peak.
+        batch: Inputs of the step.
+        saved: Saved for backward by autograd, and in no category above.
+        temporaries: Other outputs of operations that were alive.
+        phase: Phase of the peak: "forward", "backward", "optimizer step", or "course" outside of these.
+    """
+
+    ledger: Ledger
+    batch: int
+    saved: int
+    temporaries: int
+    phase: str
+
+    @property
+    def total(self) -> int:
+        """Bytes of all categories."""
+        return self.ledger.total + self.batch + self.saved + self.temporaries
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """Figures of torch's allocator for the step that `Held` counts.
+
+    Attributes:
+        method: Which allocator was read, and how.
+        requested: Peak of the bytes requested and not freed.
+        left_behind: Bytes that the step left allocated beyond the change of the ledger.
+        allocated: The peak after the allocator's rounding; None on a CPU, where nothing is rounded.
+        reserved: Peak of the bytes held from the driver; None on a CPU.
+        inactive_split: Free bytes in partly used segments after the step. Only smaller requests fit into them.
+        retries: How often in the run the allocator flushed its cache to satisfy a request.
+    """
+
+    method: str
+    requested: int
+    left_behind: int
+    allocated: int | None = None
+    reserved: int | None = None
+    inactive_split: int | None = None
+    retries: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory peaks of the run.
+
+    Attributes:
+        peak_resident: Peak resident memory of the process, without the examined steps.
+        method: How `peak_resident` was read.
+        saved_for_backward: Peak of the bytes that autograd had saved in the examined step.
+        held: Bytes alive at the peak of the examined step, by category.
+        allocator: The allocator's figures for the same step.
+    """
+
+    peak_resident: int | None
+    method: str
+    saved_for_backward: int | None = None
+    held: Held | None = None
+    allocator: Allocator | None = None
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """Bytes of optimizer and strategy state at one step of a run whose trainable set changes.
+
+    Attributes:
+        step: Optimizer step, from 1, after which the state was measured. It is the first step after a change, when
+            every trainable parameter has its state, or the step from which a fit was resumed.
+        optimizer: Bytes of the optimizer's state.
+        strategy: Bytes of the strategies' state, on whatever device.
+    """
+
+    step: int
+    optimizer: int
+    strategy: int
+
+
+# ---- driver
+
+Attribution = Literal["own pid", "only process", "device delta"]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Figures of NVML for the device while the run used it.
+
+    Attributes:
+        device: Name of the device.
+        uuid: UUID of the device, or of the MIG instance if `mig`.
+        driver: Version of the driver.
+        mig: True for a MIG instance, which reports neither power nor energy nor clocks.
+        memory: NVML call that was used: "v2" excludes memory reserved by the driver from `used`, "v1" includes it.
+        attribution: How this process's share was found: by its own pid; as the only process on the device, since a
+            container sees other pids than the driver; or as the rise of the device's use.
+        used: Peak of the bytes in use on the device, by all processes.
+        process: Peak of this process's bytes.
+        context: This process's bytes after CUDA was initialised and before the first tensor; None if not observed.
+        foreign: Peak of the bytes of other processes.
+        samples: Number of samples.
+        joules: Energy of the device over the timed windows; None if the device has no energy counter.
+        watts: Mean power over the timed windows.
+        watts_peak: Highest power sample.
+        sm_mhz: Median and lowest clock of the multiprocessors over the samples.
+        lost: One sentence if the device or NVML failed during the run; the figures end there.
+    """
+
+    device: str
+    uuid: str
+    driver: str
+    mig: bool
+    memory: Literal["v2", "v1"]
+    attribution: Attribution
+    used: int
+    process: int
+    context: int | None
+    foreign: int
+    samples: int
+    joules: float | None = None
+    watts: float | None = None
+    watts_peak: float | None = None
+    sm_mhz: list[float] = field(default_factory=list)
+    lost: str | None = None
+
+
+# ---- time
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of a profiled step (on a CPU: one op). All figures are per step.
+
+    Attributes:
+        op: The op that launched the kernel; on a CPU, the op itself.
+        calls: Calls per step.
+        seconds: Time on the device; on a CPU, the op's own time without the ops that it calls.
+        flops: Floating-point operations, computed from shapes; None where no formula is known.
+        bytes: Bytes of the op's inputs and outputs, each counted once; None where they were not seen.
+        ours: True for a kernel or op of this project.
+    """
+
+    name: str
+    op: str
+    calls: float
+    seconds: float
+    flops: float | None = None
+    bytes: float | None = None
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Time of a step by kernel.
+
+    Attributes:
+        steps: Number of profiled steps.
+        seconds: Wall time of a profiled step. The profiler slows steps down, so that it is above a timed step's.
+        gaps: Fraction of `seconds` in which the device ran no kernel. On a CPU: in which no op ran, Python's share.
+        dtype: Dtype of the matrix product behind `flops_ceiling`.
+        flops_ceiling: FLOP/s of a large matrix product on this device, measured in the same run.
+        bytes_ceiling: Bytes/s, read plus written, of a large copy, measured in the same run.
+        count: Number of distinct kernels.
+        top: The slowest kernels, slowest first.
+        trace: File of the Chrome trace, if one was requested.
+    """
+
+    steps: int
+    seconds: float
+    gaps: float
+    dtype: str
+    flops_ceiling: float
+    bytes_ceiling: float
+    count: int
+    top: list[Kernel]
+    trace: str | None = None
+
+    def share(self, kernel: Kernel) -> float:
+        """Return the kernel's fraction of the step, 0 to 1."""
+        return kernel.seconds / self.seconds
+
+    def achieved(self, kernel: Kernel) -> tuple[float, Literal["FLOP/s", "B/s"]] | None:
+        """Return the larger of the fractions of both ceilings that the kernel achieves, and the unit of that ceiling.
+
+        The result is None if neither FLOPs nor bytes were counted. The larger fraction names the bound: a kernel at
+        80 % of the copy rate is limited by memory, whatever its FLOP/s.
+        """
+        rates: list[tuple[float, Literal["FLOP/s", "B/s"]]] = []
+        if kernel.flops and kernel.seconds:
+            rates.append((kernel.flops / kernel.seconds / self.flops_ceiling, "FLOP/s"))
+        if kernel.bytes and kernel.seconds:
+            rates.append((kernel.bytes / kernel.seconds / self.bytes_ceiling, "B/s"))
+        return max(rates, default=None)
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens and seconds of the timed steps.
+
+    Attributes:
+        tokens: Tokens without padding; None if a batch does not reveal them.
+        padded_tokens: Token positions, padding included; None likewise.
+        seconds: Total time of the timed steps.
+        steps: Number of timed steps, without warm-up and examined steps.
+        median_step: Median seconds of a step.
+        longest_step: Longest seconds of a step.
+        flops: Floating-point operations executed in one step, recomputation included.
+
+    Raises:
+        ValueError: if `seconds` is not positive, or if `padded_tokens` is below `tokens`.
+    """
+
+    tokens: int | None
+    padded_tokens: int | None
+    seconds: float
+    steps: int
+    median_step: float | None = None
+    longest_step: float | None = None
+    flops: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:  # not `<= 0`: a NaN must be refused too
+            raise ValueError(
+                f"A throughput needs timed steps, but `seconds` is {self.seconds}; time at least one step."
+            )
+        if (self.padded_tokens or 0) < (self.tokens or 0):
+            raise ValueError(
+                f"`padded_tokens` is {self.padded_tokens}, but it must be at least `tokens`, {self.tokens}: it counts "
+                "every position, padding included."
+            )
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens per second, without padding."""
+        return None if self.tokens is None else self.tokens / self.seconds
+
+    @property
+    def padded_tokens_per_second(self) -> float | None:
+        """Token positions per second, padding included."""
+        return None if self.padded_tokens is None else self.padded_tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ratio of this run's step time to that of another run, whose steps were interleaved with its own.
+
+    Attributes:
+        against: Name of the other run.
+        median: Median ratio of the rounds.
+        low: Lower end of the median's 95 % bootstrap interval.
+        high: Upper end of that interval.
+        highest: Highest ratio of any round.
+        rounds: Number of rounds.
+    """
+
+    against: str
+    median: float
+    low: float
+    high: float
+    highest: float
+    rounds: int
