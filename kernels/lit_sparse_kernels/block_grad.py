@@ -19,7 +19,18 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.jit import Listed, check_matrix, jit, listed, multiprocessors, on_cuda, power_of_2, runs, tl
+from lit_sparse_kernels.jit import (
+    Listed,
+    check_matrix,
+    enqueue,
+    jit,
+    listed,
+    multiprocessors,
+    on_cuda,
+    power_of_2,
+    runs,
+    tl,
+)
 
 CASES = [
     # tokens, out of each layer, packed columns, block size, blocks as (layer, row, packed column), dtype
@@ -140,7 +151,10 @@ def _launch(
     splits = max(1, min(multiprocessors(device) // tiles, tokens // (8 * k)))
     part = -(-tokens // (splits * k)) * k
     parts = out_Nhw if splits == 1 else out_Nhw.new_empty(splits, len(table_N4), height, width)
-    _block_grad_kernel[tiles, splits](
+    enqueue(
+        _block_grad_kernel,
+        (tiles, splits),
+        device,
         *dys,
         packed_TP,
         table_N4,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,12 @@ def on_cuda(tensor: Tensor) -> bool:
     if tensor.is_cuda and triton is None:
         raise ImportError("CUDA tensors need Triton, which is not installed here: pip install triton.")
     return tensor.is_cuda
+
+
+def enqueue(kernel: Any, programs: Sequence[int], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of its tensors: Triton takes the current one, wherever the tensors are."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[tuple(programs)](*arguments, **constants)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -40,6 +40,8 @@ class Compiled:
         local: Bytes of local memory a thread: what registers were spilled to, and arrays that are no registers.
         tensor_cores: Whether it uses them.
         has_dot: Whether its source multiplies matrices.
+        barriers: Barriers within a program.
+        widths: Bits that its loads and stores of global memory move for a thread, each width once.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Compiled:
     local: int
     tensor_cores: bool
     has_dot: bool
+    barriers: int
+    widths: frozenset[int]
 
 
 def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
@@ -86,7 +90,16 @@ def compiled(
         local_bytes(binary),
         TENSOR_CORES[capability] in made.asm["ptx"],
         "tt.dot" in made.asm["ttir"],
+        made.asm["ptx"].count("bar.sync"),
+        widths(made.asm["ptx"]),
     )
+
+
+def widths(ptx: str) -> frozenset[int]:
+    """Bits that each load and store of global memory moves for a thread."""
+    found = re.findall(r"(?:ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    copied = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (?:0x)?(\d+)", ptx)
+    return frozenset(int(times or 1) * int(bits) for times, bits in found) | frozenset(8 * int(n) for n in copied)
 
 
 def type_of(value: Any) -> str:
