@@ -30,16 +30,22 @@ class Listed:
 
     Attributes:
         rows: Its rows.
-        tables: What kernels read in its place, by device; made when first needed.
+        tables: What kernels read in its place, by device (and part); made when first needed.
     """
 
     rows: list[tuple[int, ...]]
-    tables: dict[torch.device, Any] = field(default_factory=dict)
+    tables: dict[Any, Any] = field(default_factory=dict)
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """A Triton kernel, or the bare function where there is no Triton."""
-    return kernel if triton is None else triton.jit(kernel)
+def jit(kernel: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """A Triton kernel, or the bare function where there is no Triton.
+
+    Args:
+        do_not_specialize: Numbers whose divisibility does not matter: no new value of them compiles the kernel anew.
+    """
+    if kernel is None:
+        return lambda kernel: jit(kernel, do_not_specialize=do_not_specialize)
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=do_not_specialize)
 
 
 def on_cuda(tensor: Tensor) -> bool:
