@@ -34,7 +34,7 @@ REPORTS = ("-rfEs", "-W", "ignore:Warning")  # torch 2.11 warns at a process's f
 SANITY = """
 import sys, torch, triton
 from importlib.metadata import version
-print(sys.version.split()[0], *(f"{name} {version(name)}" for name in ("torch", "triton", "numpy", "transformers", "peft")))
+print(sys.version.split()[0], *(f"{name} {version(name)}" for name in "torch triton numpy transformers peft".split()))
 import lit_sparse.cli, lit_sparse_kernels, lit_sparse_profiling
 assert torch.cuda.is_available(), "torch sees no CUDA device"
 print(torch.cuda.get_device_properties(0))
@@ -73,7 +73,7 @@ def plan(stages: Sequence[str], into: Path, dry: bool) -> Iterator[Step]:
         elif stage == "tests":
             files = {name: [f"tests/kernels/test_{name}.py"] for name in KERNEL_TESTS}
             files["density"] = ["tests/strategies/test_activation_density.py"]
-            files["contract"] = ["tests/test_contract.py"]
+            files["contract"] = ["tests/test_contract.py", "-n", "4"]
             tests = {name: [*PYTEST, *REPORTS, *paths] for name, paths in files.items()}
             weights = {} if dry else {"weights": ["-m", "benchmarks.weights", SHAPES, str(drawn)]}
             yield Step("tests", 80, tests | weights, shown=4)

@@ -1,8 +1,8 @@
 """Where the time of a training step goes on the host and on the device.
 
 `python -m benchmarks.step_profile smt.yaml --config=benchmarks/gpu/workload.yaml` fits as `lit-sparse fit` does with
-the method's YAML, and prints the time of plain steps, then Python functions by own and by cumulative time (cProfile; the
-backward runs on the main thread for it), then kernels and operations (torch.profiler). Profilers lengthen times.
+the method's YAML, and prints the time of plain steps; then Python functions by own and by cumulative time (cProfile,
+with the backward on the main thread); then kernels and operations (torch.profiler). Profilers lengthen times.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class StepProfile(Callback):
         self._torch: profile | None = None
         self._begin = self._thread = 0.0
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if step == WARM:
             torch.autograd.set_multithreading_enabled(False)  # profilers see one thread
@@ -46,7 +46,7 @@ class StepProfile(Callback):
             self._now()
             self._torch = profile(activities=activities()).__enter__()
 
-    def on_train_end(self, trainer: Any, *_: Any) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._now()
         assert self._torch is not None
         self._torch.__exit__(None, None, None)

@@ -114,7 +114,7 @@ def pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
     # eight elements, for which the fp32 tensors beside them went through shared memory (6 to 11 barriers).
     at = tl.load(address).to(tl.pointer_type(TYPE))  # pyright: ignore[reportArgumentType]
     if ALIGNED:
-        at = tl.multiple_of(at, 4 * (TYPE.primitive_bitwidth // 8))
+        at = tl.multiple_of(at, TYPE.primitive_bitwidth // 2)  # pyright: ignore[reportAttributeAccessIssue]
     return at
 
 
