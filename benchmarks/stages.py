@@ -1,6 +1,6 @@
 """What runs on a GPU host, in stages of falling value, each step under its own limit.
 
-`python -m benchmarks.stages --minutes 4 env tests variants profile` needs no git, no package index and no .venv: the
+`python -m benchmarks.stages --minutes 4 env tests variants profile contract` needs no git, no package index and no .venv: the
 interpreter at hand runs all. A step's log and its line of steps.jsonl are in the folder `--into` as soon as it is done,
 so that a cut-off loses only the step under way; called again, finished steps are left out. `--dry` tries it on a CPU.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,10 +74,11 @@ def plan(stages: Sequence[str], into: Path, dry: bool) -> Iterator[Step]:
         elif stage == "tests":
             files = {name: [f"tests/kernels/test_{name}.py"] for name in KERNEL_TESTS}
             files["density"] = ["tests/strategies/test_activation_density.py"]
-            files["contract"] = ["tests/test_contract.py", "-n", "4"]
             tests = {name: [*PYTEST, *REPORTS, *paths] for name, paths in files.items()}
             weights = {} if dry else {"weights": ["-m", "benchmarks.weights", SHAPES, str(drawn)]}
             yield Step("tests", 80, tests | weights, shown=4)
+        elif stage == "contract":
+            yield Step("contract", 90, {"contract": [*PYTEST, *REPORTS, "tests/test_contract.py", "-n", "8"]})
         elif stage == "variants":
             results = f"--results={into / 'block_grad_variants.jsonl'}"
             yield Step(
@@ -108,13 +110,14 @@ def run(step: Step, seconds: float, into: Path) -> dict[str, object]:
     started: dict[str, subprocess.Popen[bytes]] = {}
     for name, arguments in step.commands.items():
         with (into / "logs" / f"{name}.log").open("wb") as log:
-            started[name] = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=log, stderr=log)
+            command = [sys.executable, *arguments]
+            started[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     codes: dict[str, int | None] = {}
     for name, process in started.items():
         try:
             codes[name] = process.wait(max(0.1, begin + seconds - monotonic()))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # its own children too
             process.wait()
             codes[name] = None
     return {"step": step.name, "codes": codes, "seconds": round(monotonic() - begin, 1)}
@@ -132,7 +135,7 @@ def finished(into: Path) -> set[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages; 1 if a step failed."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", default=["env", "tests", "variants", "profile"])
+    parser.add_argument("stages", nargs="*", default=["env", "tests", "variants", "profile", "contract"])
     parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default 9)")
     parser.add_argument("--into", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, to try this")
