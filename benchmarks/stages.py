@@ -1,6 +1,6 @@
 """What runs on a GPU host, in stages of falling value, each step under its own limit.
 
-`python -m benchmarks.stages --minutes 4 env tests variants profile contract` needs no git, no package index and no .venv: the
+`python -m benchmarks.stages --minutes 4 env tests variants profile contract` needs no git, no index and no .venv: the
 interpreter at hand runs all. A step's log and its line of steps.jsonl are in the folder `--into` as soon as it is done,
 so that a cut-off loses only the step under way; called again, finished steps are left out. `--dry` tries it on a CPU.
 """
