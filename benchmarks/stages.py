@@ -90,7 +90,13 @@ def plan(stages: Sequence[str], into: Path, dry: bool) -> Iterator[Step]:
                 yield Step("weights", 60, {"weights": ["-m", "benchmarks.weights", SHAPES, str(drawn)]})
             for method in ("smt.yaml", "benchmarks/peers/floor.yaml"):
                 name = f"profile_{Path(method).stem}"
-                command = ["-m", "benchmarks.step_profile", method, *fit, f"--trainer.default_root_dir={into / 'fits'}"]
+                command = [
+                    "-m",
+                    "benchmarks.step_profile",
+                    method,
+                    *fit,
+                    f"--trainer.default_root_dir={memory() / 'fits'}",
+                ]
                 yield Step(name, 70, {name: command}, shown=400)
 
 
