@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -53,7 +54,9 @@ def where(device: Device) -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out; with + if what is measured was changed since."""
+    """The commit that is checked out, with + if what is measured was changed since; COMMIT where no git can tell."""
+    if "COMMIT" in os.environ:
+        return os.environ["COMMIT"]
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
         return "unknown"

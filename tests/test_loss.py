@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_sparse import loss as module
-from lit_sparse.loss import next_token_loss, next_token_scores
+from lit_sparse.loss import chunk_tokens, next_token_loss, next_token_scores
 
 
 def example(dtype=torch.float64, bias=True):
@@ -21,6 +21,12 @@ def example(dtype=torch.float64, bias=True):
 def plain(hidden, weight, bias, labels):
     logits = F.linear(hidden[:, :-1], weight, bias).flatten(0, 1)
     return F.cross_entropy(logits.float(), labels[:, 1:].flatten())
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(128_256, 1024), (49_152, 2688), (10**6, 1024)])
+def test_a_chunk_on_a_gpu_fills_it_and_on_a_host_fits_the_caches(vocabulary, tokens):
+    assert chunk_tokens(vocabulary, torch.device("cuda")) == tokens
+    assert chunk_tokens(vocabulary, torch.device("cpu")) == 2**24 // vocabulary
 
 
 @pytest.mark.parametrize("chunk", [1, 31 * 5, 2**24])

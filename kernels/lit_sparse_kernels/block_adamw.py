@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse_kernels import master_adamw
-from lit_sparse_kernels.jit import Listed, jit, listed, on_cuda, power_of_2, tl
+from lit_sparse_kernels.jit import Listed, enqueue, jit, listed, on_cuda, power_of_2, tl
 from lit_sparse_kernels.master_adamw import (
     Item,
     Rule,
@@ -155,7 +155,10 @@ def _launch(
     rows = [
         (*(tensor.data_ptr() for tensor in item.moved()), *item.weight.shape, *item.weight.stride()) for item in items
     ]
-    _block_adamw_kernel[(len(blocks_L4) * -(-height // m) * -(-width // n),)](
+    enqueue(
+        _block_adamw_kernel,
+        (len(blocks_L4) * -(-height // m) * -(-width // n),),
+        device,
         sent(rows, torch.int64, device),
         sent(corrections(items, rule), torch.float32, device),
         blocks_L4,

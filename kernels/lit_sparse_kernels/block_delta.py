@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.jit import Listed, check_matrix, jit, listed, on_cuda, power_of_2, runs, tl
+from lit_sparse_kernels.jit import Listed, check_matrix, enqueue, jit, listed, on_cuda, power_of_2, runs, tl
 
 CASES = [
     # tokens, out, packed columns, block size, blocks as (row, packed column), dtype
@@ -130,7 +130,10 @@ def _launch(
     m, n = (min(128, max(16, power_of_2(size))) for size in (tokens, outer))
     k = min(64 if left.element_size() == 2 else 32, max(16, power_of_2(inner)))
     programs = len(groups) * -(-outer // n) * -(-tokens // m)
-    _block_delta_kernel[programs,](
+    enqueue(
+        _block_delta_kernel,
+        (programs,),
+        left.device,
         left,
         delta_Nhw,
         groups,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_sparse_kernels.jit import check_matrix, jit, on_cuda, power_of_2, tl
+from lit_sparse_kernels.jit import check_matrix, enqueue, jit, on_cuda, power_of_2, tl
 
 ACTS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 PROXIES = {"rational": 0, "tanh": 1}
@@ -173,7 +173,10 @@ def launch(
     gate_TI, up_TI = _unit_stride(gate_TI), None if up_TI is None else _unit_stride(up_TI)
     h_TI = gate_TI.new_empty(gate_TI.shape)
     rows_T = gate_TI.new_empty(len(gate_TI), dtype=torch.float32)
-    _glu_density_kernel[len(gate_TI),](
+    enqueue(
+        _glu_density_kernel,
+        (len(gate_TI),),
+        gate_TI.device,
         gate_TI,
         up_TI,
         sharpness,
@@ -203,7 +206,10 @@ def launch_grad(
     dgate_TI = gate_TI.new_empty(gate_TI.shape)
     dup_TI = gate_TI.new_empty(0 if up_TI is None else gate_TI.shape)
     constants = _constants(gate_TI.shape[1], act, proxy, where)
-    _glu_density_grad_kernel[len(gate_TI) * -(-gate_TI.shape[1] // constants["I"]),](
+    enqueue(
+        _glu_density_grad_kernel,
+        (len(gate_TI) * -(-gate_TI.shape[1] // constants["I"]),),
+        gate_TI.device,
         dh_TI,
         drows_T.contiguous(),
         gate_TI,

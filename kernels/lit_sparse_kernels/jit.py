@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,16 +30,22 @@ class Listed:
 
     Attributes:
         rows: Its rows.
-        tables: What kernels read in its place, by device; made when first needed.
+        tables: What kernels read in its place, by device (and part); made when first needed.
     """
 
     rows: list[tuple[int, ...]]
-    tables: dict[torch.device, Any] = field(default_factory=dict)
+    tables: dict[Any, Any] = field(default_factory=dict)
 
 
-def jit(kernel: Callable[..., Any]) -> Any:
-    """A Triton kernel, or the bare function where there is no Triton."""
-    return kernel if triton is None else triton.jit(kernel)
+def jit(kernel: Callable[..., Any] | None = None, *, do_not_specialize: Sequence[str] = ()) -> Any:
+    """A Triton kernel, or the bare function where there is no Triton.
+
+    Args:
+        do_not_specialize: Numbers whose divisibility does not matter: no new value of them compiles the kernel anew.
+    """
+    if kernel is None:
+        return lambda kernel: jit(kernel, do_not_specialize=do_not_specialize)
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=do_not_specialize)
 
 
 def on_cuda(tensor: Tensor) -> bool:
@@ -50,6 +57,12 @@ def on_cuda(tensor: Tensor) -> bool:
     if tensor.is_cuda and triton is None:
         raise ImportError("CUDA tensors need Triton, which is not installed here: pip install triton.")
     return tensor.is_cuda
+
+
+def enqueue(kernel: Any, programs: Sequence[int], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the device of its tensors: Triton takes the current one, wherever the tensors are."""
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[tuple(programs)](*arguments, **constants)
 
 
 def multiprocessors(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.jit import FLOATS, jit, on_cuda, tl
+from lit_sparse_kernels.jit import FLOATS, enqueue, jit, on_cuda, tl
 
 CASES = [
     # sizes, weights' dtype, gradients' dtype
@@ -110,10 +110,11 @@ def adamw(p, grad, m, v, scale, step_size, root, decay, beta1, rest1, beta2, res
 
 @jit
 def pointer(address, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    # A pointer from a table of addresses.
+    # A pointer from a table of addresses. The hint is four elements of each dtype: with 16 bytes of bf16 a thread takes
+    # eight elements, for which the fp32 tensors beside them went through shared memory (6 to 11 barriers).
     at = tl.load(address).to(tl.pointer_type(TYPE))  # pyright: ignore[reportArgumentType]
     if ALIGNED:
-        at = tl.multiple_of(at, 16)
+        at = tl.multiple_of(at, TYPE.primitive_bitwidth // 2)  # pyright: ignore[reportAttributeAccessIssue]
     return at
 
 
@@ -181,7 +182,10 @@ def _launch(items: Sequence[Item], rule: Rule, grad_scale: Tensor | None, **cons
     device = items[0].weight.device
     chunks_C2 = _chunks(tuple(item.weight.numel() for item in items), device)
     rows = [(*(tensor.data_ptr() for tensor in item.moved()), item.weight.numel()) for item in items]
-    _master_adamw_kernel[(len(chunks_C2),)](
+    enqueue(
+        _master_adamw_kernel,
+        (len(chunks_C2),),
+        device,
         sent(rows, torch.int64, device),
         sent(corrections(items, rule), torch.float32, device),
         chunks_C2,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_sparse_kernels.jit import Listed, check_matrix, jit, listed, on_cuda, power_of_2, tl
+from lit_sparse_kernels.jit import Listed, check_matrix, enqueue, jit, listed, on_cuda, power_of_2, tl
 
 CASES = [
     # tokens, in, block width, kept block columns, dtype, dtype of the copy
@@ -88,7 +88,10 @@ def _launch(source: Tensor, origins: Tensor, out_end: int, width: int, dtype: to
     n = min(256, max(16, power_of_2(width)))
     m = ELEMENTS // n
     programs = -(-tokens // m) * len(origins) * -(-width // n)
-    _copy_columns_kernel[programs,](
+    enqueue(
+        _copy_columns_kernel,
+        (programs,),
+        source.device,
         source,
         origins,
         out,

@@ -99,6 +99,19 @@ def test_diagonal_covers_every_row_and_column_once():
         assert covered.sum() == matrices[name].numel() / 8
 
 
+def test_sides_are_multiples_of_16_and_the_diagonal_still_covers_all():
+    matrices = {"q": torch.empty(2048, 2048, device="meta"), "k": torch.empty(512, 2048, device="meta")}
+    chosen = diagonal_blocks(matrices, weights=0.1 * 2560 * 2048)
+    assert {name: blocks.size for name, blocks in chosen.items()} == {"q": (208, 208), "k": (48, 208)}
+    for name, blocks in chosen.items():
+        rows, columns = blocks.index.t()
+        assert set(rows.tolist()) == set(range(-(-matrices[name].shape[0] // blocks.size[0])))
+        assert set(columns.tolist()) == set(range(10))
+        assert len(blocks.index.unique(dim=0)) == len(blocks.index)
+    slabs = slab_blocks(matrices, [], 0.1 * 2560 * 2048, seed=0)
+    assert {name: blocks.size for name, blocks in slabs.items()} == {"q": (208, 2048), "k": (48, 2048)}
+
+
 def test_scores_add_up_and_no_gradient_stays():
     layer = nn.Linear(8, 12)
     sheet = ScoreSheet({"w": layer.weight}, (4, 4), "abs_mean")
@@ -137,10 +150,10 @@ def test_scores_of_a_layer_whose_weight_can_have_no_gradient():
 
 
 def test_slabs_are_one_band_of_each_matrix_and_as_many_weights_as_asked():
-    matrices = {"q": torch.zeros(64, 32), "down": torch.zeros(32, 96)}
-    wanted = 0.25 * (64 * 32 + 32 * 96)
+    matrices = {"q": torch.zeros(64, 32), "down": torch.zeros(32, 128)}
+    wanted = 0.25 * (64 * 32 + 32 * 128)
     chosen = slab_blocks(matrices, ["down"], wanted, seed=0)
-    assert {name: blocks.size for name, blocks in chosen.items()} == {"q": (16, 32), "down": (32, 24)}
+    assert {name: blocks.size for name, blocks in chosen.items()} == {"q": (16, 32), "down": (32, 32)}
     assert sum(blocks.numel(matrices[name]) for name, blocks in chosen.items()) == wanted
     places = {tuple(slab_blocks(matrices, ["down"], wanted, seed)["q"].index[0].tolist()) for seed in range(20)}
     assert places == {(place, 0) for place in range(4)}  # anywhere, and never past the end

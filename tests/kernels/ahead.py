@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """A thread block's shared memory at most, by compute capability (CUDA C++ programming guide)."""
@@ -40,6 +41,8 @@ class Compiled:
         local: Bytes of local memory a thread: what registers were spilled to, and arrays that are no registers.
         tensor_cores: Whether it uses them.
         has_dot: Whether its source multiplies matrices.
+        barriers: Barriers within a program.
+        widths: Bits that its loads and stores of global memory move for a thread, each width once.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Compiled:
     local: int
     tensor_cores: bool
     has_dot: bool
+    barriers: int
+    widths: frozenset[int]
 
 
 def launches(call: Callable[[], Any]) -> list[tuple[JITFunction, tuple[Any, ...], dict[str, Any]]]:
@@ -86,13 +91,24 @@ def compiled(
         local_bytes(binary),
         TENSOR_CORES[capability] in made.asm["ptx"],
         "tt.dot" in made.asm["ttir"],
+        made.asm["ptx"].count("bar.sync"),
+        widths(made.asm["ptx"]),
     )
+
+
+def widths(ptx: str) -> frozenset[int]:
+    """Bits that each load and store of global memory moves for a thread."""
+    found = re.findall(r"(?:ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+    copied = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (?:0x)?(\d+)", ptx)
+    return frozenset(int(times or 1) * int(bits) for times, bits in found) | frozenset(8 * int(n) for n in copied)
 
 
 def type_of(value: Any) -> str:
     """Triton's name of the type that it would give the argument."""
     if isinstance(value, Tensor):
         return f"*{DTYPES[value.dtype]}"
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

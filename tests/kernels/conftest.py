@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.kernels.numpys import mend_interpreter
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LAUNCHED: set[str] = set()
 
@@ -25,6 +27,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_configure() -> None:
     if INTERPRETED:
+        mend_interpreter()
         _note_launches()
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lit_sparse_kernels.block_grad import CASES, block_grad, launch, reference
+from lit_sparse_kernels.block_grad import CASES, Plan, block_grad, launch, programs_for, reference
 from lit_sparse_kernels.jit import Listed
 
 
@@ -38,6 +38,36 @@ def test_is_the_dense_gradient_of_the_blocks(case, poisoned):
 def test_the_kernel_makes_the_dense_gradient_of_the_blocks(case, poisoned):
     given = inputs(*case)
     assert_is_the_sum(launch(given[0], given[1], Listed(case[4]), given[3]), *given)
+
+
+PLANS = [
+    Plan(32, 16, 16, 4, 2, split="none", dense_from=2),
+    Plan(16, 32, 16, 4, 2, split="even", dense_from=2),
+    Plan(32, 32, 16, 4, 2, split="stream", dense_from=2),
+    Plan(32, 32, 16, 4, 2, tma=True, split="stream", dense_from=2),
+    Plan(32, 32, 16, 4, 2, dense_from=0),
+]
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[5], CASES[6]], ids=str)
+def test_every_plan_makes_and_adds_the_dense_gradient(case, plan, poisoned, monkeypatch):
+    for processors in (5, 132):  # programs that make several tiles, and tiles that many programs make
+        monkeypatch.setattr("lit_sparse_kernels.block_grad.multiprocessors", lambda device, many=processors: many)
+        dys, x, blocks, size = inputs(*case)
+        assert_is_the_sum(launch(dys, x, Listed(case[4]), size, plan=plan), dys, x, blocks, size)
+        into = torch.full((len(case[4]), *size), 2.0)
+        launch(dys, x, Listed(case[4]), size, into, plan)
+        torch.testing.assert_close(into.double() - 2, exact(dys, x, blocks, size), rtol=1e-5, atol=1e-4)
+
+
+def test_work_is_divided_so_that_the_busiest_processor_has_least():
+    even = Plan(128, 128, 64, 8, 3)
+    assert programs_for(even, tiles=132, steps=128, processors=132) == 132
+    assert programs_for(even, tiles=4, steps=128, processors=132) >= 40
+    assert programs_for(even._replace(split="none"), 4, 128, 132) == 4
+    assert programs_for(even._replace(split="stream"), 192, 128, 132) == 132
 
 
 @pytest.mark.gpu

@@ -131,6 +131,54 @@ def test_compiles_within_what_the_chip_has(op: str, model: str, capability: int,
             assert result.tensor_cores == result.has_dot, f"{result.name} multiplies without tensor cores"
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+def test_adamw_moves_16_bytes_and_meets_no_barrier(capability: int, tmp_path: Path) -> None:
+    """Where all is aligned: a barrier says that tensors of two dtypes went through shared memory."""
+    model = MODELS["Llama-3.2-1B"]
+    made = [launch for op in (master_adamws, block_adamws) for call in op(*model) for launch in launches(call)]
+    aligned = [one for one in made if one[2]["ALIGNED"] and one[2].get("ORDER", "row") == "row"]
+    assert len(aligned) >= 6
+    for kernel, arguments, named in aligned:
+        result = compiled(kernel, arguments, named, capability, tmp_path)
+        assert result.barriers == 0
+        assert 128 in result.widths
+        assert 16 not in result.widths
+
+
+@pytest.mark.parametrize("sides", [(208, 208), (48, 208), (208, 2048)], ids=str)
+def test_rounded_sides_keep_wide_loads(sides: tuple[int, int], tmp_path: Path) -> None:
+    """Blocks of `diagonal` and `slab` at Llama-3.2-1B: a side of 205 loads 16 bits at a time and spills."""
+    width = sides[1]
+    dys, packed = [empty(TOKENS, 2048)], empty(TOKENS, 2 * width if width < 2048 else width)
+    blocks = Listed([(0, 1, 0)])
+    item = Item(empty(2048, 2048), *(empty(1, *sides, dtype=torch.float32) for _ in range(4)), 1)
+    for call in (
+        lambda: block_grad.launch(dys, packed, blocks, sides),
+        lambda: pack_columns.launch(empty(TOKENS, 2048), Listed([(0,)]), width),
+        lambda: block_adamw.launch([block_adamw.Part(item, Listed([(0, 0)]))], Rule(lr=1e-4)),
+    ):
+        for kernel, arguments, named in launches(call):
+            result = compiled(kernel, arguments, named, 90, tmp_path)
+            assert result.local == 0, f"{result.name} spills {result.local} bytes"
+            assert 128 in result.widths
+            assert 16 not in result.widths
+
+
+@pytest.mark.parametrize("plan", block_grad.PLANS.values(), ids=list(block_grad.PLANS))
+def test_every_plan_of_block_grad_fits_an_h100(
+    plan: block_grad.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_grad, "_described", lambda matrix: True)  # meta tensors have no address
+    width, narrow, _, size = MODELS["Llama-3.2-1B"]
+    dys, blocks = [empty(TOKENS, out) for out in (width, narrow, narrow)], Listed([(n, 0, n) for n in (0, 1, 2)])
+    made = launches(lambda: block_grad.launch(dys, empty(TOKENS, width), blocks, (size, size), plan=plan))
+    for kernel, arguments, named in made:
+        result = compiled(kernel, arguments, named, 90, tmp_path)
+        assert result.local == 0, f"{result.name} spills {result.local} bytes"
+        assert result.shared <= SHARED_BYTES[90]
+        assert result.tensor_cores == result.has_dot
+
+
 def test_every_kernel_is_compiled() -> None:
     made = {
         kernel.__name__

@@ -16,7 +16,11 @@ KERNELS = Path(__file__).parents[2] / "kernels" / "lit_sparse_kernels"
 def kernels() -> set[str]:
     """The names of all kernels in the source: functions marked `jit` that no other kernel calls."""
     marked = [node for path in sorted(KERNELS.glob("*.py")) for node in ast.parse(path.read_text("utf-8")).body]
-    jitted = [n for n in marked if isinstance(n, ast.FunctionDef) and "jit" in map(ast.unparse, n.decorator_list)]
+    jitted = [
+        n
+        for n in marked
+        if isinstance(n, ast.FunctionDef) and any(ast.unparse(d).split("(")[0] == "jit" for d in n.decorator_list)
+    ]
     called = {ast.unparse(c.func) for n in jitted for c in ast.walk(n) if isinstance(c, ast.Call)}
     return {node.name for node in jitted} - called
 

@@ -1,8 +1,11 @@
 """What holds for all ops: the path a tensor takes, and that CPU tensors need no Triton."""
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +37,34 @@ def test_a_cuda_tensor_without_triton_is_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ImportError, match=r"need Triton, which is not installed here: pip install triton\."):
         jit.on_cuda(SimpleNamespace(is_cuda=True))  # pyright: ignore[reportArgumentType]
     assert not jit.on_cuda(torch.ones(1))
+
+
+def test_a_launch_is_made_on_the_device_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Driver:
+        """Stands in for CUDA's: which device is current, and what was launched on which."""
+
+        current, launched = torch.device("cuda:0"), []
+
+        @contextmanager
+        def device(self, device: torch.device) -> Iterator[None]:
+            before, self.current = self.current, device
+            yield
+            self.current = before
+
+        def __getitem__(self, programs: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **constants: self.launched.append((self.current, programs, arguments, constants))
+
+    driver = Driver()
+    monkeypatch.setattr(torch.cuda, "device", driver.device)
+    jit.enqueue(driver, [3, 2], torch.device("cuda:1"), "x", M=16)
+    assert driver.launched == [(torch.device("cuda:1"), (3, 2), ("x",), {"M": 16})]
+    assert driver.current == torch.device("cuda:0")
+
+
+def test_no_kernel_is_launched_otherwise() -> None:
+    sources = [path for path in Path(jit.__file__).parent.glob("*.py") if path.name != "jit.py"]
+    assert len(sources) > 5
+    assert not [path.name for path in sources if re.search(r"_kernel\[", path.read_text("utf-8"))]
 
 
 def test_an_index_is_read_again_when_it_or_what_it_indexes_changed() -> None:

@@ -1,0 +1,175 @@
+"""What runs on a GPU host, in stages of falling value, each step under its own limit.
+
+`python -m benchmarks.stages --minutes 4 env tests variants profile contract` needs no git, no index and no .venv: the
+interpreter at hand runs all. A step's log and its line of steps.jsonl are in the folder `--into` as soon as it is done,
+so that a cut-off loses only the step under way; called again, finished steps are left out. `--dry` tries it on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+from benchmarks.provenance import ROOT
+
+SHAPES = "benchmarks/gpu/llama-3.2-1b.json"
+KERNEL_TESTS = (
+    "block_grad",
+    "block_adamw",
+    "pack_columns",
+    "block_delta",
+    "master_adamw",
+    "glu_density",
+    "interpreter",
+)
+PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark")
+REPORTS = ("-rfEs", "-W", "ignore:Warning")  # torch 2.11 warns at a process's first torch.profiler
+SANITY = """
+import sys, torch, triton
+from importlib.metadata import version
+print(sys.version.split()[0], *(f"{name} {version(name)}" for name in "torch triton numpy transformers peft".split()))
+import lit_sparse.cli, lit_sparse_kernels, lit_sparse_profiling
+assert torch.cuda.is_available(), "torch sees no CUDA device"
+print(torch.cuda.get_device_properties(0))
+from lit_sparse_profiling.ceilings import ceilings
+print(ceilings(torch.device("cuda"), torch.bfloat16))
+"""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Commands that run side by side, and the seconds that they may take.
+
+    Attributes:
+        commands: Arguments of the interpreter, by name.
+        shown: Lines of each log that are printed, from its end.
+        must: Whether nothing else can run where it fails.
+    """
+
+    name: str
+    seconds: int
+    commands: Mapping[str, Sequence[str]]
+    shown: int = 12
+    must: bool = False
+
+
+def plan(stages: Sequence[str], into: Path, dry: bool) -> Iterator[Step]:
+    """The steps of the stages."""
+    drawn = memory() / "llama-3.2-1b"
+    small = ["--trainer.accelerator=cpu", "--model.precision=float32", "--data.max_length=16", "--data.batch_size=1"]
+    base = "benchmarks/quality/workloads/tiny.json" if dry else str(drawn)
+    fit = ["--config=benchmarks/gpu/workload.yaml", f"--model.base={base}", *(small if dry else [])]
+    flag = ["--dry"] if dry else []
+    for stage in stages:
+        if stage == "env":
+            yield Step("env", 60, {"env": ["-c", SANITY]}, must=not dry)
+        elif stage == "tests":
+            files = {name: [f"tests/kernels/test_{name}.py"] for name in KERNEL_TESTS}
+            files["density"] = ["tests/strategies/test_activation_density.py"]
+            tests = {name: [*PYTEST, *REPORTS, *paths] for name, paths in files.items()}
+            weights = {} if dry else {"weights": ["-m", "benchmarks.weights", SHAPES, str(drawn)]}
+            yield Step("tests", 80, tests | weights, shown=4)
+        elif stage == "contract":
+            yield Step("contract", 90, {"contract": [*PYTEST, *REPORTS, "tests/test_contract.py", "-n", "8"]})
+        elif stage == "variants":
+            results = f"--results={into / 'block_grad_variants.jsonl'}"
+            yield Step(
+                "variants", 75, {"variants": ["-m", "benchmarks.block_grad_variants", results, *flag]}, shown=400
+            )
+            yield Step("loss", 30, {"loss": ["-m", "benchmarks.head_loss", *flag]})
+        elif stage == "profile":
+            if not dry:
+                yield Step("weights", 60, {"weights": ["-m", "benchmarks.weights", SHAPES, str(drawn)]})
+            for method in ("smt.yaml", "benchmarks/peers/floor.yaml"):
+                name = f"profile_{Path(method).stem}"
+                command = [
+                    "-m",
+                    "benchmarks.step_profile",
+                    method,
+                    *fit,
+                    f"--trainer.default_root_dir={memory() / 'fits'}",
+                ]
+                yield Step(name, 70, {name: command}, shown=400)
+
+
+def memory() -> Path:
+    """Where weights are kept for the runs of one call: in memory, where a host has the room."""
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        found = os.statvfs(shared)
+        if found.f_bavail * found.f_frsize > 30e9:
+            return shared
+    return Path("/tmp")
+
+
+def run(step: Step, seconds: float, into: Path) -> dict[str, object]:
+    """Run a step's commands side by side for at most `seconds`; what became of them."""
+    begin = monotonic()
+    started: dict[str, subprocess.Popen[bytes]] = {}
+    for name, arguments in step.commands.items():
+        with (into / "logs" / f"{name}.log").open("wb") as log:
+            command = [sys.executable, *arguments]
+            started[name] = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+    codes: dict[str, int | None] = {}
+    for name, process in started.items():
+        try:
+            codes[name] = process.wait(max(0.1, begin + seconds - monotonic()))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own children too
+            process.wait()
+            codes[name] = None
+    return {"step": step.name, "codes": codes, "seconds": round(monotonic() - begin, 1)}
+
+
+def finished(into: Path) -> set[str]:
+    """Steps that an earlier call in this folder has done."""
+    lines = into / "steps.jsonl"
+    if not lines.exists():
+        return set()
+    found = [json.loads(line) for line in lines.read_text("utf-8").splitlines()]
+    return {one["step"] for one in found if set(one["codes"].values()) == {0}}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the stages; 1 if a step failed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="*", default=["env", "tests", "variants", "profile", "contract"])
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all of it (default 9)")
+    parser.add_argument("--into", type=Path, default=ROOT / "runs" / "gpu")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, to try this")
+    asked = parser.parse_args(arguments)
+    begin, into, code = monotonic(), asked.into.resolve(), 0
+    (into / "logs").mkdir(parents=True, exist_ok=True)
+    done = finished(into)
+    for step in plan(asked.stages, into, asked.dry):
+        left = asked.minutes * 60 - (monotonic() - begin)
+        if step.name in done or left < 8:
+            print(f"--- {step.name}: {'done before' if step.name in done else 'no time is left'}", flush=True)
+            continue
+        line = run(step, min(step.seconds, left), into)
+        with (into / "steps.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(
+            f"--- {step.name}: {line['codes']} after {line['seconds']} s; {monotonic() - begin:.0f} s in all",
+            flush=True,
+        )
+        for name in step.commands:
+            said = (into / "logs" / f"{name}.log").read_text("utf-8", "replace").splitlines()
+            print("\n".join(text[:180] for text in said[-step.shown :]), flush=True)
+        if set(line["codes"].values()) != {0}:  # pyright: ignore[reportAttributeAccessIssue]
+            code = 1
+            if step.must:
+                return code
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
