@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.block_grad_variants import seconds
 from lit_sparse import loss
-from lit_sparse_profiling.allocator import measured
+from lit_sparse_profiling.allocator import measure_allocations
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             run()
             taken = median(seconds(run, device, flush) for _ in range(8))
-            with measured(device) as found:
+            with measure_allocations(device) as found:
                 run()
             print(
                 f"{'trained' if trained else 'frozen '} head, {chunk:5,} tokens a chunk: {taken * 1e3:8.2f} ms, "

@@ -24,7 +24,7 @@ class TwoPoints(torch.optim.Optimizer):
         self.graphs: list[bool] = []
 
     @torch.no_grad()
-    def step(self, closure):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         group, parameters = self.param_groups[0], [p for group in self.param_groups for p in group["params"]]
         group["steps"] += 1
         draw = torch.Generator().manual_seed(group["steps"])
@@ -81,7 +81,7 @@ class InBackward(torch.optim.Optimizer):
         parameter.sub_(parameter.grad, alpha=group["lr"])
         parameter.grad = None
 
-    def step(self, closure=None):
+    def step(self, closure=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         return None if closure is None else closure()
 
 
