@@ -21,6 +21,7 @@ if not __package__:  # run as a script, which is given its own folder only
 from benchmarks.measurements import Line, caption, newest, read_lines, table  # noqa: E402
 
 MARKED = re.compile(r"(<!-- begin:(?P<name>[\w.-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
+ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
 MARK = re.compile(r"<!-- (?:begin|end):")
 
 
@@ -260,6 +261,28 @@ def forgetting(results: Path) -> str:
     return published(results / "forgetting.jsonl")
 
 
+def methods(_results: Path) -> str:
+    """Return a row for each configs/*.yaml: its first comment, and what the classes that it names say of themselves."""
+    import yaml
+
+    from lit_sparse.runs import build_module
+
+    rows = []
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        model = yaml.safe_load(text)["model"]
+        updates = build_module({"model": {"base": "unused", "updates": model.get("updates+", [])}}).updates
+        what = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", text.splitlines()[0].lstrip("# ").rstrip("."))
+        changed = {"kept": "no", "trained": "yes", "rewritten": "yes, from the start", "moved": "yes, from the start"}
+        bases = [update.base for update in updates if "trainable" in update.claims] or ["trained"]
+        sharded = all(update.supports_sharding for update in updates)
+        period = next((f"every {u.period} steps" for u in updates if u.period is not None), "no")
+        rows.append([f"`{path.name}`", what, changed[bases[0]], period, "yes" if sharded else "no"])
+    head = ["YAML", "what it does", "base weights change", "trainable set changes", "FSDP2"]
+    return table(head, rows).replace("---:", "---")  # words, not figures
+
+
+BLOCKS["methods"] = methods
 BLOCKS["forgetting"] = forgetting
 BLOCKS |= {
     f"quality-{path.stem}": partial(quality, path.stem) for path in sorted((ROOT / "benchmarks/quality").glob("*.yaml"))

@@ -34,7 +34,7 @@ class TwoPoints(torch.optim.Optimizer):
         for sign in (1, -1):
             for p, before, z in zip(parameters, start, direction, strict=True):
                 p.copy_(before + sign * 1e-2 * z)
-            losses.append(closure())
+            losses.append(closure())  # pyright: ignore[reportOptionalCall]
             self.graphs.append(losses[-1].requires_grad)
         slope = (losses[0] - losses[1]) / 2e-2
         for p, before, z in zip(parameters, start, direction, strict=True):
