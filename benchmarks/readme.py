@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if not __package__:  # run as a script, which is given its own folder only
-    sys.path.insert(0, str(ROOT))
+    sys.path[0] = str(ROOT)  # in place of this folder, whose kernels.py transformers would take for a package
 
 from benchmarks.measurements import Line, caption, newest, read_lines, table  # noqa: E402
 
