@@ -11,12 +11,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.demo import DEMO
+from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF, Precision
 from lit_sparse.modules.checks import check_masters, check_sharding, check_trainer
 from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
-from lit_sparse.optim import AdamW, match_by_name
+from lit_sparse.modules.window import Window, sum_over_ranks
+from lit_sparse.optim import AdamW, match_by_name, whole
 from lit_sparse.ranks import averaged
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse_profiling.phases import Phases
@@ -72,9 +74,15 @@ class LitSparse(Resumable):
         self.lr, self.make_optimizer = lr, optimizer
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
-        self.of_training = {"train_loss"}  # names of what is logged in training, which scores no evaluation
-        self._window: list[Any] = []  # batches of an optimizer step, for a method that computes losses itself
-        self._window_value = torch.zeros(())
+        self.of_training = {
+            "train_loss",
+            "scored_tokens",
+            "lr",
+            "grad_norm",
+        }  # names of what is logged in training, which scores no evaluation
+        self._window = Window()
+        self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself
+        self._value = torch.zeros(())  # its last loss
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
@@ -92,36 +100,78 @@ class LitSparse(Resumable):
             trained = f"what is trained stays in {frozen}"
         rank_zero_info(f"Frozen weights and computation are in {frozen}, {trained}.")
 
-    def penalized_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the loss of a batch with the strategies' penalties, and without."""
+    def weighed_loss(self, batch: Mapping[str, Tensor], micro_batches: int) -> Tensor:
+        """Return the loss of a batch with the strategies' penalties, weighed for its accumulation window."""
         with self.autocast():
             loss, output = self.compute(self.loss, batch)
-            return self.updates.penalized(loss, batch, output), loss.detach()
+            penalized = self.updates.penalized(loss, batch, output)
+        return self._window.weigh(loss, penalized, self.scored_count(batch), micro_batches)
+
+    def on_train_start(self) -> None:
+        """Resume exactly: the loader at its position, learning rates at what this run's schedule says.
+
+        Lightning builds the loader before the position arrives if the schedule has to know how many batches there are,
+        and the optimizer comes back with the rate of the schedule that it was saved with.
+        """
+        self.trainer.fit_loop._load_combined_loader_states()
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LambdaLR):
+                scheduler.base_lrs = list(self._base_lrs)
+                rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                for group, base, course in rates:
+                    group["initial_lr"], group["lr"] = base, base * course(scheduler.last_epoch)
+                scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         if self.updates.backward == "none":
-            self._window.append(batch)
+            self._batches.append(batch)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         if self.updates.backward == "none":  # the optimizer step has computed it, or will
-            return self._window_value
-        penalized, loss = self.penalized_loss(batch)
-        self.log("train_loss", loss, prog_bar=True)
-        return penalized
+            return self._value
+        return self.weighed_loss(batch, self._micro_batches)
+
+    @property
+    def _micro_batches(self) -> int:
+        return self.trainer.accumulate_grad_batches
 
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
-        if self.updates.backward != "none":
-            super().backward(loss, *args, **options)
+        if self.updates.backward == "none":
+            return
+        super().backward(loss, *args, **options)
+        if not self.trainer.fit_loop._should_accumulate():
+            self._close_window()
+
+    def _close_window(self) -> None:
+        """Log the step's loss; divide gradients by its scored tokens, before any hook of the step sees them."""
+        loss, tokens, scale = self._window.close(self._micro_batches)
+        if scale is not None:
+            self.updates.scale_gradients(scale)
+        self._count_tokens(tokens)
+        self.log("train_loss", loss, prog_bar=True)
+
+    def _count_tokens(self, tokens: Tensor) -> None:
+        self.tokens_seen = (
+            self.tokens_seen.to(tokens.device) + tokens.long()
+        )  # on the device: to read it here would wait for the step
+        self.log("scored_tokens", self.tokens_seen.float())
 
     def configure_optimizers(self) -> Any:
         optimizer = self.updates.optimizer(self.lr, self.make_optimizer)
         if self.updates.masters:
             check_masters(optimizer)
         match_by_name(optimizer)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf") and 0 < self.warmup_steps < 1:
+            raise BadInput(
+                f"model.warmup_steps is {self.warmup_steps}, a share of all steps, but the trainer's limit is none of "
+                "steps or epochs; give warmup_steps as a number of steps, or set trainer.max_steps."
+            )
+        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total if self.warmup_steps else 0
         scheduler = LambdaLR(optimizer, lambda step: factor(self.schedule, step, int(warmup), total))
+        self._base_lrs = list(scheduler.base_lrs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -139,7 +189,16 @@ class LitSparse(Resumable):
     def _before_step(self, optimizer: Optimizer) -> None:
         numbers = self.updates.before_step(self.global_step + 1, optimizer)
         self.of_training |= numbers.keys()
-        self.log_dict(numbers)
+        self.log_dict(dict(numbers))
+        self.log("lr", optimizer.param_groups[0]["lr"])
+        every = self.trainer.log_every_n_steps or 1  # pyright: ignore[reportAttributeAccessIssue]
+        if (self.global_step + 1) % every == 0:  # a pass over all gradients
+            self._log_norm()
+
+    def _log_norm(self) -> None:
+        grads = [parameter.grad for _, parameter in self.updates.named if parameter.grad is not None]
+        if grads:
+            self.log("grad_norm", whole(torch.nn.utils.get_total_norm(grads)).float())
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         plain, step = getattr(optimizer, "optimizer", optimizer), self.global_step + 1
@@ -161,12 +220,19 @@ class LitSparse(Resumable):
         """Give the method a loss of all batches since the last step, averaged over ranks, to call as it likes."""
 
         def loss() -> Tensor:
-            losses = [self.penalized_loss(batch)[0] for batch in self._window]
-            return averaged(torch.stack(losses).mean())
+            parts = []
+            for batch in self._batches:
+                with self.autocast():
+                    mean, output = self.compute(self.loss, batch)
+                    penalized, count = self.updates.penalized(mean, batch, output), self.scored_count(batch)
+                parts.append(torch.stack([penalized.float() * count, count.float()]))
+            total, tokens = averaged(torch.stack(parts).sum(0))
+            return total / tokens
 
         with torch.no_grad():
             value = optimizer.step(loss)  # pyright: ignore[reportArgumentType, reportCallIssue]
-        self._window_value = torch.as_tensor(value, device=self.device)
-        self._window.clear()
-        self.log("train_loss", self._window_value, prog_bar=True)
+        self._value = torch.as_tensor(value, device=self.device)
+        self._count_tokens(sum_over_ranks(torch.stack([self.scored_count(batch) for batch in self._batches]).sum()))
+        self._batches.clear()
+        self.log("train_loss", self._value, prog_bar=True)
         closure()  # Lightning takes the step's result from it

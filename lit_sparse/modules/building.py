@@ -107,6 +107,10 @@ class BuiltModel(L.LightningModule, ABC):
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         """Return the mean loss of a batch (scalar with a graph), and the model's output, for penalties."""
 
+    @abstractmethod
+    def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the number of tokens (or rows) of a batch over which `loss` is the mean, an integer scalar."""
+
     @property
     def config_options(self) -> dict[str, Any]:
         """Entries of the base's configuration that the task sets when it loads the base."""

@@ -60,6 +60,9 @@ class CausalLM(LitSparse):
         output = self.build().base_model(**inputs)
         return next_token_loss(output.last_hidden_state, *self.head, batch["labels"], batch.get("scored")), output
 
+    def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return (batch["labels"][:, 1:] != IGNORED).sum()
+
     @torch.no_grad()
     def scores(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Per-token nll (B, S-1) fp32, 0 where no label, and whether the label was the likeliest token, bool."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
@@ -138,6 +139,9 @@ class Classifier(LitSparse):
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         output = self.build()(**{name: batch[name] for name in INPUTS if name in batch}, use_cache=False)
         return F.cross_entropy(output.logits.float(), batch["labels"]), output
+
+    def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 
     # ---- validation and test
 

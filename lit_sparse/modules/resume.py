@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.anatomy import is_quantized
@@ -25,6 +26,7 @@ class Resumable(BuiltModel):
         self.full_checkpoints = full_checkpoints
         self.resume_from: str | Path | None = None
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
+        self.tokens_seen = torch.zeros((), dtype=torch.int64)  # scored tokens of all steps
         self._moved = False  # whether what trains has other values than it began with
         self._rng: Any = None
 
@@ -43,6 +45,7 @@ class Resumable(BuiltModel):
             "base": self.base_fingerprint,
             "precision": str(self.frozen_dtype).removeprefix("torch."),
             "updates": self.updates.state_dict(),
+            "tokens_seen": int(self.tokens_seen),
             "rng": get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
         }
 
@@ -57,6 +60,7 @@ class Resumable(BuiltModel):
             self.restore(checkpoint)
         self.check_complete(checkpoint)
         self._moved, self._rng = True, checkpoint["lit_sparse"]["rng"]
+        self.tokens_seen = torch.tensor(checkpoint["lit_sparse"].get("tokens_seen", 0))  # older checkpoints lack it
 
     def _fits(self, saved: Mapping[str, Any], names: Collection[str]) -> bool:
         """Return whether loading a checkpoint's values over the present ones leaves nothing of another training."""

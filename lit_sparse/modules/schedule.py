@@ -6,7 +6,7 @@ from typing import Literal
 Schedule = Literal["linear", "cosine", "constant"]
 
 
-def factor(schedule: Schedule, step: int, warmup: int, total: int) -> float:
+def factor(schedule: Schedule, step: int, warmup: int, total: float) -> float:
     """Factor of the peak rate at optimizer step `step` (from 0) of `total`, after `warmup` steps of linear rise."""
     if step < warmup:
         return (step + 1) / warmup

@@ -150,6 +150,12 @@ class UpdateStrategy(ABC):
         """Return a scalar to add to this batch's loss, or None."""
         return None
 
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply by `factor` the gradients that the method keeps beside the parameters' own.
+
+        Losses of an accumulation window are divided by its scored tokens, whose number is known at its end only.
+        """
+
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Run before optimizer step `step` (from 1), with the accumulated, unclipped gradients in place.
 

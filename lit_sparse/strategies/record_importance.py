@@ -105,6 +105,11 @@ class RecordImportance(UpdateStrategy):
         for matrix in self._matrices:
             self._keep(matrix, self._sums[matrix.name], self._start[matrix.name])
 
+    def scale_gradients(self, factor: Tensor) -> None:
+        for watcher in self._watchers.values():
+            if watcher.total is not None:
+                watcher.total.mul_(factor)
+
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         if step % self.every:
             return

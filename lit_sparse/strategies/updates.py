@@ -172,6 +172,14 @@ class Updates(Sequence[UpdateStrategy]):
         penalties = [p for strategy in self if (p := strategy.penalty(batch, output)) is not None]
         return loss + torch.stack(penalties).sum() if penalties else loss
 
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply all gradients by `factor`, those that strategies keep elsewhere too."""
+        grads = [parameter.grad for _, parameter in self.named if parameter.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, factor)  # pyright: ignore[reportPrivateImportUsage]
+        for strategy in self:
+            strategy.scale_gradients(factor)
+
     def before_step(self, step: int, optimizer: Optimizer) -> dict[str, Tensor]:
         """Call the hooks before optimizer step `step` (from 1), scale its learning rates, and return what is logged.
 

@@ -1,0 +1,62 @@
+"""The accumulation window: one loss for all batches of an optimizer step, on all ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Window:
+    """Weighs the losses of an optimizer step's batches by their scored tokens.
+
+    The step's loss is that of one batch with all its rows: the sum over scored tokens, of all micro-batches and ranks,
+    divided by their number. A mean of means would give a batch with one scored token as much weight as one with a
+    thousand. Frameworks divide by the number of micro-batches and ranks; `scale` undoes that.
+
+    Without accumulation the ranks exchange their counts before the backward pass, and nothing is left to scale. With
+    it, the number of tokens is known only when the last micro-batch has come: losses are summed, and the gradients are
+    divided before the optimizer step.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None  # of losses, and of tokens, which fp32 counts exactly up to 2^24
+
+    def weigh(self, loss: Tensor, penalized: Tensor, count: Tensor, micro_batches: int) -> Tensor:
+        """Return what to call backward on for one micro-batch.
+
+        Args:
+            loss: Mean loss of its scored tokens, for the step's value.
+            penalized: The same with penalties, a scalar with a graph.
+            count: Number of its scored tokens.
+            micro_batches: How many a full window has, by which the trainer divides.
+        """
+        parts = torch.stack([loss.detach().float() * count, count.float()])
+        self._sums = parts if self._sums is None else self._sums + parts
+        if micro_batches > 1:
+            return penalized * count
+        if _world() == 1:
+            return penalized
+        return penalized * (count * _world() / sum_over_ranks(count.float())).to(penalized.dtype)
+
+    def close(self, micro_batches: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """End the window.
+
+        Returns:
+            The step's mean loss over all ranks, its scored tokens, and the factor of its gradients; None leaves them.
+        """
+        assert self._sums is not None, "the window has no batch"
+        loss, tokens = sum_over_ranks(self._sums)
+        self._sums = None
+        tokens = tokens.clamp(min=1)
+        return loss / tokens, tokens, None if micro_batches == 1 else _world() * micro_batches / tokens
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum over ranks."""
+    if _world() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values

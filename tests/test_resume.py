@@ -1,0 +1,93 @@
+"""Resuming with the settings of the command line: what users run, stopped anywhere, goes on as if it had not been."""
+
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from lit_sparse import cli, configs
+from lit_sparse.errors import BadInput
+from tests.test_cli import SMALL, home  # noqa: F401 - a fixture
+
+DATA = [
+    *("--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"),
+    *("--data.batch_size", "2", "--data.num_workers", "0", "--samples", "0"),
+]
+
+
+class Cut(Exception):
+    """What stops a run from outside."""
+
+
+class Stop(L.Callback):
+    """Stops a run after an optimizer step; notes the learning rate and the rows of each step.
+
+    Args:
+        step: After which; 0 never.
+    """
+
+    seen: list[tuple[float, list[int]]] = []
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if self.step and trainer.global_step >= self.step:  # here, when the step's checkpoint is written
+            raise Cut
+        self.seen.append((trainer.optimizers[0].param_groups[0]["lr"], batch["input_ids"].flatten().tolist()))
+
+
+def fit(method: str, run: str, stop: int = 0, *words: str) -> list[tuple[float, list[int]]]:
+    """Run `lit-sparse fit`, and return what each step was given."""
+    Stop.seen = []
+    call = ["--trainer.callbacks+=tests.test_resume.Stop", f"--trainer.callbacks.step={stop}"]
+    method = ["--config", str(configs.configs_folder() / f"{method}.yaml")]
+    arguments = ["fit", *method, "--model.base", "tiny", *DATA, *SMALL, *call, "--run", run, *words]
+    if stop:
+        with pytest.raises(Cut):
+            cli.run(arguments)
+    else:
+        cli.run(arguments)
+    return Stop.seen
+
+
+def saved(run: str) -> dict[str, torch.Tensor]:
+    return torch.load(Path("runs") / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+CASES = [
+    (method, stop, words)
+    for method, extra in {"lora": (), "smt": (), "lisa": (), "full": ()}.items()
+    for stop, words in ((4, extra), (3, (*extra, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2")))
+]
+
+
+@pytest.mark.parametrize(("method", "stop", "words"), CASES)
+def test_a_run_stopped_in_mid_epoch_goes_on_exactly(home, method, stop, words):  # noqa: F811
+    """One epoch is the default: the loader is built before its saved position arrives."""
+    straight = fit(method, "straight", 0, *words)
+    begun = fit(method, "cut", stop, *words, f"--checkpoint_steps={stop}")
+    resumed = fit(method, "cut", 0, *words, "--ckpt_path=last")
+    assert begun + resumed == straight
+    expected = saved("straight-1")
+    assert saved("cut-1").keys() == expected.keys()
+    for name, value in saved("cut-1").items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_other_data_or_another_batch_size_is_refused(home):  # noqa: F811
+    fit("lora", "cut", 4, "--checkpoint_steps=4")
+    with pytest.raises(BadInput, match="was written with other training data, seed or rows per step"):
+        fit("lora", "cut", 0, "--ckpt_path=last", "--data.batch_size=3")
+
+
+def test_the_learning_rate_is_that_of_this_runs_schedule(home):  # noqa: F811
+    """Four steps were asked for, and then eight: the fifth is half-way down."""
+    limits = ("--trainer.max_epochs=2", "--trainer.max_steps=8", "--model.warmup_steps=0")
+    fit("lora", "cut", 0, "--model.lr=0.01", *limits, "--trainer.max_steps=4")
+    resumed = fit("lora", "cut", 0, "--model.lr=0.01", *limits, "--ckpt_path=last")
+    assert [lr for lr, _ in resumed] == pytest.approx([0.005, 0.00375, 0.0025, 0.00125])
+    fit("lora", "other", 4, "--model.lr=0.01", *limits, "--checkpoint_steps=4")
+    again = fit("lora", "other", 0, "--model.lr=0.02", *limits, "--ckpt_path=last")
+    assert [lr for lr, _ in again] == pytest.approx([0.01, 0.0075, 0.005, 0.0025]), "a rate given now wins"
