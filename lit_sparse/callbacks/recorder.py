@@ -1,4 +1,4 @@
-"""The record of a fit with update strategies: beside what it took, what it changed, in numbers and in answers."""
+"""Record a fit with update strategies: its costs, and what it changed, in scores and in answers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lit_sparse_profiling.sections import ModelSize, StateBytes
 
 
 class Recorder(Profile):
-    """Writes the record of a fit, keeps its last checkpoint, and prints what the fit changed and what it took.
+    """Writes the record of a fit, keeps its last checkpoint, and prints a summary.
 
     Args:
         folder: The run's folder.
-        plan: Which steps are for what.
+        plan: The steps of warm-up, examination, timing and profiling.
         settings: The run's configuration, for the record.
-        samples: How many held-out questions are answered before and after training.
+        samples: Number of held-out questions that are answered before and after training.
         checkpoint_steps: Optimizer steps from one last checkpoint to the next; 0 keeps none.
     """
 
@@ -66,11 +66,12 @@ class Recorder(Profile):
         self.samples.ask(trainer, pl_module, "before")
         super().on_train_start(trainer, pl_module)
         if trainer.global_step:
-            self._note_state(trainer, pl_module)  # what a checkpoint brought back
+            self._note_state(trainer, pl_module)  # as restored from the checkpoint
 
     def plan_of(self, module: LitSparse) -> Plan:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan = super().plan_of(module)
-        return dataclasses.replace(plan, warmup=plan.warmup + max(periods_of(module), default=0))  # past one switch
+        # Past one change of the trainable set: its first step allocates new optimizer state.
+        return dataclasses.replace(plan, warmup=plan.warmup + max(periods_of(module), default=0))
 
     def about(self, module: LitSparse) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return {
@@ -107,7 +108,7 @@ class Recorder(Profile):
     # ---- results
 
     def _note_state(self, trainer: L.Trainer, module: LitSparse) -> None:
-        """Once after each change of the trainable set, when the state of what trains now is there."""
+        """Note the bytes of state once after each change of the trainable set, when the new state exists."""
         step, periods = trainer.global_step, periods_of(module)
         if not periods or step < self._next_state:
             return
@@ -116,7 +117,7 @@ class Recorder(Profile):
         self._next_state = min(step - (step - 1) % period + period for period in periods)
 
     def record(self, trainer: L.Trainer, module: LitSparse, **fields: Any) -> RunRecord:  # pyright: ignore
-        """The record of the fit, as far as it has come."""
+        """Return the record of the fit so far."""
         ours: dict[str, Any] = {
             "updates": [
                 {"class": type(u).__name__, "fields": fields_of(u), "chosen": u.describe()} for u in module.updates
@@ -131,7 +132,7 @@ class Recorder(Profile):
         return super().record(trainer, module, **{**ours, **fields})
 
     def _outcome(self, trainer: L.Trainer) -> dict[str, dict[str, float]]:
-        """What validation scored, and what `Forgetting` did, before and after."""
+        """Return the scores of validation and of `Forgetting`, before and after training."""
         found = {"before": dict(self.before), "after": dict(self.after)}
         for forgetting in forgettings(trainer):
             found["before"] |= forgetting.before
@@ -140,17 +141,17 @@ class Recorder(Profile):
 
 
 def forgettings(trainer: L.Trainer) -> list[Forgetting]:
-    """The trainer's callbacks that score what is forgotten."""
+    """Return the trainer's `Forgetting` callbacks."""
     return [callback for callback in trainer.callbacks if isinstance(callback, Forgetting)]  # pyright: ignore
 
 
 def periods_of(module: LitSparse) -> list[int]:
-    """Optimizer steps from change to change of the trainable set, of each strategy that changes it."""
+    """Return the optimizer steps between changes of the trainable set, for each strategy that changes it."""
     return [update.period for update in module.updates if update.period is not None]
 
 
 def fields_of(update: UpdateStrategy) -> dict[str, Any]:
-    """The fields of a strategy as plain values, for a record."""
+    """Return the fields of a strategy as plain values, for a record."""
     if not dataclasses.is_dataclass(update):
         return {}
     values = {field.name: getattr(update, field.name) for field in dataclasses.fields(update)}
@@ -158,7 +159,7 @@ def fields_of(update: UpdateStrategy) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """`value` with lists for sets, which PEFT makes of lists of modules and JSON does not have."""
+    """Replace sets by sorted lists: PEFT turns lists of modules into sets, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):

@@ -19,10 +19,10 @@ from lit_sparse.modules import LitSparse
 from lit_sparse.runs import load_run
 
 MARK = "lit_sparse.json"
-"""The file by which an exported folder is known: where it comes from, and what its cast cost."""
+"""A file that marks a folder as an export, with its origin and the error of its cast."""
 
 OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter"}
-"""What is written where in the run's folder, unless told otherwise."""
+"""Default names of exports in the run's folder."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -41,10 +41,10 @@ def export(
 
     Args:
         run: The run's folder, such as runs/smt-1.
-        to: `hf` is the whole model with the tokenizer; `delta` one file with what differs from the base; `adapter` the
-            folder that peft.PeftModel.from_pretrained(base, folder) loads.
+        to: `hf` is the whole model with the tokenizer; `delta` one file with the difference from the base; `adapter` a
+            folder for peft.PeftModel.from_pretrained(base, folder).
         output: Where to; `hf`, `delta.safetensors` or `adapter` in the run's folder when not given.
-        dtype: Type of the weights of `hf`: that of the base's files, or another. The others are always in float32.
+        dtype: Dtype of the weights of `hf`; `base` is that of the base's files. Deltas and adapters are float32.
         overwrite: Replace an earlier export.
 
     Returns:
@@ -73,7 +73,7 @@ def export(
 
 
 def export_adapter(run: Path, target: Path) -> None:
-    """Write the adapter that the run in the folder `run` trained to the folder `target`, with the mark."""
+    """Write the adapter of the run in the folder `run`, and the mark, to the folder `target`."""
     module, _ = load_run(run)
     with written(target) as draft:
         write_adapter(module, run.resolve().name, draft)
@@ -84,10 +84,10 @@ def export_adapter(run: Path, target: Path) -> None:
 
 
 def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
-    """Write the merged model in `dtype`, the base's tokenizer and the mark, and say what the cast cost.
+    """Write the merged model in `dtype`, the base's tokenizer and the mark; print the error of the cast.
 
     Raises:
-        BadInput: if the folder would not load again as it was written.
+        BadInput: if the folder does not load as it was written.
     """
     cost = cast_error(((before, after) for _, before, after in merge.changes()), dtype)
     merge.model.to(dtype)  # pyright: ignore[reportArgumentType]
@@ -102,7 +102,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
 
 
 def origin(run: str, module: LitSparse) -> dict[str, Any]:
-    """Where an export comes from, for its mark."""
+    """Return the origin of an export, for its mark."""
     return {
         "run": run,
         "base": module.base,
@@ -112,12 +112,15 @@ def origin(run: str, module: LitSparse) -> dict[str, Any]:
 
 
 def write_mark(folder: Path, entries: dict[str, Any]) -> None:
-    """Write the file by which the export in `folder` is known."""
+    """Write the file that marks `folder` as an export."""
     (folder / MARK).write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def check_loads(merge: Merge, folder: Path) -> None:
-    """Load the folder as its users will, and compare every parameter."""
+    """Load the folder as users will, and compare every parameter.
+
+    save_pretrained does not notice weights that it ties or drops.
+    """
     again = merge.module.auto_class.from_pretrained(folder, dtype="auto")
     found = dict(again.named_parameters(remove_duplicate=False))
     for name, parameter in merge.model.named_parameters(remove_duplicate=False):
@@ -131,7 +134,7 @@ def check_loads(merge: Merge, folder: Path) -> None:
 
 
 def check_output(output: Path, to: str, overwrite: bool) -> None:
-    """Refuse to write where something else is.
+    """Refuse to overwrite anything but an earlier export.
 
     Raises:
         BadInput: if something is there that is not an earlier export, or is one and `overwrite` is false.
@@ -152,7 +155,7 @@ def check_output(output: Path, to: str, overwrite: bool) -> None:
 
 @contextmanager
 def written(output: Path) -> Iterator[Path]:
-    """A path to write a file or folder at, which takes the place of `output` at the end, or vanishes on an error.
+    """Give a path to write at; it replaces `output` at the end, or is removed on an error.
 
     Raises:
         BadInput: if it cannot be written.
@@ -167,7 +170,7 @@ def written(output: Path) -> Iterator[Path]:
 
 
 def replace(new: Path, output: Path, old: Path) -> None:
-    """Move `new` to `output`, what is there before to `old`; where that fails, it is put back."""
+    """Move `output` to `old` and `new` to `output`; on an error, move `old` back."""
     if output.exists():  # a folder cannot be moved onto one that holds something
         output.rename(old)
     try:

@@ -20,15 +20,15 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> None:
-    """Print a run's answer to a prompt, and the base model's beside it if wanted; computed on the CPU.
+    """Print a run's answer to a prompt, and on request the base model's; computed on the CPU.
 
     Args:
         run: The run's folder, such as runs/smt-1.
-        prompt: What to answer; it is put in the form that training data has (the tokenizer's chat template, if any).
-        base: Print the answer of the model before training too.
-        max_new_tokens: Tokens of an answer at most.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn, the more evenly the higher.
-        seed: Of the drawing.
+        prompt: The text to answer; it is formatted as in training (by the tokenizer's chat template, if any).
+        base: Print the base model's answer too.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 decodes greedily; above 0, tokens are sampled at this temperature.
+        seed: Seed of the sampling.
 
     Raises:
         BadInput: if the run cannot be loaded, its base has no tokenizer, or a number makes no sense.
@@ -46,21 +46,21 @@ def generate(
         print(text)
         return
     before = build_module(config)
-    before.precision = module.precision  # of the run, where that decides what the base is
+    before.precision = module.precision  # the run's: it decides which weights a random or quantised base has
     before.build().eval()
     print(f"--- {run.resolve().name}\n{text}\n--- base: {module.base}\n{sampling.answer(before, prompt)}")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn: its length at most, the temperature (0 is greedy) and the seed."""
+    """Settings of generation: most tokens, temperature (0 is greedy) and seed."""
 
     max_new_tokens: int
     temperature: float
     seed: int
 
     def answer(self, module: LitSparse, prompt: str) -> str:
-        """The answer of `module` to `prompt`, decoded."""
+        """Return the decoded answer of `module` to `prompt`."""
         tokenizer = load_tokenizer(module.base)
         ids = torch.tensor([prompt_ids(Encoder(tokenizer), prompt)])
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
@@ -78,10 +78,10 @@ class Sampling:
 
 
 def prompt_ids(encoder: Encoder, prompt: str) -> list[int]:
-    """The tokens of `prompt` as a training row has them before its answer.
+    """Return the token ids of `prompt` as they precede the answer in a training row.
 
     Raises:
-        BadInput: if the chat template refuses it.
+        BadInput: if the chat template rejects it.
     """
     try:
         return encoder.encode_prompt(Chat((Message("user", prompt), Message("assistant", ""))))
