@@ -116,7 +116,7 @@ class Encoder:
         """
         match item:
             case Tokens():
-                example = self._check_ids(item)
+                example = self._check_ids(item)  # a wrong tokenizer would otherwise fail in the embedding, on the GPU
             case Passage():
                 example = self._tokenise(self._render_passage(item.text))
             case Choice():
@@ -144,6 +144,7 @@ class Encoder:
 
     def encode_text(self, text: str) -> list[int]:
         """Return the tokens of `text`, without begin or end token."""
+        # verbose: no warning of texts above the model's maximum, which are dropped, truncated or cut later.
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _check_ids(self, item: Tokens) -> Example:

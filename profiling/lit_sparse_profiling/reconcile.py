@@ -125,6 +125,7 @@ def _add_allocator(lines: list[Line], record: RunRecord) -> None:
 
 def _add_other_phases(lines: list[Line], record: RunRecord) -> None:
     highest = _highest_reserved(record)
+    # Evaluation or selection may reserve more than a step does, and the driver sees it.
     if highest is not None and (highest.peak_reserved or 0) > _sum(lines):
         _append_total(lines, ELSEWHERE, "reserved at most", highest.peak_reserved or 0, note=f"in {highest.name}")
 
