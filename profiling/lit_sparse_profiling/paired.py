@@ -49,7 +49,7 @@ class Turns:
         """
         os.write(self._write, READY)
         if os.read(self._read, 1) != GO:
-            raise RuntimeError("the bench that gave this run its turns has ended.")
+            raise RuntimeError("The bench that interleaves this run has ended; start the bench again.")
 
     def report(self, seconds: float) -> None:
         """Report the seconds of the step that has ended."""

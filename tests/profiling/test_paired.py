@@ -67,7 +67,7 @@ def test_a_run_whose_turn_never_comes_fails(tmp_path: Path) -> None:
     first = paired_run(tmp_path, "a", 3, 1.0)
     assert first.ready(None, lambda: None)
     assert first.end(None, lambda: None) == 1
-    assert "the bench that gave this run its turns has ended" in (tmp_path / "a.log").read_text()
+    assert "The bench that interleaves this run has ended" in (tmp_path / "a.log").read_text()
 
 
 def test_a_run_killed_while_it_waits_has_no_more_steps(tmp_path: Path) -> None:
