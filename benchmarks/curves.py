@@ -1,4 +1,4 @@
-"""The study of forgetting as its YAML file has it: phases, methods over their strength, and what is left to do."""
+"""Read the study of forgetting: its phases, its methods at several strengths, and the trials left to do."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lit_sparse.errors import BadInput
 
 STUDY = Path(__file__).parent / "forgetting" / "study.yaml"
 STRENGTH = "${strength}"
-"""Stands for each of a method's strengths in its updates."""
+"""Placeholder of a method's strength in its updates."""
 GENERAL, FISHER = "general", "fisher"
 KEYS = {"title", "workload", "text_rows", "phases", "methods"}
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A method over its strength, or over the learning rate, where it has no strength.
+    """A method at several strengths, or at several learning rates if it has no strength.
 
     Attributes:
-        arms: One for each strength or rate, lowest first.
-        swept: The arm at which the learning rate is chosen for all of them; None where each has its own.
+        arms: An arm for each strength or rate, lowest first.
+        swept: The arm whose sweep chooses the learning rate of all arms; None if each arm has its own.
     """
 
     name: str
@@ -40,9 +40,9 @@ class Phase:
     """A run of the first phase.
 
     Attributes:
-        config: Of `lit-sparse fit`, with the placeholders of the text and of the phase before.
-        stands: What stands for its folder in the trials' configurations: with a hash of all that makes its result, so
-            that a trial's identity follows it while its folder may be anywhere.
+        config: Configuration of `lit-sparse fit`, with placeholders of the text and of the phase before.
+        stands: Placeholder of its folder in the trials' configurations. It has a hash of everything that affects the
+            result, so that a trial's identity depends on the phase, but not on where its folder is.
     """
 
     name: str
@@ -52,12 +52,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Study:
-    """All of it, as a YAML file has it.
+    """The study in a YAML file.
 
     Attributes:
         table: The arms, in groups by method.
         text: A data file with general text, or `demo`.
-        text_rows: How many of its rows the first phase sees.
+        text_rows: Number of its rows that the first phase trains on.
     """
 
     table: Table
@@ -71,7 +71,7 @@ class Study:
 
 
 def read_study(path: Path = STUDY, text: str = demo.DEMO, seeds: Sequence[int] | None = None) -> Study:
-    """The study in a YAML file.
+    """Read the study in a YAML file.
 
     Raises:
         BadInput: if something in it makes none.
@@ -101,13 +101,13 @@ def read_study(path: Path = STUDY, text: str = demo.DEMO, seeds: Sequence[int] |
 
 
 def scored_by(workload: Config) -> Config:
-    """What decides which rows of general text the trials score, on which the first phase must not be trained."""
+    """Return the settings that decide which general text trials score; the first phase must not train on it."""
     heldout = (workload.get("data") or {}).get("init_args", {}).get("heldout")
     return {"callbacks": (workload.get("trainer") or {}).get("callbacks"), "heldout": heldout}
 
 
 def arms_of(method: str, body: Config, where: str) -> tuple[dict[float, str], str | None]:
-    """A method's arms by strength, with the one at which its learning rate is swept; by rate, if it has no strength."""
+    """Return a method's arms by strength (or by rate, without one), and the arm whose learning rate is swept."""
     swept = body.get("swept")
     values = sorted(map(float, body["strengths"] if "strengths" in body else body["lr"]))
     arms = {value: f"{method}_{value:g}" for value in values}
@@ -119,7 +119,7 @@ def arms_of(method: str, body: Config, where: str) -> tuple[dict[float, str], st
 
 
 def phases_of(documents: Mapping[str, Config], text: Config) -> tuple[Phase, ...]:
-    """The phases in their order, each of which may begin with those before."""
+    """Return the phases in order; each may start from those before."""
     names, out = dict[str, str](), list[Phase]()
     for name, document in documents.items():
         config = filled(document, names)
@@ -132,7 +132,7 @@ def phases_of(documents: Mapping[str, Config], text: Config) -> tuple[Phase, ...
 
 
 def work(study: Study, results: Results) -> Iterator[Work]:
-    """What can be done now: the sweeps, then seed by seed every strength of every method."""
+    """Yield the trials that can be done now: the sweeps, then every strength of every method, seed by seed."""
     for curve in study.curves:
         yield from missing(sweep(study, curve), results)
     for seed in study.table.seeds:
@@ -141,17 +141,17 @@ def work(study: Study, results: Results) -> Iterator[Work]:
 
 
 def missing(trials: Sequence[Trial], results: Results) -> list[Work]:
-    """Those without a line."""
+    """Return the trials without a result."""
     return [Work(trial) for trial in trials if results.fit(trial) is None]
 
 
 def sweep(study: Study, curve: Curve) -> list[Trial]:
-    """The trials that choose the curve's learning rate."""
+    """Return the trials that choose the curve's learning rate."""
     return study.table.sweep(curve.swept) if curve.swept is not None else []
 
 
 def at_best(study: Study, curve: Curve, seeds: Sequence[int], results: Results) -> list[Trial]:
-    """The curve's trials at its best learning rate, none while that is not known, or each at its own."""
+    """Return the curve's trials at its best learning rate (none while it is unknown), or each at its own."""
     swept = sweep(study, curve)
     best = chosen(swept, results)
     if swept and (best is None or missing(swept, results)):
@@ -161,7 +161,7 @@ def at_best(study: Study, curve: Curve, seeds: Sequence[int], results: Results) 
 
 
 def belonging(study: Study, results: Results) -> list[Line]:
-    """The lines of the study's trainings, those of the sweeps too."""
+    """Return the lines of the study's trainings, those of the sweeps too."""
     trials = [trial for curve in study.curves for trial in sweep(study, curve)]
     trials += [trial for curve in study.curves for trial in at_best(study, curve, study.table.seeds, results)]
     found = {trial.identity(results.stack): results.fit(trial) for trial in trials}
@@ -169,7 +169,7 @@ def belonging(study: Study, results: Results) -> list[Line]:
 
 
 def left(study: Study, results: Results) -> int:
-    """How many trainings are missing."""
+    """Count the missing trainings."""
     total = 0
     for curve in study.curves:
         swept = len(missing(sweep(study, curve), results))

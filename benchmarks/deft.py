@@ -1,4 +1,4 @@
-"""What a penalty on activations costs: steps of LoRA with it and without, in turn (DEFT, arXiv 2402.01911).
+"""Measure the cost of a penalty on activations: interleaved steps of LoRA with and without it (DEFT, arXiv 2402.01911).
 
 `python -m benchmarks.deft` runs `lit-sparse bench` on benchmarks/deft/lora_deft.yaml against lora.yaml beside it: on a
 CPU with the demo model and 4 x 256 random tokens (wants a quiet machine), on a GPU at the shapes of Llama-3.2-1B. It
@@ -27,11 +27,11 @@ WORKLOADS = {
     kind: ROOT / "benchmarks" / folder / "workload.yaml" for kind, folder in (("cpu", "peers"), ("cuda", "gpu"))
 }
 MOST = {"cpu": 1.10, "cuda": 1.03}
-"""Times the step without the penalty that one with it is promised to take at most, by kind of device."""
+"""Target: most step time with the penalty, relative to a step without it, by kind of device."""
 
 
 def commands(into: Path, rounds: int, kind: str) -> list[list[str]]:
-    """The benches that make up the comparison."""
+    """Return the command lines of `lit-sparse bench` that make up the comparison."""
     common = [f"--config={WORKLOADS[kind]}", f"--steps={rounds}"]
     return [
         [WITHOUT, f"--into={into / 'alone'}", *common],
@@ -40,25 +40,25 @@ def commands(into: Path, rounds: int, kind: str) -> list[list[str]]:
 
 
 def lines(into: Path) -> list[Line]:
-    """What the newest runs measured."""
+    """Return the lines of the newest runs."""
     return [line for folder in ("alone", "turns") for line in lines_of("deft", into / folder)]
 
 
 def verdict(found: Sequence[Line], kind: str) -> str:
-    """Whether the promised step time was met."""
+    """Compare the step time with its target."""
     ratio = next(line["ratio_median"] for line in found if "pair" in line)
     met = "met   " if ratio <= MOST[kind] else "missed"
     return f"{met} with the penalty: step time {ratio:.3f} of LoRA's alone, at most {MOST[kind]:.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make what is missing, judge, and append all to the results; the exit status."""
+    """Make the missing runs, compare with the target, and append the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of the pair (default 30)")
     parser.add_argument("--into", type=Path, default=Path("runs/deft"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
     asked = parser.parse_args(arguments)
-    os.chdir(ROOT)  # the GPU's workload names the model's shapes from here
+    os.chdir(ROOT)  # the GPU workload names the model's configuration relative to it
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     for words in commands(asked.into, asked.rounds, kind):
         measure(words)

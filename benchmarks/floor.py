@@ -1,4 +1,4 @@
-"""The frozen floor: what a step costs in which nothing is trained, to compare methods with."""
+"""The frozen floor: a step in which nothing is trained, to compare methods with."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lit_sparse.anatomy import decoder_layers, linears, role
 from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy
 
 NAME = "floor"
-"""Of the parameter that stands in for a trained one: it is in no computation, so that no optimizer ever moves it."""
+"""Name of the placeholder parameter: no computation uses it, so that the optimizer never moves it."""
 
 
 @dataclasses.dataclass
 class Floor(UpdateStrategy):
-    """Forward and backward through frozen weights, down to the outputs of q, k and v of the first decoder layer.
+    """Runs forward and backward through frozen weights, down to the outputs of q, k and v of the first layer.
 
     These become leaves that want a gradient, so that the graph is that of a method that trains q, k and v from the
     first layer on, without the gradients of weights. A method whose lowest trained layer is higher up has a shorter

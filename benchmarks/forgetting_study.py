@@ -1,4 +1,4 @@
-"""What a domain fit forgets, with penalties that hold it to general text: gain against loss, and what both cost.
+"""Measure what a domain fit forgets with penalties against it: domain gain against general loss, and the costs.
 
 `python -m benchmarks.forgetting_study` makes the first phase once (LoRA on general text with RecordImportance, and the
 Fisher at its end), then each method's trials on a domain, all from that one checkpoint. The learning rate is swept at
@@ -37,14 +37,14 @@ from lit_sparse_profiling.runner import Job
 RESULTS = ROOT / "benchmarks" / "results" / "forgetting.jsonl"
 PARTS = ("trials", "cost")
 TEXT = "${text}"
-"""Stands for the file of general text in a phase's data."""
+"""Placeholder of the file of general text in a phase's data."""
 
 
 # ---- general text
 
 
 def write_text(study: Study, into: Path) -> Path:
-    """The file of general text for the first phase, none of whose rows is scored.
+    """Write the file of general text for the first phase, without rows that are scored.
 
     Raises:
         BadInput: if there are too few rows.
@@ -60,11 +60,11 @@ def write_text(study: Study, into: Path) -> Path:
     path, kept = into / "general.jsonl", [rows[mark] for mark in sorted(rows)[: study.text_rows]]
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text("".join(json.dumps(row.data) + "\n" for row in kept), encoding="utf-8")
-    return partial.replace(path)  # at once: another process may be reading it
+    return partial.replace(path)  # atomic: another process may be reading it
 
 
 def scored_rows(workload: Config) -> set[str]:
-    """Marks of the general text that trials score, by Forgetting or with the demo's held-out rows.
+    """Return hashes of the general text that trials score, by Forgetting or with the demo's held-out rows.
 
     Raises:
         BadInput: if they score none.
@@ -111,7 +111,7 @@ class StudyRunner(Runner):
         return filled(trial.config, self.folders)
 
     def run(self, minutes: float | None = None) -> None:
-        """As for a table; the first phase comes first, where it is not there.
+        """Run as for a table, after the first phase, which is made if missing.
 
         Raises:
             RuntimeError: if the first phase failed.
@@ -123,7 +123,7 @@ class StudyRunner(Runner):
         super().run(None if minutes is None else max(0.0, minutes - (time.monotonic() - begun) / 60))
 
     def made_phases(self) -> Mapping[str, str]:
-        """What stands for the text and the phases, and where they are; what is not there is made now.
+        """Make the missing phases; return the paths of text and phases by placeholder.
 
         Raises:
             RuntimeError: if one failed.
@@ -137,7 +137,7 @@ class StudyRunner(Runner):
         return self.folders
 
     def made_phase(self, phase: Phase) -> Path:
-        """The folder of a phase, made now if there is none with a checkpoint.
+        """Return the folder of a phase; make it if there is none with a checkpoint.
 
         Raises:
             RuntimeError: if it failed.
@@ -157,7 +157,7 @@ class StudyRunner(Runner):
 
 
 def phase_line(phase: Phase, record: RunRecord, stack: Mapping[str, str], seconds: float) -> dict[str, Any]:
-    """How long a phase took, and what it scored, if anything."""
+    """Return the line of results of a phase: seconds, and scores if it has some."""
     about = {"kind": "phase", **provenance("forgetting", record), "stack": dict(stack), "identity": phase.stands}
     scores = {when: record.outcome.get(when, {}) for when in ("before", "after")}
     return {**about, "phase": phase.name, "seconds": seconds, **scores}
@@ -167,7 +167,7 @@ def phase_line(phase: Phase, record: RunRecord, stack: Mapping[str, str], second
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     out = argparse.ArgumentParser(prog="python -m benchmarks.forgetting_study", description=__doc__)
     out.add_argument("--only", choices=PARTS, help="measure one part (default: both)")
     out.add_argument(
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what is missing, and show it; the exit status is 1 if something failed, 2 for bad input."""
+    """Do what is missing and show it; return the exit status, 1 if something failed, 2 for bad input."""
     asked = parser().parse_args(arguments)
     try:
         return measured(asked)

@@ -1,7 +1,7 @@
-"""LISA beside full fine-tuning and LoRA: step time, memory, state from switch to switch, and how far layers move.
+"""Compare LISA with full fine-tuning and LoRA: step time, memory, state at each switch, and displacement of layers.
 
 `python -m benchmarks.lisa_costs` measures three things on the demo model and appends to benchmarks/results/lisa.jsonl:
-`time`: steps of LISA and LoRA in turn with full fine-tuning's, 4 x 256 random tokens (wants a quiet machine);
+`time`: steps of LISA and LoRA interleaved with full fine-tuning's, 4 x 256 random tokens (needs a quiet machine);
 `state`: optimizer and strategy state over twenty switches, for each policy of LISA's;
 `norms`: norms of each layer's weights, and of their change, after fine-tuning on grade-school problems: the premise of
 LISA's paper (arXiv 2403.17919, section 3.1) is that LoRA moves embeddings and head most.
@@ -38,23 +38,25 @@ EMBEDDINGS, FROZEN = str(HERE / "embeddings.yaml"), str(HERE / "frozen.yaml")
 POLICIES = {"reset": FROZEN, "offload": str(HERE / "offload.yaml"), "keep": str(HERE / "keep.yaml")}
 SWITCHES = 20
 MOST = 0.75
-"""What the step time with embeddings frozen may be of full fine-tuning's, on a CPU."""
+"""Target: step time with frozen embeddings, relative to full fine-tuning's, on a CPU."""
 TRAINED = {
     "full": (FULL, 6e-5),
     "lora": (LORA, 5e-4),
     "lisa": (EMBEDDINGS, 2e-4),
 }
-"""What the norms are of: the YAML and its peak learning rate. The demo model's embeddings are its head too, into which
-LoRA's update of embeddings cannot be merged, so that LoRA is on the decoder layers alone."""
+"""YAMLs and peak learning rates of the runs whose norms are measured.
+
+LoRA adapts the decoder layers alone: the demo model ties embeddings and head, and an adapter of tied weights cannot be
+merged."""
 STEPS = 32
-"""Optimizer steps that the norms are measured after."""
+"""Optimizer steps after which norms are measured."""
 
 
 # ---- step time and memory
 
 
 def time(into: Path, rounds: int) -> Iterator[Line]:
-    """LISA's and LoRA's steps in turn with full fine-tuning's."""
+    """Interleave steps of LISA and LoRA with full fine-tuning's; return their lines."""
     common = [f"--config={ROOT / 'benchmarks' / 'peers' / 'workload.yaml'}", f"--steps={rounds}"]
     measure([FULL, f"--into={into / 'alone'}", *common])
     measure([EMBEDDINGS, FROZEN, LORA, f"--against={FULL}", f"--into={into / 'turns'}", *common])
@@ -66,8 +68,8 @@ def time(into: Path, rounds: int) -> Iterator[Line]:
 
 
 def state(into: Path) -> Iterator[Line]:
-    """What each policy keeps, from the first interval to the twentieth switch, beside full fine-tuning's state."""
-    steps = 2 * (SWITCHES + 1)  # two in each interval, the first one of it included
+    """Measure the state of each policy from the first interval to the twentieth switch, and full fine-tuning's."""
+    steps = 2 * (SWITCHES + 1)  # two in each interval
     common = [f"--config={HERE / 'states.yaml'}", f"--steps={steps}", f"--into={into / 'state'}"]
     measure([FULL, *POLICIES.values(), *common])
     records = newest(into / "state")
@@ -93,7 +95,7 @@ def state_line(policy: str, record: RunRecord, full: RunRecord) -> Line:
 
 
 def norms(into: Path) -> Iterator[Line]:
-    """Norms of each layer before training, and of its change."""
+    """Measure the norms of each layer before training, and of its change."""
     for name, (yaml, rate) in TRAINED.items():
         folder = trained(name, yaml, rate, into / "norms")
         merge = Merge.of(folder)
@@ -108,7 +110,7 @@ def norms(into: Path) -> Iterator[Line]:
 
 
 def trained(name: str, yaml: str, rate: float, into: Path) -> Path:
-    """The folder of a fit on grade-school problems, of an earlier one if it is there."""
+    """Return the folder of a fit on grade-school problems; an earlier one is used again."""
     files = [found(yaml), str(ROOT / "benchmarks" / "quality" / "workloads" / "demo.yaml")]
     config = [f"--config={file}" for file in files]
     ends = [f"--trainer.max_steps={STEPS}", f"--trainer.val_check_interval={STEPS}", "--trainer.num_sanity_val_steps=0"]
@@ -121,7 +123,7 @@ def trained(name: str, yaml: str, rate: float, into: Path) -> Path:
 
 @torch.no_grad()
 def moved(base: nn.Module, model: nn.Module) -> list[Line]:
-    """Of embeddings, each decoder layer, final norm and head: the norm of its weights, and that of their change."""
+    """Return norms of the weights and of their change, for embeddings, each decoder layer, final norm and head."""
     return [
         {"layer": name, "norm": norm(before), "change": norm([b - a for a, b in zip(before, after, strict=True)])}
         for (name, before), (_, after) in zip(parts(base), parts(model), strict=True)
@@ -129,7 +131,7 @@ def moved(base: nn.Module, model: nn.Module) -> list[Line]:
 
 
 def parts(model: nn.Module) -> list[tuple[str, list[torch.Tensor]]]:
-    """The model's parameters in fp32, in its order: each decoder layer as a whole, what is outside one by one."""
+    """Return parameters in fp32 by part, in model order: those of a decoder layer together, others one by one."""
     layers = enumerate(decoder_layers(model))
     layer_of = {id(parameter): str(number) for number, layer in layers for parameter in layer.parameters()}
     grouped: dict[str, list[torch.Tensor]] = {}
@@ -146,7 +148,7 @@ def norm(tensors: Sequence[torch.Tensor]) -> float:
 
 
 def verdict(lines: Sequence[Line]) -> str | None:
-    """Whether the promised step time was met, where it was measured."""
+    """Compare the step time with its target, if it was measured."""
     for line in lines:
         if line.get("pair") == ["frozen", "full"]:
             met = "met   " if line["ratio_median"] <= MOST else "missed"
@@ -155,7 +157,7 @@ def verdict(lines: Sequence[Line]) -> str | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is missing and append it; the exit status."""
+    """Measure what is missing and append it; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help="what to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=30, help="timed steps of each pair (default 30)")

@@ -1,4 +1,4 @@
-"""Measurements as JSON lines with their provenance: how they are read, and shown as tables with captions."""
+"""Read measurements, JSON lines with their provenance, and format tables with captions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Line = dict[str, Any]
 
 
 def read_lines(path: Path, command: str) -> list[Line]:
-    """The measurements in a file of JSON lines, which `command` writes.
+    """Read the measurements in a file of JSON lines, which `command` writes.
 
     Raises:
         ValueError: if the file is missing or empty, or a line of it is no JSON object with its provenance.
@@ -36,7 +36,7 @@ def parsed(line: str, where: str) -> Line:
 
 
 def newest(lines: Iterable[Line], key: str) -> dict[str, Line]:
-    """The newest line for each value of `key`, in the order in which the values first appear."""
+    """Return the newest line for each value of `key`, in the order in which the values first appear."""
     found: dict[str, Line] = {}
     for line in lines:
         name = json.dumps(line[key])
@@ -46,7 +46,7 @@ def newest(lines: Iterable[Line], key: str) -> dict[str, Line]:
 
 
 def caption(command: str, lines: Sequence[Line]) -> str:
-    """Where the numbers come from: the command, and every device, date, commit and version among the lines."""
+    """Return a caption: the command, and every device, date, commit and version among the lines."""
     versions = {f"{name} {version}" for line in lines for name, version in line["versions"].items()}
     devices, dates, commits = (sorted({line[key] for line in lines}) for key in ("device", "date", "commit"))
     facts = [" and ".join(devices), *sorted(versions), " and ".join(dates), f"commit {', '.join(commits)}"]

@@ -1,4 +1,4 @@
-"""What the profiler costs the steps that it times: the same fit with and without it, step by step in turn.
+"""Measure the profiler's overhead on the steps that it times: interleaved steps of one fit with and without it.
 
 `python -m benchmarks.overhead` trains the demo model with block-sparse tuning on short rows, so that a step is short
 and an overhead of Python's shows, and appends one line to benchmarks/results/overhead.jsonl.
@@ -30,11 +30,11 @@ from lit_sparse_profiling.record import RunRecord
 
 RESULTS = ROOT / "benchmarks" / "results" / "overhead.jsonl"
 WARMUP = 8
-"""Steps before those that count; the profiler's own examination is over by then."""
+"""Steps of warm-up, which include the profiler's examination."""
 
 
 class Begin(Callback):
-    """First of the callbacks: waits for the turn and begins to time the step, and what other callbacks do in it."""
+    """The first callback: waits for its turn, and starts the clock before other callbacks act."""
 
     def __init__(self, turns: Turns) -> None:
         self.turns, self.begun = turns, 0.0
@@ -46,7 +46,7 @@ class Begin(Callback):
 
 
 class End(Callback):
-    """Last of the callbacks: ends it."""
+    """The last callback: stops the clock."""
 
     def __init__(self, begin: Begin) -> None:
         self.begin = begin
@@ -59,7 +59,7 @@ class End(Callback):
 
 
 def fit(turns: Turns, rounds: int, folder: Path | None) -> None:
-    """Train so many steps, with a profiler that writes to `folder`, or with none."""
+    """Train some steps, with a profiler that writes to `folder`, or without one if it is None."""
     torch.manual_seed(0)
     begin = Begin(turns)
     profile = [] if folder is None else [Profile(folder, Plan(warmup=WARMUP - 4))]
@@ -77,7 +77,7 @@ def fit(turns: Turns, rounds: int, folder: Path | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and append the result; the exit status."""
+    """Measure and append the result; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200, help="timed steps of each fit (default 200)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")

@@ -1,4 +1,4 @@
-"""Step time and memory of SMT beside the frozen floor, full fine-tuning and PEFT's adapters.
+"""Compare step time and memory of SMT with the frozen floor, full fine-tuning and PEFT's adapters.
 
 `python -m benchmarks.peers` runs `lit-sparse bench` on the YAMLs in benchmarks/peers, each step by step in turn with
 the floor, and SMT besides in turn with LoRA on all linear layers; it judges what is promised and appends what it found
@@ -27,7 +27,7 @@ PEERS = (FLOOR, SMT_1, SMT_5, SMT_LORA, LORA_QKV, LORA_ALL, "dora_all", "shira_q
 
 
 def commands(into: Path, rounds: int, passed: Sequence[str]) -> list[list[str]]:
-    """The benches that make up the comparison."""
+    """Return the command lines of `lit-sparse bench` that make up the comparison."""
     common = [f"--config={HERE / 'workload.yaml'}", f"--steps={rounds}", *passed]
     return [
         [yaml(FLOOR), f"--into={into / 'alone'}", *common],
@@ -37,12 +37,12 @@ def commands(into: Path, rounds: int, passed: Sequence[str]) -> list[list[str]]:
 
 
 def yaml(name: str) -> str:
-    """The YAML of a peer; full fine-tuning is the shipped one."""
+    """Return the YAML of a peer; that of full fine-tuning is the shipped one."""
     return f"{name}.yaml" if name == "full" else str(HERE / f"{name}.yaml")
 
 
 def lines(into: Path) -> list[Line]:
-    """What the newest run of each peer and each pair measured.
+    """Return a line for the newest run of each peer and each pair.
 
     Raises:
         RuntimeError: if one has no result.
@@ -52,7 +52,7 @@ def lines(into: Path) -> list[Line]:
 
 
 def verdicts(found: Sequence[Line]) -> Iterator[tuple[str, bool]]:
-    """What is promised, as far as it was measured, with the number, and whether it holds."""
+    """Yield, for each target that was measured, a sentence with the number, and true if it is met."""
     modes = {line["mode"]: line for line in found if "mode" in line}
     pairs = {tuple(line["pair"]): line for line in found if "pair" in line}
     for mode, most in ((SMT_1, 1.05), (SMT_5, 1.10)):
@@ -67,7 +67,7 @@ def verdicts(found: Sequence[Line]) -> Iterator[tuple[str, bool]]:
 
 
 def memory_verdict(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, bool]:
-    """Whether SMT's steps take less memory than those of LoRA with as many trained weights."""
+    """Compare the memory of SMT's steps with that of LoRA with as many trained weights."""
     mine, other = ours["peak_rss"] / 2**20, theirs["peak_rss"] / 2**20
     counts = f"{ours['trainable']:,} and {theirs['trainable']:,} trained weights"
     text = f"{SMT_LORA}: peak of the steps {mine:,.0f} MiB, below {other:,.0f} MiB of {LORA_QKV} ({counts})"
@@ -75,7 +75,7 @@ def memory_verdict(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Make what is missing, judge, and append all to the results; the exit status."""
+    """Make the missing runs, compare with the targets, and append the results; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=12, help="timed steps of each pair (default 12)")
     parser.add_argument("--into", type=Path, default=Path("runs/peers"), help="folder of the runs")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, passed = parser.parse_known_args(arguments)
     if passed and asked.results == RESULTS:
         parser.error(f"{passed[0]} makes another measurement than the README's; give --results another file.")
-    os.chdir(ROOT)  # the floor's YAML names a class in benchmarks/, found from here
+    os.chdir(ROOT)  # the floor's YAML names a class in benchmarks/, which is imported from here
     for words in commands(asked.into, asked.rounds, passed):
         measure(words)
     found = lines(asked.into)

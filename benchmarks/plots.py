@@ -1,4 +1,4 @@
-"""Draws the figures of README.md from the measurements in benchmarks/results: `python -m benchmarks.plots`."""
+"""Draw the figures of README.md from the measurements in benchmarks/results: `python -m benchmarks.plots`."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ LABELS = {
 }
 MIB = 2**20
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_sparse", "font.size": 9, "axes.grid": True}
-"""The same file from the same measurements, on any machine."""
+"""Settings that make the same file from the same measurements, on any machine."""
 
 
 def lisa_state(lines: Sequence[Line]) -> Figure:
-    """What each policy of LISA's keeps from switch to switch."""
+    """Draw the state that each policy of LISA keeps from switch to switch."""
     policies = newest((line for line in lines if "policy" in line), key="policy")
     figure, axes = _figure(1)
     for line in policies.values():
         held = [(optimizer + strategy) / MIB for _, optimizer, strategy in line["states"]]
-        offloaded = line["policy"] == "offload"  # as much as `keep`, but in host memory: dashed, and on top of it
+        offloaded = line["policy"] == "offload"  # as large as `keep`, but in host memory: dashed, and drawn on top
         style = {"linestyle": "--", "zorder": 3} if offloaded else {}
         axes[0].plot(range(len(held)), held, marker=".", label=line["policy"], **style)
     full = next(iter(policies.values()))["full_state"] / MIB
@@ -47,7 +47,7 @@ def lisa_state(lines: Sequence[Line]) -> Figure:
 
 
 def lisa_norms(lines: Sequence[Line]) -> Figure:
-    """How large each layer's weights are, and how far they moved, by method."""
+    """Draw the norms of each layer's weights, and of their change, by method."""
     arms = newest((line for line in lines if "norms" in line), key="norms")
     figure, (norms, changes) = _figure(2)
     for line in arms.values():
@@ -65,9 +65,9 @@ def lisa_norms(lines: Sequence[Line]) -> Figure:
 
 
 def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]]) -> Figure:
-    """What a domain fit gains over what it forgets: a curve for each method over its strength or rate, with spread.
+    """Draw domain gain over general loss: a curve for each method over its strength or rate, with spread.
 
-    Points that gain nothing, where a run diverged, are left to the table.
+    Points without a gain, of runs that diverged, are in the table only.
     """
     figure, axes = _figure(1)
     for name, points in curves.items():
@@ -84,12 +84,12 @@ def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[flo
 
 
 def spread(values: Sequence[float]) -> float:
-    """Standard deviation; none is known of one value."""
+    """Return the standard deviation; nan, and so no error bar, for one value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def _named(axes: Axes, names: Sequence[str]) -> None:
-    """Decoder layers by every fifth number, all else by name."""
+    """Label the axis of layers: every fifth decoder layer by number, other parts by name."""
     short = {name: name.removesuffix(".weight").rpartition(".")[2] for name in names}
     ticks = [place for place, name in enumerate(names) if not name.isdigit() or int(name) % 5 == 0]
     axes.set_xticks(ticks, [short[names[place]] for place in ticks], rotation=60)
@@ -102,7 +102,7 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
-    """Draw all figures whose measurements are there; the exit status."""
+    """Draw all figures whose measurements exist; return the exit status."""
     found = lines_of(results / "lisa.jsonl")
     drawn = {
         "lisa_state": (lisa_state, [line for line in found if "policy" in line]),
@@ -120,7 +120,7 @@ def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
 
 
 def lines_of(path: Path) -> list[Line]:
-    """The measurements in a file, none where there is no file."""
+    """Read the measurements in a file; none if it does not exist."""
     return read_lines(path, "the benchmark") if path.exists() else []
 
 

@@ -1,4 +1,4 @@
-"""Where, when and of what a measurement is."""
+"""Describe the origin of a measurement: commit, date, device, versions and model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lit_sparse_profiling.sections import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("lit_sparse", "kernels", "profiling", "configs", "benchmarks")
-"""Folders a change of which makes a measurement another one than the commit's; its results do not."""
+"""Folders whose uncommitted changes mark a measurement, except for the results themselves."""
 
 
 def provenance(bench: str, record: RunRecord, model: str | None = None) -> dict[str, Any]:
-    """What each line of results begins with; a commit with + has changes that are not committed.
+    """Return the first entries of a line of results; a + after the commit marks uncommitted changes.
 
     Args:
-        bench: What measured.
-        record: Of what was measured.
-        model: The model's name; taken from the record.
+        bench: Name of the benchmark.
+        record: Record of the measured run.
+        model: Name of the model; by default that of the record.
     """
     assert record.device is not None
     if model is None:
@@ -38,7 +38,7 @@ def provenance(bench: str, record: RunRecord, model: str | None = None) -> dict[
 
 
 def of_device(bench: str, device: torch.device) -> dict[str, Any]:
-    """The same for what trains no model."""
+    """Return the same entries for a measurement without a model."""
     found = {package: version(package) for package in ("torch", "triton")}
     today = datetime.now(UTC).date().isoformat()
     source = {"bench": bench, "commit": commit(), "date": today, "device": where(describe_device(device))}
@@ -46,14 +46,14 @@ def of_device(bench: str, device: torch.device) -> dict[str, Any]:
 
 
 def where(device: Device) -> str:
-    """The device in words."""
+    """Describe a device."""
     if device.kind == "cpu":
         return f"{processor() or device.name}, {device.cores} threads"
     return device.name
 
 
 def commit() -> str:
-    """The commit that is checked out; with + if what is measured was changed since."""
+    """Return the commit that is checked out, with + if measured folders have uncommitted changes."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
         return "unknown"
@@ -63,7 +63,7 @@ def commit() -> str:
 
 
 def processor() -> str:
-    """The processor's name, as Linux tells it."""
+    """Return the processor's name, from /proc/cpuinfo on Linux."""
     info = Path("/proc/cpuinfo")
     found = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return found[0].partition(":")[2].strip() if found else platform.processor()

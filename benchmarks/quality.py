@@ -1,10 +1,10 @@
-"""Compares methods by what they learn and what they forget: learning rates swept, several seeds, spread shown.
+"""Compare methods by what they learn and forget: swept learning rates, several seeds, and the spread.
 
 `python -m benchmarks.quality TABLE` runs a table of benchmarks/quality (or any such YAML file). Each trial is
-`lit-sparse fit` in a process of its own; its line is appended to benchmarks/results/quality.jsonl when it ends, and no
-trial that has a line is made again, whichever table asks for it. Processes with the same folders share the work, each
-for instance on a GPU of its own (CUDA_VISIBLE_DEVICES). A line is of one configuration on one kind of device and one
-set of versions, not of a commit: where a change of the code makes one untrue, delete it.
+`lit-sparse fit` in a process of its own. Its line is appended to benchmarks/results/quality.jsonl when it ends, and no
+trial with a line is trained again, for any table. Processes with the same folders share the work, each for instance on
+a GPU of its own (CUDA_VISIBLE_DEVICES). A line belongs to a configuration on one kind of device and one set of
+versions, not to a commit: if a change of the code makes it untrue, delete it.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ QUIET = (
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 )
-"""What of a fit does not touch its result."""
+"""Options that do not affect the result of a fit."""
 WAIT = 2.0
-"""Seconds after which to look again, where other processes are at all that can be done now."""
+"""Seconds between looks for work, while other processes do all that can be done now."""
 AT_THE_END = 10**9
-"""Steps between checkpoints: one is written at the end of training only."""
+"""Steps between checkpoints: so many that one is written only at the end of training."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Something to do for a table: train a trial, or (`test`) have it answer."""
+    """A task of a table: train a trial, or test it."""
 
     trial: Trial
     test: bool = False
@@ -67,7 +67,10 @@ class Work:
 
 
 def work(made: Table, results: Results) -> Iterator[Work]:
-    """What is missing and can be done now: the sweeps, then seed by seed all arms, so that drift meets all alike."""
+    """Yield the work that can be done now: the sweeps, then all arms seed by seed.
+
+    So a drift of the machine affects all arms alike.
+    """
     for arm in made.arms:
         yield from _missing(made, made.sweep(arm), results, tested=False)
         yield from _missing(made, _at_best(made, arm, made.seeds[:1], results), results)
@@ -77,7 +80,7 @@ def work(made: Table, results: Results) -> Iterator[Work]:
 
 
 def _at_best(made: Table, arm: Arm, seeds: Sequence[int], results: Results) -> list[Trial]:
-    """The arm's trials at its best learning rate, none while that is not known."""
+    """Return the arm's trials at its best learning rate; none while it is unknown."""
     sweep = made.sweep(arm)
     best = chosen(sweep, results)
     if best is None or any(results.fit(trial) is None for trial in sweep):
@@ -94,7 +97,7 @@ def _missing(made: Table, trials: Sequence[Trial], results: Results, tested: boo
 
 
 def left(made: Table, results: Results) -> tuple[int, int]:
-    """How many trainings and how many tests are missing."""
+    """Count the missing trainings and tests."""
     swept = [trial for arm in made.arms for trial in made.sweep(arm)]
     best = [trial for arm in made.arms for trial in _at_best(made, arm, made.seeds, results)]
     others = [trial for trial in best if trial.seed != made.seeds[0]]
@@ -105,7 +108,7 @@ def left(made: Table, results: Results) -> tuple[int, int]:
 
 
 def in_words(counts: tuple[int, int]) -> str:
-    """Trainings and tests in words."""
+    """Describe numbers of trainings and tests."""
     named = [(count, what) for count, what in zip(counts, ("training", "test"), strict=True) if count]
     return " and ".join(f"{count} {what}{'s' * (count > 1)}" for count, what in named) or "nothing"
 
@@ -114,7 +117,7 @@ def in_words(counts: tuple[int, int]) -> str:
 
 
 class Runner:
-    """Makes the trials of one table.
+    """Trains and tests the trials of one table.
 
     Args:
         root: Folder of the runs.
@@ -128,7 +131,7 @@ class Runner:
         self.failed: dict[str, str] = {}
 
     def run(self, minutes: float | None = None) -> None:
-        """Do all that is missing; after so many minutes nothing more is begun. What fails is not tried again."""
+        """Do all missing work; begin nothing after `minutes`, and do not retry failures."""
         begun = time.monotonic()
         while self.open():
             if minutes is not None and time.monotonic() - begun >= minutes * 60:
@@ -137,12 +140,12 @@ class Runner:
                 time.sleep(WAIT)
 
     def open(self) -> list[Work]:
-        """What can be done now and has not failed; others may have done some of it meanwhile."""
+        """Return the work that can be done now and has not failed, in view of what other processes did."""
         self.results.read()
         return [one for one in self.work() if str(one) not in self.failed]
 
     def _do_one(self) -> bool:
-        """Do something that no other process is at; False if there is nothing."""
+        """Do one piece of work that no other process does; return false if there is none."""
         for one in self.open():
             with claim(self.claim_of(one)) as ours:
                 if ours and one in self.open():
@@ -151,7 +154,7 @@ class Runner:
         return False
 
     def claim_of(self, one: Work) -> Path:
-        """The file that whoever does it holds, whichever table it does it for."""
+        """Return the lock file of a piece of work, the same for all tables."""
         return self.root / "claims" / f"{one.trial.identity(self.results.stack)[:16]}{'_test' if one.test else ''}"
 
     def _do(self, one: Work) -> None:
@@ -163,23 +166,23 @@ class Runner:
             self.say(f"{one}: {error}")
 
     def work(self) -> Iterator[Work]:
-        """What is missing and can be done now."""
+        """Yield the missing work that can be done now."""
         return work(self.made, self.results)
 
     def left(self) -> tuple[int, int]:
-        """How many trainings and how many tests are missing."""
+        """Count the missing trainings and tests."""
         return left(self.made, self.results)
 
     def begun(self, trial: Trial) -> bool:
-        """Whether the scores before training, which are the same for all arms, are known."""
+        """Return true if the scores before training, which all arms share, are known."""
         return (self.results.before(trial) or {}).keys() >= {SCORE, *self.made.also}
 
     def configured(self, trial: Trial) -> Config:
-        """The configuration that `lit-sparse fit` is given for it."""
+        """Return the configuration for `lit-sparse fit`."""
         return trial.config
 
     def train(self, trial: Trial) -> None:
-        """Train and keep the line; of a sweep only the best one's checkpoint is kept.
+        """Train a trial and append its line; of a sweep only the best checkpoint is kept.
 
         Raises:
             RuntimeError: if the training gave no result; it says why.
@@ -193,7 +196,7 @@ class Runner:
         self._discard_beaten(trial)
 
     def test(self, trial: Trial) -> None:
-        """Have it answer and keep the line; its checkpoint is not needed any more. One that is gone is made again.
+        """Test a trial, append its line, and delete its checkpoint; a missing one is trained again first.
 
         Raises:
             RuntimeError: if there is no answer; it says why.
@@ -212,7 +215,7 @@ class Runner:
         self._discard(trial)
 
     def _fit(self, trial: Trial) -> Path:
-        """The folder of a training made now.
+        """Train a trial; return its folder.
 
         Raises:
             RuntimeError: if it did not end well.
@@ -228,12 +231,12 @@ class Runner:
         return f"{trial.arm.name}_{trial.identity(self.results.stack)[:8]}"
 
     def _checkpointed(self, trial: Trial) -> Path | None:
-        """The folder with the trial's checkpoint, if it is still there."""
+        """Return the folder with the trial's checkpoint, if it still exists."""
         made = [folder for folder in folders(self.root, self._name(trial)) if (folder / LAST).is_file()]
         return made[-1] if made else None
 
     def _discard_beaten(self, trial: Trial) -> None:
-        self.results.read()  # others may have trained a better one meanwhile, or be at one
+        self.results.read()  # other processes may have trained a better one, or be training one
         sweep = [one for one in self.made.sweep(trial.arm) if self.results.fit(one) is not None]
         best = chosen(sweep, self.results)
         for beaten in sweep:
@@ -241,17 +244,18 @@ class Runner:
                 self._discard(beaten)
 
     def _discard(self, trial: Trial) -> None:
-        """Take its checkpoints away, those of trainings that were killed too: full fine-tuning's has three models."""
+        """Delete a trial's checkpoints, also of killed trainings: full fine-tuning's is three times the model."""
         for folder in folders(self.root, self._name(trial)):
             (folder / LAST).unlink(missing_ok=True)
 
 
 @contextmanager
 def claim(path: Path, wait: bool = False) -> Iterator[bool]:
-    """A block in which nobody else has `path`; False where another process has it. Its death gives it up.
+    """Lock `path` for a `with` block; give false if another process holds it. The lock ends with its process.
 
     Args:
-        wait: Until it is free.
+        path: The lock file.
+        wait: Wait until it is free.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -264,7 +268,7 @@ def claim(path: Path, wait: bool = False) -> Iterator[bool]:
 
 
 def fitted(root: Path, job: Job) -> Path:
-    """The folder of a run made now.
+    """Run a job; return its folder.
 
     Raises:
         RuntimeError: if it did not end well.
@@ -277,13 +281,13 @@ def fitted(root: Path, job: Job) -> Path:
 
 
 def checkpointed(root: Path, job: Job) -> Path | None:
-    """The folder of this very job's newest run that has a checkpoint, if there is one."""
+    """Return the folder of the newest run of exactly this job that has a checkpoint, if any."""
     done = [folder for folder in finished_runs(root, job) if (folder / LAST).is_file()]
     return done[-1] if done else None
 
 
 def fit_line(trial: Trial, record: RunRecord, stack: Mapping[str, str], seconds: float, bench: str = "quality") -> Line:
-    """What one training gave."""
+    """Return the line of results of a training."""
     assert record.model is not None
     return {
         "kind": "fit",
@@ -305,7 +309,7 @@ def fit_line(trial: Trial, record: RunRecord, stack: Mapping[str, str], seconds:
 
 
 def answers(trial: Trial, test: Config, folder: Path) -> dict[str, float]:
-    """Shares of right answers of `lit-sparse test` on the checkpoint in `folder`, by what is asked.
+    """Run `lit-sparse test` on the checkpoint in `folder`; return shares of right answers by kind of question.
 
     Raises:
         RuntimeError: if the test failed, or nothing was asked in it.
@@ -325,7 +329,7 @@ def answers(trial: Trial, test: Config, folder: Path) -> dict[str, float]:
 
 
 def accuracies(path: Path) -> dict[str, float]:
-    """The columns `..._accuracy` of the last line of a CSV file.
+    """Read the columns `..._accuracy` of the last line of a CSV file.
 
     Raises:
         RuntimeError: if there is none.
@@ -339,14 +343,14 @@ def accuracies(path: Path) -> dict[str, float]:
 
 
 def written(path: Path, config: Config) -> Path:
-    """The configuration as a YAML file."""
+    """Write the configuration to a YAML file; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return path
 
 
 def stack_of(workload: Config) -> dict[str, str]:
-    """Where trials of that configuration run here: kind of device, and versions."""
+    """Return the stack that trials run on: kind of device, and versions."""
     cuda = torch.cuda.is_available() and workload["trainer"].get("accelerator", "auto") != "cpu"
     packages = {package: version(package) for package in ("torch", "lightning", "transformers", "peft")}
     return {"device": "cuda" if cuda else "cpu", **packages}
@@ -356,7 +360,7 @@ def stack_of(workload: Config) -> dict[str, str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command line."""
     out = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     out.add_argument("table", help="name of a table in benchmarks/quality, or a YAML file")
     out.add_argument("--minutes", type=float, help="begin nothing after so many minutes; 0 only shows the table")
@@ -383,7 +387,7 @@ def show(made: Table, results: Results, markdown: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do what is missing of a table, and show it; the exit status is 1 if something failed, 2 for bad input."""
+    """Do the missing work of a table and show it; return the exit status, 1 if something failed, 2 for bad input."""
     asked = parser().parse_args(arguments)
     try:
         if asked.minutes is not None and not asked.minutes >= 0:
@@ -402,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def ended(runner: Runner, minutes: float | None) -> int:
-    """Run; the exit status."""
+    """Run the command; return the exit status."""
     code = 0
     try:
         runner.run(minutes)

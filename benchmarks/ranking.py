@@ -1,4 +1,4 @@
-"""The results of quality trials, and the tables made of them: means, spread, ties, and what is missing."""
+"""Read the results of quality trials, and make their tables: means, spread, ties, and what is missing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lit_sparse.errors import BadInput
 from lit_sparse_profiling.documents import spell_nonfinite
 
 SCORE, TEXT = "heldout_loss", "text_loss"
-"""What the learning rate is chosen by and arms are ranked by, lower being better; what shows forgetting."""
+"""The score that chooses learning rates and ranks arms (lower is better), and the one that shows forgetting."""
 UNEQUAL = 0.03
-"""Numbers of trained weights that differ by a larger share are not equal."""
+"""Relative difference from which on numbers of trained weights are not equal."""
 ENOUGH = 3
 """Seeds of a complete row."""
 DROPPING = ("Embedded", "Instructions")
-"""Data that leave rows of too many tokens out, held-out ones too."""
+"""Data modules that drop rows of too many tokens, held-out ones too."""
 OURS = {"kind", "stack", "identity", "seconds"}
 HEAD = ["arm", "group", "trained weights", "learning rate", "held-out loss", "text loss"]
 TAIL = ["right answers", "seeds", ""]
@@ -41,7 +41,7 @@ class Results:
         self.read()
 
     def read(self) -> None:
-        """Take the file as it is now: other processes append to it too.
+        """Read the file again: other processes append to it too.
 
         Raises:
             BadInput: as above.
@@ -49,7 +49,7 @@ class Results:
         self.fits: dict[str, Line] = {}
         self.tests: dict[tuple[str, str], Line] = {}
         self.untrained: dict[str, dict[str, float]] = {}
-        self.others: list[Line] = []  # of other kinds than trainings and tests
+        self.others: list[Line] = []  # neither trainings nor tests
         for line in read_results(self.path):
             self._take(line)
 
@@ -69,7 +69,7 @@ class Results:
             self.untrained[line["untrained"]] = self.untrained.get(line["untrained"], {}) | line["before"]
 
     def append(self, line: Line) -> None:
-        """Keep a line, on disk at once."""
+        """Append a line, and flush it to disk at once."""
         text = json.dumps(spell_nonfinite(line), allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
@@ -79,25 +79,25 @@ class Results:
         self._take(json.loads(text))
 
     def fit(self, trial: Trial) -> Line | None:
-        """What training it gave, if it was trained."""
+        """Return the line of its training, if any."""
         return self.fits.get(trial.identity(self.stack))
 
     def test(self, trial: Trial, test: Config | None) -> Line | None:
-        """What it answered, if it was tested so."""
+        """Return the line of its test, if any."""
         return None if test is None else self.tests.get((trial.identity(self.stack), key(test)))
 
     def before(self, trial: Trial) -> dict[str, float] | None:
-        """The scores of its untrained base, if any trial of the same base and data took them."""
+        """Return the scores of its untrained base, if a trial of the same base and data has them."""
         return self.untrained.get(trial.untrained(self.stack))
 
 
 def key(value: Any) -> str:
-    """A JSON value as a text that is the same for equal ones."""
+    """Return a JSON value as a string, the same for equal values."""
     return json.dumps(value, sort_keys=True)
 
 
 def read_results(path: Path) -> list[Line]:
-    """The lines of a file, none if it is not there.
+    """Read the lines of a file; none if it does not exist.
 
     Raises:
         BadInput: if one is no measurement of ours.
@@ -114,20 +114,20 @@ def read_results(path: Path) -> list[Line]:
 
 
 def newest_first(path: Path) -> Iterator[Results]:
-    """The results of each stack in the file, that of the newest line first."""
+    """Yield the results of each stack in the file, that of the newest line first."""
     stacks = {key(line["stack"]): line["stack"] for line in sorted(read_results(path), key=lambda line: line["date"])}
     for stack in reversed(stacks.values()):
         yield Results(path, stack)
 
 
 def score(line: Line) -> float:
-    """The held-out loss after training; infinite where it is no number."""
+    """Return the held-out loss after training; infinity if it is not finite."""
     value = float(line["after"][SCORE])
     return value if math.isfinite(value) else math.inf
 
 
 def chosen(sweep: Sequence[Trial], results: Results) -> Trial | None:
-    """The trial of the sweep with the lowest held-out loss so far; None if there is none yet."""
+    """Return the trial of the sweep with the lowest held-out loss so far; None if there is none yet."""
     scored = [(score(line), trial.rate, trial) for trial in sweep if (line := results.fit(trial)) is not None]
     return min(scored, key=lambda one: one[:2])[2] if scored else None
 
@@ -137,14 +137,14 @@ def chosen(sweep: Sequence[Trial], results: Results) -> Trial | None:
 
 @dataclass
 class Row:
-    """What is known of one arm.
+    """The results of one arm.
 
     Attributes:
-        best: The trial of the sweep that chose the learning rate; None if nothing was trained.
-        swept: Whether all rates were tried.
+        best: The best trial of the sweep; None if nothing was trained.
+        swept: True if all rates were tried.
         fits: Its trainings at that rate, one a seed.
         tests: Its tests at that rate.
-        remarks: What is to be said beside its numbers.
+        remarks: Remarks for the table.
     """
 
     arm: Arm
@@ -166,7 +166,7 @@ class Row:
 
 
 def rows(made: Table, results: Results) -> list[Row]:
-    """A row for each arm, judged."""
+    """Return a row for each arm, with remarks."""
     out = [row_of(made, arm, results) for arm in made.arms]
     for group in dict.fromkeys(row.arm.group for row in out if row.arm.group is not None):
         judge([row for row in out if row.arm.group == group and row.fits])
@@ -187,7 +187,7 @@ def row_of(made: Table, arm: Arm, results: Results) -> Row:
 
 
 def judge(group: Sequence[Row]) -> None:
-    """Say which row of a group is best, which ones tie with it, and which train another number of weights.
+    """Add remarks to a group: which row is best, which ones tie, and which train another number of weights.
 
     A tie is a difference of the means within the larger of the two standard deviations.
     """
@@ -204,7 +204,7 @@ def judge(group: Sequence[Row]) -> None:
 
 
 def ties(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether the means differ by no more than the larger standard deviation; never where one is not known."""
+    """Return true if the means differ by at most the larger standard deviation; false if one is unknown."""
     if min(len(ours), len(theirs)) < 2 or not all(map(math.isfinite, [*ours, *theirs])):
         return False
     spread = max(statistics.stdev(ours), statistics.stdev(theirs))
@@ -212,7 +212,7 @@ def ties(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 
 
 def missing(made: Table, row: Row) -> Iterator[str]:
-    """What the row lacks."""
+    """Yield remarks on what the row lacks."""
     if not row.fits:
         yield "not measured"
         return
@@ -226,7 +226,7 @@ def missing(made: Table, row: Row) -> Iterator[str]:
 
 
 def comparison(made: Table, results: Results) -> Iterator[str]:
-    """A sentence for each of `reduce`: how far each arm's differs from that of `against`, and at which quality."""
+    """Yield a sentence for each of `reduce`: how each arm differs from `against`, and at which quality."""
     if made.against is None:
         return
     found = {row.arm.name: row for row in rows(made, results)}
@@ -241,7 +241,7 @@ def comparison(made: Table, results: Results) -> Iterator[str]:
 
 
 def beside(base: Row, row: Row, name: str) -> str:
-    """The relative change of an outcome's mean from one row to another, and how their qualities compare."""
+    """Describe the relative change of an outcome's mean from `base` to `row`, and compare their quality."""
     theirs, ours = (outcomes(one.fits, name) for one in (base, row))
     if min(len(theirs), len(ours)) < ENOUGH or not all(map(math.isfinite, [*base.losses, *theirs, *ours])):
         return f"not judged ({ENOUGH} seeds of both are needed)"
@@ -255,17 +255,17 @@ def beside(base: Row, row: Row, name: str) -> str:
 
 
 def head(made: Table) -> list[str]:
-    """The table's columns."""
+    """Return the table's columns."""
     return [*HEAD, *map(in_words, made.also), *TAIL]
 
 
 def in_words(name: str) -> str:
-    """The name of an outcome, for people to read."""
+    """Return the name of an outcome, for readers."""
     return name.replace("_", " ")
 
 
 def cells(made: Table, results: Results) -> list[list[str]]:
-    """The table's rows as texts, that of the untrained base first."""
+    """Return the table's rows as strings, the untrained base first."""
     of_seeds = [results.before(made.trial(made.arms[0], made.arms[0].rates[0], seed)) or {} for seed in made.seeds]
     scores = [mean_spread([float(one[name]) for one in of_seeds if name in one]) for name in (SCORE, TEXT, *made.also)]
     arms = [row_cells(row, made.also) for row in rows(made, results)]
@@ -289,12 +289,12 @@ def row_cells(row: Row, also: Sequence[str]) -> list[str]:
 
 
 def outcomes(fits: Sequence[Line], name: str) -> list[float]:
-    """An outcome after training, of the fits that have it."""
+    """Return an outcome after training, of the fits that have it."""
     return [float(line["after"][name]) for line in fits if name in line["after"]]
 
 
 def rate(row: Row) -> str:
-    """The learning rate, and whether a better one may lie beyond those tried."""
+    """Format the learning rate, and tell if it is an end of the sweep: a better one may lie beyond."""
     assert row.best is not None
     end = end_of(row.best.rate, row.arm.rates)
     told = {"only": " (not swept)", "": ""}.get(end, f" ({end} tried)" if row.swept else "")
@@ -302,14 +302,14 @@ def rate(row: Row) -> str:
 
 
 def end_of(rate: float, rates: Sequence[float]) -> str:
-    """Which end of the rates tried, lowest first, one of them is: `lowest`, `highest`, the `only` one, or none."""
+    """Return "lowest", "highest" or "only" if `rate` is an end of `rates` (lowest first), or else ""."""
     if len(rates) == 1:
         return "only"
     return {rates[0]: "lowest", rates[-1]: "highest"}.get(rate, "")
 
 
 def right_answers(tests: Sequence[Line]) -> str:
-    """Shares of right answers, each kind of question for itself."""
+    """Format the shares of right answers for each kind of question."""
     kinds = sorted({name for line in tests for name in line["scores"]})
     shares = [mean_spread([line["scores"][kind] for line in tests if kind in line["scores"]], "%") for kind in kinds]
     named = [f"{share} of {kind.removesuffix('_accuracy')}" for share, kind in zip(shares, kinds, strict=True)]
@@ -317,7 +317,7 @@ def right_answers(tests: Sequence[Line]) -> str:
 
 
 def mean_spread(values: Sequence[float], unit: Literal["", "%"] = "") -> str:
-    """Mean and standard deviation over seeds."""
+    """Format mean and standard deviation over seeds."""
     form = ".1%" if unit else ".4f"
     if not values:
         return "-"
@@ -328,14 +328,14 @@ def mean_spread(values: Sequence[float], unit: Literal["", "%"] = "") -> str:
 
 
 def belonging(made: Table, results: Results) -> list[Line]:
-    """The lines of results that the table's trials made, the beaten ones of the sweeps too."""
+    """Return the lines of all trials of the table, those of the whole sweeps included."""
     trials = [made.trial(arm, rate, seed) for arm in made.arms for rate in arm.rates for seed in made.seeds]
     lines = [results.fit(trial) for trial in trials] + [results.test(trial, made.test) for trial in trials]
     return [line for line in lines if line is not None]
 
 
 def notes(made: Table, results: Results) -> str:
-    """How the table was made, how to read it, and what it says of one arm beside the others."""
+    """Return the notes on the table: how it was made, how to read it, and the comparison with one arm."""
     lines = belonging(made, results)
     hours = sum(line["seconds"] for line in lines) / 3600
     machines = " and ".join(sorted({line["device"] for line in lines})) or "no machine yet"
@@ -354,7 +354,7 @@ def notes(made: Table, results: Results) -> str:
 
 
 def unknown(made: Table, lines: Sequence[Line]) -> Iterator[str]:
-    """A sentence for each name in `also` that no trial has, once there are trials."""
+    """Yield a sentence for each name in `also` that no trial has, once there are trials."""
     known = {name for line in lines if line["kind"] == "fit" for name in line["after"]}
     for name in made.also:
         if known and name not in known:
@@ -362,7 +362,7 @@ def unknown(made: Table, lines: Sequence[Line]) -> Iterator[str]:
 
 
 def published(name: str, path: Path) -> str:
-    """A table for the README, of the newest stack that it was measured on.
+    """Return a table for the README, of the newest stack that it was measured on.
 
     Raises:
         BadInput: if one seed is all that there is of the table or of an arm.

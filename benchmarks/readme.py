@@ -25,18 +25,19 @@ MARK = re.compile(r"<!-- (?:begin|end):")
 
 
 def by_device(lines: Sequence[Line], block: Callable[[Sequence[Line]], str]) -> str:
-    """A block for each device among `lines` of which it has something to show."""
+    """Return a block for each device among `lines`, without empty ones."""
     devices = dict.fromkeys(line["device"] for line in lines)
     made = [block([line for line in lines if line["device"] == device]) for device in devices]
     return "\n\n".join(one for one in made if one)
 
 
 def beside(lines: Sequence[Line], other: str, name: str, columns: Sequence[str]) -> tuple[str, list[Line]]:
-    """A table of the newest line of each mode, with its step time beside that of `other`, and the lines it is made of.
+    """Compare the step time of each mode with that of `other`; return the table and its lines.
 
     Args:
-        name: What `other` is called in the table.
-        columns: Further ones, of SIZES.
+        lines: Measurements, of which the newest of each mode is shown.
+        name: The name of `other` in the table.
+        columns: Further columns, keys of SIZES.
     """
     modes = newest((line for line in lines if "mode" in line), key="mode")
     pairs = newest((line for line in lines if "pair" in line), key="pair")
@@ -60,11 +61,11 @@ SIZES: dict[str, Callable[[Line], str]] = {
     CHOOSING: lambda line: number(line["selection_peak_rss"], ".2f", 2**-30) if line["mode"].startswith("smt") else "-",
     SAVED: lambda line: f"{line['saved_bytes'] / 2**20:.1f}",
 }
-"""Columns of what a mode takes, by their heads."""
+"""Columns of memory, by their heads."""
 
 
 def peers(results: Path) -> str:
-    """Each way to train beside the frozen floor, on each device."""
+    """Compare each method with the frozen floor: a table for each device."""
     command = "python -m benchmarks.peers"
 
     def block(lines: Sequence[Line]) -> str:
@@ -91,7 +92,7 @@ GPU_HEAD = [
 
 
 def gpu(results: Path) -> str:
-    """The methods on a GPU: one table a device and model; a sentence where none was at hand."""
+    """Compare methods on GPUs: a table for each device and model, or a sentence if nothing was measured."""
     command = "python -m benchmarks.gpu"
     if not (results / "gpu.jsonl").exists():
         return f"Not measured yet: no GPU was at hand. `make gpu` (`{command}`) measures this table."
@@ -129,7 +130,7 @@ KERNELS_HEAD = ["op", "shape", "beside", "time, ours / theirs [95 %]", "peak KiB
 
 
 def kernels(results: Path) -> str:
-    """Each op beside what torch has for the same work: one table a device, and a sentence where there was no GPU."""
+    """Compare each op with torch's ways to do the same: a table for each device, or a sentence without a GPU."""
     command = "python -m benchmarks.kernels"
     lines = read_lines(results / "kernels.jsonl", command)
     devices = dict.fromkeys(line["device"] for line in lines)
@@ -148,7 +149,7 @@ def kernels_on(device: str, lines: Sequence[Line], command: str) -> str:
 
 
 def kernels_rows(line: Line) -> Iterator[list[str]]:
-    """A row for each of the op's rivals at one shape."""
+    """Return a row for each rival of an op at one shape."""
     ours = line["peak_bytes"]["ours"]
     reached = max(line["of_matmul"] or 0, line["of_copy"] or 0)
     for place, (name, (middle, low, high)) in enumerate(line["ratio"].items()):
@@ -158,7 +159,7 @@ def kernels_rows(line: Line) -> Iterator[list[str]]:
 
 
 def overhead(results: Path) -> str:
-    """What the profiler costs the steps that it times, on each device."""
+    """Return the overhead of the profiler on the steps that it times: a table for each device."""
     command = "python -m benchmarks.overhead"
     lines = newest(read_lines(results / "overhead.jsonl", command), key="device")
     return "\n".join(f"{ratio(line)}\n{caption(command, [line])}" for line in lines.values())
@@ -183,7 +184,7 @@ STATE_HEAD = [
 
 
 def lisa(results: Path) -> str:
-    """LISA beside full fine-tuning and LoRA, and what its policies keep, on each device."""
+    """Compare LISA with full fine-tuning and LoRA, and the state of its policies: tables for each device."""
     return by_device(read_lines(results / "lisa.jsonl", LISA), lisa_block)
 
 
@@ -203,7 +204,7 @@ def state_row(line: Line) -> list[str]:
 
 
 def deft(results: Path) -> str:
-    """LoRA with the penalty on activations beside LoRA alone, on each device."""
+    """Compare LoRA with and without the penalty on activations: a table for each device."""
     command = "python -m benchmarks.deft"
     if not (results / "deft.jsonl").exists():
         return f"Not measured yet: `{command}` measures this table."
@@ -230,7 +231,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 
 
 def rewritten(readme: str, results: Path) -> str:
-    """`readme` with all its blocks made anew.
+    """Return `readme` with all of its generated blocks rewritten.
 
     Raises:
         ValueError: if a block has no end, or a name that nothing makes.
@@ -247,14 +248,14 @@ def rewritten(readme: str, results: Path) -> str:
 
 
 def quality(name: str, results: Path) -> str:
-    """The quality table of that name, as far as it is measured."""
-    from benchmarks.ranking import published  # loads torch, for which other tables need not wait
+    """Return the quality table of that name, as far as it is measured."""
+    from benchmarks.ranking import published  # loads torch, which other tables do not need
 
     return published(name, results / "quality.jsonl")
 
 
 def forgetting(results: Path) -> str:
-    """The study of forgetting, as far as it is measured."""
+    """Return the study of forgetting, as far as it is measured."""
     from benchmarks.tradeoff import published  # loads torch, as above
 
     return published(results / "forgetting.jsonl")
@@ -267,7 +268,7 @@ BLOCKS |= {
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Rewrite the README of the checkout `root`, or check it; the exit status."""
+    """Rewrite the README of the checkout `root`, or check it; return the exit status."""
     parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md.")
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit with 1 if README.md is not up to date"

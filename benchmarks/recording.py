@@ -1,8 +1,8 @@
-"""What it costs to know which weights matter, and to hold them: recorders, Fishers, and penalties.
+"""Measure the costs of recording importance, and of penalties.
 
-RecordImportance beside the same run without it, step by step in turn; RecordFisher on LoRA's product; and the published
-recipe of EWC-LoRA (arXiv 2305.10626), the Fisher of every parameter of the model. The Fishers see the same samples, one
-at a time, one recipe after the other in this process. Each kind of penalty beside the same run without it, in turn.
+The steps of a run with RecordImportance are interleaved with those of the same run without it, and so are those of each
+kind of penalty. RecordFisher on LoRA's product is compared with the published recipe of EWC-LoRA (arXiv 2305.10626),
+the Fisher of every parameter: both see the same samples, one at a time, one recipe after the other in this process.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import folders
 
 EXTRAPOLATED = 20_000
-"""Samples that the published recipe looks at."""
+"""Samples that the published recipe uses."""
 PENALTY = "penalty: "
-"""Before the name of a method, in a line of what its penalty costs."""
+"""Prefix of a method's name in a line on the cost of its penalty."""
 QUIET_STEPS = "--profile.profiled=0"
 
 
 def measure_costs(
     study: Study, results: Results, names: Callable[[], Mapping[str, str]], into: Path, sizes: Mapping[str, int]
 ) -> None:
-    """Append what is missing of the costs.
+    """Measure the missing costs and append them.
 
     Args:
-        names: Gives what stands for the text's file and the phases' folders, and their paths, which it makes.
+        names: Makes the text and the phases; returns their paths by placeholder.
         sizes: `rounds` of steps with and without a recorder or penalty, and `samples` of each Fisher.
 
     Raises:
@@ -81,16 +81,16 @@ def measure_costs(
         results.append({**about, **line, "seconds": time.monotonic() - begun})
 
 
-# ---- steps in turn
+# ---- interleaved steps
 
 
 def in_turn(name: str, config: Config, into: Path, rounds: int) -> tuple[RunRecord, Line]:
-    """Steps of a run in turn with those of the run without its last update: the record, and the line of the pair.
+    """Interleave steps of a run with those of the run without its last update; return its record and the pair's line.
 
     Raises:
         RuntimeError: if a run failed.
     """
-    trainer = {key: value for key, value in config["trainer"].items() if key != "callbacks"}  # which would score
+    trainer = {key: value for key, value in config["trainer"].items() if key != "callbacks"}  # they would score
     config = {**config, "trainer": trainer}
     plain = {**config, "model": {**config["model"], "updates": config["model"]["updates"][:-1]}}
     files = [written(into / f"{stem}.yaml", one) for stem, one in ((name, config), (f"{name}_plain", plain))]
@@ -104,7 +104,7 @@ def in_turn(name: str, config: Config, into: Path, rounds: int) -> tuple[RunReco
 
 
 def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
-    """A step with the recorder in turn with one without."""
+    """Compare steps with and without the recorder."""
     record, pair = in_turn("recorder", config, into, rounds)
     assert record.throughput is not None
     rows = config["data"]["init_args"]["batch_size"]
@@ -114,7 +114,7 @@ def recorder_cost(config: Config, into: Path, rounds: int) -> Line:
 
 
 def penalised(study: Study) -> dict[str, Config]:
-    """For the first method with each kind of penalty, a trial of it."""
+    """Return a trial of the first method with each kind of penalty, by name."""
     found: dict[str, tuple[str, Config]] = {}
     for curve in study.curves:
         if curve.swept is not None:
@@ -124,7 +124,7 @@ def penalised(study: Study) -> dict[str, Config]:
 
 
 def penalty_cost(name: str, config: Config, into: Path, rounds: int) -> Line:
-    """A step with the penalty in turn with one without, and what the penalty keeps."""
+    """Compare steps with and without the penalty, and measure the bytes that it keeps."""
     return in_turn(name, config, into, rounds)[1]
 
 
@@ -132,7 +132,7 @@ def penalty_cost(name: str, config: Config, into: Path, rounds: int) -> Line:
 
 
 def lean_cost(config: Config, samples: int) -> Line:
-    """RecordFisher on LoRA's product."""
+    """Time RecordFisher on LoRA's product."""
     module = module_of(config, updates=1)
     module.updates[0].attach(module.build(), no_probe)
     recorder, seconds = RecordFisher(samples), list[float]()
@@ -142,16 +142,16 @@ def lean_cost(config: Config, samples: int) -> Line:
 
 
 def published_cost(config: Config, samples: int) -> Line:
-    """The Fisher of all parameters."""
+    """Time the Fisher of all parameters."""
     module, seconds = module_of(config, updates=0), list[float]()
     found = published_fisher(module.build(), timed(losses(module, config, samples), seconds))
     return fisher_line(module, seconds, found.values())
 
 
 def published_fisher(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Tensor]:
-    """The mean of squared gradients of every parameter, fp32 on the host, where each sample's gradients are moved.
+    """Return the mean of squared gradients of every parameter, fp32 on the host.
 
-    As the code of EWC-LoRA has it (arXiv 2305.10626): one sample at a time, dropout off, squares summed on the host.
+    As in the code of EWC-LoRA (arXiv 2305.10626): one sample at a time, dropout off, squares summed on the host.
     """
     model.requires_grad_(True).eval()
     sums = {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
@@ -168,7 +168,7 @@ def published_fisher(model: nn.Module, losses: Iterable[Tensor]) -> dict[str, Te
 
 
 def module_of(config: Config, updates: int) -> Any:
-    """The phase's module with the first of its updates, which begins anew, built where it will compute."""
+    """Build the phase's module on its device, with the first of its updates, which start anew."""
     kept = [without_start(update) for update in config["model"]["updates"][:updates]]
     module = build_module({**config, "model": {**config["model"], "updates": kept}})
     module.build().to(device())  # pyright: ignore[reportArgumentType]
@@ -180,7 +180,7 @@ def without_start(update: Config) -> Config:
 
 
 def losses(module: CausalLM, config: Config, count: int) -> Iterator[Tensor]:
-    """Losses of the first samples, with a graph."""
+    """Yield the losses of the first samples, with a graph."""
     data = Instructions(**config["data"]["init_args"], tokenizer=config["model"]["base"])
     data.setup("fit")
     for _, batch in zip(range(count), data.train_dataloader(), strict=False):
@@ -192,7 +192,7 @@ def device() -> torch.device:
 
 
 def timed(losses: Iterator[Tensor], seconds: list[float]) -> Iterator[Tensor]:
-    """`losses`; appends what each took with all that its taker did before it asked for the next."""
+    """Yield `losses`; append to `seconds` the time of each, with all that its consumer did before the next."""
     begun = time.perf_counter()
     for loss in losses:
         yield loss
@@ -210,5 +210,5 @@ def fisher_line(module: CausalLM, seconds: list[float], sums: Iterable[Tensor]) 
 
 
 def costs(results: Results) -> list[Line]:
-    """The lines of costs of this stack."""
+    """Return the lines of costs of this stack."""
     return [line for line in results.others if line["kind"] == "cost"]

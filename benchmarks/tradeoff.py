@@ -1,4 +1,4 @@
-"""The tables of the study of forgetting: domain gain against general loss, and what recorders and penalties cost."""
+"""Format the tables of the study of forgetting: domain gain against general loss, and the costs of methods."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Point:
     """A method at one strength.
 
     Attributes:
-        strength: None for a method that has none, of which each learning rate is a point.
+        strength: None for a method without one, of which each learning rate is a point.
         rate: The learning rate chosen for the method.
-        end: Which end of the rates tried that is, "lowest", "highest" or "only", if any.
-        lines: Its trainings, one a seed; of seeds that are there.
+        end: "lowest", "highest" or "only", if the rate is an end of the sweep.
+        lines: Its trainings, one for each seed that was trained.
     """
 
     curve: Curve
@@ -50,12 +50,12 @@ class Point:
     lines: tuple[Line, ...]
 
     def values(self, name: str) -> list[float]:
-        """A score after training, of each seed."""
+        """Return a score after training, of each seed."""
         return [float(line["after"][name]) for line in self.lines]
 
 
 def points(study: Study, results: Results) -> list[Point]:
-    """Every method and strength that was trained at the chosen rate."""
+    """Return every method and strength that was trained at the chosen rate."""
     out: list[Point] = []
     for curve in study.curves:
         trials = at_best(study, curve, study.table.seeds, results)
@@ -69,7 +69,7 @@ def points(study: Study, results: Results) -> list[Point]:
 
 
 def starts(study: Study, results: Results) -> dict[int, dict[str, float]]:
-    """The scores at the end of the first phase by seed; the domain's loss is taken by the first trial of each seed."""
+    """Return the scores at the end of the first phase by seed; only a seed's first trial measures the domain loss."""
     found: dict[int, dict[str, float]] = {}
     for line in belonging(study, results):
         found.setdefault(line["seed"], {}).update(line["before"])
@@ -77,7 +77,7 @@ def starts(study: Study, results: Results) -> dict[int, dict[str, float]]:
 
 
 def changes(path: Path) -> dict[str, list[tuple[list[float], list[float]]]]:
-    """For each method, weakest first: by how much general loss rose and domain loss fell with each seed."""
+    """Return, for each method, weakest first, the rise of general loss and the fall of domain loss by seed."""
     study, out = read_study(), dict[str, list[tuple[list[float], list[float]]]]()
     if (results := measured_on(study, path)) is None:
         return out
@@ -95,7 +95,7 @@ def changes(path: Path) -> dict[str, list[tuple[list[float], list[float]]]]:
 
 
 def cells(study: Study, results: Results) -> list[list[str]]:
-    """The rows of the table, those of the base and of the end of the first phase first."""
+    """Return the rows of the table, those of the base and of the end of the first phase first."""
     found = points(study, results)
     by_seed = list(starts(study, results).values())
     names = dict.fromkeys(name for one in by_seed for name in one)
@@ -107,7 +107,7 @@ def cells(study: Study, results: Results) -> list[list[str]]:
 
 
 def untrained_rows(study: Study, results: Results) -> list[list[str]]:
-    """The base's row: what it scored before the first phase."""
+    """Return the base's row: its scores before the first phase."""
     marks = {phase.stands for phase in study.phases}
     made = (line for line in results.others if line["kind"] == "phase" and line["identity"] in marks)
     lines = {line["identity"]: line for line in made}.values()  # of a phase made twice, the later
@@ -119,7 +119,7 @@ def untrained_rows(study: Study, results: Results) -> list[list[str]]:
 
 
 def scores(values: Mapping[str, Sequence[float]]) -> list[str]:
-    """Domain loss, general loss, and zero-shot answers, as texts."""
+    """Format domain loss, general loss, and shares of right answers."""
     asked = [
         f"{name.removesuffix(ZERO_SHOT)} {mean_spread(values[name], '%')}"
         for name in sorted(values)
@@ -129,7 +129,7 @@ def scores(values: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def row(point: Point, base: Point | None, seeds: int) -> list[str]:
-    """A point's cells, with what differs from training without a penalty by more than the spread."""
+    """Return a point's cells, with remarks on differences from `none` beyond the spread."""
     names = [name for name in point.lines[0]["after"] if name in (SCORE, GENERAL) or name.endswith(ZERO_SHOT)]
     remarks = [] if base is None or point is base else beside(point, base)
     if point.end:
@@ -142,7 +142,7 @@ def row(point: Point, base: Point | None, seeds: int) -> list[str]:
 
 
 def beside(point: Point, base: Point) -> list[str]:
-    """Of both losses, whether it is lower or higher than without a penalty, or a tie within the larger spread."""
+    """Compare both losses with those without a penalty: lower, higher, or a tie within the larger spread."""
     out: list[str] = []
     for name, said in ((GENERAL, "general"), (SCORE, "domain")):
         ours, theirs = point.values(name), base.values(name)
@@ -154,7 +154,7 @@ def beside(point: Point, base: Point) -> list[str]:
 
 
 def notes(study: Study, found: Sequence[Point]) -> str:
-    """How the table was made, and how to read it."""
+    """Return the notes on the table of the trade-off: how it was made, and how to read it."""
     workload = study.table.workload
     data, lines = workload["data"].get("init_args", {}), [line for point in found for line in point.lines]
     hours = sum(line["seconds"] for line in lines) / 3600
@@ -174,7 +174,7 @@ def notes(study: Study, found: Sequence[Point]) -> str:
 
 
 def cost_cells(lines: Sequence[Line]) -> list[list[str]]:
-    """The rows of the table of costs."""
+    """Return the rows of the table of costs."""
     found = {line["cost"]: line for line in newest(lines, key="cost").values()}
     if (line := found.get("recorder")) is not None:
         share = 1 - 1 / line["ratio_median"]
@@ -191,7 +191,7 @@ def cost_row(what: str, found: Mapping[str, Line]) -> list[str]:
 
 
 def cost_notes(lines: Sequence[Line]) -> str:
-    """What the table counts, and what the recorder and each penalty add to a run that is made anyway."""
+    """Return the notes on the table of costs, with the step time of the recorder and of each penalty."""
     found = {line["cost"]: line for line in newest(lines, key="cost").values()}
     text = (
         "The recorder's time is that of the whole first phase, which trains as well, in its batches; a Fisher's is "
@@ -214,7 +214,7 @@ def cost_notes(lines: Sequence[Line]) -> str:
 
 
 def trade_off(study: Study, results: Results) -> str:
-    """The first table; without the column of zero-shot answers, where none were asked for."""
+    """Return the first table; without the column of zero-shot answers if no questions were asked."""
     rows, asked = [HEAD, *cells(study, results)], HEAD.index("zero-shot")
     if all(row[asked] == "-" for row in rows[1:]):
         rows = [row[:asked] + row[asked + 1 :] for row in rows]
@@ -222,7 +222,7 @@ def trade_off(study: Study, results: Results) -> str:
 
 
 def shown(study: Study, results: Results) -> str:
-    """Both tables as far as they are known, in Markdown."""
+    """Return both tables as far as they are known, in Markdown."""
     found, measured = points(study, results), costs(results)
     parts = [notes(study, found), trade_off(study, results)] if found else ["No curve has a point yet."]
     if measured:
@@ -232,7 +232,7 @@ def shown(study: Study, results: Results) -> str:
 
 
 def measured_on(study: Study, path: Path) -> Results | None:
-    """The results of the newest stack that has a point of the study."""
+    """Return the results of the newest stack that has a point of the study."""
     for results in newest_first(path):
         if points(study, results) or costs(results):
             return results
@@ -240,7 +240,7 @@ def measured_on(study: Study, path: Path) -> Results | None:
 
 
 def published(path: Path) -> str:
-    """Both tables for the README."""
+    """Return both tables for the README."""
     study = read_study()
     if (results := measured_on(study, path)) is None:
         return f"Not measured yet: `{COMMAND}` measures these tables."

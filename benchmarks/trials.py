@@ -1,4 +1,4 @@
-"""Quality tables, as YAML files in benchmarks/quality, and the trials that they are made of."""
+"""Read quality tables, YAML files in benchmarks/quality, and make the configurations of their trials."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lit_sparse.errors import BadInput
 TABLES = Path(__file__).parent / "quality"
 SEEDS = (0, 1, 2)
 SEED = "${seed}"
-"""Stands for the trial's seed in an arm whose updates draw without a `seed` of their own, such as PEFT's SHiRA."""
+"""Placeholder of the trial's seed, for updates that draw without a `seed` of their own, such as PEFT's SHiRA."""
 TABLE_KEYS = {"title", "workload", "test", "seeds", "arms", "also", "against", "reduce"}
 ARM_KEYS = {"updates", "method", "lr", "group"}
 Config = dict[str, Any]
@@ -31,13 +31,13 @@ Config = dict[str, Any]
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
+    """One method of a comparison.
 
     Attributes:
         model: Its part of the key `model` of `lit-sparse fit`.
-        rates: Peak learning rates to choose from, lowest first.
-        group: Arms of one group are to train equally many weights, and are ranked among one another; an arm of no
-            group is a reference.
+        rates: Peak learning rates of the sweep, lowest first.
+        group: Arms of one group train equally many weights, and are ranked among one another. An arm without a group
+            is a reference.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Trial:
     """One training: an arm at one learning rate with one seed.
 
     Attributes:
-        config: All of it, as a configuration of `lit-sparse fit`.
+        config: Its complete configuration of `lit-sparse fit`.
     """
 
     arm: Arm
@@ -60,31 +60,35 @@ class Trial:
     config: Config
 
     def identity(self, stack: Mapping[str, str]) -> str:
-        """A hash of all that makes its result; neither the table nor the arm's name does. `stack` is where it runs."""
+        """Return a hash of everything that affects the result, and so of neither the table nor the arm's name.
+
+        Args:
+            stack: Kind of device, and versions.
+        """
         return digest(self.config, stack)
 
     def untrained(self, stack: Mapping[str, str]) -> str:
-        """A hash of all that makes the scores before training: those of every trial of the same base and data."""
+        """Return a hash of everything that affects the scores before training; trials of one base and data share it."""
         base = {key: self.config["model"].get(key) for key in ("base", "precision")}
         return digest({"model": base, "data": self.config["data"]}, stack)
 
     @property
     def name(self) -> str:
-        """For people to read."""
+        """A name for messages."""
         return f"{self.arm.name}, lr {self.rate:g}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """A comparison of arms with everything else equal.
+    """A comparison of arms, with everything else equal.
 
     Attributes:
         workload: Configuration that all trials have in common.
-        test: What `lit-sparse test` changes of it; None if nothing is answered.
-        seeds: The learning rate is chosen with the first.
-        also: Further outcomes of a fit's record that are shown.
-        against: Name of the arm beside which the others are judged; None if none is.
-        reduce: Which of `also` the others are to have less of, at the quality of `against`.
+        test: Changes to it for `lit-sparse test`; None if there is no test.
+        seeds: Seeds; the learning rate is chosen with the first.
+        also: Further outcomes of a fit's record to show.
+        against: Name of the arm that the others are compared with, or None.
+        reduce: The outcomes among `also` that the others should reduce, at the quality of `against`.
     """
 
     name: str
@@ -103,14 +107,14 @@ class Table:
         return self.workload["trainer"]["max_steps"]
 
     def trial(self, arm: Arm, rate: float, seed: int) -> Trial:
-        """The training of `arm` at that rate and with that seed, which the order of the data follows too."""
+        """Return the trial of `arm` at a learning rate with a seed, which also sets the order of the data."""
         model = filled(arm.model, {SEED: seed})
         model["updates"] = [_seeded(update, seed, arm.name) for update in model.get("updates", [])]
         own = {"seed_everything": seed, "data": {"init_args": {"seed": seed}}, "model": {**model, "lr": rate}}
         return Trial(arm, rate, seed, merged(self.workload, own))
 
     def sweep(self, arm: Arm) -> list[Trial]:
-        """The trials that choose the learning rate."""
+        """Return the trials that choose the learning rate."""
         return [self.trial(arm, rate, self.seeds[0]) for rate in arm.rates]
 
 
@@ -120,13 +124,13 @@ class Table:
 def read_table(
     name: str, workload: Path | None = None, steps: int | None = None, seeds: Sequence[int] | None = None
 ) -> Table:
-    """The table of that name in benchmarks/quality, or in that file.
+    """Read a table.
 
     Args:
-        name: Of the table, or a YAML file.
-        workload: A YAML of `lit-sparse fit` to take the place of the table's own workload.
-        steps: Optimizer steps of each trial, instead of the workload's.
-        seeds: Instead of the table's.
+        name: Name of a table in benchmarks/quality, or a YAML file.
+        workload: A YAML of `lit-sparse fit` that replaces the table's workload.
+        steps: Optimizer steps of each trial; replaces the workload's.
+        seeds: Replace the table's seeds.
 
     Raises:
         BadInput: if there is no such table, or something in it makes none.
@@ -138,7 +142,7 @@ def read_table(
 def table_of(
     document: Config, path: Path, workload: Path | None, steps: int | None, seeds: Sequence[int] | None
 ) -> Table:
-    """The table that `document` describes, as if it had been read from `path`; else as `read_table`."""
+    """Return the table in `document`, as if read from `path`; otherwise as `read_table`."""
     _known(document, TABLE_KEYS, {"title", "workload", "arms"}, str(path))
     file, test = workload or path.parent / str(document["workload"]), document.get("test")
     if not isinstance(test, dict | None):
@@ -169,7 +173,7 @@ def _table_file(name: str) -> Path:
 
 
 def read_yaml(path: Path) -> Config:
-    """The mapping in a YAML file.
+    """Read the mapping in a YAML file.
 
     Raises:
         BadInput: if there is no such file, or something else in it.
@@ -218,7 +222,7 @@ def _against(document: Config, also: Sequence[str], less: Sequence[str], where: 
 
 
 def _workload(config: Config, steps: int | None, where: str) -> Config:
-    """The part that all trials share, with scores taken once, at the end of training."""
+    """Return the configuration that all trials share; it validates once, at the end of training."""
     data, trainer = config.get("data"), dict(config.get("trainer") or {})
     if not isinstance(data, dict) or "class_path" not in data:
         raise BadInput(f"{where} has no data.class_path; say what is learnt, such as lit_sparse.data.Embedded.")
@@ -251,7 +255,7 @@ def _method(name: str) -> Config:
 
 
 def _rates(given: Any, where: str) -> tuple[float, ...]:
-    try:  # YAML 1.1 takes 2e-3 for a text
+    try:  # YAML 1.1 reads 2e-3 as a string
         rates = sorted(float(rate) for rate in given)
     except (TypeError, ValueError):
         rates = []
@@ -264,7 +268,7 @@ def _rates(given: Any, where: str) -> tuple[float, ...]:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
-    """`base` with what `over` says otherwise, mappings one within the other; neither is changed."""
+    """Merge `over` into a copy of `base`, recursively; values of `over` win."""
     out = copy.deepcopy(dict(base))
     for key, value in over.items():
         inner = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
@@ -273,7 +277,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Config:
 
 
 def filled(value: Any, given: Mapping[str, Any]) -> Any:
-    """`value` with what is `given` for each placeholder wherever that stands."""
+    """Replace each placeholder in `value`, at any depth, by its value in `given`."""
     if isinstance(value, dict):
         return {key: filled(item, given) for key, item in value.items()}
     if isinstance(value, list):
@@ -282,7 +286,7 @@ def filled(value: Any, given: Mapping[str, Any]) -> Any:
 
 
 def _seeded(update: Any, seed: int, arm: str) -> Config:
-    """An update in long form; a strategy that has a `seed` gets the trial's, or its three seeds would be one."""
+    """Return an update in long form. A strategy that has a `seed` gets the trial's, or all trials would draw alike."""
     update = {"class_path": update} if isinstance(update, str) else copy.deepcopy(update)
     if not isinstance(update, dict) or not isinstance(update.get("class_path"), str):
         raise BadInput(f"arm {arm} has the update {update!r}; give its class_path, and init_args if it needs any.")
@@ -318,7 +322,7 @@ def digest(config: Config, stack: Mapping[str, str]) -> str:
 
 
 def _without_modules(value: Any, key: str = "") -> Any:
-    """`value` where each class path of ours lacks its modules; others keep theirs (torch has an AdamW, too)."""
+    """Strip the modules from our class paths; those of others keep theirs, since torch has an AdamW, too."""
     if isinstance(value, dict):
         return {key: _without_modules(item, key) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What comparisons step by step in turn share: runs of `lit-sparse bench`, and their records as lines of results."""
+"""Run `lit-sparse bench` with interleaved steps, and turn its records into lines of results."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lit_sparse_profiling.run_folders import method_name, read_runs, run_name
 from lit_sparse_profiling.sections import Pair
 
 FLOOR = "floor"
-"""The mode that trains nothing: its one trained weight is a stand-in and does not count."""
+"""The mode that trains nothing: its only trained weight is a placeholder, and is not counted."""
 
 
 def measure(words: Sequence[str]) -> None:
-    """Run `lit-sparse bench`, which makes what is missing.
+    """Run `lit-sparse bench`, which makes the missing runs.
 
     Raises:
         SystemExit: if one of its runs failed, of which it has told.
@@ -29,7 +29,7 @@ def measure(words: Sequence[str]) -> None:
 
 
 def newest(folder: Path) -> dict[str, RunRecord]:
-    """The newest record of each method in `folder`.
+    """Read the newest record of each method in `folder`.
 
     Raises:
         RuntimeError: if one has no result.
@@ -42,7 +42,7 @@ def newest(folder: Path) -> dict[str, RunRecord]:
 
 
 def lines_of(study: str, folder: Path, modes: bool = True) -> Iterator[Line]:
-    """What the newest run of each method took, unless `modes` is false, and its step time beside another's."""
+    """Yield lines of the newest run of each method (unless `modes` is false) and of its pair with another."""
     for name, record in newest(folder).items():
         if modes:
             yield provenance(study, record) | mode_line(name, record)
@@ -51,7 +51,7 @@ def lines_of(study: str, folder: Path, modes: bool = True) -> Iterator[Line]:
 
 
 def mode_line(mode: str, record: RunRecord) -> Line:
-    """What a mode trains and takes."""
+    """Return the line of a mode: trained weights, memory and time."""
     assert record.model is not None
     assert record.memory is not None
     assert record.throughput is not None
@@ -72,13 +72,13 @@ def mode_line(mode: str, record: RunRecord) -> Line:
 
 
 def pair_line(mode: str, pair: Pair) -> Line:
-    """How many times another's step time a mode takes."""
+    """Return the line of a pair: the ratio of step times."""
     figures = {"ratio_median": pair.median, "ratio_low": pair.low, "ratio_high": pair.high, "ratio_max": pair.highest}
     return {"pair": [mode, pair.against], **figures, "rounds": pair.rounds}
 
 
 def append(results: Path, lines: Sequence[Line]) -> None:
-    """Add `lines` to a file of results, made where it is not there."""
+    """Append `lines` to a file of results; create it if it does not exist."""
     results.parent.mkdir(parents=True, exist_ok=True)
     with results.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,4 +1,4 @@
-"""The layout's promises, read from the source: which way imports run, which names are free, what every file brings."""
+"""The rules of the layout, checked in the source: direction of imports, reserved names, contents of files."""
 
 import ast
 import os

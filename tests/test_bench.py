@@ -1,4 +1,4 @@
-"""The verb `bench`: which words are whose, what is compared, and real runs of tiny models, of which none is lost."""
+"""The verb `bench`: its options and those of each fit, its comparisons, and real runs of tiny models."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The command line: what is found by name, what a run leaves behind, and what is refused in one sentence."""
+"""The command line: configs found by name, the files of a run, and errors in one sentence."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The embedded model and data: what goes wrong leaves nothing behind, and what is there is right."""
+"""The demo model and data: failures leave nothing behind, and the converted assets are right."""
 
 import errno
 import gzip

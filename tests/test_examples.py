@@ -1,4 +1,4 @@
-"""What is shown is what runs: the README's Python, the bare loop, the notebook."""
+"""The examples run: the README's Python, the bare loop, the notebook."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The distribution: what the wheel holds, and that it works where no checkout is near."""
+"""The wheel: its contents, and that it works without a checkout."""
 
 import ast
 import os

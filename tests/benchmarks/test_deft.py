@@ -1,4 +1,4 @@
-"""The study of the penalty on activations: its tables, and what its cost is: what is run, judged and shown."""
+"""The study of the penalty on activations: its tables, and the runs, target and table of its cost."""
 
 import json
 from pathlib import Path

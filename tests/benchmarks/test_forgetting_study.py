@@ -80,7 +80,7 @@ WORKLOAD = {
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with text, questions and a domain; processes started there find what is under test."""
+    """A folder with text, questions and a domain, from which subprocesses import the code under test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "profiling")))
     monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
@@ -111,7 +111,7 @@ ARMS = ("none_0.001 0.001", "none_0.01 0.01", "adaptive_0.1 0.01", "adaptive_10 
 
 
 class Fake(forgetting_study.StudyRunner):
-    """A runner whose trainings take no time: strong penalties and low rates learn less and forget less."""
+    """A runner with instant trainings, in which strong penalties and low rates learn less and forget less."""
 
     def __init__(self, study: Study, path: Path) -> None:
         super().__init__(study, Results(path, STACK), Path("runs"))
@@ -386,7 +386,7 @@ def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("phase", ["general", "fisher"])
 def test_costs_in_two_types_are_not_compared(phase: str, write: Write, tiny: Path) -> None:
-    """The Fishers have no trainer, by whose device `auto` is chosen."""
+    """The Fishers have no trainer, whose device would decide `auto`."""
     study, results = read(write()), Results(Path("f.jsonl"), STACK)
     next(one for one in study.phases if one.name == phase).config["model"]["precision"] = "auto"
     with pytest.raises(BadInput, match=f"the phase {phase} has model.precision auto, but the Fishers"):

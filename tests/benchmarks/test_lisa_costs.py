@@ -1,4 +1,4 @@
-"""LISA's study: what is measured of layers, and how it is shown."""
+"""LISA's study: the norms of layers, the target, tables and figures."""
 
 import json
 

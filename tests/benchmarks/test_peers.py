@@ -1,4 +1,4 @@
-"""The comparison with the peers: its floor, its lines out of records, and what it promises of its own numbers."""
+"""The comparison with peers: its floor, its lines made of records, and its targets."""
 
 import json
 import sys
@@ -47,7 +47,7 @@ def record(name: str, **fields: Any) -> RunRecord:
 
 
 def write_runs(into: Path, **changed: Any) -> None:
-    """One run of each peer in the folders that the benches make."""
+    """Write one run of each peer, as the benches do."""
     pair = Pair("floor", 1.02, 0.98, 1.04, 1.2, 12)
     for folder, names, of in (
         ("alone", [peers.FLOOR], None),

@@ -1,4 +1,4 @@
-"""Quality tables: what is run and what is reused, in which order, and what the tables say of it."""
+"""Quality tables: which trials run, in which order, which results are used again, and the tables made of them."""
 
 import json
 import os
@@ -38,7 +38,7 @@ Write = Callable[..., str]
 
 @pytest.fixture(autouse=True)
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in; processes started there find what is under test."""
+    """An empty working directory, from which subprocesses import the code under test."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "profiling")))
     monkeypatch.setenv("COLUMNS", "200")
@@ -61,7 +61,7 @@ def write(tmp_path: Path) -> Write:
 
 
 class Fake(quality.Runner):
-    """A runner whose trainings take no time: the loss is what `LOSSES` says, a little more with every seed."""
+    """A runner with instant trainings: the loss is that of `LOSSES`, a little higher with every seed."""
 
     losses = {1e-3: 2.0, 2e-3: 1.5, 4e-3: 1.8, 5e-4: 1.505, 1e-5: 1.0, 2e-5: float("nan")}
     trainable = {"random": 1000, "lora": 1020, "full": 100_000}
@@ -122,7 +122,7 @@ def test_nothing_is_trained_twice_whatever_table_asks_for_it(write: Write) -> No
 
 
 def test_processes_share_the_work(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another is at is waited for where nothing else can be done, and not done again."""
+    """If nothing else can be done, a process waits for the work of others, and does not repeat it."""
     made = read_table(write(arms={"lora": ARMS["lora"]}))
     runner, other = (Fake(made, Path("q.jsonl")) for _ in range(2))
     trial = made.sweep(made.arms[0])[0]

@@ -1,4 +1,4 @@
-"""Quality tables: further outcomes, and arms beside the one that they are judged by."""
+"""Quality tables: further outcomes, and comparisons with one arm."""
 
 import math
 from pathlib import Path
@@ -18,7 +18,7 @@ PLAIN = (1.00, 1.01, 1.02)
 
 
 def results(made: Table, path: Path, **losses: tuple[float, ...]) -> Results:
-    """The results of arms with these losses, one a seed, and with densities 0.8, 0.6 and 0.4, more for later seeds."""
+    """Return results of arms with a loss for each seed, and densities 0.8, 0.6 and 0.4, higher for later seeds."""
     out = Results(path / "q.jsonl", STACK)
     for number, arm in enumerate(made.arms):
         for seed, loss in enumerate(losses.get(arm.name, ())):
@@ -37,7 +37,7 @@ def made() -> Table:
 
 
 def told(made: Table, found: Results) -> str:
-    """What the notes say beyond what they say of every table."""
+    """Return the sentences of the notes that are not in those of every table."""
     return ranking.notes(made, found).partition("two standard deviations.")[2].strip()
 
 

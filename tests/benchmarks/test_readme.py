@@ -1,4 +1,4 @@
-"""The generated tables: from the newest measurements, and checked."""
+"""The generated tables of the README show the newest measurements, and `--check` sees differences."""
 
 import json
 import subprocess

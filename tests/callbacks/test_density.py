@@ -1,4 +1,4 @@
-"""The density of activations on held-out data, against brute force, and how it reaches a fit's record."""
+"""The density of activations on held-out data agrees with brute force, and is in a fit's record."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What a fit forgets, against a plain computation; and that scoring it changes nothing."""
+"""Scores of forgetting agree with a plain computation, and scoring does not change the fit."""
 
 import json
 from pathlib import Path
@@ -144,7 +144,7 @@ def test_rows_of_an_earlier_phase_can_be_left_out(tmp_path):
 
 
 def test_passages_of_plain_text_are_left_out(tmp_path):
-    """Of the fit's own and of an earlier one's, however their lines are broken."""
+    """Passages of this fit's text and of an earlier one's are found, whatever their line breaks."""
     for name, passages in {"own.txt": PASSAGES[:6], "earlier.txt": PASSAGES[4:9]}.items():
         (tmp_path / name).write_text("\n\n".join(row["text"].replace(" ", "\n", 1) for row in passages))
     data = Text(str(tmp_path / "own.txt"), heldout=0, tokenizer=word_tokenizer(), max_length=8)

@@ -1,4 +1,4 @@
-"""Profile on LightningModules that know nothing of it, and what a fit leaves when it ends otherwise than planned."""
+"""Profile on LightningModules that do not know of it, and the records of fits that end early or fail."""
 
 import dataclasses
 import gc
@@ -42,7 +42,7 @@ IN_A_STEP = ("forward", "backward", "optimizer step")
 
 
 class Clock:
-    """A clock that only moves when told to."""
+    """A clock that moves only on request."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -104,7 +104,7 @@ class Net(L.LightningModule):
 
 
 class Manual(Net):
-    """The same by hand, with an optimizer for each of its layers; `accumulate` batches make a step."""
+    """The same in manual optimization, with an optimizer for each layer and `accumulate` batches in a step."""
 
     def __init__(self, clock: Clock, work: Callable[[L.LightningModule], Any] = lambda _: None, accumulate: int = 1):
         super().__init__(clock, work)
@@ -142,7 +142,7 @@ def trainer(steps: int, *extra: Callback, **options: Any) -> L.Trainer:
 
 
 def is_clean(module: nn.Module) -> bool:
-    """Whether nothing looks into the process any more."""
+    """Check that no hook, thread or mode of the profiler is left."""
     hooks: list[Any] = [p._post_accumulate_grad_hooks for p in module.parameters()]  # pyright: ignore
     saving = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return not (_get_current_dispatch_mode_stack() or _profiler_enabled() or saving or any(hooks))
@@ -150,14 +150,14 @@ def is_clean(module: nn.Module) -> bool:
 
 @pytest.fixture(autouse=True)
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The run's folder, which is not made yet; the device's ceilings are given, which takes no time."""
+    """The run's folder, not created yet. The device's ceilings are given, since measuring them takes time."""
     monkeypatch.setattr(profiler, "ceilings", lambda device, dtype: Ceilings(flops=1e12, bytes=1e11))
     return tmp_path / "runs" / "mine"
 
 
 @pytest.fixture(scope="module", autouse=True)
 def a_small_heap() -> Any:
-    """Keeps the garbage collector, which each examination calls, from all that the imports have made."""
+    """Freeze the objects of the imports: each examination runs the garbage collector, which would visit them all."""
     gc.collect()
     gc.freeze()
     yield
@@ -231,7 +231,7 @@ def test_phases_of_a_step_do_not_overlap(manual: bool, accumulate: int, clock: C
 
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_accumulated_batches_all_count(accumulate: int, run: Path) -> None:
-    """As many tokens, however many batches make a step."""
+    """The number of tokens does not depend on how many batches make a step."""
     fit = trainer(16 // accumulate, Profile(run, Plan(0, False, 0)), accumulate_grad_batches=accumulate)
     fit.fit(Net(Clock()), rows())
     found = recorded(run).throughput
@@ -260,7 +260,7 @@ def test_profiling_changes_nothing_of_the_training(run: Path) -> None:
 
 
 def test_evaluation_in_the_middle_of_a_step(clock: Clock, run: Path) -> None:
-    """Every third batch, while two make a step: in each second evaluation a step is interrupted."""
+    """Evaluate every third batch, with two in a step: every second evaluation interrupts a step."""
     profile = Profile(run, Plan(warmup=1, profiled=1))
     options = {"accumulate_grad_batches": 2, "limit_val_batches": 1, "val_check_interval": 3}
     trainer(32, profile, **options).fit(Net(clock), rows())
@@ -360,7 +360,7 @@ def raising(error: BaseException) -> Callable[[Any], None]:
 
 
 def fitted_until(step: int, work: Callable[[Any], None], run: Path, error: type[BaseException]) -> L.LightningModule:
-    """A module whose fit fails with `error` in that step (from 0), by `work`."""
+    """A module that calls `work`, which fails with `error`, in one step (counted from 0)."""
     module = Net(Clock(), lambda net: work(net) if net.global_step == step else None)
     with pytest.raises(error):
         trainer(100, Profile(run, PLAN)).fit(module, rows())
@@ -486,7 +486,7 @@ def test_the_sampler_of_a_card_begins_before_training_and_ends_with_a_failure(
 
 @dataclasses.dataclass
 class Switching(UpdateStrategy):
-    """Changes what it trains every `period` steps (as far as it says), and notes the modes that each step ran under."""
+    """Declares a change of the trainable set every `period` steps, and notes the modes that each step ran under."""
 
     claims: ClassVar = frozenset({"trainable"})
     steps: int = 3

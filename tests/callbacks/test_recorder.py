@@ -1,4 +1,4 @@
-"""The record of a fit: what of a strategy is written down."""
+"""The record of a fit: the fields of strategies are plain values."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""An exported adapter: PEFT loads it on the base, and it computes what the run computed."""
+"""PEFT loads an exported adapter on the base, and computes what the run computed."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A delta goes on its base and comes off again, bit for bit, and goes on nothing else."""
+"""A delta is applied to its base and removed again, bit for bit, and to no other model."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -53,7 +53,7 @@ def matrices(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def moved(values: Tensor, within: Tensor | None = None) -> Tensor:
-    """fp32 values nearby; where `within` is 0 (past a ragged end) they stay."""
+    """Return fp32 values nearby; unchanged where `within` is 0, past the edge of a weight."""
     noise = 0.1 * torch.randn(values.shape)
     return values.float() + (noise if within is None else noise * within)
 

@@ -1,4 +1,4 @@
-"""What a run exports is what it trained, and nothing half-written is left behind."""
+"""An exported folder computes what the run computed, and a failed export leaves nothing behind."""
 
 import json
 from collections.abc import Mapping
@@ -65,7 +65,7 @@ class Batches(L.LightningDataModule):
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, its base's folder, and what the model said when training ended."""
+    """A run's folder, its base's folder, and the logits at the end of training."""
 
     folder: Path
     base: Path
@@ -78,7 +78,7 @@ def make_base(folder: Path, kind: str, dtype: torch.dtype = torch.float32) -> Pa
 
 
 def make_run(root: Path, kind: str, updates: list[dict[str, Any]], **model: Any) -> Run:
-    """Two real steps on a tiny base."""
+    """Train a tiny base for two real steps."""
     torch.manual_seed(0)
     base, folder = root / "base", root / "runs" / "try-1"
     if not base.exists():
@@ -207,7 +207,7 @@ def test_delta_of_a_frozen_bf16_base_keeps_the_masters(tmp_path: Path, capsys: p
 
 
 def test_precision_of_the_run_is_no_change(tmp_path: Path) -> None:
-    """A base in fp32 that the run loaded in bf16: rounding it was not training."""
+    """A run that loads an fp32 base in bf16 rounds it, which is no change by training."""
     run = make_run(tmp_path, "llama", METHODS["smt"], precision="bfloat16")
     delta = Delta.load(export(run.folder, "delta"))
     assert delta.changes
@@ -232,7 +232,7 @@ def test_cast_error() -> None:
 
 
 def test_untied_head(tmp_path: Path) -> None:
-    """A head that was tied and trained on its own: a folder holds it, a delta cannot."""
+    """A head that is untied and trained fits into a folder, but not into a delta."""
     run = make_run(tmp_path, "qwen2", lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
     found = load(export(run.folder))
     torch.testing.assert_close(logits(found), run.logits, rtol=0, atol=1e-5)
@@ -361,7 +361,7 @@ def test_refuses_a_folder_that_would_load_otherwise(smt: Run, tmp_path: Path, mo
 
 
 class Reader:
-    """Loads models, but from an export's draft another one than is there."""
+    """Loads models, but replaces that of an export's draft by another one."""
 
     def __init__(self, other: nn.Module) -> None:
         self.other, self.asked, self.load = other, False, AutoModelForCausalLM.from_pretrained

@@ -1,4 +1,4 @@
-"""Text from a run is what its export says, and the draw depends on the seed alone."""
+"""A run generates the same text as its export, and samples depend on the seed alone."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from tests.export.test_folder import METHODS, Run, load, logits, make_base, make
 
 
 def add_tokenizer(folder: Path, chat: bool) -> None:
-    """A tokenizer of the tiny models' 96 tokens: words t3 to t95."""
+    """Save a tokenizer for the tiny models' 96 tokens: words t3 to t95."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"t{i}": i for i in range(3, 96)}
     backend = Tokenizer(models.WordLevel(words, unk_token="t3"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
@@ -32,7 +32,7 @@ def talking(request: pytest.FixtureRequest, tmp_path: Path) -> Run:
 
 
 def greedy(model: Any, ids: list[int], count: int) -> str:
-    """The likeliest tokens one after the other, without a cache."""
+    """Decode greedily, without a cache."""
     for _ in range(count):
         with torch.no_grad():
             ids = [*ids, int(model.eval()(input_ids=torch.tensor([ids])).logits[0, -1].argmax())]

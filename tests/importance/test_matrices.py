@@ -1,4 +1,4 @@
-"""Dense gradients of LoRA's product against autograd's, and how matrices move."""
+"""Dense gradients of LoRA's product agree with autograd, and displacements with the product's."""
 
 from itertools import product
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 
 
 def adapted(kind="llama", moved=True, **settings):
-    """A tiny model in training with LoRA, whose second factors are not zero if `moved`, and its products."""
+    """Return a tiny model in training mode with LoRA (with B not zero if `moved`), and its products."""
     model = tiny_llm(kind)
     PEFT(LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": "all-linear", **settings})).attach(model, no_probe)
     if moved:
@@ -41,7 +41,7 @@ def gradients(model, matrices, seeds=(0,), autocast=False):
 
 @pytest.mark.parametrize("kind", TINY)
 def test_the_dense_gradient_is_that_of_a_dense_weight(kind):
-    """Of an adapter that is still zero it is the gradient of the base's weight: fp32, sums in another order."""
+    """For an adapter that is still zero, it is the gradient of the base's weight, up to the order of fp32 sums."""
     model, matrices = adapted(kind, moved=False)
     plain = tiny_llm(kind).train()
     loss_of(plain, 0).backward()
@@ -57,7 +57,7 @@ def test_the_dense_gradient_is_that_of_a_dense_weight(kind):
     [(0.0, False, False, (0,)), (0.3, False, False, (0, 1)), (0.3, True, False, (0, 1)), (0.3, True, True, (0, 1))],
 )
 def test_the_factors_gradients_follow_from_it(dropout, recomputed, autocast, seeds):
-    """dB = s G A^T and dA = s B^T G: after dropout, with accumulation, recomputed activations and autocast to bf16."""
+    """dB = s G A^T and dA = s B^T G hold with dropout, accumulation, activation checkpointing and bf16 autocast."""
     model, matrices = adapted(lora_dropout=dropout)
     if recomputed:
         checkpoint_activations(model)

@@ -1,4 +1,4 @@
-"""The formulas of importance, on numbers with a closed form."""
+"""The formulas of importance agree with closed forms."""
 
 import math
 
@@ -39,7 +39,7 @@ def test_gradient_descent_on_a_quadratic_has_its_closed_form():
 
 
 def test_of_the_true_decrease_the_importance_is_half_the_curvature():
-    """So that the penalty is the old loss: what a trapezoid's path integral gives on a quadratic."""
+    """On a quadratic, the path integral by trapezoids makes the penalty equal to the old loss."""
     decrease = CURVATURE * GOAL.square() / 2
     got = path_importance(decrease, GOAL, xi=0, relative=False, clamp=True)
     torch.testing.assert_close(got, CURVATURE / 2, rtol=1e-15, atol=0)
