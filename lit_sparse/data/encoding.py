@@ -150,7 +150,7 @@ class Encoder:
     def _check_ids(self, item: Tokens) -> Example:
         size = len(self.tokenizer)
         if max(item.input_ids) >= size or max(item.labels) >= size:
-            raise BadRow(f"an id is outside the tokenizer's vocabulary of {size}")
+            raise BadRow(f"an id is outside the tokenizer's vocabulary of {size}; set the tokenizer that made the ids")
         return Example(list(item.input_ids), list(item.labels))
 
     def _render_passage(self, text: str) -> Rendered:
@@ -191,8 +191,8 @@ class Encoder:
                 before, upto = self._render_prompt(messages[:index]), self._render_turns(messages[: index + 1])
                 if not (upto.startswith(before) and whole.startswith(upto)):
                     raise BadRow(
-                        "the tokenizer's chat template writes earlier turns otherwise than the last one; keep one "
-                        "answer in a row, or give the template {% generation %} marks"
+                        "the tokenizer's chat template renders earlier turns differently from the last one; keep "
+                        "one answer per row, or give the template {% generation %} marks"
                     )
                 spans.append((len(before), len(upto)))
         return Rendered(whole, tuple(spans))
