@@ -63,6 +63,7 @@ def scored_positions(labels: Tensor) -> Tensor:
     They are computed here, on the host. On the device, `nonzero` would synchronise in every step, since N is the shape
     of what follows.
     """
+    # Without the first column: position t predicts the token at t + 1.
     return (labels[:, 1:] != IGNORED).flatten().nonzero()[:, 0]
 
 
@@ -85,6 +86,7 @@ class Choices:
     padding: Padding
 
     def __call__(self, items: Sequence[ScoredChoices]) -> dict[str, Any]:
+        # Questions have different numbers of choices: they are stacked, and each remembers where it belongs.
         places = [(index, choice) for index, item in enumerate(items) for choice in range(len(item.examples))]
         return {
             **Padded(self.padding)([one for item in items for one in item.examples]),

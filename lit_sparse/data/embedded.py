@@ -41,5 +41,6 @@ class Embedded(TokenData):
         train, heldout = split(read(str(demo.dataset_file(self.task))), self.heldout, self.task)
         if not heldout:
             return {TRAIN: train}
+        # No run trains on the passages: of the split, only the held-out part is used.
         _, text = split(read(str(demo.dataset_file("text"))), self.heldout, "text")
         return {TRAIN: train, HELDOUT: heldout, "text": text}

@@ -116,7 +116,7 @@ class Encoder:
         """
         match item:
             case Tokens():
-                example = self._check_ids(item)
+                example = self._check_ids(item)  # a wrong tokenizer would otherwise fail in the embedding, on the GPU
             case Passage():
                 example = self._tokenise(self._render_passage(item.text))
             case Choice():
@@ -144,12 +144,13 @@ class Encoder:
 
     def encode_text(self, text: str) -> list[int]:
         """Return the tokens of `text`, without begin or end token."""
+        # verbose: no warning of texts above the model's maximum, which are dropped, truncated or cut later.
         return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _check_ids(self, item: Tokens) -> Example:
         size = len(self.tokenizer)
         if max(item.input_ids) >= size or max(item.labels) >= size:
-            raise BadRow(f"an id is outside the tokenizer's vocabulary of {size}")
+            raise BadRow(f"an id is outside the tokenizer's vocabulary of {size}; set the tokenizer that made the ids")
         return Example(list(item.input_ids), list(item.labels))
 
     def _render_passage(self, text: str) -> Rendered:
@@ -190,8 +191,8 @@ class Encoder:
                 before, upto = self._render_prompt(messages[:index]), self._render_turns(messages[: index + 1])
                 if not (upto.startswith(before) and whole.startswith(upto)):
                     raise BadRow(
-                        "the tokenizer's chat template writes earlier turns otherwise than the last one; keep one "
-                        "answer in a row, or give the template {% generation %} marks"
+                        "the tokenizer's chat template renders earlier turns differently from the last one; keep "
+                        "one answer per row, or give the template {% generation %} marks"
                     )
                 spans.append((len(before), len(upto)))
         return Rendered(whole, tuple(spans))

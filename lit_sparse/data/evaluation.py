@@ -24,6 +24,7 @@ def scored_choices(rows: Sequence[Row], encoder: Encoder, max_length: int) -> li
         if isinstance(item, Choice):
             with locate_errors(row):
                 examples = encoder.encode_choices(item)
+            # Not truncated: the choices are at the end, and would be cut.
             if max(len(one.input_ids) for one in examples) <= max_length:
                 found.append(ScoredChoices(examples, item.label))
     return found
@@ -34,6 +35,7 @@ def questions(rows: Sequence[Row], encoder: Encoder, max_length: int) -> list[Qu
     found = []
     for row, item in parse_rows(rows):
         answer = reference_answer(item) if isinstance(item, Chat) else ""
+        # Without the mark, a free answer's last number need not be its result.
         result = final_number(answer) if RESULT_MARK in answer else None
         if isinstance(item, Chat) and result is not None:
             with locate_errors(row):
@@ -46,6 +48,7 @@ def samples(rows: Sequence[Row], encoder: Encoder, max_length: int, count: int) 
 
     Each has the keys `prompt_ids` (list of int), `prompt` and `reference` (texts).
     """
+    # Generators: to find three samples, only the first few rows are tokenised.
     asking = (item for _, item in parse_rows(rows) if isinstance(item, Chat | Choice))
     prompts = ((encoder.encode_prompt(item), item) for item in asking)
     fitting = ((ids, item) for ids, item in prompts if len(ids) <= max_length)

@@ -67,10 +67,11 @@ class Examples(Dataset[Example]):
     def save(self, path: Path) -> None:
         """Write the arrays to `path` atomically: other processes may read the cache at the same time."""
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A unique draft in the same folder: two processes may write the same entry, and a rename must not be a copy.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
             try:
                 np.savez(file, ids=self.ids, labels=self.labels, starts=self.starts, dropped=np.int64(self.dropped))
-                file.close()
+                file.close()  # flushes, and Windows does not rename open files
                 os.replace(file.name, path)
             except BaseException:
                 os.unlink(file.name)
@@ -138,6 +139,7 @@ def fit_length(example: Example, max_length: int, overlong: Overlong) -> Example
     """Return `example` with at most `max_length` tokens; None if it is dropped or has no label after truncation."""
     if len(example.input_ids) <= max_length:
         return example
+    # As in `Encoder.encode`, the first label never counts.
     labels = example.labels[:max_length]
     if overlong == "drop" or all(label == IGNORED for label in labels[1:]):
         return None

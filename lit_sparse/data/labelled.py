@@ -142,7 +142,7 @@ class Labelled(L.LightningDataModule):
         Raises:
             BadInput: if a row is invalid (the message names its file and line), or if all have the same class.
         """
-        if self.examples:
+        if self.examples:  # setup runs for each stage: a second time would undo `renumber`
             return
         parsed = {name: [parse_row(row) for row in rows] for name, rows in self.rows.items()}
         self.label_names = class_names([item.label for item in parsed[TRAIN]], self.train)
@@ -173,6 +173,7 @@ class Labelled(L.LightningDataModule):
 
     def _tokenise(self, items: Sequence[LabelledText], name: str) -> list[LabelledExample]:
         numbers, texts = {label: n for n, label in enumerate(self.label_names)}, [item.texts for item in items]
+        # First without truncation: afterwards, nothing tells which rows were too long.
         encoded = [self._tokenise_texts(pair, verbose=False) for pair in texts]
         overlong = [n for n, one in enumerate(encoded) if len(one["input_ids"]) > self.max_length]
         for n in overlong:

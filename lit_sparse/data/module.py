@@ -117,7 +117,7 @@ class TokenData(L.LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         """Load the tokenised rows from the cache; for "test", also make the questions that are scored."""
-        self.examples = self.tokenise()
+        self.examples = self.tokenise()  # a read of the cache, in every process
         heldout = self.rows.get(HELDOUT, [])
         self.samples = samples(heldout, self.encoder, self.max_length, self.num_samples)
         self.choices: list[ScoredChoices] = []
@@ -185,6 +185,7 @@ def require_at_least(lowest: int, **settings: int) -> None:
 
 def first_epoch(trainer: L.Trainer | None) -> int:
     """Return the epoch at which a new loader begins: above 0 if the trainer reloads it during a fit."""
+    # Trainer(reload_dataloaders_every_n_epochs=...) makes new loaders, which must not repeat the first epoch's order.
     return trainer.current_epoch if trainer else 0
 
 

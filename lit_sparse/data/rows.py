@@ -65,6 +65,7 @@ def parse(row: Mapping[str, Any]) -> Item:
         BadRow: if no known format has these keys, or a value does not fit its format.
     """
     for keys, read in FORMATS.items():
+        # null counts as absent: in a table of mixed formats, every row has the columns of all of them.
         if all(row.get(key) is not None for key in keys):
             return read(row)
     known = "; ".join(", ".join(keys) for keys in FORMATS)
@@ -116,7 +117,7 @@ def checked_chat(turns: Sequence[Message]) -> Chat:
     """Return a chat, which must have an answer of the assistant's and a prompt before it."""
     if not any(turn.role == "assistant" for turn in turns):
         raise BadRow("no turn is the assistant's, so that nothing is learnt; add its answer")
-    if turns[0].role == "assistant":
+    if turns[0].role == "assistant":  # many chat templates refuse it, and the first token has no context
         raise BadRow("the assistant has the first turn; begin with the turn that it answers")
     return Chat(tuple(turns))
 
@@ -155,6 +156,7 @@ def read_choice(row: Mapping[str, Any]) -> Choice:
         raise BadRow("`choices` is not a list of two or more texts")
     if not all(isinstance(one, str) and one.strip() for one in offered):
         raise BadRow("`choices` has an empty entry, or one that is not a text")
+    # True and False are ints in Python, and would pass for the indices 1 and 0.
     if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < len(offered):
         raise BadRow(f"`label` is {label!r}; give the index of the correct choice (0 to {len(offered) - 1})")
     return Choice(text_field(row, "question"), tuple(offered), label)
@@ -207,6 +209,7 @@ def final_number(answer: str) -> str | None:
 
     Thousands' commas and trailing zeros after the point are removed, so that "1,200.00" and "1200" are equal.
     """
+    # A generated answer may have the mark and no number after it: then, too, the last number counts.
     _, marked, after = answer.partition(RESULT_MARK)
     found = NUMBER.search(after) if marked else None
     numbers = [found.group()] if found else NUMBER.findall(answer)

@@ -89,6 +89,6 @@ def split_pieces(text: str) -> Iterator[str]:
     """Cut `text` into pieces of about `PIECE_CHARACTERS` characters, each of whole lines."""
     begin = 0
     while begin < len(text):
-        end = text.find("\n", begin + PIECE_CHARACTERS) + 1 or len(text)
+        end = text.find("\n", begin + PIECE_CHARACTERS) + 1 or len(text)  # find gives -1 without a further line break
         yield text[begin:end]
         begin = end

@@ -222,7 +222,7 @@ def summarize(
 
 def _kernels(rows: list[Row], steps: int, counts: OpCounts | None, ours: tuple[str, ...]) -> list[Kernel]:
     spent = Counter[str]()
-    for row in rows:
+    for row in rows:  # an op may launch several kernels, which share its FLOPs and bytes
         spent[row.op] += row.nanoseconds
     return [_kernel(row, steps, counts, spent[row.op], ours) for row in rows]
 

@@ -83,7 +83,7 @@ def save_baseline(runs: Runs, path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"A baseline was to be saved as {path}, but there is no folder {path.parent}; make it first.")
     document = json.dumps(asdict(_Baseline(BASELINE_SCHEMA, entries)), indent=1, allow_nan=False) + "\n"
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
     try:
         draft.write_text(document, encoding="utf-8")
         os.replace(draft, path)
@@ -92,6 +92,7 @@ def save_baseline(runs: Runs, path: Path) -> None:
 
 
 def _entry(records: list[RunRecord]) -> _Entry:
+    # A run that never succeeds has an entry too: its OOM may stay one, and must not turn into another failure.
     good = [record for record in records if record.status == "ok"]
     if not good:
         return _Entry(records[0].status)
@@ -170,6 +171,7 @@ def _verdict(name: str, record: RunRecord | str, entries: dict[str, _Entry], tol
 
 def _compare(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> Verdict:
     device, model = record.device and record.device.name, record.model and record.model.base
+    # On another device or model, a change says nothing. It fails rather than pass unseen.
     for what, now, was in (("device", device, entry.device), ("model", model, entry.model)):
         if now != was:
             return Verdict(name, "not comparable", f"not comparable: {what} {now} where the baseline has {was}")

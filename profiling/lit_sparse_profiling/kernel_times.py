@@ -147,7 +147,7 @@ def table(kernels: Kernels, rows: int = 10) -> Table:
     A kernel's rate is shown as a fraction of the ceiling that it comes closer to.
     """
     shown = kernels.top[:rows]
-    on_cpu = all(kernel.name == kernel.op for kernel in kernels.top)
+    on_cpu = all(kernel.name == kernel.op for kernel in kernels.top)  # `Kernels` does not say which device it was
     grid = Table(box=SIMPLE_HEAD, pad_edge=False, caption=_caption(kernels, len(shown)), caption_justify="left")
     names = ["op"] if on_cpu else ["kernel", "op"]
     for name in names:

@@ -49,7 +49,7 @@ class Turns:
         """
         os.write(self._write, READY)
         if os.read(self._read, 1) != GO:
-            raise RuntimeError("the bench that gave this run its turns has ended.")
+            raise RuntimeError("The bench that interleaves this run has ended; start the bench again.")
 
     def report(self, seconds: float) -> None:
         """Report the seconds of the step that has ended."""
@@ -87,7 +87,10 @@ class PairedRun:
 
     def step(self, deadline: float | None, tick: Callable[[], None]) -> float | None:
         """Run the next step and return its seconds; None if the process ends or the deadline passes first."""
-        os.write(self._go, GO)
+        try:
+            os.write(self._go, GO)
+        except BrokenPipeError:  # killed while it waited for its turn, by the OOM killer for example
+            return None
         answer = self._read(SECONDS.size, deadline, tick)
         return SECONDS.unpack(answer)[0] if len(answer) == SECONDS.size else None
 

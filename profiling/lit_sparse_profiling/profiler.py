@@ -258,7 +258,7 @@ class Profiler:
 
     def _begin_timed(self) -> None:
         if self._turns is not None:
-            self._turns.wait()
+            self._turns.wait()  # before the stamp: waiting is not this run's time
         if self._watch.running:
             return
         self._watch.stamp()

@@ -119,12 +119,13 @@ def _add_allocator(lines: list[Line], record: RunRecord) -> None:
         _append_total(lines, "rounding", "allocator allocated", allocator.allocated)
     if allocator.reserved is not None:
         split = allocator.inactive_split
-        of_which = "" if split is None else f"of which {format_bytes(split)} are rests of split segments"
+        of_which = "" if split is None else f"of which {format_bytes(split)} are free parts of split segments"
         _append_total(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
 
 
 def _add_other_phases(lines: list[Line], record: RunRecord) -> None:
     highest = _highest_reserved(record)
+    # Evaluation or selection may reserve more than a step does, and the driver sees it.
     if highest is not None and (highest.peak_reserved or 0) > _sum(lines):
         _append_total(lines, ELSEWHERE, "reserved at most", highest.peak_reserved or 0, note=f"in {highest.name}")
 
@@ -141,9 +142,9 @@ def _add_driver(lines: list[Line], record: RunRecord) -> None:
         part if _reserved_known(record) else ALLOCATOR_UNKNOWN,
         "process",
         driver.process,
-        note=f"as the driver says, by {driver.attribution}",
+        note=f"reported by the driver, by {driver.attribution}",
     )
-    lines.append(Line("foreign", driver.foreign, "most that others held on the device; no part of the process"))
+    lines.append(Line("foreign", driver.foreign, "peak of other processes on the device; not part of the process"))
 
 
 def _append_total(lines: list[Line], part: str, total: str, size: int, note: str = "", part_note: str = "") -> None:
@@ -170,39 +171,39 @@ def _reserved_known(record: RunRecord) -> bool:
 
 
 def _share(part: int, whole: int) -> float:
-    return part / max(whole, 1)  # nothing asked for and something counted is a finding, not a division by zero
+    return part / max(whole, 1)  # a count against a request of 0 bytes must be reported, not divide by zero
 
 
 def _residue(size: int, requested: int, limit: float) -> Iterator[str]:
     share = _share(size, requested)
     if share > limit:
         yield (
-            f"The allocator gave out {format_bytes(size)} ({share:.1%} of its peak) more than was counted: usually "
-            "workspaces inside of operations, or tensors that an extension holds."
+            f"The allocator's peak is {format_bytes(size)} ({share:.1%}) above the count: usually workspaces inside "
+            "operations, or tensors that an extension holds."
         )
     elif share < -limit:
         yield (
-            f"{format_bytes(-size)} ({-share:.1%} of the allocator's peak) more were counted than it gave out: usually "
-            "tensors in memory that is not its own, such as mapped weight files and arrays of other libraries."
+            f"The count is {format_bytes(-size)} ({-share:.1%}) above the allocator's peak: usually tensors outside "
+            "its memory, such as mapped weight files and arrays of other libraries."
         )
 
 
 def _allocator(allocator: Allocator, limit: float) -> Iterator[str]:
     if allocator.left_behind > max(LEAK_SHARE * allocator.requested, LEAK_FLOOR):
         yield (
-            f"Each step leaves {allocator.left_behind:,} bytes allocated that no category holds: a leak, such as a "
-            "list of losses that still have their graphs."
+            f"Each step leaves {allocator.left_behind:,} bytes allocated that are in no category: a leak, such as a "
+            "list of losses with their graphs; append loss.detach() instead."
         )
     split, reserved = allocator.inactive_split, allocator.reserved
     if split is not None and reserved is not None and split > limit * reserved:
         yield (
-            f"{format_bytes(split)} ({_share(split, reserved):.1%} of what the allocator reserved) are free rests of "
-            "split segments, which is fragmentation; PYTORCH_ALLOC_CONF=expandable_segments:True usually mends it."
+            f"{format_bytes(split)} ({_share(split, reserved):.1%} of the reserved memory) are free parts of split "
+            "segments, which is fragmentation; PYTORCH_ALLOC_CONF=expandable_segments:True usually reduces it."
         )
     if allocator.retries:
         yield (
-            f"The allocator flushed its cache {allocator.retries} times since nothing in it fitted, and each time "
-            "costs speed: leave it more room."
+            f"The allocator flushed its cache {allocator.retries} times to satisfy a request, which is slow; lower the "
+            "batch size or max_length."
         )
 
 
@@ -210,26 +211,26 @@ def _driver_residue(size: int, process: int, limit: float) -> Iterator[str]:
     share = _share(size, process)
     if share > limit:
         yield (
-            f"The driver says {format_bytes(size)} ({share:.1%} of the process) more than the allocator reserved and "
-            "the CUDA context together: usually buffers of libraries (cuBLAS, NCCL), and kernels loaded late."
+            f"The driver reports {format_bytes(size)} ({share:.1%} of the process) more than reserved memory and CUDA "
+            "context together: usually buffers of libraries (cuBLAS, NCCL), and kernels loaded late."
         )
     elif share < -limit:
         yield (
-            f"The driver says {format_bytes(-size)} ({-share:.1%} of the process) less than the allocator reserved "
-            "and the CUDA context together: its samples missed the peak, or the process was not fully attributed."
+            f"The driver reports {format_bytes(-size)} ({-share:.1%} of the process) less than reserved memory and "
+            "CUDA context together: its samples missed the peak, or it attributed a part to other processes."
         )
 
 
 def _driver(driver: Driver) -> Iterator[str]:
     if driver.foreign > FOREIGN_LIMIT:
         yield (
-            f"Other processes held up to {format_bytes(driver.foreign)} on {driver.device}: neither its speed nor "
-            "its room was all this run's."
+            f"Other processes held up to {format_bytes(driver.foreign)} on {driver.device}: this run had neither its "
+            "full memory nor its full speed."
         )
     if driver.attribution == "device delta":
         yield (
-            "The driver did not tell this process's memory apart: its figure is what the device's use rose by, "
-            "whoever it was."
+            "The driver did not report this process's memory: its figure is the rise of the device's use, by any "
+            "process."
         )
     if driver.lost is not None:
-        yield f"The driver's figures end before the run does: {driver.lost}"
+        yield f"The driver's figures end before the run: {driver.lost}"

@@ -115,6 +115,7 @@ def _layout(runs: Runs) -> tuple[str, list[_Column], list[_Row]]:
     rows = _rows(runs)
     shared, told = [], []
     for column in (_Column("model", _models, number=False), _Column("device", _devices, number=False)):
+        # A model or device that all runs share is in the title, and takes no column.
         values = {column.cell(row) for row in rows if row.records} - {""}
         if len(values) == 1:
             shared.append(f"{column.header} {values.pop()}")
@@ -354,4 +355,5 @@ def _save(runs: Runs, path: str, console: Console) -> None:
 
 
 def _print(console: Console, text: str) -> None:
+    # No markup: paths and messages contain brackets. Soft wrap: a line that is copied or grepped must stay one line.
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ Runs = Sequence[tuple[Path, RunRecord | str]]
 
 def folders(root: Path, name: str) -> list[Path]:
     """Return the folders `<name>-<n>` in `root`, ordered by number."""
+    # The pattern, since `smt-*` also finds smt-deft-1.
     pattern = re.compile(re.escape(name) + r"-(\d+)")
     numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
@@ -24,7 +25,7 @@ def folders(root: Path, name: str) -> list[Path]:
 
 def next_folder(root: Path, name: str) -> Path:
     """Return the next free folder `<name>-<n>`, without creating it."""
-    taken = folders(root, name)
+    taken = folders(root, name)  # after the highest number: a gap from a deleted run stays, so that order is age
     return root / f"{name}-{int(taken[-1].name.rpartition('-')[2]) + 1 if taken else 1}"
 
 
@@ -61,6 +62,7 @@ def _record_files(path: Path) -> list[Path]:
 
 
 def _natural_key(path: Path) -> list[str | int]:
+    # Numbers are at the odd places of all keys, so that texts are never compared with numbers.
     words = re.split(r"(\d+)", str(path))
     return [int(word) if i % 2 else word for i, word in enumerate(words)]
 

@@ -43,6 +43,7 @@ class Stopwatch:
         """Close the window at the end of the last step."""
         if self._cuda and self._stamps:
             self._stamps[-1].synchronize()
+        # strict=False: n stamps are n - 1 steps.
         pairs = zip(self._stamps, self._stamps[1:], strict=False)
         self.seconds += [a.elapsed_time(b) / 1e3 if self._cuda else b - a for a, b in pairs]
         self._stamps = []

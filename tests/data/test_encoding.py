@@ -137,7 +137,7 @@ def test_template_that_rewrites_earlier_turns_is_named(chat_tokenizer):
         "{% for m in messages %}{{ m['role'] }}:{% if loop.last %}{{ m['content'] }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    with pytest.raises(BadRow, match="chat template writes earlier turns otherwise"):
+    with pytest.raises(BadRow, match="chat template renders earlier turns differently"):
         Encoder(chat_tokenizer).encode(TWO)
 
 

@@ -1,6 +1,7 @@
 """Interleaved processes: rounds, their order, and a process whose partner ends."""
 
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from lit_sparse_profiling.paired import PairedRun, Turns, bootstrap_interval, co
 
 SOURCES = str(Path(paired.__file__).parents[1])
 STEPS = """
+import signal
 import sys
 sys.path.insert(0, {sources!r})
 from lit_sparse_profiling.paired import Turns
@@ -25,18 +27,18 @@ for step in range({steps}):
 """
 
 
-def player(folder: Path, name: str, steps: int, seconds: float, after: str = "") -> PairedRun:
+def paired_run(folder: Path, name: str, steps: int, seconds: float, after: str = "") -> PairedRun:
     values = {"sources": SOURCES, "log": str(folder / "order"), "name": name, "steps": steps, "seconds": seconds}
     return PairedRun([sys.executable, "-c", STEPS.format(**values, after=after)], folder / f"{name}.log")
 
 
 def played(folder: Path, steps: tuple[int, int], after: str = "") -> tuple[list[tuple[float, float]], int | None]:
-    first = player(folder, "a", steps[0], 3.0, after)
-    rounds = interleave(first, partial(player, folder, "b", steps[1], 2.0), None, lambda: None)
+    first = paired_run(folder, "a", steps[0], 3.0, after)
+    rounds = interleave(first, partial(paired_run, folder, "b", steps[1], 2.0), None, lambda: None)
     return rounds, first.end(None, lambda: None)
 
 
-def test_steps_alternate_and_who_begins_too(tmp_path: Path) -> None:
+def test_steps_alternate_and_so_does_their_order(tmp_path: Path) -> None:
     rounds, code = played(tmp_path, (4, 4))
     assert rounds == [(3.0, 2.0)] * 4
     assert code == 0
@@ -49,27 +51,36 @@ def test_rounds_end_with_the_one_that_has_fewer_steps(tmp_path: Path, steps: tup
     assert len(rounds) == 2
 
 
-def test_the_first_goes_on_alone_if_the_second_never_steps(tmp_path: Path) -> None:
+def test_the_first_continues_alone_if_the_second_never_steps(tmp_path: Path) -> None:
     rounds, code = played(tmp_path, (3, 0))
     assert (rounds, code) == ([], 0)
     assert (tmp_path / "order").read_text().split() == ["a"] * 3
 
 
-def test_the_second_is_not_even_started_if_the_first_never_steps(tmp_path: Path) -> None:
-    first = player(tmp_path, "a", 0, 1.0, "sys.exit(2)")
+def test_the_second_is_not_started_if_the_first_never_steps(tmp_path: Path) -> None:
+    first = paired_run(tmp_path, "a", 0, 1.0, "sys.exit(2)")
     assert interleave(first, lambda: pytest.fail("it was started"), None, lambda: None) == []
     assert first.end(None, lambda: None) == 2
 
 
-def test_one_that_waits_for_a_turn_that_never_comes_ends_with_an_error(tmp_path: Path) -> None:
-    first = player(tmp_path, "a", 3, 1.0)
+def test_a_run_whose_turn_never_comes_fails(tmp_path: Path) -> None:
+    first = paired_run(tmp_path, "a", 3, 1.0)
     assert first.ready(None, lambda: None)
     assert first.end(None, lambda: None) == 1
-    assert "the bench that gave this run its turns has ended" in (tmp_path / "a.log").read_text()
+    assert "The bench that interleaves this run has ended" in (tmp_path / "a.log").read_text()
 
 
-def test_one_that_is_late_is_ended(tmp_path: Path) -> None:
-    first = player(tmp_path, "a", 0, 1.0, "import time; time.sleep(600)")
+def test_a_run_killed_while_it_waits_has_no_more_steps(tmp_path: Path) -> None:
+    first = paired_run(tmp_path, "a", 3, 1.0)
+    assert first.ready(None, lambda: None)
+    first.process.kill()
+    first.process.wait()
+    assert first.step(None, lambda: None) is None
+    assert first.end(None, lambda: None) == -signal.SIGKILL
+
+
+def test_a_late_run_is_killed(tmp_path: Path) -> None:
+    first = paired_run(tmp_path, "a", 0, 1.0, "import time; time.sleep(600)")
     ticks: list[int] = []
     assert not first.ready(0.0, lambda: ticks.append(1))
     assert first.end(0.0, lambda: None) is None

@@ -273,8 +273,8 @@ def test_a_planted_leak_is_found_and_named() -> None:
     record = loop.record()
     assert record.memory.allocator.left_behind == ACTIVATION
     residue, leak = findings(record)
-    assert residue.startswith("The allocator gave out 16.")  # what the lead-in left behind, and is still there
-    assert f"Each step leaves {ACTIVATION:,} bytes allocated that no category holds: a leak" in leak
+    assert residue.startswith("The allocator's peak is 16.")  # what the lead-in left behind, and is still there
+    assert f"Each step leaves {ACTIVATION:,} bytes allocated that are in no category: a leak" in leak
 
 
 def test_a_kept_number_is_no_leak() -> None:
@@ -775,7 +775,7 @@ def test_a_card_that_is_lost_is_in_the_findings(card: Card, fake: FakeNVML) -> N
     record = loop.record()
     assert (record.status, record.throughput.steps, record.driver.samples) == ("ok", 3, 1)
     (sentence,) = findings(record)
-    assert sentence.startswith("The driver's figures end before the run does: NVML failed after 1 samples")
+    assert sentence.startswith("The driver's figures end before the run: NVML failed after 1 samples")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What was counted and what was measured: sums to the byte, and everything planted is found and nothing else."""
+"""Reconciliation: lines add up to the byte, and planted defects are found, and nothing else."""
 
 import re
 from dataclasses import replace
@@ -178,8 +178,8 @@ def test_notes_say_when_and_by_what() -> None:
     notes = {line.name: line.note for line in reconcile(GPU)}
     assert notes["counted"] == "a step's peak, in its backward"
     assert notes["allocator requested"] == "an allocator"
-    assert notes["cached or fragmented"] == "of which 20.00 MiB are rests of split segments"
-    assert notes["process"] == "as the driver says, by own pid"
+    assert notes["cached or fragmented"] == "of which 20.00 MiB are free parts of split segments"
+    assert notes["process"] == "reported by the driver, by own pid"
 
 
 def test_residue_as_a_share() -> None:
@@ -199,32 +199,32 @@ LEAK = int(0.001 * REQUESTED) + 1
 PLANTED = {
     "workspaces": (
         replace(with_allocator(requested=2 * COUNTED, allocated=None, reserved=None), driver=None),
-        r"The allocator gave out 994\.01 MiB \(50\.0% of its peak\) more than was counted: .*workspaces.*extension",
+        r"The allocator\'s peak is 994\.01 MiB \(50\.0%\) above the count: .*workspaces.*extension",
     ),
     "counted twice": (
         with_allocator(requested=COUNTED // 2),
-        r"497\.0\d MiB \(100\.0% of the allocator's peak\) more were counted than it gave out",
+        r"The count is 497\.0\d MiB \(100\.0%\) above the allocator's peak",
     ),
-    "leak": (with_allocator(left_behind=LEAK), rf"Each step leaves {LEAK:,} bytes allocated that no category holds"),
+    "leak": (with_allocator(left_behind=LEAK), rf"Each step leaves {LEAK:,} bytes allocated that are in no category"),
     "fragmentation": (
         with_allocator(inactive_split=RESERVED // 10),
-        r"110\.00 MiB \(10\.0% of what the allocator reserved\) are free rests of split segments, .*fragmentation",
+        r"110\.00 MiB \(10\.0% of the reserved memory\) are free parts of split segments, .*fragmentation",
     ),
     "retries": (with_allocator(retries=3), "flushed its cache 3 times"),
     "libraries' buffers": (
         with_driver(process=2 * RESERVED + 430 * MIB),
-        r"The driver says 1\.07 GiB \(41\.8% of the process\) more than the allocator reserved",
+        r"The driver reports 1\.07 GiB \(41\.8% of the process\) more than reserved memory",
     ),
     "missed peak": (
         with_driver(process=RESERVED),
-        r"The driver says 430\.00 MiB \(39\.1% of the process\) less than the allocator reserved",
+        r"The driver reports 430\.00 MiB \(39\.1% of the process\) less than reserved memory",
     ),
     "foreign process": (
         with_driver(foreign=2**31),
-        "Other processes held up to 2.00 GiB on a GPU: neither its speed nor its room",
+        "Other processes held up to 2.00 GiB on a GPU: this run had neither",
     ),
-    "device delta": (with_driver(attribution="device delta"), "did not tell this process's memory apart"),
-    "lost": (with_driver(lost="GPU is lost."), r"figures end before the run does: GPU is lost\."),
+    "device delta": (with_driver(attribution="device delta"), "did not report this process's memory"),
+    "lost": (with_driver(lost="GPU is lost."), r"figures end before the run: GPU is lost\."),
 }
 
 
@@ -270,7 +270,7 @@ def test_the_limit_can_be_moved() -> None:
 
 def test_an_allocator_that_gave_nothing_out_is_a_finding() -> None:
     (found,) = findings(replace(with_allocator(requested=0, allocated=None, reserved=None), driver=None, phases=[]))
-    assert "more were counted than it gave out" in found
+    assert "above the allocator's peak" in found
 
 
 @pytest.mark.parametrize(

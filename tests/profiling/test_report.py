@@ -285,7 +285,7 @@ def test_details_have_every_line_and_the_findings_below() -> None:
     text = shown(details(replace(GPU, notes=["The clock was not read."])), 100)
     order = ["frozen weights", "6,442,450,944", "counted", "residue: counted by neither", "allocator requested"]
     order += ["allocator reserved", "CUDA context", "residue of the driver", "process", "foreign"]
-    order += ["The allocator gave out 2.00 GiB (20.0% of its peak) more than was counted", "The clock was not read."]
+    order += ["The allocator's peak is 2.00 GiB (20.0%) above the count", "The clock was not read."]
     assert [text.find(part) for part in order] == sorted(text.find(part) for part in order)
     assert text.find(order[0]) > 0
     assert "ledgers add up" not in text
@@ -482,7 +482,7 @@ def test_one_run_is_reported_with_its_details(tmp_path: Path, capsys: pytest.Cap
     assert report([str(written(tmp_path, GPU))]) == 0
     out = capsys.readouterr().out
     assert "where the memory went" in out
-    assert "more than was counted" in out
+    assert "above the count" in out
 
 
 def test_one_run_shows_where_it_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
