@@ -42,8 +42,8 @@ def fit(method: str, run: str, stop: int = 0, *words: str) -> list[tuple[float, 
     """Run `lit-sparse fit`, and return what each step was given."""
     Stop.seen = []
     call = ["--trainer.callbacks+=tests.test_resume.Stop", f"--trainer.callbacks.step={stop}"]
-    method = ["--config", str(configs.configs_folder() / f"{method}.yaml")]
-    arguments = ["fit", *method, "--model.base", "tiny", *DATA, *SMALL, *call, "--run", run, *words]
+    config = ["--config", str(configs.configs_folder() / f"{method}.yaml")]
+    arguments = ["fit", *config, "--model.base", "tiny", *DATA, *SMALL, *call, "--run", run, *words]
     if stop:
         with pytest.raises(Cut):
             cli.run(arguments)
