@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 
@@ -25,6 +26,7 @@ def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None
             f"trainer.precision is {trainer.precision}, but the module keeps what is trained in fp32 itself; leave it "
             "at 32-true and set model.precision."
         )
+    check_callbacks(trainer)
     for update in updates:
         check_gradients_live(trainer, type(update))
         if update.period is not None and isinstance(trainer.strategy, DDPStrategy):
@@ -39,6 +41,36 @@ def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None
             f"trainer.strategy is {type(trainer.strategy).__name__}, which knows nothing of update strategies and "
             "their checkpoints; set it to fsdp2."
         )
+
+
+def check_callbacks(trainer: L.Trainer) -> None:
+    """Refuse callbacks of Lightning that would do nothing, or harm, beside small checkpoints and a changing model.
+
+    Raises:
+        BadInput: naming the callback.
+    """
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        for kind, (why, instead) in UNSUPPORTED.items():
+            if isinstance(callback, kind):
+                raise BadInput(
+                    f"trainer.callbacks has {type(callback).__name__}, which does not work here: {why}; {instead}."
+                )
+
+
+AVERAGES = "it averages a copy of the model made before the strategies changed it, and checkpoints lack the average"
+UNSUPPORTED: dict[type[L.Callback], tuple[str, str]] = {
+    StochasticWeightAveraging: (AVERAGES, "remove it"),
+    WeightAveraging: (AVERAGES, "remove it"),
+    LearningRateFinder: (
+        "it sets an attribute that the optimizer was not made of",
+        "remove it, and try a few values of model.lr with trainer.max_steps=20",
+    ),
+    BatchSizeFinder: (
+        "it trains with other rows per step than the data's order was made for",
+        "remove it, and compare values of data.batch_size with lit-sparse bench",
+    ),
+}
+"""Callbacks that are refused, each with the reason and what to do instead."""
 
 
 def check_gradients_live(trainer: L.Trainer, kind: type[UpdateStrategy]) -> None:
