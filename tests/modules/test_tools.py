@@ -58,7 +58,7 @@ def test_learning_rates_gradients_and_tokens_are_logged(tmp_path):
     )
     logged = trainer.logged_metrics
     assert {"train_loss", "lr", "grad_norm", "scored_tokens"} <= logged.keys()
-    assert any(name.startswith("lr-AdamW") for name in logged)
+    assert "lr-AdamW" in (tmp_path / "x" / "metrics.csv").read_text().splitlines()[0]
     assert float(logged["scored_tokens"]) == 4 * 2 * 2 * 11
     assert float(logged["grad_norm"]) > 0
 
@@ -74,7 +74,7 @@ def test_a_time_limit_alone_is_a_limit():
         fitted(warmup_steps=0.1, **limits)
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to `self.log()`")
+@pytest.mark.filterwarnings("ignore:You are trying to")
 def test_barebones_trains():
     task = CausalLM(tiny_llm(), [SMT(block_size=8, trainable_fraction=0.05)], lr=1e-2)
     before = [p.detach().clone() for p in tiny_llm().parameters()]
