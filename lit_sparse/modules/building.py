@@ -208,10 +208,20 @@ class BuiltModel(L.LightningModule, ABC):
         if not trainable(model):
             raise BadInput(f"nothing is left to train with {self.updates}.")
         if self.compile_model:
-            model.base_model.compile()
+            self._compile()
         self.note_trained()
         if self.to_shard:
             self._shard()
+
+    def _compile(self) -> None:
+        """Compile the model as one graph; layer by layer where the trainable set changes.
+
+        A graph depends on which of its weights train. Of a whole model there are as many as there are sets, and the
+        compiler gives up after eight; of a layer there are two, which all layers share.
+        """
+        changes = any(update.period is not None for update in self.updates)
+        for region in decoder_layers(self.build()) if changes else [self.build().base_model]:
+            region.compile()
 
     def _upcast(self) -> None:
         """Upcast what trains to fp32; FSDP2 cannot change a sharded dtype, so the optimizer keeps masters there."""

@@ -18,7 +18,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.schedule import factor
 from lit_sparse.optim import AdamW, trainable
-from lit_sparse.strategies import SMT, UpdateStrategy, compose
+from lit_sparse.strategies import LISA, SMT, UpdateStrategy, compose
 from lit_sparse.testing import tiny_llm
 
 
@@ -175,6 +175,15 @@ def test_a_compiled_model_trains_to_the_same_loss():
         model, _ = fitted(2, updates=[SMT(trainable_fraction=0.05, block_size=8)], compile=compiled)
         losses.append(model.loss(batch)[0])
     torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # what the compiler says to itself
+def test_layers_that_take_turns_stay_compiled(monkeypatch):
+    """Twelve draws of other layers: a graph for each set of them would pass the compiler's limit of eight."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    task, _ = fitted(12, updates=[LISA(active_layers=1, interval=1)], compile=True)
+    assert len({tuple(draw) for draw in task.updates[0].draws}) > 1
 
 
 def test_a_cap_that_small_logits_do_not_show_is_noticed():
