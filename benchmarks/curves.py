@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measurements import Line
 from benchmarks.quality import Work
 from benchmarks.ranking import Results, chosen
-from benchmarks.readme import Line
 from benchmarks.trials import Arm, Config, Table, Trial, digest, filled, read_yaml, table_of
 from lit_sparse import demo
 from lit_sparse.errors import BadInput

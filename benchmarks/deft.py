@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measurements import Line
 from benchmarks.provenance import ROOT
-from benchmarks.readme import Line
 from benchmarks.turns import append, lines_of, measure
 
 HERE = ROOT / "benchmarks" / "deft"

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.measurements import Line
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.readme import Line
 from benchmarks.turns import append, measure, newest, pair_line
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.provenance import ROOT, of_device
-from lit_sparse.mlp_density import Density
+from lit_sparse.mlp_density import GLUDensity
 from lit_sparse.optim import AdamW
 from lit_sparse_kernels import block_delta, block_grad, pack_columns
 from lit_sparse_kernels.glu_density import activation, proxied
@@ -270,7 +270,7 @@ def densities(name: str, tokens: int, device: torch.device, dtype: torch.dtype) 
             return h, proxied((h if where == "product" else o).float(), sharp, proxy).sum(-1)
 
         def ours(where: str = where, proxy: str = proxy, sharp: Tensor = sharp) -> Any:
-            return Density.apply(gate, up, sharp, "silu", proxy, where)
+            return GLUDensity.apply(gate, up, sharp, "silu", proxy, where)
 
         yield Work(
             "glu_density",

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measurements import Line
 from benchmarks.provenance import ROOT
-from benchmarks.readme import Line
 from benchmarks.turns import FLOOR, append, lines_of, measure
 
 HERE = ROOT / "benchmarks" / "peers"

@@ -13,7 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.readme import Line, newest, read_lines
+from benchmarks.measurements import Line, newest, read_lines
 from benchmarks.tradeoff import changes
 
 RESULTS = Path(__file__).parent / "results"

@@ -27,15 +27,15 @@ import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from benchmarks.measurements import Line, table
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score
-from benchmarks.readme import Line, table
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
-from lit_sparse_profiling.bench import REFUSED, Job, ends_with_parent, execute, finished, verdict
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.runs import folders
+from lit_sparse_profiling.run_folders import folders
+from lit_sparse_profiling.runner import REFUSED, Job, ends_with_parent, execute, finished, verdict
 
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 QUIET = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.readme import Line, caption, parsed, table
+from benchmarks.measurements import Line, caption, parsed, table
 from benchmarks.trials import Arm, Config, Table, Trial, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.documents import finite

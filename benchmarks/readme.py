@@ -10,18 +10,18 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+if not __package__:  # run as a script, which is given its own folder only
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.measurements import Line, caption, newest, read_lines, table  # noqa: E402
+
 MARKED = re.compile(r"(<!-- begin:(?P<name>[\w.-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
 MARK = re.compile(r"<!-- (?:begin|end):")
-
-PROVENANCE = {"commit", "date", "device", "versions"}
-
-Line = dict[str, Any]
 
 
 def by_device(lines: Sequence[Line], block: Callable[[Sequence[Line]], str]) -> str:
@@ -171,7 +171,7 @@ def ratio(line: Line) -> str:
     return f"Steps with the profiler take {times} times as long as without ({rounds})."
 
 
-LISA = "python -m benchmarks.lisa"
+LISA = "python -m benchmarks.lisa_costs"
 STATE_HEAD = [
     "when a layer stops training",
     "MiB of state at first",
@@ -227,52 +227,6 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "lisa": lisa,
     "deft": deft,
 }
-
-
-def read_lines(path: Path, command: str) -> list[Line]:
-    """The measurements in a file of JSON lines, which `command` writes.
-
-    Raises:
-        ValueError: if the file is missing or empty, or a line of it is no JSON object with its provenance.
-    """
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [parsed(line, f"{path}:{n}") for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    if not lines:
-        raise ValueError(f"{path} has no measurements; run `{command}` first.")
-    return lines
-
-
-def parsed(line: str, where: str) -> Line:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON ({error}); correct or delete the line.") from error
-    if not isinstance(value, dict) or not value.keys() >= PROVENANCE:
-        raise ValueError(f"{where} is no measurement: no object with {sorted(PROVENANCE)}; correct or delete the line.")
-    return value
-
-
-def newest(lines: Iterable[Line], key: str) -> dict[str, Line]:
-    """The newest line for each value of `key`, in the order in which the values first appear."""
-    found: dict[str, Line] = {}
-    for line in lines:
-        name = json.dumps(line[key])
-        if name not in found or line["date"] >= found[name]["date"]:
-            found[name] = line
-    return found
-
-
-def caption(command: str, lines: Sequence[Line]) -> str:
-    """Where the numbers come from: the command, and every device, date, commit and version among the lines."""
-    versions = {f"{name} {version}" for line in lines for name, version in line["versions"].items()}
-    devices, dates, commits = (sorted({line[key] for line in lines}) for key in ("device", "date", "commit"))
-    facts = [" and ".join(devices), *sorted(versions), " and ".join(dates), f"commit {', '.join(commits)}"]
-    return f"Measured by `{command}` on {', '.join(facts)}; table by `python benchmarks/readme.py`."
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    ruler = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ruler, *rows])
 
 
 def rewritten(readme: str, results: Path) -> str:
@@ -335,5 +289,4 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))  # a script is given its own folder only
     sys.exit(main())

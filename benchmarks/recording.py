@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.curves import Study
+from benchmarks.measurements import Line
 from benchmarks.provenance import of_device
 from benchmarks.provenance import provenance as provenance_of
 from benchmarks.quality import written
 from benchmarks.ranking import Results
-from benchmarks.readme import Line
 from benchmarks.trials import Config, digest, filled
 from benchmarks.turns import pair_line
 from lit_sparse.bench import bench
@@ -33,7 +33,7 @@ from lit_sparse.runs import build_module
 from lit_sparse.strategies import RecordFisher
 from lit_sparse.strategies.base import no_probe
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.runs import folders
+from lit_sparse_profiling.run_folders import folders
 
 EXTRAPOLATED = 20_000
 """Samples that the published recipe looks at."""

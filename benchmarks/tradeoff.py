@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.curves import Curve, Study, at_best, belonging, read_study
+from benchmarks.measurements import Line, caption, newest, table
 from benchmarks.ranking import SCORE, Results, end_of, mean_spread, newest_first, ties
-from benchmarks.readme import Line, caption, newest, table
 from benchmarks.recording import EXTRAPOLATED, PENALTY, costs
 
-COMMAND = "python -m benchmarks.forgetting"
+COMMAND = "python -m benchmarks.forgetting_study"
 GENERAL = "general_loss"
 ZERO_SHOT = "_zero_shot"
 HEAD = ["method", "strength", "learning rate", "domain loss", "general loss", "zero-shot", "seeds", ""]

@@ -307,9 +307,25 @@ def _strategy(name: str) -> Any:
 
 
 def digest(config: Config, stack: Mapping[str, str]) -> str:
-    """A hash of a configuration, of the contents of the files that it names, and of where it runs."""
+    """Return a hash of a configuration, of the contents of the files that it names, and of where it runs.
+
+    Our own classes enter by their names alone, `lit_sparse.callbacks.Forgetting` as `lit_sparse.Forgetting`: a module
+    that moves must not cost hours of measurements.
+    """
     files = {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in sorted(set(_files(config)))}
-    return hashlib.sha256(json.dumps([config, files, dict(stack)], sort_keys=True).encode()).hexdigest()
+    content = [_without_modules(config), files, dict(stack)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _without_modules(value: Any, key: str = "") -> Any:
+    """`value` where each class path of ours lacks its modules; others keep theirs (torch has an AdamW, too)."""
+    if isinstance(value, dict):
+        return {key: _without_modules(item, key) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_modules(item) for item in value]
+    if key == "class_path" and isinstance(value, str) and value.startswith("lit_sparse."):
+        return f"lit_sparse.{value.rpartition('.')[2]}"
+    return value
 
 
 def _files(value: Any) -> Iterator[str]:

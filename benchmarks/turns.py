@@ -7,11 +7,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from benchmarks.measurements import Line
 from benchmarks.provenance import provenance
-from benchmarks.readme import Line
 from lit_sparse.bench import bench
 from lit_sparse_profiling.record import Pair, RunRecord
-from lit_sparse_profiling.runs import method_of, name_of, read_runs
+from lit_sparse_profiling.run_folders import method_of, name_of, read_runs
 
 FLOOR = "floor"
 """The mode that trains nothing: its one trained weight is a stand-in and does not count."""

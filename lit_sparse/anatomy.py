@@ -1,4 +1,4 @@
-"""Where things are in a Hugging Face language model."""
+"""Find the decoder layers, linear layers, MLPs and head of a Hugging Face language model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ROLES = {
     "gate_up": ("gate_up_proj",),
     "down": ("down_proj", "mlp.c_proj", "fc2", "fc_out", "lin2", "w2", "dense_4h_to_h", "output.dense"),
 }
-"""What the usual names of linear layers do: the query, key, value and output projections, and the MLP's matrices."""
+"""Roles of linear layers, with the usual endings of their names: attention's projections, the MLP's matrices."""
 
 
 def role(name: str) -> str:
-    """The role of the linear layer called `name` (a key of ROLES), or the last part of its name where it has none."""
+    """Return the role of the linear layer `name` (a key of ROLES), or the last part of its name if it has none."""
     matches = [
         (len(ending), role)
         for role, endings in ROLES.items()
@@ -40,10 +40,10 @@ def role(name: str) -> str:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The list of `model`'s layers: its first ModuleList that is as long as its configuration says.
+    """Return the decoder layers of `model`: its first ModuleList of `config.num_hidden_layers` modules.
 
     Raises:
-        BadInput: where the model has no such list.
+        BadInput: if the model has no such list.
     """
     count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -58,9 +58,9 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def classification_head(model: nn.Module) -> list[str]:
-    """Names of the modules that make a class of a classifier's hidden states; none in other models.
+    """Return the names of a classifier's head modules; none for other models.
 
-    They are all that lies outside its base model, and the base model's pooler.
+    The head is everything outside of the base model, and the base model's pooler.
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
@@ -70,20 +70,20 @@ def classification_head(model: nn.Module) -> list[str]:
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers inside `model`'s layers by qualified name, `nn.Linear` and GPT-2's `Conv1D`; not the head."""
+    """Return the linear layers within the decoder layers by qualified name: `nn.Linear` and GPT-2's `Conv1D`."""
     layers = set(decoder_layers(model).modules())
     return {name: module for name, module in model.named_modules() if module in layers and is_linear(module)}  # pyright: ignore
 
 
 @dataclass(frozen=True, eq=False)
 class MLP:
-    """One layer's feed-forward part.
+    """The MLP of one decoder layer.
 
     Attributes:
-        module: What holds the matrices up to the activation: the MLP itself where it is gated.
-        gate: Qualified name of the matrix under the activation; None where the MLP is not gated.
-        up: Qualified name of the other matrix that reads the input, or of both in one (Phi-3).
-        down: Qualified name of the matrix that reads the activations.
+        module: The parent of the up projection: the MLP itself if it is gated.
+        gate: Qualified name of the gate projection; None if the MLP is not gated.
+        up: Qualified name of the up projection, or of gate and up in one matrix (Phi-3).
+        down: Qualified name of the down projection.
         act: The activation function.
     """
 
@@ -95,7 +95,7 @@ class MLP:
 
 
 def mlps(model: nn.Module) -> list[MLP]:
-    """The MLPs of `model`'s layers, first layer first; matrices may be wrapped already, by adapters say.
+    """Return the MLPs of `model`, in layer order. Their matrices may be wrapped already, by adapters for example.
 
     Raises:
         BadInput: if a layer has none, or has several, as mixtures of experts do.
@@ -122,7 +122,7 @@ def _mlp(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> MLP
 
 
 def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers of `model` that `targets` name by role, by an ending of their name, or by `all`.
+    """Return the linear layers of `model` that `targets` name: by role, ending of their name, or `all`.
 
     Raises:
         BadInput: if there are none.
@@ -138,37 +138,37 @@ def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Lin
 
 
 def is_target(name: str, targets: Sequence[str]) -> bool:
-    """Whether `targets` name the layer called `name`: by its role, by an ending of its name, or by `all`."""
+    """Return true if `targets` name the layer `name`: by its role, an ending of its name, or `all`."""
     return any(t in ("all", role(name)) or f".{name}".endswith(f".{t}") for t in targets)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether `module` is exactly a plain linear layer, or one that bitsandbytes quantised (subclasses wrap them)."""
+    """Return true for a plain or quantised linear layer. Subclasses are no targets: they wrap one already."""
     return type(module) in (nn.Linear, Conv1D) or is_quantized_linear(module)
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
-    """Whether `module` is a linear layer that bitsandbytes quantised, told by its name: it may not be installed."""
+    """Return true for a linear layer of bitsandbytes, recognised by name: the package may not be installed."""
     kind = type(module)
     return kind.__module__.startswith("bitsandbytes.") and kind.__name__ in ("Linear4bit", "Linear8bitLt")
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether a linear layer of `model` is quantised."""
+    """Return true if a linear layer of `model` is quantised."""
     return any(is_quantized_linear(module) for module in model.modules())
 
 
 def weights_in(parameter: Tensor) -> int:
-    """Weights that `parameter` holds: its elements, or where bitsandbytes packed them, those that it packed."""
+    """Return the number of weights in `parameter`, counted before packing if bitsandbytes packed them."""
     packed = getattr(parameter, "quant_state", None)
     return parameter.numel() if packed is None else math.prod(packed.shape)
 
 
 def matrix(linear: nn.Linear | Conv1D) -> Tensor:
-    """The weight as (out, in), a view that shares memory; GPT-2's Conv1D keeps it transposed.
+    """Return the weight as (out, in), a view that shares memory: GPT-2's Conv1D stores it transposed.
 
     Raises:
-        BadInput: if it is quantised, and so has no such matrix.
+        BadInput: if it is quantised, and so is no such matrix.
     """
     if is_quantized_linear(linear):
         raise BadInput(
@@ -179,11 +179,11 @@ def matrix(linear: nn.Linear | Conv1D) -> Tensor:
 
 
 def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
-    """Groups of the named modules that read the very same input tensor (q, k and v of a layer, for example).
+    """Group the named modules by the input tensor that they read (q, k and v of a layer read one, for example).
 
-    Found by a forward pass over a few dummy tokens, so that no model's structure need be known.
+    A forward pass over a few dummy tokens finds them, so that nothing is assumed about the model's structure.
     """
-    seen: dict[int, tuple[Tensor, list[str]]] = {}  # the tensor is kept: its id must not be given to another
+    seen: dict[int, tuple[Tensor, list[str]]] = {}  # holds the tensor: once freed, its id could be reused
 
     def watcher(name: str):
         def watch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -203,21 +203,21 @@ def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
 
 
 def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
-    """A field of `model`'s output for three dummy tokens, in evaluation mode and without a graph, (1, 3, ...)."""
+    """Return a field of the output for three dummy tokens, (1, 3, ...), in evaluation mode and without a graph."""
     device = next(model.parameters()).device
     with torch.no_grad(), evaluating(model):
         return model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False)[field]
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What of a batch the model reads; nothing is cached for generation."""
+    """Return the entries of a batch that the model reads, with the key-value cache off."""
     names = ("input_ids", "attention_mask", "position_ids")
     return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode, then each of its modules as it was."""
+    """Set evaluation mode for the duration of a `with` block, then restore the mode of each module."""
     was = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -228,11 +228,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def weight_count(model: nn.Module) -> int:
-    """Weights in the model's matrices (embeddings and head included, tied ones once, norms and biases not)."""
+    """Return the number of weights in matrices: with embeddings and head (tied ones once), without norms and biases."""
     return sum(weights_in(p) for p in model.parameters() if p.ndim == 2)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place called `name`."""
+    """Replace the submodule `name` of `model` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

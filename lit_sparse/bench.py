@@ -20,14 +20,14 @@ import lit_sparse_kernels
 import lit_sparse_profiling
 from lit_sparse.configs import configs_folder, found, methods
 from lit_sparse.errors import BadInput
-from lit_sparse_profiling.bench import Job, Turn, execute, sources, turns
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report
+from lit_sparse_profiling.runner import Job, Turn, execute, sources, turns
 
 UNENDING = 10**6
-"""Optimizer steps that the learning rate's course is laid out for: a bench never comes to its end."""
+"""`max_steps` of a measured fit, so large that the learning rate stays at the start of its schedule."""
 GRACE = 600.0
-"""Seconds beyond --minutes for loading and for choosing what is trained, after which a run is stopped."""
+"""Seconds granted beyond --minutes for loading and selection; after them a run is stopped."""
 OWN = ("--repeat", "--steps", "--minutes", "--into", "--against", "--config", "-c", "-h", "--help")
 MEASURED = (
     "--trainer.limit_val_batches=0",
@@ -39,20 +39,20 @@ MEASURED = (
     "--samples=0",
     "--checkpoint_steps=0",
 )
-"""What makes a fit a measurement: nothing but training steps."""
+"""Options that reduce a fit to its training steps."""
 TIMED_ONLY = ("--profile.examine=false", "--profile.profiled=0")
-"""Of a run that others are compared with: its times are all that is kept."""
+"""Options of the run named by --against, of which only the times are used."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line of the verb; what it does not know goes to each fit."""
+    """Return the command line of the verb; options that it does not know are passed to each fit."""
     out = argparse.ArgumentParser(prog="lit-sparse bench", description=__doc__, allow_abbrev=False)
     out.add_argument("yamls", nargs="*", help="methods to compare; a.yaml+b.yaml is both at once (default: all)")
     out.add_argument("-c", "--config", action="append", default=[], help="a YAML that is common to all of them")
     out.add_argument("--steps", type=int, default=5, help="timed steps of each run (default 5)")
     out.add_argument("--minutes", type=float, help="most minutes of training of each run")
-    out.add_argument("--repeat", type=int, default=1, help="runs of each, all in turn (default 1)")
-    out.add_argument("--against", metavar="YAML", help="do steps in turn with this one's, and show the ratio of times")
+    out.add_argument("--repeat", type=int, default=1, help="runs of each, interleaved (default 1)")
+    out.add_argument("--against", metavar="YAML", help="interleave steps with this one's, and show the ratio of times")
     out.add_argument("--into", default="runs/bench", help="folder of the runs (default runs/bench)")
     out.epilog = (
         "Any key of `lit-sparse fit` goes to all runs, as in --model.base NAME or --data.batch_size 8. Without data of "
@@ -62,10 +62,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure what `argv` says; the exit status is 1 if a run failed.
+    """Measure the methods in `argv`; return the exit status, 1 if a run failed.
 
     Raises:
-        BadInput: if what is asked for makes no sense; runs that are refused are results.
+        BadInput: if an option is invalid. A run that is refused is a result, not an error.
     """
     own, passed = split(argv)
     asked = parser().parse_intermixed_args(own)  # YAMLs may stand between options
@@ -86,7 +86,7 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """`argv` as the bench's own words and those for each fit (an option that is not ours, and its value)."""
+    """Split `argv` into the bench's own words and those passed to each fit: unknown options with their values."""
     own: list[str] = []
     passed: list[str] = []
     words = list(argv)
@@ -102,7 +102,7 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
-    """The run of one YAML, or of several joined by +.
+    """Return the job of one YAML, or of several joined by +.
 
     Raises:
         BadInput: if there is no such file.
@@ -126,7 +126,7 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
 
 
 def existing(name: str) -> Path:
-    """The YAML of that name, here or among those that come with lit_sparse.
+    """Return the path of a YAML, in the working directory or among those shipped with lit_sparse.
 
     Raises:
         BadInput: if there is none.
@@ -139,13 +139,13 @@ def existing(name: str) -> Path:
 
 
 def has_data(files: Sequence[Path], passed: Sequence[str]) -> bool:
-    """Whether it is said which training data these are; a batch size alone does not say it."""
+    """Return true if a file or option names the training data; a batch size alone does not."""
     words = {word.partition("=")[0] for word in passed}
     return not words.isdisjoint(("--data", "--data.class_path")) or any(map(_names_data, files))
 
 
 def _names_data(path: Path) -> bool:
-    """Whether a YAML says which data; no if it cannot be read, which its fit will say."""
+    """Return true if a YAML names the data; false if it cannot be read, which its fit reports."""
     try:
         document = yaml.safe_load(path.read_bytes())
     except (yaml.YAMLError, ValueError):  # the latter for what looks like a date and is none
@@ -155,17 +155,17 @@ def _names_data(path: Path) -> bool:
 
 
 def max_time(minutes: float) -> str:
-    """Lightning's form of a time limit, days:hours:minutes:seconds."""
+    """Return a time limit in Lightning's format, days:hours:minutes:seconds."""
     seconds = max(1, round(minutes * 60))
     return f"{seconds // 86400:02d}:{seconds // 3600 % 24:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> int:
-    """Make the runs that are missing, showing how far it is, and compare all; the exit status."""
+    """Make the missing runs, with a progress bar, and compare all of them; return the exit status."""
     console = Console()
     done: list[Path] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    # No thread that refreshes: processes are forked here, and `tick` refreshes
+    # auto_refresh starts a thread, which must not exist when processes are forked; `tick` refreshes instead.
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
         plan = turns(jobs, root, repeat)
         task = progress.add_task("bench", total=len(plan))
@@ -180,7 +180,7 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
 
 
 def outcome(turn: Turn, folder: Path) -> str:
-    """One line on a run."""
+    """Describe the result of a run in one line."""
     record = RunRecord.read(folder / "record.json")
     said = record.reason or ""
     if record.status == "ok" and record.throughput is not None and record.throughput.median_step is not None:

@@ -1,4 +1,4 @@
-"""Small checkpoints: what a run trained, and of which base."""
+"""Read small checkpoints, tell base models apart, and save and restore random states."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LAST = Path("checkpoints") / "last.ckpt"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash that tells base models apart, the same whether a checkpoint is loaded in fp32 or bf16.
+    """Return a hash that tells base models apart, the same whether a checkpoint is loaded in fp32 or bf16.
 
-    Of names, shapes and up to 65,536 evenly spaced values of each parameter, rounded to bf16.
+    It covers names, shapes and evenly spaced values of each parameter (about 65,536), rounded to bf16.
     """
     return hash_of(sorted(model.named_parameters()))
 
 
 def hash_of(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The hash that `fingerprint` describes, of some tensors with their names."""
+    """Return the hash that `fingerprint` describes, of tensors with their names."""
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -40,7 +40,7 @@ def hash_of(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The checkpoint at `path`, on the CPU; only tensors and plain values are unpickled.
+    """Read the checkpoint at `path` to the CPU; only tensors and plain values are unpickled.
 
     Raises:
         BadInput: if there is none, or it is no checkpoint of a lit_sparse run.
@@ -59,7 +59,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def run_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The last checkpoint of the run in the folder `path`, or the checkpoint `path`.
+    """Read the last checkpoint of the run in the folder `path`, or the checkpoint `path`.
 
     Raises:
         BadInput: as `read_checkpoint` does.
@@ -69,14 +69,16 @@ def run_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def forked_rng(device: torch.device) -> AbstractContextManager[Any]:
-    """A block after which torch's random numbers, on the CPU and on `device`, go on as if it had not been."""
+    """Return a context manager that restores torch's random state, of the CPU and of `device`, when it ends."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def get_rng(device: torch.device, world: int) -> list[dict[str, Any]]:
-    """The states of torch's and Python's random numbers on each of `world` processes, which all have to call it.
+    """Gather the random states of torch and Python from all `world` ranks; every rank must call it.
 
-    Tensors and plain values, first process first: of the CPU, of its own `device` if that is a GPU, and of Python.
+    Returns:
+        For each rank, in order, the states of the CPU, of its own `device` if that is a GPU, and of Python, as tensors
+        and plain values.
     """
     kind, words, gauss = random.getstate()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -91,12 +93,15 @@ def get_rng(device: torch.device, world: int) -> list[dict[str, Any]]:
 def set_rng(
     states: Sequence[Mapping[str, Any]] | Mapping[str, Any], device: torch.device, rank: int, world: int
 ) -> int:
-    """Go on from what `get_rng` gave, on the process `rank` of `world`; the number of processes that it was of.
+    """Restore the random states that `get_rng` returned, on the rank `rank` of `world`.
 
-    With another number of them each process starts anew, from a seed of the first one's old state and its own rank.
+    If the world size changed, each rank seeds anew from the first rank's old state and its own rank.
 
     Args:
-        states: Of each process; or of the first one alone with those of all its GPUs, as checkpoints had it once.
+        states: One for each rank. Older checkpoints hold that of the first rank alone, with the states of all its GPUs.
+
+    Returns:
+        The world size that the states are from.
     """
     kept = [states] if isinstance(states, Mapping) else states
     if len(kept) != world:
@@ -112,7 +117,7 @@ def set_rng(
 
 
 def _seed(state: Tensor, rank: int) -> None:
-    """Seed torch, on all devices, and Python from a state of the CPU's random numbers and a rank."""
+    """Seed torch, on all devices, and Python from a random state of the CPU and a rank."""
     digest = hashlib.sha256(state.numpy().tobytes() + f" {rank}".encode()).digest()
     seed = int.from_bytes(digest[:4])
     torch.manual_seed(seed)
@@ -120,7 +125,7 @@ def _seed(state: Tensor, rank: int) -> None:
 
 
 def alike(one: Any, other: Any) -> bool:
-    """Whether two values of a checkpoint are the same: tensors (wherever they are), numbers, strings, lists, dicts."""
+    """Return true if two values of a checkpoint are equal: tensors (on any device), numbers, strings, lists, dicts."""
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
     if isinstance(one, Mapping) and isinstance(other, Mapping):

@@ -1,4 +1,4 @@
-"""The verbs of `lit-sparse`: LightningCLI's own, and plain functions beside them."""
+"""The command `lit-sparse`: LightningCLI's subcommands, and plain functions as further ones."""
 
 import argparse
 import dataclasses
@@ -22,14 +22,16 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 import lit_sparse.data
 import lit_sparse.strategies
 from lit_sparse.bench import bench
-from lit_sparse.callbacks.record import CHECKPOINT_STEPS, Recorder
+from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import STACKED, find_configs, methods
 from lit_sparse.errors import BadInput
-from lit_sparse.export.folder import export, generate
+from lit_sparse.export.folder import export
+from lit_sparse.export.generate import generate
 from lit_sparse.runs import TASKS, last_checkpoint, task_class
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report
-from lit_sparse_profiling.runs import next_folder
+from lit_sparse_profiling.run_folders import next_folder
 
 RUNS = "runs"
 NOISE = (
@@ -42,11 +44,11 @@ NOISE = (
     "Sparse invariant checks are implicitly disabled",
     "Using Rank-Stabilized LoRA with rank_pattern/alpha_pattern and post-training conversion",
 )
-"""Warnings with which our dependencies address one another: there is nothing in them that a user could act on."""
+"""Warnings that our dependencies cause in one another, and that no user can act on."""
 
 
 class CLI(LightningCLI):
-    """LightningCLI with a folder for each run, a record, small checkpoints, and resuming by name."""
+    """LightningCLI with a folder and a record for each run, small checkpoints, and resuming by name."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(parser_mode="omegaconf", exit_on_error=False, **kwargs)
@@ -56,21 +58,25 @@ class CLI(LightningCLI):
             "--task",
             type=Literal[*TASKS],  # pyright: ignore[reportInvalidTypeForm]
             default=self._model_class.__name__,
-            help="What is learned: to predict the next token, or to classify texts; decides the keys of `model`.",
+            help="Predict the next token, or classify texts; decides the keys of `model`.",
         )
         parser.add_argument(
             "--run",
             type=str | None,
             default=None,
-            help="Name of the run; its folder gets a number too. Default: the names of the method YAMLs.",
+            help="Name of the run; its folder is <name>-<n>. Default: the names of the method YAMLs.",
         )
-        parser.add_argument("--profile", type=Plan, default=Plan(), help="Which training steps are measured, and how.")
-        parser.add_argument("--samples", type=int, default=2, help="Held-out questions answered before and after.")
+        parser.add_argument(
+            "--profile", type=Plan, default=Plan(), help="The training steps that are measured, and how."
+        )
+        parser.add_argument(
+            "--samples", type=int, default=2, help="Number of held-out questions answered before and after training."
+        )
         parser.add_argument(
             "--checkpoint_steps",
             type=int,
             default=CHECKPOINT_STEPS,
-            help="Optimizer steps from one last checkpoint to the next; 0 keeps none.",
+            help="Optimizer steps between saves of the last checkpoint; 0 keeps none.",
         )
         parser.set_defaults({"data": {"class_path": "lit_sparse.data.Embedded"}})
         parser.link_arguments("model.base", "data.init_args.tokenizer")
@@ -81,7 +87,7 @@ class CLI(LightningCLI):
         self.new_folder = False
         if self.subcommand != "fit":
             return
-        self.turns = config.profile.turns  # of this process: no part of the configuration that the run keeps
+        self.turns = config.profile.turns  # belongs to this process, not to the configuration saved with the run
         config.profile.turns = None
         root, name = Path(config.trainer.default_root_dir), config.run or self._run_name(config)
         if config.ckpt_path == "last":
@@ -98,7 +104,7 @@ class CLI(LightningCLI):
         return "+".join(methods) or "run"
 
     def _tell_differences(self, before: Path) -> None:
-        """Print what this configuration changes of the one that the run started with: the YAML given now wins."""
+        """Print the keys that differ from the configuration that the run started with: those given now win."""
         if not before.is_file():
             return
         then, now = flat(yaml.safe_load(before.read_text())), flat(self._dumped())
@@ -107,25 +113,27 @@ class CLI(LightningCLI):
                 rank_zero_info(f"Resuming with {key} = {now.get(key)!r}; the run had {then.get(key)!r}.")
 
     def _dumped(self) -> dict[str, Any]:
-        """The configuration as it is saved with the run."""
+        """Return the configuration as it is saved with the run."""
         subcommand = str(self.subcommand)
         return yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         if self.folder is None:
-            self.save_config_callback = None  # it would write into the runs' root
+            self.save_config_callback = None  # it would write into the root folder of all runs
             return super().instantiate_trainer(logger=config.logger or False)
         plan, samples, steps = (self._get(self.config_init, key) for key in ("profile", "samples", "checkpoint_steps"))
         plan = dataclasses.replace(plan, turns=self.turns)
         recorder = Recorder(self.folder, plan, self._dumped(), samples, steps)
         callbacks = [*(config.callbacks or []), recorder]
-        more = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)  # beside the recorder's last one
+        more = any(
+            isinstance(callback, ModelCheckpoint) for callback in callbacks
+        )  # the recorder keeps last.ckpt itself
         loggers = self._loggers(config.logger)
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, enable_checkpointing=more)
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
-        """CSV and TensorBoard files in the run's folder, and the loggers of the configuration beside them."""
+        """Return CSV and TensorBoard loggers in the run's folder, and those of the configuration."""
         assert self.folder is not None
         if configured is False:
             return False
@@ -137,7 +145,7 @@ class CLI(LightningCLI):
         return own + more
 
     def fit(self, **arguments: Any) -> None:
-        """Train; a run that is refused before its first checkpoint leaves no folder behind."""
+        """Train; remove the folder of a new run that is refused before its first checkpoint."""
         assert self.folder is not None
         self.model.resume_from = arguments["ckpt_path"]
         if not self.new_folder:
@@ -152,24 +160,24 @@ class CLI(LightningCLI):
 
 @rank_zero_only
 def remove_run(folder: Path) -> None:
-    """Remove a run's folder; only the first process knows which it is, the others count on from it."""
+    """Remove a run's folder, on rank 0 alone: the other ranks saw that folder, and numbered their own after it."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 @rank_zero_only
 def keep_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
-    """Set the metrics of a run that is to be resumed aside, since the CSV logger starts its file anew."""
+    """Rename the metrics of a run that is resumed, since the CSV logger overwrites its file."""
     metrics = folder / "metrics.csv"
     if metrics.is_file():
         metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics*.csv')))}.csv")
-    with warnings.catch_warnings():  # it announces that it will delete what was just set aside
+    with warnings.catch_warnings():  # it warns that it will delete the file just renamed
         warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
         for logger in loggers:
             _ = logger.experiment  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def named_task(argv: Sequence[str]) -> str | None:
-    """The task that `argv` or its YAMLs name, the last one if several do: it decides which keys there are."""
+    """Return the last task named in `argv` or its YAMLs; it decides the parser's keys, so that it is needed first."""
     name = None
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
         option, given, value = word.partition("=")
@@ -182,7 +190,7 @@ def named_task(argv: Sequence[str]) -> str | None:
 
 
 def task_in(path: Path) -> str | None:
-    """The key `task` of a YAML; what else is wrong with the file, the parser says."""
+    """Return the key `task` of a YAML, or None; errors in the file are left to the parser."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError):
@@ -191,7 +199,7 @@ def task_in(path: Path) -> str | None:
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested dict as one of dotted keys."""
+    """Flatten a nested dict into one with dotted keys."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {
@@ -200,7 +208,7 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def list_strategies() -> None:
-    """List the update strategies with their claims and a line each, and the YAMLs that come with them."""
+    """List the update strategies, their claims and a line on each, and the shipped YAMLs."""
     from rich.console import Console
     from rich.table import Table
 
@@ -219,7 +227,7 @@ def list_strategies() -> None:
 
 
 def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
-    """`argv` with `--name` written out as `--name=true` where the verb's parameter is a bool and no value follows."""
+    """Write `--name` in `argv` as `--name=true` if the verb's parameter is a bool and no value follows."""
     switches = {
         f"--{name}" for name, parameter in inspect.signature(verb).parameters.items() if parameter.annotation is bool
     }
@@ -229,7 +237,7 @@ def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
 
 
 def report_parser() -> argparse.ArgumentParser:
-    """The command line of `report`."""
+    """Return the command line of `report`."""
     parser = argparse.ArgumentParser(prog="lit-sparse report", description="Compare runs by their records.")
     parser.add_argument("runs", nargs="+", help="run folders, folders of run folders, or files of records")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -240,7 +248,7 @@ def report_parser() -> argparse.ArgumentParser:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """The verb `report`: its exit status, 1 if a baseline's gate failed.
+    """Run the verb `report`; return its exit status, 1 if a baseline's gate failed.
 
     Raises:
         BadInput: if a path has no record, or a baseline cannot be read.
@@ -252,13 +260,13 @@ def compare(argv: Sequence[str]) -> int:
 
 
 VERBS: dict[str, Callable[..., Any]] = {"export": export, "generate": generate, "list": list_strategies}
-"""Verbs whose parameters are their options."""
+"""Verbs whose options are the parameters of a function."""
 RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "report": compare}
-"""Verbs that take any number of names, and have an exit status."""
+"""Verbs with any number of positional arguments and an exit status."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Do what `argv` (without the program's name) says; the exit status."""
+    """Run the command in `argv` (without the program's name); return the exit status."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     if argv and argv[0] in RUN_VERBS:
         return RUN_VERBS[argv[0]](argv[1:])
@@ -286,7 +294,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main() -> None:
-    """The command `lit-sparse`: one sentence and status 2 for what the user must act on."""
+    """Run the command `lit-sparse`; an error that the user can fix is one sentence and status 2."""
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     try:
@@ -301,7 +309,7 @@ def main() -> None:
 
 
 def bad_input(error: BaseException) -> BadInput | None:
-    """The `BadInput` that `error` is or was raised from: jsonargparse wraps what the classes that it makes raise."""
+    """Return the `BadInput` behind `error`, if any: jsonargparse wraps errors of the classes that it creates."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, BadInput):
         cause = cause.__cause__

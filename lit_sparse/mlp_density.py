@@ -1,4 +1,4 @@
-"""How dense a model's MLPs are, as they compute: stand-ins for their forwards that report a smooth count by token."""
+"""Forwards of MLPs that also report, for each token, a smooth count of activations that are not zero."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_de
 
 
 class Sums:
-    """What the MLPs of one forward pass report, and the proxy's sharpness that they read.
+    """Collects what the MLPs report during a forward pass, and holds the sharpness that their proxy reads.
 
     Attributes:
         sharpness: fp32 scalar, on the device of the model.
@@ -28,32 +28,32 @@ class Sums:
         self._open = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sums:
-        new = Sums()  # without the graph of a pass under way
+        new = Sums()  # a graph of the current pass cannot be copied
         new.sharpness = self.sharpness.clone()
         return new
 
     def begin(self, model: nn.Module, args: Any) -> None:
-        """A forward pass of the model begins (its forward pre-hook)."""
+        """Begin a forward pass; registered as the model's forward pre-hook."""
         self.sharpness = self.sharpness.to(next(model.parameters()).device)  # the model may have moved
         self._by_layer.clear()
         self._open = True
 
     def add(self, layer: int, means: Tensor) -> None:
-        """A layer's mean proxies, by token. What a checkpointed layer reports again in the backward is not taken."""
+        """Add a layer's mean proxies, (T,). Ignored after `take`: a checkpointed layer runs again in the backward."""
         if self._open:
             self._by_layer[layer] = means
 
     def take(self) -> dict[int, Tensor]:
-        """What was added since the pass began; it is over."""
+        """End the pass; return the mean proxies by layer."""
         taken, self._by_layer, self._open = self._by_layer, {}, False
         return taken
 
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """Stands in for the forward of a gated MLP, or of the activation function of another.
+    """Replaces the forward of a gated MLP, or of the activation function of a plain one.
 
-    Matrices are looked up at each call, since adapters may take their places before or after.
+    Matrices are looked up at each call, since adapters may replace them before or after.
     """
 
     layer: int
@@ -70,7 +70,7 @@ class Site:
 
     @property
     def module(self) -> nn.Module:
-        """The module whose forward is stood in for."""
+        """The module whose forward is replaced."""
         return self.mlp.act if self.mlp.gate is None else self.mlp.module
 
     def install(self) -> None:
@@ -82,13 +82,13 @@ class Site:
             self.module.forward = self._was
 
     def __call__(self, x: Tensor) -> Tensor:
-        # By the same rule in a checkpointed layer's second run, or it would save other tensors than in its first.
+        # Must not depend on `Sums`: a checkpointed layer's recomputation has to save the same tensors as its first run.
         if not (self.module.training and torch.is_grad_enabled()):
             return self.plain(x)
         return self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the plain forward computes, with the means added to the sums."""
+        """Compute the plain forward, and add the mean proxies to the sums."""
         if self.mlp.gate is None:
             return self._activated(x, None)
         gate, up, down = (
@@ -99,13 +99,13 @@ class Site:
     def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
         flat = gate.flatten(0, -2)
         other = None if up is None else up.flatten(0, -2).to(gate.dtype)
-        h, rows = Density.apply(flat, other, self.sums.sharpness, self.act, self.proxy, self.where)  # pyright: ignore
+        h, rows = GLUDensity.apply(flat, other, self.sums.sharpness, self.act, self.proxy, self.where)  # pyright: ignore
         self.sums.add(self.layer, rows / gate.shape[-1])
         return h.view(gate.shape)
 
 
-class Density(torch.autograd.Function):
-    """`glu_density` under autograd. Both outputs are one node, which runs when the gradients of both are there."""
+class GLUDensity(torch.autograd.Function):
+    """`glu_density` with its backward: one node for both outputs, which runs when both gradients are there."""
 
     @staticmethod
     def forward(
@@ -124,10 +124,10 @@ class Density(torch.autograd.Function):
 
 
 def act_of(module: nn.Module) -> str:
-    """The name of the activation function that `module` computes, found by what it makes of some numbers.
+    """Return the name of the activation function of `module`, recognised by its values on a grid.
 
     Raises:
-        BadInput: if it is none that `glu_density` knows.
+        BadInput: if `glu_density` does not know it.
     """
     x = torch.linspace(-6, 6, 97)
     with torch.no_grad():
@@ -142,10 +142,10 @@ def act_of(module: nn.Module) -> str:
 
 
 def check_sites(model: nn.Module, sites: list[Site]) -> None:
-    """Make sure that gated MLPs are what is put in their place: down(act(gate(x)) * up(x)), and nothing else.
+    """Check that every gated MLP computes down(act(gate(x)) * up(x)), as its replacement does.
 
     Raises:
-        BadInput: naming the module that computes something else.
+        BadInput: naming the first module that computes something else.
     """
     gated = [site for site in sites if site.mlp.gate is not None]
     inputs: dict[int, Tensor] = {}
@@ -179,11 +179,11 @@ def _check_site(site: Site, x: Tensor) -> None:
 
 
 def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
-    """Which tokens of the batch are no padding, (B, S) bool; all, where the batch has no mask."""
+    """Return a mask of the tokens that are not padding, (B, S) bool; all true if the batch has no mask."""
     name = next((name for name in ("token_mask", "attention_mask") if name in batch), None)
     return torch.ones_like(batch["input_ids"], dtype=torch.bool) if name is None else batch[name].bool()
 
 
 def masked_mean(means: Tensor, mask: Tensor) -> Tensor:
-    """The mean over tokens that count; 0, with a graph, where none does."""
+    """Return the mean over the tokens of the mask, a scalar; 0, with a graph, if there are none."""
     return torch.where(mask.flatten(), means.flatten(), 0).sum() / mask.sum().clamp(min=1)

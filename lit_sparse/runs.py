@@ -12,14 +12,14 @@ import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve a
 from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier, LitSparse
-from lit_sparse_profiling.runs import folders
+from lit_sparse_profiling.run_folders import folders
 
 TASKS: dict[str, type[LitSparse]] = {"CausalLM": CausalLM, "Classifier": Classifier}
-"""What `task` in a configuration may be; the first, where it is not there."""
+"""Values of the key `task`; the first is the default."""
 
 
 def last_checkpoint(root: Path, name: str) -> Path:
-    """The newest last checkpoint of the runs called `name`.
+    """Return the path of the newest last checkpoint of the runs called `name`.
 
     Raises:
         BadInput: if none has one.
@@ -34,7 +34,7 @@ def last_checkpoint(root: Path, name: str) -> Path:
 
 
 def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
-    """The module of a run at its last checkpoint (in evaluation mode, on the CPU), and its configuration.
+    """Load the module of a run at its last checkpoint (in evaluation mode, on the CPU), and its configuration.
 
     Raises:
         BadInput: if `folder` is no run, or has no checkpoint yet.
@@ -48,8 +48,8 @@ def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
     module = build_module({**config, "model": {**config["model"], "compile": False}})
     checkpoint = read_checkpoint(folder / LAST)
     if module.quantize is not None or module.base.endswith(".json"):
-        # Quantised or drawn from what `auto` was where the run was made, which need not be what it is here.
-        module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older ones do not say
+        # These weights were quantised or drawn in the run's precision; `auto` may mean another one on this machine.
+        module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older checkpoints lack it
     module.restore(checkpoint)
     module.check_complete(checkpoint)
     module.load_state_dict(checkpoint["state_dict"], strict=False)
@@ -58,7 +58,7 @@ def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A run's configuration.
+    """Read a run's configuration.
 
     Raises:
         BadInput: if it is no YAML with a model in it.
@@ -75,7 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def build_module(config: dict[str, Any]) -> LitSparse:
-    """The module that a run's configuration describes, not built yet (its model is loaded by `build`).
+    """Create the module that a run's configuration describes; its model is loaded later, by `build`.
 
     Raises:
         BadInput: if there is no such task.
@@ -87,7 +87,7 @@ def build_module(config: dict[str, Any]) -> LitSparse:
 
 
 def task_class(name: Any) -> type[LitSparse]:
-    """The module class of the task called `name`; the first of `TASKS` for None.
+    """Return the module class of the task called `name`; the first of `TASKS` for None.
 
     Raises:
         BadInput: if there is none.

@@ -115,6 +115,16 @@ def test_imports_run_one_way() -> None:
     assert {part: found for part, found in wrong.items() if found} == {}
 
 
+def test_benchmarks_import_in_no_circle() -> None:
+    paths = sources(ROOT / "benchmarks")
+    files = {
+        path.stem: {name.split(".")[1] for name in imported(path) if name.startswith("benchmarks.")} for path in paths
+    }
+    files = {name: found & files.keys() for name, found in files.items()}
+    assert files["readme"], "no import was found where there are some: the test reads nothing"
+    assert [name for name in files if name in reached(name, files)] == []
+
+
 @pytest.mark.parametrize("leaf", [KERNELS, PROFILING], ids=lambda leaf: leaf.name)
 def test_leaves_stand_alone(leaf: Path) -> None:
     foreign = {"lit_sparse", "lightning", "lightning_fabric", "pytorch_lightning", KERNELS.name, PROFILING.name}

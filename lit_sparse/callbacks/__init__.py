@@ -1,4 +1,4 @@
-"""Callbacks: the bridge from Lightning to the profiler, the record of a run, and what is scored beside it."""
+"""Lightning callbacks: the profiler, the record of a fit, forgetting, and the density of activations."""
 
 from lit_sparse.callbacks.density import DensityMonitor as DensityMonitor
 from lit_sparse.callbacks.forgetting import Forgetting as Forgetting

@@ -1,4 +1,4 @@
-"""How dense the MLPs' activations are on held-out data: what a sparse down projection could leave out (2402.01911)."""
+"""Measure the density of MLP activations on held-out data: what a sparse product could skip (arXiv 2402.01911)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lit_sparse.errors import BadInput
 from lit_sparse.mlp_density import token_mask
 
 GROUPS = (16, 32)
-"""Neighbouring activations that hardware can leave out together, where all of them are zero."""
+"""Sizes of groups of neighbouring activations, which hardware can skip if all of them are zero."""
 HALVINGS = 20
-"""Of the search for a threshold: 2^-20 of the way from the least that is searched to the largest activation."""
+"""Bisection steps of the search for a threshold: its resolution is 2^-20 of the interval that is searched."""
 SEARCHED = 64
-"""Tokens of a batch at most, evenly spaced, on which a threshold is searched: all would take longer than the model."""
+"""Most tokens of a batch, evenly spaced, used to search a threshold: all of them would take longer than the model."""
 
 
-class Density(Metric):
-    """Shares of activations that are not zero, of those above each threshold, and of groups that are not all zero.
+class DensityMetric(Metric):
+    """Shares of activations that are not zero, above each threshold, and of groups that are not all zero.
 
     Args:
         taus: The thresholds.
@@ -41,16 +41,16 @@ class Density(Metric):
     def __init__(self, taus: Sequence[float] = ()) -> None:
         super().__init__()
         if not all(tau > 0 for tau in taus):
-            raise BadInput(f"Density: taus are {list(taus)}; they must be above 0, and exact zeros count always.")
+            raise BadInput(f"DensityMetric: taus are {list(taus)}; they must be above 0, and exact zeros count always.")
         self.taus = (0.0, *taus)
         self.add_state("counts", torch.zeros(len(self.taus), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("groups", torch.zeros(len(self.taus), len(GROUPS), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, h_TI: Tensor) -> None:
-        """Add the activations (T, I) of tokens that count. A ragged last group is a group too; nan is no zero."""
+        """Add activations (T, I), without padding. A ragged last group counts as one group; nan is not zero."""
         for number, tau in enumerate(self.taus):
-            dense = ~(h_TI.abs() <= tau)
+            dense = ~(h_TI.abs() <= tau)  # and not `>`, which is false for nan
             self.counts[number] += dense.sum() / h_TI.shape[1]
             for place, size in enumerate(GROUPS):
                 padded = nn.functional.pad(dense, (0, -h_TI.shape[1] % size))
@@ -59,7 +59,7 @@ class Density(Metric):
         self.tokens += len(h_TI)
 
     def compute(self) -> dict[str, Tensor]:
-        """The shares as fp64 scalars, exact zeros first; nan where there was no token."""
+        """Return the shares as fp64 scalars by name, those of exact zeros first; nan if there was no token."""
         shares: dict[str, Tensor] = {}
         for number, tau in enumerate(self.taus):
             above = f"_above_{tau:g}" if tau else ""
@@ -70,14 +70,14 @@ class Density(Metric):
 
 
 def tolerable_tau(down: Callable[[Tensor], Tensor], h_TI: Tensor, error: float) -> float:
-    """The largest threshold tau at which `down` of only the |h| > tau is off by at most `error`, relatively.
+    """Return the largest tau at which dropping all |h| <= tau changes `down` by at most `error`, relatively.
 
-    By bisection between 0 and the largest |h|, over the logarithm: 2^-24 of the largest is the least that is tried.
+    The search bisects the logarithm between 2^-24 of the largest |h| and the largest; it returns 0 if no tau fits.
 
     Args:
-        down: The down projection; a bias does not count.
+        down: The down projection; its bias is subtracted.
         h_TI: Its inputs, (T, I).
-        error: Norm of the difference over norm of the whole, over all tokens.
+        error: Tolerated norm of the difference over norm of the output, over all tokens.
     """
     bias = down(torch.zeros_like(h_TI[:1]))
     whole = (down(h_TI) - bias).float()
@@ -97,19 +97,19 @@ def tolerable_tau(down: Callable[[Tensor], Tensor], h_TI: Tensor, error: float) 
 
 
 class DensityMonitor(Callback):
-    """Logs how dense the MLPs' activations are at each validation, with `ActivationDensity` or without.
+    """Logs the density of MLP activations at each validation, with or without `ActivationDensity`.
 
-    The inputs of the down projections are counted, padding left out, as means over the layers: `density` (exact zeros
-    are left out), `density_above_<tau>`, and for groups of neighbours `density_groups_<size>`, alone and above each
-    tau. `tau_within_error` is the largest threshold of a layer that keeps the error of its down projection, searched
-    on some tokens of each batch (the median over batches and layers, since a layer of huge activations bears a huge
-    one), and `density_within_error` the share above it. Of several validation sets the first is counted, the task's
-    own. The record of a fit has those of the first validation and the last: a fit that ends by `max_steps` has one
-    after training only with a `val_check_interval` that divides them.
+    It counts the inputs of the down projections without padding, and logs means over the layers: `density` (the share
+    that is not exactly zero), `density_above_<tau>`, and for groups of neighbours `density_groups_<size>`, also above
+    each tau. `tau_within_error` is the largest threshold of a layer that keeps the error of its down projection below
+    `error`, searched on some tokens of each batch. It is the median over batches and layers, since a layer with huge
+    activations tolerates a huge threshold. `density_within_error` is the share above each layer's own threshold. With
+    several validation sets the first is counted, the task's own. The record of a fit has the scores of the first and
+    the last validation: a fit that ends by `max_steps` has one after training only if `val_check_interval` divides it.
 
     Args:
         taus: Thresholds.
-        error: Relative error of a down projection that is allowed for `tau_within_error`.
+        error: Tolerated relative error of a down projection for `tau_within_error`.
 
     Raises:
         BadInput: if a threshold is not above 0, or the error not between 0 and 1.
@@ -118,25 +118,25 @@ class DensityMonitor(Callback):
     def __init__(self, taus: Sequence[float] = (1e-3, 1e-2, 1e-1), error: float = 0.01) -> None:
         if not 0 < error < 1:
             raise BadInput(f"DensityMonitor: error is {error}; it must be between 0 and 1.")
-        Density(taus)  # refuses bad ones before anything is loaded
+        DensityMetric(taus)  # rejects bad ones before anything is loaded
         self.taus, self.error = tuple(taus), error
-        self._metrics: list[Density] = []
-        self._within: list[tuple[float, Tensor]] = []  # tau and share above it, of each batch and layer
+        self._metrics: list[DensityMetric] = []
+        self._within: list[tuple[float, Tensor]] = []  # tau and the share above it, for each batch and layer
         self._handles: list[Any] = []
-        self._counted: Tensor | None = None  # which tokens (T,) of the batch count; None: nothing is looked at
+        self._counted: Tensor | None = None  # mask (T,) of tokens to count; None: count nothing
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         model = pl_module.model
         assert isinstance(model, nn.Module)
         downs = [model.get_submodule(mlp.down) for mlp in mlps(model)]
-        self._metrics = [Density(self.taus).to(pl_module.device) for _ in downs]
+        self._metrics = [DensityMetric(self.taus).to(pl_module.device) for _ in downs]
         self._within = []
         self._handles = [
             down.register_forward_pre_hook(self._watcher(metric))
             for down, metric in zip(downs, self._metrics, strict=True)
         ]
 
-    def _watcher(self, metric: Density) -> Callable[[nn.Module, Any], None]:
+    def _watcher(self, metric: DensityMetric) -> Callable[[nn.Module, Any], None]:
         return lambda module, args: self._see(module, args[0], metric)
 
     def on_validation_batch_start(
@@ -161,15 +161,15 @@ class DensityMonitor(Callback):
         self._counted = None
 
     @torch.no_grad()
-    def _see(self, down: nn.Module, h: Tensor, metric: Density) -> None:
+    def _see(self, down: nn.Module, h: Tensor, metric: DensityMetric) -> None:
         h_TI, counted = h.flatten(0, -2), self._counted
-        if counted is None or len(h_TI) != len(counted):  # a pass of the module's own, over dummy tokens
+        if counted is None or len(h_TI) != len(counted):  # a pass over dummy tokens
             return
         h_TI = h_TI[counted]
         metric.update(h_TI)
         if len(h_TI):
             some_TI = h_TI[:: -(-len(h_TI) // SEARCHED)]
-            self._counted = None  # the search calls the projection too
+            self._counted = None  # the search calls the projection, and so this hook, again
             tau = tolerable_tau(down, some_TI, self.error)
             self._counted = counted
             self._within.append((tau, (~(h_TI.abs() <= tau)).double().mean()))

@@ -1,4 +1,4 @@
-"""What a fit forgets: general text and zero-shot questions, scored before and after it."""
+"""Score what a fit forgets: general text and zero-shot questions, before and after training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lit_sparse import demo
 from lit_sparse.anatomy import evaluating
 from lit_sparse.checkpoints import forked_rng
 from lit_sparse.data import TokenData
-from lit_sparse.data.base import TRAIN, at_least
 from lit_sparse.data.collate import Choices, Padded, Padding, ScoredChoices
 from lit_sparse.data.encoding import Encoder, Example, load_tokenizer
 from lit_sparse.data.evaluation import scored_choices
 from lit_sparse.data.examples import encode
 from lit_sparse.data.loader import evaluation_loader
+from lit_sparse.data.module import TRAIN, at_least
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.data.sources import READERS, Row, digest, read
 from lit_sparse.data.text import Text, files
@@ -37,26 +37,26 @@ QUESTIONS = ("piqa", "sciq", "arc_easy", "hellaswag")
 
 
 class Forgetting(Callback):
-    """Scores a causal language model before and after a fit, on what the fit does not train on.
+    """Scores a causal language model before and after a fit, on data that the fit does not train on.
 
-    General text by its loss (nats a token) and perplexity; multiple-choice questions, zero-shot, by the choice of the
-    highest log-likelihood a token. The scores are in `before` and `after`, and in the record's outcome: list this
-    callback before a `Recorder` (`lit-sparse fit` does so). Rows that the fit trains on are left out, and
-    passages that stand in its plain text; training goes on to the same bits as without.
+    General text is scored by its loss (nats a token) and perplexity. Multiple-choice questions are answered zero-shot,
+    with the choice of the highest log-likelihood a token. The scores are in `before` and `after`, and in the outcome of
+    the record: list this callback before a `Recorder` (`lit-sparse fit` does so). Rows that the fit trains on are left
+    out, and so are passages that its plain text contains. Training is bitwise the same as without this callback.
 
     Args:
-        rows: Passages of text, and questions of each set, chosen by a hash of the row.
+        rows: Number of passages, and of questions from each set, chosen by a hash of the row.
         text: A data file with the general text, or `demo`: passages of English novels (LAMBADA, arXiv 1606.06031).
         questions: Names of demo data sets (`piqa`, `sciq`, `arc_easy`, `hellaswag`), or data files.
-        batch_size: Passages, or questions, of a batch.
-        max_length: Tokens of a row at most; longer passages lose their end, longer questions are left out.
-        exclude: Data files, demo sets or plain text, whose rows are left out too, where all of a row is the same, or
-            which a passage stands in: what an earlier phase was trained on, or recorded importance on.
-        tokenizer: Folder, Hugging Face name or `demo`; none takes that of the data, or of the module's base.
+        batch_size: Passages, or questions, in a batch.
+        max_length: Most tokens of a row; longer passages are truncated, longer questions left out.
+        exclude: Data files, demo sets or plain text used by an earlier phase, to train or to record importance. Rows
+            equal to one of theirs, and passages that their plain text contains, are left out.
+        tokenizer: Folder, Hugging Face name or `demo`; by default that of the data, or of the module's base.
 
     Attributes:
-        before: The scores before training; a resumed fit has them from its checkpoint, or none, where the run that it
-            goes on with had no such callback.
+        before: The scores before training. A resumed fit reads them from its checkpoint; they are missing if the run
+            had no such callback.
         after: The scores after training.
     """
 
@@ -128,7 +128,7 @@ class Forgetting(Callback):
     # ---- scores
 
     def scores(self, module: CausalLM) -> dict[str, float]:
-        """`general_loss`, `general_perplexity`, and `NAME_zero_shot` (share of right answers) of each question set."""
+        """Compute `general_loss`, `general_perplexity`, and `NAME_zero_shot` (share of right answers) of each set."""
         with (
             module.phases("forgetting"),
             forked_rng(module.device),
@@ -159,27 +159,26 @@ class Forgetting(Callback):
 
 
 def right(nll: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Whether the choice of the lowest mean nll a token is the right one, (items,) bool, from nll (B, S-1)."""
+    """Return which questions are answered right, (items,) bool: by the lowest mean of nll (B, S-1) a token."""
     return right_choices(nll.sum(1) / (batch["labels"][:, 1:] != IGNORED).sum(1), batch)
 
 
 def choice_tokens(examples: Sequence[Example]) -> int:
-    """Tokens of all choices of a question."""
+    """Return the number of tokens of all choices of a question."""
     return sum(len(example.input_ids) for example in examples)
 
 
 def rows_of(name: str, dataset: str) -> list[Row]:
-    """The rows of a data file, or of a demo data set: `dataset`, where `name` is "demo"."""
+    """Read the rows of a data file or demo set; `name` "demo" stands for the demo set `dataset`."""
     name = dataset if name == demo.DEMO else name
     return read(str(demo.dataset_file(name)) if name in demo.DATASETS else name)
 
 
 class Trained:
-    """What is trained on: rows, found again where all of a row is the same, and plain texts, where a passage is found
-    whatever its line breaks.
+    """Finds rows that are trained on: equal rows, and passages within plain text, whatever their line breaks.
 
     Args:
-        names: Data files and demo sets, which have rows; any other file is plain text.
+        names: Data files and demo sets, which have rows; a file of another kind is plain text.
         data: The data of a fit.
     """
 
@@ -192,19 +191,19 @@ class Trained:
         self._texts = [unbroken(row.data["text"]) for row in texts]
 
     def has(self, row: Row) -> bool:
-        """Whether `row`, or the passage that it is, is among them."""
+        """Return true if `row` is one of the rows, or a passage of the plain text."""
         passage = row.data.get("text")
         stands = isinstance(passage, str) and any(unbroken(passage) in text for text in self._texts)
         return stands or digest(row) in self._marks
 
 
 def unbroken(text: str) -> str:
-    """`text` in one line."""
+    """Replace every run of white space in `text` by one blank."""
     return re.sub(r"\s+", " ", text).strip()
 
 
 def untrained(rows: Sequence[Row], trained: Trained, count: int, name: str) -> list[Row]:
-    """The `count` rows of the smallest hashes that are not trained on; all, if there are fewer.
+    """Return up to `count` rows that are not trained on, those of the smallest hashes.
 
     Raises:
         BadInput: if none is left.

@@ -1,4 +1,4 @@
-"""Bridges from Lightning to the profiler: any LightningModule's fit leaves a record of what it took."""
+"""Connect Lightning to the profiler: a fit of any LightningModule leaves a record of its memory and time."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ OOM = (
     *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
     *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
 )
-"""What torch says when memory is used up elsewhere than in the CUDA allocator: it has no exception for that."""
+"""Messages of out-of-memory errors outside of the CUDA allocator, which torch raises as plain RuntimeErrors."""
 
 
 class PhaseProfiler(LightningProfiler):
-    """Tells a `Profile` what callbacks are not told: that an optimizer has stepped, and that a checkpoint is saved."""
+    """Tells a `Profile` of events that callbacks do not see: ends of optimizer steps, and saving of checkpoints."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
@@ -51,14 +51,14 @@ class PhaseProfiler(LightningProfiler):
 class Profile(Callback):
     """Measures a fit and leaves `folder/record.json`: `Trainer(callbacks=[Profile("runs/mine")])`, for any module.
 
-    A step is an optimizer step, with all the batches that it accumulates. In manual optimization its forward is all
-    that is neither a backward nor an optimizer's step. A fit that fails or runs out of memory leaves a record too, with
-    what was known until then; one that is refused leaves none.
+    A step is an optimizer step, with all the batches that it accumulates. In manual optimization, everything that is
+    neither backward nor optimizer step counts as forward. A fit that fails or runs out of memory leaves a record too,
+    with the measurements until then; one that is refused leaves none.
 
     Args:
-        folder: Where the record goes; the folder's name is the run's.
-        plan: Which steps are for what.
-        settings: What else defines the run, for the record.
+        folder: Folder of the record; its name is the name of the run.
+        plan: The steps of warm-up, examination, timing and profiling.
+        settings: The configuration of the run, for the record.
     """
 
     def __init__(self, folder: str | Path, plan: Plan | None = None, settings: Mapping[str, Any] | None = None) -> None:
@@ -81,7 +81,7 @@ class Profile(Callback):
         self._listen(trainer)
         device = trainer.strategy.root_device
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # CUDA begins: what the process holds now is its context
+            torch.cuda.synchronize(device)  # starts CUDA: what the process holds now is its context
             self._nvml = opened(device, self._notes)
             if self._nvml is not None:
                 self._nvml.mark_context()
@@ -90,7 +90,7 @@ class Profile(Callback):
         own = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it in a function
         if isinstance(own, PassThroughProfiler):
             trainer.profiler = PhaseProfiler(self)  # pyright: ignore[reportAttributeAccessIssue]
-        elif getattr(own, "profile_", None) is not self:  # one of the user's stays
+        elif getattr(own, "profile_", None) is not self:  # the user's own stays
             self._notes.append(
                 f"The trainer has a {type(own).__name__} of its own, so that saving has no phase, nor the end of the "
                 "optimizer's step; leave trainer.profiler out for them."
@@ -116,12 +116,12 @@ class Profile(Callback):
         self._else = None if pl_module.automatic_optimization else "forward"
 
     def plan_of(self, module: L.LightningModule) -> Plan:
-        """The plan, its trace in the run's folder, which the first process alone writes."""
+        """Return the plan; its trace goes to the run's folder, and only rank 0 writes one."""
         writes = self.plan.trace is not None and module.trainer.is_global_zero
         return dataclasses.replace(self.plan, trace=str(self.folder / str(self.plan.trace)) if writes else None)
 
     def about(self, module: L.LightningModule) -> dict[str, Any]:
-        """What else the profiler is to know of the module."""
+        """Return further arguments of the profiler, taken from the module."""
         return {}
 
     def on_train_batch_start(
@@ -157,11 +157,11 @@ class Profile(Callback):
         self._turn_to("optimizer step")
 
     def after_optimizer_step(self) -> None:
-        """An optimizer has stepped."""
+        """Leave the phase of the optimizer step."""
         self._turn_to(self._else)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.profiler is not None:  # has been told so already, unless the trainer has a profiler of the user's
+        if self.profiler is not None:  # told already by PhaseProfiler, unless the user set a profiler
             self.profiler.pause()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -197,21 +197,21 @@ class Profile(Callback):
     # ---- phases
 
     def leave_training(self, name: str) -> None:
-        """What follows is not training, but the phase `name`."""
+        """Pause the measurement of steps, and begin the phase `name`."""
         if self.profiler is not None:
             self.profiler.pause()
         if self.phases is not None:
             self.phases.begin(name)
 
     def return_to_training(self, name: str) -> None:
-        """The phase `name` is over."""
+        """End the phase `name`, and resume the measurement of steps."""
         if self.phases is not None:
             self.phases.end(name)
         if self.profiler is not None:
             self.profiler.resume()
 
     def _turn_to(self, part: str | None) -> None:
-        """What follows is that part of the step, None: none of them."""
+        """Begin another part of the step, or none."""
         if self.profiler is None or part == self._part:
             return
         if self._part is not None:
@@ -223,7 +223,7 @@ class Profile(Callback):
     # ---- the record
 
     def record(self, trainer: L.Trainer, module: L.LightningModule, **fields: Any) -> RunRecord:
-        """The record of the fit, as far as it has come; `fields` win over what was measured."""
+        """Return the record of the fit so far; `fields` override measured ones."""
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         failed = fields.get("status", "ok") != "ok"
         measured = self.profiler.results(failed) if self.profiler is not None else {}
@@ -236,13 +236,13 @@ class Profile(Callback):
 
 
 def phases_of(module: L.LightningModule) -> Phases | None:
-    """The stop-watch of a module that has one."""
+    """Return the phases that a module keeps itself, if it does."""
     phases = getattr(module, "phases", None)
     return phases if isinstance(phases, Phases) else None
 
 
 def is_oom(exception: BaseException) -> bool:
-    """Whether memory was used up, of the device or of the host."""
+    """Return true if the device or the host ran out of memory."""
     if isinstance(exception, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(exception, RuntimeError) and any(text in str(exception) for text in OOM)

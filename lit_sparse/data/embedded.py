@@ -5,7 +5,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse import demo
-from lit_sparse.data.base import HELDOUT, TRAIN, TokenData, at_least
+from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, at_least
 from lit_sparse.data.sources import Row, read, split
 
 Task = Literal["gsm8k", "arc_easy", "sciq", "piqa", "hellaswag"]

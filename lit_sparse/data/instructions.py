@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lit_sparse.data.base import HELDOUT, TRAIN, TokenData, at_least
+from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, at_least
 from lit_sparse.data.sources import Row, read, split
 
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_sparse import demo
-from lit_sparse.data.base import HELDOUT, TRAIN, at_least, first_epoch, replica
 from lit_sparse.data.collate import Padding
 from lit_sparse.data.encoding import load_tokenizer
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
+from lit_sparse.data.module import HELDOUT, TRAIN, at_least, first_epoch, replica
 from lit_sparse.data.rows import BadRow, text
 from lit_sparse.data.sources import Row, blame, read, split
 from lit_sparse.errors import BadInput

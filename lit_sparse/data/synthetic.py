@@ -7,10 +7,10 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
-from lit_sparse.data.base import at_least, first_epoch, replica
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
+from lit_sparse.data.module import at_least, first_epoch, replica
 from lit_sparse.demo import DEMO, resolve
 from lit_sparse.errors import BadInput
 

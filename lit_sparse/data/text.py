@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_sparse.data.base import HELDOUT, TRAIN, TokenData, at_least
 from lit_sparse.data.encoding import Encoder, Example
 from lit_sparse.data.examples import Examples, cached
+from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, at_least
 from lit_sparse.data.sources import Row, existing
 from lit_sparse.errors import BadInput
 

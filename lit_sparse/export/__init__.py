@@ -1,1 +1,1 @@
-"""Exporting a run: a Hugging Face folder, a delta, a PEFT adapter, generated text."""
+"""Export of runs: a Hugging Face folder, a delta, a PEFT adapter, or generated text."""

@@ -1,4 +1,4 @@
-"""A run's adapter as a folder of Hugging Face's PEFT, proved by loading it again."""
+"""Export a run's adapter as a PEFT folder, and check it by loading it again."""
 
 from pathlib import Path
 
@@ -14,11 +14,11 @@ from lit_sparse.modules.loading import load_base
 from lit_sparse.strategies import PEFT
 
 LOAD_TOLERANCE = (1e-3, 1e-5)
-"""What loading it again may do to the logits, as shares of what training did to them and of the logits."""
+"""Tolerated norm of the difference of logits after loading: shares of the change by training, and of the logits."""
 
 
 def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
-    """Write what `module` trained so that `peft.PeftModel.from_pretrained(base, folder)` computes the same.
+    """Write the adapter of `module` such that `peft.PeftModel.from_pretrained(base, folder)` computes the same.
 
     Raises:
         BadInput: if it trained no adapter, diverged, or PEFT would compute something else.
@@ -45,13 +45,13 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
 
 
 def reloaded(module: LitSparse, folder: Path) -> tuple[Tensor, Tensor]:
-    """What the base of `module` computes, loaded anew, without and with the adapter in `folder`."""
+    """Load the base of `module` anew; return its logits without and with the adapter in `folder`."""
     base = load_base(module.auto_class, module.base, module.frozen_dtype, module.attention, module.quantize)
     before = outputs(module, base)
     return before, outputs(module, PeftModel.from_pretrained(base, folder))
 
 
 def outputs(module: LitSparse, model: nn.Module) -> Tensor:
-    """The logits of `model` for a few dummy tokens, in fp32, computed as `module` computes."""
+    """Return the logits of `model` for a few dummy tokens, in fp32, computed under the autocast of `module`."""
     with torch.no_grad(), module.autocast():
         return dummy_forward(model).float()

@@ -1,9 +1,9 @@
-"""Deltas: what a run changed of its base, as one small file that is applied to the base and taken off again.
+"""Deltas: the changes of a run to its base, as one small file that can be applied and removed again.
 
 The file is a safetensors file. Chosen blocks of a linear layer are two tensors, `index/<layer>` (N, 2) int32 and
 `values/<layer>` (N, h, w) fp32, of its weight as (out, in); another changed parameter is `whole/<parameter>` in fp32.
-Its metadata has one key, FORMAT, with a JSON object: version, base, the base's fingerprint, the strategies, the blocks'
-sizes, and a checksum of all of it. The same delta gives the same bytes.
+Its metadata has one key, FORMAT, with a JSON object: version, base, the base's fingerprint, the strategies, the block
+sizes, and a checksum of everything. Equal deltas are equal files, byte for byte.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ class ChangedBlocks:
 
     Attributes:
         name: The linear layer.
-        blocks: Which blocks of its weight as (out, in).
-        values: (N, h, w) fp32, zeros past a ragged end.
+        blocks: The N blocks, in its weight as (out, in).
+        values: (N, h, w) fp32; zeros where a block reaches over the edge of the weight.
     """
 
     name: str
@@ -45,7 +45,7 @@ class ChangedBlocks:
     values: Tensor
 
     def target(self, model: nn.Module) -> Tensor:
-        """The weight in `model`, as (out, in).
+        """Return the weight in `model`, as (out, in).
 
         Raises:
             BadInput: if there is no such linear layer, or it has no such blocks.
@@ -66,15 +66,15 @@ class ChangedBlocks:
         return weight
 
     def read(self, target: Tensor) -> Tensor:
-        """A copy of the values that now stand where this change goes."""
+        """Return a copy of the current values at the place of this change."""
         return self.blocks.read(target)
 
     def write(self, target: Tensor, values: Tensor) -> None:
-        """Put `values` where this change goes, cast to the target's type."""
+        """Write `values` to the place of this change, cast to the target's dtype."""
         self.blocks.write(target, values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the file holds of it."""
+        """Return the tensors of this change in the file, by key."""
         return {f"index/{self.name}": self.blocks.index, f"values/{self.name}": self.values}
 
 
@@ -86,7 +86,7 @@ class ChangedParameter:
     values: Tensor
 
     def target(self, model: nn.Module) -> Tensor:
-        """The parameter in `model`.
+        """Return the parameter in `model`.
 
         Raises:
             BadInput: if there is none of that name and shape.
@@ -101,15 +101,15 @@ class ChangedParameter:
         return parameter.detach()
 
     def read(self, target: Tensor) -> Tensor:
-        """A copy of the values that now stand where this change goes."""
+        """Return a copy of the current values at the place of this change."""
         return target.clone()
 
     def write(self, target: Tensor, values: Tensor) -> None:
-        """Put `values` where this change goes, cast to the target's type."""
+        """Write `values` to the place of this change, cast to the target's dtype."""
         target.copy_(values)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What the file holds of it."""
+        """Return the tensors of this change in the file, by key."""
         return {f"whole/{self.name}": self.values}
 
 
@@ -118,13 +118,13 @@ Change = ChangedBlocks | ChangedParameter
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What a run changed of its base.
+    """The changes of a run to its base.
 
     Attributes:
         base: The base as the run named it.
         base_fingerprint: `lit_sparse.checkpoints.fingerprint` of the base, the only model that it applies to.
         updates: Names of the strategies that the run trained with.
-        changes: New values, in fp32; they are cast to the model's type on applying.
+        changes: New values, in fp32; `apply` casts them to the model's dtype.
     """
 
     base: str
@@ -147,7 +147,7 @@ class Delta:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """The delta in the file at `path`.
+        """Read the delta in the file at `path`.
 
         Raises:
             BadInput: if there is none, it is no delta or one of another version, or it is damaged.
@@ -165,10 +165,10 @@ class Delta:
         return cls(header["base"], header["base_fingerprint"], tuple(header["updates"]), (*blocks, *whole))
 
     def apply(self, model: nn.Module) -> None:
-        """Change `model` in place from its base to what the run made of it; what is displaced is kept for `remove`.
+        """Write the changes into `model` in place, and keep the values that they replace for `remove`.
 
         Raises:
-            BadInput: if the model is another than the base, or has a delta applied already. It is unchanged then.
+            BadInput: if the model is not the base, or has a delta applied already; the model is unchanged.
         """
         if model in _applied:
             raise BadInput("a delta is applied to this model already; take that one off first, with its remove().")
@@ -185,11 +185,10 @@ class Delta:
         _applied[model] = Applied(self, displaced)
 
     def remove(self, model: nn.Module) -> None:
-        """Put back, bit for bit, what `apply` displaced in `model`.
+        """Restore, bit for bit, the values that `apply` replaced in `model`.
 
         Raises:
-            BadInput: if this delta is not applied to `model`, or the weights it wrote were changed since. They are left
-                as they are then.
+            BadInput: if this delta is not applied to `model`, or its weights were changed since; they are left alone.
         """
         if model not in _applied or _applied[model].delta is not self:
             raise BadInput("this delta is not applied to this model; there is nothing to take off.")
@@ -207,7 +206,7 @@ class Delta:
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """`model` with this delta while the block runs, and its base again afterwards."""
+        """Apply the delta to `model` for the duration of a `with` block."""
         self.apply(model)
         try:
             yield
@@ -217,7 +216,7 @@ class Delta:
 
 @dataclass(frozen=True, eq=False)
 class Applied:
-    """A delta that is on a model, and the values that it displaced there, one tensor a change."""
+    """A delta applied to a model, and the values that it replaced, one tensor for each change."""
 
     delta: Delta
     displaced: list[Tensor]
@@ -227,7 +226,7 @@ _applied: WeakKeyDictionary[nn.Module, Applied] = WeakKeyDictionary()
 
 
 def contents(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of the delta file at `path`.
+    """Read header and tensors of the delta file at `path`.
 
     Raises:
         BadInput: if there is none, it is no delta or one of another version, or it is damaged.
@@ -253,7 +252,7 @@ def contents(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """A hash of a delta's header and tensors: safetensors itself does not notice a flipped bit."""
+    """Return a hash of a delta's header and tensors: safetensors itself does not notice a flipped bit."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for key, value in sorted(tensors.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())

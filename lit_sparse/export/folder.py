@@ -1,29 +1,28 @@
-"""What a run gives away: a plain Hugging Face folder, a small delta, an adapter of PEFT, and text."""
+"""Export a run as a plain Hugging Face folder, a small delta, or an adapter of PEFT."""
 
 import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 
-from lit_sparse.data.encoding import Encoder, load_tokenizer, named
-from lit_sparse.data.rows import BadRow, Chat, Message
+from lit_sparse.data.encoding import named
 from lit_sparse.errors import BadInput
 from lit_sparse.export.adapter import write_adapter
 from lit_sparse.export.merge import Merge, cast_error
-from lit_sparse.modules import CausalLM, LitSparse
-from lit_sparse.runs import build_module, load_run
+from lit_sparse.modules import LitSparse
+from lit_sparse.runs import load_run
 
 MARK = "lit_sparse.json"
-"""The file by which an exported folder is known: where it comes from, and what its cast cost."""
+"""A file that marks a folder as an export, with its origin and the error of its cast."""
 
 OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter"}
-"""What is written where in the run's folder, unless told otherwise."""
+"""Default names of exports in the run's folder."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,10 +41,10 @@ def export(
 
     Args:
         run: The run's folder, such as runs/smt-1.
-        to: `hf` is the whole model with the tokenizer; `delta` one file with what differs from the base; `adapter` the
-            folder that peft.PeftModel.from_pretrained(base, folder) loads.
+        to: `hf` is the whole model with the tokenizer; `delta` one file with the difference from the base; `adapter` a
+            folder for peft.PeftModel.from_pretrained(base, folder).
         output: Where to; `hf`, `delta.safetensors` or `adapter` in the run's folder when not given.
-        dtype: Type of the weights of `hf`: that of the base's files, or another. The others are always in float32.
+        dtype: Dtype of the weights of `hf`; `base` is that of the base's files. Deltas and adapters are float32.
         overwrite: Replace an earlier export.
 
     Returns:
@@ -74,7 +73,7 @@ def export(
 
 
 def export_adapter(run: Path, target: Path) -> None:
-    """Write the adapter that the run in the folder `run` trained to the folder `target`, with the mark."""
+    """Write the adapter of the run in the folder `run`, and the mark, to the folder `target`."""
     module, _ = load_run(run)
     with written(target) as draft:
         write_adapter(module, run.resolve().name, draft)
@@ -85,10 +84,10 @@ def export_adapter(run: Path, target: Path) -> None:
 
 
 def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
-    """Write the merged model in `dtype`, the base's tokenizer and the mark, and say what the cast cost.
+    """Write the merged model in `dtype`, the base's tokenizer and the mark; print the error of the cast.
 
     Raises:
-        BadInput: if the folder would not load again as it was written.
+        BadInput: if the folder does not load as it was written.
     """
     cost = cast_error(((before, after) for _, before, after in merge.changes()), dtype)
     merge.model.to(dtype)  # pyright: ignore[reportArgumentType]
@@ -103,7 +102,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
 
 
 def origin(run: str, module: LitSparse) -> dict[str, Any]:
-    """Where an export comes from, for its mark."""
+    """Return the origin of an export, for its mark."""
     return {
         "run": run,
         "base": module.base,
@@ -113,12 +112,15 @@ def origin(run: str, module: LitSparse) -> dict[str, Any]:
 
 
 def write_mark(folder: Path, entries: dict[str, Any]) -> None:
-    """Write the file by which the export in `folder` is known."""
+    """Write the file that marks `folder` as an export."""
     (folder / MARK).write_text(json.dumps(entries, indent=2) + "\n")
 
 
 def check_loads(merge: Merge, folder: Path) -> None:
-    """Load the folder as its users will, and compare every parameter."""
+    """Load the folder as users will, and compare every parameter.
+
+    save_pretrained does not notice weights that it ties or drops.
+    """
     again = merge.module.auto_class.from_pretrained(folder, dtype="auto")
     found = dict(again.named_parameters(remove_duplicate=False))
     for name, parameter in merge.model.named_parameters(remove_duplicate=False):
@@ -132,7 +134,7 @@ def check_loads(merge: Merge, folder: Path) -> None:
 
 
 def check_output(output: Path, to: str, overwrite: bool) -> None:
-    """Refuse to write where something else is.
+    """Refuse to overwrite anything but an earlier export.
 
     Raises:
         BadInput: if something is there that is not an earlier export, or is one and `overwrite` is false.
@@ -153,7 +155,7 @@ def check_output(output: Path, to: str, overwrite: bool) -> None:
 
 @contextmanager
 def written(output: Path) -> Iterator[Path]:
-    """A path to write a file or folder at, which takes the place of `output` at the end, or vanishes on an error.
+    """Give a path to write at; it replaces `output` at the end, or is removed on an error.
 
     Raises:
         BadInput: if it cannot be written.
@@ -168,7 +170,7 @@ def written(output: Path) -> Iterator[Path]:
 
 
 def replace(new: Path, output: Path, old: Path) -> None:
-    """Move `new` to `output`, what is there before to `old`; where that fails, it is put back."""
+    """Move `output` to `old` and `new` to `output`; on an error, move `old` back."""
     if output.exists():  # a folder cannot be moved onto one that holds something
         output.rename(old)
     try:
@@ -177,83 +179,3 @@ def replace(new: Path, output: Path, old: Path) -> None:
         if old.exists():
             old.rename(output)
         raise
-
-
-# ---- text
-
-
-def generate(
-    run: Path,
-    prompt: str,
-    base: bool = False,
-    max_new_tokens: int = 200,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> None:
-    """Print a run's answer to a prompt, and the base model's beside it if wanted; computed on the CPU.
-
-    Args:
-        run: The run's folder, such as runs/smt-1.
-        prompt: What to answer; it is put in the form that training data has (the tokenizer's chat template, if any).
-        base: Print the answer of the model before training too.
-        max_new_tokens: Tokens of an answer at most.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn, the more evenly the higher.
-        seed: Of the drawing.
-
-    Raises:
-        BadInput: if the run cannot be loaded, its base has no tokenizer, or a number makes no sense.
-    """
-    if max_new_tokens < 1 or not temperature >= 0:
-        raise BadInput(
-            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; at least 1 and at least 0 are wanted."
-        )
-    module, config = load_run(run)
-    if not isinstance(module, CausalLM):
-        raise BadInput(f"{run} was trained to classify, so it generates no text; export it with --to hf.")
-    sampling = Sampling(max_new_tokens, temperature, seed)
-    text = sampling.answer(module, prompt)
-    if not base:
-        print(text)
-        return
-    before = build_module(config)
-    before.precision = module.precision  # of the run, where that decides what the base is
-    before.build().eval()
-    print(f"--- {run.resolve().name}\n{text}\n--- base: {module.base}\n{sampling.answer(before, prompt)}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn: its length at most, the temperature (0 is greedy) and the seed."""
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-
-    def answer(self, module: LitSparse, prompt: str) -> str:
-        """The answer of `module` to `prompt`, decoded."""
-        tokenizer = load_tokenizer(module.base)
-        ids = torch.tensor([prompt_ids(Encoder(tokenizer), prompt)])
-        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        drawn = {"do_sample": True, "temperature": self.temperature}
-        with torch.random.fork_rng(), torch.no_grad(), module.autocast():
-            torch.manual_seed(self.seed)
-            out = module.build().generate(  # pyright: ignore[reportCallIssue]
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                **(drawn if self.temperature else greedy),
-            )
-        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def prompt_ids(encoder: Encoder, prompt: str) -> list[int]:
-    """The tokens of `prompt` as a training row has them before its answer.
-
-    Raises:
-        BadInput: if the chat template refuses it.
-    """
-    try:
-        return encoder.prompt(Chat((Message("user", prompt), Message("assistant", ""))))
-    except BadRow as error:
-        raise BadInput(f"the prompt cannot be asked: {error}.") from error

@@ -1,4 +1,4 @@
-"""A run's model with all that was trained merged in fp32, and what became of its base."""
+"""Merge what a run trained into its base, in fp32, and find the parameters that changed."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,22 +20,24 @@ from lit_sparse.runs import load_run
 from lit_sparse.strategies import SMT
 
 MERGE_TOLERANCE = (1e-2, 1e-5)
-"""What merging may do to the logits, as shares of what training did to them and of the logits; rounding does less."""
+"""Tolerated norm of the difference of logits after merging: shares of the change by training, and of the logits.
+
+Rounding stays below both."""
 
 NOTABLE_LOSS = 0.1
-"""Share of the change from which on its loss to the cast is followed by advice."""
+"""If a cast loses more than this share of the change (RMS), the message advises float32."""
 
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """A run's model with all that was trained merged in fp32, beside its base.
+    """A run's model, merged in fp32, beside its base.
 
     Attributes:
         run: Name of the run.
-        module: The run's module, its strategies taken off.
-        model: Its model, plain, in fp32.
-        base: The base, in the type of its files.
-        choice: The blocks in training, by name of the linear layer; empty where none were chosen.
+        module: The run's module, with its strategies detached.
+        model: Its plain model, in fp32.
+        base: The base, in the dtype of its files.
+        choice: SMT's blocks by name of the linear layer; empty without SMT.
     """
 
     run: str
@@ -46,7 +48,7 @@ class Merge:
 
     @classmethod
     def of(cls, run: Path) -> "Merge":
-        """The merge of the run in the folder `run`.
+        """Merge the run in the folder `run`.
 
         Raises:
             BadInput: if it cannot be loaded, or what it trained cannot be merged.
@@ -61,7 +63,7 @@ class Merge:
                 + ("export it with --to adapter." if adapter else "use it through lit_sparse.runs.load_run.")
             )
         choice = {k: v for update in module.updates if isinstance(update, SMT) for k, v in update.choice.items()}
-        # A bare configuration's random weights are those of the run in the run's type only.
+        # A bare configuration draws random weights, which are the run's only in the run's dtype.
         dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
         base = load_base(module.auto_class, module.base, dtype, module.attention, config_options=module.config_options)
         return cls(run.resolve().name, module, merged(module, base), base, choice)
@@ -72,7 +74,7 @@ class Merge:
         return [type(update).__name__ for update in self.module.updates]
 
     def changes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """Each parameter that differs from the base's: its name, and its values before and after, both fp32.
+        """Yield each parameter that differs from the base's: its name, and its values before and after, both fp32.
 
         Raises:
             BadInput: if the model has a parameter that the base lacks.
@@ -81,13 +83,13 @@ class Merge:
         for name, parameter in self.model.named_parameters():
             if name not in bases:
                 raise BadInput(f"{self.run} left the model with a parameter {name} that its base lacks; use load_run.")
-            # As the run loaded it: what its precision rounded off the base is no change that it trained.
+            # Rounded as the run loaded the base: what its precision lost is no change by training.
             before, after = bases[name].detach().to(self.module.frozen_dtype).float(), parameter.detach()
             if not torch.equal(before, after):
                 yield name, before, after
 
     def delta(self) -> Delta:
-        """What the run changed of its base.
+        """Return what the run changed of its base.
 
         Raises:
             BadInput: if the merged model has other parameters than the base (a head that is no longer tied).
@@ -102,7 +104,7 @@ class Merge:
         return Delta(self.module.base, self.module.base_fingerprint, tuple(self.updates), changes)
 
     def _change(self, name: str, before: Tensor, after: Tensor) -> Change:
-        """The blocks in training where they are all that changed, else the whole parameter."""
+        """Return the trained blocks if nothing else in the parameter changed, or the whole parameter."""
         layer = name.removesuffix(".weight")
         if layer not in self.choice:
             return ChangedParameter(name, after)
@@ -113,10 +115,10 @@ class Merge:
 
 
 def check_mergeable(module: LitSparse, run: str) -> None:
-    """Refuse a run that cannot be a plain model, or that diverged.
+    """Reject a run that cannot become a plain model, or that diverged.
 
     Raises:
-        BadInput: if it is one.
+        BadInput: naming the strategy, or the parameter that is not finite.
     """
     for update in module.updates:
         if update.leaves == "own_forward":
@@ -130,7 +132,7 @@ def check_mergeable(module: LitSparse, run: str) -> None:
 
 
 def merged(module: LitSparse, base: PreTrainedModel) -> PreTrainedModel:
-    """The model of `module` with its strategies taken off, in fp32.
+    """Detach the strategies of `module`; return its model in fp32.
 
     Raises:
         BadInput: if merging an adapter would change what the model computes (one on a tied head, for example).
@@ -150,9 +152,9 @@ def merged(module: LitSparse, base: PreTrainedModel) -> PreTrainedModel:
 
 
 def differs(trained: Tensor, again: Tensor, base: Tensor, tolerance: tuple[float, float] = MERGE_TOLERANCE) -> bool:
-    """Whether the logits `again` differ from the `trained` ones by more than rounding, where the base gave `base`.
+    """Return true if the logits `again` differ from `trained` by more than rounding.
 
-    `tolerance` is in shares of what training changed, and of the logits.
+    `tolerance` is in shares of the change by training, `trained` - `base`, and of the logits.
     """
     change, whole = (trained - base).norm(), trained.norm()
     return not (again - trained).norm() <= tolerance[0] * change + tolerance[1] * whole
@@ -160,11 +162,11 @@ def differs(trained: Tensor, again: Tensor, base: Tensor, tolerance: tuple[float
 
 @dataclass(frozen=True)
 class CastError:
-    """What casting the merged fp32 weights cost, over the weights that differ from the base's.
+    """The error of casting merged fp32 weights, over the weights that differ from the base's.
 
     Attributes:
-        dtype: The type cast to.
-        weights: How many weights differ from the base's.
+        dtype: The dtype cast to.
+        weights: Number of weights that differ from the base's.
         largest: Largest absolute error.
         of_weights: RMS error over RMS of the weights.
         of_change: RMS error over RMS of the change that training made.
@@ -179,7 +181,7 @@ class CastError:
     undone: float
 
     def sentence(self) -> str:
-        """The cost in words."""
+        """Describe the error in a sentence."""
         merged = f"Merged in float32, cast to {self.dtype}"
         if not self.weights:
             return f"{merged}: no weight differs from the base's."
@@ -194,7 +196,7 @@ class CastError:
 
 
 def cast_error(changes: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> CastError:
-    """What casting to `dtype` costs, from pairs of fp32 tensors before and after training."""
+    """Measure the error of casting to `dtype`, given pairs of fp32 tensors before and after training."""
     count, undone, largest = 0, 0, 0.0
     squares = torch.zeros(3, dtype=torch.float64)  # of the errors, the weights, the changes
     for before, after in changes:

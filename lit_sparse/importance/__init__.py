@@ -1,1 +1,1 @@
-"""Importance of weights: what recorders save, and the matrices that it is recorded for."""
+"""Importance of weights: how it is recorded, read again, and for which matrices."""

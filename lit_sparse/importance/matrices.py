@@ -1,7 +1,7 @@
-"""Matrices that a run trains, as dense matrices where LoRA's factors train them: how they move, their dense gradient.
+"""The matrices that a run trains: their values, displacement, and dense gradient, also where LoRA's factors train them.
 
 LoRA's update of a weight is U = s B A, with A (r, in), B (out, r) and s the scale; everything here is dense (out, in),
-and nothing of it has a graph. U's gradient G is the sum over tokens of delta x^T, with x the adapter's input (after its
+and outside of autograd. U's gradient G is the sum over tokens of delta x^T, with x the adapter's input (after its
 dropout) and delta the gradient of the layer's output; then dB = s G A^T and dA = s B^T G.
 """
 
@@ -25,10 +25,10 @@ from lit_sparse.errors import BadInput
 from lit_sparse.optim import shard_like, whole
 
 Space = Literal["weights", "factors"]
-"""What counts as a matrix: a weight, also where LoRA's product moves it, or each trained tensor by itself."""
+"""`weights`: LoRA's product B A is one dense matrix. `factors`: each trained tensor is a matrix of its own."""
 
 Values = Sequence[Tensor]
-"""What a matrix is made of: one tensor, or LoRA's A (r, in) and B (out, r)."""
+"""The tensors of a matrix: the parameter itself, or LoRA's A (r, in) and B (out, r)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,38 +51,38 @@ class TrainedMatrix:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameter, or A and B, by their names; asked for anew, since FSDP2 puts others in their place."""
+        """The parameter, or A and B, by name. Looked up at each call: FSDP2 replaces parameters when it shards."""
         return {name: getattr(module, name.rpartition(".")[2]) for name, module in self.owners.items()}
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the parameters."""
         return next(iter(self.parameters.values())).device
 
     def values(self, optimizer: Optimizer | None = None) -> list[Tensor]:
-        """The present values, in fp32 at least: the masters of `optimizer`, where it has some.
+        """Return the current values, in at least fp32: the optimizer's fp32 masters where it keeps them.
 
-        They may share the parameters' memory. Of a parameter that is divided among processes it is a DTensor, but A and
-        B are always whole.
+        The tensors may share memory with the parameters. For a sharded parameter the result is a DTensor; A and B are
+        always gathered into full tensors, since their product needs all of both.
         """
         held = [p if optimizer is None else master_of(p, optimizer) for p in self.parameters.values()]
         wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in held]
         return wide if self.scale is None else [whole(value) for value in wide]
 
     def copies(self, optimizer: Optimizer | None = None) -> list[Tensor]:
-        """The present values, as `values` has them, in memory of their own."""
+        """Return copies of the current values; otherwise as `values`."""
         return [value.clone() for value in self.values(optimizer)]
 
     def share(self, tensor: Tensor) -> Tensor:
-        """This process's share of a whole tensor like the matrix, where that is a parameter that is divided."""
+        """Return the local shard of a full tensor, if the matrix is a sharded parameter, or else the tensor."""
         return shard_like(tensor, *self.parameters.values()) if self.scale is None else tensor
 
     def moved(self, before: Values, optimizer: Optimizer | None = None) -> Tensor:
-        """How far it is from `before`, dense."""
+        """Return the dense displacement from `before`, (out, in)."""
         return displacement(before, self.values(optimizer), self.scale)
 
     def add_gradient(self, gradient: Tensor, now: Values) -> None:
-        """Add the dense `gradient` to that of the parameters; where these make a product, by its values `now`."""
+        """Add a dense gradient (out, in) to those of the parameters; of a product, by the chain rule at `now`."""
         parameters = list(self.parameters.values())
         if self.scale is None:
             parts = [gradient]
@@ -93,21 +93,21 @@ class TrainedMatrix:
 
 
 def add_gradients(parameters: Sequence[nn.Parameter], parts: Sequence[Tensor]) -> None:
-    """Add each of `parts` to the gradient of its parameter, where that has one: without, it does not move this step."""
+    """Add `parts` to the parameters' gradients; skip parameters without one, which do not move this step."""
     for parameter, part in zip(parameters, parts, strict=True):
         if parameter.grad is not None:
             parameter.grad.add_(shard_like(part, parameter).to(parameter.grad.dtype))
 
 
 def master_of(parameter: nn.Parameter, optimizer: Optimizer) -> Tensor:
-    """What `optimizer` moves: the fp32 master that it keeps of `parameter`, or else that itself."""
+    """Return the tensor that `optimizer` updates: its fp32 master of `parameter`, or the parameter itself."""
     return optimizer.state[parameter].get("master", parameter) if parameter in optimizer.state else parameter
 
 
 def displacement(before: Values, after: Values, scale: float | None) -> Tensor:
-    """`after` less `before`, dense; for a product s (B1 A1 - B0 A0) = s ((B1 - B0) A1 + B0 (A1 - A0)).
+    """Return `after` minus `before`, dense; for a product s (B1 A1 - B0 A0) = s ((B1 - B0) A1 + B0 (A1 - A0)).
 
-    That form does not subtract two nearly equal products, so that equal factors give exactly zero.
+    The second form does not subtract two nearly equal products, so that equal factors give exactly zero.
     """
     if scale is None:
         return after[0] - before[0]
@@ -116,11 +116,13 @@ def displacement(before: Values, after: Values, scale: float | None) -> Tensor:
 
 
 def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who: str) -> list[TrainedMatrix]:
-    """What `model` trains now and `targets` name: by role, by an ending of the layer's name, or `all`, embeddings too.
+    """Return the trained matrices of `model` that `targets` name: by role, ending of the layer's name, or `all`.
+
+    `all` includes embeddings.
 
     Raises:
-        BadInput: if nothing is, or an adapter's update is no plain product of LoRA's (DoRA, LoHa); the sentence begins
-            with `who`.
+        BadInput: if there are none, or an adapter's update is no plain product of LoRA's (DoRA, LoHa). The message
+            begins with `who`.
     """
     products = lora_products(model, who) if space == "weights" else []
     within = {parameter for product in products for parameter in product.parameters.values()}
@@ -156,20 +158,20 @@ def _refuse_factors(model: nn.Module, found: Sequence[TrainedMatrix], who: str) 
 
 
 def adapted(name: str) -> str:
-    """The layer that a matrix called `name` is of: itself, or that of the parameter, as it is called without LoRA."""
+    """Return the name of the layer that holds the matrix `name`, as the base model calls it."""
     for ending in (".weight", ".bias", ".blocks"):
         name = name.removesuffix(ending)
     return name.partition(".lora_")[0].removesuffix(".base_layer")
 
 
 def lora_products(model: nn.Module, who: str) -> list[TrainedMatrix]:
-    """The products of LoRA's factors in `model`, in its order."""
+    """Return the products of LoRA's factors in `model`, in module order."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return [lora_product(name, layer, who) for name, layer in layers.items() if adapter_of(layer) in layer.lora_A]
 
 
 def lora_product(name: str, layer: Any, who: str) -> TrainedMatrix:
-    """The product of `layer`'s factors.
+    """Return the product of `layer`'s factors.
 
     Raises:
         BadInput: if the layer's update is more than this product.
@@ -187,7 +189,7 @@ def lora_product(name: str, layer: Any, who: str) -> TrainedMatrix:
 
 
 def adapter_of(layer: Any) -> str:
-    """The name of `layer`'s adapter, of which there is one."""
+    """Return the name of `layer`'s only adapter."""
     return layer.active_adapters[0]
 
 
@@ -197,13 +199,13 @@ def adapter_of(layer: Any) -> str:
 class DenseGradient:
     """Sums the dense gradient of a LoRA product in the backward, from tensors that autograd keeps anyway.
 
-    The input that is kept is the very tensor that LoRA's first factor keeps for its own gradient, so that no activation
-    is held twice; activation checkpointing recomputes it. A product of (out, tokens) and (tokens, in) a backward, and
-    an fp32 buffer (out, in) until it is taken.
+    It saves the same input tensor as LoRA's first factor does for its own gradient, so that no activation is stored
+    twice; activation checkpointing recomputes it. Each backward costs one product of (out, tokens) and (tokens, in).
+    An fp32 buffer (out, in) is held until `take`.
 
     Attributes:
-        on: Whether gradients are summed; off, the layer computes as if this were not here.
-        total: The sum, (out, in) fp32 at least, times LoRA's scale; None before the first backward.
+        on: Sum gradients; if false, the layer computes as without hooks.
+        total: The sum times LoRA's scale, (out, in), in at least fp32; None before the first backward.
     """
 
     def __init__(self, matrix: TrainedMatrix) -> None:
@@ -228,7 +230,7 @@ class DenseGradient:
         return None if x is None else _Watch.apply(output, x, self)  # pyright: ignore[reportReturnType]
 
     def add(self, dy_TO: Tensor, x_TI: Tensor) -> None:
-        """Add the gradient of some tokens."""
+        """Add the gradient of T tokens: of the output, dy (T, O), and the input, x (T, I)."""
         dtype = torch.promote_types(dy_TO.dtype, torch.float32)
         if self.total is None:
             self.total = torch.zeros(dy_TO.shape[1], x_TI.shape[1], dtype=dtype, device=dy_TO.device)
@@ -238,18 +240,18 @@ class DenseGradient:
             self.total += dy_TO.t() @ x_TI.to(dy_TO.dtype)
 
     def take(self) -> Tensor | None:
-        """The gradient of U, and begin anew; None if no backward went through the layer."""
+        """Return the gradient of U and reset the sum; None if no backward went through the layer."""
         total, self.total, self._input = self.total, None, None
         return None if total is None else total.div_(self.scale)
 
     def remove(self) -> None:
-        """Take the hooks off the layer."""
+        """Remove the hooks from the layer."""
         for hook in self._hooks:
             hook.remove()
 
 
 class _Watch(torch.autograd.Function):
-    # Passes the output of LoRA's second factor on. Shapes: T tokens, O out, I in.
+    # Returns the output of LoRA's second factor unchanged; its backward sees dy. Shapes: T tokens, O out, I in.
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, x: Tensor, gradient: DenseGradient) -> Tensor:
@@ -266,12 +268,12 @@ class _Watch(torch.autograd.Function):
 
 
 def watch(matrices: Sequence[TrainedMatrix]) -> dict[str, DenseGradient]:
-    """Watchers of the products among `matrices`, by name."""
+    """Register a `DenseGradient` for each product among `matrices`; return them by name."""
     return {matrix.name: DenseGradient(matrix) for matrix in matrices if matrix.scale is not None}
 
 
 def gradient_of(matrix: TrainedMatrix, watchers: Mapping[str, DenseGradient]) -> Tensor | None:
-    """A copy of the accumulated gradient of `matrix`, dense, on this rank; None if it has none. Begins anew."""
+    """Return a dense copy of the gradient accumulated on this rank, and reset it; None if there is none."""
     if matrix.scale is not None:
         return watchers[matrix.name].take()
     (parameter,) = matrix.parameters.values()

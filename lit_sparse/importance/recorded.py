@@ -1,4 +1,4 @@
-"""How important each weight is for what a run was trained on: what recorders leave in a checkpoint, and what it gives.
+"""Importance of each weight for the data of an earlier run: read from its checkpoint, checked, and combined.
 
 Synaptic Intelligence's path integral (arXiv 1703.04200) as arXiv 2501.13669 uses it, and the diagonal Fisher of EWC
 (arXiv 1612.00796).
@@ -25,12 +25,12 @@ Unit = Literal["matrix", "decoder_layer"]
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """What a run recorded of one matrix.
+    """The record of one matrix.
 
     Attributes:
         sums: (out, in) fp32: the path integral, or the mean of squared gradients.
-        start, end: What the matrix was made of before and after the run.
-        scale, base: As a TrainedMatrix has them.
+        start, end: Values of the matrix before and after the run.
+        scale, base: As in `TrainedMatrix`.
     """
 
     sums: Tensor
@@ -41,12 +41,12 @@ class Recorded:
 
     @property
     def moved(self) -> Tensor:
-        """The whole way of the run, (out, in)."""
+        """The displacement over the whole run, (out, in)."""
         return displacement(self.start, self.end, self.scale)
 
 
 def entry(matrix: TrainedMatrix, sums: Tensor, start: Values) -> dict[str, Any]:
-    """What a recorder's state holds of `matrix`; its values at the end are in the checkpoint anyway."""
+    """Return the state of one matrix for a checkpoint, which holds its final values already."""
     return {
         "sums": sums,
         "start": dict(zip(matrix.parameters, start, strict=True)),
@@ -56,7 +56,7 @@ def entry(matrix: TrainedMatrix, sums: Tensor, start: Values) -> dict[str, Any]:
 
 
 def read_recorded(path: str) -> tuple[Kind, Space, dict[str, Recorded]]:
-    """What the run at `path` (its folder, or a checkpoint) recorded: of which kind and space, by the matrices' names.
+    """Read what the run at `path` (its folder, or a checkpoint) recorded: kind, space, and records by matrix name.
 
     Raises:
         BadInput: if there is no such run, it recorded nothing, or its numbers are not finite.
@@ -85,7 +85,7 @@ def _recorded(one: Mapping[str, Any], values: Mapping[str, Tensor]) -> Recorded:
 
 
 def check_fits(path: str, recorded: Mapping[str, Recorded], matrices: Sequence[TrainedMatrix]) -> None:
-    """Refuse importance of other matrices than those that are trained, or of another base.
+    """Reject importance recorded for other matrices than those trained here, or on another base.
 
     Raises:
         BadInput: naming the first that differs.
@@ -117,7 +117,7 @@ def check_alike(
     before: Iterable[str],
     theirs: tuple[Kind, Space],
 ) -> None:
-    """Refuse importance of other matrices, of another kind, or in another space, than that of the runs `before` it.
+    """Reject importance whose matrices, kind or space differ from those of the runs `before` it.
 
     Raises:
         BadInput: naming the first that differs.
@@ -138,10 +138,10 @@ def check_alike(
 
 
 def check_begins(path: str, matrices: Sequence[TrainedMatrix], anchors: Mapping[str, Values]) -> None:
-    """Refuse to begin elsewhere than at the anchor, up to rounding to bf16.
+    """Reject a start that is not at the anchor, compared in bf16.
 
     Raises:
-        BadInput: naming the first matrix that does.
+        BadInput: naming the first matrix that differs.
     """
     if (name := elsewhere(matrices, anchors)) is not None:
         raise BadInput(
@@ -151,12 +151,13 @@ def check_begins(path: str, matrices: Sequence[TrainedMatrix], anchors: Mapping[
 
 
 def check_base(path: str, matrices: Sequence[TrainedMatrix], recorded: Mapping[str, Recorded]) -> None:
-    """Refuse trained tensors that are neither where the run at `path` began nor where it ended.
+    """Reject trained tensors that are neither where the run at `path` began nor where it ended.
 
-    Products are told from another base's by the weight that they are added to; tensors themselves have nothing else.
+    A product is known to belong to this base by the hash of the weight that it is added to. A plain tensor has no such
+    hash, so that its values are compared.
 
     Raises:
-        BadInput: naming the first that is elsewhere.
+        BadInput: naming the first that differs.
     """
     tensors = [matrix for matrix in matrices if matrix.scale is None]
     at_end = elsewhere(tensors, {name: one.end for name, one in recorded.items()}) is None
@@ -169,7 +170,7 @@ def check_base(path: str, matrices: Sequence[TrainedMatrix], recorded: Mapping[s
 
 
 def elsewhere(matrices: Sequence[TrainedMatrix], values: Mapping[str, Values]) -> str | None:
-    """The name of the first of `matrices` that is not at `values`, up to rounding to bf16."""
+    """Return the name of the first of `matrices` whose values differ from `values` in bf16; None if none does."""
     for matrix in matrices:
         pairs = zip(matrix.values(), values[matrix.name], strict=True)
         if not all(torch.equal(now.to("cpu", torch.bfloat16), then.to("cpu", torch.bfloat16)) for now, then in pairs):
@@ -181,8 +182,15 @@ def elsewhere(matrices: Sequence[TrainedMatrix], values: Mapping[str, Values]) -
 
 
 def path_importance(omega: Tensor, moved: Tensor, xi: float, relative: bool, clamp: bool) -> Tensor:
-    """omega / (moved^2 + xi) of one matrix; xi is in units of the mean of moved^2 if `relative`, and omega at least 0
-    if `clamp`. Zero where nothing moved and nothing damps, whatever omega is."""
+    """Return omega / (moved^2 + xi) of one matrix, (out, in); 0 where moved^2 and xi are both 0.
+
+    Args:
+        omega: The path integral.
+        moved: The displacement over the run.
+        xi: Damping.
+        relative: Give xi in units of the mean of moved^2.
+        clamp: Set negative omega to 0.
+    """
     squares = moved.square()
     damping = xi * squares.mean() if relative else xi
     importance = (omega.clamp(min=0) if clamp else omega) / (squares + damping)
@@ -190,11 +198,11 @@ def path_importance(omega: Tensor, moved: Tensor, xi: float, relative: bool, cla
 
 
 def layer_coefficients(norms: Mapping[str, float], weighting: Weighting, temperature: float) -> dict[str, float]:
-    """A coefficient for each layer from the norm of its importance.
+    """Return a coefficient for each layer, computed from the norm of its importance.
 
-    `softmax` is the paper's: of the norms themselves, so that they add up to 1; `mean_softmax` divides the norms by
-    their mean and by the temperature first, and has a mean of 1: raw norms saturate the softmax (one layer gets all)
-    or leave it even, as the damping alone decides.
+    `softmax` is the paper's: a softmax of the norms, which adds up to 1. `mean_softmax` divides the norms by their mean
+    and by the temperature first, and has a mean of 1. Raw norms depend on the damping, and either saturate the softmax
+    (one layer gets everything) or leave it uniform.
     """
     if weighting == "none":
         return dict.fromkeys(norms, 1.0)
@@ -207,6 +215,6 @@ def layer_coefficients(norms: Mapping[str, float], weighting: Weighting, tempera
 
 
 def layer_of(name: str, unit: Unit) -> str:
-    """The layer that the matrix called `name` counts to: itself, or its decoder layer (up to the first number)."""
+    """Return the unit of the matrix `name`: itself, or its decoder layer (the name up to the first number)."""
     match = re.match(r".*?\.\d+(?=\.)", name)
     return match.group() if match and unit == "decoder_layer" else name

@@ -6,7 +6,7 @@ from lit_sparse.strategies.base import Claim, Probe, UpdateStrategy, compose
 from lit_sparse.strategies.kl_to_base import KLToBase
 from lit_sparse.strategies.lisa import LISA
 from lit_sparse.strategies.peft import PEFT
-from lit_sparse.strategies.recorders import RecordFisher, RecordImportance
+from lit_sparse.strategies.record_importance import RecordFisher, RecordImportance
 from lit_sparse.strategies.smt import SMT
 
 __all__ = [

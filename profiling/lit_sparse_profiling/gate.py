@@ -14,7 +14,7 @@ from typing import Literal
 from lit_sparse_profiling.documents import typed
 from lit_sparse_profiling.reconcile import amount
 from lit_sparse_profiling.record import RunRecord, Status
-from lit_sparse_profiling.runs import Runs, kind_of, likeness, method_of, name_of, peak_of
+from lit_sparse_profiling.run_folders import Runs, kind_of, likeness, method_of, name_of, peak_of
 
 BASELINE_SCHEMA = 1
 

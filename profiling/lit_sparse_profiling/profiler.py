@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from lit_sparse_profiling.allocator import CPU, CUDA, CPUEvents
 from lit_sparse_profiling.ceilings import DTYPES
 from lit_sparse_profiling.counted import COURSE, Counter
-from lit_sparse_profiling.kernels import KernelProfile, OpCounts, ceilings
+from lit_sparse_profiling.kernel_times import KernelProfile, OpCounts, ceilings
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.memory import return_freed
 from lit_sparse_profiling.nvml import NVML, NVMLMissing

@@ -18,10 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_sparse_profiling.gate import check, save_baseline, share
-from lit_sparse_profiling.kernels import table as kernel_table
+from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.reconcile import amount, findings, reconcile, residue
 from lit_sparse_profiling.record import RunRecord, StateBytes
-from lit_sparse_profiling.runs import Runs, kind_of, likeness, method_of, name_of, peak_of, read_runs
+from lit_sparse_profiling.run_folders import Runs, kind_of, likeness, method_of, name_of, peak_of, read_runs
 
 UNREADABLE = "unreadable"
 GIB = 2**30

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import forgetting, plots, recording, tradeoff
+from benchmarks import forgetting_study, plots, recording, tradeoff
 from benchmarks.curves import STUDY, Study, left, read_study
 from benchmarks.provenance import ROOT
 from benchmarks.ranking import Results
@@ -109,7 +109,7 @@ def read(path: Path, **options: Any) -> Study:
 ARMS = ("none_0.001 0.001", "none_0.01 0.01", "adaptive_0.1 0.01", "adaptive_10 0.01", "ewc_1 0.01")
 
 
-class Fake(forgetting.StudyRunner):
+class Fake(forgetting_study.StudyRunner):
     """A runner whose trainings take no time: strong penalties and low rates learn less and forget less."""
 
     def __init__(self, study: Study, path: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_bad_study_is_refused_in_a_sentence(
     write: Write, changes: dict[str, Any], finding: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["--study", str(written(write, changes)), "--text", "text.jsonl", "--results", "f.jsonl"]
-    assert forgetting.main(words) == 2
+    assert forgetting_study.main(words) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("forgetting: ")
     assert finding in said
@@ -219,9 +219,9 @@ def written(write: Write, changes: dict[str, Any]) -> Path:
 
 def test_what_is_recorded_on_is_not_scored(write: Write) -> None:
     study = read(write())
-    seen = {sources.digest(row) for row in rows_of(str(forgetting.write_text(study, Path("runs"))), "text")}
+    seen = {sources.digest(row) for row in rows_of(str(forgetting_study.write_text(study, Path("runs"))), "text")}
     callback = Forgetting(**SCORED)
-    scored: set[str] = forgetting.scored_rows(study.table.workload)
+    scored: set[str] = forgetting_study.scored_rows(study.table.workload)
     assert len(seen) == 12
     assert len(scored) == callback.rows
     assert scored == set(sorted(sources.digest(row) for row in rows_of("text.jsonl", "text"))[:8])
@@ -328,7 +328,7 @@ def tiny(home: Path) -> Path:
 
 def test_both_fishers_take_the_same_samples(write: Write, tiny: Path) -> None:
     study = read(write())
-    config = forgetting.filled(study.phases[1].config, {forgetting.TEXT: "text.jsonl"})
+    config = forgetting_study.filled(study.phases[1].config, {forgetting_study.TEXT: "text.jsonl"})
     lean, published = recording.lean_cost(config, 4), recording.published_cost(config, 4)
     weights = dict(tiny_llm("llama").named_parameters())
     adapted = [weight for name, weight in weights.items() if "q_proj.weight" in name or "v_proj.weight" in name]
@@ -344,7 +344,7 @@ def test_no_cost_is_measured_twice(write: Write, tiny: Path, monkeypatch: pytest
 
     def names() -> dict[str, str]:
         asked.append(None)
-        return {forgetting.TEXT: "text.jsonl"}
+        return {forgetting_study.TEXT: "text.jsonl"}
 
     def bench(words: list[str]) -> int:
         begun.append(words[0])
@@ -420,7 +420,7 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
     assert "| base |  | - | - | 4.0000 | - | - |  |" in tradeoff.shown(runner.study, runner.results)
     remark = "general: lower; domain: higher; highest rate tried"
     assert f"| adaptive | 10 | 0.01 | 1.9645 ± 0.0100 | 3.0555 ± 0.0100 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
-    assert f"Measured by `python -m benchmarks.forgetting --only cost` on {ABOUT['device']}, " in text
+    assert f"Measured by `python -m benchmarks.forgetting_study --only cost` on {ABOUT['device']}, " in text
     assert "| a Fisher of all weights (EWC-LoRA's recipe) | 9.000 | 50.0 | 18.00 | 8.0 | 100.0% |" in text
     assert "(RecordImportance) | 0.500 | 2.8 | 1.00 | 1.0 | 12.5% |" in text
     assert "| of that, what recording adds to the run | 0.045 | 0.3 | 0.09 | 1.0 | 12.5% |" in text
@@ -451,12 +451,12 @@ def test_gaps_within_the_spread_are_ties_and_missing_seeds_are_named(write: Writ
 def test_the_readme_has_the_newest_and_says_where_there_is_nothing(
     write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tradeoff.published(Path("f.jsonl")).startswith("Not measured yet: `python -m benchmarks.forgetting`")
+    assert tradeoff.published(Path("f.jsonl")).startswith("Not measured yet: `python -m benchmarks.forgetting_study`")
     path = write()
     monkeypatch.setattr(tradeoff, "read_study", lambda: read(path))
     run(path)
     text = tradeoff.published(Path("f.jsonl"))
-    assert text.startswith("Measured by `python -m benchmarks.forgetting` on ")
+    assert text.startswith("Measured by `python -m benchmarks.forgetting_study` on ")
     assert "| ewc | 1 | 0.01 |" in text
 
 
@@ -482,7 +482,7 @@ def test_a_study_from_end_to_end(write: Write, tiny: Path, capsys: pytest.Captur
     methods = {name: body | {"lr": [1e-2]} for name, body in DOCUMENT["methods"].items() if name == "ewc"}
     words = ["--only", "trials", "--study", str(write(methods=methods)), "--seeds", "0", "--text", "text.jsonl"]
     words += ["--results", "f.jsonl", "--into", "runs"]
-    assert forgetting.main(words) == 0, [path.read_text() for path in Path("runs").rglob("*.txt")]
+    assert forgetting_study.main(words) == 0, [path.read_text() for path in Path("runs").rglob("*.txt")]
     general, fisher, ewc = (json.loads(line) for line in Path("f.jsonl").read_text().splitlines())
     assert (general["phase"], fisher["phase"]) == ("general", "fisher")
     assert ewc["before"].keys() >= {"heldout_loss", "general_loss", "ask.jsonl_zero_shot"}
@@ -490,6 +490,6 @@ def test_a_study_from_end_to_end(write: Write, tiny: Path, capsys: pytest.Captur
     assert "| ewc | 1 | 0.01 |" in capsys.readouterr().out
     ends = [run_checkpoint(folder)["state_dict"] for folder in sorted(Path("runs").glob("[fg]*_*-1"))]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())  # the Fisher's run goes nowhere
-    assert forgetting.main(words) == 0
+    assert forgetting_study.main(words) == 0
     assert len(Path("f.jsonl").read_text().splitlines()) == 3
     assert STUDY.is_file()

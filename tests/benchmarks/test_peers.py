@@ -287,7 +287,7 @@ def test_they_run_as_modules() -> None:
         "benchmarks.peers",
         "benchmarks.gpu",
         "benchmarks.kernels",
-        "benchmarks.lisa",
+        "benchmarks.lisa_costs",
         "benchmarks.overhead",
         "benchmarks.quality",
     ):

@@ -11,7 +11,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks import quality, ranking, readme, trials
+from benchmarks import measurements, quality, ranking, readme, trials
 from benchmarks.provenance import ROOT
 from benchmarks.ranking import Results
 from benchmarks.trials import Table, read_table
@@ -166,6 +166,23 @@ def test_local_data_count_by_their_contents(write: Write, tmp_path: Path) -> Non
     before = trial.identity(STACK)
     rows.write_text("two")
     assert trial.identity(STACK) != before
+
+
+def test_a_class_of_ours_that_moves_keeps_its_trials() -> None:
+    def of(path: str) -> str:
+        return trials.digest({"trainer": {"callbacks": [{"class_path": path}]}}, STACK)
+
+    assert of("lit_sparse.callbacks.Forgetting") == of("lit_sparse.forgetting.Forgetting")
+    assert of("lit_sparse.callbacks.Forgetting") != of("lit_sparse.callbacks.DensityMonitor")
+    assert of("lit_sparse.optim.AdamW") != of("torch.optim.AdamW")
+
+
+@pytest.mark.parametrize("name", ["quality", "forgetting"])
+def test_what_was_measured_belongs_to_the_configuration_beside_it(name: str) -> None:
+    lines = ranking.read_results(ROOT / "benchmarks" / "results" / f"{name}.jsonl")
+    fits = [line for line in lines if line["kind"] == "fit"]
+    assert fits
+    assert [line["identity"] for line in fits] == [trials.digest(line["config"], line["stack"]) for line in fits]
 
 
 def test_blocks_and_batches_follow_the_seed(write: Write) -> None:
@@ -421,7 +438,7 @@ def test_a_bad_table_is_refused_in_a_sentence(write: Write, changes: dict[str, A
 )
 def test_the_command_refuses_in_a_sentence(words: list[str], finding: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("bad.jsonl").write_text("{\n")
-    Path("peers.jsonl").write_text(json.dumps(dict.fromkeys(readme.PROVENANCE, "")) + "\n")
+    Path("peers.jsonl").write_text(json.dumps(dict.fromkeys(measurements.PROVENANCE, "")) + "\n")
     assert quality.main(words) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("quality: ")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lit_sparse.anatomy import mlps
-from lit_sparse.callbacks.density import Density, DensityMonitor, tolerable_tau
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.density import DensityMetric, DensityMonitor, tolerable_tau
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import ActivationDensity
@@ -20,7 +20,7 @@ def test_density_is_the_brute_force_count():
     h[h.abs() < 0.5] = 0
     h[:4, 16:32] = 0  # the second group of 16 and, with what follows, the first of 32 partly
     h[2] = 0
-    metric = Density([1.0])
+    metric = DensityMetric([1.0])
     metric.update(h[:5])
     metric.update(h[5:])
     got = metric.compute()
@@ -53,14 +53,14 @@ def monitored(updates=(), **options):
 
 
 def test_a_diverged_activation_is_no_zero():
-    metric = Density([0.1])
+    metric = DensityMetric([0.1])
     metric.update(torch.tensor([[float("nan"), 0.0, 0.05, 1.0]]))
     assert (metric.compute()["density"], metric.compute()["density_above_0.1"]) == (0.75, 0.5)
 
 
 def test_the_threshold_is_searched_on_some_tokens_of_each_batch():
     monitor = DensityMonitor()
-    metric, down, searched = Density(), torch.nn.Linear(4, 2), list[torch.Tensor]()
+    metric, down, searched = DensityMetric(), torch.nn.Linear(4, 2), list[torch.Tensor]()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "lit_sparse.callbacks.density.tolerable_tau", lambda _, h, __: searched.append(h) or float(len(searched))
@@ -94,7 +94,7 @@ def test_validation_logs_what_hooks_see():
 
 def test_padding_does_not_count():
     _, monitor = monitored()
-    metric, down = Density(), torch.nn.Linear(4, 2)
+    metric, down = DensityMetric(), torch.nn.Linear(4, 2)
     monitor._metrics = [metric]
     h = torch.ones(2, 3, 4)
     h[0, 1:] = 0
@@ -136,5 +136,5 @@ def test_refuses_in_a_sentence(options, expected):
 
 
 def test_a_metric_refuses_negative_thresholds():
-    with pytest.raises(BadInput, match=r"Density: taus are \[0.1, -1\]; they must be above 0"):
-        Density([0.1, -1])
+    with pytest.raises(BadInput, match=r"DensityMetric: taus are \[0.1, -1\]; they must be above 0"):
+        DensityMetric([0.1, -1])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_sparse.callbacks.forgetting import Forgetting, Trained, rows_of, untrained
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.data import Instructions, Labelled, Text
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lit_sparse.callbacks import profile as callbacks
 from lit_sparse.callbacks.profile import Profile
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lit_sparse.data import Labelled
-from lit_sparse.data.base import HELDOUT, TRAIN
+from lit_sparse.data.module import HELDOUT, TRAIN
 from lit_sparse.data.sources import read, split
 from lit_sparse.errors import BadInput
 from tests.modules.words import word_tokenizer

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lit_sparse import cli
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput

@@ -19,7 +19,7 @@ from lit_sparse.anatomy import (
     weight_count,
     weights_in,
 )
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export

@@ -30,7 +30,7 @@ from lit_sparse_profiling.record import (
     Throughput,
 )
 from lit_sparse_profiling.report import details, markdown, report, table
-from lit_sparse_profiling.runs import read_runs
+from lit_sparse_profiling.run_folders import read_runs
 
 GIB = 2**30
 CPU = RunRecord(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_sparse.anatomy import decoder_layers
-from lit_sparse.callbacks.record import Recorder
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable

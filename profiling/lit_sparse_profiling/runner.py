@@ -19,7 +19,7 @@ from pathlib import Path
 
 from lit_sparse_profiling.paired import Player, pair_of, play
 from lit_sparse_profiling.record import RunRecord, Status
-from lit_sparse_profiling.runs import folders, next_folder
+from lit_sparse_profiling.run_folders import folders, next_folder
 
 RECORD, JOB, LOG = "record.json", "bench.json", "log.txt"
 REFUSAL = re.compile(r"^lit-sparse: (.+)$", re.MULTILINE)

@@ -1,8 +1,8 @@
 """What a domain fit forgets, with penalties that hold it to general text: gain against loss, and what both cost.
 
-`python -m benchmarks.forgetting` makes the first phase once (LoRA on general text with RecordImportance, and the Fisher
-at its end), then each method's trials on a domain, all from that one checkpoint: the learning rate is swept at one
-strength of each method, by held-out domain loss, and every strength is trained with each seed at the rate chosen; a
+`python -m benchmarks.forgetting_study` makes the first phase once (LoRA on general text with RecordImportance, and the
+Fisher at its end), then each method's trials on a domain, all from that one checkpoint. The learning rate is swept at
+one strength of each method, by held-out domain loss, and every strength is trained with each seed at the rate chosen; a
 method without a strength is trained at every rate. Then it measures what recording and penalties cost
 (benchmarks/recording.py).
 Each line is appended to benchmarks/results/forgetting.jsonl at once, and nothing that has a line is made again.
@@ -31,8 +31,8 @@ from lit_sparse import demo
 from lit_sparse.callbacks.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
-from lit_sparse_profiling.bench import Job
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.runner import Job
 
 RESULTS = ROOT / "benchmarks" / "results" / "forgetting.jsonl"
 PARTS = ("trials", "cost")
@@ -168,7 +168,7 @@ def phase_line(phase: Phase, record: RunRecord, stack: Mapping[str, str], second
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    out = argparse.ArgumentParser(prog="python -m benchmarks.forgetting", description=__doc__)
+    out = argparse.ArgumentParser(prog="python -m benchmarks.forgetting_study", description=__doc__)
     out.add_argument("--only", choices=PARTS, help="measure one part (default: both)")
     out.add_argument(
         "--study", type=Path, default=STUDY, help="YAML of the study (default: the one that comes with it)"

@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lit_sparse_profiling import bench
-from lit_sparse_profiling.bench import Job, execute, finished, sources, turns
+from lit_sparse_profiling import runner
 from lit_sparse_profiling.record import SCHEMA, RunRecord
-from lit_sparse_profiling.runs import folders, next_folder
+from lit_sparse_profiling.run_folders import folders, next_folder
+from lit_sparse_profiling.runner import Job, execute, finished, sources, turns
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(bench.__file__).parents[1])}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(runner.__file__).parents[1])}
 SECONDS = 60.0
 """What is waited for happens within these."""
 
@@ -252,7 +252,7 @@ def test_a_record_alone_is_no_result_nor_is_a_file_in_a_folder_s_place(tmp_path)
 
 BENCH = """
 import json, os, pathlib, signal, sys, time
-from lit_sparse_profiling import bench
+from lit_sparse_profiling import runner
 
 def killed_at(frame, event, argument):
     if frame.f_code.co_filename != file:
@@ -263,12 +263,12 @@ def killed_at(frame, event, argument):
 
 sleep = time.sleep
 time.sleep = lambda seconds: sleep(seconds / 20)
-root, jobs, file, line = pathlib.Path(sys.argv[1]), [bench.Job(*job) for job in json.loads(sys.argv[2])], *sys.argv[3:]
+root, jobs, file, line = pathlib.Path(sys.argv[1]), [runner.Job(*job) for job in json.loads(sys.argv[2])], *sys.argv[3:]
 if file:
     sys.settrace(killed_at)
-for turn in bench.turns(jobs, root, 1):
+for turn in runner.turns(jobs, root, 1):
     if turn.folder is None:
-        bench.execute(turn.job, root)
+        runner.execute(turn.job, root)
 """
 """A bench that makes all jobs once, in a process that is killed when it comes to a line of a file, if one is given."""
 
@@ -329,8 +329,8 @@ def lines_of(function: Callable[..., object]) -> list[tuple[str, int]]:
 
 
 SWEPT = {
-    "ok": ("record()", [execute, bench._wait]),
-    "refused": ("print('lit-sparse: no.'); sys.exit(2)", [execute, bench._record, bench.verdict, RunRecord.write]),
+    "ok": ("record()", [execute, runner._wait]),
+    "refused": ("print('lit-sparse: no.'); sys.exit(2)", [execute, runner._record, runner.verdict, RunRecord.write]),
 }
 
 
@@ -364,8 +364,8 @@ def was_killed(folder: Path, status: str, file: str, line: int) -> bool:
 def test_a_process_whose_bench_ended_before_it_began_ends_too():
     code = """
 import os, sys
-from lit_sparse_profiling import bench
-begin = bench.ends_with_parent()
+from lit_sparse_profiling import runner
+begin = runner.ends_with_parent()
 if os.fork() == 0:
     if os.fork() == 0:  # its parent is not the bench, as after the bench's end
         begin()

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import lisa as study
-from benchmarks.lisa import moved, verdict
+from benchmarks import lisa_costs as study
+from benchmarks.lisa_costs import moved, verdict
 from benchmarks.plots import lisa_norms, lisa_state
 from benchmarks.readme import lisa
 from lit_sparse.testing import tiny_llm

@@ -4,7 +4,7 @@ import json
 
 from peft import LoraConfig
 
-from lit_sparse.callbacks.record import fields_of
+from lit_sparse.callbacks.recorder import fields_of
 from lit_sparse.strategies import PEFT, SMT
 
 

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 import lit_sparse_kernels
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.events import OURS, Event, covered, read, summed
-from lit_sparse_profiling.kernels import WINDOW, KernelProfile, shortened, table
+from lit_sparse_profiling.kernel_times import WINDOW, KernelProfile, shortened, table
 from lit_sparse_profiling.opcounts import OpCount, OpCounts
 from lit_sparse_profiling.record import Kernel, Kernels
 

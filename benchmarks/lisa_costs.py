@@ -1,6 +1,6 @@
 """LISA beside full fine-tuning and LoRA: step time, memory, state from switch to switch, and how far layers move.
 
-`python -m benchmarks.lisa` measures three things on the demo model and appends them to benchmarks/results/lisa.jsonl:
+`python -m benchmarks.lisa_costs` measures three things on the demo model and appends to benchmarks/results/lisa.jsonl:
 `time`: steps of LISA and LoRA in turn with full fine-tuning's, 4 x 256 random tokens (wants a quiet machine);
 `state`: optimizer and strategy state over twenty switches, for each policy of LISA's;
 `norms`: norms of each layer's weights, and of their change, after fine-tuning on grade-school problems: the premise of
@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from benchmarks.measurements import Line
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.quality import QUIET, checkpointed, fitted
-from benchmarks.readme import Line
 from benchmarks.trials import digest
 from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.configs import found
 from lit_sparse.export.merge import Merge
-from lit_sparse_profiling.bench import Job, sources
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.runner import Job, sources
 
 HERE = ROOT / "benchmarks" / "lisa"
 RESULTS = ROOT / "benchmarks" / "results" / "lisa.jsonl"

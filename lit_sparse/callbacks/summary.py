@@ -1,0 +1,74 @@
+"""The tables that a fit prints at its end: what it changed, what it took, and answers before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lit_sparse_profiling.kernel_times import table as kernel_table
+from lit_sparse_profiling.profiler import EXAMINATION, LOOKED_INTO
+from lit_sparse_profiling.reconcile import findings
+from lit_sparse_profiling.record import RunRecord
+
+
+def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:
+    """Print what a fit changed and what it took as tables on the terminal."""
+    console = console or Console()
+    console.print(summary(record))
+    if record.kernels is not None:
+        console.print(kernel_table(record.kernels, rows=5))
+    for sentence in [*findings(record), *record.notes]:
+        console.print(sentence, markup=False, highlight=False)
+    for sample in record.samples:
+        console.print(answers(sample))
+    console.print(f"Files: {folder}/ (config.yaml, record.json, checkpoints/last.ckpt; metrics.csv of what was logged)")
+
+
+def summary(record: RunRecord) -> Table:
+    """Return the table of scores before and after, sizes, speed, and seconds."""
+    table = Table(title=f"{record.name}: what the fit changed, and what it took")
+    table.add_column("")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name in record.outcome.get("after", {}):
+        before = record.outcome.get("before", {}).get(name)
+        table.add_row(
+            name.replace("_", " "), "-" if before is None else f"{before:.4f}", f"{record.outcome['after'][name]:.4f}"
+        )
+    table.add_section()
+    for name, value in totals(record):
+        table.add_row(name, "", value)
+    return table
+
+
+def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
+    """Yield names and values of sizes, speed, and seconds of each phase, as text."""
+    if record.model is not None:
+        model = record.model
+        yield "trainable", f"{model.trainable:,} of {model.parameters:,} ({model.trainable / model.parameters:.2%})"
+    throughput = record.throughput
+    if throughput is not None and throughput.tokens_per_second is not None:
+        yield (
+            "tokens/s (with padding)",
+            f"{throughput.tokens_per_second:,.0f} ({throughput.padded_tokens_per_second:,.0f})",
+        )
+    if record.memory is not None and record.memory.peak_resident is not None:
+        yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
+    for phase in record.phases:
+        if phase.name in LOOKED_INTO and phase.name != EXAMINATION:
+            continue  # parts of the examination, whose seconds hold theirs
+        peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
+        yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"
+
+
+def answers(sample: Mapping[str, str]) -> Table:
+    """Return a held-out question with the answers before and after training."""
+    table = Table(show_header=False)
+    for key in ("prompt", "reference", "before", "after"):
+        if key in sample:
+            table.add_row(key, Text(sample[key]))  # Text: nothing in it is markup
+    return table

@@ -1,0 +1,89 @@
+"""Generate text with a run, beside its base model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lit_sparse.data.encoding import Encoder, load_tokenizer
+from lit_sparse.data.rows import BadRow, Chat, Message
+from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse.runs import build_module, load_run
+
+
+def generate(
+    run: Path,
+    prompt: str,
+    base: bool = False,
+    max_new_tokens: int = 200,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Print a run's answer to a prompt, and on request the base model's; computed on the CPU.
+
+    Args:
+        run: The run's folder, such as runs/smt-1.
+        prompt: The text to answer; it is formatted as in training (by the tokenizer's chat template, if any).
+        base: Print the base model's answer too.
+        max_new_tokens: Most tokens of an answer.
+        temperature: 0 decodes greedily; above 0, tokens are sampled at this temperature.
+        seed: Seed of the sampling.
+
+    Raises:
+        BadInput: if the run cannot be loaded, its base has no tokenizer, or a number makes no sense.
+    """
+    if max_new_tokens < 1 or not temperature >= 0:
+        raise BadInput(
+            f"max_new_tokens is {max_new_tokens} and temperature {temperature}; at least 1 and at least 0 are wanted."
+        )
+    module, config = load_run(run)
+    if not isinstance(module, CausalLM):
+        raise BadInput(f"{run} was trained to classify, so it generates no text; export it with --to hf.")
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    text = sampling.answer(module, prompt)
+    if not base:
+        print(text)
+        return
+    before = build_module(config)
+    before.precision = module.precision  # the run's: it decides which weights a random or quantised base has
+    before.build().eval()
+    print(f"--- {run.resolve().name}\n{text}\n--- base: {module.base}\n{sampling.answer(before, prompt)}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of generation: most tokens, temperature (0 is greedy) and seed."""
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+
+    def answer(self, module: LitSparse, prompt: str) -> str:
+        """Return the decoded answer of `module` to `prompt`."""
+        tokenizer = load_tokenizer(module.base)
+        ids = torch.tensor([prompt_ids(Encoder(tokenizer), prompt)])
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        drawn = {"do_sample": True, "temperature": self.temperature}
+        with torch.random.fork_rng(), torch.no_grad(), module.autocast():
+            torch.manual_seed(self.seed)
+            out = module.build().generate(  # pyright: ignore[reportCallIssue]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=self.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                **(drawn if self.temperature else greedy),
+            )
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def prompt_ids(encoder: Encoder, prompt: str) -> list[int]:
+    """Return the token ids of `prompt` as they precede the answer in a training row.
+
+    Raises:
+        BadInput: if the chat template rejects it.
+    """
+    try:
+        return encoder.prompt(Chat((Message("user", prompt), Message("assistant", ""))))
+    except BadRow as error:
+        raise BadInput(f"the prompt cannot be asked: {error}.") from error
