@@ -21,6 +21,8 @@ from lit_sparse_profiling.record import Pair
 
 READY, GO = b"r", b"g"
 SECONDS = struct.Struct("d")
+DEPENDENT = 0.3
+"""Size of the lag-1 autocorrelation of the rounds' ratios above which it is reported."""
 LOOK = 0.2
 """Seconds between two looks at a process that is waited for."""
 
@@ -136,12 +138,17 @@ def _rounds(
     out: list[tuple[float, float]] = []
     while True:
         players = (second, first) if len(out) % 2 else (first, second)
-        seconds = {player: player.step(deadline, tick) for player in players}
+        seconds: dict[Player, float | None] = {}
+        rested: list[bool] = []
+        for player in players:
+            seconds[player] = player.step(deadline, tick)
+            # Callbacks, logging and data loading follow a step: they would slow the other run's step.
+            rested.append(player.ready(deadline, tick))
         one, two = seconds[first], seconds[second]
         if one is None or two is None:
             return out
         out.append((one, two))
-        if not all(player.ready(deadline, tick) for player in players):
+        if not all(rested):
             return out
 
 
@@ -155,7 +162,27 @@ def pair_of(against: str, seconds: Sequence[tuple[float, float]]) -> Pair:
         raise ValueError(f"there are no rounds to compare with {against}.")
     ratios = [one / two for one, two in seconds]
     low, high = interval(ratios)
-    return Pair(against, statistics.median(ratios), low, high, max(ratios), len(ratios))
+    rounds = [list(one) for one in seconds]
+    return Pair(against, statistics.median(ratios), low, high, max(ratios), len(ratios), rounds)
+
+
+def autocorrelation(values: Sequence[float]) -> float:
+    """Return the lag-1 autocorrelation of `values`; 0 if they are constant or fewer than three."""
+    mean = statistics.fmean(values) if values else 0.0
+    off = [value - mean for value in values]
+    spread = sum(one * one for one in off)
+    return sum(one * two for one, two in zip(off, off[1:], strict=False)) / spread if len(off) > 2 and spread else 0.0
+
+
+def dependence(pair: Pair) -> str | None:
+    """Return a sentence if the rounds' ratios depend on each other, so that the interval is not to be relied on."""
+    found = autocorrelation([one / two for one, two in pair.seconds])
+    if abs(found) <= DEPENDENT:
+        return None
+    return (
+        f"The rounds against {pair.against} depend on each other (lag-1 autocorrelation {found:.2f}, above "
+        f"{DEPENDENT} in size): the interval of their ratio is too narrow or biased; repeat with more rounds."
+    )
 
 
 def interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:

@@ -152,6 +152,7 @@ class Pair:
     Attributes:
         against: Name of the other.
         median: Of the rounds' ratios; `low` to `high` is its 95 % bootstrap interval, `highest` the worst round.
+        seconds: Step times of this run and of the other in each round; empty in records before they were kept.
     """
 
     against: str
@@ -160,6 +161,7 @@ class Pair:
     high: float
     highest: float
     rounds: int
+    seconds: list[list[float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lit_sparse_profiling.paired import Player, pair_of, play
+from lit_sparse_profiling.paired import Player, dependence, pair_of, play
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.run_folders import folders, next_folder
 
@@ -160,7 +160,8 @@ def _in_turn(
 def _compared(record: RunRecord, against: str, rounds: Sequence[tuple[float, float]]) -> RunRecord:
     """The record with what its steps took of the other's; with a note where no steps took turns."""
     if rounds:
-        return replace(record, pair=pair_of(against, rounds))
+        pair = pair_of(against, rounds)
+        return replace(record, pair=pair, notes=[*record.notes, *filter(None, [dependence(pair)])])
     note = f"No step took turns with one of {against}: one of the two runs ended before its first timed step."
     return replace(record, notes=[*record.notes, note])
 
