@@ -22,6 +22,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What kernels compute with; the torch paths take float64 too."""
 MULTIPROCESSORS = 132
 """Of an H100: what work is divided for where no device says otherwise (interpretation, compilation ahead of time)."""
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a program may have, likewise."""
 
 
 @dataclass(eq=False)
@@ -70,6 +72,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shared_bytes(device: torch.device) -> int:
+    """Return how much shared memory a program may have."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def power_of_2(number: int) -> int:
