@@ -14,6 +14,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def play(
     other = second()
     try:
         if other.ready(deadline, tick):
-            return _rounds(first, other, deadline, tick)
+            return [(one, two) for one, two in rounds_of((first, other), deadline, tick)]
         while first.step(deadline, tick) is not None and first.ready(deadline, tick):
             pass
         return []
@@ -131,23 +132,21 @@ def play(
         other.end(deadline, tick)
 
 
-def _rounds(
-    first: Player, second: Player, deadline: float | None, tick: Callable[[], None]
-) -> list[tuple[float, float]]:
-    """Both stand before their first timed step."""
-    out: list[tuple[float, float]] = []
+def rounds_of(players: Sequence[Player], deadline: float | None, tick: Callable[[], None]) -> list[tuple[float, ...]]:
+    """Return the seconds of all in each round, until one has no more steps; all must be ready for their first one."""
+    out: list[tuple[float, ...]] = []
     while True:
-        players = (second, first) if len(out) % 2 else (first, second)
+        begins = len(out) % len(players)
         seconds: dict[Player, float | None] = {}
         rested: list[bool] = []
-        for player in players:
+        for player in (*players[begins:], *players[:begins]):
             seconds[player] = player.step(deadline, tick)
-            # Callbacks, logging and data loading follow a step: they would slow the other run's step.
+            # Callbacks, logging and data loading follow a step: they would slow the next run's step.
             rested.append(player.ready(deadline, tick))
-        one, two = seconds[first], seconds[second]
-        if one is None or two is None:
+        round_ = tuple(taken for player in players if (taken := seconds[player]) is not None)
+        if len(round_) < len(players):
             return out
-        out.append((one, two))
+        out.append(round_)
         if not all(rested):
             return out
 
@@ -171,7 +170,7 @@ def autocorrelation(values: Sequence[float]) -> float:
     mean = statistics.fmean(values) if values else 0.0
     off = [value - mean for value in values]
     spread = sum(one * one for one in off)
-    return sum(one * two for one, two in zip(off, off[1:], strict=False)) / spread if len(off) > 2 and spread else 0.0
+    return sum(one * two for one, two in pairwise(off)) / spread if len(off) > 2 and spread else 0.0
 
 
 def dependence(pair: Pair) -> str | None:
