@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from lit_sparse_kernels.jit import (
     on_cuda,
     power_of_2,
     runs,
+    runs_directly,
     shared_bytes,
     tl,
 )
@@ -208,6 +210,7 @@ def plan_for(packed_TP: Tensor, size: Sequence[int]) -> Plan:
     return Plan(m, n, 64, warps=8 if m * n > 64 * 64 else 4, stages=3)
 
 
+@lru_cache(maxsize=1024)
 def splits_for(tiles: int, steps: int, processors: int) -> int:
     """Return how many programs share the steps of each tile.
 
@@ -309,19 +312,20 @@ def _nearly_whole(dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks: Listed, s
             yield layer
 
 
-@torch.library.custom_op("lit_sparse::block_grad", mutates_args=())
 def _block_grad(dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, size: Sequence[int]) -> Tensor:
     run = launch if on_cuda(packed_TP) else on_host
     return run(dys_TO, packed_TP, _checked(dys_TO, packed_TP, blocks_N3, size), size)
 
 
-@_block_grad.register_fake
+_block_grad_op = torch.library.custom_op("lit_sparse::block_grad", _block_grad, mutates_args=())
+
+
+@_block_grad_op.register_fake
 def _(dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, size: Sequence[int]) -> Tensor:
     dtype = torch.promote_types(packed_TP.dtype, torch.float32)
     return packed_TP.new_empty(len(blocks_N3), *size, dtype=dtype)
 
 
-@torch.library.custom_op("lit_sparse::add_block_grad", mutates_args=("into_Nhw",))
 def _add_block_grad(
     into_Nhw: Tensor, dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, size: Sequence[int]
 ) -> None:
@@ -329,6 +333,9 @@ def _add_block_grad(
     _check_into(into_Nhw, packed_TP, (len(blocks.rows), *size))
     run = launch if on_cuda(packed_TP) else on_host
     run(dys_TO, packed_TP, blocks, size, into_Nhw)
+
+
+_add_block_grad_op = torch.library.custom_op("lit_sparse::add_block_grad", _add_block_grad, mutates_args=("into_Nhw",))
 
 
 def _check_into(into_Nhw: Tensor, packed_TP: Tensor, shape: tuple[int, ...]) -> None:
@@ -381,6 +388,10 @@ def block_grad(
         ValueError: if dtypes, devices or shapes do not go together, or a block lies outside or comes twice.
     """
     if into_Nhw is None:
-        return _block_grad(dys_TO, packed_TP, blocks_N3, size)
-    _add_block_grad(into_Nhw, dys_TO, packed_TP, blocks_N3, size)
+        run = _block_grad if runs_directly(*dys_TO, packed_TP, blocks_N3) else _block_grad_op
+        return run(dys_TO, packed_TP, blocks_N3, size)
+    direct = runs_directly(into_Nhw, *dys_TO, packed_TP, blocks_N3)
+    (_add_block_grad if direct else _add_block_grad_op)(into_Nhw, dys_TO, packed_TP, blocks_N3, size)
+    if direct and into_Nhw.is_cuda:
+        torch.autograd.graph.increment_version(into_Nhw)  # as the dispatcher would
     return into_Nhw
