@@ -21,7 +21,7 @@ from time import monotonic
 from benchmarks.provenance import ROOT
 
 SHAPES = "benchmarks/gpu/llama-3.2-1b.json"
-STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "large")
+STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "large", "deft")
 """In order of value."""
 OPS = ("block_grad", "block_adamw", "master_adamw", "pack_columns", "block_delta", "glu_density")
 COMPILED = ("pack_columns", "block_delta", "glu_density")
@@ -87,6 +87,10 @@ def plan(stages: Sequence[str], into: Path, results: Path, dry: bool) -> Iterato
             yield Step(stage, seconds, {stage: [*words, lines, *rounds, *fits, *shape]}, shown=40)
         elif stage == "contract":
             yield Step("contract", 90, {"contract": [*PYTEST, *REPORTS, "tests/test_contract.py", "-n", "8"]})
+        elif stage == "deft":
+            yield Step(
+                "deft", 900, {"deft": ["-m", "benchmarks.deft", f"--results={results / 'deft.jsonl'}"]}, shown=40
+            )
         elif not dry:  # alone, large
             words = ["-m", "benchmarks.gpu_methods", stage, f"--into={into}", f"--results={results / 'gpu.jsonl'}"]
             yield Step(stage, 900, {stage: [*words, *(fits if stage == "alone" else [])]}, shown=40)
