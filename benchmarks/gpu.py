@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
-from benchmarks.provenance import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "benchmarks/gpu/llama-3.2-1b.json"
 STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "large", "deft")
 """In order of value."""
