@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
+from lit_sparse_kernels.adamw_arguments import Rule, same_layout
 from lit_sparse_kernels.block_adamw import block_adamw
-from lit_sparse_kernels.master_adamw import Rule, master_adamw, same_layout
+from lit_sparse_kernels.master_adamw import master_adamw
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 

@@ -20,19 +20,9 @@ import torch
 from torch import Tensor
 
 from lit_sparse_kernels import master_adamw
+from lit_sparse_kernels.adamw_arguments import Item, Rule, check_state, items_of, scale_on
 from lit_sparse_kernels.jit import Listed, enqueue, jit, listed, on_cuda, power_of_2, tl
-from lit_sparse_kernels.master_adamw import (
-    Item,
-    Rule,
-    adamw,
-    addresses,
-    check_state,
-    corrections,
-    items_of,
-    pointer,
-    scale_on,
-    type_of,
-)
+from lit_sparse_kernels.master_adamw import adamw, addresses, corrections, pointer, type_of
 
 CASES = [
     # (out, in) of each matrix, block size, blocks of each matrix as (row, column), dtype of the matrices
