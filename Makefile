@@ -21,12 +21,8 @@ check: $(BUILT)     ## style, format, types, and the tables of README.md
 	$(BIN)/pyright
 	test ! -e benchmarks/readme.py || $(BIN)/python benchmarks/readme.py --check
 
-gpu: $(BUILT)     ## the tests that need a CUDA device, then the kernels' speed, and the methods' memory, speed and energy
-	$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu needs a CUDA device, and torch sees none here')"
-	$(BIN)/python -m pytest -m gpu $(ARGS)
-	$(BIN)/python -m benchmarks.kernels
-	$(BIN)/python -m benchmarks.gpu
-	$(BIN)/python -m benchmarks.deft
+gpu:     ## what needs a CUDA device: tests, kernels, methods; the interpreter at hand runs it (ARGS="--minutes 9")
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --results benchmarks/results $(ARGS)
 
 bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmarks/results
 	$(BIN)/python -m benchmarks.peers $(ARGS)

@@ -33,7 +33,7 @@ from lit_sparse_profiling.ceilings import Ceilings, ceilings
 from lit_sparse_profiling.paired import compare_rounds
 
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
-OURS, DIAGONAL = "ours", "as many diagonal blocks"
+OURS, DIAGONAL, COMPILED = "ours", "as many diagonal blocks", "torch.compile"
 ENOUGH_BLOCKS, MATMUL_SHARE, MOST_DIAGONAL, COPY_SHARE = 27, 0.70, 1.05, 0.85
 """What is promised on an H100: from so many blocks on a share of the matmul rate; a share of the copy rate."""
 CACHE_BYTES = 256 * 2**20
@@ -297,12 +297,23 @@ OPS = {
 # ---- measuring
 
 
+def warm(work: Work) -> None:
+    """Call each contender twice, which compiles it; drop a rival that fails, and say so."""
+    for name, run in list(work.contenders.items()):
+        try:
+            run()
+            run()
+        except Exception as error:  # of torch.compile, for which a host may lack a compiler
+            if name == OURS:
+                raise
+            del work.contenders[name]
+            print(f"dropped {work.op}, {work.shape}, {name}: {type(error).__name__}: {error!s:.300}", flush=True)
+
+
 def times(work: Work, device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds of each contender, one a round, all in turn."""
     flush = torch.empty(CACHE_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    for run in work.contenders.values():  # compilation, and the first call's allocations
-        run()
-        run()
+    warm(work)
     found: dict[str, list[float]] = {name: [] for name in work.contenders}
     for _ in range(rounds):
         for name, run in work.contenders.items():
@@ -380,6 +391,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", choices=MODELS, help="whose shapes (default: Llama-3.2-1B on a GPU, else SmolLM2)")
     parser.add_argument("--rounds", type=int, default=50, help="timings of each contender (default 50)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
+    parser.add_argument("--tested", action="store_true", help="do not run the ops' tests first")
+    parser.add_argument("--compiled", nargs="*", metavar="OP", help="compare only these with torch.compile")
+    parser.add_argument("--warm", action="store_true", help="only call each contender, which fills compilers' caches")
     asked = parser.parse_args(arguments)
     if unknown := sorted(set(asked.ops) - set(OPS)):
         print(f"kernels: there is no op {unknown[0]}; name some of {', '.join(OPS)}.", file=sys.stderr)
@@ -389,18 +403,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model, tokens = ("Llama-3.2-1B", 8192) if on_gpu else ("SmolLM2-135M", 1024)
     code = 0
     for op in asked.ops or OPS:
-        if not green(op, device):
+        if not asked.tested and not green(op, device):
             print(f"kernels: the tests of {op} fail here, so it is not timed.", file=sys.stderr)
             code = 1
             continue
-        best = ceilings(device, dtype)
+        best = None if asked.warm else ceilings(device, dtype)
         for work in OPS[op](asked.model or model, tokens, device, dtype):
+            if asked.compiled is not None and op not in asked.compiled:
+                work.contenders = {name: run for name, run in work.contenders.items() if COMPILED not in name}
+            if best is None:
+                warm(work)
+                continue
             line = of_device("kernels", device) | line_of(work, device, best, asked.rounds)
             with asked.results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            print(f"{work.op}, {work.shape}: {line['ratio']}")
+            print(f"{work.op}, {work.shape}: {line['ratio']}", flush=True)
             for text, met in verdicts(line) if on_gpu else ():
-                print("met   " if met else "missed", text)
+                print("met   " if met else "missed", text, flush=True)
     return code
 
 

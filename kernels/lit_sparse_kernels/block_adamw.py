@@ -20,19 +20,9 @@ import torch
 from torch import Tensor
 
 from lit_sparse_kernels import master_adamw
+from lit_sparse_kernels.adamw_arguments import Item, Rule, check_state, items_of, scale_on
 from lit_sparse_kernels.jit import Listed, enqueue, jit, listed, on_cuda, power_of_2, tl
-from lit_sparse_kernels.master_adamw import (
-    Item,
-    Rule,
-    adamw,
-    check_state,
-    corrections,
-    items_of,
-    pointer,
-    scale_on,
-    sent,
-    type_of,
-)
+from lit_sparse_kernels.master_adamw import adamw, addresses, corrections, pointer, type_of
 
 CASES = [
     # (out, in) of each matrix, block size, blocks of each matrix as (row, column), dtype of the matrices
@@ -73,6 +63,8 @@ def _block_adamw_kernel(
     corrections,
     blocks,
     scale,
+    step_size,
+    root,
     decay,
     beta1,
     rest1,
@@ -116,7 +108,8 @@ def _block_adamw_kernel(
     out, into = block_row * H + m, block_column * W + n
     keep = ((m < H) & (out < outs))[:, None] & ((n < W) & (into < ins))[None, :]
     at = slot * (H * W) + m[:, None] * W + n[None, :]
-    step_size, root = tl.load(corrections + matrix * 2), tl.load(corrections + matrix * 2 + 1)
+    if corrections is not None:  # the matrices' steps differ
+        step_size, root = tl.load(corrections + matrix * 2), tl.load(corrections + matrix * 2 + 1)
     grad = tl.load(grad_Nhw + at, mask=keep, other=0.0).to(tl.float32)
     p = tl.load(master_Nhw + at, mask=keep, other=0.0)
     avg = tl.load(m_Nhw + at, mask=keep, other=0.0)
@@ -152,17 +145,20 @@ def _launch(
     m = min(2048 // n, power_of_2(height))
     blocks_L4 = _blocks(tuple(part.blocks for part in parts), device)
     items = [part.item for part in parts]
-    rows = [
+    rows = tuple(
         (*(tensor.data_ptr() for tensor in item.moved()), *item.weight.shape, *item.weight.stride()) for item in items
-    ]
+    )
+    corrected, step_size, root = corrections(items, rule, device)
     enqueue(
         _block_adamw_kernel,
         (len(blocks_L4) * -(-height // m) * -(-width // n),),
         device,
-        sent(rows, torch.int64, device),
-        sent(corrections(items, rule), torch.float32, device),
+        addresses(rows, device),
+        corrected,
         blocks_L4,
         grad_scale,
+        step_size,
+        root,
         *rule.factors(),
         H=height,
         W=width,

@@ -17,7 +17,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.jit import Listed, check_matrix, enqueue, jit, listed, on_cuda, power_of_2, runs, tl
+from lit_sparse_kernels.jit import (
+    Listed,
+    check_matrix,
+    enqueue,
+    jit,
+    listed,
+    on_cuda,
+    power_of_2,
+    runs,
+    runs_directly,
+    tl,
+)
 
 CASES = [
     # tokens, out, packed columns, block size, blocks as (row, packed column), dtype
@@ -204,7 +215,6 @@ def input_grad_on_host(dy_TO: Tensor, delta_Nhw: Tensor, blocks: Listed, packed:
     return d_TP
 
 
-@torch.library.custom_op("lit_sparse::block_delta", mutates_args=())
 def _block_delta(base_TO: Tensor, packed_TP: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor) -> Tensor:
     _check_forms(base_TO, packed_TP, delta_Nhw, blocks_N2)
     run = launch if on_cuda(packed_TP) else on_host
@@ -212,20 +222,27 @@ def _block_delta(base_TO: Tensor, packed_TP: Tensor, delta_Nhw: Tensor, blocks_N
     return run(base_TO, packed_TP, delta_Nhw, blocks)
 
 
-@_block_delta.register_fake
+_block_delta_op = torch.library.custom_op("lit_sparse::block_delta", _block_delta, mutates_args=())
+
+
+@_block_delta_op.register_fake
 def _(base_TO: Tensor, packed_TP: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor) -> Tensor:
     _check_forms(base_TO, packed_TP, delta_Nhw, blocks_N2)
     return base_TO.new_empty(base_TO.shape)
 
 
-@torch.library.custom_op("lit_sparse::block_delta_input_grad", mutates_args=())
 def _block_delta_input_grad(dy_TO: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor, packed: int) -> Tensor:
     _check_forms_of_grad(dy_TO, delta_Nhw, blocks_N2, packed)
     run = launch_input_grad if on_cuda(dy_TO) else input_grad_on_host
     return run(dy_TO, delta_Nhw, _checked(blocks_N2, dy_TO.shape[1], packed, delta_Nhw.shape), packed)
 
 
-@_block_delta_input_grad.register_fake
+_block_delta_input_grad_op = torch.library.custom_op(
+    "lit_sparse::block_delta_input_grad", _block_delta_input_grad, mutates_args=()
+)
+
+
+@_block_delta_input_grad_op.register_fake
 def _(dy_TO: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor, packed: int) -> Tensor:
     _check_forms_of_grad(dy_TO, delta_Nhw, blocks_N2, packed)
     return dy_TO.new_empty(len(dy_TO), packed)
@@ -276,7 +293,8 @@ def block_delta(base_TO: Tensor, packed_TP: Tensor, delta_Nhw: Tensor, blocks_N2
         ImportError: for CUDA tensors where Triton is missing.
         ValueError: if dtypes, devices or shapes do not go together, or a block lies outside or comes twice.
     """
-    return _block_delta(base_TO, packed_TP, delta_Nhw, blocks_N2)
+    direct = runs_directly(base_TO, packed_TP, delta_Nhw, blocks_N2)
+    return (_block_delta if direct else _block_delta_op)(base_TO, packed_TP, delta_Nhw, blocks_N2)
 
 
 def block_delta_input_grad(dy_TO: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor, packed: int) -> Tensor:
@@ -292,4 +310,5 @@ def block_delta_input_grad(dy_TO: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor, 
         ImportError: for CUDA tensors where Triton is missing.
         ValueError: if dtypes, devices or shapes do not go together, or a block lies outside or comes twice.
     """
-    return _block_delta_input_grad(dy_TO, delta_Nhw, blocks_N2, packed)
+    run = _block_delta_input_grad if runs_directly(dy_TO, delta_Nhw, blocks_N2) else _block_delta_input_grad_op
+    return run(dy_TO, delta_Nhw, blocks_N2, packed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,8 +21,12 @@ except ImportError:  # there is none for macOS and Windows, where no tensor need
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """What kernels compute with; the torch paths take float64 too."""
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Classes of tensors whose operations only torch itself dispatches."""
 MULTIPROCESSORS = 132
 """Of an H100: what work is divided for where no device says otherwise (interpretation, compilation ahead of time)."""
+SHARED_BYTES = 227 * 1024
+"""Shared memory that a program may have, likewise."""
 
 
 @dataclass(eq=False)
@@ -59,17 +64,43 @@ def on_cuda(tensor: Tensor) -> bool:
     return tensor.is_cuda
 
 
+def runs_directly(*tensors: Tensor) -> bool:
+    """Return whether an op may skip torch's dispatcher, which costs 40 us of host time a call.
+
+    Not under torch.compile, a dispatch mode (which counts or fakes operations), vmap and the like, nor where autograd
+    would record what the op does, nor for tensors of another class or device.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    records = torch.is_grad_enabled()
+    return not any(
+        type(tensor) not in PLAIN or tensor.device.type not in ("cuda", "cpu") or (records and tensor.requires_grad)
+        for tensor in tensors
+    )
+
+
 def enqueue(kernel: Any, programs: Sequence[int], device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Launch a kernel on the device of its tensors: Triton takes the current one, wherever the tensors are."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[tuple(programs)](*arguments, **constants)
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once."""
     if device.type != "cuda":
         return MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Return how much shared memory a program may have."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def power_of_2(number: int) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lit_sparse_kernels.jit import Listed, check_matrix, enqueue, jit, listed, on_cuda, power_of_2, tl
+from lit_sparse_kernels.jit import Listed, check_matrix, enqueue, jit, listed, on_cuda, power_of_2, runs_directly, tl
 
 CASES = [
     # tokens, in, block width, kept block columns, dtype, dtype of the copy
@@ -148,27 +148,31 @@ def _whole(columns: Listed, inputs: int, width: int, device: torch.device) -> tu
     return kept[:whole], available * width
 
 
-@torch.library.custom_op("lit_sparse::pack_columns", mutates_args=())
 def _pack_columns(x_TK: Tensor, columns_C: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
     _check_forms("x_TK", x_TK, columns_C, None)
     run = launch if on_cuda(x_TK) else on_host
     return run(x_TK, _checked(columns_C, -(-x_TK.shape[1] // width)), width, dtype)
 
 
-@_pack_columns.register_fake
+_pack_columns_op = torch.library.custom_op("lit_sparse::pack_columns", _pack_columns, mutates_args=())
+
+
+@_pack_columns_op.register_fake
 def _(x_TK: Tensor, columns_C: Tensor, width: int, dtype: torch.dtype | None = None) -> Tensor:
     _check_forms("x_TK", x_TK, columns_C, None)
     return x_TK.new_empty(len(x_TK), len(columns_C) * width, dtype=dtype)
 
 
-@torch.library.custom_op("lit_sparse::unpack_columns", mutates_args=())
 def _unpack_columns(packed_TP: Tensor, columns_C: Tensor, width: int, inputs: int) -> Tensor:
     _check_forms("packed_TP", packed_TP, columns_C, len(columns_C) * width)
     run = launch_unpack if on_cuda(packed_TP) else unpack_on_host
     return run(packed_TP, _checked(columns_C, -(-inputs // width)), width, inputs)
 
 
-@_unpack_columns.register_fake
+_unpack_columns_op = torch.library.custom_op("lit_sparse::unpack_columns", _unpack_columns, mutates_args=())
+
+
+@_unpack_columns_op.register_fake
 def _(packed_TP: Tensor, columns_C: Tensor, width: int, inputs: int) -> Tensor:
     _check_forms("packed_TP", packed_TP, columns_C, len(columns_C) * width)
     return packed_TP.new_empty(len(packed_TP), inputs)
@@ -209,7 +213,8 @@ def pack_columns(x_TK: Tensor, columns_C: Tensor, width: int, dtype: torch.dtype
         _check_forms("x_TK", x_TK, columns_C, None)
         _checked(columns_C, len(columns_C))
         return x_TK
-    return _pack_columns(x_TK, columns_C, width, dtype)
+    run = _pack_columns if runs_directly(x_TK, columns_C) else _pack_columns_op
+    return run(x_TK, columns_C, width, dtype)
 
 
 def _is_its_copy(x_TK: Tensor, columns_C: Tensor, width: int, dtype: torch.dtype | None) -> bool:
@@ -230,4 +235,5 @@ def unpack_columns(packed_TP: Tensor, columns_C: Tensor, width: int, inputs: int
         ImportError: for CUDA tensors where Triton is missing.
         ValueError: if dtypes, devices or shapes do not go together, or columns are not as in `pack_columns`.
     """
-    return _unpack_columns(packed_TP, columns_C, width, inputs)
+    run = _unpack_columns if runs_directly(packed_TP, columns_C) else _unpack_columns_op
+    return run(packed_TP, columns_C, width, inputs)

@@ -14,6 +14,7 @@ import struct
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from lit_sparse_profiling.sections import Pair
 
 READY, GO = b"r", b"g"
 SECONDS = struct.Struct("d")
+DEPENDENT = 0.3
+"""Size of the lag-1 autocorrelation of the rounds' ratios above which it is reported."""
 POLL_SECONDS = 0.2
 """Seconds between two polls of a process."""
 
@@ -141,7 +144,7 @@ def interleave(
     other = second()
     try:
         if other.ready(deadline, tick):
-            return _rounds(first, other, deadline, tick)
+            return [(one, two) for one, two in rounds_of((first, other), deadline, tick)]
         while first.step(deadline, tick) is not None and first.ready(deadline, tick):
             pass
         return []
@@ -149,20 +152,22 @@ def interleave(
         other.end(deadline, tick)
 
 
-def _rounds(
-    first: PairedRun, second: PairedRun, deadline: float | None, tick: Callable[[], None]
-) -> list[tuple[float, float]]:
-    """Play the rounds, once both runs are ready for their first timed step."""
-    out: list[tuple[float, float]] = []
+def rounds_of(runs: Sequence[PairedRun], deadline: float | None, tick: Callable[[], None]) -> list[tuple[float, ...]]:
+    """Return the seconds of all in each round, until one has no more steps; all must be ready for their first one."""
+    out: list[tuple[float, ...]] = []
     while True:
-        # The order alternates: whoever comes second finds other caches and clocks than whoever comes first.
-        players = (second, first) if len(out) % 2 else (first, second)
-        seconds = {player: player.step(deadline, tick) for player in players}
-        one, two = seconds[first], seconds[second]
-        if one is None or two is None:
+        begins = len(out) % len(runs)
+        seconds: dict[PairedRun, float | None] = {}
+        rested: list[bool] = []
+        for run in (*runs[begins:], *runs[:begins]):
+            seconds[run] = run.step(deadline, tick)
+            # Callbacks, logging and data loading follow a step: they would slow the next run's step.
+            rested.append(run.ready(deadline, tick))
+        round_ = tuple(taken for run in runs if (taken := seconds[run]) is not None)
+        if len(round_) < len(runs):
             return out
-        out.append((one, two))
-        if not all(player.ready(deadline, tick) for player in players):
+        out.append(round_)
+        if not all(rested):
             return out
 
 
@@ -176,7 +181,27 @@ def compare_rounds(against: str, seconds: Sequence[tuple[float, float]]) -> Pair
         raise ValueError(f"there are no rounds to compare with {against}.")
     ratios = [one / two for one, two in seconds]
     low, high = bootstrap_interval(ratios)
-    return Pair(against, statistics.median(ratios), low, high, max(ratios), len(ratios))
+    rounds = [list(one) for one in seconds]
+    return Pair(against, statistics.median(ratios), low, high, max(ratios), len(ratios), rounds)
+
+
+def autocorrelation(values: Sequence[float]) -> float:
+    """Return the lag-1 autocorrelation of `values`; 0 if they are constant or fewer than three."""
+    mean = statistics.fmean(values) if values else 0.0
+    off = [value - mean for value in values]
+    spread = sum(one * one for one in off)
+    return sum(one * two for one, two in pairwise(off)) / spread if len(off) > 2 and spread else 0.0
+
+
+def dependence(pair: Pair) -> str | None:
+    """Return a sentence if the rounds' ratios depend on each other, so that the interval is not to be relied on."""
+    found = autocorrelation([one / two for one, two in pair.seconds])
+    if abs(found) <= DEPENDENT:
+        return None
+    return (
+        f"The rounds against {pair.against} depend on each other (lag-1 autocorrelation {found:.2f}, above "
+        f"{DEPENDENT} in size): the interval of their ratio is too narrow or biased; repeat with more rounds."
+    )
 
 
 def bootstrap_interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float]:

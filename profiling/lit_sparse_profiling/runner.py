@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lit_sparse_profiling.paired import PairedRun, compare_rounds, interleave
+from lit_sparse_profiling.paired import PairedRun, compare_rounds, dependence, interleave
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.run_folders import folders, next_folder
 
@@ -165,7 +165,8 @@ def _run_interleaved(
 def _with_pair(record: RunRecord, against: str, rounds: Sequence[tuple[float, float]]) -> RunRecord:
     """Return the record with the ratio of step times, or with a note if no steps were interleaved."""
     if rounds:
-        return replace(record, pair=compare_rounds(against, rounds))
+        pair = compare_rounds(against, rounds)
+        return replace(record, pair=pair, notes=[*record.notes, *filter(None, [dependence(pair)])])
     note = f"No steps were interleaved with those of {against}: one of the two runs ended before its first timed step."
     return replace(record, notes=[*record.notes, note])
 

@@ -346,6 +346,7 @@ class Pair:
         high: Upper end of that interval.
         highest: Highest ratio of any round.
         rounds: Number of rounds.
+        seconds: Step times of this run and of the other in each round; empty in records of before they were kept.
     """
 
     against: str
@@ -354,3 +355,4 @@ class Pair:
     high: float
     highest: float
     rounds: int
+    seconds: list[list[float]] = field(default_factory=list)

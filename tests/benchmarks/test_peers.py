@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import gpu, kernels, peers, provenance, readme, turns
+from benchmarks import gpu, gpu_methods, kernels, peers, provenance, readme, turns
 from benchmarks.floor import Floor
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies.base import ALONE, no_probe
@@ -177,7 +177,7 @@ def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
         driver=Driver("a GPU", "GPU-1", "570", False, "v2", "own pid", 2**34, 2**34, 2**29, 0, 9, joules=500.0),
         kernels=Kernels(2, 1.0, 0.1, "bfloat16", 10**10, 10**9, 0, []),
     )
-    (tmp_path / "gpu.jsonl").write_text(json.dumps(gpu.line("smt", run)) + "\n")
+    (tmp_path / "gpu.jsonl").write_text(json.dumps(gpu_methods.line("smt", run)) + "\n")
     table = readme.gpu(tmp_path)
     assert "on a GPU, peft 0.21.2" in table
     assert "| smt | measured | 10 (1.00%) | 50 | 1000.0 | 10.0% | 3.50 | 3.56 | 1.8% | 8.00 | 16.00 | 250.0 |" in table
@@ -188,20 +188,48 @@ def test_pairs_on_a_gpu_are_judged_and_shown(tmp_path: Path) -> None:
     pair = provenance.provenance("gpu", run) | turns.pair_line("smt", Pair("floor", 1.02, 1.01, 1.05, 1.1, 20))
     alone = [{"method": "smt", "requested": 30, "model": "1b"}, {"method": "full", "requested": 100, "model": "1b"}]
     large = {"method": "frozen", "requested": 1, "reserved": 24.1e9, "model": "8b"}
-    floor, peak, lisa = gpu.verdicts([pair, *alone, large])
+    floor, peak, lisa = gpu_methods.verdicts([pair, *alone, large])
     assert floor == ("smt: step time / floor 1.020, at most 1.03", True)
     assert peak == ("smt: peak of the steps 70.0% below full fine-tuning's, at least 67%", True)
     assert lisa == ("LISA, frozen embeddings, 8B: 24.1 GB reserved, at most 24", False)
-    assert not next(gpu.verdicts([{**pair, "ratio_median": 1.04}, *alone]))[1]
-    (tmp_path / "gpu.jsonl").write_text(f"{json.dumps(gpu.line('smt', run))}\n{json.dumps(pair)}\n")
+    assert not next(gpu_methods.verdicts([{**pair, "ratio_median": 1.04}, *alone]))[1]
+    (tmp_path / "gpu.jsonl").write_text(f"{json.dumps(gpu_methods.line('smt', run))}\n{json.dumps(pair)}\n")
     assert "| smt | floor | 1.020 [1.010, 1.050] |" in readme.gpu(tmp_path)
 
 
 def test_a_gpu_is_benchmarked_with_yamls_that_are_there() -> None:
-    words = [word for command in gpu.commands(Path("runs"), []) for word in command]
+    words = [word for command in gpu_methods.commands(Path("runs"), []).values() for word in command]
     files = [word.rpartition("=")[2] for word in words if word.endswith(".yaml")]
-    assert set(gpu.OTHERS.values()) <= set(files)
-    assert all((provenance.ROOT / file).is_file() or file in gpu.METHODS for file in files)
+    others = gpu_methods.OTHERS.values()
+    assert all((provenance.ROOT / file).is_file() or file in gpu_methods.METHODS for file in [*files, *others])
+
+
+def test_the_stages_of_a_gpu_host_are_commands_with_limits(tmp_path: Path) -> None:
+    steps = list(gpu.plan(gpu.STAGES, tmp_path, tmp_path, dry=False))
+    assert [step.name for step in steps] == list(gpu.STAGES)
+    commands = [words for step in steps for words in step.commands.values()]
+    files = [word for words in commands for word in words if word.startswith("tests/")]
+    assert files
+    assert all((provenance.ROOT / file).is_file() for file in files)
+    modules = {words[1] for words in commands if words[0] == "-m"}
+    assert modules == {
+        "pytest",
+        "benchmarks.weights",
+        "benchmarks.kernels",
+        "benchmarks.gpu_methods",
+        "benchmarks.deft",
+    }
+
+
+def test_a_step_is_stopped_at_its_limit_and_not_repeated_once_done(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    late = gpu.Step("late", 1, {"quick": ["-c", "print('said')"], "slow": ["-c", "import time; time.sleep(600)"]})
+    line = gpu.run(late, 3, tmp_path)
+    assert line["codes"] == {"quick": 0, "slow": None}
+    assert (tmp_path / "logs" / "quick.log").read_text() == "said\n"
+    done = {"step": "env", "codes": {"env": 0}, "seconds": 1}
+    (tmp_path / "steps.jsonl").write_text(f"{json.dumps(line)}\n{json.dumps(done)}\n")
+    assert gpu.finished(tmp_path) == {"env"}
 
 
 # ---- ops
@@ -286,6 +314,8 @@ def test_they_run_as_modules() -> None:
         "benchmarks.deft",
         "benchmarks.peers",
         "benchmarks.gpu",
+        "benchmarks.gpu_methods",
+        "benchmarks.host_time",
         "benchmarks.kernels",
         "benchmarks.lisa_costs",
         "benchmarks.overhead",

@@ -16,7 +16,6 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """A thread block's shared memory at most, by compute capability (CUDA C++ programming guide)."""
@@ -107,8 +106,6 @@ def type_of(value: Any) -> str:
     """Triton's name of the type that it would give the argument."""
     if isinstance(value, Tensor):
         return f"*{DTYPES[value.dtype]}"
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{DTYPES[value.base.dtype]}{list(value.block_shape)}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

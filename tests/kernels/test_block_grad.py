@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from lit_sparse_kernels.block_grad import CASES, Plan, block_grad, launch, programs_for, reference
+from lit_sparse_kernels.block_grad import CASES, Plan, block_grad, launch, plan_for, reference, splits_for
 from lit_sparse_kernels.jit import Listed
 
 
@@ -40,21 +40,12 @@ def test_the_kernel_makes_the_dense_gradient_of_the_blocks(case, poisoned):
     assert_is_the_sum(launch(given[0], given[1], Listed(case[4]), given[3]), *given)
 
 
-PLANS = [
-    Plan(32, 16, 16, 4, 2, split="none", dense_from=2),
-    Plan(16, 32, 16, 4, 2, split="even", dense_from=2),
-    Plan(32, 32, 16, 4, 2, split="stream", dense_from=2),
-    Plan(32, 32, 16, 4, 2, tma=True, split="stream", dense_from=2),
-    Plan(32, 32, 16, 4, 2, dense_from=0),
-]
-
-
 @pytest.mark.interpreted
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [Plan(32, 16, 16, 4, 2), Plan(16, 32, 16, 4, 2), Plan(32, 32, 16, 4, 2)], ids=str)
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[5], CASES[6]], ids=str)
-def test_every_plan_makes_and_adds_the_dense_gradient(case, plan, poisoned, monkeypatch):
-    for processors in (5, 132):  # programs that make several tiles, and tiles that many programs make
-        monkeypatch.setattr("lit_sparse_kernels.block_grad.multiprocessors", lambda device, many=processors: many)
+def test_every_split_makes_and_adds_the_dense_gradient(case, plan, poisoned, monkeypatch):
+    for splits in (1, 2, 3):
+        monkeypatch.setattr("lit_sparse_kernels.block_grad.splits_for", lambda *_, splits=splits: splits)
         dys, x, blocks, size = inputs(*case)
         assert_is_the_sum(launch(dys, x, Listed(case[4]), size, plan=plan), dys, x, blocks, size)
         into = torch.full((len(case[4]), *size), 2.0)
@@ -63,11 +54,19 @@ def test_every_plan_makes_and_adds_the_dense_gradient(case, plan, poisoned, monk
 
 
 def test_work_is_divided_so_that_the_busiest_processor_has_least():
-    even = Plan(128, 128, 64, 8, 3)
-    assert programs_for(even, tiles=132, steps=128, processors=132) == 132
-    assert programs_for(even, tiles=4, steps=128, processors=132) >= 40
-    assert programs_for(even._replace(split="none"), 4, 128, 132) == 4
-    assert programs_for(even._replace(split="stream"), 192, 128, 132) == 132
+    assert splits_for(tiles=132, steps=128, processors=132) == 1
+    assert splits_for(tiles=54, steps=128, processors=132) == 2  # 27 blocks of 256
+    assert splits_for(tiles=96, steps=128, processors=132) == 1  # 48 of them
+    assert splits_for(tiles=4, steps=128, processors=132) >= 10
+
+
+def test_the_larger_tile_is_for_chips_that_hold_it_and_blocks_that_fill_it(monkeypatch):
+    x = torch.empty(64, 256, dtype=torch.bfloat16)
+    assert plan_for(x, (256, 256))[:2] == (128, 256)
+    assert plan_for(x, (208, 208))[:2] == (128, 256)
+    assert plan_for(x, (256, 320))[:2] == plan_for(x.float(), (256, 256))[:2] == (128, 128)
+    monkeypatch.setattr("lit_sparse_kernels.block_grad.shared_bytes", lambda device: 163 * 1024)
+    assert plan_for(x, (256, 256))[:2] == (128, 128)
 
 
 @pytest.mark.gpu

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_sparse_kernels import jit
 
@@ -79,3 +80,17 @@ def test_an_index_is_read_again_when_it_or_what_it_indexes_changed() -> None:
     assert read(4).rows == [(2,), (1,)]
     with pytest.raises(ValueError, match=r"index has \(2,\), which lies outside; expected numbers below 2\."):
         read(2)
+
+
+def test_an_op_skips_the_dispatcher_only_where_nothing_watches_it() -> None:
+    plain, trained = torch.ones(2), torch.nn.Parameter(torch.ones(2))
+    assert jit.runs_directly(plain)
+    assert not jit.runs_directly(plain, trained)  # autograd would record what the op does
+    with torch.no_grad():
+        assert jit.runs_directly(plain, trained)
+        assert not jit.runs_directly(torch.ones(2, device="meta"))
+    with FakeTensorMode():
+        assert not jit.runs_directly(plain)
+    assert not torch.vmap(lambda one: torch.tensor(jit.runs_directly(plain)) & one)(
+        torch.ones(2, dtype=torch.bool)
+    ).any()

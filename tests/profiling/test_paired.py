@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from lit_sparse_profiling import paired
-from lit_sparse_profiling.paired import PairedRun, Turns, bootstrap_interval, compare_rounds, interleave
+from lit_sparse_profiling.paired import (
+    PairedRun,
+    Turns,
+    autocorrelation,
+    bootstrap_interval,
+    compare_rounds,
+    dependence,
+    interleave,
+)
 
 SOURCES = str(Path(paired.__file__).parents[1])
 STEPS = """
@@ -43,6 +51,37 @@ def test_steps_alternate_and_so_does_their_order(tmp_path: Path) -> None:
     assert rounds == [(3.0, 2.0)] * 4
     assert code == 0
     assert (tmp_path / "order").read_text().split() == ["a", "b", "b", "a", "a", "b", "b", "a"]
+
+
+RESTLESS = """
+import os, sys, time
+sys.path.insert(0, {sources!r})
+from lit_sparse_profiling.paired import Turns
+turns = Turns(sys.argv[-1].removeprefix("--profile.turns="))
+for step in range(12):
+    turns.wait()
+    slowed = os.path.exists({others!r})  # by the untimed work of the other, as two processes share a device
+    time.sleep(0.002)
+    if {untimed}:
+        open({mine!r}, "w").close()
+    turns.report(2.0 if slowed else 1.0)
+    time.sleep({untimed})
+    if {untimed}:
+        os.remove({mine!r})
+"""
+
+
+@pytest.mark.parametrize("restless", ["a", "b"])
+def test_neither_is_timed_while_the_other_works(tmp_path: Path, restless: str) -> None:
+    def start(name: str, other: str) -> PairedRun:
+        values = {"mine": str(tmp_path / name), "others": str(tmp_path / other), "sources": SOURCES}
+        script = RESTLESS.format(**values, untimed=0.05 if name == restless else 0.0)
+        return PairedRun([sys.executable, "-c", script], tmp_path / f"{name}.log")
+
+    first = start("a", "b")
+    rounds = interleave(first, lambda: start("b", "a"), None, lambda: None)
+    assert first.end(None, lambda: None) == 0
+    assert rounds == [(1.0, 1.0)] * 12
 
 
 @pytest.mark.parametrize("steps", [(2, 5), (5, 2)])
@@ -105,6 +144,7 @@ def test_the_pair_is_the_ratio_of_the_first_to_the_second() -> None:
     pair = compare_rounds("floor", [(3.0, 2.0), (2.0, 2.0), (5.0, 2.0)])
     assert (pair.against, pair.median, pair.highest, pair.rounds) == ("floor", 1.5, 2.5, 3)
     assert 1.0 <= pair.low <= 1.5 <= pair.high <= 2.5
+    assert pair.seconds == [[3.0, 2.0], [2.0, 2.0], [5.0, 2.0]]
     with pytest.raises(ValueError, match="no rounds to compare with floor"):
         compare_rounds("floor", [])
 
@@ -116,3 +156,10 @@ def test_the_interval_holds_the_median_and_narrows() -> None:
     assert bootstrap_interval(few) == (low, high)
     narrow = bootstrap_interval(many)
     assert narrow[1] - narrow[0] < high - low
+
+
+def test_rounds_that_depend_on_each_other_are_reported() -> None:
+    assert autocorrelation([1.0, 2.0] * 10) == pytest.approx(-0.95)
+    assert autocorrelation([1.0, 1.0, 1.0]) == autocorrelation([1.0, 2.0]) == autocorrelation([]) == 0.0
+    assert "lag-1 autocorrelation -0.95" in (dependence(compare_rounds("floor", [(1.0, 2.0), (2.0, 2.0)] * 10)) or "")
+    assert dependence(compare_rounds("floor", [(2.0, 2.0)] * 4)) is None
