@@ -150,7 +150,11 @@ class LitSparse(Resumable):
         if scale is not None:
             self.updates.scale_gradients(scale)
         self._count_tokens(tokens)
-        self.log("train_loss", loss, prog_bar=True)
+        self._log_loss(loss)
+
+    def _log_loss(self, loss: Tensor) -> None:
+        # Lightning reads a value that is for the bar at every step, bar or not, and so waits for the device.
+        self.log("train_loss", loss, prog_bar=self.trainer.progress_bar_callback is not None)
 
     def _count_tokens(self, tokens: Tensor) -> None:
         self.tokens_seen = (
@@ -234,5 +238,5 @@ class LitSparse(Resumable):
         self._value = torch.as_tensor(value, device=self.device)
         self._count_tokens(sum_over_ranks(torch.stack([self.scored_count(batch) for batch in self._batches]).sum()))
         self._batches.clear()
-        self.log("train_loss", self._value, prog_bar=True)
+        self._log_loss(self._value)
         closure()  # Lightning takes the step's result from it
