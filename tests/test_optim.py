@@ -67,7 +67,7 @@ def test_state_of_other_parameters_is_refused():
     other[2].requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(trainable(net)))
     twin = match_by_name(torch.optim.AdamW(parameter_groups(trainable(other))))
-    with pytest.raises(BadInput, match=r"first that differs: 2\.bias"):
+    with pytest.raises(BadInput, match=r"the first that differs is 2\.bias"):
         twin.load_state_dict(optimizer.state_dict())
 
 

@@ -100,7 +100,7 @@ def test_replicas_train_to_the_same_weights(method, pair):
     first, second = (result(pair, method, rank) for rank in range(2))
     assert first == second
     if method.startswith("lisa"):
-        assert "but DDP reduces the gradients of those alone that train when it starts; set trainer" in first
+        assert "but DDP reduces only the gradients of weights that are trainable when it starts; set trainer" in first
     else:
         assert len(first) == 64, first
 

@@ -22,7 +22,7 @@ from lit_sparse.anatomy import is_target
 from lit_sparse.blocks.linear import in_precision
 from lit_sparse.checkpoints import hash_of
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import shard_like, whole
+from lit_sparse.optim import full_tensor, shard_like
 
 Space = Literal["weights", "factors"]
 """`weights`: LoRA's product B A is one dense matrix. `factors`: each trained tensor is a matrix of its own."""
@@ -67,7 +67,7 @@ class TrainedMatrix:
         """
         held = [p if optimizer is None else master_of(p, optimizer) for p in self.parameters.values()]
         wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in held]
-        return wide if self.scale is None else [whole(value) for value in wide]
+        return wide if self.scale is None else [full_tensor(value) for value in wide]
 
     def copies(self, optimizer: Optimizer | None = None) -> list[Tensor]:
         """Return copies of the current values; otherwise as `values`."""

@@ -17,7 +17,7 @@ from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.optim import AdamW, match_by_name
-from lit_sparse.ranks import averaged
+from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse_profiling.phases import Phases
 
@@ -162,7 +162,7 @@ class LitSparse(Resumable):
 
         def loss() -> Tensor:
             losses = [self.penalized_loss(batch)[0] for batch in self._window]
-            return averaged(torch.stack(losses).mean())
+            return all_reduce_mean(torch.stack(losses).mean())
 
         with torch.no_grad():
             value = optimizer.step(loss)  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_sparse.anatomy import MLP, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.mlp_density import Site, Sums, act_of, check_sites, masked_mean, token_mask
-from lit_sparse.ranks import averaged
+from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy, no_probe
 
 MEMORY = 0.9
@@ -189,7 +189,7 @@ class ActivationDensity(UpdateStrategy):
         """Move the running densities towards this step's, to the same bits on every rank, even one that saw none."""
         device = self._sums.sharpness.device
         seen = [torch.cat([one.float(), one.new_ones(1, dtype=torch.float32)]) for one in self._seen]
-        total = averaged(torch.stack(seen).sum(0) if seen else torch.zeros(len(self._sites) + 1, device=device))
+        total = all_reduce_mean(torch.stack(seen).sum(0) if seen else torch.zeros(len(self._sites) + 1, device=device))
         if total[-1] == 0:
             return
         new = total[:-1] / total[-1]

@@ -37,7 +37,7 @@ from lit_sparse.importance.recorded import (
     path_importance,
     read_recorded,
 )
-from lit_sparse.optim import local, total
+from lit_sparse.optim import local_shard, sum_scalars
 from lit_sparse.strategies.base import BaseWeights, Context, Gradients, Need, Probe, UpdateStrategy
 
 
@@ -196,7 +196,7 @@ class AdaptiveRegularization(UpdateStrategy):
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         if self.phi:
-            self._value = total([self._pull(matrix) for matrix in self._matrices])
+            self._value = sum_scalars([self._pull(matrix) for matrix in self._matrices])
 
     def _pull(self, matrix: TrainedMatrix) -> Tensor:
         """Add the penalty's gradient for `matrix`, and return its part of the penalty."""
@@ -226,7 +226,7 @@ class AdaptiveRegularization(UpdateStrategy):
     def describe(self) -> dict[str, Any]:
         """The layers' coefficients, and what importance and anchor take in bytes."""
         kept = [*self._weights.values(), *(value for values in self._anchors.values() for value in values)]
-        return {"coefficients": self._coefficients, "bytes": sum(local(value).nbytes for value in kept)}
+        return {"coefficients": self._coefficients, "bytes": sum(local_shard(value).nbytes for value in kept)}
 
 
 @dataclasses.dataclass
@@ -285,7 +285,7 @@ class L2SP(UpdateStrategy):
             else pull_parameter(matrix, self._anchors[matrix.name][0], self.alpha, rates, optimizer)
             for matrix in self._matrices
         ]
-        self._value = total(parts)
+        self._value = sum_scalars(parts)
 
     def logged(self) -> dict[str, Tensor]:
         return {"l2sp_penalty": self._value}
@@ -295,7 +295,7 @@ class L2SP(UpdateStrategy):
 
     def describe(self) -> dict[str, Any]:
         """What the anchors take in bytes."""
-        return {"bytes": sum(local(value).nbytes for values in self._anchors.values() for value in values)}
+        return {"bytes": sum(local_shard(value).nbytes for values in self._anchors.values() for value in values)}
 
     def detach(self, model: nn.Module) -> None:
         self._matrices, self._anchors = [], {}

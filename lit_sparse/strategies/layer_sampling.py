@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import whole
+from lit_sparse.optim import full_tensor
 
 Order = Literal["ascending", "descending", "random"]
 
@@ -183,5 +183,5 @@ def rms(tensors: Any) -> Tensor:
     for tensor in tensors:
         squares.append(torch.linalg.vector_norm(tensor, dtype=torch.float32).square())
         count += tensor.numel()
-    total = torch.stack([whole(square) for square in squares]).sum()
+    total = torch.stack([full_tensor(square) for square in squares]).sum()
     return (total / count).sqrt()

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import drop_state, shard_like
-from lit_sparse.ranks import averaged
+from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Sampler, rms, sampler_of
 
@@ -122,7 +122,7 @@ class LISA(UpdateStrategy):
                 loss.backward()
                 steps += 1
         sums = torch.stack([torch.stack(squares[number]).sum() for number in squares]) / steps
-        averaged(sums)  # the same on every rank, or they would draw different layers
+        all_reduce_mean(sums)  # the same on every rank, or they would draw different layers
         counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers]
         return {n: (total / count) ** 0.5 for n, (total, count) in enumerate(zip(sums.tolist(), counts, strict=True))}
 

@@ -25,8 +25,8 @@ from lit_sparse.importance.matrices import (
     watch,
 )
 from lit_sparse.importance.recorded import entry
-from lit_sparse.optim import local
-from lit_sparse.ranks import averaged
+from lit_sparse.optim import local_shard
+from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Gradients, Need, Probe, UpdateStrategy
 
 
@@ -112,7 +112,7 @@ class RecordImportance(UpdateStrategy):
             gradient = gradient_of(matrix, self._watchers)
             if gradient is None:  # a layer that this rank left out of its pass; the others may not have
                 gradient = torch.zeros_like(self._sums[matrix.name], device=matrix.device)
-            gradient = averaged(gradient) if matrix.scale is not None else gradient
+            gradient = all_reduce_mean(gradient) if matrix.scale is not None else gradient
             self._noted[matrix.name] = gradient, matrix.copies(optimizer)
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
@@ -137,7 +137,7 @@ class RecordImportance(UpdateStrategy):
 
     def describe(self) -> dict[str, Any]:
         """How many matrices and weights are recorded, by this process, and what the record takes in bytes."""
-        sums = [local(sums) for sums in self._sums.values()]
+        sums = [local_shard(sums) for sums in self._sums.values()]
         return {"matrices": len(sums), "weights": sum(s.numel() for s in sums), "bytes": sum(s.nbytes for s in sums)}
 
 

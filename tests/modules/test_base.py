@@ -95,7 +95,7 @@ def fitted(steps=1, base=None, trainer_options=None, **options):
 
 @pytest.mark.parametrize("setting", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}])
 def test_settings_that_a_fused_backward_cannot_follow_are_refused(setting):
-    with pytest.raises(BadInput, match=rf"Fused has no gradients .* remove trainer\.{next(iter(setting))}"):
+    with pytest.raises(BadInput, match=rf"Fused keeps no gradients .* remove trainer\.{next(iter(setting))}"):
         fitted(updates=[Fused()], trainer_options=setting)
 
 

@@ -29,7 +29,7 @@ from tests.test_contract import METHODS, module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
 ROOT = Path(__file__).parents[2]
-SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a model that is sharded"
+SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a sharded model"
 
 
 def unsharded(method: str) -> list[str]:
@@ -378,10 +378,10 @@ def test_every_yaml_is_sharded_or_refused(pair):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("compile", "BadInput: trainer.strategy is fsdp2, with which model.compile does not work"),
+        ("compile", "BadInput: trainer.strategy is fsdp2, which does not support model.compile"),
         ("bf16", "BadInput: model.optimizer is torch.optim.sgd.SGD, which keeps no fp32 masters, but under fsdp2"),
         ("mixed", "BadInput: trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer"),
-        ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which knows nothing of update strategies"),
+        ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which does not support update strategies"),
     ],
 )
 def test_what_would_go_wrong_is_refused(name, sentence, pair):
