@@ -57,7 +57,8 @@ class Sharded(nn.Module):
         """Run FSDP's lazy initialization while every unit of one dtype is trainable.
 
         FSDP fixes the dtype of a unit's gradient reduction at its first forward pass, from the parameters that require
-        grad then. A unit that is frozen at that moment and trains later (LISA) would be reduced in its own dtype, not in fp32.
+        grad then. A unit that is frozen at that moment and trains later (LISA) would be reduced in its own dtype
+        instead of fp32.
         """
         own = dict(self.model.named_parameters())
         of_one_dtype = [names for names in units.values() if len({own[name].dtype for name in names}) == 1]

@@ -189,7 +189,7 @@ def test_its_weights_stay_in_bf16():
 
 
 def test_it_is_clipped_by_no_trainer():
-    with pytest.raises(BadInput, match=r"ForwardOnly has no gradients .* remove trainer\.gradient_clip_val"):
+    with pytest.raises(BadInput, match=r"ForwardOnly keeps no gradients .* remove trainer\.gradient_clip_val"):
         fitted([ForwardOnly()], trainer_options={"gradient_clip_val": 1.0})
 
 
