@@ -1,4 +1,4 @@
-"""Forwards of MLPs that also report, for each token, a smooth count of activations that are not zero."""
+"""MLP forward passes that also return, for each token, a smooth count of the activations that are not zero."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_de
 
 
 class Sums:
-    """Collects what the MLPs report during a forward pass, and holds the sharpness that their proxy reads.
+    """Collect the layers' mean proxies during a forward pass, and hold the sharpness of the proxy.
 
     Attributes:
-        sharpness: fp32 scalar, on the device of the model.
+        sharpness: eps or beta of the proxy, a fp32 scalar on the device of the model. A tensor, so that annealing it
+            does not recompile a compiled model.
     """
 
     def __init__(self) -> None:
@@ -28,32 +29,32 @@ class Sums:
         self._open = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sums:
-        new = Sums()  # a graph of the current pass cannot be copied
+        new = Sums()  # drops the current pass: torch cannot deepcopy tensors that are inside a graph
         new.sharpness = self.sharpness.clone()
         return new
 
     def begin(self, model: nn.Module, args: Any) -> None:
-        """Begin a forward pass; registered as the model's forward pre-hook."""
+        """Start a forward pass; registered as the model's forward pre-hook."""
         self.sharpness = self.sharpness.to(next(model.parameters()).device)  # the model may have moved
         self._by_layer.clear()
         self._open = True
 
     def add(self, layer: int, means: Tensor) -> None:
-        """Add a layer's mean proxies, (T,). Ignored after `take`: a checkpointed layer runs again in the backward."""
+        """Add a layer's mean proxies, (T,). Does nothing after `take`: a checkpointed layer runs again in backward."""
         if self._open:
             self._by_layer[layer] = means
 
     def take(self) -> dict[int, Tensor]:
-        """End the pass; return the mean proxies by layer."""
+        """End the forward pass, and return the mean proxies by layer."""
         taken, self._by_layer, self._open = self._by_layer, {}, False
         return taken
 
 
 @dataclasses.dataclass(eq=False)
 class Site:
-    """Replaces the forward of a gated MLP, or of the activation function of a plain one.
+    """Replace the forward of a gated MLP, or of the activation function of a plain one.
 
-    Matrices are looked up at each call, since adapters may replace them before or after.
+    The linear layers are looked up by name at each call: an adapter may wrap them before or after `install`.
     """
 
     layer: int
@@ -70,25 +71,27 @@ class Site:
 
     @property
     def module(self) -> nn.Module:
-        """The module whose forward is replaced."""
+        """The module whose forward is replaced: the MLP itself, or a plain MLP's activation function."""
         return self.mlp.act if self.mlp.gate is None else self.mlp.module
 
     def install(self) -> None:
+        """Replace the module's forward."""
         self.module.forward = self
 
     def remove(self) -> None:
+        """Put the module's forward back."""
         del self.module.forward
         if self._was is not None:
             self.module.forward = self._was
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Must not depend on `Sums`: a checkpointed layer's recomputation has to save the same tensors as its first run.
+        # Must not depend on `Sums`: checkpointing raises if the recomputation saves other tensors than the first run.
         if not (self.module.training and torch.is_grad_enabled()):
             return self.plain(x)
         return self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the plain forward, and add the mean proxies to the sums."""
+        """Compute the plain forward for x (..., H), and add the mean proxies to the sums."""
         if self.mlp.gate is None:
             return self._activated(x, None)
         gate, up, down = (
@@ -105,7 +108,7 @@ class Site:
 
 
 class GLUDensity(torch.autograd.Function):
-    """`glu_density` with its backward: one node for both outputs, which runs when both gradients are there."""
+    """Differentiate `glu_density`. One node has both outputs, so its backward runs once, with both gradients."""
 
     @staticmethod
     def forward(
@@ -133,10 +136,11 @@ def act_of(module: nn.Module) -> str:
     with torch.no_grad():
         got = module(x)
     for name in ACTS:
-        if torch.allclose(got, activation(x, name), rtol=0, atol=1e-5):  # the two GELUs differ by up to 5e-4
+        # By value, since class names differ between models; the exact and the tanh GELU differ by up to 5e-4 here.
+        if torch.allclose(got, activation(x, name), rtol=0, atol=1e-5):
             return name
     raise BadInput(
-        f"ActivationDensity: the MLPs' activation is {type(module).__name__}, which is none of {', '.join(ACTS)}; take "
+        f"ActivationDensity: the MLPs' activation is {type(module).__name__}, which is none of {', '.join(ACTS)}; use "
         "a model with one of these."
     )
 
@@ -159,7 +163,7 @@ def check_sites(model: nn.Module, sites: list[Site]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    with torch.no_grad(), evaluating(model):  # adapters' dropout would draw twice
+    with torch.no_grad(), evaluating(model):  # in training mode, adapters' dropout would differ between the two runs
         for site in gated:
             _check_site(site, inputs[site.layer])
 
@@ -167,11 +171,12 @@ def check_sites(model: nn.Module, sites: list[Site]) -> None:
 def _check_site(site: Site, x: Tensor) -> None:
     theirs = site.plain(x)
     ours = site.forward(x)
-    # Rounding in half precision is 2^-8 a step; another formula is off by its whole size.
+    # Half precision rounds by 2^-8 per operation; a different formula is off by far more than 2^-5.
+    # More children than gate, up, down and the activation would be skipped, such as a dropout, inactive in evaluation.
     if len(list(site.module.children())) != 4 or (ours - theirs).norm() > 2**-5 * theirs.norm():
         raise BadInput(
-            f"ActivationDensity: the {type(site.module).__name__} that holds {site.mlp.up} is not down(act(gate(x)) * "
-            "up(x)); take a model whose MLPs are."
+            f"ActivationDensity: the {type(site.module).__name__} that holds {site.mlp.up} does not compute "
+            "down(act(gate(x)) * up(x)); use a model whose MLPs do."
         )
 
 
@@ -185,5 +190,8 @@ def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def masked_mean(means: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over the tokens of the mask, a scalar; 0, with a graph, if there are none."""
+    """Return the mean of `means` (T,) over the tokens of `mask` (B, S), a scalar; 0, with a graph, if there are none.
+
+    `where` keeps the shape static: indexing with the mask would make the CPU wait for the GPU.
+    """
     return torch.where(mask.flatten(), means.flatten(), 0).sum() / mask.sum().clamp(min=1)

@@ -202,8 +202,8 @@ def test_steps_that_bf16_weights_lose_are_recorded(pair):
         assert all(torch.equal(got[name]["start"][key], value) for key, value in one["start"].items())
 
 
-def test_gradients_in_bf16_which_lose_a_weak_pull_are_refused(pair):
-    sentence = "BadInput: AdaptiveRegularization holds model.embed_tokens.weight, which under fsdp2 has gradients in"
+def test_gradients_in_bf16_which_lose_a_weak_penalty_are_refused(pair):
+    sentence = "BadInput: AdaptiveRegularization regularises model.embed_tokens.weight, whose gradients are in bfloat16"
     assert result(pair, "half").startswith(sentence)
 
 

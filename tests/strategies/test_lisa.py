@@ -16,7 +16,7 @@ from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.strategies import LISA, SMT, Updates, compose
 from lit_sparse.strategies.base import ALONE, Claim, UpdateStrategy, no_probe
-from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
+from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, draw_weighted
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
@@ -302,7 +302,7 @@ def test_weighted_draws_have_the_exact_inclusion_probabilities(count):
     weights = [0.05, 0.3, 0.1, 0.25, 0.3]
     found = [0] * 5
     for number in range(10_000):
-        for index in weighted(weights, count, 7, number):
+        for index in draw_weighted(weights, count, 7, number):
             found[index] += 1
     assert_frequencies([times / 10_000 for times in found], inclusion(weights, count))
 
@@ -365,10 +365,13 @@ def test_cyclic_draws_are_of_different_layers_whatever_their_number(total):
         ({"active_layers": 0}, "LISA: active_layers is 0; it must be at least 1"),
         ({"interval": 0}, "LISA: interval is 0; it must be at least 1"),
         ({"warmup": -1}, "LISA: warmup is -1; it must be at least 0"),
-        ({"sampler": "best"}, "the sampler 'best' was asked for; there is uniform, cyclic, weight_norm, grad_norm"),
+        (
+            {"sampler": "best"},
+            "the sampler 'best' was asked for; choose one of uniform, cyclic, weight_norm, grad_norm",
+        ),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, sentence):
+def test_invalid_settings_are_refused(options, sentence):
     with pytest.raises(BadInput, match=sentence):
         LISA(**options)
 
