@@ -270,7 +270,7 @@ def test_importance_that_does_not_fit_is_refused(phases, tmp_path):
     refused(phases, elsewhere, r"there is no checkpoint at .*nothing", importance=str(tmp_path / "nothing"))
 
 
-def test_records_without_use_are_refused(phases, tmp_path):
+def test_useless_records_are_refused(phases, tmp_path):
     config = read("phases/adaptive_regularization")
     saved = torch.load(phases / "general" / "checkpoints" / "last.ckpt")
     state = saved["lit_sparse"]["updates"][-1]["state"]["importance"]
@@ -284,7 +284,7 @@ def test_records_without_use_are_refused(phases, tmp_path):
     refused(phases, config, "saw no data: its run recorded 0 steps", importance=written(steps=0))
     for entry in state["matrices"].values():
         entry["sums"].fill_(-1)
-    refused(phases, config, "has a mean of 0 and cannot be scaled to 1", importance=written(steps=3))
+    refused(phases, config, "has a mean of 0, which cannot be scaled to 1", importance=written(steps=3))
     one["sums"][0, 0] = math.nan
     refused(phases, config, f"is not finite at {name}: its run diverged", importance=written())
     saved["lit_sparse"]["updates"].pop()

@@ -156,7 +156,7 @@ def two(config=LoraConfig, **settings):
 
 
 def written(path, module):
-    """The checkpoint of a run of `module`, in which all that trains was moved, and what that came to."""
+    """Write the checkpoint of a run of `module` that moved every trainable parameter; return their final values."""
     module.build()
     module._attach()
     ends = {}
@@ -177,8 +177,8 @@ def test_another_configuration_is_refused_where_a_run_goes_on(full, tmp_path):
     dataclasses.replace(two(), start_from=str(path)).attach(went_on, no_probe, ALONE)
     assert all(torch.equal(value, ends[name]) for name, value in trainable(went_on))
     for settings, sentence in (
-        ({"lora_alpha": 32}, r"whose adapter counts 2 times at .*layers\.0.*q_proj, and would count 8 times here"),
-        ({"use_rslora": True}, "counts 2 times at .*, and would count 4 times here"),
+        ({"lora_alpha": 32}, r"whose adapter has the scale 2 at .*layers\.0.*q_proj, but 8 here"),
+        ({"use_rslora": True}, "has the scale 2 at .*, but 4 here"),
         ({"target_modules": ["q_proj"]}, r"that run trained .*v_proj.*, and this one does not"),
     ):
         with pytest.raises(BadInput, match=sentence):

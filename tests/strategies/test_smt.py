@@ -420,7 +420,7 @@ def test_warmup_with_updates_chooses_what_the_formulas_say():
 
 
 def test_warmup_with_updates_needs_float32():
-    with pytest.raises(BadInput, match="which only float32 ones bear"):
+    with pytest.raises(BadInput, match="which needs float32"):
         attached(dtype=torch.bfloat16, warmup="update")
 
 
