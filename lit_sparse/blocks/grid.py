@@ -1,8 +1,8 @@
 """Blocks of weight matrices: the grid, reading and writing blocks, and a selection of blocks in a file.
 
 A matrix (O, K), that is (out, in), is cut into blocks of a `size` (height, width); the last block row and block column
-may be ragged. A selection of blocks is an int32 tensor (N, 2) of (row, column) indices, sorted by column, then row:
-blocks that read the same input columns are next to each other, as the kernels need them.
+may be ragged. A selection of blocks is an int32 tensor (N, 2) of (row, column) indices, sorted by column, then row, so
+that equal selections are equal tensors.
 """
 
 from __future__ import annotations

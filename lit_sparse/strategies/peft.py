@@ -76,7 +76,7 @@ class PEFT(UpdateStrategy):
             )
         if getattr(self.config, "kasa_config", None) is not None:
             raise BadInput(
-                "kasa_config truncates the base's weights in a way that a small checkpoint cannot reproduce; leave it out."
+                "kasa_config truncates the base's weights in a way that a small checkpoint cannot repeat; leave it out."
             )
         self._wrapper: PeftModel | None = None
         self._start: dict[str, Factors] = {}

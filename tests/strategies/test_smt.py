@@ -427,13 +427,13 @@ def test_warmup_with_updates_needs_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup": "update", "blocks": "random"}, "does not go with blocks 'random'"),
+        ({"warmup": "update", "blocks": "random"}, "does not work with blocks 'random'"),
         ({"warmup": "update", "mode": "delta"}, "mode delta"),
         ({"kept_columns": 0.0}, "kept_columns is 0.0"),
         ({"kept_columns": 0.5, "blocks": "slab"}, "with blocks 'slab'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options, message):
+def test_incompatible_settings_are_refused(options, message):
     with pytest.raises(BadInput, match=message):
         SMT(**options)
 
