@@ -73,11 +73,11 @@ class TrainedMatrix:
         """Return copies of the current values; otherwise as `values`."""
         return [value.clone() for value in self.values(optimizer)]
 
-    def share(self, tensor: Tensor) -> Tensor:
+    def shard(self, tensor: Tensor) -> Tensor:
         """Return the local shard of a full tensor, if the matrix is a sharded parameter, or else the tensor."""
         return shard_like(tensor, *self.parameters.values()) if self.scale is None else tensor
 
-    def moved(self, before: Values, optimizer: Optimizer | None = None) -> Tensor:
+    def displacement_from(self, before: Values, optimizer: Optimizer | None = None) -> Tensor:
         """Return the dense displacement from `before`, (out, in)."""
         return displacement(before, self.values(optimizer), self.scale)
 
@@ -131,7 +131,7 @@ def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in within
     ]
-    found = [matrix for matrix in products + plain if is_target(adapted(matrix.name), targets)]
+    found = [matrix for matrix in products + plain if is_target(layer_name(matrix.name), targets)]
     if not found:
         raise BadInput(
             f"{who}: nothing that is trained is among the targets {list(targets)}; give targets among what the run "
@@ -157,7 +157,7 @@ def _refuse_factors(model: nn.Module, found: Sequence[TrainedMatrix], who: str) 
                 )
 
 
-def adapted(name: str) -> str:
+def layer_name(name: str) -> str:
     """Return the name of the layer that holds the matrix `name`, as the base model calls it."""
     for ending in (".weight", ".bias", ".blocks"):
         name = name.removesuffix(ending)

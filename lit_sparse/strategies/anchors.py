@@ -29,10 +29,10 @@ from lit_sparse.importance.recorded import (
     Recorded,
     Unit,
     Weighting,
-    check_alike,
     check_base,
-    check_begins,
+    check_compatible,
     check_fits,
+    check_start,
     layer_coefficients,
     layer_of,
     path_importance,
@@ -125,14 +125,14 @@ class AdaptiveRegularization(UpdateStrategy):
         for path in [self.importance] if isinstance(self.importance, str) else self.importance:
             kind, space, recorded = read_recorded(path)
             if before is not None:
-                check_alike(path, recorded, (kind, space), self._weights, before)
+                check_compatible(path, recorded, (kind, space), self._weights, before)
             before, self._space = (kind, space), space
             self._find(model, recorded)
             check_fits(path, recorded, self._matrices)
             self._add(kind, recorded)
         self._anchors = {name: self._anchor(one) for name, one in recorded.items()}
         if self.anchor == "end":
-            check_begins(path, self._matrices, self._anchors)
+            check_start(path, self._matrices, self._anchors)
         else:
             check_base(path, self._matrices, recorded)
         self._weigh(path)
@@ -146,7 +146,7 @@ class AdaptiveRegularization(UpdateStrategy):
     def _add(self, kind: Kind, recorded: Mapping[str, Recorded]) -> None:
         for name, one in recorded.items():
             settings = (self.xi, self.xi_scale == "relative", self.negative == "clamp")
-            importance = one.sums if kind == "fisher" else path_importance(one.sums, one.moved, *settings)
+            importance = one.sums if kind == "fisher" else path_importance(one.sums, one.displacement, *settings)
             self._weights[name] = self._weights[name] + importance if name in self._weights else importance
 
     def _anchor(self, one: Recorded) -> list[Tensor]:
@@ -186,9 +186,9 @@ class AdaptiveRegularization(UpdateStrategy):
     def _place(self) -> None:
         for matrix in self._matrices:
             device = torch.device("cpu") if self.offload else matrix.device
-            weights = matrix.share(self._weights[matrix.name])
+            weights = matrix.shard(self._weights[matrix.name])
             self._weights[matrix.name] = weights.to(device, getattr(torch, self.dtype))
-            self._anchors[matrix.name] = [matrix.share(value).to(device) for value in self._anchors[matrix.name]]
+            self._anchors[matrix.name] = [matrix.shard(value).to(device) for value in self._anchors[matrix.name]]
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._space, self._coefficients = state["space"], dict(state["coefficients"])
@@ -277,7 +277,7 @@ class L2SP(UpdateStrategy):
 
     def on_shard(self) -> None:
         kept = {matrix.name: matrix for matrix in self._matrices if matrix.scale is None}
-        self._anchors = {name: [matrix.share(*self._anchors[name])] for name, matrix in kept.items()}
+        self._anchors = {name: [matrix.shard(*self._anchors[name])] for name, matrix in kept.items()}
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:

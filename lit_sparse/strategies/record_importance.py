@@ -78,7 +78,7 @@ class RecordImportance(UpdateStrategy):
         self._pending, self._steps = {}, 0
         self._find(model)
         for matrix in self._matrices:
-            self._store(matrix, matrix.moved(matrix.values()), matrix.copies())  # a displacement of zero
+            self._store(matrix, matrix.displacement_from(matrix.values()), matrix.copies())  # a displacement of zero
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._find(model)
@@ -100,8 +100,8 @@ class RecordImportance(UpdateStrategy):
 
     def _store(self, matrix: TrainedMatrix, sums: Tensor, start: Values) -> None:
         device = torch.device("cpu") if self.offload else matrix.device
-        self._sums[matrix.name] = matrix.share(sums).to(device)
-        self._start[matrix.name] = [matrix.share(value).to(device) for value in start]
+        self._sums[matrix.name] = matrix.shard(sums).to(device)
+        self._start[matrix.name] = [matrix.shard(value).to(device) for value in start]
 
     def on_shard(self) -> None:
         for matrix in self._matrices:
@@ -123,7 +123,7 @@ class RecordImportance(UpdateStrategy):
                 continue
             gradient, before = self._pending.pop(matrix.name)
             sums = self._sums[matrix.name]
-            sums.sub_(gradient.mul_(matrix.moved(before, optimizer)).to(sums.device), alpha=self.every)
+            sums.sub_(gradient.mul_(matrix.displacement_from(before, optimizer)).to(sums.device), alpha=self.every)
         self._steps = step
         self._switch_watchers()
         return False
@@ -181,7 +181,7 @@ class RecordFisher(UpdateStrategy):
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._matrices = trained_matrices(model, self.targets, self.space, "RecordFisher")
         self._start = {matrix.name: [copy.cpu() for copy in matrix.copies()] for matrix in self._matrices}
-        self._sums = {matrix.name: matrix.moved(matrix.values()) for matrix in self._matrices}
+        self._sums = {matrix.name: matrix.displacement_from(matrix.values()) for matrix in self._matrices}
         watchers, count = watch(self._matrices), 0
         with single_samples(model), evaluating(model):
             for loss in probe(self.samples):

@@ -247,7 +247,9 @@ def test_importance_that_does_not_fit_is_refused(phases, tmp_path):
     config = read("phases/adaptive_regularization")
     elsewhere = copy.deepcopy(config)
     del elsewhere["updates"][0]["init_args"]["start_from"]
-    refused(phases, elsewhere, "the anchor is the end of .*, but this run begins elsewhere .*start_from: .*general")
+    refused(
+        phases, elsewhere, "the anchor is the end of .*, but this run starts at other values .*start_from: .*general"
+    )
     attach(build(phases, elsewhere, anchor="base"))
     refused(
         phases, elsewhere, "was recorded on another base than this run's", base=str(phases / "other"), anchor="base"
@@ -262,10 +264,10 @@ def test_importance_that_does_not_fit_is_refused(phases, tmp_path):
     refused(phases, wide, r"which does not fit this adapter: .*lora_A.* is \(4, 32\) here, and that run has \(8, 32\)")
     fewer = copy.deepcopy(elsewhere)
     fewer["updates"][0]["init_args"]["config"]["init_args"]["target_modules"] = ["q_proj"]
-    refused(phases, fewer, "is of 6 matrices and this run holds 3, which differ in .*v_proj", anchor="base")
+    refused(phases, fewer, "has 6 matrices, this run regularises 3, and they differ in .*v_proj", anchor="base")
     more = copy.deepcopy(elsewhere)
     more["updates"][0]["init_args"]["config"]["init_args"]["target_modules"] = ["q_proj", "v_proj", "o_proj"]
-    refused(phases, more, "is of 6 matrices and this run holds 9, which differ in .*o_proj", anchor="base")
+    refused(phases, more, "has 6 matrices, this run regularises 9, and they differ in .*o_proj", anchor="base")
     attach(build(phases, more, anchor="base", targets=["q", "v"]))
     refused(phases, elsewhere, r"there is no checkpoint at .*nothing", importance=str(tmp_path / "nothing"))
 
@@ -369,7 +371,9 @@ def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):
     fewer = str(tmp_path / "fewer.ckpt")
     after = f"differs from the runs before it in {gone}, but importances add up"
     refused(phases, config, after, importance=[whole, fewer])
-    refused(phases, config, f"is of 5 matrices and this run holds 6, which differ in {gone}", importance=[fewer, whole])
+    refused(
+        phases, config, f"has 5 matrices, this run regularises 6, and they differ in {gone}", importance=[fewer, whole]
+    )
     saved = torch.load(phases / "full" / "checkpoints" / "last.ckpt")
     saved["lit_sparse"]["updates"][-1]["state"]["importance"]["space"] = "factors"
     torch.save(saved, tmp_path / "factors.ckpt")
