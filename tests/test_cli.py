@@ -175,7 +175,7 @@ BAD_PARTS = {
 
 
 @pytest.mark.parametrize(("words", "message"), BAD_PARTS.values(), ids=BAD_PARTS)
-def test_what_a_constructor_refuses_is_its_own_sentence(home, capsys, monkeypatch, words, message):
+def test_a_constructors_refusal_is_printed_as_it_stands(home, capsys, monkeypatch, words, message):
     told = refused(capsys, monkeypatch, "fit", "--config", "smt.yaml", "--model.base", "tiny", *words, *SMALL)
     assert told.startswith(f"lit-sparse: {message}")
     assert "Union" not in told

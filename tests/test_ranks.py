@@ -1,4 +1,4 @@
-"""Two processes: they choose the same blocks, of both ranks' data, and train to the same weights."""
+"""Two processes select the same blocks, from both ranks' data, and train to the same weights."""
 
 import hashlib
 from pathlib import Path
@@ -88,7 +88,7 @@ def replica(folder: Path, method: str) -> str:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    """The folder with what two processes trained."""
+    """Return the folder with the weights that two processes trained."""
     folder = tmp_path_factory.mktemp("pair")
     tiny_llm("llama").save_pretrained(folder / "base")
     run_pair(replicas, folder)

@@ -1,4 +1,4 @@
-"""The task of telling classes apart, on a tiny encoder: what trains, what is scored, what is kept."""
+"""The classification task on a tiny encoder: what trains, scores, classes and checkpoints."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def rows(tmp_path: Path) -> str:
 
 
 def module(method: str, base: str, **options: Any) -> Classifier:
-    """The module of a method's YAML."""
+    """Return the module of a method's YAML."""
     config = yaml.safe_load((configs_folder() / f"{method}.yaml").read_text())["model"]
     for update in config.get("updates+", []):
         arguments = update["init_args"]
@@ -263,7 +263,7 @@ def test_peft_trains_no_copy_of_the_head(base, rows, asked):
         trainer(1).fit(model, datamodule=data(rows, base))
 
 
-def test_what_does_not_go_together_is_refused(base, rows):
+def test_mismatched_data_and_classes_are_refused(base, rows):
     with pytest.raises(BadInput, match="the data are Synthetic"):
         trainer(1).fit(module("full", base), datamodule=Synthetic(vocab_size=96, max_length=8, rows=8))
     with pytest.raises(BadInput, match="the data are Labelled"):

@@ -1,4 +1,4 @@
-"""ActivationDensity: the penalty's value and gradient, who sees it, and that it leaves nothing behind."""
+"""ActivationDensity: value and gradient of the penalty, its logs, its refusals, and a clean detach."""
 
 import copy
 import itertools
@@ -66,7 +66,7 @@ def penalty_of(model, strategy, mask=PADDED):
 
 
 def seen_activations(kind, where):
-    """What hooks on a model without the strategy see: each layer's activations, (tokens, I), padding included."""
+    """Return each layer's activations without the strategy, (tokens, I), through hooks; padding included."""
     model, seen = model_of(kind).train(), []
     for mlp in mlps(model):
         if where == "product":

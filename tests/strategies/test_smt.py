@@ -326,7 +326,7 @@ def test_autocast_matches_a_bf16_model():
         ({"blocks": "no/such/file.json"}, "no choice of blocks could be read"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(options, message):
+def test_impossible_blocks_are_refused_in_one_sentence(options, message):
     with pytest.raises(BadInput, match=message):
         attached("llama", **options)
 
@@ -523,7 +523,7 @@ def test_one_copy_is_packed_also_where_autocast_changes_the_type(dtype):
 
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("options", [{"mode": "delta"}, {"blocks": "slab"}, {"kept_columns": 0.5}], ids=str)
-def test_every_way_keeps_the_contract(kind, options):
+def test_every_setting_keeps_the_contract(kind, options):
     settings = {"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["all"]}
     contract(lambda: [SMT(**{**settings, **options})], kind)
 
