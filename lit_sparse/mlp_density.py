@@ -67,7 +67,9 @@ class Site:
 
     def __post_init__(self) -> None:
         self.plain = self.module.forward
-        self._was = self.module.__dict__.get("forward")
+        self._was = self.module.__dict__.get(
+            "forward"
+        )  # set only if something else has replaced it before (accelerate)
 
     @property
     def module(self) -> nn.Module:
@@ -76,7 +78,7 @@ class Site:
 
     def install(self) -> None:
         """Replace the module's forward."""
-        self.module.forward = self
+        self.module.forward = self  # on the instance: the module keeps its class, hooks and parameters
 
     def remove(self) -> None:
         """Put the module's forward back."""
@@ -101,7 +103,7 @@ class Site:
 
     def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
         flat = gate.flatten(0, -2)
-        other = None if up is None else up.flatten(0, -2).to(gate.dtype)
+        other = None if up is None else up.flatten(0, -2).to(gate.dtype)  # the op takes both in one dtype
         h, rows = GLUDensity.apply(flat, other, self.sums.sharpness, self.act, self.proxy, self.where)  # pyright: ignore
         self.sums.add(self.layer, rows / gate.shape[-1])
         return h.view(gate.shape)

@@ -234,7 +234,7 @@ def test_help_documents_every_field(home, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.run(["fit", "--model.updates.help", "SMT"])
     text = capsys.readouterr().out
-    assert "How blocks are chosen" in text
+    assert "How blocks are selected" in text
     with pytest.raises(SystemExit):
         cli.run(["fit", "--help"])
     text = capsys.readouterr().out

@@ -170,7 +170,7 @@ class _SharedBlocks(torch.autograd.Function):
         # autograd gives them gradients.
         layers = len(tensors) // 3
         weights, biases = tensors[:layers], tensors[layers : 2 * layers]
-        ctx.save_for_backward(packed_TP, *weights)
+        ctx.save_for_backward(packed_TP, *weights)  # not x: only the packed columns stay alive until the backward pass
         ctx.shared = shared
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # pyright: ignore
 
@@ -181,7 +181,7 @@ class _SharedBlocks(torch.autograd.Function):
         dys_TO = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dx, masters = None, [None] * len(dys)
         if ctx.needs_input_grad[0]:
-            dx_TK = dys_TO[0] @ weights[0]
+            dx_TK = dys_TO[0] @ weights[0]  # accumulated in place: autograd would hold one (T, K) for each layer
             for dy_TO, weight_OK in zip(dys_TO[1:], weights[1:], strict=True):
                 dx_TK.addmm_(dy_TO, weight_OK)
             dx = dx_TK.view(*dys[0].shape[:-1], -1)

@@ -63,6 +63,7 @@ def top_blocks(scores: Mapping[str, Tensor], size: Size, count: int, ranking: Ra
 def random_scores(grids: Mapping[str, tuple[int, int]], seed: int) -> dict[str, Tensor]:
     """Return uniform random scores, with which `top_blocks` draws without replacement. They depend on `seed` only."""
     generator = torch.Generator().manual_seed(seed)
+    # Drawn by sorted name, so that the order of the model's modules does not matter.
     draws = {name: torch.rand(grids[name], generator=generator) for name in sorted(grids)}
     return {name: draws[name] for name in grids}
 
@@ -134,6 +135,7 @@ def _side(whole: int, wanted: float) -> int:
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
+    # A stable sort on the CPU: topk may break ties differently on each device, and ranks would disagree.
     return scores.cpu().sort(descending=True, stable=True).indices[:count]
 
 
@@ -193,7 +195,7 @@ class ScoreSheet:
         def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if not output.requires_grad:  # a forward pass without a graph
                 return
-            x = args[0].detach()
+            x = args[0].detach()  # lives until the output's gradient is there, as the input of a trained layer does
             output.register_hook(lambda dy: self.add(name, dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)))
 
         self._hooks.append(layer.register_forward_hook(watch))

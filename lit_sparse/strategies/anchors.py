@@ -200,7 +200,7 @@ class AdaptiveRegularization(UpdateStrategy):
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        if self.phi:
+        if self.phi:  # at 0 the run is bit for bit the one without the penalty
             self._value = sum_scalars([self._add_penalty(matrix) for matrix in self._matrices])
 
     def _add_penalty(self, matrix: TrainedMatrix) -> Tensor:

@@ -89,7 +89,7 @@ class LISA(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._find(model)
-        model.requires_grad_(False)
+        model.requires_grad_(False)  # the probe needs gradients of the decoder layers only
         if self._sampler.probe_batches:
             self._sampler.observe(self._measure_norms(probe(self._sampler.probe_batches)))
         self.draws = [self._draw(0), self._draw(1)]
@@ -155,7 +155,7 @@ class LISA(UpdateStrategy):
             return False
         self._sampler.observe({layer: _mean(norms) for layer, norms in self._norms.items()})
         self._norms.clear()
-        self._park(optimizer)
+        self._park(optimizer)  # while `active` is still the old draw
         self.draws.append(self._draw(len(self.draws)))
         self._activate()
         self._unpark(optimizer)

@@ -177,6 +177,8 @@ class PEFT(UpdateStrategy):
         check_dora(self.config, model)
         check_head(self.config, model)
         config = copy.deepcopy(self.config)
+        # PEFT's all-linear leaves out a classification head with task_type SEQ_CLS only, which `check_head` refuses;
+        # the host trains the head itself.
         if getattr(config, "target_modules", None) == "all-linear" and classification_head(model):
             config.target_modules = sorted(linears(model))  # pyright: ignore[reportAttributeAccessIssue] - not the head
         if self.splits_base:

@@ -114,6 +114,7 @@ class RecordImportance(UpdateStrategy):
             gradient = gradient_of(matrix, self._watchers)
             if gradient is None:  # this rank skipped the layer; others may not have, and averaging is a collective
                 gradient = torch.zeros_like(self._sums[matrix.name], device=matrix.device)
+            # DDP and FSDP2 have averaged the gradients of parameters; those of products are this rank's own.
             gradient = all_reduce_mean(gradient) if matrix.scale is not None else gradient
             self._pending[matrix.name] = gradient, matrix.copies(optimizer)
 
@@ -204,7 +205,7 @@ class RecordFisher(UpdateStrategy):
         seen = torch.tensor(float(count), device=self._matrices[0].device)
         for matrix in self._matrices:
             self._sums[matrix.name] = self._sums[matrix.name].to(matrix.device)  # also on a rank without data
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_available() and dist.is_initialized():  # a sum, not a mean: ranks may have other numbers of samples
             for tensor in (seen, *self._sums.values()):
                 dist.all_reduce(tensor)
         self._seen = int(seen)

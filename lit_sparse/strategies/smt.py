@@ -246,7 +246,7 @@ class SMT(UpdateStrategy):
                 self._score_outputs(model, targets, sheet, probe)
             else:
                 self._score_weights(targets, sheet, probe)
-        finally:
+        finally:  # hooks that stay after an error would go on adding, and hold the gradients' graph
             scores = sheet.close()
             model.requires_grad_(False)
         return scores
@@ -290,7 +290,7 @@ class SMT(UpdateStrategy):
             sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.warmup_lr, betas=WARMUP_BETAS, weight_decay=0)
         for loss in probe(self.selection_batches):
-            loss.backward()
+            loss.backward()  # the hooks score here, before clipping
             nn.utils.clip_grad_norm_(model.parameters(), WARMUP_CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -301,6 +301,7 @@ class SMT(UpdateStrategy):
         shapes = {name: shape_of(model.get_submodule(name)) for name in choice}
         self._groups, self._share = [], trained_share(choice, shapes)
         for group in shared_inputs(model, choice):
+            # Packed columns have one width, so layers with other block widths (diagonal, slabs) get their own copy.
             for width in sorted({choice[name].size[1] for name in group}):
                 names = [name for name in group if choice[name].size[1] == width]
                 shared = SharedInput([choice[name] for name in names], shapes[names[0]].shape[1])
