@@ -204,6 +204,7 @@ class DeltaLinear(nn.Module):
         self.chosen, self.shared = chosen, shared
         self.number = shared.join(self)
         weight = next(linear.parameters())
+        # A quantised weight is packed into integers, of which no floating dtype can be derived.
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         self.blocks = nn.Parameter(torch.zeros(len(chosen.index), *chosen.size, dtype=dtype, device=weight.device))
 

@@ -197,7 +197,7 @@ def adapter_of(layer: Any) -> str:
 
 
 class DenseGradient:
-    """Sums the dense gradient of a LoRA product in the backward, from tensors that autograd keeps anyway.
+    """Sum the dense gradient of a LoRA product in the backward pass, from tensors that autograd keeps anyway.
 
     It saves the same input tensor as LoRA's first factor does for its own gradient, so that no activation is stored
     twice; activation checkpointing recomputes it. Each backward costs one product of (out, tokens) and (tokens, in).

@@ -162,6 +162,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """Write one file from rank 0. Every rank must call it: gathering is a collective."""
+        # On one device trained weights are in fp32 and there is no master: move it to where that checkpoint has it.
         for optimizer in self.optimizers:
             checkpoint["state_dict"].update(_masters(optimizer, checkpoint["state_dict"]))
         for state in checkpoint.get("optimizer_states", []):  # absent if only weights are saved

@@ -130,6 +130,7 @@ class AdaptiveRegularization(UpdateStrategy):
             self._find(model, recorded)
             check_fits(path, recorded, self._matrices)
             self._add(kind, recorded)
+        # Importances add up over runs, but the anchor is that of the newest: it was itself held to the older ones.
         self._anchors = {name: self._anchor(one) for name, one in recorded.items()}
         if self.anchor == "end":
             check_start(path, self._matrices, self._anchors)
@@ -139,6 +140,7 @@ class AdaptiveRegularization(UpdateStrategy):
         self._place()
 
     def _find(self, model: nn.Module, names: Mapping[str, Any]) -> None:
+        # A classification head is regularised only if it was recorded: an earlier run on plain text has none.
         heads = tuple(f"{name}." for name in classification_head(model))
         found = trained_matrices(model, self.targets, self._space, "AdaptiveRegularization")
         self._matrices = [matrix for matrix in found if matrix.name in names or not matrix.name.startswith(heads)]
@@ -152,10 +154,12 @@ class AdaptiveRegularization(UpdateStrategy):
     def _anchor(self, one: Recorded) -> list[Tensor]:
         if self.anchor == "end":
             return list(one.end)
+        # The base has no update, so U* = 0, whatever the factors started as.
         return list(one.start) if one.scale is None else [torch.zeros_like(value) for value in one.start]
 
     def _weigh(self, path: str) -> None:
         if self.normalize == "mean_one":
+            # In fp64: an fp32 sum over millions of weights of very different importance loses the small ones.
             total = sum(float(weight.sum(dtype=torch.float64)) for weight in self._weights.values())
             mean = total / sum(weight.numel() for weight in self._weights.values())
             if not mean > 0:

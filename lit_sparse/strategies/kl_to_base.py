@@ -61,7 +61,7 @@ class KLToBase(UpdateStrategy):
                 f"KLToBase: {type(model).__name__} predicts no tokens; use a causal language model, or leave KLToBase "
                 "out."
             )
-        if self.weight:
+        if self.weight:  # before any sibling attaches (`attaches_first`), so that the copy has the base's own modules
             self._base = Base(model, context.siblings)
 
     def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
@@ -160,7 +160,7 @@ class Base:
         self._copy_trained()
         for own in self.copies:
             own.data = own.data.to(kept.device)  # Lightning moves the model, and does not know of the copies
-        if "logits" in output:
+        if "logits" in output:  # a loop that calls the whole model; CausalLM computes hidden states only
             with torch.no_grad():
                 theirs = self.model(**inputs).logits
             return kl(output.logits[kept], theirs[kept], temperature) / kept.sum().clamp(min=1)

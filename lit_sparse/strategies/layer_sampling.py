@@ -185,7 +185,7 @@ def draw_weighted(weights: Sequence[float], count: int, seed: int, number: int) 
 
 def gumbel(source: random.Random) -> float:
     """Draw from the standard Gumbel distribution."""
-    uniform = source.random() or 2.0**-53  # 0 has no logarithm
+    uniform = source.random() or 2.0**-53  # random() may return 0, whose logarithm does not exist
     return -math.log(-math.log(uniform))
 
 

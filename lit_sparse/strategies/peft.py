@@ -108,6 +108,8 @@ class PEFT(UpdateStrategy):
             return
         wrapper = self._wrap(model)
         if self.splits_base:
+            # Kept for the checkpoint: the remainder in the base is rebuilt from these factors, since an SVD gives other
+            # bits on another device.
             self._start = {name: split(layer, self.config) for name, layer in lora_layers(wrapper).items()}
 
     def _attach_trained(self, model: nn.Module, run: str, context: Context) -> None:
@@ -167,8 +169,9 @@ class PEFT(UpdateStrategy):
             tensors, config = self._as_difference(tensors), as_difference(config)
         config.base_model_name_or_path = self._wrapper.base_model.model.name_or_path  # pyright: ignore
         config.inference_mode, config.task_type = True, config.task_type or TaskType.CAUSAL_LM
-        folder.mkdir()
+        folder.mkdir()  # fails on an existing folder: two adapters' files must not mix
         config.save_pretrained(str(folder))
+        # Cloned, since safetensors refuses tensors that share memory.
         save_file({name: value.contiguous().clone() for name, value in tensors.items()}, folder / WEIGHTS)
 
     def _wrap(self, model: nn.Module) -> PeftModel:
