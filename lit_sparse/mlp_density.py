@@ -15,7 +15,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_density_grad
 
 
-class Sums:
+class ProxySums:
     """Collect the layers' mean proxies during a forward pass, and hold the sharpness of the proxy.
 
     Attributes:
@@ -28,8 +28,8 @@ class Sums:
         self._by_layer: dict[int, Tensor] = {}
         self._open = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sums:
-        new = Sums()  # drops the current pass: torch cannot deepcopy tensors that are inside a graph
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProxySums:
+        new = ProxySums()  # drops the current pass: torch cannot deepcopy tensors that are inside a graph
         new.sharpness = self.sharpness.clone()
         return new
 
@@ -51,7 +51,7 @@ class Sums:
 
 
 @dataclasses.dataclass(eq=False)
-class Site:
+class MLPSite:
     """Replace the forward of a gated MLP, or of the activation function of a plain one.
 
     The linear layers are looked up by name at each call: an adapter may wrap them before or after `install`.
@@ -62,7 +62,7 @@ class Site:
     act: str
     proxy: str
     where: str
-    sums: Sums
+    sums: ProxySums
     plain: Callable[[Tensor], Tensor] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,7 +87,7 @@ class Site:
             self.module.forward = self._was
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Must not depend on `Sums`: checkpointing raises if the recomputation saves other tensors than the first run.
+        # Must not depend on `sums`: checkpointing raises if the recomputation saves other tensors than the first run.
         if not (self.module.training and torch.is_grad_enabled()):
             return self.plain(x)
         return self.forward(x)
@@ -147,7 +147,7 @@ def act_of(module: nn.Module) -> str:
     )
 
 
-def check_sites(model: nn.Module, sites: list[Site]) -> None:
+def check_sites(model: nn.Module, sites: list[MLPSite]) -> None:
     """Check that every gated MLP computes down(act(gate(x)) * up(x)), as its replacement does.
 
     Raises:
@@ -170,7 +170,7 @@ def check_sites(model: nn.Module, sites: list[Site]) -> None:
             _check_site(site, inputs[site.layer])
 
 
-def _check_site(site: Site, x: Tensor) -> None:
+def _check_site(site: MLPSite, x: Tensor) -> None:
     theirs = site.plain(x)
     ours = site.forward(x)
     # Half precision rounds by 2^-8 per operation; a different formula is off by far more than 2^-5.

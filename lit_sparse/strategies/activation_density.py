@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_sparse.anatomy import MLP, mlps
 from lit_sparse.errors import BadInput
-from lit_sparse.mlp_density import Site, Sums, act_of, check_sites, masked_mean, token_mask
+from lit_sparse.mlp_density import MLPSite, ProxySums, act_of, check_sites, masked_mean, token_mask
 from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy, no_probe
 
@@ -84,9 +84,9 @@ class ActivationDensity(UpdateStrategy):
             raise BadInput(
                 f"ActivationDensity: layer_weights are {given}; give one for each layer, none negative and not all 0."
             )
-        self._sums = Sums()
+        self._sums = ProxySums()
         self._fixed_weights: Tensor | None = None  # `layer_weights`, rescaled to a mean of 1
-        self._sites: list[Site] = []
+        self._sites: list[MLPSite] = []
         self._handles: list[RemovableHandle] = []
         self._step = 0
         self._densities: list[Tensor] = []  # (L,) of each batch since the last optimizer step
@@ -123,14 +123,14 @@ class ActivationDensity(UpdateStrategy):
         self._means = state.get("means")
         self.attach(model, no_probe, context)
 
-    def _make_site(self, model: nn.Module, layer: int, mlp: MLP) -> Site:
+    def _make_site(self, model: nn.Module, layer: int, mlp: MLP) -> MLPSite:
         if mlp.gate is None and self.where == "product" and mlp.up.endswith("gate_up_proj"):
             raise BadInput(
                 f"ActivationDensity: where is product, but {type(model).__name__} computes gate and up with one "
                 "matrix; set where to gate_act."
             )
         proxy = "rational" if self.proxy == "rational" else "tanh"
-        return Site(layer, mlp, act_of(mlp.act), proxy, self.where, self._sums)
+        return MLPSite(layer, mlp, act_of(mlp.act), proxy, self.where, self._sums)
 
     def _set_sharpness(self) -> None:
         start = self.eps if self.proxy == "rational" else self.beta

@@ -51,7 +51,7 @@ class KLToBase(UpdateStrategy):
             raise BadInput(f"KLToBase: weight is {self.weight}; it must be at least 0.")
         if not self.temperature > 0:
             raise BadInput(f"KLToBase: temperature is {self.temperature}; it must be above 0.")
-        self._base: Base | None = None
+        self._base: FrozenBase | None = None
         self._divergences: list[Tensor] = []  # scalars, of the batches since the last optimizer step
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
@@ -62,7 +62,7 @@ class KLToBase(UpdateStrategy):
                 "out."
             )
         if self.weight:  # before any sibling attaches (`attaches_first`), so that the copy has the base's own modules
-            self._base = Base(model, context.siblings)
+            self._base = FrozenBase(model, context.siblings)
 
     def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if self._base is None:
@@ -92,7 +92,7 @@ class KLToBase(UpdateStrategy):
         return {"bytes": sum(copy.nbytes for copy in self.held())}
 
 
-class Base:
+class FrozenBase:
     """Keep the model as it was before training, while `model` is trained.
 
     The modules are copies, but the weights are shared. A weight is copied, in its original dtype, just before it first

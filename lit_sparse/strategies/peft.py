@@ -120,7 +120,7 @@ class PEFT(UpdateStrategy):
             reason = "has no adapter of PEFT's" if not adapters else "was trained on another base than this run's"
             raise BadInput(f"start_from is {run}, which {reason}; give a run of the same adapter on the same base.")
         self.restore(model, adapters[0], context)
-        take_values(model, run, {name.removeprefix("model."): v for name, v in checkpoint["state_dict"].items()})
+        load_values(model, run, {name.removeprefix("model."): v for name, v in checkpoint["state_dict"].items()})
         for name, scale in self._scales().items():
             before = adapters[0].get("scales", {}).get(name, scale)  # older checkpoints have no scales
             if before != scale:
@@ -132,7 +132,7 @@ class PEFT(UpdateStrategy):
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         wrapper = self._wrap(model)
         if state["fixed"]:  # PEFT loads complete adapters only; the trained values are loaded later
-            with quiet():
+            with embedding_warnings_off():
                 set_peft_model_state_dict(wrapper, self._tensors(trained=True) | state["fixed"])
         for module in wrapper.modules():  # PEFT saves VeLoRA's projections, but not the flag that they are computed
             for name, projection in getattr(module, "lora_velora_embed", {}).items():
@@ -204,7 +204,7 @@ class PEFT(UpdateStrategy):
         """Return the tensors of the adapter's state by PEFT's names: the trained ones, or all others."""
         if self._wrapper is None:
             return {}
-        with quiet():
+        with embedding_warnings_off():
             found = get_peft_model_state_dict(
                 self._wrapper, self._wrapper.state_dict(keep_vars=True), save_embedding_layers=False
             )
@@ -227,14 +227,14 @@ class PEFT(UpdateStrategy):
 
 
 @contextmanager
-def quiet():
+def embedding_warnings_off():
     """Suppress PEFT's warning that `save_embedding_layers` is off, and that it found no configuration file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Could not find a config file|Setting `save_embedding_layers`")
         yield
 
 
-def take_values(model: nn.Module, run: str, values: Mapping[str, Tensor]) -> None:
+def load_values(model: nn.Module, run: str, values: Mapping[str, Tensor]) -> None:
     """Set the trainable parameters and the classification head of `model` to the final values of `run`.
 
     The head is named separately: the host makes it trainable only later.

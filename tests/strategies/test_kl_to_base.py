@@ -9,7 +9,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import LISA, PEFT, SMT, KLToBase, compose
 from lit_sparse.strategies.base import ALONE, no_probe
-from lit_sparse.strategies.kl_to_base import Base, kl
+from lit_sparse.strategies.kl_to_base import FrozenBase, kl
 from lit_sparse.testing import tiny_encoder, tiny_llm
 from lit_sparse_profiling.ledger import ledger
 from tests.test_contract import data, trainer
@@ -69,7 +69,7 @@ def test_value_and_gradient_by_brute_force():
 
 def test_the_divergence_from_the_base_itself_is_zero():
     model = tiny_llm()
-    base, batch = Base(model.eval(), []), batch_of()
+    base, batch = FrozenBase(model.eval(), []), batch_of()
     value = base.divergence(batch, model(**batch), batch["attention_mask"].bool(), 2.0)
     value.backward()
     assert value.item() == pytest.approx(0, abs=1e-6)
