@@ -1,4 +1,4 @@
-"""Forwards of MLPs that also report, for each token, a smooth count of activations that are not zero."""
+"""MLP forward passes that also return, for each token, a smooth count of the activations that are not zero."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from lit_sparse.errors import BadInput
 from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_density_grad
 
 
-class Sums:
-    """Collects what the MLPs report during a forward pass, and holds the sharpness that their proxy reads.
+class ProxySums:
+    """Collect the layers' mean proxies during a forward pass, and hold the sharpness of the proxy.
 
     Attributes:
-        sharpness: fp32 scalar, on the device of the model.
+        sharpness: eps or beta of the proxy, a fp32 scalar on the device of the model. A tensor, so that annealing it
+            does not recompile a compiled model.
     """
 
     def __init__(self) -> None:
@@ -27,33 +28,33 @@ class Sums:
         self._by_layer: dict[int, Tensor] = {}
         self._open = False
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Sums:
-        new = Sums()  # a graph of the current pass cannot be copied
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProxySums:
+        new = ProxySums()  # drops the current pass: torch cannot deepcopy tensors that are inside a graph
         new.sharpness = self.sharpness.clone()
         return new
 
     def begin(self, model: nn.Module, args: Any) -> None:
-        """Begin a forward pass; registered as the model's forward pre-hook."""
+        """Start a forward pass; registered as the model's forward pre-hook."""
         self.sharpness = self.sharpness.to(next(model.parameters()).device)  # the model may have moved
         self._by_layer.clear()
         self._open = True
 
     def add(self, layer: int, means: Tensor) -> None:
-        """Add a layer's mean proxies, (T,). Ignored after `take`: a checkpointed layer runs again in the backward."""
+        """Add a layer's mean proxies, (T,). Does nothing after `take`: a checkpointed layer runs again in backward."""
         if self._open:
             self._by_layer[layer] = means
 
     def take(self) -> dict[int, Tensor]:
-        """End the pass; return the mean proxies by layer."""
+        """End the forward pass, and return the mean proxies by layer."""
         taken, self._by_layer, self._open = self._by_layer, {}, False
         return taken
 
 
 @dataclasses.dataclass(eq=False)
-class Site:
-    """Replaces the forward of a gated MLP, or of the activation function of a plain one.
+class MLPSite:
+    """Replace the forward of a gated MLP, or of the activation function of a plain one.
 
-    Matrices are looked up at each call, since adapters may replace them before or after.
+    The linear layers are looked up by name at each call: an adapter may wrap them before or after `install`.
     """
 
     layer: int
@@ -61,34 +62,38 @@ class Site:
     act: str
     proxy: str
     where: str
-    sums: Sums
+    sums: ProxySums
     plain: Callable[[Tensor], Tensor] = dataclasses.field(init=False)
 
     def __post_init__(self) -> None:
         self.plain = self.module.forward
-        self._was = self.module.__dict__.get("forward")
+        self._was = self.module.__dict__.get(
+            "forward"
+        )  # set only if something else has replaced it before (accelerate)
 
     @property
     def module(self) -> nn.Module:
-        """The module whose forward is replaced."""
+        """The module whose forward is replaced: the MLP itself, or a plain MLP's activation function."""
         return self.mlp.act if self.mlp.gate is None else self.mlp.module
 
     def install(self) -> None:
-        self.module.forward = self
+        """Replace the module's forward."""
+        self.module.forward = self  # on the instance: the module keeps its class, hooks and parameters
 
     def remove(self) -> None:
+        """Put the module's forward back."""
         del self.module.forward
         if self._was is not None:
             self.module.forward = self._was
 
     def __call__(self, x: Tensor) -> Tensor:
-        # Must not depend on `Sums`: a checkpointed layer's recomputation has to save the same tensors as its first run.
+        # Must not depend on `sums`: checkpointing raises if the recomputation saves other tensors than the first run.
         if not (self.module.training and torch.is_grad_enabled()):
             return self.plain(x)
         return self.forward(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compute the plain forward, and add the mean proxies to the sums."""
+        """Compute the plain forward for x (..., H), and add the mean proxies to the sums."""
         if self.mlp.gate is None:
             return self._activated(x, None)
         gate, up, down = (
@@ -98,14 +103,14 @@ class Site:
 
     def _activated(self, gate: Tensor, up: Tensor | None) -> Tensor:
         flat = gate.flatten(0, -2)
-        other = None if up is None else up.flatten(0, -2).to(gate.dtype)
+        other = None if up is None else up.flatten(0, -2).to(gate.dtype)  # the op takes both in one dtype
         h, rows = GLUDensity.apply(flat, other, self.sums.sharpness, self.act, self.proxy, self.where)  # pyright: ignore
         self.sums.add(self.layer, rows / gate.shape[-1])
         return h.view(gate.shape)
 
 
 class GLUDensity(torch.autograd.Function):
-    """`glu_density` with its backward: one node for both outputs, which runs when both gradients are there."""
+    """Differentiate `glu_density`. One node has both outputs, so its backward runs once, with both gradients."""
 
     @staticmethod
     def forward(
@@ -133,15 +138,16 @@ def act_of(module: nn.Module) -> str:
     with torch.no_grad():
         got = module(x)
     for name in ACTS:
-        if torch.allclose(got, activation(x, name), rtol=0, atol=1e-5):  # the two GELUs differ by up to 5e-4
+        # By value, since class names differ between models; the exact and the tanh GELU differ by up to 5e-4 here.
+        if torch.allclose(got, activation(x, name), rtol=0, atol=1e-5):
             return name
     raise BadInput(
-        f"ActivationDensity: the MLPs' activation is {type(module).__name__}, which is none of {', '.join(ACTS)}; take "
+        f"ActivationDensity: the MLPs' activation is {type(module).__name__}, which is none of {', '.join(ACTS)}; use "
         "a model with one of these."
     )
 
 
-def check_sites(model: nn.Module, sites: list[Site]) -> None:
+def check_sites(model: nn.Module, sites: list[MLPSite]) -> None:
     """Check that every gated MLP computes down(act(gate(x)) * up(x)), as its replacement does.
 
     Raises:
@@ -159,19 +165,20 @@ def check_sites(model: nn.Module, sites: list[Site]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-    with torch.no_grad(), evaluating(model):  # adapters' dropout would draw twice
+    with torch.no_grad(), evaluating(model):  # in training mode, adapters' dropout would differ between the two runs
         for site in gated:
             _check_site(site, inputs[site.layer])
 
 
-def _check_site(site: Site, x: Tensor) -> None:
+def _check_site(site: MLPSite, x: Tensor) -> None:
     theirs = site.plain(x)
     ours = site.forward(x)
-    # Rounding in half precision is 2^-8 a step; another formula is off by its whole size.
+    # Half precision rounds by 2^-8 per operation; a different formula is off by far more than 2^-5.
+    # More children than gate, up, down and the activation would be skipped, such as a dropout, inactive in evaluation.
     if len(list(site.module.children())) != 4 or (ours - theirs).norm() > 2**-5 * theirs.norm():
         raise BadInput(
-            f"ActivationDensity: the {type(site.module).__name__} that holds {site.mlp.up} is not down(act(gate(x)) * "
-            "up(x)); take a model whose MLPs are."
+            f"ActivationDensity: the {type(site.module).__name__} that holds {site.mlp.up} does not compute "
+            "down(act(gate(x)) * up(x)); use a model whose MLPs do."
         )
 
 
@@ -185,5 +192,8 @@ def token_mask(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def masked_mean(means: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over the tokens of the mask, a scalar; 0, with a graph, if there are none."""
+    """Return the mean of `means` (T,) over the tokens of `mask` (B, S), a scalar; 0, with a graph, if there are none.
+
+    `where` keeps the shape static: indexing with the mask would make the CPU wait for the GPU.
+    """
     return torch.where(mask.flatten(), means.flatten(), 0).sum() / mask.sum().clamp(min=1)

@@ -17,20 +17,21 @@ from lit_sparse_kernels.block_adamw import block_adamw
 from lit_sparse_kernels.master_adamw import master_adamw
 
 CLIP_EPS = 1e-6
-"""What torch adds to a norm before it divides by it, in clip_grad_norm_."""
+"""The epsilon that `torch.nn.utils.clip_grad_norm_` adds to the norm before it divides by it."""
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The trainable parameters of `model` with their names, in the model's order, tied ones once."""
+    """Return the trainable parameters of `model` with their names, in the model's order; tied ones appear once."""
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def parameter_groups(named: NamedParameters) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: with weight decay, and without (biases, norms: fewer than two dimensions).
+    """Return two parameter groups: with weight decay, and without (fewer than two dimensions: biases and norms).
 
-    A group may be empty, which the dict form allows, so that both are there whatever is trained later.
+    A group may be empty. Both are always returned, so that `regroup` can fill either one later. The group with decay
+    sets no `weight_decay`: it takes the optimizer's own.
     """
     named = list(named)
     decayed, plain = [(n, p) for n, p in named if p.ndim >= 2], [(n, p) for n, p in named if p.ndim < 2]
@@ -42,7 +43,14 @@ def _group(named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Any]:
 
 
 def regroup(optimizer: Optimizer, named: NamedParameters) -> None:
-    """Make `optimizer` train exactly `named`, in that order; who leaves loses its state."""
+    """Make `optimizer` train exactly `named`, in that order. Parameters that are removed lose their optimizer state.
+
+    The groups themselves stay, because learning-rate schedulers hold references to them.
+
+    Args:
+        optimizer: An optimizer whose groups were made by `parameter_groups`.
+        named: The trainable parameters with their names.
+    """
     for group, wanted in zip(optimizer.param_groups, parameter_groups(named), strict=True):
         group["params"], group["param_names"] = wanted["params"], wanted["param_names"]
     kept = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -50,16 +58,17 @@ def regroup(optimizer: Optimizer, named: NamedParameters) -> None:
 
 
 def drop_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Forget the optimizer's state of `parameters`, and their gradients."""
+    """Drop the optimizer state and the gradients of `parameters`."""
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
         parameter.grad = None
 
 
 def shard_like(value: Any, parameter: Tensor) -> Any:
-    """This process's shard of a whole tensor of `parameter`'s shape, divided as that is; anything else as it is.
+    """Return the shard of a full tensor, with the mesh and placements of `parameter`; a DTensor.
 
-    No process hears of another: each must have the whole.
+    No communication: every rank must hold the full tensor. Values that are not plain tensors of `parameter`'s shape are
+    returned unchanged, and so is every value if `parameter` is not sharded.
     """
     plain = torch.is_tensor(value) and not isinstance(value, DTensor)
     if not plain or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
@@ -67,31 +76,37 @@ def shard_like(value: Any, parameter: Tensor) -> Any:
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole(tensor: Any) -> Tensor:
-    """A DTensor's value, which every rank gets; any other tensor itself."""
+def full_tensor(tensor: Any) -> Tensor:
+    """Gather a DTensor: every rank must call it, and gets the full value. Return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; any other tensor itself."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a DTensor, without communication. Return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def total(numbers: Sequence[Tensor]) -> Tensor:
-    """The sum of scalars, with one collective for all that each rank has a part of: sums of entries of DTensors."""
-    parts = [number for number in numbers if isinstance(number, DTensor)]
-    alike = [number for number in numbers if not isinstance(number, DTensor)]
-    if parts:
-        part = torch.stack([local(number) for number in parts]).sum()
-        alike.append(whole(DTensor.from_local(part, parts[0].device_mesh, parts[0].placements)))
-    return torch.stack(alike).sum()
+def sum_scalars(scalars: Sequence[Tensor]) -> Tensor:
+    """Return the sum of `scalars`, some of which may be DTensors, such as the sum of the entries of a DTensor.
+
+    All DTensors must have the same mesh and placements: they are added up locally first and reduced together, in one
+    collective instead of one each.
+    """
+    sharded = [scalar for scalar in scalars if isinstance(scalar, DTensor)]
+    terms = [scalar for scalar in scalars if not isinstance(scalar, DTensor)]
+    if sharded:
+        local = torch.stack([local_shard(scalar) for scalar in sharded]).sum()
+        terms.append(full_tensor(DTensor.from_local(local, sharded[0].device_mesh, sharded[0].placements)))
+    return torch.stack(terms).sum()
 
 
 def match_by_name(optimizer: Optimizer) -> Optimizer:
-    """Let `optimizer` load a state by the names of parameters instead of by their positions.
+    """Make `optimizer` load its state by parameter name instead of by position, and return it.
 
-    Loading raises:
-        BadInput: if the state is of other parameters than the optimizer has.
+    torch matches by position, which fails as soon as a strategy trains other parameters than at the time of saving.
+
+    `optimizer.load_state_dict` then raises:
+        BadInput: if the state belongs to other parameters than those of the optimizer.
     """
     optimizer.register_load_state_dict_pre_hook(_reorder)
     return optimizer
@@ -105,11 +120,11 @@ def _reorder(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     }
     wanted = [name for group in optimizer.param_groups for name in group["param_names"]]
     if set(wanted) != set(position):
-        odd = sorted(set(wanted) ^ set(position))
+        differing = sorted(set(wanted) ^ set(position))
         raise BadInput(
-            f"the checkpoint's optimizer state is of {len(position)} parameters, the model trains "
-            f"{len(wanted)}; first that "
-            f"differs: {odd[0]}. Resume with the configuration of the run that wrote it."
+            f"the checkpoint has the optimizer state of {len(position)} parameters, but the model trains "
+            f"{len(wanted)}; the first that differs is {differing[0]}. Resume with the configuration of the run that "
+            "wrote it."
         )
     groups = [
         {**saved, "params": [position[name] for name in group["param_names"]], "param_names": group["param_names"]}
@@ -213,7 +228,7 @@ class AdamW(torch.optim.AdamW):
         """Clip the norm of all gradients to `max_norm` in the next step, which divides them as it reads them."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = whole(norm).float()  # of bf16 gradients it is a bf16 number
+        norm = full_tensor(norm).float()  # of bf16 gradients it is a bf16 number
         self.grad_scale = ((norm + CLIP_EPS) / max_norm).clamp(min=1)
 
     @torch.no_grad()
@@ -234,17 +249,17 @@ class AdamW(torch.optim.AdamW):
 
     def _step_whole(self, parameters: Sequence[Tensor], rule: Rule) -> None:
         states = [self._state_of(parameter) for parameter in parameters]
-        weights = [local(parameter) for parameter in parameters]
+        weights = [local_shard(parameter) for parameter in parameters]
         masters = [
-            local(state["master"]) if "master" in state else weight
+            local_shard(state["master"]) if "master" in state else weight
             for weight, state in zip(weights, states, strict=True)
         ]
         master_adamw(
             weights,
             [_grad(parameter) for parameter in parameters],
             masters,
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
+            [local_shard(state["exp_avg"]) for state in states],
+            [local_shard(state["exp_avg_sq"]) for state in states],
             _count_up(states),
             rule,
             self.grad_scale,
@@ -351,7 +366,7 @@ def _grad(parameter: Tensor) -> Tensor:
     grad = cast(Tensor, parameter.grad)
     if isinstance(parameter, DTensor) and isinstance(grad, DTensor):
         grad = grad.redistribute(placements=parameter.placements)  # nothing, where it is divided alike already
-    grad, shard = local(grad), local(parameter)
+    grad, shard = local_shard(grad), local_shard(parameter)
     if grad.layout == torch.strided and not same_layout(grad, shard):
         grad = torch.empty_like(shard, dtype=grad.dtype).copy_(grad)
     return grad

@@ -1,4 +1,4 @@
-"""Tests for update strategies, ours and outside ones: tiny models, comparisons, and the contract."""
+"""Tools to test update strategies, also those of other packages: tiny models, comparisons, and the contract."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from lit_sparse.optim import match_by_name, trainable
 from lit_sparse.strategies import Updates, UpdateStrategy
 
 TINY = ("llama", "qwen2", "gpt2")
-"""The tiny models: Llama (grouped queries), Qwen2 (biases, tied head, sizes that no block divides), GPT-2 (Conv1D)."""
+"""The tiny models: Llama (grouped queries), Qwen2 (biases, tied head, sizes no block divides), GPT-2 (Conv1D)."""
 
 
 def tiny_llm(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> PreTrainedModel:
-    """A random causal language model of about 50,000 weights and a vocabulary of 96, the same for the same `seed`.
+    """Return a random causal language model of about 50,000 weights, in fp32, with a vocabulary of 96.
 
     Args:
         kind: One of TINY.
-        dropout: Dropout probability of its attention (and, for GPT-2, residuals).
+        seed: Seed of the weights; sets torch's global seed.
+        dropout: Dropout probability of the attention (and, for GPT-2, of residuals and embeddings).
     """
     torch.manual_seed(seed)
     sizes: dict[str, Any] = {
@@ -81,11 +82,12 @@ def tiny_llm(kind: str = "llama", seed: int = 0, dropout: float = 0.0) -> PreTra
 
 
 def tiny_encoder(seed: int = 0, dropout: float = 0.0, classes: int = 3) -> PreTrainedModel:
-    """A random BERT classifier of about 35,000 weights and a vocabulary of 96, the same for the same `seed`.
+    """Return a random BERT classifier of about 35,000 weights, in fp32, with a vocabulary of 96.
 
     Args:
-        dropout: Dropout probability of its attention, its layers' outputs and its head.
-        classes: How many it tells apart.
+        seed: Seed of the weights; sets torch's global seed.
+        dropout: Dropout probability of the attention, the layers' outputs and the head.
+        classes: Number of classes.
     """
     torch.manual_seed(seed)
     config = BertConfig(
@@ -103,13 +105,18 @@ def tiny_encoder(seed: int = 0, dropout: float = 0.0, classes: int = 3) -> PreTr
 
 
 def assert_close(got: Tensor, reference: Tensor, factor: float = 2.0) -> None:
-    """`got` is at most `factor` times as far from the fp64 `reference` as rounding `reference` to its dtype is.
+    """Check that the error of `got` is at most `factor` times the rounding error of its dtype.
+
+    The rounding error is the norm of what rounding `reference` to that dtype changes, plus one machine epsilon of the
+    reference's norm.
 
     Args:
-        got: Any floating dtype.
-        reference: The same in fp64.
-        factor: How much more error than one rounding of each element is allowed, besides a floor of sqrt(n) roundings
-            that any sum of n terms may have.
+        got: The result, in any floating dtype.
+        reference: The exact result, in fp64.
+        factor: Allowed error in units of the rounding error.
+
+    Raises:
+        AssertionError: if the error is larger, or not a number.
     """
     rounding = (reference.to(got.dtype).double() - reference).norm() + torch.finfo(got.dtype).eps * reference.norm()
     error = (got.double() - reference).norm()
@@ -121,19 +128,23 @@ def assert_close(got: Tensor, reference: Tensor, factor: float = 2.0) -> None:
 
 
 def contract(make: Callable[[], Sequence[UpdateStrategy]], kind: str = "llama", steps: int = 4) -> None:
-    """Check what every strategy owes, in a loop of `Updates` on a tiny model, with its own optimizer and backward pass.
+    """Check the contract of update strategies, in a loop of `Updates` on a tiny model.
 
-    Attaching leaves what the model computes as it was. Training moves every parameter that is declared trainable while
-    it is, and no other; it needs every strategy of the run; it gives the same weights from the same seed, and when it
-    goes on from a saved state. Detaching keeps what the model computes, and gives back what `leaves` says.
+    The strategies' own optimizer and backward pass are used. Checks that:
+
+    - attaching does not change the model's outputs (unless `base` is `moved`);
+    - training moves every trainable parameter while it is trainable, and no frozen one;
+    - each strategy has an effect: training without it gives other weights, or it recorded importance;
+    - training is deterministic for a seed, and a resumed training gives the same bits as a straight one;
+    - detaching does not change the outputs, and gives back what `leaves` says.
 
     Args:
-        make: Makes the strategies of one run, anew at each call.
+        make: Returns new strategies of one run at each call.
         kind: One of TINY.
-        steps: Optimizer steps of training; more are taken where the trainable set changes every few steps.
+        steps: Optimizer steps of training; more are taken if the trainable set changes every few steps.
 
     Raises:
-        AssertionError: naming what was broken.
+        AssertionError: naming the broken clause.
     """
     base = _with_biases(tiny_llm(kind))
     steps = max([steps, *(2 * update.period + 2 for update in make() if update.period is not None)])
@@ -152,7 +163,7 @@ def contract(make: Callable[[], Sequence[UpdateStrategy]], kind: str = "llama", 
 
 
 def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
-    """Draw the biases, which start at zero: an adapter that scales them would never move."""
+    """Draw the biases at random: at zero, an adapter that scales them would have no gradient."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(0))
@@ -160,7 +171,7 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class _Run:
-    """One training of a copy of `base`, each step of which is checked."""
+    """Train a copy of `base`, and check each step."""
 
     def __init__(self, strategies: Sequence[UpdateStrategy], base: PreTrainedModel, saved: Any = None) -> None:
         torch.manual_seed(1)
@@ -177,7 +188,7 @@ class _Run:
         self.done = 0 if saved is None else saved["done"]
         self.trained = {name for name, _ in trainable(self.model)}
         self._idle: dict[str, int] = {}  # steps that a trainable parameter has spent without moving
-        self._moved: set[str] = set()  # since it became trainable
+        self._moved: set[str] = set()  # names of parameters that have moved since they became trainable
 
     def _loss(self, seed: int) -> Tensor:
         batch = {"input_ids": _batch(seed)}
@@ -211,16 +222,16 @@ class _Run:
             self._moved.discard(name)
 
     def _check_moved(self, name: str) -> None:
-        # LoRA's A has no gradient before B has moved: one step without a movement proves nothing.
+        # LoRA's A has no gradient until B has moved, so a single step without movement is not a failure.
         assert name in self._moved or self._idle[name] < 2, f"{name} is trainable, but {self._idle[name]} steps left it"
 
     def check_moved(self) -> None:
-        """Check that what is trainable now has moved since it became so."""
+        """Check that the parameters that are trainable now have moved since they became trainable."""
         for name in self._idle:
             self._check_moved(name)
 
     def saved(self) -> dict[str, Any]:
-        """Return what a checkpoint holds: names and values of what was trained, the strategies', the optimizer's."""
+        """Return a copy of what a checkpoint holds: trained values by name, strategy state and optimizer state."""
         everything = any(update.base == "moved" for update in self.updates)
         named = {n: p.detach() for n, p in self.model.named_parameters() if everything or n in self.trained}
         state = {"updates": self.updates.state_dict(), "values": named, "optimizer": self.optimizer.state_dict()}
@@ -239,7 +250,7 @@ def _check_untrained(make: Callable[[], Sequence[UpdateStrategy]], base: PreTrai
 
 
 def _check_effects(make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel, run: _Run, steps: int) -> None:
-    """Check that a training without one of the strategies gives other weights, or that the strategy recorded some."""
+    """Check that each strategy changes the trained weights, or recorded importance."""
     for number, strategy in enumerate(make()):
         name = type(strategy).__name__
         if "importance" in strategy.claims:
@@ -258,7 +269,7 @@ def _check_effects(make: Callable[[], Sequence[UpdateStrategy]], base: PreTraine
 def _check_resumed(
     make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel, run: _Run, saved: Any, steps: int
 ) -> None:
-    torch.manual_seed(2)  # nothing of it may matter
+    torch.manual_seed(2)  # another seed: the resumed training must not depend on it
     resumed = _Run(make(), base, saved)
     resumed.train(steps - saved["done"])
     names, theirs = {name for name, _ in trainable(run.model)}, dict(resumed.model.named_parameters())

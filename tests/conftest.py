@@ -1,4 +1,4 @@
-"""What is skipped here, and why."""
+"""Skip tests that need a device or assets this machine lacks, with the reason."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from lit_sparse import demo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a device or assets that this machine does not have, saying so."""
+    """Skip tests that need a device or assets that this machine does not have, with the reason."""
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"

@@ -1,4 +1,4 @@
-"""Two processes for the tests of several: what they did case by case, in files."""
+"""Run test cases in two processes, and pass their results through files."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import torch
 
 
 def run_pair(act: Callable[[Path, int], None], folder: Path) -> None:
-    """`act(folder, rank)` in two processes that Lightning takes for those of torchrun."""
+    """Run `act(folder, rank)` in two processes that Lightning takes for those of torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +31,7 @@ def _begin(rank: int, act: Callable[[Path, int], None], folder: Path, port: int)
 
 
 def attempt(folder: Path, rank: int, name: str, act: Callable[[], Any]) -> None:
-    """What `act` returned or raised, into a file."""
+    """Write what `act` returned or raised into a file."""
     try:
         found = {"result": act()}
     except Exception:
@@ -40,7 +40,7 @@ def attempt(folder: Path, rank: int, name: str, act: Callable[[], Any]) -> None:
 
 
 def result(folder: Path, name: str, rank: int = 0) -> Any:
-    """What `act` returned in that process."""
+    """Return the result of `act` in that process."""
     found = json.loads((folder / f"{name}-{rank}.json").read_text())
     assert "error" not in found, found["error"]
     return found["result"]

@@ -139,7 +139,7 @@ def test_strategies_import_no_lightning_and_no_profiler() -> None:
 
 
 def test_strategies_load_without_lightning() -> None:
-    """What a bare loop or another trainer relies on; it also sees what the packages on the way import."""
+    """A bare loop or another trainer relies on it; packages imported on the way count too."""
     code = "import sys, lit_sparse.strategies; sys.exit('lightning' in sys.modules)"
     search = os.pathsep.join(map(str, SOURCE_ROOTS))
     assert subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": search}).returncode == 0
@@ -177,7 +177,7 @@ def test_strategies_are_registered_by_a_config() -> None:
     assert [name for name, classes in found.items() if classes and not classes & used] == []
 
 
-def test_what_strategies_share_has_a_room_of_its_own() -> None:
+def test_shared_parts_of_strategies_have_their_own_files() -> None:
     """A file in strategies/ without a strategy is part of the one that imports it."""
     paths = [path for path in sources(ROOT / "lit_sparse" / "strategies") if path.stem != "__init__"]
     parts = [path for path in paths if path.stem not in PROTOCOL and not strategies_in(path)]

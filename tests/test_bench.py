@@ -87,7 +87,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_makes_no_sense_is_refused_before_anything_runs(planned, words, message):
+def test_invalid_words_are_refused_before_anything_runs(planned, words, message):
     Path("folder.yaml").mkdir()
     Path("mine").mkdir()
     Path("mine", "smt.yaml").write_text("")

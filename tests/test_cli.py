@@ -175,7 +175,7 @@ BAD_PARTS = {
 
 
 @pytest.mark.parametrize(("words", "message"), BAD_PARTS.values(), ids=BAD_PARTS)
-def test_what_a_constructor_refuses_is_its_own_sentence(home, capsys, monkeypatch, words, message):
+def test_a_constructors_refusal_is_printed_as_it_stands(home, capsys, monkeypatch, words, message):
     told = refused(capsys, monkeypatch, "fit", "--config", "smt.yaml", "--model.base", "tiny", *words, *SMALL)
     assert told.startswith(f"lit-sparse: {message}")
     assert "Union" not in told
@@ -234,7 +234,7 @@ def test_help_documents_every_field(home, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         cli.run(["fit", "--model.updates.help", "SMT"])
     text = capsys.readouterr().out
-    assert "How blocks are chosen" in text
+    assert "How blocks are selected" in text
     with pytest.raises(SystemExit):
         cli.run(["fit", "--help"])
     text = capsys.readouterr().out

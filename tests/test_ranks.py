@@ -1,4 +1,4 @@
-"""Two processes: they choose the same blocks, of both ranks' data, and train to the same weights."""
+"""Two processes select the same blocks, from both ranks' data, and train to the same weights."""
 
 import hashlib
 from pathlib import Path
@@ -88,7 +88,7 @@ def replica(folder: Path, method: str) -> str:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    """The folder with what two processes trained."""
+    """Return the folder with the weights that two processes trained."""
     folder = tmp_path_factory.mktemp("pair")
     tiny_llm("llama").save_pretrained(folder / "base")
     run_pair(replicas, folder)
@@ -100,7 +100,7 @@ def test_replicas_train_to_the_same_weights(method, pair):
     first, second = (result(pair, method, rank) for rank in range(2))
     assert first == second
     if method.startswith("lisa"):
-        assert "but DDP reduces the gradients of those alone that train when it starts; set trainer" in first
+        assert "but DDP reduces only the gradients of weights that are trainable when it starts; set trainer" in first
     else:
         assert len(first) == 64, first
 

@@ -1,1 +1,1 @@
-"""Blocks of weight matrices: where they are, which are chosen, and the layers that train them."""
+"""Blocks of weight matrices: their positions, their selection, and the layers that train them."""

@@ -1,7 +1,8 @@
-"""Blocks of weight matrices: how a matrix is cut, how blocks are read and written, and a choice of them kept in a file.
+"""Blocks of weight matrices: the grid, reading and writing blocks, and a selection of blocks in a file.
 
-A matrix (O, K) (out, in) is cut into blocks of a `size` (height, width); the last block row and column may be ragged.
-A choice of blocks is an int32 tensor (N, 2) of (row, column) indices, sorted by column, then row.
+A matrix (O, K), that is (out, in), is cut into blocks of a `size` (height, width); the last block row and block column
+may be ragged. A selection of blocks is an int32 tensor (N, 2) of (row, column) indices, sorted by column, then row, so
+that equal selections are equal tensors.
 """
 
 from __future__ import annotations
@@ -24,29 +25,29 @@ AUTO_SIZES = (256, 128, 64, 32, 16, 8)
 
 @dataclass(frozen=True)
 class Blocks:
-    """Chosen blocks of one matrix: block `size` and `index` (N, 2) of block rows and columns."""
+    """Selected blocks of one matrix: their `size`, and `index` (N, 2), the block row and block column of each."""
 
     size: Size
     index: Tensor
 
     @staticmethod
     def of(size: Size, index: Tensor) -> Blocks:
-        """The same blocks in canonical order: by column, then row, as int32 on the CPU."""
+        """Return the blocks in canonical order: by column, then row, as int32 on the CPU."""
         order = sorted(range(len(index)), key=lambda i: (int(index[i, 1]), int(index[i, 0])))
         return Blocks(size, index[order].to("cpu", torch.int32).reshape(-1, 2))
 
     def slices(self) -> Iterator[tuple[slice, slice]]:
-        """The rows and columns of each block in its matrix (ragged ends are left to slicing)."""
+        """Yield the rows and columns of each block. At ragged ends the slices go past the matrix, as slicing allows."""
         (height, width) = self.size
         for row, column in self.index.tolist():
             yield slice(row * height, (row + 1) * height), slice(column * width, (column + 1) * width)
 
     def numel(self, matrix: Tensor) -> int:
-        """Weights of `matrix` inside the blocks, ragged ends counted as they are."""
+        """Return the number of weights of `matrix` inside the blocks; ragged blocks count what they have."""
         return sum(matrix[rows, columns].numel() for rows, columns in self.slices())
 
     def read(self, matrix: Tensor) -> Tensor:
-        """The blocks' values as fp32 (fp64 of an fp64 matrix), (N, h, w), zeros past a ragged end."""
+        """Return the blocks' values (N, h, w), in fp32 (fp64 for an fp64 matrix); zeros past a ragged end."""
         out = matrix.new_zeros(len(self.index), *self.size, dtype=torch.promote_types(matrix.dtype, torch.float32))
         for block, (rows, columns) in zip(out, self.slices(), strict=True):
             values = matrix[rows, columns]
@@ -55,19 +56,22 @@ class Blocks:
 
     @torch.no_grad()
     def write(self, matrix: Tensor, values: Tensor) -> None:
-        """Copy `values` (N, h, w) into `matrix` in place, cast to its dtype."""
+        """Write `values` (N, h, w) into `matrix` in place, cast to its dtype."""
         for block, (rows, columns) in zip(values, self.slices(), strict=True):
             target = matrix[rows, columns]
             target.copy_(block[: target.shape[0], : target.shape[1]])
 
 
 def grid(matrix: Tensor, size: Size) -> tuple[int, int]:
-    """Block rows and columns of a matrix."""
+    """Return the number of block rows and of block columns of a matrix."""
     return -(-matrix.shape[0] // size[0]), -(-matrix.shape[1] // size[1])
 
 
 def automatic_size(matrices: Mapping[str, Tensor], weights: float) -> Size:
-    """The largest square block that divides every matrix and of which `weights` trained weights make at least 16."""
+    """Return the largest square size that divides every matrix and cuts `weights` weights into at least 16 blocks.
+
+    With fewer there is little to select. If no size qualifies, return the smallest that divides; if none divides, 8.
+    """
     fitting = [n for n in AUTO_SIZES if all(side % n == 0 for matrix in matrices.values() for side in matrix.shape)]
     for size in fitting or AUTO_SIZES[-1:]:
         if weights >= 16 * size * size:
@@ -77,13 +81,13 @@ def automatic_size(matrices: Mapping[str, Tensor], weights: float) -> Size:
 
 
 def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> dict[str, Blocks]:
-    """Read a choice of blocks from a run's checkpoint (.ckpt), or from a JSON file of the same form.
+    """Read a selection of blocks from a run's checkpoint (.ckpt), or from a JSON file of the same form.
 
     The form is {name of the linear layer: {"size": [height, width], "index": [[row, column], ...]}}.
 
     Args:
-        matrices: The matrices that may be chosen from, as (out, in), by the layer's name.
-        strategy: Class name of the strategy whose state in a checkpoint is the choice.
+        matrices: The matrices (out, in) that may have blocks, by the layer's name; only their shapes are read.
+        strategy: Class name of the strategy whose state in the checkpoint is the selection.
 
     Raises:
         BadInput: if the file is missing or malformed, or names a matrix or block that the model does not have.
@@ -104,8 +108,8 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
     for name, blocks in choice.items():
         if name not in matrices:
             raise BadInput(
-                f"{path} chooses blocks of {name}, which is not among the {len(matrices)} target matrices; was "
-                f"it made for another model?"
+                f"{path} selects blocks of {name}, which is not among the {len(matrices)} target matrices; give a file "
+                f"of the same model and targets."
             )
         rows, columns = grid(matrices[name], blocks.size)
         if len(blocks.index) and not (
@@ -114,8 +118,8 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
             and int(blocks.index[:, 1].max()) < columns
         ):
             raise BadInput(
-                f"{path} chooses a block outside the {rows} x {columns} blocks of {name}; was it made for "
-                f"another model?"
+                f"{path} selects a block outside the {rows} x {columns} blocks of {name}; give a file of the same "
+                f"model."
             )
     return choice
 

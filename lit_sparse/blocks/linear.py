@@ -1,4 +1,4 @@
-"""Linear layers with trained blocks: in place, or as a difference to a base that is not touched."""
+"""Linear layers with trained blocks: in place, or as a difference added to an unchanged base."""
 
 from __future__ import annotations
 
@@ -20,17 +20,22 @@ from lit_sparse_kernels.pack_columns import pack_columns, unpack_columns
 
 
 class SharedInput:
-    """Layers with trained blocks that read one input: the first that is called computes all of them.
+    """Compute the layers with trained blocks that read the same input together, in the first one that is called.
 
-    So the input's columns are packed once, and the backward gets the gradients of all outputs at once: one product for
-    all blocks, and the layers' parts of the input's gradient added up as they are made.
+    So the input's columns are packed and saved once, and one autograd node has all outputs: its backward computes the
+    gradients of all blocks in one product, and accumulates the layers' input gradients in place.
+
+    Args:
+        users: Blocks of each layer, in the order in which the layers join.
+        inputs: Size of the input's last dimension, K.
 
     Attributes:
         members: The layers, in the order in which they joined.
-        columns: Block columns of the input that the members need, sorted.
-        available: How many there are.
-        places: Each member's blocks as (row, place of the column among the packed ones), int32 (N, 2).
-        alike: Members with blocks of one size, and all their blocks as (which of them, row, place), int32 (N, 3).
+        columns: Block columns of the input that the members' blocks read, sorted.
+        available: Number of block columns of the input.
+        places: Each member's blocks as (row, position of the column among the packed ones), int32 (N, 2).
+        alike: For each block size, the members that have it, and all their blocks as (position of the member in that
+            list, row, position of the column), int32 (N, 3).
     """
 
     def __init__(self, users: Sequence[Blocks], inputs: int) -> None:
@@ -53,30 +58,38 @@ class SharedInput:
         return members, torch.cat([pad(self.places[m], (1, 0), value=n) for n, m in enumerate(members)])
 
     def join(self, member: BlockLinear | DeltaLinear) -> int:
-        """The number of a new member; they join in the order of `users`."""
+        """Add a layer, in the order of `users`, and return its number."""
         self.members.append(member)
         return len(self.members) - 1
 
     def output(self, member: int, x: Tensor) -> Tensor:
-        """The output of a member for `x` (..., K)."""
+        """Return the output of a member for `x` (..., K); the first call with this `x` computes those of all members.
+
+        Tensors are compared by identity, which holds for the q, k and v (or gate and up) of a transformers layer.
+        """
         if self._input is not x or member not in self._outputs:
             self._input, self._outputs = x, dict(enumerate(self.members[0].outputs(x)))
         output = self._outputs.pop(member)
-        if not self._outputs:  # the last member has its own: nothing is kept alive from here on
+        if not self._outputs:  # all members have theirs: keep no activation alive
             self._input = None
         return output
 
     def pack(self, x: Tensor) -> Tensor:
-        """The needed columns of `x` (..., K), (tokens, columns x width)."""
+        """Return copies of the needed columns of `x` (..., K), (tokens, columns * width)."""
         if self.columns.device != x.device:
-            with torch.inference_mode(False):  # the first pass may be a validation, whose tensors train nothing later
+            with torch.inference_mode(False):  # the first pass may be a validation: autograd refuses inference tensors
                 self.columns = self.columns.to(x.device)
                 self.places = [places.to(x.device) for places in self.places]
                 self.alike = [(members, placed.to(x.device)) for members, placed in self.alike]
         return pack_columns(x.detach().reshape(-1, x.shape[-1]), self.columns, self.width)
 
     def gradients(self, dys_TO: Sequence[Tensor], packed_TP: Tensor) -> list[Tensor]:
-        """The gradients of each member's blocks, (N, h, w), from those of the outputs."""
+        """Return the gradient (N, h, w) of each member's blocks.
+
+        Args:
+            dys_TO: Gradient of each member's output, (tokens, out).
+            packed_TP: The packed input columns, (tokens, columns * width).
+        """
         found: dict[int, Tensor] = {}
         for members, placed in self.alike:
             gradients = block_grad([dys_TO[m] for m in members], packed_TP, placed, self.sizes[members[0]])
@@ -85,10 +98,10 @@ class SharedInput:
 
 
 class BlockLinear(nn.Module):
-    """A frozen linear layer with trained blocks.
+    """A frozen linear layer with trained blocks, written into its weight.
 
     Attributes:
-        weight, bias: The original layer's own parameters, frozen; `weight` always holds the blocks' present values.
+        weight, bias: The original layer's own parameters, frozen; `weight` always holds the current block values.
         blocks: Trainable fp32 master of the blocks, (N, h, w); zeros past a ragged end.
     """
 
@@ -99,6 +112,7 @@ class BlockLinear(nn.Module):
         self.chosen, self.shared = chosen, shared
         self.number = shared.join(self)
         self.blocks = nn.Parameter(chosen.read(matrix(linear).detach()))
+        # Small checkpoints hold the masters only: loading must bring the weight up to date.
         self.register_load_state_dict_post_hook(lambda module, _keys: module.write())
 
     @property
@@ -116,7 +130,7 @@ class BlockLinear(nn.Module):
         return F.linear(*in_precision(x, self.matrix, self.bias))
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """The outputs of all layers that share the input."""
+        """Return the outputs of all layers that share the input, in the order of `members`."""
         shared = self.shared
         members: list[BlockLinear] = shared.members  # pyright: ignore[reportAssignmentType] - alike in a group
         matrices, biases = [member.matrix for member in members], [member.bias for member in members]
@@ -135,7 +149,10 @@ def chosen_blocks(model: nn.Module) -> dict[str, Blocks]:
 
 
 def in_precision(x: Tensor, *tensors: Tensor | None) -> Any:
-    """All of them in the dtype of autocast, where that is on."""
+    """Return all tensors in the dtype of autocast if it is on, else unchanged.
+
+    Explicit, since the backward passes below run outside autocast: the saved tensors must have that dtype already.
+    """
     if not torch.is_autocast_enabled(x.device.type):
         return x, *tensors
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -153,7 +170,7 @@ class _SharedBlocks(torch.autograd.Function):
         # autograd gives them gradients.
         layers = len(tensors) // 3
         weights, biases = tensors[:layers], tensors[layers : 2 * layers]
-        ctx.save_for_backward(packed_TP, *weights)
+        ctx.save_for_backward(packed_TP, *weights)  # not x: only the packed columns stay alive until the backward pass
         ctx.shared = shared
         return tuple(F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # pyright: ignore
 
@@ -164,7 +181,7 @@ class _SharedBlocks(torch.autograd.Function):
         dys_TO = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dx, masters = None, [None] * len(dys)
         if ctx.needs_input_grad[0]:
-            dx_TK = dys_TO[0] @ weights[0]
+            dx_TK = dys_TO[0] @ weights[0]  # accumulated in place: autograd would hold one (T, K) for each layer
             for dy_TO, weight_OK in zip(dys_TO[1:], weights[1:], strict=True):
                 dx_TK.addmm_(dy_TO, weight_OK)
             dx = dx_TK.view(*dys[0].shape[:-1], -1)
@@ -174,11 +191,11 @@ class _SharedBlocks(torch.autograd.Function):
 
 
 class DeltaLinear(nn.Module):
-    """A linear layer of any kind (a quantised one, say), to whose output trained blocks add their part.
+    """A linear layer of any kind, quantised for example, whose output is the base's plus that of trained blocks.
 
     Attributes:
-        base: The original layer, untouched.
-        blocks: Trainable fp32 difference of the blocks to the base's, (N, h, w), zero at first.
+        base: The original layer, unchanged.
+        blocks: Trainable fp32 difference to the base's blocks, (N, h, w); starts at zero.
     """
 
     def __init__(self, linear: nn.Module, shape: tuple[int, int], chosen: Blocks, shared: SharedInput) -> None:
@@ -187,11 +204,12 @@ class DeltaLinear(nn.Module):
         self.chosen, self.shared = chosen, shared
         self.number = shared.join(self)
         weight = next(linear.parameters())
+        # A quantised weight is packed into integers, of which no floating dtype can be derived.
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         self.blocks = nn.Parameter(torch.zeros(len(chosen.index), *chosen.size, dtype=dtype, device=weight.device))
 
     def write(self) -> None:
-        """Add the difference to the base's weight, in fp32, rounded once to its dtype. For the end of training."""
+        """Add the difference to the base's weight, in fp32, rounded once to its dtype. Call it once, after training."""
         weight = matrix(self.base)  # pyright: ignore[reportArgumentType]
         self.chosen.write(weight, self.chosen.read(weight.detach()) + self.blocks)
 
@@ -199,7 +217,7 @@ class DeltaLinear(nn.Module):
         return self.shared.output(self.number, x)
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
-        """The outputs of all layers that share the input."""
+        """Return the outputs of all layers that share the input, in the order of `members`."""
         shared, members = self.shared, self.shared.members
         bases = [member.base(x) for member in members]  # pyright: ignore[reportCallIssue]
         x = x.to(bases[0].dtype)

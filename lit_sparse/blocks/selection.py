@@ -1,4 +1,4 @@
-"""Which blocks of weight matrices are trained: the best-scored, random ones, a diagonal, or a contiguous slab."""
+"""Select blocks of weight matrices: those with the best scores, random ones, a diagonal, or a contiguous slab."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Ranking = Literal["global", "per_matrix"]
 
 
 def block_scores(gradient: Tensor, size: Size, score: Score) -> Tensor:
-    """Contribution of one gradient to the blocks' scores, fp32 (rows, columns).
+    """Return the contribution of one gradient (out, in) to the scores of its blocks, (rows, columns) fp32.
 
-    Means are over the weights that a ragged block has. `mean_abs` gives the signed mean, whose absolute value is taken
-    once all gradients are in; `l2` gives the sum of squares, whose root is.
+    Contributions of several gradients are added up, then passed to `final_scores`: so `mean_abs` gives signed means
+    here, and `l2` sums of squares. Means are over the weights that a ragged block has.
     """
     rows, columns = grid(gradient, size)
     values = gradient.float()
@@ -37,14 +37,15 @@ def block_scores(gradient: Tensor, size: Size, score: Score) -> Tensor:
 
 
 def final_scores(sums: Tensor, score: Score) -> Tensor:
-    """Scores from summed contributions."""
+    """Return the scores from summed contributions."""
     return {"abs_mean": sums, "mean_abs": sums.abs(), "l2": sums.sqrt()}[score]
 
 
 def top_blocks(scores: Mapping[str, Tensor], size: Size, count: int, ranking: Ranking) -> dict[str, Blocks]:
-    """The `count` best-scored blocks over all matrices, or of each matrix in proportion to its number of blocks.
+    """Return the `count` blocks with the best scores, by matrix.
 
-    Ties go to the lower name, row and column, whatever the order of the matrices.
+    With ranking `per_matrix`, each matrix gets blocks in proportion to its number of blocks. Ties go to the lower name,
+    row and column, so that the selection does not depend on the order of the matrices.
     """
     names = sorted(scores)
     if ranking == "global":
@@ -60,17 +61,18 @@ def top_blocks(scores: Mapping[str, Tensor], size: Size, count: int, ranking: Ra
 
 
 def random_scores(grids: Mapping[str, tuple[int, int]], seed: int) -> dict[str, Tensor]:
-    """Scores that make `top_blocks` a draw without replacement, from `seed` alone."""
+    """Return uniform random scores, with which `top_blocks` draws without replacement. They depend on `seed` only."""
     generator = torch.Generator().manual_seed(seed)
+    # Drawn by sorted name, so that the order of the model's modules does not matter.
     draws = {name: torch.rand(grids[name], generator=generator) for name in sorted(grids)}
     return {name: draws[name] for name in grids}
 
 
 def diagonal_blocks(matrices: Mapping[str, Tensor], weights: float) -> dict[str, Blocks]:
-    """The diagonal of an N x N grid over each matrix, about `weights` weights in all (arXiv 2506.03230).
+    """Return the diagonal of an N x N grid over each matrix, with about `weights` weights in all (arXiv 2506.03230).
 
-    Sides are rounded (`_side`), so the grid may have a row or a column more than the other side: the diagonal then goes
-    on from the first one, and covers every row and column all the same.
+    N is the number of weights divided by `weights`. Block sides are rounded (`_side`), so the grid may not be square:
+    the diagonal then wraps around, and still covers every row and column.
     """
     cells = max(1, round(sum(matrix.numel() for matrix in matrices.values()) / weights))
     out = {}
@@ -85,10 +87,10 @@ def diagonal_blocks(matrices: Mapping[str, Tensor], weights: float) -> dict[str,
 def slab_blocks(
     matrices: Mapping[str, Tensor], by_columns: Sequence[str], weights: float, seed: int
 ) -> dict[str, Blocks]:
-    """One contiguous band of each matrix, the same share of all, about `weights` weights in all.
+    """Return one contiguous band of each matrix, of the same share, with about `weights` weights in all.
 
-    A band of output rows, or of input columns for the matrices named in `by_columns`; where it lies is drawn from
-    `seed`. The choice of S2FT (arXiv 2412.06289), without its coupling of one layer's matrices to each other.
+    The band has output rows, or input columns for the matrices named in `by_columns`; its position is drawn from
+    `seed`. This is the selection of S2FT (arXiv 2412.06289) without the coupling between matrices of a layer.
     """
     generator = torch.Generator().manual_seed(seed)
     share = min(1.0, weights / sum(matrix.numel() for matrix in matrices.values()))
@@ -104,10 +106,10 @@ def slab_blocks(
 
 
 def within_columns(scores: Mapping[str, Tensor], groups: Sequence[Sequence[str]], share: float) -> dict[str, Tensor]:
-    """`scores` with minus infinity outside of the best `share` of each group's block columns.
+    """Return `scores` with minus infinity outside the best `share` of each group's block columns.
 
-    The matrices of a group read one input, so that their columns are packed and kept for the backward together: a
-    column's score is its sum over all of them.
+    The matrices of a group read the same input, whose columns are packed and saved for backward once for all of them.
+    So a column is scored by the sum over all matrices of its group.
     """
     out = dict(scores)
     for group in groups:
@@ -123,20 +125,22 @@ def within_columns(scores: Mapping[str, Tensor], groups: Sequence[Sequence[str]]
 
 
 def _side(whole: int, wanted: float) -> int:
-    """A block's side of about `wanted`, a multiple of 16 from 16 on, and at most `whole`.
+    """Return a block side of about `wanted`, at most `whole`; from 16 on it is a multiple of 16.
 
-    A side of 205 makes the kernels load two bytes at a time and spill registers; 208 loads sixteen and does not.
+    Alignment matters: with a side of 205 the kernels load two bytes at a time and spill registers; with 208 they load
+    sixteen and do not.
     """
     rounded = 16 * round(wanted / 16) if wanted >= 16 else max(1, math.ceil(wanted))
     return min(whole, rounded)
 
 
 def _top(scores: Tensor, count: int) -> Tensor:
+    # A stable sort on the CPU: topk may break ties differently on each device, and ranks would disagree.
     return scores.cpu().sort(descending=True, stable=True).indices[:count]
 
 
 def _shares(sizes: list[int], count: int) -> list[int]:
-    """`count` split in proportion to `sizes`, by largest remainder."""
+    """Split `count` in proportion to `sizes`, by largest remainder."""
     exact = [count * size / sum(sizes) for size in sizes]
     shares = [int(share) for share in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
@@ -150,13 +154,13 @@ def _unflatten(flat: Tensor, columns: int, size: Size) -> Blocks:
 
 
 class ScoreSheet:
-    """Sums of block scores over gradients, each reduced as soon as it is complete.
+    """Add up block scores over gradients. Each gradient is reduced to scores as soon as it is complete.
 
     Args:
-        matrices: The matrices as (out, in); only their shapes are read.
-        size: Of the blocks.
-        score: What is summed.
-        device: Where it is summed.
+        matrices: The matrices (out, in), by name; only their shapes are read.
+        size: Block size.
+        score: Kind of score.
+        device: Device of the sums.
 
     Attributes:
         sums: Contributions so far, by matrix, fp32 (rows, columns).
@@ -171,11 +175,11 @@ class ScoreSheet:
         self._hooks: list[Any] = []
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """One more gradient (out, in) of a matrix."""
+        """Add the scores of a gradient (out, in) of the matrix `name`."""
         self.sums[name] += block_scores(gradient, self.size, self.score)
 
     def watch_weight(self, name: str, weight: nn.Parameter, transposed: bool, keep: bool) -> None:
-        """Add each gradient that autograd completes, and drop it at once unless an optimizer is to have it."""
+        """Add each gradient of `weight` once autograd completes it; then free it, unless `keep` (for an optimizer)."""
 
         def reduce(weight: Tensor) -> None:
             gradient = weight.grad
@@ -186,18 +190,18 @@ class ScoreSheet:
         self._hooks.append(weight.register_post_accumulate_grad_hook(reduce))
 
     def watch_layer(self, name: str, layer: nn.Module) -> None:
-        """Add the gradients that the layer's weight would have, where the weight itself can have none."""
+        """Add the gradients that the layer's weight would have: dy^T x, for weights that cannot require grad."""
 
         def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:  # a forward without a graph
+            if not output.requires_grad:  # a forward pass without a graph
                 return
-            x = args[0].detach()
+            x = args[0].detach()  # lives until the output's gradient is there, as the input of a trained layer does
             output.register_hook(lambda dy: self.add(name, dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)))
 
         self._hooks.append(layer.register_forward_hook(watch))
 
     def close(self) -> dict[str, Tensor]:
-        """Take the hooks off, add the sums of all ranks, and return the scores.
+        """Remove the hooks, reduce the sums over ranks, and return the scores. Every rank must call it.
 
         Raises:
             BadInput: if a gradient was not finite.

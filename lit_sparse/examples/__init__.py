@@ -1,1 +1,1 @@
-"""Small programs that use lit_sparse from Python: read them, run them with `python -m`, take what you need."""
+"""Small programs that use lit_sparse from Python: run them with `python -m`, or copy what you need."""

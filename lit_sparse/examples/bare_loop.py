@@ -1,8 +1,8 @@
-"""Block-sparse tuning in a loop of one's own, without Lightning: `python -m lit_sparse.examples.bare_loop`.
+"""Block-sparse tuning in a custom training loop, without Lightning: `python -m lit_sparse.examples.bare_loop`.
 
-`Updates` needs four calls of a loop: `attach` before the optimizer exists, `optimizer`, `step` once an optimizer step,
-and `detach` at the end, which leaves a plain model. The example trains the demo model on a few sentences; give the name
-or folder of another model as first argument.
+A loop makes four calls to `Updates`: `attach` before the optimizer exists, `optimizer`, `step` once per optimizer step,
+and `detach` at the end, which leaves a plain model. The example trains the demo model on a few sentences; pass the name
+or folder of another model as the first argument.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SENTENCES = (
 
 
 def main(name: str = DEMO, steps: int = 20) -> list[float]:
-    """Train, and return the loss of each step."""
+    """Train for `steps` optimizer steps, and return the loss of each (nats per token)."""
     tokenizer = AutoTokenizer.from_pretrained(resolve(name))
     model = AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32).train()
     texts = [tokenizer(sentence, return_tensors="pt")["input_ids"] for sentence in SENTENCES]

@@ -1,1 +1,1 @@
-"""Importance of weights: how it is recorded, read again, and for which matrices."""
+"""Importance of weights: the matrices it is recorded for, its file format, and its formulas."""

@@ -22,7 +22,7 @@ from lit_sparse.anatomy import is_target
 from lit_sparse.blocks.linear import in_precision
 from lit_sparse.checkpoints import hash_of
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import shard_like, whole
+from lit_sparse.optim import full_tensor, shard_like
 
 Space = Literal["weights", "factors"]
 """`weights`: LoRA's product B A is one dense matrix. `factors`: each trained tensor is a matrix of its own."""
@@ -67,17 +67,17 @@ class TrainedMatrix:
         """
         held = [p if optimizer is None else master_of(p, optimizer) for p in self.parameters.values()]
         wide = [value.detach().to(torch.promote_types(value.dtype, torch.float32)) for value in held]
-        return wide if self.scale is None else [whole(value) for value in wide]
+        return wide if self.scale is None else [full_tensor(value) for value in wide]
 
     def copies(self, optimizer: Optimizer | None = None) -> list[Tensor]:
         """Return copies of the current values; otherwise as `values`."""
         return [value.clone() for value in self.values(optimizer)]
 
-    def share(self, tensor: Tensor) -> Tensor:
+    def shard(self, tensor: Tensor) -> Tensor:
         """Return the local shard of a full tensor, if the matrix is a sharded parameter, or else the tensor."""
         return shard_like(tensor, *self.parameters.values()) if self.scale is None else tensor
 
-    def moved(self, before: Values, optimizer: Optimizer | None = None) -> Tensor:
+    def displacement_from(self, before: Values, optimizer: Optimizer | None = None) -> Tensor:
         """Return the dense displacement from `before`, (out, in)."""
         return displacement(before, self.values(optimizer), self.scale)
 
@@ -131,7 +131,7 @@ def trained_matrices(model: nn.Module, targets: Sequence[str], space: Space, who
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter not in within
     ]
-    found = [matrix for matrix in products + plain if is_target(adapted(matrix.name), targets)]
+    found = [matrix for matrix in products + plain if is_target(layer_name(matrix.name), targets)]
     if not found:
         raise BadInput(
             f"{who}: nothing that is trained is among the targets {list(targets)}; give targets among what the run "
@@ -157,7 +157,7 @@ def _refuse_factors(model: nn.Module, found: Sequence[TrainedMatrix], who: str) 
                 )
 
 
-def adapted(name: str) -> str:
+def layer_name(name: str) -> str:
     """Return the name of the layer that holds the matrix `name`, as the base model calls it."""
     for ending in (".weight", ".bias", ".blocks"):
         name = name.removesuffix(ending)
@@ -197,7 +197,7 @@ def adapter_of(layer: Any) -> str:
 
 
 class DenseGradient:
-    """Sums the dense gradient of a LoRA product in the backward, from tensors that autograd keeps anyway.
+    """Sum the dense gradient of a LoRA product in the backward pass, from tensors that autograd keeps anyway.
 
     It saves the same input tensor as LoRA's first factor does for its own gradient, so that no activation is stored
     twice; activation checkpointing recomputes it. Each backward costs one product of (out, tokens) and (tokens, in).

@@ -40,7 +40,7 @@ class Recorded:
     base: str
 
     @property
-    def moved(self) -> Tensor:
+    def displacement(self) -> Tensor:
         """The displacement over the whole run, (out, in)."""
         return displacement(self.start, self.end, self.scale)
 
@@ -93,8 +93,8 @@ def check_fits(path: str, recorded: Mapping[str, Recorded], matrices: Sequence[T
     ours = {matrix.name: matrix for matrix in matrices}
     if odd := sorted(ours.keys() ^ recorded.keys()):
         raise BadInput(
-            f"importance {path} is of {len(recorded)} matrices and this run holds {len(ours)}, which differ in "
-            f"{odd[0]}; train and target the same ones in both."
+            f"importance {path} has {len(recorded)} matrices, this run regularises {len(ours)}, and they differ in "
+            f"{odd[0]}; train and target the same ones in both runs."
         )
     for name, matrix in ours.items():
         shapes, theirs = ([tuple(v.shape) for v in values] for values in (matrix.values(), recorded[name].end))
@@ -110,7 +110,7 @@ def check_fits(path: str, recorded: Mapping[str, Recorded], matrices: Sequence[T
             )
 
 
-def check_alike(
+def check_compatible(
     path: str,
     recorded: Mapping[str, Recorded],
     kind: tuple[Kind, Space],
@@ -126,7 +126,7 @@ def check_alike(
     if kind_here != kind_there:
         raise BadInput(
             f"importance {path} is of the kind {kind_here}, the runs before it are not, and they have no scale in "
-            "common; name runs that all have RecordImportance, or all RecordFisher."
+            "common; give runs that all have RecordImportance, or all RecordFisher."
         )
     odd = sorted(recorded.keys() ^ set(before))
     if odd or space != its:
@@ -137,15 +137,15 @@ def check_alike(
         )
 
 
-def check_begins(path: str, matrices: Sequence[TrainedMatrix], anchors: Mapping[str, Values]) -> None:
+def check_start(path: str, matrices: Sequence[TrainedMatrix], anchors: Mapping[str, Values]) -> None:
     """Reject a start that is not at the anchor, compared in bf16.
 
     Raises:
         BadInput: naming the first matrix that differs.
     """
-    if (name := elsewhere(matrices, anchors)) is not None:
+    if (name := first_difference(matrices, anchors)) is not None:
         raise BadInput(
-            f"the anchor is the end of {path}, but this run begins elsewhere ({name}); go on from there "
+            f"the anchor is the end of {path}, but this run starts at other values ({name}); start there "
             f"(PEFT's start_from: {path}, or for trained weights its export as model.base), or set anchor to base."
         )
 
@@ -160,8 +160,8 @@ def check_base(path: str, matrices: Sequence[TrainedMatrix], recorded: Mapping[s
         BadInput: naming the first that differs.
     """
     tensors = [matrix for matrix in matrices if matrix.scale is None]
-    at_end = elsewhere(tensors, {name: one.end for name, one in recorded.items()}) is None
-    odd = elsewhere(tensors, {name: one.start for name, one in recorded.items()})
+    at_end = first_difference(tensors, {name: one.end for name, one in recorded.items()}) is None
+    odd = first_difference(tensors, {name: one.start for name, one in recorded.items()})
     if odd is not None and not at_end:
         raise BadInput(
             f"importance {path} is of another base than this run's, or of another adapter's start: {odd} is neither "
@@ -169,7 +169,7 @@ def check_base(path: str, matrices: Sequence[TrainedMatrix], recorded: Mapping[s
         )
 
 
-def elsewhere(matrices: Sequence[TrainedMatrix], values: Mapping[str, Values]) -> str | None:
+def first_difference(matrices: Sequence[TrainedMatrix], values: Mapping[str, Values]) -> str | None:
     """Return the name of the first of `matrices` whose values differ from `values` in bf16; None if none does."""
     for matrix in matrices:
         pairs = zip(matrix.values(), values[matrix.name], strict=True)

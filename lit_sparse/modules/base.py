@@ -18,8 +18,8 @@ from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.modules.window import Window, sum_over_ranks
-from lit_sparse.optim import AdamW, match_by_name, whole
-from lit_sparse.ranks import averaged
+from lit_sparse.optim import AdamW, full_tensor, match_by_name
+from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse_profiling.phases import Phases
 
@@ -202,7 +202,7 @@ class LitSparse(Resumable):
     def _log_norm(self) -> None:
         grads = [parameter.grad for _, parameter in self.updates.named if parameter.grad is not None]
         if grads:
-            self.log("grad_norm", whole(torch.nn.utils.get_total_norm(grads)).float())
+            self.log("grad_norm", full_tensor(torch.nn.utils.get_total_norm(grads)).float())
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         plain, step = getattr(optimizer, "optimizer", optimizer), self.global_step + 1
@@ -230,7 +230,7 @@ class LitSparse(Resumable):
                     mean, output = self.compute(self.loss, batch)
                     penalized, count = self.updates.penalized(mean, batch, output), self.scored_count(batch)
                 parts.append(torch.stack([penalized.float() * count, count.float()]))
-            total, tokens = averaged(torch.stack(parts).sum(0))
+            total, tokens = all_reduce_mean(torch.stack(parts).sum(0))
             return total / tokens
 
         with torch.no_grad():

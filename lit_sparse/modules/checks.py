@@ -1,4 +1,4 @@
-"""Reject settings of a trainer, its strategies and an optimizer that do not go together."""
+"""Refuse incompatible trainer, strategy and optimizer settings."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,29 +16,30 @@ from lit_sparse.strategies.base import UpdateStrategy
 
 
 def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None:
-    """Refuse settings of the trainer that the module, or one of its strategies, cannot follow.
+    """Refuse trainer settings that the module or one of its strategies cannot honour.
 
     Raises:
-        BadInput: if there is one.
+        BadInput: naming the setting.
     """
     if trainer.precision != "32-true":
         raise BadInput(
-            f"trainer.precision is {trainer.precision}, but the module keeps what is trained in fp32 itself; leave it "
+            f"trainer.precision is {trainer.precision}, but the module itself keeps trained weights in fp32; leave it "
             "at 32-true and set model.precision."
         )
     check_callbacks(trainer)
     for update in updates:
         check_gradients_live(trainer, type(update))
         if update.period is not None and isinstance(trainer.strategy, DDPStrategy):
+            # DDP registers its hooks once, for what requires grad then: later layers would diverge between ranks.
             raise BadInput(
-                f"{type(update).__name__} trains other weights every {update.period} steps, but DDP reduces the "
-                "gradients of those alone that train when it starts; set trainer.strategy to fsdp2, or train on "
+                f"{type(update).__name__} trains other weights every {update.period} steps, but DDP reduces only the "
+                "gradients of weights that are trainable when it starts; set trainer.strategy to fsdp2, or train on "
                 "one device."
             )
     sharding = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     if sharding and not isinstance(trainer.strategy, FSDP2Strategy):
         raise BadInput(
-            f"trainer.strategy is {type(trainer.strategy).__name__}, which knows nothing of update strategies and "
+            f"trainer.strategy is {type(trainer.strategy).__name__}, which does not support update strategies and "
             "their checkpoints; set it to fsdp2."
         )
 
@@ -74,7 +75,7 @@ UNSUPPORTED: dict[type[L.Callback], tuple[str, str]] = {
 
 
 def check_gradients_live(trainer: L.Trainer, kind: type[UpdateStrategy]) -> None:
-    """Refuse what acts on the gradients of a step beside a strategy that leaves none until then.
+    """Refuse accumulation and clipping with a strategy that keeps no gradients until the optimizer step.
 
     Raises:
         BadInput: naming the setting.
@@ -86,16 +87,16 @@ def check_gradients_live(trainer: L.Trainer, kind: type[UpdateStrategy]) -> None
     for key, given in settings.items():
         if given:
             raise BadInput(
-                f"{kind.__name__} has no gradients that live until the step (its backward is {kind.backward}), so "
-                f"trainer.{key} cannot act on it; remove trainer.{key}."
+                f"{kind.__name__} keeps no gradients until the optimizer step (its backward is {kind.backward}), so "
+                f"trainer.{key} has no effect; remove trainer.{key}."
             )
 
 
 def check_sharding(updates: Sequence[UpdateStrategy], options: Mapping[str, Any]) -> None:
-    """Refuse what does not work on a sharded model.
+    """Refuse strategies and options that do not work on a sharded model.
 
     Args:
-        options: Keys of the module that must be off then, with what was given.
+        options: Values of the module's keys that must be off, by key.
 
     Raises:
         BadInput: naming the strategy, or the key.
@@ -103,24 +104,26 @@ def check_sharding(updates: Sequence[UpdateStrategy], options: Mapping[str, Any]
     for update in updates:
         if not update.supports_sharding:
             raise BadInput(
-                f"trainer.strategy is fsdp2, but {type(update).__name__} with these settings cannot train a model that "
-                "is sharded; set it to ddp, where each rank has the whole."
+                f"trainer.strategy is fsdp2, but {type(update).__name__} with these settings cannot train a sharded "
+                "model; set it to ddp, where each rank has the full model."
             )
     for key, given in options.items():
         if given:
-            raise BadInput(f"trainer.strategy is fsdp2, with which model.{key} does not work; leave one of them out.")
+            raise BadInput(f"trainer.strategy is fsdp2, which does not support model.{key}; leave one of them out.")
 
 
 def check_masters(optimizer: Optimizer) -> None:
-    """Refuse an optimizer without fp32 masters for weights in half precision.
+    """Refuse an optimizer without fp32 masters for trainable weights in half precision.
+
+    In bf16, which has 8 bits of significand, an update below about 2^-9 of a weight is rounded away.
 
     Raises:
-        BadInput: naming it.
+        BadInput: naming the optimizer.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if any(parameter.dtype in HALF for parameter in trained) and not isinstance(optimizer, AdamW):
         name = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         raise BadInput(
-            f"model.optimizer is {name}, which keeps no fp32 masters, but under fsdp2 what is trained is in bfloat16, "
-            "where small updates are lost; take lit_sparse.optim.AdamW, or set model.precision to float32."
+            f"model.optimizer is {name}, which keeps no fp32 masters, but under fsdp2 trained weights are in bfloat16, "
+            "where small updates are lost; use lit_sparse.optim.AdamW, or set model.precision to float32."
         )

@@ -1,4 +1,4 @@
-"""The task of telling classes of texts apart; scored by loss and accuracy."""
+"""The task of text classification; scored by loss and accuracy."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -24,16 +24,17 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Classifier(LitSparse):
-    """Train a Hugging Face model (an encoder such as BERT, or any other that has a classifier) to classify texts.
+    """Train a Hugging Face model (an encoder such as BERT, or any other with a classification head) to classify texts.
 
-    The head that tells the classes apart, with the encoder's pooler, trains always, whatever update strategies freeze.
-    Where the base has none, its weights are drawn from one seed, the same in every run: it is a part of the base.
+    The head, with the encoder's pooler, always trains, whatever the update strategies freeze. If the base has no head,
+    one is drawn from a fixed seed, the same in every run, and counts as a part of the base.
 
     Args:
         base: The model: `minilm` (all-MiniLM-L6-v2, downloaded once), a folder, a Hugging Face name, a `config.json`
             (random weights), or in Python a loaded transformers model.
-        labels: Names of the classes in the order of the head's outputs; none takes those of the base's head, or of the
-            data, where the base has no head or one without names (LABEL_0, ...). The data must have the same classes.
+        labels: Names of the classes in the order of the head's outputs; by default those of the base's head, or those
+            of the data if the base has no head or one without names (LABEL_0, ...). The data must have the same
+            classes.
     """
 
     auto_class: ClassVar[Any] = AutoModelForSequenceClassification
@@ -51,39 +52,43 @@ class Classifier(LitSparse):
         self.scores = {}
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, Labelled):
-            data.renumber(self._ordered(data.label_names))
-            self._take("the data", data.label_names, data.pad_token)
+            data.renumber(self._order_labels(data.label_names))
+            self._set_classes("the data", data.label_names, data.pad_token)
         elif data is not None:
             raise BadInput(
-                f"Classifier learns from labelled texts, but the data are {type(data).__name__}; give "
+                f"Classifier needs labelled texts, but the data are {type(data).__name__}; give "
                 "lit_sparse.data.Labelled, or loaders of your own."
             )
 
-    def _ordered(self, labels: list[str]) -> list[str]:
-        """The data's `labels` in the order of the head's outputs, if that is known; as they are, where they are others.
+    def _order_labels(self, labels: list[str]) -> list[str]:
+        """Return the data's `labels` in the order of the head's outputs, or unchanged if that order is not known.
 
         Raises:
             BadInput: if the base has a head for other classes.
         """
         own = self._own_labels()
-        if self.labels is None and named(own) and sorted(own) != sorted(labels):
+        if self.labels is None and has_names(own) and sorted(own) != sorted(labels):
             raise BadInput(
-                f"the base's head tells {in_short(own)} apart, but the data has {in_short(labels)}; name the rows' "
+                f"the base's head has the classes {shorten(own)}, but the data has {shorten(labels)}; name the rows' "
                 "labels as the base does, give model.labels in the order of the head's outputs, or " + WITHOUT_HEAD
             )
-        order = self.labels or (own if named(own) else labels)
+        order = self.labels or (own if has_names(own) else labels)
         return list(order) if sorted(order) == sorted(labels) else labels
 
     def _own_labels(self) -> list[str]:
-        """The classes of the base's head by its outputs; none where it has no head."""
+        """Return the classes of the base's head in the order of its outputs; [] if it has no head."""
         return trained_classes(self._given[0] if self._given else self.base)
 
-    def _take(self, source: str, labels: list[str], pad_token: int | None) -> None:
-        """Have these classes and this padding, unless others are given."""
+    def _set_classes(self, source: str, labels: list[str], pad_token: int | None) -> None:
+        """Set the classes and the padding token where they are not set yet.
+
+        Raises:
+            BadInput: if other classes are set.
+        """
         if self.labels is not None and self.labels != labels:
             raise BadInput(
-                f"the classes are {in_short(self.labels)}, but {source} has {in_short(labels)}; give the same classes "
-                "in the same order."
+                f"the classes are {shorten(self.labels)}, but {source} has {shorten(labels)}; give the same classes in "
+                "the same order."
             )
         self.labels = list(labels)
         self.pad_token = pad_token if self.pad_token is None else self.pad_token
@@ -100,19 +105,21 @@ class Classifier(LitSparse):
             self._check_count(len(self._own_labels()))
         model = super().build()
         self._check_count(len(names_of_classes(model.config)))
-        if self.pad_token is not None:  # what a decoder finds the last token of a row by
+        if self.pad_token is not None:  # a decoder classifies at the last token of a row that is not padding
             model.config.pad_token_id = self.pad_token
         return model
 
     def _check_count(self, own: int) -> None:
-        """Refuse a head for `own` classes (0: there is none) where others are to be told apart."""
+        """Refuse a head for `own` classes (0: no head) if this task has another number.
+
+        Raises:
+            BadInput: if the numbers differ, or no classes are known.
+        """
         if self.labels is None and not own:
             raise BadInput("Classifier knows no classes; train it on lit_sparse.data.Labelled, or give model.labels.")
         if self.labels is not None and own not in (0, len(self.labels)):
             way_out = f"load it with num_labels={len(self.labels)}." if self._given else WITHOUT_HEAD
-            raise BadInput(
-                f"the base tells {own} classes apart, and {len(self.labels)} are to be told apart; {way_out}"
-            )
+            raise BadInput(f"the base's head has {own} classes, but {len(self.labels)} were asked for; {way_out}")
 
     def always_trained(self) -> Iterator[nn.Parameter]:
         for name in classification_head(self.build()):
@@ -131,7 +138,7 @@ class Classifier(LitSparse):
             raise BadInput("the checkpoint is of another task than Classifier; give the task of the run that wrote it.")
         kept = checkpoint["lit_sparse"]["classes"]
         if kept["labels"] is not None:
-            self._take("the checkpoint", **kept)
+            self._set_classes("the checkpoint", **kept)
         super().restore(checkpoint)
 
     # ---- loss
@@ -166,16 +173,16 @@ class Classifier(LitSparse):
         self.on_validation_epoch_end()
 
     def _set_name(self, index: int) -> str:
-        """What the data module calls an evaluation set, or `val0`, `val1`, ... where bare loaders are used."""
+        """Return the data module's name of an evaluation set; `val0`, `val1`, ... for loaders without a data module."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         return data.val_names[index] if isinstance(data, Labelled) else f"val{index}"
 
 
-def named(labels: list[str]) -> bool:
-    """Whether these are more than the names that transformers gives to classes without one."""
+def has_names(labels: list[str]) -> bool:
+    """Return whether the classes have names, other than the LABEL_0, LABEL_1, ... that transformers fills in."""
     return labels != [f"LABEL_{n}" for n in range(len(labels))]
 
 
-def in_short(labels: list[str]) -> str:
-    """The first of `labels`, and how many there are."""
+def shorten(labels: list[str]) -> str:
+    """Return the first three of `labels` and their number, for an error message."""
     return f"{', '.join(labels[:3])}{', ...' if len(labels) > 3 else ''} ({len(labels)})"

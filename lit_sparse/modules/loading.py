@@ -1,4 +1,4 @@
-"""Getting a base model ready: loading it, and having it recompute activations."""
+"""Load a base model, quantise it, draw a missing classification head, and turn on activation checkpointing."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,16 +26,16 @@ def load_base(
     device: torch.device | None = None,
     config_options: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The model that `base` names, its weights in `dtype`.
+    """Load and return the model that `base` names.
 
     Args:
         auto_class: The transformers Auto class of the task.
         base: `demo`, `minilm`, a folder, a Hugging Face name, or a `config.json` (random weights, the same each time).
-        dtype: Of all weights; `auto` is the type of the files.
+        dtype: Dtype of all weights; `auto` is that of the files.
         attention: Attention implementation of transformers.
-        quantize: What the linear layers but the head are quantised to.
-        device: Where that is done, and the quantised model is then; the CPU when not given.
-        config_options: What of the model's configuration is to be otherwise, such as a classifier's classes.
+        quantize: Quantise the linear layers, except the head, to this format.
+        device: Device on which to quantise, where the model then stays; the CPU if not given.
+        config_options: Overrides of the model's configuration, such as the names of a classifier's classes.
 
     Raises:
         BadInput: if there is no such model, or it cannot be quantised.
@@ -48,24 +48,29 @@ def load_base(
     if quantize is not None:
         options["quantization_config"] = quantization(base, quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
-    with reading(base):
+    with load_errors(base):
         config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
-        if quantize is not None:  # None skipped: transformers finds a language model's head
-            options["quantization_config"].llm_int8_skip_modules = head_of(auto_class, config) or None
+        if quantize is not None:  # given None, transformers itself skips the head of a language model
+            options["quantization_config"].llm_int8_skip_modules = head_names(auto_class, config) or None
         if base.endswith(".json"):
             return draw_model(auto_class, config, options)
         model, found = auto_class.from_pretrained(resolve(base), config=config, output_loading_info=True, **options)
     draw_head(model, found["missing_keys"])
     for module in model.modules():
         if is_quantized_linear(module):
-            # On some CPUs bitsandbytes would repack 4 bits for the first evaluation, in place, and round their scales.
+            # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in place at the first evaluation, and rounds
+            # their scales: later results would differ from earlier ones.
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 @contextmanager
-def reading(base: str) -> Iterator[None]:
-    """A block that reads files of `base`: what is wrong with them is told in a sentence."""
+def load_errors(base: str) -> Iterator[None]:
+    """Convert errors of transformers while it reads the files of `base` into one sentence.
+
+    Raises:
+        BadInput: with the first line of the error.
+    """
     try:
         yield
     except (OSError, ValueError) as error:
@@ -74,10 +79,10 @@ def reading(base: str) -> Iterator[None]:
 
 
 def trained_classes(base: Any) -> list[str]:
-    """Names of the classes that the head of `base` tells apart, by its outputs; none where it comes without a head.
+    """Return the class names of the classification head of `base`, in the order of its outputs; [] without a head.
 
     Args:
-        base: As for `load_base`, or a loaded model; a `config.json` has no head, as it has no weights.
+        base: As for `load_base`, or a loaded model. A `config.json` has no weights, so no head.
 
     Raises:
         BadInput: if there is no such model.
@@ -86,47 +91,49 @@ def trained_classes(base: Any) -> list[str]:
         return names_of_classes(base.config)
     if not isinstance(base, str) or base.endswith(".json"):
         return []
-    with reading(base):
+    with load_errors(base):
         config = AutoConfig.from_pretrained(resolve(base))
     headed = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     return names_of_classes(config) if headed else []
 
 
 def names_of_classes(config: PreTrainedConfig) -> list[str]:
-    """The classes of `config` by their numbers."""
+    """Return the class names in `config`, sorted by class number."""
     return [name for _, name in sorted((config.id2label or {}).items())]
 
 
 def draw_model(auto_class: Any, config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
-    """A model with random weights, the same each time and on every device: they are drawn on the CPU."""
-    # Not by torch.manual_seed, which sets the generators of the GPUs too.
+    """Return a model with random weights, drawn on the CPU: the same at each call and on every device."""
+    # Not torch.manual_seed: it also sets the generators of the GPUs, which fork_rng(devices=[]) does not restore.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(0)
         return auto_class.from_config(config, **options)
 
 
 def draw_head(model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Draw a classifier's matrices that the files lack from one seed and in fp32: the same in each run and dtype.
+    """Draw the matrices of a classification head that the files lack, from a fixed seed and in fp32.
 
-    Their biases and norms are where transformers starts them, which draws nothing.
+    They are the same in every run and dtype, so the head can count as a part of the base. Biases and norms keep the
+    constants that transformers initializes them with.
     """
     generator, deviation = torch.Generator("cpu").manual_seed(0), getattr(model.config, "initializer_range", 0.02)
     heads = tuple(f"{name}." for name in classification_head(model))
     for name in sorted(name for name in missing if name.startswith(heads)):
         parameter = model.get_parameter(name)
         if parameter.ndim >= 2:
-            # Lightning builds models with the GPU as the default device, of which a generator of the CPU cannot draw.
+            # The device is explicit: Lightning builds models with the GPU as default device, and torch refuses to draw
+            # there from a generator of the CPU.
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * deviation)
 
 
-def head_of(auto_class: Any, config: Any) -> list[str]:
-    """Names of a classifier's parts that are the task's own, and trained; none for other models."""
+def head_names(auto_class: Any, config: Any) -> list[str]:
+    """Return the module names of a classification head; [] for models of other tasks."""
     with torch.device("meta"):
         return classification_head(auto_class.from_config(config))
 
 
 def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal["auto"]) -> BitsAndBytesConfig:
-    """How bitsandbytes is to quantise `base`, and to compute in `dtype`.
+    """Return the bitsandbytes configuration that quantises `base` and computes in `dtype`.
 
     Raises:
         BadInput: if bitsandbytes is missing, or the base has no weights yet.
@@ -138,8 +145,8 @@ def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal
         )
     if base.endswith(".json"):
         raise BadInput(
-            f"model.quantize is {quantize}, but {base} is a bare configuration, whose random weights are not quantised "
-            "as they are made; give a model with weights, or leave model.quantize out."
+            f"model.quantize is {quantize}, but {base} is a bare configuration, whose random weights cannot be "
+            "quantised; give a model with weights, or leave model.quantize out."
         )
     if quantize == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -152,10 +159,11 @@ def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Let each layer of `model` recompute its activations in the backward, without reentrant autograd."""
+    """Turn on activation checkpointing: each layer recomputes its activations in the backward pass (non-reentrant)."""
     if Version(version("transformers")) >= Version("5.18"):
         model.activation_checkpointing_enable()
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs.
+    # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs. Undo it: with
+    # frozen lower layers the backward pass would run down to the embeddings for nothing.
     model.disable_input_require_grads()

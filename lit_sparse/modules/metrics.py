@@ -1,4 +1,4 @@
-"""Scores as metrics: of a language model by the token, of a classifier by the row."""
+"""Evaluation metrics: of a language model per token, of a classifier per row. Ranks are summed, not averaged."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,10 @@ from torchmetrics import Metric
 
 
 class TokenScores(Metric):
-    """Loss (nats a token), perplexity, and accuracy of the likeliest token, over all labelled tokens."""
+    """Compute loss (nats per token), perplexity, and accuracy of the likeliest token, over all labelled tokens.
+
+    The state is in fp64: a float32 count stops growing at 2^24 tokens.
+    """
 
     full_state_update = False
     nll: Tensor
@@ -21,19 +24,25 @@ class TokenScores(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, nll: Tensor, hits: Tensor, labels: Tensor) -> None:
-        """Add a batch: nll (B, S-1) with 0 where no label, hits (B, S-1) bool, labels (B, S) with -100 where none."""
+        """Add a batch.
+
+        Args:
+            nll: Negative log-likelihood of each next token, (B, S-1), in nats; 0 where there is no label.
+            hits: Whether the likeliest token is the label, (B, S-1) bool.
+            labels: (B, S) int64; -100 where there is no label.
+        """
         self.nll += nll.sum()
         self.hits += hits.sum()
         self.tokens += (labels[:, 1:] != -100).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        """The scores as fp64 scalars; nan where no token was labelled."""
+        """Return the scores as fp64 scalars; nan if no token was labelled."""
         loss = self.nll / self.tokens
         return {"loss": loss, "perplexity": loss.exp(), "accuracy": self.hits / self.tokens}
 
 
 class ClassScores(Metric):
-    """Loss (nats a row) and accuracy of the likeliest class, over all rows."""
+    """Compute loss (nats per row) and accuracy of the likeliest class, over all rows."""
 
     full_state_update = False
     nll: Tensor
@@ -46,22 +55,22 @@ class ClassScores(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, predicted: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss (scalar), and its predicted and right classes (B,) int64."""
+        """Add a batch: its mean loss (scalar), its predicted classes and its labels, both (B,) int64."""
         self.nll += loss * len(labels)
         self.hits += (predicted == labels).sum()
         self.rows += len(labels)
 
     def compute(self) -> dict[str, Tensor]:
-        """The scores as fp64 scalars; nan where there was no row."""
+        """Return the scores as fp64 scalars; nan if there was no row."""
         return {"loss": self.nll / self.rows, "accuracy": self.hits / self.rows}
 
 
 def right_choices(losses: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Whether the choice of the lowest loss is the right one, (items,) bool.
+    """Return for each multiple-choice item whether its choice with the lowest loss is the correct one, (items,) bool.
 
     Args:
-        losses: One a choice, (B,).
-        batch: Which `item` (B,) each row is a `choice` (B,) of, and the right one of each, `label` (items,).
+        losses: Loss of each row, (B,); a row is one choice of one item.
+        batch: `item` (B,) and `choice` (B,) of each row, and `label` (items,), the number of the correct choice.
     """
     table = torch.full((len(batch["label"]), int(batch["choice"].max()) + 1), torch.inf, device=losses.device)
     table[batch["item"], batch["choice"]] = losses

@@ -1,7 +1,7 @@
-"""FSDP2: weights, gradients and optimizer state divided among processes, with the checkpoints of one device.
+"""FSDP2: shard weights, gradients and optimizer state over ranks, and write the checkpoints of one device.
 
-PyTorch's `fully_shard` (after FSDP, arXiv 2304.11277): each decoder layer is a unit, whose weights are whole only while
-it computes; what lies outside the layers is one more.
+Uses PyTorch's `fully_shard` (FSDP, arXiv 2304.11277). Each decoder layer is a unit: its weights are gathered only while
+it computes. The parameters outside the decoder layers form one more unit.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ NAME = "fsdp2"
 
 
 class Sharded(nn.Module):
-    """A model whose weights are divided among the processes of `mesh`, and the way to compute with it.
+    """Shard a model over the ranks of `mesh`, and run functions that use it.
 
-    Each process keeps the first dimension's next part of every parameter, as a DTensor, on the mesh's device; a unit is
-    moved there as it is divided, so that a model in host memory need not fit on a device. Gradients are averaged over
-    the processes in fp32, and have their parameter's dtype.
+    Every parameter becomes a DTensor on the mesh's device, sharded along its first dimension. Units are moved to the
+    device one at a time as they are sharded, so a model in host memory need not fit on one device. Gradients are
+    averaged over ranks in fp32, and have their parameter's dtype.
 
     Args:
         model: A Hugging Face model, prepared by its strategies; its parameters are replaced in place.
-        mesh: One dimension.
+        mesh: A mesh of one dimension.
 
     Raises:
-        BadInput: if a unit trains parameters of several dtypes; nothing is divided then.
+        BadInput: if a unit trains parameters of several dtypes; nothing is sharded then.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
@@ -47,14 +47,19 @@ class Sharded(nn.Module):
         self.model = model
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
         units = _units(model)
-        _refuse_mixed(model, units)
+        _check_dtypes(model, units)
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self, mesh=mesh, mp_policy=policy)
-        self._settle(units)
+        self._initialize_dtypes(units)
 
-    def _settle(self, units: Mapping[str, list[str]]) -> None:
-        """Let FSDP note its dtypes, which it does once: a unit frozen then would later be reduced in its own dtype."""
+    def _initialize_dtypes(self, units: Mapping[str, list[str]]) -> None:
+        """Run FSDP's lazy initialization while every unit of one dtype is trainable.
+
+        FSDP fixes the dtype of a unit's gradient reduction at its first forward pass, from the parameters that require
+        grad then. A unit that is frozen at that moment and trains later (LISA) would be reduced in its own dtype
+        instead of fp32.
+        """
         own = dict(self.model.named_parameters())
         of_one_dtype = [names for names in units.values() if len({own[name].dtype for name in names}) == 1]
         frozen = [own[name] for names in of_one_dtype for name in names if not own[name].requires_grad]
@@ -66,16 +71,19 @@ class Sharded(nn.Module):
             parameter.requires_grad_(False)
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, while the weights outside the decoder layers are whole: not only the model reads them."""
+        """Return `function(*args)`, with the weights outside the decoder layers gathered.
+
+        The function may read them without calling a module, as the chunked loss reads the head's weight.
+        """
         return function(*args)
 
     def compute(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(*args)`, where it may use the model; without a graph, all weights are divided again afterwards.
+        """Return `function(*args)`, which may use the model. Without a graph, reshard all weights afterwards.
 
-        Never in inference mode, in which Lightning evaluates under NCCL: what FSDP first gathers a unit's weights into
-        is kept, and could as an inference tensor never be trained with.
+        Leaves inference mode, in which Lightning evaluates under NCCL: FSDP keeps the buffer into which it first
+        gathers a unit's weights, and autograd refuses an inference tensor there once training goes on.
         """
-        graph = torch.is_grad_enabled()  # asked here, since leaving inference mode turns gradients on
+        graph = torch.is_grad_enabled()  # read first: leaving inference mode turns gradients on
         with torch.inference_mode(False), torch.set_grad_enabled(graph):
             result = self(function, *args)
             if not graph:
@@ -84,20 +92,20 @@ class Sharded(nn.Module):
 
 
 def _units(model: nn.Module) -> dict[str, list[str]]:
-    """The names of the parameters that FSDP gathers together, by what they are."""
+    """Return the names of the parameters of each FSDP unit, by a description of the unit."""
     layers = {parameter: n for n, layer in enumerate(decoder_layers(model)) for parameter in layer.parameters()}
     units: dict[str, list[str]] = {}
     for name, parameter in model.named_parameters():
-        unit = f"layer {layers[parameter]}" if parameter in layers else "what lies outside the layers"
+        unit = f"layer {layers[parameter]}" if parameter in layers else "the parameters outside the decoder layers"
         units.setdefault(unit, []).append(name)
     return units
 
 
-def _refuse_mixed(model: nn.Module, units: Mapping[str, list[str]]) -> None:
-    """Refuse a unit that trains parameters of several dtypes, whose gradients FSDP cannot reduce together.
+def _check_dtypes(model: nn.Module, units: Mapping[str, list[str]]) -> None:
+    """Refuse a unit that trains parameters of several dtypes: FSDP reduces a unit's gradients as one flat tensor.
 
     Raises:
-        BadInput: naming the first.
+        BadInput: naming the first such unit.
     """
     own = dict(model.named_parameters())
     for unit, names in units.items():
@@ -110,15 +118,15 @@ def _refuse_mixed(model: nn.Module, units: Mapping[str, list[str]]) -> None:
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's strategy for models that `Sharded` divides among all processes: `trainer.strategy: fsdp2`.
+    """The Lightning strategy `trainer.strategy: fsdp2`: all ranks shard one model, through `Sharded`.
 
-    A checkpoint is the same single file as that of one device, so that a run may go on with any number of processes:
-    tensors are gathered one after the other into the host memory of the first process, and each process takes its
-    shards of what is loaded. A parameter of fewer than 32 bits is saved as the fp32 master that its optimizer keeps.
+    A checkpoint is one file, the same as on one device, so a run can resume on any number of ranks. Saving gathers one
+    tensor at a time into the host memory of rank 0; loading gives each rank its shards. A parameter of fewer than 32
+    bits is saved as the fp32 master that its optimizer keeps.
 
     Args:
-        process_group_backend: As for Lightning's strategies; by the device when not given.
-        timeout: Of a collective operation.
+        process_group_backend: As for Lightning's strategies; chosen by the device when not given.
+        timeout: Timeout of a collective operation.
     """
 
     def __init__(
@@ -135,7 +143,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
-    # Checkpoints are loaded as on one device: its parent's ways demand optimizer state of every parameter.
+    # Checkpoints are loaded as on one device. ModelParallelStrategy's own loading demands optimizer state of every
+    # parameter, and frozen ones have none.
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -152,13 +161,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         return Strategy.optimizer_state(self, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write the file; every process has to call it, since they all have shards."""
+        """Write one file from rank 0. Every rank must call it: gathering is a collective."""
+        # On one device trained weights are in fp32 and there is no master: move it to where that checkpoint has it.
         for optimizer in self.optimizers:
             checkpoint["state_dict"].update(_masters(optimizer, checkpoint["state_dict"]))
-        for state in checkpoint.get("optimizer_states", []):  # weights alone have none
+        for state in checkpoint.get("optimizer_states", []):  # absent if only weights are saved
             state["state"] = {key: _without_master(one) for key, one in state["state"].items()}
-        whole = gathered(checkpoint, keep=self.is_global_zero)
-        Strategy.save_checkpoint(self, whole, filepath, storage_options)
+        full = gather(checkpoint, keep=self.is_global_zero)
+        Strategy.save_checkpoint(self, full, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
@@ -176,7 +186,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _masters(optimizer: Optimizer, values: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The fp32 masters of parameters among `values`: those that train are saved in fp32, as they are on one device."""
+    """Return the fp32 masters of the parameters in `values`, by name: they are saved in fp32, as on one device."""
     return {
         name: optimizer.state[parameter]["master"]
         for group in optimizer.param_groups
@@ -189,24 +199,32 @@ def _without_master(state: dict[str, Any]) -> dict[str, Any]:
     return {field: value for field, value in state.items() if field != "master"}
 
 
-def gathered(value: Any, keep: bool) -> Any:
-    """`value` with a whole tensor in host memory for each DTensor in its dicts, lists and tuples; None unless `keep`.
+def gather(value: Any, keep: bool) -> Any:
+    """Replace each DTensor nested in dicts, lists and tuples by its full tensor in host memory, or by None.
 
-    Every process has to call it with the same DTensors in the same order.
+    Every rank must call it with the same DTensors in the same order: each one is a collective.
+
+    Args:
+        keep: Return full tensors; false on ranks that do not write, which get None.
     """
     if isinstance(value, DTensor):
-        there = value.detach().to(value.device_mesh.device_type)  # those set aside are in host memory
+        there = value.detach().to(
+            value.device_mesh.device_type
+        )  # an offloaded one is in host memory, where NCCL cannot gather
         full = cast(DTensor, there).full_tensor()
         return full.cpu() if keep else None
     if isinstance(value, dict):
-        return {key: gathered(item, keep) for key, item in value.items()}
+        return {key: gather(item, keep) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(gathered(item, keep) for item in value)
+        return type(value)(gather(item, keep) for item in value)
     return value
 
 
 def _state_shards(optimizer: Optimizer, state: dict[str, Any], values: Mapping[str, Tensor]) -> dict[str, Any]:
-    """An optimizer's saved state with this process's shards, and masters for parameters of fewer than 32 bits."""
+    """Return a saved optimizer state with this rank's shards.
+
+    Masters are not saved: a parameter of fewer than 32 bits takes its saved fp32 value as its master.
+    """
     own = {
         name: p
         for group in optimizer.param_groups
@@ -215,7 +233,7 @@ def _state_shards(optimizer: Optimizer, state: dict[str, Any], values: Mapping[s
     found = dict(state["state"])
     for group in state["param_groups"]:
         for name, key in zip(group["param_names"], group["params"], strict=True):
-            if key in found and name in own:  # the optimizer itself refuses a state of other parameters
+            if key in found and name in own:  # other names: load_state_dict refuses them with a better message
                 saved = dict(found[key])
                 if values[name].dtype == torch.float32 != own[name].dtype:
                     saved["master"] = values[name]
@@ -223,4 +241,6 @@ def _state_shards(optimizer: Optimizer, state: dict[str, Any], values: Mapping[s
     return {**state, "state": found}
 
 
-StrategyRegistry.register(NAME, FSDP2Strategy, description="FSDP2: weights, gradients and state divided by layers")
+StrategyRegistry.register(
+    NAME, FSDP2Strategy, description="FSDP2: weights, gradients and optimizer state sharded over ranks"
+)

@@ -1,17 +1,18 @@
-"""ActivationDensity: a penalty on how many of the MLPs' activations are not zero, beside any way to train.
+"""ActivationDensity: penalise MLP activations that are not zero, stacked on any gradient method.
 
-Density-efficient fine-tuning (DEFT), arXiv 2402.01911, whose released code has the `rational` proxy alone. Only what
-trains learns to push activations to zero, so that inference may skip what they would be multiplied with.
+Density-efficient fine-tuning (DEFT), arXiv 2402.01911; its released code has only the `rational` proxy. The trainable
+weights learn to push activations towards zero, so that inference can skip the products with them.
 
-The activation and a sum of the proxy for each token come from one op (`glu_density`), whose outputs are one node of the
-graph: the sums need no forward hooks that keep activations, checkpointing runs that node once more and no sum is taken
-twice, and since the sums are by token, padding is masked afterwards, in `penalty`, where the batch is known.
+One op (`glu_density`) computes the activation and the proxy's sum per token, as one node of the autograd graph. So no
+forward hook has to keep activations, and activation checkpointing recomputes the node without counting it twice. The
+sums are per token because padding is masked later, in `penalty`, where the batch is known.
 
-Differences from the released code, each on purpose: padding does not count; sums are in fp32. As for the task's loss,
-the mean is over the tokens of each batch, and a step's is over its batches and ranks, however many tokens each has.
-`layer_weights: adaptive` is our own (the paper's adaptive variant has no code): the weights w that minimise the mean of
-w_l d_l less `entropy` times their entropy are w_l ~ exp(-d_l / entropy), so that layers already sparse are pushed
-further.
+Deliberate differences from the released code: padding does not count, and sums are in fp32. The mean is taken over the
+tokens of each batch, then over the batches and ranks of a step, whatever their numbers of tokens.
+
+`layer_weights: adaptive` is our own construction; the paper's adaptive variant has no released code. With densities
+d_l, it minimises the mean of w_l d_l minus `entropy` times the entropy of w, which gives w_l ~ exp(-d_l / entropy):
+layers that are already sparse are pushed further.
 """
 
 import dataclasses
@@ -25,31 +26,31 @@ from torch.utils.hooks import RemovableHandle
 
 from lit_sparse.anatomy import MLP, mlps
 from lit_sparse.errors import BadInput
-from lit_sparse.mlp_density import Site, Sums, act_of, check_sites, masked_mean, token_mask
-from lit_sparse.ranks import averaged
+from lit_sparse.mlp_density import MLPSite, ProxySums, act_of, check_sites, masked_mean, token_mask
+from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy, no_probe
 
 MEMORY = 0.9
-"""What the adaptive weights' running densities keep of themselves at each optimizer step."""
+"""Decay of the running densities that the adaptive weights follow, per optimizer step."""
 
 
 @dataclasses.dataclass
 class ActivationDensity(UpdateStrategy):
-    """Penalise non-zero activations of the MLPs, beside any gradient method (DEFT, arXiv 2402.01911).
+    """Penalise non-zero activations of the MLPs, stacked on any gradient method (DEFT, arXiv 2402.01911).
 
     Args:
-        weight: Of the penalty in the loss; the penalty itself lies between 0 and 1. 0 changes nothing at all.
-        proxy: Smooth stand-in for "is not zero" of an activation o: `rational` is o^2 / (o^2 + eps) (the authors'),
-            `tanh` is tanh(beta |o|), `sigmoid` is 2 sigmoid(beta |o|) - 1.
-        eps: Of `rational`. At the authors' 1e-7 only activations below about 1e-3 are pushed.
-        beta: Of `tanh` and `sigmoid`. The smaller, the larger are the activations that are pushed.
-        end: Value that eps or beta ends at, approached by equal factors over `anneal_steps`; none keeps it.
+        weight: Factor of the penalty in the loss. The penalty lies between 0 and 1. At 0 the model is left unchanged.
+        proxy: Smooth approximation of "is not zero" for an activation o: `rational` is o^2 / (o^2 + eps) (the
+            authors'), `tanh` is tanh(beta |o|), `sigmoid` is 2 sigmoid(beta |o|) - 1.
+        eps: eps of `rational`. The authors' 1e-7 pushes only activations below about 1e-3.
+        beta: beta of `tanh` and `sigmoid`. A smaller beta pushes larger activations.
+        end: Final value of eps or beta, approached geometrically over `anneal_steps`; null keeps the first value.
         anneal_steps: Optimizer steps from the first value to `end`.
-        where: What is counted in a gated MLP: `gate_act`, the activated gate (the authors'), or `product`, what the
-            down projection reads.
-        layer_weights: Weight of each layer, scaled to a mean of 1; none is the same for all, `adaptive` follows the
-            layers' densities.
-        entropy: How far `adaptive` weights are kept from one layer alone: the larger, the more alike.
+        where: Which activations of a gated MLP count: `gate_act`, the activated gate (the authors'), or `product`, the
+            input of the down projection.
+        layer_weights: Weight of each layer, rescaled to a mean of 1. Null weights all layers equally; `adaptive`
+            follows the layers' densities.
+        entropy: Temperature of the `adaptive` weights: larger makes them more uniform.
     """
 
     weight: float = 1.0
@@ -75,22 +76,21 @@ class ActivationDensity(UpdateStrategy):
                 raise BadInput(f"ActivationDensity: {name} is {value}; it must be above 0.")
         if self.anneal_steps < 0 or (self.end is None) != (self.anneal_steps == 0):
             raise BadInput(
-                f"ActivationDensity: end is {self.end} and anneal_steps is {self.anneal_steps}; give both, the steps "
-                "above 0, or neither."
+                f"ActivationDensity: end is {self.end} and anneal_steps is {self.anneal_steps}; set both, with "
+                "anneal_steps above 0, or neither."
             )
         given = self.layer_weights if isinstance(self.layer_weights, list) else [1.0]
         if not given or min(given) < 0 or max(given) <= 0:
             raise BadInput(
-                f"ActivationDensity: layer_weights are {given}; give one for each layer, of which none may be "
-                "negative, nor all be 0."
+                f"ActivationDensity: layer_weights are {given}; give one for each layer, none negative and not all 0."
             )
-        self._sums = Sums()
-        self._given: Tensor | None = None  # `layer_weights`, scaled to a mean of 1
-        self._sites: list[Site] = []
+        self._sums = ProxySums()
+        self._fixed_weights: Tensor | None = None  # `layer_weights`, rescaled to a mean of 1
+        self._sites: list[MLPSite] = []
         self._handles: list[RemovableHandle] = []
         self._step = 0
-        self._seen: list[Tensor] = []  # densities (L,) of the batches since the last optimizer step
-        self._means: Tensor | None = None  # running densities (L,), that adaptive weights follow
+        self._densities: list[Tensor] = []  # (L,) of each batch since the last optimizer step
+        self._means: Tensor | None = None  # running densities (L,), which adaptive weights follow
 
     # ---- preparing
 
@@ -107,13 +107,14 @@ class ActivationDensity(UpdateStrategy):
         self._sums.sharpness = self._sums.sharpness.to(device)
         if isinstance(self.layer_weights, list):
             given = torch.tensor(self.layer_weights, device=device)
-            self._given = given / given.mean()
-        self._sites = [self._site(model, layer, mlp) for layer, mlp in enumerate(found)]
+            self._fixed_weights = given / given.mean()
+        self._sites = [self._make_site(model, layer, mlp) for layer, mlp in enumerate(found)]
         check_sites(model, self._sites)
         for site in self._sites:
             site.install()
         self._set_sharpness()
-        # A pass may begin at either: the task calls the base model, and OPT's own forward passes the base model by.
+        # A forward pass may start at either module: CausalLM calls the base model directly, and OPT's forward bypasses
+        # its base model.
         roots = {model, getattr(model, "base_model", model)}
         self._handles = [root.register_forward_pre_hook(self._sums.begin) for root in roots]
 
@@ -122,19 +123,19 @@ class ActivationDensity(UpdateStrategy):
         self._means = state.get("means")
         self.attach(model, no_probe, context)
 
-    def _site(self, model: nn.Module, layer: int, mlp: MLP) -> Site:
+    def _make_site(self, model: nn.Module, layer: int, mlp: MLP) -> MLPSite:
         if mlp.gate is None and self.where == "product" and mlp.up.endswith("gate_up_proj"):
             raise BadInput(
-                f"ActivationDensity: where is product, but {type(model).__name__} makes gate and up in one matrix; "
-                "set where to gate_act."
+                f"ActivationDensity: where is product, but {type(model).__name__} computes gate and up with one "
+                "matrix; set where to gate_act."
             )
         proxy = "rational" if self.proxy == "rational" else "tanh"
-        return Site(layer, mlp, act_of(mlp.act), proxy, self.where, self._sums)
+        return MLPSite(layer, mlp, act_of(mlp.act), proxy, self.where, self._sums)
 
     def _set_sharpness(self) -> None:
         start = self.eps if self.proxy == "rational" else self.beta
-        way = min(self._step / self.anneal_steps, 1) if self.anneal_steps else 0
-        value = start if self.end is None else start ** (1 - way) * self.end**way
+        progress = min(self._step / self.anneal_steps, 1) if self.anneal_steps else 0
+        value = start if self.end is None else start ** (1 - progress) * self.end**progress
         self._sums.sharpness.fill_(value / 2 if self.proxy == "sigmoid" else value)  # 2 sigmoid(x) - 1 = tanh(x / 2)
 
     # ---- training
@@ -145,35 +146,35 @@ class ActivationDensity(UpdateStrategy):
         taken = self._sums.take()
         if not taken:
             raise BadInput(
-                "ActivationDensity: no MLP was run where gradients are kept, as happens under reentrant checkpointing; "
-                "use model.activation_checkpointing, which is not, or leave ActivationDensity out."
+                "ActivationDensity: no MLP ran with gradients enabled, as under reentrant checkpointing; use "
+                "model.activation_checkpointing, which is not reentrant, or leave ActivationDensity out."
             )
         mask = token_mask(batch)
         layers = sorted(taken)
         densities = torch.stack([masked_mean(taken[layer], mask) for layer in layers])
-        if len(layers) == len(self._sites):  # layers that were dropped at random are not seen
-            self._seen.append(densities.detach())
+        if len(layers) == len(self._sites):  # not after LayerDrop, which skips layers at random
+            self._densities.append(densities.detach())
         return self._weighted(densities, layers)
 
     def _weighted(self, densities: Tensor, layers: list[int]) -> Tensor:
         weights = self._weights(densities.device)
-        if len(layers) < len(self._sites):  # else no index, for which a GPU would be waited for
+        if len(layers) < len(self._sites):  # indexing with a list makes the CPU wait for the GPU: only if it must be
             weights = weights[layers]
         return self.weight * (densities * weights).mean()
 
     def _weights(self, device: torch.device) -> Tensor:
-        """The layers' weights (L,), fp32, whose mean is 1."""
+        """Return the layers' weights, (L,) fp32, with a mean of 1."""
         count = len(self._sites)
-        if self._given is not None:
-            return self._given.to(device)
+        if self._fixed_weights is not None:
+            return self._fixed_weights.to(device)
         if self.layer_weights is None or self._means is None:
             return torch.ones(count, device=device)
         return count * torch.softmax(-self._means.to(device) / self.entropy, 0)
 
     def logged(self) -> dict[str, Tensor]:
-        if not self._seen:
+        if not self._densities:
             return {}
-        densities = torch.stack(self._seen).mean(0)  # of a step's batches, for which the weights are the same
+        densities = torch.stack(self._densities).mean(0)  # the weights do not change within a step
         return {"density_penalty": self._weighted(densities, list(range(len(self._sites))))}
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
@@ -181,15 +182,20 @@ class ActivationDensity(UpdateStrategy):
         if self._sites and self.anneal_steps:
             self._set_sharpness()
         if self._sites and self.layer_weights == "adaptive":
-            self._remember()
-        self._seen.clear()
+            self._update_means()
+        self._densities.clear()
         return False
 
-    def _remember(self) -> None:
-        """Move the running densities towards this step's, to the same bits on every rank, even one that saw none."""
+    def _update_means(self) -> None:
+        """Update the running densities with this step's, to the same bits on every rank.
+
+        A rank without batches takes part too, or the collective would hang; the appended ones count the batches.
+        """
         device = self._sums.sharpness.device
-        seen = [torch.cat([one.float(), one.new_ones(1, dtype=torch.float32)]) for one in self._seen]
-        total = averaged(torch.stack(seen).sum(0) if seen else torch.zeros(len(self._sites) + 1, device=device))
+        counted = [torch.cat([one.float(), one.new_ones(1, dtype=torch.float32)]) for one in self._densities]
+        total = all_reduce_mean(
+            torch.stack(counted).sum(0) if counted else torch.zeros(len(self._sites) + 1, device=device)
+        )
         if total[-1] == 0:
             return
         new = total[:-1] / total[-1]
@@ -203,17 +209,17 @@ class ActivationDensity(UpdateStrategy):
         for site in reversed(self._sites):
             site.remove()
         self._sites, self._handles = [], []
-        self._seen.clear()
+        self._densities.clear()
         self._sums.take()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step} | ({} if self._means is None else {"means": self._means})
 
     def describe(self) -> dict[str, Any]:
-        """How many MLPs are penalised, their activation, and the adaptive weights as they are now."""
+        """Return the number of penalised MLPs, their activation function, and the current adaptive weights."""
         if not self._sites:
             return {}
-        told: dict[str, Any] = {"mlps": len(self._sites), "activation": self._sites[0].act}
+        described: dict[str, Any] = {"mlps": len(self._sites), "activation": self._sites[0].act}
         if self.layer_weights == "adaptive":
-            told["layer_weights"] = self._weights(torch.device("cpu")).tolist()
-        return told
+            described["layer_weights"] = self._weights(torch.device("cpu")).tolist()
+        return described

@@ -1,7 +1,7 @@
-"""KLToBase: hold what the model predicts at what the base predicts, beside any way to train.
+"""KLToBase: keep the model's predictions close to the base's, stacked on any way to train.
 
-Learning without forgetting (LwF), arXiv 1606.09282, eq. 2-3, with the base as teacher on the data being learned: the
-distance is between predictions, so weights may go where they like as long as these stay.
+Learning without forgetting (LwF), arXiv 1606.09282, eq. 2-3, with the base as the teacher on the training data. The
+penalty is on predictions, so weights may move as far as they like if these stay.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, Update
 
 @dataclasses.dataclass
 class KLToBase(UpdateStrategy):
-    """Hold the predicted tokens at the base's by a Kullback-Leibler divergence (LwF, arXiv 1606.09282).
+    """Keep predicted tokens close to the base's by a Kullback-Leibler divergence (LwF, arXiv 1606.09282).
 
-    The penalty is weight * T^2 * KL(base || model) of the next token's distribution at temperature T, in nats a token,
-    the mean over all tokens that are no padding, prompts too. The base runs once more on every batch, without a graph.
-    It shares the weights that stay as they are: beside LoRA it takes no memory, beside full fine-tuning a copy.
+    The penalty is weight * T^2 * KL(base || model) of the next-token distribution at temperature T, in nats per token,
+    averaged over all tokens that are not padding, prompts included. The base runs on every batch too, without a graph
+    (2.4 times the step time of LoRA alone, `python -m benchmarks.forgetting_study --only cost`). It shares frozen
+    weights with the model: stacked on LoRA it needs no memory for weights, on full fine-tuning a full copy.
 
     Args:
-        weight: Of the penalty in the loss. 0 changes nothing at all.
-        temperature: T, above 1 to weigh unlikely tokens more; 2 is the paper's.
+        weight: Factor of the penalty in the loss. At 0 the base is not run.
+        temperature: T; above 1, unlikely tokens weigh more. The paper's is 2.
     """
 
     weight: float = 1.0
@@ -50,67 +51,71 @@ class KLToBase(UpdateStrategy):
             raise BadInput(f"KLToBase: weight is {self.weight}; it must be at least 0.")
         if not self.temperature > 0:
             raise BadInput(f"KLToBase: temperature is {self.temperature}; it must be above 0.")
-        self._base: Base | None = None
-        self._seen: list[Tensor] = []  # divergences of the batches since the last optimizer step
+        self._base: FrozenBase | None = None
+        self._divergences: list[Tensor] = []  # scalars, of the batches since the last optimizer step
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         assert isinstance(model, PreTrainedModel)
         if model.get_output_embeddings() is None:
             raise BadInput(
-                f"KLToBase: {type(model).__name__} predicts no tokens; take a causal language model, or leave KLToBase "
+                f"KLToBase: {type(model).__name__} predicts no tokens; use a causal language model, or leave KLToBase "
                 "out."
             )
-        if self.weight:
-            self._base = Base(model, context.siblings)
+        if self.weight:  # before any sibling attaches (`attaches_first`), so that the copy has the base's own modules
+            self._base = FrozenBase(model, context.siblings)
 
     def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if self._base is None:
             return None
         divergence = self._base.divergence(model_inputs(batch), output, token_mask(batch), self.temperature)
-        self._seen.append(divergence.detach())
+        self._divergences.append(divergence.detach())
         return self.weight * divergence
 
     def logged(self) -> dict[str, Tensor]:
-        return {"kl_to_base": torch.stack(self._seen).mean()} if self._seen else {}
+        return {"kl_to_base": torch.stack(self._divergences).mean()} if self._divergences else {}
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
-        self._seen.clear()
+        self._divergences.clear()
         return False
 
     def detach(self, model: nn.Module) -> None:
         if self._base is not None:
             self._base.close()
         self._base = None
-        self._seen.clear()
+        self._divergences.clear()
 
     def held(self) -> Sequence[Tensor]:
         return () if self._base is None else self._base.copies
 
     def describe(self) -> dict[str, Any]:
-        """Bytes of the base's weights that are kept apart, since training changes the model's own."""
+        """Return the bytes of the base's weights that are copied, since training changes the model's own."""
         return {"bytes": sum(copy.nbytes for copy in self.held())}
 
 
-class Base:
-    """`model` as it came, while `model` is trained.
+class FrozenBase:
+    """Keep the model as it was before training, while `model` is trained.
 
-    Its modules are its own, but not its weights: a copy of one is taken before it first trains, or before a checkpoint
-    gives it another value, and has the dtype that it came in.
+    The modules are copies, but the weights are shared. A weight is copied, in its original dtype, just before it first
+    trains, or before a checkpoint overwrites it.
+
+    Args:
+        model: The model before any strategy changed its modules.
+        siblings: The other strategies of the run: what they write (`written`) is copied too.
 
     Attributes:
         model: The base.
-        copies: Those of its weights that are its own.
+        copies: The weights that were copied.
     """
 
     def __init__(self, model: PreTrainedModel, siblings: Sequence[UpdateStrategy]) -> None:
         self._model, self._siblings = model, siblings
         shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
-        for module in filter(is_quantized_linear, model.modules()):  # bitsandbytes keeps the weights' scales in these
+        for module in filter(is_quantized_linear, model.modules()):  # these hold bitsandbytes' scales of the weights
             shared |= {id(own): own for name in ("state", "quant_state") if (own := getattr(module, name, None))}
-        self.model = copy.deepcopy(model, shared).eval()
+        self.model = copy.deepcopy(model, shared).eval()  # `shared` is deepcopy's memo: what is in it is not copied
         self._places: dict[nn.Parameter, list[tuple[dict[str, Any], str]]] = {}
         for one, own in zip(model.modules(), self.model.modules(), strict=True):
-            own._buffers = one._buffers  # these are replaced when the model moves to another device, weights are not
+            own._buffers = one._buffers  # share the dict: moving a module replaces its buffers, but not its parameters
             for name, parameter in one._parameters.items():
                 if parameter is not None:
                     self._places.setdefault(parameter, []).append((own._parameters, name))
@@ -119,23 +124,23 @@ class Base:
         self.copies: list[nn.Parameter] = []
 
     def close(self) -> None:
-        """Take the hook off."""
+        """Remove the hook from the model."""
         self._loading.remove()
 
     def _before_loading(self, model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
         given = ((p, state.get(f"{prefix}{name}")) for name, p in model.named_parameters())
-        self._keep(p for p, value in given if value is not None and not torch.equal(value.to(p), p))
-        self._keep_trained()
+        self._copy(p for p, value in given if value is not None and not torch.equal(value.to(p), p))
+        self._copy_trained()
 
-    def _keep_trained(self) -> None:
-        self._keep(parameter for parameter in self._model.parameters() if parameter.requires_grad)
+    def _copy_trained(self) -> None:
+        self._copy(parameter for parameter in self._model.parameters() if parameter.requires_grad)
         for sibling in self._siblings:
-            self._keep(sibling.written())
+            self._copy(sibling.written())
 
-    def _keep(self, parameters: Iterable[nn.Parameter]) -> None:
+    def _copy(self, parameters: Iterable[nn.Parameter]) -> None:
         for parameter in parameters:
             places = self._places.pop(parameter, [])
-            if not places:  # an adapter's, or one that has its copy
+            if not places:  # a parameter of an adapter, or one that was copied before
                 continue
             own = nn.Parameter(parameter.detach().to(self._dtypes[parameter], copy=True), requires_grad=False)
             self.copies.append(own)
@@ -143,14 +148,19 @@ class Base:
                 owner[name] = own
 
     def divergence(self, inputs: dict[str, Any], output: Any, kept: Tensor, temperature: float) -> Tensor:
-        """Mean of T^2 KL(base || model) over the `kept` tokens (B, S) of `inputs`, of which `model` made `output`.
+        """Return the mean of T^2 KL(base || model) over the tokens of a batch, an fp32 scalar, in nats.
 
-        `output` has logits (B, S, V), or the last hidden states (B, S, H), of which logits are made a part at a time.
+        Args:
+            inputs: Keyword inputs of the model.
+            output: The model's output for them: logits (B, S, V), or last hidden states (B, S, H), from which logits
+                are computed in chunks, so that the logits of all tokens never exist at once.
+            kept: Mask of the tokens that count, (B, S) bool.
+            temperature: T.
         """
-        self._keep_trained()
+        self._copy_trained()
         for own in self.copies:
-            own.data = own.data.to(kept.device)  # the model's own weights are there already
-        if "logits" in output:
+            own.data = own.data.to(kept.device)  # Lightning moves the model, and does not know of the copies
+        if "logits" in output:  # a loop that calls the whole model; CausalLM computes hidden states only
             with torch.no_grad():
                 theirs = self.model(**inputs).logits
             return kl(output.logits[kept], theirs[kept], temperature) / kept.sum().clamp(min=1)
@@ -161,19 +171,22 @@ class Base:
         size = max(1, CHUNK_LOGITS // base.weight.shape[0])  # pyright: ignore
         total = ours.new_zeros((), dtype=torch.float32)
         for own, their in zip(ours.split(size), theirs.split(size), strict=True):
-            parts = own, their, mine, base, temperature  # whose logits are made again in the backward
+            parts = own, their, mine, base, temperature  # logits are recomputed in the backward pass
             total = total + checkpoint(kl_of_hidden, *parts, use_reentrant=False, preserve_rng_state=False)
         return total / kept.sum().clamp(min=1)
 
 
 def kl_of_hidden(ours: Tensor, theirs: Tensor, mine: nn.Module, base: nn.Module, temperature: float) -> Tensor:
-    """The divergence of the tokens that the heads make of hidden states (T, H), summed."""
+    """Return the divergence from hidden states (T, H), through both heads, summed over tokens."""
     with torch.no_grad():
         logits = base(theirs)
     return kl(mine(ours), logits, temperature)
 
 
 def kl(ours: Tensor, theirs: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(theirs || ours) of logits (T, V) at a temperature, summed over tokens, fp32."""
+    """Return T^2 KL(theirs || ours) of logits (T, V) at temperature T, summed over tokens, an fp32 scalar.
+
+    The factor T^2 keeps the gradient's size independent of T (arXiv 1503.02531, section 2).
+    """
     own, their = ((logits.float() / temperature).log_softmax(-1) for logits in (ours, theirs))
     return temperature**2 * F.kl_div(own, their, reduction="sum", log_target=True)

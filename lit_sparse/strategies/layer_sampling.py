@@ -1,6 +1,6 @@
-"""Which decoder layers train next: samplers of layers, each a small object.
+"""Samplers of decoder layers, which decide what trains in the next interval.
 
-All randomness comes from (seed, number of the draw), so that every rank and every resumed run draws the same.
+All randomness comes from (seed, number of the draw), so that every rank and every resumed run draws the same layers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import whole
+from lit_sparse.optim import full_tensor
 
 Order = Literal["ascending", "descending", "random"]
 
 
 class Sampler(ABC):
-    """Draws layers. What it has seen of their gradients, if it asks for that, is its state.
+    """Draw layers, possibly by the gradient norms observed so far, which are then its state.
 
     Attributes:
-        sees_gradients: Whether it is told the gradient norms of the layers that train.
-        probe_batches: Training batches on which all layers' gradient norms are measured before the first draw.
+        sees_gradients: Whether `observe` gets the gradient norms of the layers that train.
+        probe_batches: Training batches on which all layers' gradient norms are measured before the first draw; 0: none.
     """
 
     sees_gradients: ClassVar[bool] = False
@@ -34,33 +34,38 @@ class Sampler(ABC):
 
     @abstractmethod
     def draw(self, layers: Sequence[nn.Module], count: int, seed: int, number: int) -> list[int]:
-        """Numbers of `count` different layers, sorted: the `number`-th draw, from 0."""
+        """Return the indices of `count` different layers, sorted.
+
+        Args:
+            layers: All decoder layers.
+            number: Number of the draw, from 0. The same seed and number must give the same layers on every rank.
+        """
 
     def observe(self, norms: Mapping[int, float]) -> None:
-        """Take note of layers' gradient norms: of each layer, root mean square of its gradient's entries."""
+        """Record the gradient norm of each layer, by its index: the root mean square of the gradient's entries."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs."""
+        """Return the state that `load_state_dict` takes."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another was."""
+        """Continue from the state of another sampler of the same kind."""
 
 
 @dataclasses.dataclass
 class Uniform(Sampler):
-    """Every layer with the same probability (LISA, arXiv 2403.17919, as its authors run it)."""
+    """Draw every layer with the same probability, as the authors of LISA do (arXiv 2403.17919)."""
 
     def draw(self, layers: Sequence[nn.Module], count: int, seed: int, number: int) -> list[int]:
-        return sorted(stream(seed, number).sample(range(len(layers)), count))
+        return sorted(generator_of(seed, number).sample(range(len(layers)), count))
 
 
 @dataclasses.dataclass
 class Cyclic(Sampler):
-    """One layer after the other, each equally often (the orders of BAdam, arXiv 2404.02827).
+    """Draw the layers one after the other, each equally often (the orders of BAdam, arXiv 2404.02827).
 
     Args:
-        order: From the first to the last, from the last to the first, or in a new random order each round.
+        order: `ascending` (first to last), `descending`, or `random`, a new permutation each round.
     """
 
     order: Order = "random"
@@ -69,39 +74,41 @@ class Cyclic(Sampler):
         total, chosen, place = len(layers), list[int](), number * count
         while len(chosen) < count:
             layer = self._round(total, seed, place // total)[place % total]
-            chosen += [layer] * (layer not in chosen)  # a random round may begin with what the last one ended with
+            chosen += [layer] * (
+                layer not in chosen
+            )  # a draw may span two rounds, the second starting with the same layer
             place += 1
         return sorted(chosen)
 
     def _round(self, total: int, seed: int, turn: int) -> list[int]:
         layers = list(range(total))
         if self.order == "random":
-            stream(seed, turn).shuffle(layers)
+            generator_of(seed, turn).shuffle(layers)
         return layers[::-1] if self.order == "descending" else layers
 
 
 @dataclasses.dataclass
 class WeightNorm(Sampler):
-    """Layers of larger weights more often: in proportion to the root mean square of a layer's weights."""
+    """Draw layers in proportion to the root mean square of their weights."""
 
     def draw(self, layers: Sequence[nn.Module], count: int, seed: int, number: int) -> list[int]:
         sizes = [rms(parameter.detach() for parameter in layer.parameters()) for layer in layers]
-        return weighted(torch.stack(sizes).tolist(), count, seed, number)
+        return draw_weighted(torch.stack(sizes).tolist(), count, seed, number)
 
 
 @dataclasses.dataclass
 class GradNorm(Sampler):
-    """Layers of larger gradients more often; ours, in the spirit of GRASS (arXiv 2604.07808).
+    """Draw layers with larger gradients more often. Our own construction, in the spirit of GRASS (arXiv 2604.07808).
 
-    A layer's score is a running mean of its gradient's root mean square, measured for all layers before training, and
-    for a layer whenever it trains. Its probability in a draw of one is (1 - exploration) times its share of the sum of
-    scores^(1 / temperature), plus exploration divided by the number of layers.
+    A layer's score is a running mean of the root mean square of its gradient, measured for all layers before training
+    and for each layer while it trains. When one layer is drawn, its probability is (1 - exploration) times its share of
+    the sum of scores^(1 / temperature), plus exploration divided by the number of layers.
 
     Args:
-        memory: Weight of the old mean, 0 to below 1.
-        temperature: Above 0; the larger, the more alike are the probabilities.
-        exploration: Share of uniform draws, 0 to 1, by which no layer is forgotten.
-        probe_batches: Training batches whose gradients are measured first.
+        memory: Decay of the running mean, from 0 to below 1.
+        temperature: Above 0; larger makes the probabilities more uniform.
+        exploration: Share of uniform draws, from 0 to 1, so that a layer with small gradients is still drawn.
+        probe_batches: Training batches on which gradients are measured before training.
     """
 
     memory: float = 0.9
@@ -117,8 +124,8 @@ class GradNorm(Sampler):
         ):
             raise BadInput(
                 f"the sampler grad_norm has memory {self.memory}, temperature {self.temperature}, exploration "
-                f"{self.exploration} and probe_batches {self.probe_batches}; memory must lie from 0 to below 1, "
-                "temperature above 0, exploration from 0 to 1, and there must be a batch."
+                f"{self.exploration} and probe_batches {self.probe_batches}; memory must be from 0 to below 1, "
+                "temperature above 0, exploration from 0 to 1, and probe_batches at least 1."
             )
         self.scores: dict[int, float] = {}
 
@@ -126,7 +133,7 @@ class GradNorm(Sampler):
         powers = [self.scores[layer] ** (1 / self.temperature) for layer in range(len(layers))]
         total, even = sum(powers), self.exploration / len(layers)
         shares = [(1 - self.exploration) * power / total + even if total else even for power in powers]
-        return weighted(shares, count, seed, number)
+        return draw_weighted(shares, count, seed, number)
 
     def observe(self, norms: Mapping[int, float]) -> None:
         for layer, norm in norms.items():
@@ -146,42 +153,50 @@ SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "weight_norm": WeightNorm,
     "grad_norm": GradNorm,
 }
-"""The samplers by their names in YAML, with their defaults."""
+"""The samplers by the names they have in YAML."""
 
 
 def sampler_of(name: str) -> Sampler:
-    """The sampler of that name.
+    """Return a new sampler with that name in YAML, with default settings.
 
     Raises:
-        BadInput: if there is none.
+        BadInput: if there is none of that name.
     """
     if name not in SAMPLERS:
-        raise BadInput(f"the sampler {name!r} was asked for; there is {', '.join(SAMPLERS)}.")
+        raise BadInput(f"the sampler {name!r} was asked for; choose one of {', '.join(SAMPLERS)}.")
     return SAMPLERS[name]()
 
 
-def stream(seed: int, number: int) -> random.Random:
-    """Random numbers that belong to one draw."""
+def generator_of(seed: int, number: int) -> random.Random:
+    """Return the generator of one draw; Python's, whose numbers for a string seed do not depend on the device."""
     return random.Random(f"{seed} {number}")
 
 
-def weighted(weights: Sequence[float], count: int, seed: int, number: int) -> list[int]:
-    """`count` different indices, drawn one by one in proportion to the weights that are left (Gumbel's way)."""
-    source = stream(seed, number)
+def draw_weighted(weights: Sequence[float], count: int, seed: int, number: int) -> list[int]:
+    """Return `count` different indices, sorted, drawn one by one in proportion to the remaining weights.
+
+    Gumbel top-k (arXiv 1903.06059): the largest of log weight + Gumbel noise are such a draw without replacement. Zero
+    weights come last.
+    """
+    source = generator_of(seed, number)
     keys = [(math.log(weight) if weight > 0 else -math.inf) + gumbel(source) for weight in weights]
     return sorted(sorted(range(len(weights)), key=lambda index: -keys[index])[:count])
 
 
 def gumbel(source: random.Random) -> float:
-    uniform = source.random() or 2.0**-53  # 0 has no logarithm
+    """Draw from the standard Gumbel distribution."""
+    uniform = source.random() or 2.0**-53  # random() may return 0, whose logarithm does not exist
     return -math.log(-math.log(uniform))
 
 
 def rms(tensors: Any) -> Tensor:
-    """Root mean square of all entries, a scalar in fp32 on their device; of DTensors, of all their shards."""
+    """Return the root mean square of the entries of all tensors, an fp32 scalar on their device.
+
+    DTensors count in full, which is one scalar collective each: every rank must call it.
+    """
     squares, count = [], 0
     for tensor in tensors:
         squares.append(torch.linalg.vector_norm(tensor, dtype=torch.float32).square())
         count += tensor.numel()
-    total = torch.stack([whole(square) for square in squares]).sum()
+    total = torch.stack([full_tensor(square) for square in squares]).sum()
     return (total / count).sqrt()

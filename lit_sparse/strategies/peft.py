@@ -1,4 +1,4 @@
-"""PEFT: any adapter of Hugging Face's PEFT that lives inside the model's modules (LoRA, DoRA, IA3, SHiRA, ...)."""
+"""PEFT: train any adapter of Hugging Face's PEFT that changes the model's modules (LoRA, DoRA, IA3, SHiRA, ...)."""
 
 import copy
 import dataclasses
@@ -31,19 +31,19 @@ from lit_sparse.errors import BadInput
 from lit_sparse.strategies.base import Claim, Context, Leaves, Probe, UpdateStrategy
 
 ADAPTER = "default"
-"""PEFT's name for the only adapter of a model."""
+"""PEFT's default name of an adapter; a model has one here."""
 
 DATA_DRIVEN = ("corda", "eva", "lora_ga", "loftq")
-"""Initialisations of LoRA that PEFT leaves to programs of their own, which look at data or quantise first."""
+"""Initialisations of LoRA for which PEFT needs a separate program, which reads data or quantises first."""
 
 COPIES_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
-"""Tasks for which PEFT trains copies of modules that are called as a classifier's head."""
+"""Task types for which PEFT trains copies of modules named like a classification head."""
 
 WEIGHTS = "adapter_model.safetensors"
-"""PEFT's name for the file of an adapter's tensors."""
+"""PEFT's file name for an adapter's tensors."""
 
 Factors = dict[str, Tensor]
-"""LoRA's `A` (r, in) and `B` (out, r) of one layer."""
+"""LoRA's factors of one layer: `A` (r, in) and `B` (out, r)."""
 
 
 @dataclasses.dataclass
@@ -52,8 +52,8 @@ class PEFT(UpdateStrategy):
 
     Args:
         config: A PEFT configuration, by `class_path` and `init_args` in YAML: peft.LoraConfig, peft.IA3Config, ...
-        start_from: A run's folder or checkpoint, from whose trained adapter (and classifier's head) this one goes on,
-            with an optimizer of its own; of the same configuration, on the same base. None begins anew.
+        start_from: Folder or checkpoint of a run whose trained adapter (and classification head) is the start of this
+            one, with a new optimizer. That run must have the same configuration and base. Null starts afresh.
     """
 
     config: PeftConfig
@@ -66,29 +66,29 @@ class PEFT(UpdateStrategy):
         name, start = type(self.config).__name__, str(getattr(self.config, "init_lora_weights", "")).lower()
         if self.config.is_prompt_learning:
             raise BadInput(
-                f"{name} prepends to the input instead of changing modules, which PEFT() here cannot train; choose an "
+                f"{name} prepends to the input instead of changing modules, which PEFT() here cannot train; use an "
                 "adapter such as peft.LoraConfig."
             )
         if start in DATA_DRIVEN:
             raise BadInput(
                 f"init_lora_weights is {start}, which needs a program of PEFT's to run before training, and PEFT() "
-                "here runs none; choose true, pissa or olora."
+                "here runs none; set it to true, pissa or olora."
             )
         if getattr(self.config, "kasa_config", None) is not None:
             raise BadInput(
-                "kasa_config cuts the base's weights down in a way that a small checkpoint cannot repeat; leave it out."
+                "kasa_config truncates the base's weights in a way that a small checkpoint cannot repeat; leave it out."
             )
         self._wrapper: PeftModel | None = None
         self._start: dict[str, Factors] = {}
 
     @property
     def splits_base(self) -> bool:
-        """Whether the adapter starts as a part of the base's weights, which keep the rest (PiSSA, OLoRA)."""
+        """Whether the adapter starts as a part of the base's weights, and the base keeps the rest (PiSSA, OLoRA)."""
         return str(getattr(self.config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
 
     @property
     def trains_biases(self) -> bool:
-        """Whether the base's own biases are trained beside the adapter."""
+        """Whether the base's own biases are trained together with the adapter."""
         return getattr(self.config, "bias", "none") != "none"
 
     @property
@@ -99,47 +99,49 @@ class PEFT(UpdateStrategy):
 
     @property
     def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """True but for VeLoRA, whose projections each rank would compute from a first batch of its own."""
+        """False for VeLoRA only: its projections come from the first batch, which differs between ranks."""
         return getattr(self.config, "velora_config", None) is None
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         if self.start_from is not None:
-            self._go_on(model, self.start_from, context)
+            self._attach_trained(model, self.start_from, context)
             return
         wrapper = self._wrap(model)
         if self.splits_base:
+            # Kept for the checkpoint: the remainder in the base is rebuilt from these factors, since an SVD gives other
+            # bits on another device.
             self._start = {name: split(layer, self.config) for name, layer in lora_layers(wrapper).items()}
 
-    def _go_on(self, model: nn.Module, run: str, context: Context) -> None:
+    def _attach_trained(self, model: nn.Module, run: str, context: Context) -> None:
         checkpoint = run_checkpoint(run)
         ours = checkpoint["lit_sparse"]
         adapters = [update["state"] for update in ours["updates"] if update["class"] == type(self).__name__]
         if not adapters or ours["base"] != fingerprint(model):
-            lack = "has no adapter of PEFT's" if not adapters else "was trained on another base than this run's"
-            raise BadInput(f"start_from is {run}, which {lack}; give a run of the same adapter on the same base.")
+            reason = "has no adapter of PEFT's" if not adapters else "was trained on another base than this run's"
+            raise BadInput(f"start_from is {run}, which {reason}; give a run of the same adapter on the same base.")
         self.restore(model, adapters[0], context)
-        take_values(model, run, {name.removeprefix("model."): v for name, v in checkpoint["state_dict"].items()})
+        load_values(model, run, {name.removeprefix("model."): v for name, v in checkpoint["state_dict"].items()})
         for name, scale in self._scales().items():
-            before = adapters[0].get("scales", {}).get(name, scale)  # older checkpoints do not say
+            before = adapters[0].get("scales", {}).get(name, scale)  # older checkpoints have no scales
             if before != scale:
                 raise BadInput(
-                    f"start_from is {run}, whose adapter counts {before:g} times at {name}, and would count {scale:g} "
-                    "times here; give the adapter that run's configuration."
+                    f"start_from is {run}, whose adapter has the scale {before:g} at {name}, but {scale:g} here; give "
+                    "the adapter that run's configuration."
                 )
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         wrapper = self._wrap(model)
-        if state["fixed"]:  # PEFT takes the whole only; what was trained comes later
-            with quiet():
+        if state["fixed"]:  # PEFT loads complete adapters only; the trained values are loaded later
+            with embedding_warnings_off():
                 set_peft_model_state_dict(wrapper, self._tensors(trained=True) | state["fixed"])
-        for module in wrapper.modules():  # PEFT saves VeLoRA's projections, but not that they have been computed
+        for module in wrapper.modules():  # PEFT saves VeLoRA's projections, but not the flag that they are computed
             for name, projection in getattr(module, "lora_velora_embed", {}).items():
                 module.lora_velora_initialized[name] = bool(projection.any())  # pyright: ignore
         layers = lora_layers(wrapper)
         for name, factors in state["start"].items():
             device = layers[name].get_base_layer().weight.device
             self._start[name] = {key: value.to(device) for key, value in factors.items()}
-            take_out(layers[name], self._start[name])
+            subtract(layers[name], self._start[name])
 
     def detach(self, model: nn.Module) -> None:
         if self._wrapper is not None:
@@ -148,14 +150,18 @@ class PEFT(UpdateStrategy):
             self._start = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What of the adapter is not trained but was drawn or computed, what a part of the base started as, and by what
-        each layer scales its adapter, for a run that goes on from this one."""
+        """Return the adapter's tensors that are not trained (drawn or computed), and how the adapter started.
+
+        `start` has the initial factors of an adapter that started as a part of the base; `scales` has each layer's
+        scale, which a later `start_from` compares with its own.
+        """
         return {"fixed": self._tensors(trained=False), "start": self._start, "scales": self._scales()}
 
     def save(self, folder: Path) -> None:
-        """Write the adapter as PEFT's own loader takes it, on the base as it was before training.
+        """Write the adapter so that PEFT's own loader puts it on the base as it was before training.
 
-        An adapter that began as a part of the base becomes a LoRA of twice the rank: what was trained, less the start.
+        An adapter that started as a part of the base becomes a LoRA of twice the rank: the trained product minus the
+        initial one, since a loader has the unchanged base.
         """
         assert self._wrapper is not None, "there is no adapter to save: attach or restore it first"
         tensors, config = self._tensors(trained=True) | self._tensors(trained=False), copy.deepcopy(self.config)
@@ -163,8 +169,9 @@ class PEFT(UpdateStrategy):
             tensors, config = self._as_difference(tensors), as_difference(config)
         config.base_model_name_or_path = self._wrapper.base_model.model.name_or_path  # pyright: ignore
         config.inference_mode, config.task_type = True, config.task_type or TaskType.CAUSAL_LM
-        folder.mkdir()
+        folder.mkdir()  # fails on an existing folder: two adapters' files must not mix
         config.save_pretrained(str(folder))
+        # Cloned, since safetensors refuses tensors that share memory.
         save_file({name: value.contiguous().clone() for name, value in tensors.items()}, folder / WEIGHTS)
 
     def _wrap(self, model: nn.Module) -> PeftModel:
@@ -173,41 +180,44 @@ class PEFT(UpdateStrategy):
         check_dora(self.config, model)
         check_head(self.config, model)
         config = copy.deepcopy(self.config)
+        # PEFT's all-linear leaves out a classification head with task_type SEQ_CLS only, which `check_head` refuses;
+        # the host trains the head itself.
         if getattr(config, "target_modules", None) == "all-linear" and classification_head(model):
             config.target_modules = sorted(linears(model))  # pyright: ignore[reportAttributeAccessIssue] - not the head
         if self.splits_base:
-            config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue] - `split` does it by layer
-        # The wrapper is kept aside: PEFT puts the adapters into `model` itself, whose forward stays the model's own.
+            config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue] - `split` initialises one layer at a time
+        # The wrapper is used for saving and merging only. PEFT changes the modules of `model` itself, so the model is
+        # still called directly.
         try:
             wrapper = get_peft_model(model, config)
         except (TypeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")
             raise BadInput(
                 f"{type(config).__name__} was asked for, but PEFT cannot put it on {type(model).__name__} ({reason}); "
-                "give other target_modules or settings, or choose another adapter, such as peft.LoraConfig."
+                "give other target_modules or settings, or another adapter, such as peft.LoraConfig."
             ) from error
         assert isinstance(wrapper, PeftModel)
         self._wrapper = wrapper
         return wrapper
 
     def _tensors(self, trained: bool) -> dict[str, Tensor]:
-        """The tensors by which PEFT knows the adapter, by PEFT's names: those that are trained, or the others."""
+        """Return the tensors of the adapter's state by PEFT's names: the trained ones, or all others."""
         if self._wrapper is None:
             return {}
-        with quiet():
+        with embedding_warnings_off():
             found = get_peft_model_state_dict(
                 self._wrapper, self._wrapper.state_dict(keep_vars=True), save_embedding_layers=False
             )
         return {name: value.detach() for name, value in found.items() if value.requires_grad == trained}
 
     def _scales(self) -> dict[str, float]:
-        """What each layer multiplies its adapter's update with, where it does, by the layer's name."""
+        """Return the scale of each layer's adapter by the layer's name; layers without a scale are left out."""
         layers = [] if self._wrapper is None else self._wrapper.named_modules()
         scaling = {name: getattr(m, "scaling", None) for name, m in layers if isinstance(m, BaseTunerLayer)}
         return {name: float(s[ADAPTER]) for name, s in scaling.items() if isinstance(s, dict) and ADAPTER in s}
 
     def _as_difference(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """LoRA's factors of s (B A - B0 A0), B0 and A0 being the start."""
+        """Return LoRA's factors of s (B A - B0 A0), where A0 and B0 are the initial ones: [A; A0] and [B, -B0]."""
         found = dict(tensors)
         for name, start in self._start.items():
             first, second = (f"{name}.lora_{factor}.weight" for factor in "AB")
@@ -217,32 +227,35 @@ class PEFT(UpdateStrategy):
 
 
 @contextmanager
-def quiet():
-    """A block in which PEFT does not say that it was told to leave the embeddings out."""
+def embedding_warnings_off():
+    """Suppress PEFT's warning that `save_embedding_layers` is off, and that it found no configuration file."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Could not find a config file|Setting `save_embedding_layers`")
         yield
 
 
-def take_values(model: nn.Module, run: str, values: Mapping[str, Tensor]) -> None:
-    """Set what `model` trains, and a classifier's head, which the host trains anyway, to what `run` ended with.
+def load_values(model: nn.Module, run: str, values: Mapping[str, Tensor]) -> None:
+    """Set the trainable parameters and the classification head of `model` to the final values of `run`.
+
+    The head is named separately: the host makes it trainable only later.
 
     Raises:
-        BadInput: naming the first value that has no place here, or that is missing.
+        BadInput: naming the first parameter whose value is missing or has another shape, or the first value that `run`
+            trained and `model` does not.
     """
     heads = tuple(f"{name}." for name in classification_head(model))
     taken = [(n, p) for n, p in model.named_parameters() if p.requires_grad or n.startswith(heads)]
     for name, parameter in taken:
         value = values.get(name)
         if value is None or value.shape != parameter.shape:
-            has = "lacks it" if value is None else f"has {tuple(value.shape)}"
+            theirs = "has none" if value is None else f"has {tuple(value.shape)}"
             raise BadInput(
                 f"start_from is {run}, which does not fit this adapter: {name} is {tuple(parameter.shape)} here, "
-                f"and that run {has}; give the adapter that run's configuration."
+                f"and that run {theirs}; give the adapter that run's configuration."
             )
-        parameter.data = value.to(parameter.device)  # in fp32, as it was trained: a head is not yet
-    whole, own = {name for name, _ in taken}, model.state_dict()
-    for name in sorted(values.keys() - whole):  # what was trained there alone, or with full_checkpoints what is frozen
+        parameter.data = value.to(parameter.device)  # keeps the saved fp32: the head is still in the base's dtype here
+    names, own = {name for name, _ in taken}, model.state_dict()
+    for name in sorted(values.keys() - names):  # trained in that run only; with full_checkpoints also frozen weights
         if name not in own or not torch.equal(*(v[name].to("cpu", torch.bfloat16) for v in (own, values))):
             raise BadInput(
                 f"start_from is {run}, which does not fit this adapter: that run trained {name}, and this one does "
@@ -251,21 +264,23 @@ def take_values(model: nn.Module, run: str, values: Mapping[str, Tensor]) -> Non
 
 
 def check_dora(config: PeftConfig, model: nn.Module) -> None:
-    """Refuse DoRA on an 8-bit base on a CPU, where PEFT's way of reading the weights loses their scales.
+    """Refuse DoRA on an int8 base on a CPU, where PEFT reads the weights without their scales.
 
     Raises:
-        BadInput: if it is that.
+        BadInput: if the configuration uses DoRA on such a base.
     """
     eight = (module for module in model.modules() if type(module).__name__ == "Linear8bitLt")
     if getattr(config, "use_dora", False) and any(m.get_parameter("weight").device.type == "cpu" for m in eight):
         raise BadInput(
-            "use_dora was asked for on a base in int8 on a CPU, where PEFT loses the weights' scales; take nf4, a GPU, "
+            "use_dora was asked for on a base in int8 on a CPU, where PEFT loses the weights' scales; use nf4, a GPU, "
             "or LoRA without use_dora."
         )
 
 
 def check_head(config: PeftConfig, model: nn.Module) -> None:
-    """Refuse to have PEFT train a copy of a classifier's head, beside which the head itself would train unused.
+    """Refuse a configuration with which PEFT trains a copy of the classification head.
+
+    The host trains the head itself. With PEFT's copy in the forward pass, the original would train without any effect.
 
     Raises:
         BadInput: if `config` asks for that.
@@ -277,8 +292,8 @@ def check_head(config: PeftConfig, model: nn.Module) -> None:
         asked += [f"modules_to_save {saved}" for part in parts if part.endswith(saved)]
     if heads and asked:
         raise BadInput(
-            f"{asked[0]} was asked for, by which PEFT trains a copy of the classifier's head, but the head trains "
-            "beside the adapter here, itself; leave it out."
+            f"{asked[0]} was asked for, with which PEFT trains a copy of the classifier's head, but here the head "
+            "itself always trains with the adapter; leave it out."
         )
 
 
@@ -286,7 +301,7 @@ def check_head(config: PeftConfig, model: nn.Module) -> None:
 
 
 def lora_layers(wrapper: PeftModel) -> dict[str, Any]:
-    """The modules with LoRA's factors by their names in PEFT's files, except embeddings."""
+    """Return the modules with LoRA's factors, except embeddings, by their names in PEFT's files."""
     return {
         name: module
         for name, module in wrapper.named_modules()
@@ -295,31 +310,31 @@ def lora_layers(wrapper: PeftModel) -> dict[str, Any]:
 
 
 def split(layer: Any, config: PeftConfig) -> Factors:
-    """Move what the configured initialisation takes of `layer`'s weight into its adapter, and return that part.
+    """Initialise `layer`'s adapter from its weight (PiSSA, OLoRA), subtract it there, and return the factors.
 
-    One layer at a time, by PEFT's own initialisation; what is left in the weight is computed from the factors as they
-    are kept, so that `take_out` repeats it to the bit.
+    Runs PEFT's own initialisation for the factors, one layer at a time, but not for the remainder: that is computed
+    from the factors as they are stored, so that `subtract` on resuming gives the same bits.
 
     Raises:
-        BadInput: for OLoRA on a transposed weight, of which PEFT takes the wrong side.
+        BadInput: for OLoRA on a Conv1D: PEFT ignores that its weight is transposed.
     """
     base, how = layer.get_base_layer(), str(config.init_lora_weights)  # pyright: ignore[reportAttributeAccessIssue]
     if how.lower() == "olora" and isinstance(base, Conv1D):
         raise BadInput(
-            "init_lora_weights olora was asked for on a Conv1D, whose weight is transposed, and PEFT does not turn it; "
-            "choose pissa."
+            "init_lora_weights olora was asked for on a Conv1D, whose weight is transposed, which PEFT ignores; set it "
+            "to pissa."
         )
     before = base.weight.detach().clone()
     with torch.no_grad():
         layer.olora_init(ADAPTER) if how.lower() == "olora" else layer.pissa_init(ADAPTER, how)
     base.weight.data = before
     factors = {"A": layer.lora_A[ADAPTER].weight.detach().clone(), "B": layer.lora_B[ADAPTER].weight.detach().clone()}
-    take_out(layer, factors)
+    subtract(layer, factors)
     return factors
 
 
-def take_out(layer: Any, factors: Factors) -> None:
-    """Subtract from `layer`'s weight what its adapter would add with `factors`, in fp32, and set them as its own."""
+def subtract(layer: Any, factors: Factors) -> None:
+    """Give `layer`'s adapter `factors`, and subtract their product s B A from the weight, in fp32, rounded once."""
     weight = layer.get_base_layer().weight
     layer.lora_A[ADAPTER].weight.data.copy_(factors["A"])
     layer.lora_B[ADAPTER].weight.data.copy_(factors["B"])
@@ -328,7 +343,10 @@ def take_out(layer: Any, factors: Factors) -> None:
 
 
 def as_difference(config: PeftConfig) -> PeftConfig:
-    """The configuration of a plain LoRA of twice the rank and the same scale."""
+    """Return the configuration of a plain LoRA of twice the rank with the same scale; changes `config` in place.
+
+    The scale is lora_alpha / r, or lora_alpha / sqrt(r) with rsLoRA, so lora_alpha grows by 2 or sqrt(2).
+    """
     assert isinstance(config, LoraConfig)
     scale = 2**0.5 if config.use_rslora else 2
     config.init_lora_weights = True

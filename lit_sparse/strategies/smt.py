@@ -1,13 +1,13 @@
-"""SMT: train chosen blocks of weight matrices, in place, and nothing else.
+"""SMT: train selected blocks of weight matrices in place, and nothing else.
 
-Sparse Matrix Tuning, arXiv 2405.15525. The blocks with the largest gradients on the task are found before training;
-each has an fp32 master that the optimizer updates and that is written into the weight after every step, so that the
-forward is an ordinary linear layer. The backward forms the gradients of the chosen blocks only.
+Sparse Matrix Tuning, arXiv 2405.15525. The blocks with the largest gradients on the task are selected before training.
+Each has an fp32 master, which the optimizer updates and which is written into the weight after every step; the forward
+pass is that of an ordinary linear layer. The backward pass computes the gradients of the selected blocks only.
 
-Differences from the authors' code, each on purpose: blocks are scored by mean |gradient|, as the paper has it (theirs
-takes |mean gradient|, which noise may hide: `score: mean_abs`; the README compares them), scoring does not train
-(`warmup: update` does), biases are kept, and the input columns saved for the backward are packed copies, shared by the
-layers that read the same input.
+Deliberate differences from the authors' code: blocks are scored by mean |gradient|, as in the paper (the code takes
+|mean gradient|, in which opposite signs cancel: `score: mean_abs`; the README compares both); scoring does not train
+(`warmup: update` does); biases are kept; the input columns saved for backward are packed copies, shared by the layers
+that read the same input.
 """
 
 import dataclasses
@@ -40,40 +40,40 @@ from lit_sparse.optim import AdamW
 from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy
 
 INPUT_SIDE = ("o", "down")
-"""Roles whose slabs are bands of input columns: what is trained belongs to heads, or to channels of the MLP."""
+"""Roles whose slabs are bands of input columns: those belong to heads (o) or to channels of the MLP (down)."""
 WARMUP_BETAS = (0.9, 0.95)
 WARMUP_CLIP = 1.0
-"""Of the authors' full fine-tuning before the choice."""
+"""Betas and gradient clipping of the authors' full fine-tuning before selection."""
 
 
 @dataclasses.dataclass
 class SMT(UpdateStrategy):
-    """Train chosen blocks of weight matrices in place (Sparse Matrix Tuning, arXiv 2405.15525).
+    """Train selected blocks of weight matrices in place (Sparse Matrix Tuning, arXiv 2405.15525).
 
     Args:
-        blocks: How blocks are chosen: `gradient` (largest gradients on the first training batches), `random`,
+        blocks: How blocks are selected: `gradient` (largest gradients on the first training batches), `random`,
             `diagonal` (one block per row and column of a grid, arXiv 2506.03230), `slab` (one contiguous band of each
-            matrix, as S2FT has, arXiv 2412.06289), or a file: a run's checkpoints/last.ckpt for that run's blocks, or
-            JSON of the same form.
-        trainable_fraction: Share of all the model's weights to train; the blocks lie in `targets` all the same.
-        num_blocks: Number of blocks instead; when given, it takes the place of trainable_fraction.
-        block_size: `auto` (the largest of 256, 128, ... that divides every target matrix and leaves a choice), one
-            number, or height and width. `diagonal` derives its own from the fraction.
-        targets: Which linear layers may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down), endings of
-            module names, or `all`.
-        score: What makes a gradient large: `abs_mean` (mean of |g| over the block), `mean_abs` (|mean of g|, as the
-            authors' code has it), or `l2`.
-        ranking: Blocks compete over all matrices (`global`, the paper's) or within each (`per_matrix`).
-        kept_columns: Share of each input's block columns that blocks may lie in, those of the largest scores; fewer
-            columns are fewer activations kept for the backward. None is all of them.
+            matrix, as in S2FT, arXiv 2412.06289), or a file: the checkpoints/last.ckpt of a run, for that run's blocks,
+            or JSON of the same form.
+        trainable_fraction: Share of all weights of the model to train. All blocks lie in `targets`.
+        num_blocks: Number of blocks to train, instead of trainable_fraction.
+        block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
+            blocks), one number, or height and width. `diagonal` derives its own from trainable_fraction.
+        targets: Linear layers that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down), endings of module
+            names, or `all`.
+        score: Score of a block with gradient g: `abs_mean` (mean of |g|), `mean_abs` (|mean of g|, as in the authors'
+            code), or `l2` (root of the sum of g^2).
+        ranking: Rank blocks over all matrices (`global`, the paper's) or within each (`per_matrix`).
+        kept_columns: Share of each input's block columns in which blocks may lie, those with the largest scores. Fewer
+            columns save fewer activations for backward. Null allows all.
         selection_batches: Training batches whose gradients are scored.
-        warmup: Whether weights move meanwhile: `score_only` (they do not), or `update`, full fine-tuning for so many
-            steps as the authors' code has it. The checkpoint then holds all weights, as those that are frozen after
-            it have moved too.
+        warmup: `score_only` keeps all weights fixed during selection. `update` runs full fine-tuning meanwhile, one
+            step per batch, as the authors' code does; checkpoints then hold all weights, since those frozen afterwards
+            have changed too.
         warmup_lr: Learning rate of that full fine-tuning.
-        mode: `in_place` writes the trained blocks into the weights; `delta` keeps them beside a base that is not
-            touched (a quantised one, or one that others use), for an extra cost that is the trained share.
-        seed: Seed of `random` blocks, and of where slabs lie.
+        mode: `in_place` writes the trained blocks into the weights. `delta` keeps them separately and leaves the base
+            unchanged (quantised, or shared), at an extra cost in compute of the trained share.
+        seed: Seed of `random` blocks and of the positions of slabs.
     """
 
     blocks: str = "gradient"
@@ -94,9 +94,7 @@ class SMT(UpdateStrategy):
 
     def __post_init__(self) -> None:
         if not 0 < self.trainable_fraction <= 1:
-            raise BadInput(
-                f"SMT: trainable_fraction is {self.trainable_fraction}; it must lie above 0 and at most at 1."
-            )
+            raise BadInput(f"SMT: trainable_fraction is {self.trainable_fraction}; it must be above 0 and at most 1.")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadInput(f"SMT: num_blocks is {self.num_blocks}; it must be at least 1.")
         if self.selection_batches < 1:
@@ -108,13 +106,13 @@ class SMT(UpdateStrategy):
             )
         if self.kept_columns is not None and not (0 < self.kept_columns <= 1 and self.blocks in ("gradient", "random")):
             raise BadInput(
-                f"SMT: kept_columns is {self.kept_columns} with blocks {self.blocks!r}; it must lie above 0 and at "
-                "most at 1, and goes with gradient and random blocks only."
+                f"SMT: kept_columns is {self.kept_columns} with blocks {self.blocks!r}; it must be above 0 and at most "
+                "1, and works with gradient and random blocks only."
             )
         if self.warmup == "update" and (self.blocks != "gradient" or self.mode == "delta"):
             raise BadInput(
-                f"SMT: warmup update trains all weights to choose gradient blocks in place; it does not go with blocks "
-                f"{self.blocks!r} and mode {self.mode}. Use warmup score_only."
+                f"SMT: warmup update trains all weights to select gradient blocks in place; it does not work with "
+                f"blocks {self.blocks!r} and mode {self.mode}. Use warmup score_only."
             )
         self._swapped: dict[str, tuple[nn.Module, BlockLinear | DeltaLinear]] = {}
         self._groups: list[SharedInput] = []
@@ -126,13 +124,13 @@ class SMT(UpdateStrategy):
 
     @property
     def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """A graph, in place: the forward pass reads the weights, into which the trained blocks are written later."""
+        """A graph, if in place: without one the forward pass reads the weights, which get the blocks only later."""
         return frozenset({"graph"} if self.mode == "in_place" else ())
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         targets = target_linears(model, self.targets)
         model.requires_grad_(False)
-        self._swap(model, self._choose(model, targets, probe))
+        self._swap(model, self._select(model, targets, probe))
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         model.requires_grad_(False)
@@ -141,7 +139,7 @@ class SMT(UpdateStrategy):
         )
 
     def regrouped(self, optimizer: Optimizer) -> None:
-        if isinstance(optimizer, AdamW):  # which writes the weights in the pass that moves the masters
+        if isinstance(optimizer, AdamW):  # writes the weights in the same pass over memory that updates the masters
             for linear in self._in_place:
                 optimizer.scatter(linear.blocks, linear.weight, linear.chosen.index, linear.transposed)
 
@@ -169,18 +167,19 @@ class SMT(UpdateStrategy):
         return {name: {"size": list(blocks.size), "index": blocks.index} for name, blocks in self.choice.items()}
 
     def describe(self) -> dict[str, Any]:
+        """Return the trained share of each matrix, and the number of packed input columns [kept, available]."""
         total = sum(group.available for group in self._groups)
         return {"share": self._share, "kept_columns": [sum(len(g.columns) for g in self._groups), total]}
 
     @property
     def choice(self) -> dict[str, Blocks]:
-        """The blocks in training, by name of the linear layer."""
+        """The blocks that are trained, by name of the linear layer."""
         return {name: linear.chosen for name, (_, linear) in self._swapped.items()}
 
-    # ---- the choice
+    # ---- selection
 
-    def _choose(self, model: nn.Module, targets: dict[str, nn.Linear | Conv1D], probe: Probe) -> dict[str, Blocks]:
-        matrices = {name: shaped(linear) for name, linear in targets.items()}
+    def _select(self, model: nn.Module, targets: dict[str, nn.Linear | Conv1D], probe: Probe) -> dict[str, Blocks]:
+        matrices = {name: shape_of(linear) for name, linear in targets.items()}
         weights = self.trainable_fraction * weight_count(model)
         if self.blocks == "diagonal":
             return diagonal_blocks(matrices, weights)
@@ -193,7 +192,7 @@ class SMT(UpdateStrategy):
         scores = (
             random_scores(grids, self.seed)
             if self.blocks == "random"
-            else self._scores(model, targets, matrices, size, probe)
+            else self._score(model, targets, matrices, size, probe)
         )
         if self.kept_columns is not None:
             scores = within_columns(scores, shared_inputs(model, scores), self.kept_columns)
@@ -228,7 +227,7 @@ class SMT(UpdateStrategy):
             )
         return wanted
 
-    def _scores(
+    def _score(
         self,
         model: nn.Module,
         targets: Mapping[str, nn.Linear | Conv1D],
@@ -236,35 +235,38 @@ class SMT(UpdateStrategy):
         size: Size,
         probe: Probe,
     ) -> dict[str, Tensor]:
-        self._count(model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values()))  # before the work
+        self._count(
+            model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values())
+        )  # refuse before the work
         sheet = ScoreSheet(matrices, size, self.score, next(model.parameters()).device)
         try:
             if self.warmup == "update":
-                self._full_steps(model, targets, sheet, probe)
+                self._fine_tune(model, targets, sheet, probe)
             elif self.mode == "delta":
-                self._frozen_losses(model, targets, sheet, probe)
+                self._score_outputs(model, targets, sheet, probe)
             else:
-                self._losses(targets, sheet, probe)
-        finally:
+                self._score_weights(targets, sheet, probe)
+        finally:  # hooks that stay after an error would go on adding, and hold the gradients' graph
             scores = sheet.close()
             model.requires_grad_(False)
         return scores
 
-    def _losses(self, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe) -> None:
+    def _score_weights(self, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe) -> None:
+        """Score the gradients of the target weights, each freed as soon as it is scored."""
         for name, linear in targets.items():
             linear.get_parameter("weight").requires_grad_(True)
             sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep=False)
         for loss in probe(self.selection_batches):
             loss.backward()
 
-    def _frozen_losses(
+    def _score_outputs(
         self, model: nn.Module, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe
     ) -> None:
-        """Scores of weights that can have no gradient: from each layer's input and its output's gradient."""
+        """Score weights that cannot have a gradient (quantised), from each layer's input and its output's gradient."""
         for name, linear in targets.items():
             sheet.watch_layer(name, linear)
         first = model.get_input_embeddings().register_forward_hook(  # pyright: ignore[reportCallIssue]
-            lambda module, args, output: output.detach().requires_grad_()  # where the graph begins
+            lambda module, args, output: output.detach().requires_grad_()  # starts the graph: all weights are frozen
         )
         try:
             for loss in probe(self.selection_batches):
@@ -272,23 +274,23 @@ class SMT(UpdateStrategy):
         finally:
             first.remove()
 
-    def _full_steps(
+    def _fine_tune(
         self, model: nn.Module, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe
     ) -> None:
-        """Full fine-tuning whose unclipped gradients are scored (the authors' warm-up)."""
+        """Score the unclipped gradients of a full fine-tuning (the authors' warm-up); AdamW, one step per batch."""
         if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
             raise BadInput(
-                "SMT: warmup update trains all weights, which only float32 ones bear; set model.precision to float32, "
+                "SMT: warmup update trains all weights in place, which needs float32; set model.precision to float32, "
                 "or warmup to score_only."
             )
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            raise BadInput("SMT: warmup update works on one process only; set warmup to score_only.")
+            raise BadInput("SMT: warmup update works on one rank only; set warmup to score_only.")
         model.requires_grad_(True)
         for name, linear in targets.items():
             sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.warmup_lr, betas=WARMUP_BETAS, weight_decay=0)
         for loss in probe(self.selection_batches):
-            loss.backward()
+            loss.backward()  # the hooks score here, before clipping
             nn.utils.clip_grad_norm_(model.parameters(), WARMUP_CLIP)
             optimizer.step()
             optimizer.zero_grad()
@@ -296,9 +298,10 @@ class SMT(UpdateStrategy):
     # ---- the swap
 
     def _swap(self, model: nn.Module, choice: Mapping[str, Blocks]) -> None:
-        shapes = {name: shaped(model.get_submodule(name)) for name in choice}
+        shapes = {name: shape_of(model.get_submodule(name)) for name in choice}
         self._groups, self._share = [], trained_share(choice, shapes)
         for group in shared_inputs(model, choice):
+            # Packed columns have one width, so layers with other block widths (diagonal, slabs) get their own copy.
             for width in sorted({choice[name].size[1] for name in group}):
                 names = [name for name in group if choice[name].size[1] == width]
                 shared = SharedInput([choice[name] for name in names], shapes[names[0]].shape[1])
@@ -311,21 +314,26 @@ class SMT(UpdateStrategy):
         linear = (
             BlockLinear(original, blocks, shared)  # pyright: ignore[reportArgumentType]
             if self.mode == "in_place"
-            else DeltaLinear(original, tuple(shaped(original).shape), blocks, shared)  # pyright: ignore
+            else DeltaLinear(original, tuple(shape_of(original).shape), blocks, shared)  # pyright: ignore
         )
         replace(model, name, linear)
         self._swapped[name] = original, linear
 
 
-def shaped(linear: nn.Module) -> Tensor:
-    """A tensor without storage of the layer's shape as (out, in): a quantised weight itself has another."""
+def shape_of(linear: nn.Module) -> Tensor:
+    """Return a meta tensor of the layer's shape (out, in). A quantised weight itself is packed into another shape."""
     if isinstance(linear, nn.Linear):
         return torch.empty(linear.out_features, linear.in_features, device="meta")
     return matrix(linear).to("meta")  # pyright: ignore[reportArgumentType]
 
 
 def trained_share(choice: Mapping[str, Blocks], shapes: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Trained share of each matrix, by number of its layer, then by its role: where blocks were chosen."""
+    """Return the trained share of each matrix, by the number of its decoder layer, then by its role.
+
+    Args:
+        choice: The trained blocks, by name of the linear layer.
+        shapes: Tensors of the shape (out, in) of each layer.
+    """
     out: dict[str, dict[str, float]] = {}
     for name, blocks in choice.items():
         number = re.search(r"\.(\d+)\.", name)

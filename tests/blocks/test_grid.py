@@ -50,7 +50,7 @@ def test_a_choice_is_read_from_json_or_a_run(tmp_path):
         (None, "no choice of blocks could be read"),
         ("{", "no choice of blocks could be read"),
         ('{"q": {"size": [4]}}', "no choice of blocks could be read"),
-        ('{"v": {"size": [4, 4], "index": [[0, 0]]}}', "chooses blocks of v, which is not among"),
+        ('{"v": {"size": [4, 4], "index": [[0, 0]]}}', "selects blocks of v, which is not among"),
         ('{"q": {"size": [4, 4], "index": [[0, 2]]}}', "a block outside the 2 x 2 blocks of q"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The host: what it refuses, what its keys do, and a strategy that changes what is trained in the middle of a fit."""
+"""The host: refusals, keys, and a strategy that changes the trainable set in the middle of a fit."""
 
 import dataclasses
 import random
@@ -95,7 +95,7 @@ def fitted(steps=1, base=None, trainer_options=None, **options):
 
 @pytest.mark.parametrize("setting", [{"accumulate_grad_batches": 2}, {"gradient_clip_val": 1.0}])
 def test_settings_that_a_fused_backward_cannot_follow_are_refused(setting):
-    with pytest.raises(BadInput, match=rf"Fused has no gradients .* remove trainer\.{next(iter(setting))}"):
+    with pytest.raises(BadInput, match=rf"Fused keeps no gradients .* remove trainer\.{next(iter(setting))}"):
         fitted(updates=[Fused()], trainer_options=setting)
 
 
@@ -123,7 +123,7 @@ def test_a_penalty_is_added():
     assert plain.training_step(batch, 0) == plain.loss(batch)[0]
 
 
-def test_what_is_trained_may_change_and_resumes(tmp_path):
+def test_the_trainable_set_may_change_and_resumes(tmp_path):
     keep = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=3, save_top_k=-1)
     tiny_llm("llama").save_pretrained(tmp_path / "base")
     base = str(tmp_path / "base")
@@ -140,7 +140,7 @@ def test_what_is_trained_may_change_and_resumes(tmp_path):
 
 @pytest.mark.parametrize("blocks", ["random", "slab", "gradient"])
 def test_strategies_are_attached_where_the_default_device_is_the_ordinary_one(blocks, monkeypatch):
-    """Lightning makes its device the default meanwhile, on which a generator of the CPU cannot draw."""
+    """Lightning makes its device the default meanwhile, and a CPU generator cannot draw there."""
     monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", lambda *_, **__: torch.device("meta"))
     module, _ = fitted(base=tiny_llm("llama"), updates=[SMT(trainable_fraction=0.05, block_size=8, blocks=blocks)])
     assert all(chosen.index.device.type == "cpu" for chosen in module.updates[0].choice.values())

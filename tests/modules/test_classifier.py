@@ -1,4 +1,4 @@
-"""The task of telling classes apart, on a tiny encoder: what trains, what is scored, what is kept."""
+"""The classification task on a tiny encoder: what trains, scores, classes and checkpoints."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def rows(tmp_path: Path) -> str:
 
 
 def module(method: str, base: str, **options: Any) -> Classifier:
-    """The module of a method's YAML."""
+    """Return the module of a method's YAML."""
     config = yaml.safe_load((configs_folder() / f"{method}.yaml").read_text())["model"]
     for update in config.get("updates+", []):
         arguments = update["init_args"]
@@ -202,7 +202,7 @@ def headed(tmp_path: Path, classes: int, names: tuple[str, ...] = ()) -> str:
 
 def test_a_head_of_another_size_is_refused(rows, tmp_path):
     folder = headed(tmp_path, 4)
-    with pytest.raises(BadInput, match="the base tells 4 classes apart, and 3 are to be told apart; start with a new"):
+    with pytest.raises(BadInput, match="the base's head has 4 classes, but 3 were asked for; start with a new"):
         trainer(1).fit(module("full", folder), datamodule=data(rows, folder))
 
 
@@ -230,7 +230,9 @@ def test_a_nameless_head_takes_the_datas_names(rows, tmp_path):
 
 def test_a_head_for_other_classes_is_refused_unless_they_are_told(rows, tmp_path):
     folder = headed(tmp_path, 3, ("good", "bad", "ugly"))
-    with pytest.raises(BadInput, match=r"head tells good, bad, ugly \(3\) apart, but the data has blue, green, red"):
+    with pytest.raises(
+        BadInput, match=r"head has the classes good, bad, ugly \(3\), but the data has blue, green, red"
+    ):
         trainer(1).fit(module("full", folder), datamodule=data(rows, folder))
     told, labelled = module("full", folder, labels=["green", "blue", "red"]), data(rows, folder)
     trainer(1).fit(told, datamodule=labelled)
@@ -261,14 +263,14 @@ def test_peft_trains_no_copy_of_the_head(base, rows, asked):
         trainer(1).fit(model, datamodule=data(rows, base))
 
 
-def test_what_does_not_go_together_is_refused(base, rows):
+def test_mismatched_data_and_classes_are_refused(base, rows):
     with pytest.raises(BadInput, match="the data are Synthetic"):
         trainer(1).fit(module("full", base), datamodule=Synthetic(vocab_size=96, max_length=8, rows=8))
     with pytest.raises(BadInput, match="the data are Labelled"):
         trainer(1).fit(CausalLM(tiny_llm()), datamodule=data(rows, base))
     with pytest.raises(BadInput, match=r"the classes are a, b \(2\), but the data has blue, green, red \(3\)"):
         trainer(1).fit(module("full", base, labels=["a", "b"]), datamodule=data(rows, base))
-    with pytest.raises(BadInput, match="the base tells 4 classes apart, and 3 are to be told apart"):
+    with pytest.raises(BadInput, match="the base's head has 4 classes, but 3 were asked for"):
         trainer(1).fit(Classifier(tiny_encoder(classes=4)), datamodule=data(rows, base))
     with pytest.raises(BadInput, match="Classifier knows no classes"):
         module("full", base).build()

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: adapters train on it as on any other, and what would change it is refused."""
+"""A base in 4 or 8 bits: adapters train on it, and strategies that would change it are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def packed(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def decoder_classifier() -> LlamaForSequenceClassification:
-    """A tiny Llama that tells three classes apart."""
+    """Return a tiny Llama with a head for three classes."""
     config = tiny_llm("llama").config
     config.num_labels = 3
     return LlamaForSequenceClassification(config)  # pyright: ignore[reportArgumentType]
@@ -71,8 +71,8 @@ def labelled(seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("quantize", KINDS)
-def test_what_is_held_at_the_base_is_held_at_the_quantised_one(quantize: Any, base: Path, tmp_path: Path) -> None:
-    """A new adapter predicts what the base does; the base's scales are there to see that, and nothing is copied."""
+def test_kl_to_base_uses_the_quantised_base(quantize: Any, base: Path, tmp_path: Path) -> None:
+    """With a new adapter the divergence is 0, which needs the base's scales; no weight is copied."""
     updates = [KLToBase(), PEFT(peft.LoraConfig(**LINEARS))]  # pyright: ignore[reportArgumentType]
     model = CausalLM(str(base), updates=updates, quantize=quantize, precision="float32", lr=1e-2, full_checkpoints=True)
     seen: list[float] = []
@@ -172,12 +172,12 @@ def test_a_base_is_known_by_its_bits(base: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "who"), [("smt", "SMT"), ("full", "full fine-tuning"), ("pissa", "PEFT")])
-def test_what_changes_the_base_is_refused(method: str, who: str, base: Path) -> None:
+def test_strategies_that_change_the_base_are_refused(method: str, who: str, base: Path) -> None:
     with pytest.raises(BadInput, match=f"model.quantize is nf4, but {who} changes the base's own weights"):
         module(method, base, quantize="nf4")
 
 
-def test_a_model_given_quantised_is_seen(base: Path) -> None:
+def test_a_quantised_model_given_as_base_is_recognised(base: Path) -> None:
     options: dict[str, Any] = {"quantization_config": quantization(str(base), "int8", torch.float32)}
     given = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, device_map={"": "cpu"}, **options)
     assert is_quantized(given)

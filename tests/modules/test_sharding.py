@@ -1,4 +1,4 @@
-"""FSDP2 on two processes: the weights of one process on the same rows, shards of the right size, one checkpoint."""
+"""FSDP2 on two processes: the weights of one process on the same rows, shard sizes, and checkpoints."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from tests.test_contract import METHODS, module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
 ROOT = Path(__file__).parents[2]
-SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a model that is sharded"
+SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a sharded model"
 
 
 def unsharded(method: str) -> list[str]:
@@ -38,7 +38,7 @@ def unsharded(method: str) -> list[str]:
 
 
 REFUSED = {method: SENTENCE.format(unsharded(method)[0]) for method in METHODS if unsharded(method)}
-"""Methods that cannot be sharded, with the beginning of what they are told."""
+"""Methods that cannot be sharded, with the beginning of the error message."""
 
 ROWS = 4  # a step, of all processes
 SMOOTH = {"class_path": "lit_sparse.optim.AdamW", "init_args": {"eps": 1e-3}}
@@ -62,7 +62,7 @@ def lisa(folder: Path, base: str = "llama", **options: object):
 def fit(
     made, sharded: bool, steps: int = 3, ckpt_path: Path | None = None, seed: int = 0, batch: int = ROWS, **options
 ):
-    """Train on two processes, of which this is one, or on one process on the same rows, `batch` a step; the trainer."""
+    """Train on two processes or on one, on the same rows, `batch` per step; return the trainer."""
     L.seed_everything(seed, verbose=False)
     strategy = {"strategy": FSDP2Strategy(timeout=timedelta(seconds=60)), "devices": 2} if sharded else {"devices": 1}
     defaults = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
@@ -120,7 +120,7 @@ RESUMED = [*((name, "llama") for name in KEPT), ("reset", "dropout"), ("bfloat16
 
 
 class Ledger(Callback):
-    """Bytes of this process's optimizer state after each step, and of the shards that have some, by arithmetic."""
+    """Return the bytes of this rank's optimizer state after each step, and the expected bytes of its shards."""
 
     def __init__(self, rank: int, each: int) -> None:
         self.rank, self.each, self.seen, self.active = rank, each, [], []
@@ -141,7 +141,7 @@ class Ledger(Callback):
 
 
 def share(shape: tuple[int, ...], rank: int) -> int:
-    """Entries of this rank's part of a parameter: rows are divided by two, the first part is the larger."""
+    """Return the number of entries of this rank's shard: half of the rows, rounded up on the first rank."""
     rows = -(-shape[0] // 2)
     mine = rows if rank == 0 else shape[0] - rows
     return mine * torch.Size(shape[1:]).numel()
@@ -162,7 +162,7 @@ def ledger(folder: Path, rank: int) -> dict:
 
 
 class Evaluated(Callback):
-    """Evaluates before the first step as Lightning does under NCCL, and notes whether the head was looked at."""
+    """Evaluate before the first step in inference mode, as Lightning does under NCCL; note if the head was used."""
 
     def on_fit_start(self, trainer, pl_module) -> None:
         self.before = pl_module._head_is_plain
@@ -182,7 +182,7 @@ def evaluated(folder: Path, rank: int) -> list:
 
 
 def reductions(folder: Path, rank: int) -> dict[str, list[str]]:
-    """The dtypes of all that was reduced, by what was trained."""
+    """Return the dtypes of all reductions, by what was trained."""
     mixed = tiny_llm("llama").bfloat16()
     decoder_layers(mixed)[1].float()
     fields = {"train_embeddings": False, "interval": 2}
@@ -220,7 +220,7 @@ def lost(folder: Path, rank: int) -> None:
 
 
 class Shortened(Callback):
-    """Cuts rows, so that this process draws fewer random numbers than the other."""
+    """Truncate rows, so that this process draws fewer random numbers than the other."""
 
     def __init__(self, length: int) -> None:
         self.length = length
@@ -231,7 +231,7 @@ class Shortened(Callback):
 
 
 def resumed(folder: Path, rank: int) -> None:
-    """Straight on, in the midst on two processes, and in the midst from one process's checkpoint."""
+    """Train straight, resumed on two processes, and resumed from the checkpoint of one process."""
     for name, options in KEPT.items():
         for base in ("llama", "dropout") if (name, "dropout") in RESUMED else ("llama",):
             out = folder / f"{base} {name}"
@@ -259,7 +259,7 @@ def given_to_the_trainer(folder: Path, rank: int) -> None:
 
 
 def sentences(folder: Path, rank: int) -> dict[str, str]:
-    """What is refused, and how."""
+    """Return the error message of each refused case."""
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
     plain, mixed = ModelParallelStrategy(2, 1), tiny_llm("llama").bfloat16()
     decoder_layers(mixed)[1].input_layernorm.float()
@@ -300,7 +300,7 @@ CASES: dict[str, Callable[[Path, int], object]] = {
 
 
 def work(folder: Path, rank: int) -> None:
-    """Every case in one of the two processes."""
+    """Run every case in one of the two processes."""
     for name, train in SAME.items():
         attempt(folder, rank, name, lambda train=train, name=name: keep(train(folder, True), folder / f"{name}.ckpt"))
     for name, case in CASES.items():
@@ -316,7 +316,7 @@ def keep(trainer: L.Trainer, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    """The folder with what two processes trained."""
+    """Return the folder with the results of two processes."""
     folder = tmp_path_factory.mktemp("pair")
     for kind in ("llama", "qwen2", "gpt2"):
         tiny_llm(kind).save_pretrained(folder / kind)
@@ -334,7 +334,7 @@ def saved(path: Path) -> dict:
 
 
 def moments(checkpoint: dict) -> dict[str, dict]:
-    """The optimizer's state by parameters' names."""
+    """Return the optimizer's state by parameter name."""
     (state,) = checkpoint["optimizer_states"]
     names = {
         key: name
@@ -345,7 +345,7 @@ def moments(checkpoint: dict) -> dict[str, dict]:
 
 
 def assert_alike(got: dict, wanted: dict, atol: float = 0.0) -> None:
-    """The same trained values, and state of the same parameters."""
+    """Check equal trained values, and optimizer state of the same parameters."""
     assert got["state_dict"].keys() == wanted["state_dict"].keys()
     for name, value in wanted["state_dict"].items():
         torch.testing.assert_close(got["state_dict"][name], value, rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
@@ -378,23 +378,23 @@ def test_every_yaml_is_sharded_or_refused(pair):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("compile", "BadInput: trainer.strategy is fsdp2, with which model.compile does not work"),
+        ("compile", "BadInput: trainer.strategy is fsdp2, which does not support model.compile"),
         ("bf16", "BadInput: model.optimizer is torch.optim.sgd.SGD, which keeps no fp32 masters, but under fsdp2"),
         ("mixed", "BadInput: trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer"),
-        ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which knows nothing of update strategies"),
+        ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which does not support update strategies"),
     ],
 )
-def test_what_would_go_wrong_is_refused(name, sentence, pair):
+def test_unsupported_settings_are_refused(name, sentence, pair):
     assert result(pair, "sentences")[name].startswith(sentence)
 
 
-def test_a_divided_model_is_not_detached(pair):
+def test_a_sharded_model_cannot_be_detached(pair):
     assert result(pair, "detached").startswith("BadInput: the model is sharded over ranks")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("name", ["float32", "without embeddings", "bfloat16"])
-def test_each_process_has_the_state_of_its_shards(name, rank, pair):
+def test_each_rank_has_the_optimizer_state_of_its_shards(name, rank, pair):
     found = result(pair, "ledger", rank)[name]
     assert len(found["bytes"]) == 7
     for got, wanted in found["bytes"]:
@@ -416,7 +416,7 @@ def test_an_evaluation_in_inference_mode_changes_nothing(pair):
     assert_alike(saved(pair / "evaluated.ckpt"), saved(pair / "plain.ckpt"))
 
 
-def test_weights_alone_are_the_masters_too(pair):
+def test_weights_only_checkpoints_hold_the_masters(pair):
     result(pair, "lost")
     whole, alone = saved(pair / "lost.ckpt")["state_dict"], saved(pair / "weights.ckpt")["state_dict"]
     assert alone.keys() == whole.keys()

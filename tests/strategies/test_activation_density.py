@@ -1,4 +1,4 @@
-"""ActivationDensity: the penalty's value and gradient, who sees it, and that it leaves nothing behind."""
+"""ActivationDensity: value and gradient of the penalty, its logs, its refusals, and a clean detach."""
 
 import copy
 import itertools
@@ -66,7 +66,7 @@ def penalty_of(model, strategy, mask=PADDED):
 
 
 def seen_activations(kind, where):
-    """What hooks on a model without the strategy see: each layer's activations, (tokens, I), padding included."""
+    """Return each layer's activations without the strategy, (tokens, I), through hooks; padding included."""
     model, seen = model_of(kind).train(), []
     for mlp in mlps(model):
         if where == "product":
@@ -214,7 +214,7 @@ def test_a_pass_that_keeps_no_gradients_is_refused():
     model, strategy = attached()
     with torch.no_grad():
         model(input_ids=IDS)
-    with pytest.raises(BadInput, match="no MLP was run where gradients are kept"):
+    with pytest.raises(BadInput, match="no MLP ran with gradients enabled"):
         strategy.penalty({"input_ids": IDS}, None)
 
 
@@ -368,9 +368,9 @@ def test_a_quantised_base_needs_an_adapter_beside_it():
         ({"beta": -2.0}, "beta is -2.0; it must be above 0"),
         ({"entropy": 0.0}, "entropy is 0.0; it must be above 0"),
         ({"end": -1e-3, "anneal_steps": 2}, "end is -0.001; it must be above 0"),
-        ({"end": 1e-3}, "end is 0.001 and anneal_steps is 0; give both"),
-        ({"anneal_steps": 3}, "end is None and anneal_steps is 3; give both"),
-        ({"layer_weights": [1.0, -1.0, 0.0]}, "none may be negative, nor all be 0"),
+        ({"end": 1e-3}, "end is 0.001 and anneal_steps is 0; set both"),
+        ({"anneal_steps": 3}, "end is None and anneal_steps is 3; set both"),
+        ({"layer_weights": [1.0, -1.0, 0.0]}, "give one for each layer, none negative and not all 0"),
         ({"layer_weights": []}, r"layer_weights are \[\]; give one for each layer"),
         ({"layer_weights": [1.0]}, "1 layer_weights were given, but the model has 3 layers"),
     ],
@@ -399,7 +399,7 @@ def test_refuses_a_gated_mlp_of_another_form():
     mlp = decoder_layers(model)[2].mlp
     kind = type("Scaled", (type(mlp),), {"forward": lambda self, x: 2 * type(mlp).__mro__[1].forward(self, x)})
     mlp.__class__ = kind
-    with pytest.raises(BadInput, match=r"the Scaled that holds model\.layers\.2\.mlp\.up_proj is not down"):
+    with pytest.raises(BadInput, match=r"the Scaled that holds model\.layers\.2\.mlp\.up_proj does not compute down"):
         ActivationDensity().attach(model, no_probe, ALONE)
     assert not any("forward" in module.__dict__ for module in model.modules())
 

@@ -1,4 +1,4 @@
-"""Penalties that hold weights: their gradients against autograd's, closed forms, both phases, and what is refused."""
+"""Penalties towards an anchor: gradients against autograd, closed forms, both phases, and refusals."""
 
 import copy
 import math
@@ -30,7 +30,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def phases(tmp_path_factory):
-    """A folder with a base and, of each YAML of a first phase and of full fine-tuning, a run of three steps."""
+    """Return a folder with a base, and runs of three steps of each first-phase YAML and of full fine-tuning."""
     folder = tmp_path_factory.mktemp("phases")
     tiny_llm(dropout=0.1).save_pretrained(folder / "base")
     tiny_llm(seed=1).save_pretrained(folder / "other")
@@ -54,7 +54,7 @@ def read(name):
 
 
 def build(folder, config, **options):
-    """The module of a configuration, whose runs are those in `folder`, with `options` of its last update or itself."""
+    """Return the module of a configuration with the runs in `folder`; `options` override its last update or itself."""
     config = copy.deepcopy(config)
     for update in config["updates"]:
         keys = update.setdefault("init_args", {})
@@ -70,7 +70,7 @@ FULL = {"lr": 1e-3, "updates": [{"class_path": "AdaptiveRegularization", "init_a
 
 
 def second(kind):
-    """The second phase's configuration of that kind, and what it needs beside."""
+    """Return the configuration of the second phase of that kind, and the options that it needs."""
     return {
         "adaptive": (read("phases/adaptive_regularization"), {}),
         "ewc": (read("phases/ewc"), {}),
@@ -138,7 +138,7 @@ def test_without_strength_or_importance_it_is_the_run_without(kind, phases):
 
 
 def forget(update):
-    """Let an importance be zero everywhere."""
+    """Set an importance to zero everywhere."""
     place = update._place
 
     def zeroed():
@@ -203,7 +203,7 @@ def test_its_gradient_is_autograds_of_the_penalty(kind, paper, phases):
 
 
 def test_on_a_quadratic_it_ends_where_the_closed_form_says(tmp_path):
-    """w = (h a + 2 phi Omega w*) / (h + 2 phi Omega), free where Omega is 0, held where phi is large."""
+    """w = (h a + 2 phi Omega w*) / (h + 2 phi Omega): free where Omega is 0, near the anchor where phi is large."""
     model = torch.nn.Module()
     model.weight = torch.nn.Parameter(torch.tensor([0.5, 0.5, 0.5], dtype=torch.float64))
     penalty = AdaptiveRegularization("unused", phi=2.0)
@@ -247,7 +247,9 @@ def test_importance_that_does_not_fit_is_refused(phases, tmp_path):
     config = read("phases/adaptive_regularization")
     elsewhere = copy.deepcopy(config)
     del elsewhere["updates"][0]["init_args"]["start_from"]
-    refused(phases, elsewhere, "the anchor is the end of .*, but this run begins elsewhere .*start_from: .*general")
+    refused(
+        phases, elsewhere, "the anchor is the end of .*, but this run starts at other values .*start_from: .*general"
+    )
     attach(build(phases, elsewhere, anchor="base"))
     refused(
         phases, elsewhere, "was recorded on another base than this run's", base=str(phases / "other"), anchor="base"
@@ -262,15 +264,15 @@ def test_importance_that_does_not_fit_is_refused(phases, tmp_path):
     refused(phases, wide, r"which does not fit this adapter: .*lora_A.* is \(4, 32\) here, and that run has \(8, 32\)")
     fewer = copy.deepcopy(elsewhere)
     fewer["updates"][0]["init_args"]["config"]["init_args"]["target_modules"] = ["q_proj"]
-    refused(phases, fewer, "is of 6 matrices and this run holds 3, which differ in .*v_proj", anchor="base")
+    refused(phases, fewer, "has 6 matrices, this run regularises 3, and they differ in .*v_proj", anchor="base")
     more = copy.deepcopy(elsewhere)
     more["updates"][0]["init_args"]["config"]["init_args"]["target_modules"] = ["q_proj", "v_proj", "o_proj"]
-    refused(phases, more, "is of 6 matrices and this run holds 9, which differ in .*o_proj", anchor="base")
+    refused(phases, more, "has 6 matrices, this run regularises 9, and they differ in .*o_proj", anchor="base")
     attach(build(phases, more, anchor="base", targets=["q", "v"]))
     refused(phases, elsewhere, r"there is no checkpoint at .*nothing", importance=str(tmp_path / "nothing"))
 
 
-def test_records_without_use_are_refused(phases, tmp_path):
+def test_useless_records_are_refused(phases, tmp_path):
     config = read("phases/adaptive_regularization")
     saved = torch.load(phases / "general" / "checkpoints" / "last.ckpt")
     state = saved["lit_sparse"]["updates"][-1]["state"]["importance"]
@@ -284,7 +286,7 @@ def test_records_without_use_are_refused(phases, tmp_path):
     refused(phases, config, "saw no data: its run recorded 0 steps", importance=written(steps=0))
     for entry in state["matrices"].values():
         entry["sums"].fill_(-1)
-    refused(phases, config, "has a mean of 0 and cannot be scaled to 1", importance=written(steps=3))
+    refused(phases, config, "has a mean of 0, which cannot be scaled to 1", importance=written(steps=3))
     one["sums"][0, 0] = math.nan
     refused(phases, config, f"is not finite at {name}: its run diverged", importance=written())
     saved["lit_sparse"]["updates"].pop()
@@ -359,7 +361,7 @@ def test_importance_may_be_kept_in_bf16(phases):
 
 
 def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):
-    """Nor those in another space: only the last run's would be held."""
+    """Nor importances in another space: only the last run's would count."""
     saved = torch.load(phases / "general" / "checkpoints" / "last.ckpt")
     record = saved["lit_sparse"]["updates"][-1]["state"]["importance"]
     gone = sorted(record["matrices"])[0]
@@ -369,7 +371,9 @@ def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):
     fewer = str(tmp_path / "fewer.ckpt")
     after = f"differs from the runs before it in {gone}, but importances add up"
     refused(phases, config, after, importance=[whole, fewer])
-    refused(phases, config, f"is of 5 matrices and this run holds 6, which differ in {gone}", importance=[fewer, whole])
+    refused(
+        phases, config, f"has 5 matrices, this run regularises 6, and they differ in {gone}", importance=[fewer, whole]
+    )
     saved = torch.load(phases / "full" / "checkpoints" / "last.ckpt")
     saved["lit_sparse"]["updates"][-1]["state"]["importance"]["space"] = "factors"
     torch.save(saved, tmp_path / "factors.ckpt")
@@ -379,7 +383,7 @@ def test_importances_of_other_matrices_do_not_add_up(phases, tmp_path):
 
 
 def test_importance_of_whole_weights_is_of_this_base_too(phases):
-    """Held at the base, a run may begin where the earlier one began or where it ended, and nowhere else."""
+    """With the base as anchor, a run may start where the earlier one started or ended, and nowhere else."""
     for base in ("base", "tuned"):
         attach(build(phases, FULL, base=str(phases / base), anchor="base"))
     refused(
@@ -468,7 +472,7 @@ def test_on_weights_it_ends_at_ridge_regression_around_the_base():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_weights_adam_does_not_rescale_it(dtype):
-    """Under a gradient of zeros, lr * alpha of the way is gone back, on the fp32 master where there is one."""
+    """With a zero gradient, weights move back by lr * alpha of the distance; on the fp32 master if there is one."""
     model, update = torch.nn.Linear(4, 4, bias=False).to(dtype), L2SP(alpha=0.5)
     update.attach(model, no_probe, ALONE)
     start = model.weight.detach().float().clone()

@@ -1,4 +1,4 @@
-"""Recorders, and what holds weights, under FSDP2 on two processes: as on one process with their rows."""
+"""Recorders and penalties under FSDP2 on two processes give the results of one process on the same rows."""
 
 from pathlib import Path
 from typing import cast
@@ -52,7 +52,7 @@ def recording(folder: Path, kind: str) -> LitSparse:
 
 
 def holding(folder: Path, kind: str, how: str, **options: object) -> LitSparse:
-    """A module that trains what `kind` names, held to what one process recorded, or to the base."""
+    """Return a module that trains what `kind` names, with a penalty on one process's record or towards the base."""
     held = {"importance": str(folder / f"{kind} one.ckpt"), "phi": 1.0, "anchor": "base"}
     update = {
         "adaptive": {"class_path": "AdaptiveRegularization", "init_args": held},
@@ -77,7 +77,7 @@ def fisher(folder: Path, adapter: bool, samples: int) -> LitSparse:
 
 
 def work(folder: Path, rank: int) -> None:
-    """All of it, in one of them."""
+    """Run all cases in one of the two processes."""
     for kind in RECORDING:
         attempt(folder, rank, kind, lambda kind=kind: record(folder, kind))
     for kind, how in HELD:
@@ -98,7 +98,7 @@ def hold(folder: Path, kind: str, how: str) -> list[dict]:
 
 
 def resumed(folder: Path, name: str, make) -> list[dict]:
-    """Saves a straight run and one that goes on after the third of six steps; what each strategy says of itself."""
+    """Save a straight run and one resumed after the third of six steps; return each strategy's description."""
     straight = fit(make(), True, 6, **saving(folder / name), **STEPS)
     keep(straight, folder / f"{name}.ckpt")
     keep(fit(make(), True, 6, folder / name / "step=3.ckpt", seed=1, **STEPS), folder / f"{name} again.ckpt")
@@ -119,7 +119,7 @@ def look(folder: Path, adapter: bool) -> None:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    """The folder with what one process and two trained."""
+    """Return the folder with the results of one process and of two."""
     folder = tmp_path_factory.mktemp("pair")
     for kind in ("llama", "qwen2", "gpt2"):
         tiny_llm(kind).save_pretrained(folder / kind)
@@ -134,7 +134,7 @@ def recorded(path: Path) -> dict[str, dict]:
 
 
 def assert_recorded_alike(got: dict[str, dict], wanted: dict[str, dict], tolerance: float) -> None:
-    """The same starts, and sums that differ by `tolerance` of a matrix's largest."""
+    """Check equal starts, and sums that differ by at most `tolerance` of a matrix's largest entry."""
     assert got.keys() == wanted.keys()
     for name, one in wanted.items():
         largest = float(one["sums"].abs().max())
@@ -168,7 +168,7 @@ def test_a_record_goes_on_with_another_number_of_processes(kind, pair):
 
 
 @pytest.mark.parametrize("kind", ["product", "parameters"])
-def test_each_process_keeps_its_share_of_what_is_divided(kind, pair):
+def test_each_rank_keeps_the_sums_of_its_shards(kind, pair):
     whole = sum(one["sums"].nbytes for one in recorded(pair / f"{kind}.ckpt").values())
     shares = [result(pair, kind, rank)["bytes"] for rank in (0, 1)]
     assert sum(shares) == (2 * whole if kind == "product" else whole)
@@ -202,8 +202,8 @@ def test_steps_that_bf16_weights_lose_are_recorded(pair):
         assert all(torch.equal(got[name]["start"][key], value) for key, value in one["start"].items())
 
 
-def test_gradients_in_bf16_which_lose_a_weak_pull_are_refused(pair):
-    sentence = "BadInput: AdaptiveRegularization holds model.embed_tokens.weight, which under fsdp2 has gradients in"
+def test_gradients_in_bf16_which_lose_a_weak_penalty_are_refused(pair):
+    sentence = "BadInput: AdaptiveRegularization regularises model.embed_tokens.weight, whose gradients are in bfloat16"
     assert result(pair, "half").startswith(sentence)
 
 

@@ -1,4 +1,4 @@
-"""KLToBase: value and gradient by brute force, a base that stays as it came beside every method, what is refused."""
+"""KLToBase: value and gradient by brute force, a base that no method changes, and refusals."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import LISA, PEFT, SMT, KLToBase, compose
 from lit_sparse.strategies.base import ALONE, no_probe
-from lit_sparse.strategies.kl_to_base import Base, kl
+from lit_sparse.strategies.kl_to_base import FrozenBase, kl
 from lit_sparse.testing import tiny_encoder, tiny_llm
 from lit_sparse_profiling.ledger import ledger
 from tests.test_contract import data, trainer
@@ -67,16 +67,16 @@ def test_value_and_gradient_by_brute_force():
         torch.testing.assert_close(gradient, temperature * (student - teacher), rtol=1e-5, atol=1e-6)
 
 
-def test_the_base_itself_costs_nothing():
+def test_the_divergence_from_the_base_itself_is_zero():
     model = tiny_llm()
-    base, batch = Base(model.eval(), []), batch_of()
+    base, batch = FrozenBase(model.eval(), []), batch_of()
     value = base.divergence(batch, model(**batch), batch["attention_mask"].bool(), 2.0)
     value.backward()
     assert value.item() == pytest.approx(0, abs=1e-6)
     assert max(p.grad.abs().max().item() for p in model.parameters()) < 1e-6
 
 
-def test_parts_of_hidden_states_are_whole_logits(monkeypatch):
+def test_chunks_of_hidden_states_give_the_loss_of_full_logits(monkeypatch):
     """And both leave padding out."""
     monkeypatch.setattr("lit_sparse.strategies.kl_to_base.CHUNK_LOGITS", 3 * 96)
     model, batch = tiny_llm("qwen2").eval(), batch_of()
@@ -104,7 +104,7 @@ def test_parts_of_hidden_states_are_whole_logits(monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_base_stays_as_it_came(method, base, tmp_path):
-    """While it trains, and where a run goes on from a checkpoint, which is the straight run bit for bit."""
+    """During training and after resuming, which gives the bits of the straight run."""
     checkpoint = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     straight, resumed = module_of(base, method), module_of(base, method)
     fit = trainer(4, callbacks=[checkpoint], enable_checkpointing=True)
@@ -170,8 +170,8 @@ def test_the_copies_are_in_the_ledger(base):
     assert held.strategy == module.updates[0].describe()["bytes"] == sum(p.nbytes for p in module.build().parameters())
 
 
-def test_it_holds_predictions(base):
-    """The more, the stronger; with weight 0 the run is the one without, bit for bit."""
+def test_predictions_stay_closer_to_the_base(base):
+    """More with a larger weight; with weight 0 the run has the bits of one without the strategy."""
     without = build_module({"model": {"base": str(base), "lr": 1e-2, "updates": METHODS["lora"]}})
     modules = [without, *(module_of(base, "lora", weight=weight) for weight in (0.0, 1.0, 100.0))]
     for module in modules:
@@ -186,7 +186,7 @@ def test_it_holds_predictions(base):
     assert moved[0] > moved[1] > moved[2]
 
 
-def test_what_cannot_be_held_is_refused():
+def test_invalid_settings_and_models_are_refused():
     with pytest.raises(BadInput, match="weight is -1; it must be at least 0"):
         KLToBase(weight=-1)
     with pytest.raises(BadInput, match="temperature is 0; it must be above 0"):

@@ -1,4 +1,4 @@
-"""LISA: who trains, who does not move, what state there is, and that resuming changes nothing."""
+"""LISA: which layers train, that frozen ones do not move, optimizer state, draws, and exact resuming."""
 
 import copy
 import dataclasses
@@ -16,7 +16,7 @@ from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.strategies import LISA, SMT, Updates, compose
 from lit_sparse.strategies.base import ALONE, Claim, UpdateStrategy, no_probe
-from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, weighted
+from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, draw_weighted
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
@@ -133,7 +133,7 @@ def test_kept_state_piles_up():
 
 
 # Oracle 9: an interval is an optimizer of its own; with `keep` the state goes on where it was.
-def test_an_interval_is_an_optimizer_of_its_own():
+def test_the_optimizer_restarts_each_interval():
     model, strategy = attached(train_embeddings=False, interval=3)
     alone = copy.deepcopy(model)
     optimizer = optimizer_of(model)
@@ -150,7 +150,7 @@ def test_an_interval_is_an_optimizer_of_its_own():
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
 
 
-def test_kept_state_goes_on():
+def test_kept_state_continues():
     model, strategy = attached(state="keep", train_embeddings=False, interval=1, sampler=Cyclic("ascending"))
     optimizer = optimizer_of(model)
     turns = 2 * len(layer_parameters(model))
@@ -217,7 +217,7 @@ def formula(task, draw):
 
 
 def recorded(folder, steps, start=None, **options):
-    """The module and the record of a fit on a tiny model; `start` is a checkpoint to resume from."""
+    """Return the module and the record of a fit on a tiny model; `start` is a checkpoint to resume from."""
     folder.mkdir()
     task = CausalLM(tiny_llm("llama"), [LISA(active_layers=1, interval=2, **options)], lr=1e-2)
     task.resume_from = start
@@ -246,7 +246,7 @@ def test_kept_state_grows_in_the_record(tmp_path):
     assert [size - held[0] for size in held] == [0, layer, 2 * layer, 2 * layer]
 
 
-def test_the_rate_rises_after_each_draw():
+def test_the_learning_rate_warms_up_after_each_draw():
     model, strategy = attached(interval=4, warmup=3)
     optimizer, rates = optimizer_of(model), []
     optimizer.register_step_pre_hook(lambda made, *_: rates.append(made.param_groups[0]["lr"]))
@@ -274,7 +274,7 @@ def frequencies(sampler, layers, count, draws=10_000):
 
 
 def inclusion(weights, count):
-    """The probability of each index to be among `count` drawn one after the other, by enumeration."""
+    """Return the probability of each index to be among `count` drawn one after the other, by enumeration."""
     total = [0.0] * len(weights)
     for order in itertools.permutations(range(len(weights)), count):
         probability, left = 1.0, sum(weights)
@@ -302,7 +302,7 @@ def test_weighted_draws_have_the_exact_inclusion_probabilities(count):
     weights = [0.05, 0.3, 0.1, 0.25, 0.3]
     found = [0] * 5
     for number in range(10_000):
-        for index in weighted(weights, count, 7, number):
+        for index in draw_weighted(weights, count, 7, number):
             found[index] += 1
     assert_frequencies([times / 10_000 for times in found], inclusion(weights, count))
 
@@ -365,10 +365,13 @@ def test_cyclic_draws_are_of_different_layers_whatever_their_number(total):
         ({"active_layers": 0}, "LISA: active_layers is 0; it must be at least 1"),
         ({"interval": 0}, "LISA: interval is 0; it must be at least 1"),
         ({"warmup": -1}, "LISA: warmup is -1; it must be at least 0"),
-        ({"sampler": "best"}, "the sampler 'best' was asked for; there is uniform, cyclic, weight_norm, grad_norm"),
+        (
+            {"sampler": "best"},
+            "the sampler 'best' was asked for; choose one of uniform, cyclic, weight_norm, grad_norm",
+        ),
     ],
 )
-def test_what_makes_no_sense_is_refused(options, sentence):
+def test_invalid_settings_are_refused(options, sentence):
     with pytest.raises(BadInput, match=sentence):
         LISA(**options)
 
@@ -417,14 +420,14 @@ def fitted(*others, sampler="cyclic"):
     return task
 
 
-def test_goes_with_penalties():
+def test_works_with_penalties():
     pulled, plain = fitted(Pull(10.0)), fitted(Pull(0.0))
     assert pulled.updates[0].draws == plain.updates[0].draws
     norms = [torch.stack([p.detach().norm() for p in task.build().parameters()]) for task in (pulled, plain)]
     assert norms[0].sum() < norms[1].sum()
 
 
-def test_goes_with_methods_that_bring_their_optimizer():
+def test_works_with_a_strategys_own_optimizer():
     task = fitted(OwnOptimizer())
     (optimizer,) = task.trainer.optimizers
     assert type(getattr(optimizer, "optimizer", optimizer)) is torch.optim.RMSprop
@@ -436,6 +439,6 @@ def test_goes_with_methods_that_bring_their_optimizer():
         assert all(moved) if number in layers else not any(moved)
 
 
-def test_goes_with_no_other_choice_of_what_trains():
+def test_a_second_trainable_set_is_refused():
     with pytest.raises(BadInput, match="LISA and SMT cannot be combined: both take over the model's trainable"):
         compose([LISA(), SMT()])

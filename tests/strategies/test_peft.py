@@ -1,4 +1,4 @@
-"""PEFT's adapters: what a checkpoint must hold beside what is trained, and what is refused."""
+"""PEFT's adapters: untrained tensors in checkpoints, starts from the base, start_from, and refusals."""
 
 import copy
 import dataclasses
@@ -42,7 +42,7 @@ def test_pissa_moves_the_largest_singular_parts_into_the_adapter(kind, how):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_start_of_random_numbers_is_restored_to_the_bit(dtype):
-    """Neither the generator nor the singular vectors' signs may matter: a checkpoint may move to another device."""
+    """The generator and the signs of singular vectors must not matter: a checkpoint may move to another device."""
     first, second = tiny_llm("llama").to(dtype), tiny_llm("llama").to(dtype)
     given, restored = (lora(init_lora_weights="pissa_niter_2") for _ in range(2))
     given.attach(first, no_probe, ALONE)
@@ -110,7 +110,7 @@ def test_the_state_of_plain_lora_has_scales_alone():
     ],
     ids=str,
 )
-def test_it_knows_whether_the_base_stays_as_it_is(settings, base):
+def test_base_says_what_becomes_of_its_weights(settings, base):
     model, update = tiny_llm("qwen2"), lora(**settings)
     assert update.base == base
     before = {name: matrix(linear).detach().clone() for name, linear in linears(model).items()}
@@ -122,14 +122,14 @@ def test_it_knows_whether_the_base_stays_as_it_is(settings, base):
 
 
 @pytest.mark.parametrize("start", ["eva", "corda", "loftq"])
-def test_starts_that_need_a_program_of_their_own_are_refused(start):
+def test_data_driven_initialisations_are_refused(start):
     config = LoraConfig(target_modules="all-linear")
     config.init_lora_weights = start
     with pytest.raises(BadInput, match=f"init_lora_weights is {start}, which needs a program of PEFT's"):
         PEFT(config)
 
 
-def test_what_peft_refuses_is_said_in_a_sentence():
+def test_refusals_of_peft_become_one_sentence():
     with pytest.raises(BadInput, match=r"PEFT cannot put it on LlamaForCausalLM \(Target modules .*nowhere.*; give"):
         PEFT(LoraConfig(target_modules=["nowhere"])).attach(tiny_llm("llama"), no_probe, ALONE)
 
@@ -141,7 +141,7 @@ class Anchor(UpdateStrategy):
     needs: ClassVar = frozenset({"base"})
 
 
-def test_who_needs_the_base_does_not_go_with_who_rewrites_it():
+def test_a_strategy_that_needs_the_base_refuses_one_that_rewrites_it():
     assert len(compose([Anchor(), lora()])) == 2
     for pair in ([Anchor(), lora(init_lora_weights="pissa")], [lora(init_lora_weights="pissa"), Anchor()]):
         with pytest.raises(BadInput, match=r"Anchor and PEFT cannot be combined: Anchor needs .*init_lora_weights"):
@@ -156,7 +156,7 @@ def two(config=LoraConfig, **settings):
 
 
 def written(path, module):
-    """The checkpoint of a run of `module`, in which all that trains was moved, and what that came to."""
+    """Write the checkpoint of a run of `module` that moved every trainable parameter; return their final values."""
     module.build()
     module._attach()
     ends = {}
@@ -170,29 +170,29 @@ def written(path, module):
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_another_configuration_is_refused_where_a_run_goes_on(full, tmp_path):
+def test_start_from_refuses_another_configuration(full, tmp_path):
     path = tmp_path / "run.ckpt"
     ends = written(path, CausalLM(base=tiny_llm(), updates=[two()], full_checkpoints=full))
     went_on = tiny_llm()
     dataclasses.replace(two(), start_from=str(path)).attach(went_on, no_probe, ALONE)
     assert all(torch.equal(value, ends[name]) for name, value in trainable(went_on))
     for settings, sentence in (
-        ({"lora_alpha": 32}, r"whose adapter counts 2 times at .*layers\.0.*q_proj, and would count 8 times here"),
-        ({"use_rslora": True}, "counts 2 times at .*, and would count 4 times here"),
+        ({"lora_alpha": 32}, r"whose adapter has the scale 2 at .*layers\.0.*q_proj, but 8 here"),
+        ({"use_rslora": True}, "has the scale 2 at .*, but 4 here"),
         ({"target_modules": ["q_proj"]}, r"that run trained .*v_proj.*, and this one does not"),
     ):
         with pytest.raises(BadInput, match=sentence):
             dataclasses.replace(two(**settings), start_from=str(path)).attach(tiny_llm(), no_probe, ALONE)
 
 
-def test_biases_that_a_run_trained_are_not_left_behind(tmp_path):
+def test_start_from_refuses_to_drop_trained_biases(tmp_path):
     path = tmp_path / "run.ckpt"
     written(path, CausalLM(base=tiny_llm("qwen2"), updates=[two(bias="all")]))
     with pytest.raises(BadInput, match=r"that run trained .*bias, and this one does not"):
         dataclasses.replace(two(), start_from=str(path)).attach(tiny_llm("qwen2"), no_probe, ALONE)
 
 
-def test_a_run_that_does_not_say_its_scales_is_gone_on_from(tmp_path):
+def test_start_from_accepts_a_run_without_scales(tmp_path):
     path = tmp_path / "run.ckpt"
     written(path, CausalLM(base=tiny_llm(), updates=[two()]))
     saved = torch.load(path)

@@ -1,4 +1,4 @@
-"""Importance recorded in a run: against the loss it explains, over ranks, resumed; and the Fisher."""
+"""The path integral against the loss that it explains, over ranks and resumed; and the Fisher."""
 
 import math
 import types
@@ -46,7 +46,7 @@ def attached(adapter, recorder, model=None):
 
 
 def train(model, updates, optimizer, steps, seeds=(0,), first=1):
-    """`steps` steps on the mean loss of the batches `seeds`, a backward each."""
+    """Take `steps` steps on the mean loss of the batches `seeds`, with a backward pass for each."""
     for step in range(first, first + steps):
         optimizer.zero_grad()
         for seed in seeds:
@@ -75,7 +75,7 @@ def test_contract_beside_lora(kind, space):
     [(False, torch.optim.SGD, 0.02), (True, torch.optim.SGD, 0.4), (True, AdamW, 4e-3)],
 )
 def test_the_sums_add_up_to_what_the_loss_fell_by(adapter, make, largest):
-    """Of a full batch, to a share of it that falls with the learning rate (the integral is taken in steps)."""
+    """For a full batch, up to a share that falls with the learning rate, since the integral is a sum of steps."""
     misses = []
     for rate, steps in ((largest, 8), (largest / 4, 32), (largest / 16, 128)):
         model, updates = attached(adapter, recorder := RecordImportance())
@@ -102,7 +102,7 @@ def test_it_changes_no_bit_of_the_training(adapter):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_what_a_pass_leaves_out_counts_nothing(adapter):
+def test_a_layer_left_out_of_the_forward_pass_records_nothing(adapter):
     """A layer that no token went through has no gradient."""
     model, updates = attached(adapter, recorder := RecordImportance())
     left_out, kept = (f"layers.{number}." for number in (1, 0))
@@ -229,9 +229,9 @@ def test_batches_of_several_samples_and_none_are_refused():
     assert not any(m._forward_pre_hooks for m in model.modules())
     ids = torch.arange(3, 11)[None]
     packed = {"input_ids": ids, "position_ids": torch.arange(4).repeat(2)[None], "labels": ids}
-    with pytest.raises(BadInput, match=r"but a row has several; set data\.packing to false"):
+    with pytest.raises(BadInput, match=r"but a row packs several; set data\.packing to false"):
         RecordFisher().attach(model, lambda steps: iter(model(**packed).loss for _ in range(steps)), ALONE)
-    with pytest.raises(BadInput, match=r"RecordFisher was given no data to look at; give data\.train"):
+    with pytest.raises(BadInput, match=r"RecordFisher got no training data; set data\.train"):
         RecordFisher().attach(model, lambda steps: iter(()), ALONE)
 
 
@@ -250,7 +250,7 @@ def test_a_recorder_reads_the_gradient_of_the_task_alone(penalty):
     compose([penalty, RecordFisher()])  # which looks at the task's loss before the first step
 
 
-def test_what_does_not_go_together_is_refused():
+def test_incompatible_strategies_are_refused():
     with pytest.raises(
         BadInput,
         match=r"RecordImportance and Fused cannot be combined: .* needs gradients that live",
@@ -273,7 +273,7 @@ def test_a_quantised_base_may_be_recorded_beside_an_adapter_only():
 
 
 def test_the_checkpoint_has_start_and_sums_and_the_way_between():
-    """In terms of parameters' names: the end is where checkpoints have it anyway."""
+    """By parameter name: the final values are in the checkpoint anyway."""
     model, updates = attached(True, recorder := RecordImportance(targets=["v"]))
     start = {name: parameter.detach().clone() for name, parameter in trainable(model)}
     train(model, updates, AdamW(parameter_groups(trainable(model)), lr=1e-2), 2)

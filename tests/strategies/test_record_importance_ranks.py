@@ -1,4 +1,4 @@
-"""Two processes record what one does; in a file that imports little, since each process imports it too."""
+"""Two processes record what one does. The file imports little, since each process imports it too."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def mean_loss(model, seeds):
 
 
 def sums_of(adapter: bool, seeds, ranks: int = 1):
-    """What two steps on the mean loss of the batches `seeds` record, gradients averaged over `ranks` as DDP does."""
+    """Return the record of two steps on the mean loss of the batches `seeds`; gradients are averaged over `ranks`."""
     lora = PEFT(LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
     model, recorder = tiny_llm(), RecordImportance()
     torch.manual_seed(1)
@@ -46,7 +46,7 @@ def sums_of(adapter: bool, seeds, ranks: int = 1):
 
 
 def fisher_of(seeds):
-    """The Fisher of a sample of each of `seeds`."""
+    """Return the Fisher of a sample of each of `seeds`."""
     model, recorder = tiny_llm(), RecordFisher(samples=len(seeds), targets=["q", "v"])
 
     def losses(steps):

@@ -326,7 +326,7 @@ def test_autocast_matches_a_bf16_model():
         ({"blocks": "no/such/file.json"}, "no choice of blocks could be read"),
     ],
 )
-def test_what_cannot_be_is_one_sentence(options, message):
+def test_impossible_blocks_are_refused_in_one_sentence(options, message):
     with pytest.raises(BadInput, match=message):
         attached("llama", **options)
 
@@ -420,20 +420,20 @@ def test_warmup_with_updates_chooses_what_the_formulas_say():
 
 
 def test_warmup_with_updates_needs_float32():
-    with pytest.raises(BadInput, match="which only float32 ones bear"):
+    with pytest.raises(BadInput, match="which needs float32"):
         attached(dtype=torch.bfloat16, warmup="update")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup": "update", "blocks": "random"}, "does not go with blocks 'random'"),
+        ({"warmup": "update", "blocks": "random"}, "does not work with blocks 'random'"),
         ({"warmup": "update", "mode": "delta"}, "mode delta"),
         ({"kept_columns": 0.0}, "kept_columns is 0.0"),
         ({"kept_columns": 0.5, "blocks": "slab"}, "with blocks 'slab'"),
     ],
 )
-def test_what_does_not_go_together_is_refused(options, message):
+def test_incompatible_settings_are_refused(options, message):
     with pytest.raises(BadInput, match=message):
         SMT(**options)
 
@@ -523,7 +523,7 @@ def test_one_copy_is_packed_also_where_autocast_changes_the_type(dtype):
 
 @pytest.mark.parametrize("kind", TINY)
 @pytest.mark.parametrize("options", [{"mode": "delta"}, {"blocks": "slab"}, {"kept_columns": 0.5}], ids=str)
-def test_every_way_keeps_the_contract(kind, options):
+def test_every_setting_keeps_the_contract(kind, options):
     settings = {"trainable_fraction": 0.05, "block_size": 8, "selection_batches": 2, "targets": ["all"]}
     contract(lambda: [SMT(**{**settings, **options})], kind)
 

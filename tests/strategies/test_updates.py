@@ -1,4 +1,4 @@
-"""`Updates`: the seams that methods to come will use, each through a fit, the contract and a bare loop."""
+"""`Updates`: the hooks that future methods need, each used in a fit, the contract and a bare loop."""
 
 import dataclasses
 from typing import ClassVar
@@ -189,7 +189,7 @@ def test_its_weights_stay_in_bf16():
 
 
 def test_it_is_clipped_by_no_trainer():
-    with pytest.raises(BadInput, match=r"ForwardOnly has no gradients .* remove trainer\.gradient_clip_val"):
+    with pytest.raises(BadInput, match=r"ForwardOnly keeps no gradients .* remove trainer\.gradient_clip_val"):
         fitted([ForwardOnly()], trainer_options={"gradient_clip_val": 1.0})
 
 
@@ -208,7 +208,7 @@ def test_it_resumes_to_the_same_bits(tmp_path):
 
 
 def test_blocks_in_place_are_refused():
-    """Their forward pass reads the weights, so that a perturbed block would change no loss."""
+    """In place, the forward pass reads the weights, so a perturbed master would not change the loss."""
     with pytest.raises(BadInput, match="SMT and ForwardOnly cannot be combined: SMT trains through gradients"):
         Updates([SMT(), ForwardOnly()])
     with pytest.raises(BadInput, match="LISA and ForwardOnly cannot be combined: LISA needs gradients that live"):
@@ -266,7 +266,7 @@ def test_learning_rates_are_scaled_for_the_step_alone():
 
 @dataclasses.dataclass
 class Noted(UpdateStrategy):
-    """Writes down which hooks it is called by, with whom beside it."""
+    """Record which hooks are called, and with which siblings."""
 
     events: list[str]
     name: str
@@ -322,7 +322,7 @@ def test_the_order_of_hooks(bare):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-def test_a_strategy_hears_of_checkpointing():
+def test_the_context_says_whether_activations_are_checkpointed():
     events: list[str] = []
     fitted([Noted(events, "n")], 1, activation_checkpointing=True)
     assert events[0] == "n beside , checkpointed"
