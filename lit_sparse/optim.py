@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -172,12 +172,16 @@ class AdamW(torch.optim.AdamW):
     Attributes:
         grad_scale: One fp32 number that divides the gradients of the next steps, or None. A gradient scaler of torch's
             does not set it, but divides the gradients itself, and skips steps that overflow.
+        masks: For a parameter, which entries of its local shard the next step updates, bool of its shape. The other
+            entries keep their value, moments and master. The count of steps in the bias correction is the parameter's:
+            an entry that is first updated late moves up to (1 - b1) / sqrt(1 - b2), 3.2 by default, times lr.
 
     Raises:
         BadInput: if a group asks for what is not there (see above), also when its state is loaded.
     """
 
     grad_scale: Tensor | None = None
+    masks: Mapping[Tensor, Tensor] = {}
 
     def __init__(
         self,
@@ -195,6 +199,7 @@ class AdamW(torch.optim.AdamW):
         fused: bool | None = None,
     ) -> None:
         self._scattered: dict[Tensor, _Scattered] = {}
+        self._wrote: frozenset[Tensor] = frozenset()
         super().__init__(
             params,
             lr,
@@ -220,9 +225,9 @@ class AdamW(torch.optim.AdamW):
         """
         self._scattered[parameter] = _Scattered(weight, index, transposed)
 
-    def scatters(self, parameter: Tensor) -> bool:
-        """Whether each step writes the blocks of which this is the master."""
-        return parameter in self._scattered
+    def wrote(self, parameter: Tensor) -> bool:
+        """Return whether the last step wrote the blocks of which this is the master."""
+        return parameter in self._wrote
 
     def clip_norm(self, max_norm: float) -> None:
         """Clip the norm of all gradients to `max_norm` in the next step, which divides them as it reads them."""
@@ -243,9 +248,27 @@ class AdamW(torch.optim.AdamW):
                 float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"], group["maximize"]
             )
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            self._step_whole([parameter for parameter in moving if parameter not in self._scattered], rule)
-            self._step_blocks([parameter for parameter in moving if parameter in self._scattered], rule)
+            plain = [parameter for parameter in moving if parameter not in self.masks]
+            self._step_whole([parameter for parameter in plain if parameter not in self._scattered], rule)
+            self._step_blocks([parameter for parameter in plain if parameter in self._scattered], rule)
+            for parameter in moving:
+                if parameter in self.masks:
+                    self._step_masked(parameter, self.masks[parameter], rule)
+        self._wrote = frozenset(self._scattered.keys() - self.masks.keys())
+        self.masks = {}
         return loss
+
+    def _step_masked(self, parameter: Tensor, mask: Tensor, rule: Rule) -> None:
+        """Step one parameter whole, then put back what is masked; copies are of one parameter at a time.
+
+        Blocks are not written within this step, where masked entries have not been put back yet.
+        """
+        state = self._state_of(parameter)
+        moving = [parameter.detach(), *(value for name, value in state.items() if name != "step")]
+        before = [local_shard(tensor).clone() for tensor in moving]
+        self._step_whole([parameter], rule)
+        for tensor, old in zip(moving, before, strict=True):
+            local_shard(tensor).copy_(torch.where(mask, local_shard(tensor), old))
 
     def _step_whole(self, parameters: Sequence[Tensor], rule: Rule) -> None:
         states = [self._state_of(parameter) for parameter in parameters]
@@ -315,7 +338,7 @@ class AdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "state": held})
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_scattered": self._scattered}
+        return {**super().__getstate__(), "_scattered": self._scattered, "_wrote": self._wrote}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What loading and copying end with."""

@@ -28,7 +28,7 @@ def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None
         )
     check_callbacks(trainer)
     for update in updates:
-        check_gradients_live(trainer, type(update))
+        check_gradients_live(trainer, update)
         if update.period is not None and isinstance(trainer.strategy, DDPStrategy):
             # DDP registers its hooks once, for what requires grad then: later layers would diverge between ranks.
             raise BadInput(
@@ -74,20 +74,20 @@ UNSUPPORTED: dict[type[L.Callback], tuple[str, str]] = {
 """Callbacks that are refused, each with the reason and what to do instead."""
 
 
-def check_gradients_live(trainer: L.Trainer, kind: type[UpdateStrategy]) -> None:
+def check_gradients_live(trainer: L.Trainer, update: UpdateStrategy) -> None:
     """Refuse accumulation and clipping with a strategy that keeps no gradients until the optimizer step.
 
     Raises:
         BadInput: naming the setting.
     """
     settings = {
-        "accumulate_grad_batches": trainer.accumulate_grad_batches > 1 and kind.backward == "fused",
-        "gradient_clip_val": bool(trainer.gradient_clip_val) and kind.backward != "autograd",
+        "accumulate_grad_batches": trainer.accumulate_grad_batches > 1 and update.backward == "fused",
+        "gradient_clip_val": bool(trainer.gradient_clip_val) and update.backward != "autograd",
     }
     for key, given in settings.items():
         if given:
             raise BadInput(
-                f"{kind.__name__} keeps no gradients until the optimizer step (its backward is {kind.backward}), so "
+                f"{type(update).__name__} keeps no gradients until the optimizer step (its backward is {update.backward}), so "
                 f"trainer.{key} has no effect; remove trainer.{key}."
             )
 

@@ -3,6 +3,7 @@
 from lit_sparse.strategies.activation_density import ActivationDensity
 from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
 from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy, compose
+from lit_sparse.strategies.gmt import GMT
 from lit_sparse.strategies.kl_to_base import KLToBase
 from lit_sparse.strategies.lisa import LISA
 from lit_sparse.strategies.peft import PEFT
@@ -11,6 +12,7 @@ from lit_sparse.strategies.smt import SMT
 from lit_sparse.strategies.updates import Updates
 
 __all__ = [
+    "GMT",
     "L2SP",
     "LISA",
     "PEFT",

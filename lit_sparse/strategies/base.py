@@ -61,10 +61,10 @@ class UpdateStrategy(ABC):
         backward: How gradients reach the weights: by `autograd`; `fused`, where the optimizer updates each weight
             during the backward pass and frees its gradient; or `none`, where the optimizer's `step` gets a closure that
             computes the loss without a graph.
-        base: What becomes of the base's own weights. `kept`: they stay as they are until `detach`; only such a base can
-            be quantised. `trained`: some of them train. `rewritten`: `attach` itself gives them other values, which
-            `detach` restores up to rounding. `moved`: `attach` trains weights that are frozen afterwards, so that
-            checkpoints hold all weights.
+        base: What the method itself does to the base's own weights. `kept`: it leaves them alone until `detach`, as do
+            methods that act on whatever another one trains; only such a base can be quantised. `trained`: some of them
+            train. `rewritten`: `attach` itself gives them other values, which `detach` restores up to rounding.
+            `moved`: `attach` trains weights that are frozen afterwards, so that checkpoints hold all weights.
         leaves: What `detach` gives back: the `plain` model, one whose `adapter` was merged, or one with its
             `own_forward`.
         needs: What the method depends on. A strategy that denies one of these cannot be in the same run.
@@ -72,7 +72,8 @@ class UpdateStrategy(ABC):
         supports_sharding: Whether the method works with parameters that are DTensors (FSDP2), after `attach` or
             `restore` has seen the whole model.
         gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
-            them. The strategies of a run are called in that order.
+            them. The strategies of a run are called in that order, after those that attach first. A mask holds for the
+            gradient that it was computed of; what another strategy adds later may enter masked entries.
         masters: Whether what trains is kept in fp32 while the frozen weights are in bf16. Forward-only methods, which
             must not hold a second copy, opt out.
     """
@@ -132,6 +133,9 @@ class UpdateStrategy(ABC):
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer | None:
         """Return the optimizer that this method insists on; None keeps the configured one.
 
+        A run with `model.optimizer` is refused then, and its betas and weight decay are the method's to choose. Claim
+        `optimizer` too.
+
         Args:
             groups: Parameter groups with `params` and `param_names`: one with weight decay, one without. The optimizer
                 must be made of these very groups, since `regroup` fills them anew when the trainable set changes.
@@ -159,6 +163,8 @@ class UpdateStrategy(ABC):
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         """Run before optimizer step `step` (from 1), with the accumulated, unclipped gradients in place.
 
+        `optimizer` is the torch optimizer, without a trainer's wrapper.
+
         Under a `fused` or forward-only (`none`) method it runs before the step's first forward pass: there are no
         gradients then.
         """
@@ -168,7 +174,10 @@ class UpdateStrategy(ABC):
         return False
 
     def logged(self) -> Mapping[str, Tensor]:
-        """Return numbers for the log, by name; asked for after `before_step`."""
+        """Return numbers for the log, by name; asked for after `before_step`.
+
+        Names begin with the method's, so that they are unique in a run. They are scalars, the same on all ranks.
+        """
         return {}
 
     def written(self) -> Iterator[nn.Parameter]:

@@ -145,7 +145,7 @@ class SMT(UpdateStrategy):
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         for linear in self._in_place:
-            if not (isinstance(optimizer, AdamW) and optimizer.scatters(linear.blocks)):
+            if not (isinstance(optimizer, AdamW) and optimizer.wrote(linear.blocks)):
                 linear.write()
         return False
 

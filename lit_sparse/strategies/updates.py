@@ -154,11 +154,14 @@ class Updates(Sequence[UpdateStrategy]):
 
     def _own_optimizer(self, groups: list[dict[str, Any]], lr: float) -> tuple[str, Optimizer] | None:
         """Return the optimizer that a strategy insists on, with the strategy's name."""
-        for strategy in self:
-            optimizer = strategy.optimizer(groups, lr)
-            if optimizer is None:
-                continue
-            name, found = type(strategy).__name__, [group.get("param_names") for group in optimizer.param_groups]
+        made = [(type(strategy).__name__, strategy.optimizer(groups, lr)) for strategy in self]
+        own = [(name, optimizer) for name, optimizer in made if optimizer is not None]
+        if len(own) > 1:
+            raise BadInput(
+                f"{own[0][0]} and {own[1][0]} cannot be combined: both bring an optimizer; keep one of the two."
+            )
+        for name, optimizer in own:
+            found = [group.get("param_names") for group in optimizer.param_groups]
             if found != [group["param_names"] for group in groups]:
                 raise BadInput(
                     f"the optimizer of {name} has {len(found)} parameter group(s) of its own making, which cannot "
@@ -181,25 +184,25 @@ class Updates(Sequence[UpdateStrategy]):
             strategy.scale_gradients(factor)
 
     def before_step(self, step: int, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Call the hooks before optimizer step `step` (from 1), scale its learning rates, and return what is logged.
+        """Scale the learning rates of optimizer step `step` (from 1), call its hooks, and return what is logged.
 
         With `autograd` it is called with all gradients in place, else before the step's first forward pass.
         """
-        logged: dict[str, Tensor] = {}
-        for strategy in self:
-            strategy.before_step(step, optimizer)
-            logged |= strategy.logged()
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for strategy in self:
             for group in optimizer.param_groups:
                 group["lr"] *= strategy.lr_factor(step)
+        logged: dict[str, Tensor] = {}
+        for strategy in self:
+            strategy.before_step(step, optimizer)
+            logged |= strategy.logged()
         return logged
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         """Call the hooks after optimizer step `step`, the last strategy first, and give back the learning rates.
 
         Returns:
-            Whether the trainable set changed. The optimizer has the new set then.
+            Whether the trainable set changed. Call `regroup` then.
         """
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
