@@ -87,8 +87,8 @@ def check_gradients_live(trainer: L.Trainer, update: UpdateStrategy) -> None:
     for key, given in settings.items():
         if given:
             raise BadInput(
-                f"{type(update).__name__} keeps no gradients until the optimizer step (its backward is {update.backward}), so "
-                f"trainer.{key} has no effect; remove trainer.{key}."
+                f"{type(update).__name__} keeps no gradients until the optimizer step (its backward is "
+                f"{update.backward}), so trainer.{key} has no effect; remove trainer.{key}."
             )
 
 
