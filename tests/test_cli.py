@@ -1,6 +1,5 @@
 """The command line: what is found by name, what a run leaves behind, and what is refused in one sentence."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,8 +8,6 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lit_sparse import cli, configs
 from lit_sparse.errors import BadInput
@@ -28,23 +25,6 @@ SMALL = [
     "--profile.profiled=0",
 ]
 DATA = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"]
-ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(3)]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty folder to work in, with a tiny model and its tokenizer, and rows to train on."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
-    tiny_llm("llama").save_pretrained("tiny")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "and", *map(str, range(40))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained("tiny")
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tmp_path
 
 
 def fit(*words: str) -> None:

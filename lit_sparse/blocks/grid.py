@@ -101,10 +101,23 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
             f"no choice of blocks could be read from {path} ({error}); give gradient, random, diagonal, slab, or a "
             f"file written by a run."
         ) from error
+    check_choice(choice, matrices, str(path))
+    return choice
+
+
+def check_choice(choice: Mapping[str, Blocks], matrices: Mapping[str, Tensor], source: str) -> None:
+    """Refuse blocks that the matrices do not have: reading and writing would pass over them without a word.
+
+    Args:
+        source: What chose them, for the message.
+
+    Raises:
+        BadInput: naming the first matrix that lacks a block, or is not there.
+    """
     for name, blocks in choice.items():
         if name not in matrices:
             raise BadInput(
-                f"{path} chooses blocks of {name}, which is not among the {len(matrices)} target matrices; was "
+                f"{source} chooses blocks of {name}, which is not among the {len(matrices)} target matrices; was "
                 f"it made for another model?"
             )
         rows, columns = grid(matrices[name], blocks.size)
@@ -114,10 +127,9 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
             and int(blocks.index[:, 1].max()) < columns
         ):
             raise BadInput(
-                f"{path} chooses a block outside the {rows} x {columns} blocks of {name}; was it made for "
+                f"{source} chooses a block outside the {rows} x {columns} blocks of {name}; was it made for "
                 f"another model?"
             )
-    return choice
 
 
 def _choice_of_run(path: Path, strategy: str) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import lightning as L
@@ -40,8 +39,5 @@ class LastCheckpoint:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        partial = self.path.with_suffix(".part")
-        trainer.save_checkpoint(partial)  # by all ranks, which gather what is sharded
-        if trainer.is_global_zero:
-            os.replace(partial, self.path)
+        trainer.save_checkpoint(self.path)  # by all ranks, which gather what is sharded
         self._saved = trainer.global_step
