@@ -1,8 +1,8 @@
-"""Checkpoint files that are whole or refused, also after a power cut, a full disk, or a flipped bit.
+"""Files that are whole or refused, also after a power cut, a full disk, or a flipped bit.
 
-A file is written beside its target, hashed on the way, flushed to the disk and read back; only then does it replace the
-target, in one rename. Its last bytes are a SHA-256 of all bytes before them, which every reader checks. torch.load and
-zip tools ignore those bytes.
+A checkpoint is written beside its target, hashed on the way, flushed to the disk and read back; only then does it
+replace the target, in one rename. Its last bytes are a SHA-256 of all bytes before them, which every reader checks.
+torch.load and zip tools ignore those bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Hashed:
     def save(self, checkpoint: Any) -> None:
         """Write `checkpoint` and its hash, and wait until the disk has them."""
         try:
-            torch.save(checkpoint, self)
+            torch.save(checkpoint, self)  # pyright: ignore[reportArgumentType] - it writes, and no more
         except RuntimeError as error:
             raise self.failure or error from error
         self._file.write(MARK + self._hash.hexdigest().encode())
@@ -89,15 +89,29 @@ def write_whole(checkpoint: Any, path: str | Path) -> None:
         draft.unlink(missing_ok=True)
 
 
+def replace_text(text: str, path: Path) -> None:
+    """Write a text file to `path` in one rename, so that a reader sees the old text or the new one."""
+    draft = draft_of(path)
+    try:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def draft_of(path: Path) -> Path:
     """Return where a file is written before it replaces the one at `path`: in the same folder, for a rename's sake."""
     return path.with_name(f".{path.name}.part")
 
 
-def remove_drafts(folder: Path) -> None:
-    """Remove what killed processes have left in `folder` of checkpoints that they were writing."""
-    for draft in folder.glob(".*.part"):
-        draft.unlink(missing_ok=True)
+def remove_drafts(run: Path) -> None:
+    """Remove what killed processes have left in a run's folder of files that they were writing."""
+    for pattern in (".*.part", "checkpoints/.*.part", ".record.json.*"):
+        for draft in run.glob(pattern):
+            draft.unlink(missing_ok=True)
 
 
 def _sync(folder: Path) -> None:

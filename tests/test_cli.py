@@ -1,5 +1,6 @@
 """The command line: what is found by name, what a run leaves behind, and what is refused in one sentence."""
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -69,9 +70,11 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert RunRecord.read(run / "record.json").status == "ok"
     fit("--config", "smt.yaml", "--trainer.max_steps=4", "--ckpt_path=last")
     assert [p.name for p in Path("runs").iterdir()] == ["smt-1"]
-    assert RunRecord.read(run / "record.json").throughput.steps == 2  # of this fit
+    assert RunRecord.read(run / "record.json").throughput.steps == 4  # of both fits
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
-    assert (run / "metrics-1.csv").is_file()
+    with (run / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["train_loss"]] == ["0", "1", "2", "3"]
+    assert [path.name for path in run.glob("metrics*")] == ["metrics.csv"]
     told = [message for message in caplog.messages if message.startswith("Resuming with")]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert told == ["Resuming with trainer.max_steps = 4; the run had 2."]
