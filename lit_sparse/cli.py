@@ -189,7 +189,7 @@ class CLI(LightningCLI):
             BadInput: if there are none.
         """
         start_fresh(self.trainer, arguments["ckpt_path"])
-        if not any(self.trainer.validate(**arguments)):
+        if not scores(self.trainer.validate, arguments):
             raise BadInput("there is nothing to validate: no row is held out; set data.heldout.")
 
     def test(self, **arguments: Any) -> None:
@@ -199,11 +199,18 @@ class CLI(LightningCLI):
             BadInput: if there are none.
         """
         start_fresh(self.trainer, arguments["ckpt_path"])
-        if not any(self.trainer.test(**arguments)):
+        if not scores(self.trainer.test, arguments):
             rank_zero_info(
                 "No held-out row is a choice, or has an answer that ends in #### and a number: rows are scored instead."
             )
             self.validate(**arguments)
+
+
+def scores(evaluate: Callable[..., Any], arguments: dict[str, Any]) -> bool:
+    """Evaluate; return whether there was anything to score."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")
+        return any(evaluate(**arguments))
 
 
 def listed(loggers: Any) -> list[Logger]:

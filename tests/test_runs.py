@@ -258,6 +258,7 @@ def test_a_checkpoint_of_slurm_is_not_taken_up_by_another_run(home, monkeypatch)
     cli.run(["validate", *F[: F.index("--samples=0")], "--trainer.accelerator=cpu"])
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_a_checkpoint_of_a_failed_fit_is_not_taken_up_by_another_run(home):
     fit("--trainer.max_steps=2")
     Path("failed").mkdir()
@@ -327,28 +328,40 @@ def test_test_prints_a_number_or_says_why_not(home, capsys, monkeypatch):
         assert "set data.heldout" in told
 
 
+class Paced(L.Callback):
+    """Takes its time for each batch."""
+
+    def on_train_batch_start(self, *args, **options):
+        time.sleep(0.2)
+
+
+def signalled(words: list[str], number: int, until: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command, and signal it when a file appears."""
+    words = [sys.executable, "-m", "lit_sparse", *words]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not until.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    told = process.communicate(timeout=120)[1]
+    return subprocess.CompletedProcess(words, process.returncode, None, told)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(home, number):
     """A straight run and one that was stopped and went on log the same losses."""
-    steps = ["--trainer.max_steps=14", "--trainer.max_epochs=-1"]
-    command = [sys.executable, "-m", "lit_sparse", "fit", *F, *steps]
-    slow = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=slow)
-    deadline = time.monotonic() + 120
-    while not (RUN / "metrics.csv").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(number)
-    told = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + number, told
-    assert f"{number.name} stopped the fit after step" in told
-    assert f"go on with --ckpt_path {RUN / LAST}" in told
-    stopped = step_of(RUN)
-    assert 0 < stopped < 14
+    Path("paced.yaml").write_text("trainer:\n  callbacks: [tests.test_runs.Paced]\n")
+    steps = ["--config", "paced.yaml", "--trainer.max_steps=14", "--trainer.max_epochs=-1"]
+    ended = signalled(["fit", *F, *steps, "--run=lora"], number, RUN / "metrics.csv")
+    assert ended.returncode == 128 + number, ended.stderr
+    assert f"{number.name} stopped the fit after step" in ended.stderr
+    assert f"go on with --ckpt_path {RUN / LAST}" in ended.stderr
+    assert 0 < step_of(RUN) < 14
     record = RunRecord.read(RUN / "record.json")
     assert record.status == "failed"
     assert number.name in str(record.reason)
-    fit(*steps, f"--ckpt_path={RUN / LAST}")
-    fit(*steps, "--run=straight")
+    fit(*steps[2:], f"--ckpt_path={RUN / LAST}")
+    fit(*steps[2:], "--run=straight")
     assert losses(RUN) == losses(Path("runs/straight-1"))
     assert RunRecord.read(RUN / "record.json").status == "ok"
 

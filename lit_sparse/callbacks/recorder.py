@@ -31,6 +31,7 @@ from lit_sparse_profiling.documents import parse_as, spell_nonfinite
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.run_folders import RECORD
 from lit_sparse_profiling.sections import ModelSize, StateBytes
 
 
@@ -80,8 +81,7 @@ class Recorder(Profile):
             )
         super().setup(trainer, pl_module, stage)
         self.moved, self.earlier = False, None
-        there = any((self.folder / name).is_file() for name in ("config.yaml", "record.json"))
-        self._goes_on = there and trainer.ckpt_path is not None
+        self._goes_on = any((self.folder / name).is_file() for name in ("config.yaml", RECORD))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self._first_step = trainer.global_step
@@ -167,7 +167,7 @@ class Recorder(Profile):
         self.samples.ask(trainer, module, "after")
         super().finish(trainer, module)
         if trainer.is_global_zero:
-            print_summary(RunRecord.read(self.folder / "record.json"), self.folder)
+            print_summary(RunRecord.read(self.folder / RECORD), self.folder)
 
     # ---- going on
 
@@ -183,7 +183,18 @@ class Recorder(Profile):
             return
         earlier = parse_as(json.loads(text), RunRecord, "the record in the checkpoint")
         if earlier.name == self.folder.name:  # else it is another run that goes on from its checkpoint
-            self.earlier, self.samples.answers = earlier, earlier.samples
+            self.earlier = self._at_its_end(earlier)
+            self.samples.answers = self.earlier.samples
+
+    def _at_its_end(self, saved: RunRecord) -> RunRecord:
+        """Return the folder's own record, if it ends at the checkpoint: it has what came after saving too."""
+        if not (self.folder / RECORD).is_file():
+            return saved
+        try:
+            kept = RunRecord.read(self.folder / RECORD)
+        except ValueError as error:
+            raise BadInput(f"{error} Without it, the run goes on with the record in its checkpoint.") from error
+        return kept if kept.throughput == saved.throughput else saved
 
     # ---- results
 
