@@ -140,7 +140,7 @@ class CLI(LightningCLI):
         """Return the configuration as it is saved with the run: without a checkpoint, which a new run does not have."""
         config = self.config[str(self.subcommand)].clone()
         config.ckpt_path = None
-        return self._parser(str(self.subcommand)).dump(config, skip_none=False)
+        return self._parser(str(self.subcommand)).dump(config, skip_unset=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")

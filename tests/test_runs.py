@@ -328,17 +328,19 @@ def test_test_prints_a_number_or_says_why_not(home, capsys, monkeypatch):
         assert "set data.heldout" in told
 
 
-class Paced(L.Callback):
-    """Takes its time for each batch."""
-
+PACED = """
+import time, lightning
+class Paced(lightning.Callback):
     def on_train_batch_start(self, *args, **options):
         time.sleep(0.2)
+"""
 
 
 def signalled(words: list[str], number: int, until: Path) -> subprocess.CompletedProcess[str]:
     """Run the command, and signal it when a file appears."""
     words = [sys.executable, "-m", "lit_sparse", *words]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # nothing need be installed
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=env)
     deadline = time.monotonic() + 120
     while not until.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -350,7 +352,8 @@ def signalled(words: list[str], number: int, until: Path) -> subprocess.Complete
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(home, number):
     """A straight run and one that was stopped and went on log the same losses."""
-    Path("paced.yaml").write_text("trainer:\n  callbacks: [tests.test_runs.Paced]\n")
+    Path("paced.py").write_text(PACED)
+    Path("paced.yaml").write_text("trainer:\n  callbacks: [paced.Paced]\n")
     steps = ["--config", "paced.yaml", "--trainer.max_steps=14", "--trainer.max_epochs=-1"]
     ended = signalled(["fit", *F, *steps, "--run=lora"], number, RUN / "metrics.csv")
     assert ended.returncode == 128 + number, ended.stderr

@@ -111,7 +111,8 @@ def test_a_killed_writer_leaves_a_whole_file_and_its_draft_is_written_over(tmp_p
     path = tmp_path / "runs" / "last.ckpt"
     drafts = 0
     for n in range(4):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # nothing need be installed
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=env)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.3 + 0.013 * n)

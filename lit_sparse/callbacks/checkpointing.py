@@ -66,20 +66,18 @@ class LastCheckpoint:
         self.path, self.every = folder / "last.ckpt", every
         self.signals = StopSignals()
         self._saved = self._done = -1
+        self._stopping: int | None = None
 
     def begin(self, trainer: L.Trainer) -> None:
         """Listen for signals; call it when training starts."""
-        self._saved, self._done = -1, trainer.global_step
+        self._saved, self._done, self._stopping = -1, trainer.global_step, None
         self.signals.listen()
 
     def after_batch(self, trainer: L.Trainer) -> None:
-        """Save if it is time, at the end of an epoch, and after the last step; end the fit if a signal asked for it.
+        """Save if it is time, at the end of an epoch, after the last step, and if a signal asked the fit to end.
 
         Not left to the end of training: there Lightning has counted an unfinished epoch as finished, and a resumed fit
         would skip the rest of it.
-
-        Raises:
-            Stopped: if a signal has come, and the optimizer step is complete.
         """
         step = trainer.global_step
         if step == self._done:  # more batches are accumulated, and their gradients are in no checkpoint
@@ -87,25 +85,26 @@ class LastCheckpoint:
         self._done = step
         if self.every and (step % self.every == 0 or step == trainer.max_steps or trainer.is_last_batch):
             self._save(trainer)
-        self.stop_if_asked(trainer)
+        self.save_if_asked(trainer)
 
-    def stop_if_asked(self, trainer: L.Trainer) -> None:
-        """Save and end the fit if a signal asked for it, on any rank.
+    def save_if_asked(self, trainer: L.Trainer) -> None:
+        """Save if a signal, on any rank, asked the fit to end; `leave` ends it."""
+        received = self.signals.received
+        if trainer.strategy.reduce_boolean_decision(received is not None, all=False):
+            self.at_end(trainer)
+            self._stopping = signal.SIGTERM if received is None else received
+
+    def leave(self, trainer: L.Trainer) -> None:
+        """End a fit that was asked to end and is saved. Not at the end of a batch, which is logged only later.
 
         Raises:
-            Stopped: if one has.
+            Stopped: if it was.
         """
-        received = self.signals.received
-        if not trainer.strategy.reduce_boolean_decision(received is not None, all=False):
+        if self._stopping is None:
             return
-        number = signal.SIGTERM if received is None else received
-        name, step = signal.Signals(number).name, trainer.global_step
-        self.at_end(trainer)
-        if self.every:
-            raise Stopped(
-                number, f"{name} stopped the fit after step {step}; go on with --ckpt_path {self.path}, all else alike."
-            )
-        raise Stopped(number, f"{name} stopped the fit after step {step}; checkpoint_steps is 0, so nothing was saved.")
+        told = f"{signal.Signals(self._stopping).name} stopped the fit after step {trainer.global_step}; "
+        how = f"go on with --ckpt_path {self.path}, all else alike." if self.every else ""
+        raise Stopped(self._stopping, told + (how or "checkpoint_steps is 0, so nothing was saved."))
 
     @property
     def up_to_date(self) -> bool:

@@ -132,11 +132,24 @@ class Recorder(Profile):
             self.before = scores
         else:
             self.after = scores
-            self.checkpoint.stop_if_asked(trainer)
+            self.checkpoint.save_if_asked(trainer)
+            self.checkpoint.leave(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
+        self.checkpoint.leave(trainer)
+        super().on_validation_start(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
-        if not trainer.sanity_checking and self.moved and self.checkpoint.up_to_date:
-            self.checkpoint.stop_if_asked(trainer)  # a checkpoint made here would lose the scores until here
+        if self.moved and self.checkpoint.up_to_date:  # a checkpoint made here would lose the scores until here
+            self.checkpoint.save_if_asked(trainer)
+            self.checkpoint.leave(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
+        self.checkpoint.leave(trainer)
+        super().on_train_batch_start(trainer, *args, **options)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
+        self.checkpoint.leave(trainer)
 
     def on_train_batch_end(  # pyright: ignore
         self, trainer: L.Trainer, pl_module: LitSparse, outputs: Any, batch: Any, batch_idx: int
