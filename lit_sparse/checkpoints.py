@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lit_sparse.errors import BadInput
+from lit_sparse.whole import check_whole
 
 SAMPLES_PER_TENSOR = 2**16
 LAST = Path("checkpoints") / "last.ckpt"
@@ -43,15 +44,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read the checkpoint at `path` to the CPU; only tensors and plain values are unpickled.
 
     Raises:
-        BadInput: if there is none, or it is no checkpoint of a lit_sparse run.
+        BadInput: if there is none, it is damaged, or it is no checkpoint of a lit_sparse run.
     """
-    if not Path(path).is_file():
-        raise BadInput(f"there is no checkpoint at {path}; give a file that a run wrote under its checkpoints/ folder.")
+    check_whole(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise BadInput(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}: it is truncated, or of another kind)."
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: it is of another kind)."
         ) from error
     if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
         raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import inspect
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,19 +15,29 @@ import yaml
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info
 
 import lit_sparse.data
 import lit_sparse.strategies
 from lit_sparse.bench import bench
-from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS
+from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, Stopped
+from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import STACKED, find_configs, methods
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.export.generate import generate
-from lit_sparse.runs import TASKS, last_checkpoint, task_class
+from lit_sparse.runs import (
+    TASKS,
+    check_name,
+    folder_of,
+    last_checkpoint,
+    make_folder,
+    read_config,
+    remove_unused,
+    task_class,
+)
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report
 from lit_sparse_profiling.run_folders import next_folder
@@ -84,96 +93,156 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         self.folder: Path | None = None
-        self.new_folder = False
+        self.root = Path(config.trainer.default_root_dir)
+        if config.trainer.max_epochs is None:
+            config.trainer.max_epochs = 1 if config.trainer.max_steps == -1 else -1
+        config.run = config.run or self._run_name(config)
+        check_name(config.run)
+        if config.ckpt_path is not None:
+            config.ckpt_path = str(self._checkpoint(config))
         if self.subcommand != "fit":
             return
         self.turns = config.profile.turns  # belongs to this process, not to the configuration saved with the run
         config.profile.turns = None
-        root, name = Path(config.trainer.default_root_dir), config.run or self._run_name(config)
-        if config.ckpt_path == "last":
-            config.ckpt_path = str(last_checkpoint(root, name))
-        if config.ckpt_path is None:
-            self.folder, self.new_folder = next_folder(root, name), True
-        else:
-            self.folder = Path(config.ckpt_path).parents[1]
-            self._tell_differences(self.folder / "config.yaml")
+        if config.ckpt_path is not None:
+            self.folder = folder_of(Path(config.ckpt_path), self.root)
+            if self.folder is not None:
+                self._tell_differences(self.folder / "config.yaml")
 
     def _run_name(self, config: Any) -> str:
         paths = [Path(str(path)) for path in config.config or []]
         methods = [path.stem for path in paths if path.parent.name not in STACKED]
         return "+".join(methods) or "run"
 
+    def _checkpoint(self, config: Any) -> Path:
+        """Return the file that --ckpt_path names.
+
+        Raises:
+            BadInput: if there is none.
+        """
+        if config.ckpt_path == "last":
+            return last_checkpoint(self.root, config.run)
+        if not Path(config.ckpt_path).is_file() and "://" not in config.ckpt_path:
+            raise BadInput(
+                f"--ckpt_path {config.ckpt_path} was asked for, but there is no such file; give a checkpoint's path, "
+                f"or last for the last one of the runs called {config.run}."
+            )
+        return config.ckpt_path
+
     def _tell_differences(self, before: Path) -> None:
         """Print the keys that differ from the configuration that the run started with: those given now win."""
-        if not before.is_file():
-            return
-        then, now = flat(yaml.safe_load(before.read_text())), flat(self._dumped())
+        then, now = flat(read_config(before)), flat(yaml.safe_load(self._dumped()))
         for key in sorted(then.keys() | now.keys()):
             if then.get(key) != now.get(key) and key.partition(".")[0] in ("task", "model", "data", "trainer"):
                 rank_zero_info(f"Resuming with {key} = {now.get(key)!r}; the run had {then.get(key)!r}.")
 
-    def _dumped(self) -> dict[str, Any]:
-        """Return the configuration as it is saved with the run."""
-        subcommand = str(self.subcommand)
-        return yaml.safe_load(self._parser(subcommand).dump(self.config[subcommand], skip_none=False))
+    def _dumped(self) -> str:
+        """Return the configuration as it is saved with the run: without a checkpoint, which a new run does not have."""
+        config = self.config[str(self.subcommand)].clone()
+        config.ckpt_path = None
+        return self._parser(str(self.subcommand)).dump(config, skip_unset=False)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
-        if self.folder is None:
-            self.save_config_callback = None  # it would write into the root folder of all runs
+        if self.subcommand != "fit" or config.fast_dev_run:  # which leave no run
             return super().instantiate_trainer(logger=config.logger or False)
+        if self.folder is None:
+            name = self.config[str(self.subcommand)].run
+            self.folder = make_folder(self.root, name) or next_folder(self.root, name)
+        try:
+            return self._recording_trainer(config, self.folder)
+        except BaseException:
+            remove_unused(self.folder)
+            raise
+
+    def _recording_trainer(self, config: Any, folder: Path) -> L.Trainer:
+        """Return a trainer that leaves a run in `folder`, and nothing elsewhere."""
         plan, samples, steps = (self._get(self.config_init, key) for key in ("profile", "samples", "checkpoint_steps"))
-        plan = dataclasses.replace(plan, turns=self.turns)
-        recorder = Recorder(self.folder, plan, self._dumped(), samples, steps)
-        callbacks = [*(config.callbacks or []), recorder]
+        plan, text = dataclasses.replace(plan, turns=self.turns), self._dumped()
+        callbacks = [*(config.callbacks or []), Recorder(folder, plan, yaml.safe_load(text), samples, steps, text)]
         more = any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         )  # the recorder keeps last.ckpt itself
-        loggers = self._loggers(config.logger)
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, enable_checkpointing=more)
-
-    def _loggers(self, configured: Any) -> list[Logger] | bool:
-        """Return CSV and TensorBoard loggers in the run's folder, and those of the configuration."""
-        assert self.folder is not None
-        if configured is False:
-            return False
-        own: list[Logger] = [
-            CSVLogger(self.folder.parent, name="", version=self.folder.name),
-            TensorBoardLogger(self.folder, name="", version="tensorboard"),
-        ]
-        more = configured if isinstance(configured, list) else [configured] if isinstance(configured, Logger) else []
-        return own + more
+        own = [RunCSV(folder), RunTensorBoard(folder)]
+        return super().instantiate_trainer(
+            logger=False if config.logger is False else own + listed(config.logger),
+            callbacks=callbacks,
+            enable_checkpointing=more,
+            default_root_dir=str(folder),
+        )
 
     def fit(self, **arguments: Any) -> None:
-        """Train; remove the folder of a new run that is refused before its first checkpoint."""
-        assert self.folder is not None
+        """Train; a run that is refused before training has moved leaves nothing."""
         self.model.resume_from = arguments["ckpt_path"]
-        if not self.new_folder:
-            keep_metrics(self.folder, self.trainer.loggers)
+        start_fresh(self.trainer, arguments["ckpt_path"])
         try:
             self.trainer.fit(**arguments)
-        except BadInput:
-            if self.new_folder and not any(self.folder.glob("checkpoints/*")):
-                remove_run(self.folder)
-            raise
+        finally:
+            if self.folder is not None:
+                remove_unused(self.folder)
+        tell_end(self.trainer)
+
+    def validate(self, **arguments: Any) -> None:
+        """Score the held-out rows.
+
+        Raises:
+            BadInput: if there are none.
+        """
+        start_fresh(self.trainer, arguments["ckpt_path"])
+        if not scores(self.trainer.validate, arguments):
+            raise BadInput("there is nothing to validate: no row is held out; set data.heldout.")
+
+    def test(self, **arguments: Any) -> None:
+        """Answer the held-out questions, or score the held-out rows where they are no questions with known answers.
+
+        Raises:
+            BadInput: if there are none.
+        """
+        start_fresh(self.trainer, arguments["ckpt_path"])
+        if not scores(self.trainer.test, arguments):
+            rank_zero_info(
+                "No held-out row is a choice, or has an answer that ends in #### and a number: rows are scored instead."
+            )
+            self.validate(**arguments)
 
 
-@rank_zero_only
-def remove_run(folder: Path) -> None:
-    """Remove a run's folder, on rank 0 alone: the other ranks saw that folder, and numbered their own after it."""
-    shutil.rmtree(folder, ignore_errors=True)
+def scores(evaluate: Callable[..., Any], arguments: dict[str, Any]) -> bool:
+    """Evaluate; return whether there was anything to score."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")
+        return any(evaluate(**arguments))
 
 
-@rank_zero_only
-def keep_metrics(folder: Path, loggers: Sequence[Logger]) -> None:
-    """Rename the metrics of a run that is resumed, since the CSV logger overwrites its file."""
-    metrics = folder / "metrics.csv"
-    if metrics.is_file():
-        metrics.rename(folder / f"metrics-{len(list(folder.glob('metrics*.csv')))}.csv")
-    with warnings.catch_warnings():  # it warns that it will delete the file just renamed
-        warnings.filterwarnings("ignore", "Experiment logs directory .* exists and is not empty")
-        for logger in loggers:
-            _ = logger.experiment  # pyright: ignore[reportAttributeAccessIssue]
+def listed(loggers: Any) -> list[Logger]:
+    """Return the loggers of a configuration as a list."""
+    return loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, Logger) else []
+
+
+def start_fresh(trainer: L.Trainer, checkpoint: str | None) -> None:
+    """Let no checkpoint mean none: Lightning looks for those of SLURM jobs and failed fits, which are of other runs."""
+    if checkpoint is None:
+        trainer._checkpoint_connector._user_managed = True
+
+
+def tell_end(trainer: L.Trainer) -> None:
+    """Say why a fit ended before it was to, or that there was nothing to do."""
+    step, asked = trainer.global_step, trainer.max_steps
+    recorder = next((callback for callback in listed_callbacks(trainer) if isinstance(callback, Recorder)), None)
+    if recorder is not None and not recorder.moved:
+        rank_zero_info(
+            f"Nothing was left to do: the checkpoint is at step {step}, with max_steps {asked} and max_epochs "
+            f"{trainer.max_epochs}; set one higher to train on. {recorder.folder} is as it was."
+        )
+    elif 0 < step < asked and trainer.max_epochs not in (None, -1) and trainer.current_epoch >= trainer.max_epochs:
+        rank_zero_info(
+            f"The fit ended after step {step} of max_steps {asked}, since max_epochs is {trainer.max_epochs}; set "
+            "--trainer.max_epochs=-1 for more."
+        )
+
+
+def listed_callbacks(trainer: L.Trainer) -> list[L.Callback]:
+    """Return the callbacks of a trainer."""
+    return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets them in a function
 
 
 def named_task(argv: Sequence[str]) -> str | None:
@@ -280,7 +349,6 @@ def run(argv: Sequence[str]) -> int:
         L.LightningDataModule,
         subclass_mode_data=True,
         trainer_defaults={
-            "max_epochs": 1,
             "use_distributed_sampler": False,
             "num_sanity_val_steps": -1,
             "log_every_n_steps": 10,
@@ -288,7 +356,7 @@ def run(argv: Sequence[str]) -> int:
         },
         auto_configure_optimizers=False,
         seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=None,  # the recorder writes config.yaml, once training has moved
     )
     return 0
 
@@ -299,6 +367,9 @@ def main() -> None:
         warnings.filterwarnings("ignore", message)
     try:
         sys.exit(run(sys.argv[1:]))
+    except Stopped as stopped:
+        print(f"lit-sparse: {stopped}", file=sys.stderr)
+        sys.exit(128 + stopped.number)
     except (ValueError, jsonargparse.ArgumentError) as error:
         told = bad_input(error) or error
         if not isinstance(told, BadInput | jsonargparse.ArgumentError):

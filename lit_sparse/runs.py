@@ -2,20 +2,77 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
+from lightning.pytorch.utilities import rank_zero_only
 
 import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
 from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier, LitSparse
-from lit_sparse_profiling.run_folders import folders
+from lit_sparse_profiling.run_folders import folders, next_folder
 
 TASKS: dict[str, type[LitSparse]] = {"CausalLM": CausalLM, "Classifier": Classifier}
 """Values of the key `task`; the first is the default."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a name of a run that names no folder under the root of all runs.
+
+    Raises:
+        BadInput: saying what is wrong with it.
+    """
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or not path.name or name.endswith("/"):
+        raise BadInput(f"--run {name!r} names no folder under the folder of all runs; give a name such as mine or a/b.")
+    if not name.isprintable() or "::" in name or "://" in name:  # which Lightning's file systems take for a URL
+        raise BadInput(f"--run {name!r} has '::' or '://', or characters that do not print; leave them out.")
+
+
+@rank_zero_only
+def make_folder(root: Path, name: str) -> Path:
+    """Make the next free folder `<name>-<n>`, on rank 0: no other process takes its number from then on.
+
+    Raises:
+        BadInput: if it cannot be made.
+    """
+    while True:
+        folder = next_folder(root, name)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if folder.is_dir():
+                continue  # another process was faster
+            raise BadInput(f"a run's folder is to be made at {folder}, where a file is in the way.") from None
+        except OSError as error:
+            raise BadInput(
+                f"the run's folder {folder} could not be made: {error.strerror or error}; set "
+                "--trainer.default_root_dir to a folder that can be written."
+            ) from error
+        return folder
+
+
+@rank_zero_only
+def remove_unused(folder: Path) -> None:
+    """Remove the folder of a run that has left nothing in it."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def folder_of(checkpoint: Path, root: Path) -> Path | None:
+    """Return the folder of the run that a checkpoint lies in, if it is one of the runs under `root`; None otherwise.
+
+    Any other file with checkpoints beside it may be the user's own, so that nothing is written there.
+    """
+    folder = checkpoint.parent.parent
+    if checkpoint.parent.name != LAST.parent.name or not (folder / "config.yaml").is_file():
+        return None
+    known = re.fullmatch(r".+-\d+", folder.resolve().name) and folder.resolve().is_relative_to(root.resolve())
+    return folder if known else None
 
 
 def last_checkpoint(root: Path, name: str) -> Path:

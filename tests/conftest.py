@@ -1,9 +1,17 @@
-"""Skip tests that need a device or assets this machine lacks, with the reason."""
+"""Skip tests that need a device or assets this machine lacks; a folder in which the command line finds all it needs."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lit_sparse import demo
+from lit_sparse.testing import tiny_llm
+
+ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,3 +25,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty folder to work in, with a tiny model and its tokenizer, and rows to train on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
+    tiny_llm("llama").save_pretrained("tiny")
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "and", *map(str, range(40))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained("tiny")
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return tmp_path

@@ -1,6 +1,6 @@
 """The command line: configs found by name, the files of a run, and errors in one sentence."""
 
-import json
+import csv
 import re
 import sys
 from pathlib import Path
@@ -9,8 +9,6 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from lit_sparse import cli, configs
 from lit_sparse.errors import BadInput
@@ -28,23 +26,6 @@ SMALL = [
     "--profile.profiled=0",
 ]
 DATA = ["--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"]
-ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(3)]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty folder to work in, with a tiny model and its tokenizer, and rows to train on."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
-    tiny_llm("llama").save_pretrained("tiny")
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "and", *map(str, range(40))])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained("tiny")
-    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return tmp_path
 
 
 def fit(*words: str) -> None:
@@ -89,9 +70,11 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert RunRecord.read(run / "record.json").status == "ok"
     fit("--config", "smt.yaml", "--trainer.max_steps=4", "--ckpt_path=last")
     assert [p.name for p in Path("runs").iterdir()] == ["smt-1"]
-    assert RunRecord.read(run / "record.json").throughput.steps == 2  # of this fit
+    assert RunRecord.read(run / "record.json").throughput.steps == 4  # of both fits
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
-    assert (run / "metrics-1.csv").is_file()
+    with (run / "metrics.csv").open() as file:
+        assert [row["step"] for row in csv.DictReader(file) if row["train_loss"]] == ["0", "1", "2", "3"]
+    assert [path.name for path in run.glob("metrics*")] == ["metrics.csv"]
     told = [message for message in caplog.messages if message.startswith("Resuming with")]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert told == ["Resuming with trainer.max_steps = 4; the run had 2."]

@@ -8,7 +8,7 @@ import torch
 
 from lit_sparse import cli, configs
 from lit_sparse.errors import BadInput
-from tests.test_cli import SMALL, home  # noqa: F401 - a fixture
+from tests.test_cli import SMALL
 
 DATA = [
     *("--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout", "4", "--data.max_length", "16"),
@@ -64,7 +64,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "stop", "words"), CASES)
-def test_a_run_stopped_in_mid_epoch_goes_on_exactly(home, method, stop, words):  # noqa: F811
+def test_a_run_stopped_in_mid_epoch_goes_on_exactly(home, method, stop, words):
     """One epoch is the default: the loader is built before its saved position arrives."""
     straight = fit(method, "straight", 0, *words)
     begun = fit(method, "cut", stop, *words, f"--checkpoint_steps={stop}")
@@ -76,13 +76,13 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(home, method, stop, words): 
         assert torch.equal(value, expected[name]), name
 
 
-def test_other_data_or_another_batch_size_is_refused(home):  # noqa: F811
+def test_other_data_or_another_batch_size_is_refused(home):
     fit("lora", "cut", 4, "--checkpoint_steps=4")
     with pytest.raises(BadInput, match="was written with other training data, seed or rows per step"):
         fit("lora", "cut", 0, "--ckpt_path=last", "--data.batch_size=3")
 
 
-def test_the_learning_rate_is_that_of_this_runs_schedule(home):  # noqa: F811
+def test_the_learning_rate_is_that_of_this_runs_schedule(home):
     """Four steps were asked for, and then eight: the fifth is half-way down."""
     limits = ("--trainer.max_epochs=2", "--trainer.max_steps=8", "--model.warmup_steps=0")
     fit("lora", "cut", 0, "--model.lr=0.01", *limits, "--trainer.max_steps=4")

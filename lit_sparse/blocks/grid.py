@@ -105,11 +105,24 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
             f"no choice of blocks could be read from {path} ({error}); give gradient, random, diagonal, slab, or a "
             f"file written by a run."
         ) from error
+    check_choice(choice, matrices, str(path))
+    return choice
+
+
+def check_choice(choice: Mapping[str, Blocks], matrices: Mapping[str, Tensor], source: str) -> None:
+    """Refuse blocks that the matrices do not have: reading and writing would pass over them without a word.
+
+    Args:
+        source: What chose them, for the message.
+
+    Raises:
+        BadInput: naming the first matrix that lacks a block, or is not there.
+    """
     for name, blocks in choice.items():
         if name not in matrices:
             raise BadInput(
-                f"{path} selects blocks of {name}, which is not among the {len(matrices)} target matrices; give a file "
-                f"of the same model and targets."
+                f"{source} selects blocks of {name}, which is not among the {len(matrices)} target matrices; give a "
+                f"file of the same model and targets."
             )
         rows, columns = grid(matrices[name], blocks.size)
         if len(blocks.index) and not (
@@ -118,10 +131,9 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
             and int(blocks.index[:, 1].max()) < columns
         ):
             raise BadInput(
-                f"{path} selects a block outside the {rows} x {columns} blocks of {name}; give a file of the same "
+                f"{source} selects a block outside the {rows} x {columns} blocks of {name}; give a file of the same "
                 f"model."
             )
-    return choice
 
 
 def _choice_of_run(path: Path, strategy: str) -> dict[str, Any]:

@@ -1,17 +1,61 @@
-"""The last checkpoint of a fit, from which it resumes."""
+"""The last checkpoint of a fit, from which it resumes, and the signals that ask a fit to end."""
 
 from __future__ import annotations
 
-import os
+import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
 CHECKPOINT_STEPS = 100
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Signals after which a fit saves and ends: Ctrl-C, and what schedulers send before they kill."""
+
+
+class Stopped(Exception):
+    """A signal ended a fit, after its checkpoint was saved.
+
+    Attributes:
+        number: The signal.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals:
+    """Notes the first signal that asks this process to end, which then ends after a step; a second one acts at once.
+
+    Attributes:
+        received: The signal, None before it came.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Note signals from now on. Python allows it in the main thread only; elsewhere this does nothing."""
+        self.received = None
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.received = number
+        self.ignore()
+
+    def ignore(self) -> None:
+        """Give signals back to those who had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
 
 
 class LastCheckpoint:
-    """Keeps `last.ckpt` up to date; a fit that is killed while it is written keeps the one before.
+    """Keeps `last.ckpt` up to date, and ends a fit that is asked to end.
 
     Args:
         folder: Where it lies.
@@ -20,19 +64,52 @@ class LastCheckpoint:
 
     def __init__(self, folder: Path, every: int) -> None:
         self.path, self.every = folder / "last.ckpt", every
-        self._saved = -1
+        self.signals = StopSignals()
+        self._saved = self._done = -1
+        self._stopping: int | None = None
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Listen for signals; call it when training starts."""
+        self._saved, self._done, self._stopping = -1, trainer.global_step, None
+        self.signals.listen()
 
     def after_batch(self, trainer: L.Trainer) -> None:
-        """Save if it is time, at the end of an epoch, and after the last step.
+        """Save if it is time, at the end of an epoch, after the last step, and if a signal asked the fit to end.
 
         Not left to the end of training: there Lightning has counted an unfinished epoch as finished, and a resumed fit
         would skip the rest of it.
         """
         step = trainer.global_step
-        if self.every == 0 or step == self._saved:
+        if step == self._done:  # more batches are accumulated, and their gradients are in no checkpoint
             return
-        if step % self.every == 0 or step == trainer.max_steps or trainer.is_last_batch:
+        self._done = step
+        if self.every and (step % self.every == 0 or step == trainer.max_steps or trainer.is_last_batch):
             self._save(trainer)
+        self.save_if_asked(trainer)
+
+    def save_if_asked(self, trainer: L.Trainer) -> None:
+        """Save if a signal, on any rank, asked the fit to end; `leave` ends it."""
+        received = self.signals.received
+        if trainer.strategy.reduce_boolean_decision(received is not None, all=False):
+            self.at_end(trainer)
+            self._stopping = signal.SIGTERM if received is None else received
+
+    def leave(self, trainer: L.Trainer) -> None:
+        """End a fit that was asked to end and is saved. Not at the end of a batch, which is logged only later.
+
+        Raises:
+            Stopped: if it was.
+        """
+        if self._stopping is None:
+            return
+        told = f"{signal.Signals(self._stopping).name} stopped the fit after step {trainer.global_step}; "
+        how = f"go on with --ckpt_path {self.path}, all else alike." if self.every else ""
+        raise Stopped(self._stopping, told + (how or "checkpoint_steps is 0, so nothing was saved."))
+
+    @property
+    def up_to_date(self) -> bool:
+        """Whether the last step that was taken is saved, or nothing is to be."""
+        return self.every == 0 or self._saved == self._done
 
     def at_end(self, trainer: L.Trainer) -> None:
         """Save the last step if it was not saved: training ended by a time limit, say."""
@@ -40,8 +117,5 @@ class LastCheckpoint:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        partial = self.path.with_suffix(".part")
-        trainer.save_checkpoint(partial)  # by all ranks, which gather what is sharded
-        if trainer.is_global_zero:
-            os.replace(partial, self.path)
+        trainer.save_checkpoint(self.path)  # by all ranks, which gather what is sharded
         self._saved = trainer.global_step

@@ -187,12 +187,16 @@ class Profile(Callback):
             self.profiler.close()
         elif self._nvml is not None:
             self._nvml.stop()
-        if trainer.state.fn != "fit" or isinstance(exception, BadInput) or not trainer.is_global_zero:
+        if trainer.state.fn != "fit" or not self.leaves_record(exception) or not trainer.is_global_zero:
             return
         reason = f"{type(exception).__name__}: {exception}".strip(": \n").splitlines()[0]
         status: Status = "oom" if is_oom(exception) else "failed"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.record(trainer, pl_module, status=status, reason=reason).write(self.folder / "record.json")
+
+    def leaves_record(self, exception: BaseException) -> bool:
+        """Return whether a fit that ended by `exception` leaves a record: one that is refused does not."""
+        return not isinstance(exception, BadInput)
 
     # ---- phases
 

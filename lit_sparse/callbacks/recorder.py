@@ -1,8 +1,13 @@
-"""Record a fit with update strategies: its costs, and what it changed, in scores and in answers."""
+"""Record a fit with update strategies: its costs, and what it changed, in scores and in answers.
+
+Nothing in the folder of a run is written before its training has moved: a fit that is refused, or has nothing left to
+do, leaves the folder as it was.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +17,7 @@ from peft import PeftConfig
 
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
 from lit_sparse.callbacks.forgetting import Forgetting
+from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.profile import Profile
 from lit_sparse.callbacks.samples import Samples
 from lit_sparse.callbacks.summary import print_summary
@@ -19,9 +25,13 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse.whole import remove_drafts, replace_text
+from lit_sparse_profiling.continued import continued
+from lit_sparse_profiling.documents import parse_as, spell_nonfinite
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.run_folders import RECORD
 from lit_sparse_profiling.sections import ModelSize, StateBytes
 
 
@@ -34,6 +44,11 @@ class Recorder(Profile):
         settings: The run's configuration, for the record.
         samples: Number of held-out questions that are answered before and after training.
         checkpoint_steps: Optimizer steps from one last checkpoint to the next; 0 keeps none.
+        config: Text of the run's config.yaml; None writes none.
+
+    Attributes:
+        moved: Whether this fit has taken a step.
+        earlier: The record of the run up to the checkpoint that it goes on from, if it does.
     """
 
     def __init__(
@@ -43,8 +58,12 @@ class Recorder(Profile):
         settings: Mapping[str, Any] | None = None,
         samples: int = 2,
         checkpoint_steps: int = CHECKPOINT_STEPS,
+        config: str | None = None,
     ) -> None:
         super().__init__(folder, plan, settings)
+        self.config = config
+        self.moved = False
+        self.earlier: RunRecord | None = None
         self.samples = Samples(samples)
         self.checkpoint = LastCheckpoint(folder / "checkpoints", checkpoint_steps)
         self.before: dict[str, float] = {}
@@ -61,12 +80,32 @@ class Recorder(Profile):
                 "Forgetting comes after the Recorder, which would write the record before it has scored; list it first."
             )
         super().setup(trainer, pl_module, stage)
+        self.moved, self.earlier = False, None
+        self._goes_on = any((self.folder / name).is_file() for name in ("config.yaml", RECORD))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
-        self.samples.ask(trainer, pl_module, "before")
+        self._first_step = trainer.global_step
+        if self.earlier is None:
+            self.samples.ask(trainer, pl_module, "before")
         super().on_train_start(trainer, pl_module)
         if trainer.global_step:
             self._note_state(trainer, pl_module)  # as restored from the checkpoint
+        self.checkpoint.begin(trainer)
+
+    def _move(self, trainer: L.Trainer, step: int) -> None:
+        """Begin to write in the folder, whose run is trained from the optimizer step `step` on."""
+        self.moved = True
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_drafts(self.folder)
+            self._write_config()
+            for logger in trainer.loggers:
+                if isinstance(logger, RunCSV | RunTensorBoard):
+                    logger.go_on(step)
+
+    def _write_config(self) -> None:
+        if self.config is not None:
+            replace_text(self.config, self.folder / "config.yaml")
 
     def plan_of(self, module: LitSparse) -> Plan:  # pyright: ignore[reportIncompatibleMethodOverride]
         plan = super().plan_of(module)
@@ -80,7 +119,9 @@ class Recorder(Profile):
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
-        self.checkpoint.at_end(trainer)
+        self.checkpoint.signals.ignore()
+        if self.moved:
+            self.checkpoint.at_end(trainer)
         super().on_train_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
@@ -91,19 +132,82 @@ class Recorder(Profile):
             self.before = scores
         else:
             self.after = scores
+            self.checkpoint.save_if_asked(trainer)
+            self.checkpoint.leave(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
+        self.checkpoint.leave(trainer)
+        super().on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
+        if self.moved and self.checkpoint.up_to_date:  # a checkpoint made here would lose the scores until here
+            self.checkpoint.save_if_asked(trainer)
+            self.checkpoint.leave(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
+        self.checkpoint.leave(trainer)
+        super().on_train_batch_start(trainer, *args, **options)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
+        self.checkpoint.leave(trainer)
 
     def on_train_batch_end(  # pyright: ignore
         self, trainer: L.Trainer, pl_module: LitSparse, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._note_state(trainer, pl_module)
+        if not self.moved and trainer.global_step > self._first_step:
+            self._move(trainer, self._first_step)
         self.checkpoint.after_batch(trainer)
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # so that Lightning evaluates once more, also in mid-epoch
+
+    def on_exception(self, trainer: L.Trainer, pl_module: LitSparse, exception: BaseException) -> None:  # pyright: ignore
+        self.checkpoint.signals.ignore()
+        super().on_exception(trainer, pl_module, exception)
+
+    def leaves_record(self, exception: BaseException) -> bool:
+        """Return whether a fit that ended by `exception` leaves a record; a run that went on keeps its own."""
+        leaves = self.moved or (super().leaves_record(exception) and not self._goes_on)
+        if leaves and not self.moved:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_config()
+        return leaves
 
     def finish(self, trainer: L.Trainer, module: LitSparse) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not self.moved:
+            return
         self.samples.ask(trainer, module, "after")
         super().finish(trainer, module)
         if trainer.is_global_zero:
-            print_summary(RunRecord.read(self.folder / "record.json"), self.folder)
+            print_summary(RunRecord.read(self.folder / RECORD), self.folder)
+
+    # ---- going on
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: LitSparse, checkpoint: dict[str, Any]) -> None:  # pyright: ignore
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self.profiler is not None:
+            so_far = self.record(trainer, pl_module, status="failed", reason="The fit was interrupted.")
+            checkpoint["lit_sparse_record"] = json.dumps(spell_nonfinite(dataclasses.asdict(so_far)))
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: LitSparse, checkpoint: dict[str, Any]) -> None:  # pyright: ignore
+        text = checkpoint.get("lit_sparse_record")  # older checkpoints have none
+        if trainer.state.fn != "fit" or text is None:
+            return
+        earlier = parse_as(json.loads(text), RunRecord, "the record in the checkpoint")
+        if earlier.name == self.folder.name:  # else it is another run that goes on from its checkpoint
+            self.earlier = self._at_its_end(earlier)
+            self.samples.answers = self.earlier.samples
+
+    def _at_its_end(self, saved: RunRecord) -> RunRecord:
+        """Return the folder's own record, if it ends at the checkpoint: it has what came after saving too."""
+        if not (self.folder / RECORD).is_file():
+            return saved
+        try:
+            kept = RunRecord.read(self.folder / RECORD)
+        except ValueError as error:
+            raise BadInput(f"{error} Without it, the run goes on with the record in its checkpoint.") from error
+        return kept if kept.throughput == saved.throughput else saved
 
     # ---- results
 
@@ -129,7 +233,8 @@ class Recorder(Profile):
         if module.model is not None:
             trained = sum(parameter.numel() for _, parameter in trainable(module.model))
             ours["model"] = ModelSize(base=module.base, parameters=module.base_parameters, trainable=trained)
-        return super().record(trainer, module, **{**ours, **fields})
+        record = super().record(trainer, module, **{**ours, **fields})
+        return record if self.earlier is None else continued(self.earlier, record)
 
     def _outcome(self, trainer: L.Trainer) -> dict[str, dict[str, float]]:
         """Return the scores of validation and of `Forgetting`, before and after training."""
@@ -137,6 +242,8 @@ class Recorder(Profile):
         for forgetting in forgettings(trainer):
             found["before"] |= forgetting.before
             found["after"] |= forgetting.after
+        if not found["after"] and "train_loss" in trainer.callback_metrics:  # nothing is held out
+            found["after"] = {"train_loss": float(trainer.callback_metrics["train_loss"])}
         return {moment: scores for moment, scores in found.items() if scores}
 
 

@@ -25,20 +25,20 @@ def print_summary(record: RunRecord, folder: Path, console: Console | None = Non
         console.print(sentence, markup=False, highlight=False)
     for sample in record.samples:
         console.print(answers(sample))
-    console.print(f"Files: {folder}/ (config.yaml, record.json, checkpoints/last.ckpt; metrics.csv of what was logged)")
+    files = f"Files: {folder}/ (config.yaml, record.json, checkpoints/last.ckpt; metrics.csv of what was logged)"
+    console.print(files, markup=False, highlight=False)
 
 
 def summary(record: RunRecord) -> Table:
     """Return the table of scores before and after, sizes, speed, and seconds."""
-    table = Table(title=f"{record.name}: what the fit changed, and what it took")
+    table = Table(title=Text(f"{record.name}: what the fit changed, and what it took"))  # Text: a name is no markup
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
-    for name in record.outcome.get("after", {}):
-        before = record.outcome.get("before", {}).get(name)
-        table.add_row(
-            name.replace("_", " "), "-" if before is None else f"{before:.4f}", f"{record.outcome['after'][name]:.4f}"
-        )
+    before, after = (record.outcome.get(moment, {}) for moment in ("before", "after"))
+    for name in {**after, **before}:
+        scores = ("-" if found.get(name) is None else f"{found[name]:.4f}" for found in (before, after))
+        table.add_row(Text(name.replace("_", " ")), *scores)
     table.add_section()
     for name, value in totals(record):
         table.add_row(name, "", value)

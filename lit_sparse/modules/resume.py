@@ -5,12 +5,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.anatomy import is_quantized
 from lit_sparse.checkpoints import alike, get_rng, set_rng
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import BuiltModel, Masters
+from lit_sparse.whole import check_whole, write_whole
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Lightning's checkpoint files, written and checked by `lit_sparse.whole` where they are local.
+
+    Lightning itself collects a file in host memory and stages it in $TMPDIR, and moving it from there to another file
+    system is a copy, which leaves a torn file if it is interrupted.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        if is_remote(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_whole(checkpoint, path)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        if not is_remote(path):
+            check_whole(path)
+        return super().load_checkpoint(path, *args, **options)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Return whether a path is a URL, such as s3://bucket/last.ckpt."""
+    return "://" in str(path)
 
 
 class Resumable(BuiltModel):
@@ -36,6 +62,12 @@ class Resumable(BuiltModel):
         return None
 
     # ---- saving
+
+    def configure_model(self) -> None:
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # a plugin that the user gave stays
+            strategy.checkpoint_io = WholeCheckpoints()
+        super().configure_model()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if not self.full_checkpoints:
@@ -99,8 +131,21 @@ class Resumable(BuiltModel):
                 f"the checkpoint lacks {len(missing)} trained parameters of this configuration, the first is "
                 f"{missing[0]}; give the configuration of the run that wrote it, or an undamaged checkpoint."
             )
+        self._check_fits(checkpoint["state_dict"])
         if not self.full_checkpoints:
             self.trained |= set(checkpoint["state_dict"])
+
+    def _check_fits(self, values: Mapping[str, Any]) -> None:
+        """Refuse values that the model has no place for: loading would drop them without a word."""
+        own = self.state_dict()
+        for name, value in values.items():
+            shape = tuple(own[name].shape) if name in own else None
+            if shape != tuple(value.shape):
+                raise BadInput(
+                    f"the checkpoint has {name} of shape {tuple(value.shape)}, and this model "
+                    + (f"one of {shape}" if shape is not None else "has no such parameter")
+                    + "; give the configuration of the run that wrote it, or an undamaged checkpoint."
+                )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._rng is not None:  # only now: making the loaders' iterators draws random numbers too

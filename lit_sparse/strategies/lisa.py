@@ -99,6 +99,11 @@ class LISA(UpdateStrategy):
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._find(model)
         self.draws = [list(draw) for draw in state["draws"]]
+        if wrong := sorted({layer for draw in self.draws for layer in draw} - set(range(len(self._layers)))):
+            raise BadInput(
+                f"LISA: the checkpoint trains decoder layer {wrong[0]}, but the model has {len(self._layers)}; give "
+                "the configuration of the run that wrote it, or an undamaged checkpoint."
+            )
         self._sampler.load_state_dict(state["sampler"])
         self._norms = {layer: list(norms) for layer, norms in state["seen"].items()}
         self._parked = {layer: [dict(one) for one in states] for layer, states in state["parked"].items()}

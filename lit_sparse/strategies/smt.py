@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix, replace, role, shared_inputs, target_linears, weight_count
-from lit_sparse.blocks.grid import Blocks, Size, automatic_size, grid, read_choice
+from lit_sparse.blocks.grid import Blocks, Size, automatic_size, check_choice, grid, read_choice
 from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput
 from lit_sparse.blocks.selection import (
     Ranking,
@@ -133,10 +133,11 @@ class SMT(UpdateStrategy):
         self._swap(model, self._select(model, targets, probe))
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
+        choice = {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
+        matrices = {name: shape_of(linear) for name, linear in target_linears(model, self.targets).items()}
+        check_choice(choice, matrices, "the checkpoint")
         model.requires_grad_(False)
-        self._swap(
-            model, {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
-        )
+        self._swap(model, choice)
 
     def regrouped(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, AdamW):  # writes the weights in the same pass over memory that updates the masters

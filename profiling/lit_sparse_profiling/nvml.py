@@ -71,7 +71,8 @@ class NVML:
     too late, pass what the process holds as `held`.
 
     After construction it never raises for a failure of the device or the driver: a run must not end because its
-    measurement did. `Driver.lost` reports the failure, and the figures are those until then.
+    measurement did. `Driver.lost` reports a failure of the memory query, and the figures are those until then. Any
+    other query that fails is dropped, and `dropped` says so.
 
     `watts_peak` is smoothed by the device, over about a second on recent ones. A MIG instance reports memory and
     processes, but no power, energy or clocks, which belong to the whole device.
@@ -165,6 +166,11 @@ class NVML:
             RuntimeError: if the sampler was stopped.
         """
         self._observe()
+
+    @property
+    def dropped(self) -> list[str]:
+        """A sentence for each query that failed, and is made no more."""
+        return self._device.dropped
 
     def begin_window(self) -> None:
         """Begin a timed window: energy and mean power are those of the windows. Synchronise the device first.

@@ -1,4 +1,7 @@
-"""One device behind NVML's C interface, with the quirks of drivers, containers and MIG."""
+"""One device behind NVML's C interface, with the quirks of drivers, containers and MIG.
+
+Only the memory query is fatal: all others are dropped once they fail.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,7 @@ class NVMLDevice:
         driver: Version of the driver.
         memory: Version of the memory call that the driver supports.
         opening: A reading at the time of opening.
+        dropped: For each query that failed, and is made no more, a sentence that says why. Figures need not end for it.
     """
 
     def __init__(self, uuid: str, api: Any) -> None:
@@ -49,6 +53,7 @@ class NVMLDevice:
         self._api = api
         # Queries that this device does not answer. On a MIG instance these would be answered for the whole device.
         self._absent = {POWER, ENERGY, CLOCK} if self.mig else set[str]()
+        self.dropped: list[str] = []
         api.nvmlInit()
         try:
             self._handle = api.nvmlDeviceGetHandleByUUID(uuid)
@@ -104,7 +109,11 @@ class NVMLDevice:
         return found
 
     def _ask(self, query: str, *args: Any) -> Any:
-        """Return the device's answer; None if it has none to this query, which is not repeated."""
+        """Return the device's answer; None if it has none to this query, which is not repeated.
+
+        A query that fails for reasons of its own (not ready, unknown error, no data) is dropped with a note. A device
+        that is lost, or a driver that is gone, is left to the memory query, which must succeed.
+        """
         api = self._api
         denied = (api.NVMLError_NotSupported, api.NVMLError_FunctionNotFound, api.NVMLError_NoPermission)
         if query in self._absent:
@@ -113,4 +122,7 @@ class NVMLDevice:
             return getattr(api, query)(self._handle, *args)
         except (*denied, api.NVMLLibraryMismatchError):
             self._absent.add(query)
-            return None
+        except api.NVMLError as error:
+            self._absent.add(query)
+            self.dropped.append(f"NVML does not answer {query} ({error}); its figures are those until then.")
+        return None

@@ -383,7 +383,7 @@ class Profiler:
             "throughput": self.throughput(),
             "driver": self.nvml.result() if self.nvml is not None else None,
             "kernels": None if failed else self.kernels(),
-            "notes": [*self.notes, *self._interruption_note()],
+            "notes": [*self.notes, *(self.nvml.dropped if self.nvml is not None else ()), *self._interruption_note()],
         }
 
     def _interruption_note(self) -> Iterator[str]:

@@ -16,10 +16,11 @@ Runs = Sequence[tuple[Path, RunRecord | str]]
 
 
 def folders(root: Path, name: str) -> list[Path]:
-    """Return the folders `<name>-<n>` in `root`, ordered by number."""
-    # The pattern, since `smt-*` also finds smt-deft-1.
-    pattern = re.compile(re.escape(name) + r"-(\d+)")
-    numbered = [(int(match[1]), path) for path in root.glob(f"{name}-*") if (match := pattern.fullmatch(path.name))]
+    """Return the folders `<name>-<n>` in `root`, ordered by number; `name` may be in a folder of its own: `a/b`."""
+    first = root / f"{name}-1"
+    pattern = re.compile(re.escape(first.name.removesuffix("-1")) + r"-(\d+)")
+    beside = first.parent.iterdir() if first.parent.is_dir() else ()  # no glob: a name may have its special characters
+    numbered = [(int(match[1]), path) for path in beside if (match := pattern.fullmatch(path.name))]
     return [path for _, path in sorted(numbered)]
 
 

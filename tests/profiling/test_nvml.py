@@ -408,6 +408,30 @@ def test_a_lost_device_ends_the_sampling_but_not_the_run(fake: FakeNVML, clock: 
     assert (fake.calls["nvmlDeviceGetMemoryInfo"], fake.open) == (asked, 0)
 
 
+NOT_READY, NO_DATA = 27, pynvml.NVML_ERROR_NO_DATA
+
+
+@pytest.mark.parametrize("query", [POWER, ENERGY, CLOCK, COMPUTE, "nvmlDeviceGetGraphicsRunningProcesses"])
+@pytest.mark.parametrize("error", [NOT_READY, NO_DATA, pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_TIMEOUT])
+def test_a_query_that_fails_is_dropped_with_a_note_and_memory_is_sampled_on(
+    fake: FakeNVML, query: str, error: int
+) -> None:
+    nvml = NVML(UUID, interval=3_600, api=fake)
+    nvml.start()
+    nvml.begin_window()
+    sample(nvml, fake, compute={OURS: 3_000})
+    fake.fails[query] = error
+    sample(nvml, fake, compute={OURS: 9_000})
+    nvml.end_window()
+    nvml.stop()
+    found = nvml.result()
+    assert (found.lost, found.used, found.samples) == (None, 9_000 * MIB, 4)
+    assert len(nvml.dropped) == 1
+    assert query in nvml.dropped[0]
+    if query != COMPUTE:
+        assert found.process == 9_000 * MIB
+
+
 def test_the_thread_ends_when_the_device_is_lost(fake: FakeNVML) -> None:
     nvml = NVML(UUID, interval=0.001, api=fake)
     nvml.start()
@@ -443,7 +467,8 @@ def test_a_failed_shutdown_is_reported(fake: FakeNVML) -> None:
 
 def test_the_first_of_several_failures_is_reported(fake: FakeNVML) -> None:
     nvml = NVML(UUID, api=fake)
-    fake.fails = {POWER: pynvml.NVML_ERROR_GPU_IS_LOST, "nvmlShutdown": pynvml.NVML_ERROR_UNINITIALIZED}
+    memory = "nvmlDeviceGetMemoryInfo"
+    fake.fails = {memory: pynvml.NVML_ERROR_GPU_IS_LOST, "nvmlShutdown": pynvml.NVML_ERROR_UNINITIALIZED}
     nvml.sample()
     nvml.stop()
     assert "(GPU is lost)" in nvml.result().lost

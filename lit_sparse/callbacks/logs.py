@@ -1,0 +1,95 @@
+"""The logs of a run's folder: one metrics.csv and one TensorBoard folder that go on when the run does."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from lit_sparse.whole import replace_text
+
+
+class Rows(ExperimentWriter):
+    """Rows of metrics.csv, kept in memory until `go_on`; Lightning's writer deletes the file that it finds.
+
+    Attributes:
+        held: Whether rows are kept in memory still.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.held = True
+
+    def go_on(self, step: int) -> None:
+        """Write from now on, after the rows of the steps before `step`: those after it are trained again."""
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            text = path.read_text()
+            table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a kill may have torn the last row
+            rows = [row for row in table if int(row["step"]) < step]
+            self.metrics_keys = list(table.fieldnames or [])
+            self._replace(rows)
+        self.held = False
+        self.save()
+
+    def save(self) -> None:
+        """Append the rows in memory to the file."""
+        if not self.held:
+            super().save()
+
+    def _replace(self, rows: list[dict[str, Any]]) -> None:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        replace_text(text.getvalue(), Path(self.metrics_file_path))
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        with open(self.metrics_file_path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        self._replace(rows)
+
+    def _check_log_dir_exists(self) -> None:
+        """Delete nothing: the run goes on."""
+
+
+class RunCSV(CSVLogger):
+    """Writes metrics.csv in the folder of a run, once training has moved."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder.parent, name="", version=folder.name, flush_logs_every_n_steps=1)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Rows:
+        if self._experiment is None:
+            self._experiment = Rows(self.log_dir)
+        return self._experiment  # pyright: ignore[reportReturnType]
+
+    def go_on(self, step: int) -> None:
+        """Write from now on; what the file has of steps from `step` on is dropped."""
+        self.experiment.go_on(step)
+
+
+class RunTensorBoard(TensorBoardLogger):
+    """Writes TensorBoard's events in the folder of a run, once training has moved."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, name="", version="tensorboard")
+        self.held = True
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        return NoExperiment() if self.held else super().experiment
+
+    def go_on(self, step: int) -> None:
+        """Write from now on; TensorBoard hides what it has of steps from `step` on."""
+        self.held = False
+        self._kwargs |= {"purge_step": step} if step else {}

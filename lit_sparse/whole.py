@@ -1,0 +1,165 @@
+"""Files that are whole or refused, also after a power cut, a full disk, or a flipped bit.
+
+A checkpoint is written beside its target, hashed on the way, flushed to the disk and read back; only then does it
+replace the target, in one rename. Its last bytes are a SHA-256 of all bytes before them, which every reader checks.
+torch.load and zip tools ignore those bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from lit_sparse.errors import BadInput
+
+MARK = b"\nlit_sparse sha256 "
+TRAILER = len(MARK) + 64
+"""Bytes of the mark and the hash, in hexadecimal digits."""
+ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
+"""Record at the end of a zip archive without a comment, such as torch.save writes."""
+CHUNK = 2**20
+
+
+class Hashed:
+    """A file that is written from its beginning to its end, and hashed on the way.
+
+    Attributes:
+        failure: The error of the operating system that a write met: torch.save turns it into one that does not say why.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash = file, hashlib.sha256()
+        self.failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write and hash `data`."""
+        self._hash.update(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        """Do nothing: `close` flushes."""
+
+    def save(self, checkpoint: Any) -> None:
+        """Write `checkpoint` and its hash, and wait until the disk has them."""
+        try:
+            torch.save(checkpoint, self)  # pyright: ignore[reportArgumentType] - it writes, and no more
+        except RuntimeError as error:
+            raise self.failure or error from error
+        self._file.write(MARK + self._hash.hexdigest().encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if hasattr(os, "posix_fadvise"):  # so that reading it back reads the disk, and not what is cached of the write
+            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def write_whole(checkpoint: Any, path: str | Path) -> None:
+    """Write a checkpoint to `path`. What was there stays until the new file was read back and found whole.
+
+    Raises:
+        BadInput: if it cannot be written; nothing is left of it, and what was at `path` is there still.
+    """
+    path = Path(os.path.realpath(path))  # a link stays one
+    draft = draft_of(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as file:
+            Hashed(file).save(checkpoint)
+        if damage(draft) is not None:
+            raise OSError(errno.EIO, "it reads back otherwise than it was written; check the disk")
+        os.replace(draft, path)
+        _sync(path.parent)
+    except OSError as error:
+        kept = "The checkpoint before it is kept" if path.is_file() else "There is none before it"
+        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it"
+        raise BadInput(
+            f"the checkpoint {path} could not be written: {error.strerror or error}. {kept}; {advice}, and go on with "
+            "--ckpt_path."
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def replace_text(text: str, path: Path) -> None:
+    """Write a text file to `path` in one rename, so that a reader sees the old text or the new one."""
+    draft = draft_of(path)
+    try:
+        with draft.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def draft_of(path: Path) -> Path:
+    """Return where a file is written before it replaces the one at `path`: in the same folder, for a rename's sake."""
+    return path.with_name(f".{path.name}.part")
+
+
+def remove_drafts(run: Path) -> None:
+    """Remove what killed processes have left in a run's folder of files that they were writing."""
+    for pattern in (".*.part", "checkpoints/.*.part", ".record.json.*"):
+        for draft in run.glob(pattern):
+            draft.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until the disk has the folder's entries, without which a rename may be undone by a power cut."""
+    entry = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    finally:
+        os.close(entry)
+
+
+def check_whole(path: str | Path) -> None:
+    """Check the file at `path` against its hash; one that torch.save wrote without, against its archive's checksums.
+
+    Raises:
+        BadInput: if there is no such file, or it is damaged.
+    """
+    if not Path(path).is_file():
+        raise BadInput(f"there is no checkpoint at {path}; give a file that a run wrote under its checkpoints/ folder.")
+    try:
+        found = damage(Path(path))
+    except OSError as error:
+        found = f"it cannot be read: {error.strerror or error}"
+    if found is not None:
+        raise BadInput(f"{path} is damaged, or is no checkpoint ({found}); give another checkpoint, or a copy of it.")
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with the bytes of the checkpoint at `path`, None if they are as they were written."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        left = os.fstat(file.fileno()).st_size - TRAILER
+        while left > 0 and (chunk := file.read(min(CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+        end = file.read()
+    if end.startswith(MARK):
+        return None if end[len(MARK) :] == digest.hexdigest().encode() else "its hash is not that of its contents"
+    if end[-ZIP_END_BYTES:].startswith(ZIP_END):
+        return _archive_damage(path)
+    return "it ends before its time"
+
+
+def _archive_damage(path: Path) -> str | None:
+    """Return what is wrong with a zip archive, by the CRC-32 of each entry."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        return str(error)
+    return None if bad is None else f"{bad} has another checksum"

@@ -1,0 +1,230 @@
+"""Checkpoint files: whole after a kill, a full disk and a flipped bit, and refused by every reader if they are not."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_sparse import cli, whole
+from lit_sparse.errors import BadInput
+from lit_sparse.runs import LAST
+from lit_sparse.whole import check_whole, damage, draft_of, write_whole
+from tests.test_cli import DATA, SMALL, fit, refused
+
+SAVED = {"lit_sparse": {"updates": []}, "state_dict": {"a": torch.arange(64.0), "b": torch.ones(3, dtype=torch.int8)}}
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(bytes(data))
+
+
+@pytest.fixture
+def file(tmp_path):
+    write_whole(SAVED, tmp_path / "last.ckpt")
+    return tmp_path / "last.ckpt"
+
+
+def test_torch_reads_what_was_written(file):
+    found = torch.load(file, weights_only=True)
+    assert torch.equal(found["state_dict"]["a"], SAVED["state_dict"]["a"])
+    assert [path.name for path in file.parent.iterdir()] == ["last.ckpt"]
+    check_whole(file)
+
+
+def test_any_flipped_bit_and_any_shorter_file_is_found(file, tmp_path):
+    whole_file, draw = file.read_bytes(), random.Random(0)
+    for bit in draw.sample(range(8 * len(whole_file)), 400):
+        file.write_bytes(whole_file)
+        flip(file, bit)
+        assert damage(file) is not None, f"bit {bit} of {8 * len(whole_file)}"
+    for length in [0, 1, len(whole_file) - 1, *draw.sample(range(len(whole_file) - whole.TRAILER), 50)]:
+        file.write_bytes(whole_file[:length])
+        with pytest.raises(BadInput, match=r"last\.ckpt is damaged.*give another checkpoint"):
+            check_whole(file)
+
+
+def test_a_file_that_torch_saved_is_checked_by_its_archive(tmp_path):
+    path = tmp_path / "plain.ckpt"
+    torch.save(SAVED, path)
+    check_whole(path)
+    start = path.read_bytes().index(SAVED["state_dict"]["a"].numpy().tobytes())
+    for bit in random.Random(0).sample(range(8 * start, 8 * (start + 256)), 72):
+        flip(path, bit)
+        assert damage(path) is not None
+        flip(path, bit)
+
+
+def test_a_full_disk_is_a_sentence_and_keeps_the_checkpoint_before(file, monkeypatch):
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    before, init = file.read_bytes(), whole.Hashed.__init__
+    monkeypatch.setattr(whole.Hashed, "__init__", lambda self, file: init(self, Full(file)))  # pyright: ignore
+    with pytest.raises(BadInput, match=r"last\.ckpt could not be written: No space left on device\. The .* is kept"):
+        write_whole(SAVED, file)
+    assert file.read_bytes() == before
+    assert not draft_of(file).exists()
+
+
+def test_what_reads_back_otherwise_never_replaces_the_checkpoint_before(file, monkeypatch):
+    before, fsync = file.read_bytes(), os.fsync
+
+    def corrupting(fd):
+        fsync(fd)
+        if draft_of(file).exists():
+            flip(draft_of(file), 3000)
+
+    monkeypatch.setattr(whole.os, "fsync", corrupting)
+    with pytest.raises(BadInput, match="reads back otherwise"):
+        write_whole(SAVED, file)
+    assert file.read_bytes() == before
+
+
+WRITER = """
+import sys, torch
+from lit_sparse.whole import write_whole
+saved = {"lit_sparse": {}, "a": torch.zeros(4_000_000)}
+print("ready", flush=True)
+while True:
+    write_whole(saved, sys.argv[1])
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_file_and_its_draft_is_written_over(tmp_path):
+    path = tmp_path / "runs" / "last.ckpt"
+    drafts = 0
+    for n in range(4):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}  # nothing need be installed
+        process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, env=env)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3 + 0.013 * n)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        if path.exists():
+            check_whole(path)
+        drafts += draft_of(path).exists()
+        assert {one.name for one in path.parent.iterdir()} <= {"last.ckpt", ".last.ckpt.part"}
+    write_whole(SAVED, path)
+    assert [one.name for one in path.parent.iterdir()] == ["last.ckpt"]
+
+
+# ---- by the command line
+
+
+@pytest.fixture
+def damaged(home):
+    """A run whose last checkpoint has one other bit, in the values of a trained tensor."""
+    fit("--config", "lora.yaml", "--trainer.max_steps=2")
+    last = Path("runs/lora-1") / LAST
+    values = torch.load(last, weights_only=True)["state_dict"]
+    needle = next(value for value in values.values() if value.any()).numpy().tobytes()
+    flip(last, 8 * last.read_bytes().index(needle) + 5)
+    return last
+
+
+READERS = {
+    "fit": ["fit", "--trainer.max_steps=4", "--ckpt_path=last"],
+    "validate": ["validate", "--ckpt_path=runs/lora-1/checkpoints/last.ckpt"],
+    "test": ["test", "--ckpt_path=runs/lora-1/checkpoints/last.ckpt"],
+    "start_from": ["fit", "--run=next", "--model.updates.init_args.start_from=runs/lora-1"],
+}
+
+
+@pytest.mark.parametrize("words", READERS.values(), ids=READERS)
+def test_every_verb_of_the_trainer_refuses_a_damaged_checkpoint(damaged, capsys, monkeypatch, words):
+    before = damaged.read_bytes()
+    more = SMALL if words[0] == "fit" else ["--trainer.accelerator=cpu"]
+    told = refused(
+        capsys, monkeypatch, words[0], "--config", "lora.yaml", "--model.base", "tiny", *DATA, *more, *words[1:]
+    )
+    assert "last.ckpt is damaged" in told
+    assert damaged.read_bytes() == before
+
+
+@pytest.mark.parametrize("words", [["export"], ["export", "--to", "adapter"], ["generate"]])
+def test_every_verb_of_a_run_refuses_a_damaged_checkpoint(damaged, capsys, monkeypatch, words):
+    more = ["1"] if words == ["generate"] else []
+    told = refused(capsys, monkeypatch, words[0], "runs/lora-1", *words[1:], *more)
+    assert "last.ckpt is damaged" in told
+    assert not Path("runs/lora-1/hf").exists()
+
+
+def rewrite(path: Path, change) -> None:
+    """Change what a checkpoint holds, and sign it."""
+    saved = torch.load(path, weights_only=True)
+    change(saved)
+    write_whole(saved, path)
+
+
+def blocks_beyond(saved):
+    for entry in saved["lit_sparse"]["updates"][0]["state"].values():
+        entry["index"] = entry["index"] + 1000
+
+
+def negative_blocks(saved):
+    for entry in saved["lit_sparse"]["updates"][0]["state"].values():
+        entry["index"] = entry["index"] - 1000
+
+
+def other_names(saved):
+    saved["state_dict"]["model.nowhere"] = torch.zeros(2)
+
+
+def other_shapes(saved):
+    saved["state_dict"] = {name: value[:1] for name, value in saved["state_dict"].items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (blocks_beyond, "chooses a block outside"),
+        (negative_blocks, "chooses a block outside"),
+        (other_names, "model.nowhere of shape (2,), and this model has no such parameter"),
+        (other_shapes, "and this model one of"),
+    ],
+)
+def test_what_a_checkpoint_restores_is_checked(home, capsys, monkeypatch, change, message):
+    fit("--config", "smt.yaml", "--trainer.max_steps=2")
+    rewrite(Path("runs/smt-1") / LAST, change)
+    assert message in refused(capsys, monkeypatch, "export", "runs/smt-1")
+    assert not Path("runs/smt-1/hf").exists()
+    words = ["--model.base", "tiny", *DATA, *SMALL, "--trainer.max_steps=4", "--ckpt_path=last"]
+    assert message in refused(capsys, monkeypatch, "fit", "--config", "smt.yaml", *words)
+
+
+def test_layers_of_lisa_that_are_not_there_are_refused(home, capsys, monkeypatch):
+    fit("--config", "lisa.yaml", "--trainer.max_steps=2")
+    rewrite(
+        Path("runs/lisa-1") / LAST, lambda saved: saved["lit_sparse"]["updates"][0]["state"].update(draws=[[7], [9]])
+    )
+    assert "trains decoder layer 7, but the model has 3" in refused(capsys, monkeypatch, "export", "runs/lisa-1")
+
+
+def test_a_checkpoint_of_the_trainer_is_whole_too(home):
+    """ModelCheckpoint's files are written by the same hand as last.ckpt."""
+    keep = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=kept"]
+    fit("--config", "lora.yaml", "--trainer.max_steps=2", *keep, "--trainer.callbacks.every_n_train_steps=1")
+    files = list(Path("runs/lora-1/checkpoints").iterdir())
+    assert {file.name for file in files} == {"kept.ckpt", "last.ckpt"}
+    for file in files:
+        assert whole.MARK in file.read_bytes()[-whole.TRAILER :]
+    cli.run(["export", "runs/lora-1", "--to", "adapter"])
