@@ -96,7 +96,7 @@ def gpu(results: Path) -> str:
     """Compare methods on GPUs: a table for each device and model, or a sentence if nothing was measured."""
     command = "python -m benchmarks.gpu"
     if not (results / "gpu.jsonl").exists():
-        return f"Not measured yet: no GPU was at hand. `make gpu` (`{command}`) measures this table."
+        return f"Not measured yet with the present timing. `make gpu` (`{command}`) measures this table."
     lines = read_lines(results / "gpu.jsonl", command)
     places = dict.fromkeys((line["device"], line["model"]) for line in lines)
     return "\n\n".join(gpu_on(*place, lines, command) for place in places)
@@ -138,7 +138,7 @@ def kernels(results: Path) -> str:
     tables = [kernels_on(device, lines, command) for device in devices]
     if all("threads" in device for device in devices):
         tables.append(
-            f"On a GPU: not measured yet, none was at hand. `make gpu` (`{command}`) measures this table there."
+            f"On a GPU: not measured yet. `make gpu` (`{command}`) measures this table there."
         )
     return "\n\n".join(tables)
 
@@ -157,6 +157,35 @@ def kernels_rows(line: Line) -> Iterator[list[str]]:
         head = [line["op"], line["shape"]] if not place else ["", ""]
         sizes = " / ".join(f"{size / 2**10:,.0f}" for size in (ours, line["peak_bytes"][name]))
         yield [*head, name, f"{middle:.3f} [{low:.3f}, {high:.3f}]", sizes, f"{reached:.0%}" if not place else ""]
+
+
+PLANS = {
+    "128x256, 4 stages, even": "128x256 tiles (kept)",
+    "tma 128x256, 4 stages, even": "the same by TMA",
+    "128x128, 8 warps, even": "128x128 tiles (before)",
+    "gather + grouped_mm": "gather, grouped_mm",
+    "whole dW": "whole dW",
+}
+"""Some of the plans in block_grad_variants.jsonl, with their names in the table."""
+
+
+def block_grad(results: Path) -> str:
+    """Return the plans of block_grad that were tried on a GPU: microseconds, and the share of the dense rate."""
+    lines = read_lines(results / "block_grad_variants.jsonl", "")
+    rows = []
+    for line in lines:
+        cells = [f"{line['tokens']:,}", str(line["blocks"])]
+        for plan in PLANS:
+            seconds = line["seconds"][plan]
+            cells.append(f"{seconds * 1e6:.0f} us, {line['flops'] / seconds / line['ceiling']:.0%}")
+        rows.append(cells)
+    first = lines[0]
+    about = (
+        f"Measured once on {first['device']} at commit {first['commit']}, torch {first['versions']['torch']}, by a "
+        "script that walked 34 plans and was removed with those that lost. The share is that of a dense bf16 product's "
+        "rate in the same run."
+    )
+    return f"{about}\n\n{table(['tokens', 'blocks of 96', *PLANS.values()], rows)}"
 
 
 def overhead(results: Path) -> str:
@@ -284,6 +313,7 @@ def methods(_results: Path) -> str:
 
 
 BLOCKS["methods"] = methods
+BLOCKS["block_grad"] = block_grad
 BLOCKS["forgetting"] = forgetting
 BLOCKS |= {
     f"quality-{path.stem}": partial(quality, path.stem) for path in sorted((ROOT / "benchmarks/quality").glob("*.yaml"))
