@@ -284,7 +284,7 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest
 
 
 def test_without_a_gpu_the_readme_says_so(tmp_path: Path) -> None:
-    assert readme.gpu(tmp_path).startswith("Not measured yet: no GPU was at hand.")
+    assert readme.gpu(tmp_path).startswith("Not measured yet with the present timing.")
 
 
 def test_a_change_that_is_not_committed_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
