@@ -137,9 +137,7 @@ def kernels(results: Path) -> str:
     devices = dict.fromkeys(line["device"] for line in lines)
     tables = [kernels_on(device, lines, command) for device in devices]
     if all("threads" in device for device in devices):
-        tables.append(
-            f"On a GPU: not measured yet. `make gpu` (`{command}`) measures this table there."
-        )
+        tables.append(f"On a GPU: not measured yet. `make gpu` (`{command}`) measures this table there.")
     return "\n\n".join(tables)
 
 

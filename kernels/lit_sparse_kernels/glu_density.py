@@ -177,11 +177,7 @@ def launch(
         _glu_density_kernel,
         (len(gate_TI),),
         gate_TI.device,
-        gate_TI,
-        up_TI,
-        sharpness,
-        h_TI,
-        rows_T,
+        *(gate_TI, up_TI, sharpness, h_TI, rows_T),
         gate_TI.shape[1],
         gate_TI.stride(0),
         0 if up_TI is None else up_TI.stride(0),
@@ -210,13 +206,7 @@ def launch_grad(
         _glu_density_grad_kernel,
         (len(gate_TI) * -(-gate_TI.shape[1] // constants["I"]),),
         gate_TI.device,
-        dh_TI,
-        drows_T.contiguous(),
-        gate_TI,
-        up_TI,
-        sharpness,
-        dgate_TI,
-        dup_TI,
+        *(dh_TI, drows_T.contiguous(), gate_TI, up_TI, sharpness, dgate_TI, dup_TI),
         gate_TI.shape[1],
         dh_TI.stride(0),
         gate_TI.stride(0),
@@ -306,56 +296,6 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-@torch.library.custom_op("lit_sparse::glu_density", mutates_args=())
-def _glu_density(
-    gate_TI: Tensor, up_TI: Tensor | None, sharpness: Tensor, act: str, proxy: str, where: str
-) -> tuple[Tensor, Tensor]:
-    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
-    run = launch if on_cuda(gate_TI) else on_host
-    return run(gate_TI, up_TI, sharpness, act, proxy, where)
-
-
-@_glu_density.register_fake
-def _(
-    gate_TI: Tensor, up_TI: Tensor | None, sharpness: Tensor, act: str, proxy: str, where: str
-) -> tuple[Tensor, Tensor]:
-    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
-    return gate_TI.new_empty(gate_TI.shape), gate_TI.new_empty(gate_TI.shape[0], dtype=_wide(gate_TI))
-
-
-@torch.library.custom_op("lit_sparse::glu_density_grad", mutates_args=())
-def _glu_density_grad(
-    dh_TI: Tensor,
-    drows_T: Tensor,
-    gate_TI: Tensor,
-    up_TI: Tensor | None,
-    sharpness: Tensor,
-    act: str,
-    proxy: str,
-    where: str,
-) -> tuple[Tensor, Tensor]:
-    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
-    _check_forms_of_grad(dh_TI, drows_T, gate_TI)
-    run = launch_grad if on_cuda(gate_TI) else grad_on_host
-    return run(dh_TI, drows_T, gate_TI, up_TI, sharpness, act, proxy, where)
-
-
-@_glu_density_grad.register_fake
-def _(
-    dh_TI: Tensor,
-    drows_T: Tensor,
-    gate_TI: Tensor,
-    up_TI: Tensor | None,
-    sharpness: Tensor,
-    act: str,
-    proxy: str,
-    where: str,
-) -> tuple[Tensor, Tensor]:
-    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
-    _check_forms_of_grad(dh_TI, drows_T, gate_TI)
-    return gate_TI.new_empty(gate_TI.shape), gate_TI.new_empty(0 if up_TI is None else gate_TI.shape)
-
-
 def _check_forms(gate_TI: Tensor, up_TI: Tensor | None, sharpness: Tensor, act: str, proxy: str, where: str) -> None:
     check_matrix("gate_TI", gate_TI, (None, None))
     if up_TI is not None:
@@ -379,10 +319,11 @@ def _check_forms_of_grad(dh_TI: Tensor, drows_T: Tensor, gate_TI: Tensor) -> Non
         )
 
 
+@torch.library.custom_op("lit_sparse::glu_density", mutates_args=())
 def glu_density(
     gate_TI: Tensor, up_TI: Tensor | None, sharpness: Tensor, act: str, proxy: str, where: str
 ) -> tuple[Tensor, Tensor]:
-    """An MLP's hidden activations, and for each token the sum of a smooth count of those that are not zero.
+    """Return an MLP's hidden activations, and for each token a smooth count of those that are not zero.
 
     Args:
         gate_TI: What the activation function is put on, (T, I), any strides.
@@ -399,9 +340,20 @@ def glu_density(
         ImportError: for CUDA tensors where Triton is missing.
         ValueError: if dtypes, devices or shapes do not go together, or a name is unknown.
     """
-    return _glu_density(gate_TI, up_TI, sharpness, act, proxy, where)
+    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
+    run = launch if on_cuda(gate_TI) else on_host
+    return run(gate_TI, up_TI, sharpness, act, proxy, where)
 
 
+@glu_density.register_fake
+def _(
+    gate_TI: Tensor, up_TI: Tensor | None, sharpness: Tensor, act: str, proxy: str, where: str
+) -> tuple[Tensor, Tensor]:
+    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
+    return gate_TI.new_empty(gate_TI.shape), gate_TI.new_empty(gate_TI.shape[0], dtype=_wide(gate_TI))
+
+
+@torch.library.custom_op("lit_sparse::glu_density_grad", mutates_args=())
 def glu_density_grad(
     dh_TI: Tensor,
     drows_T: Tensor,
@@ -412,7 +364,7 @@ def glu_density_grad(
     proxy: str,
     where: str,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `gate_TI` and `up_TI`, each (T, I); the second is empty where there is no `up_TI`.
+    """Return the gradients of `gate_TI` and `up_TI`, each (T, I); the second is empty where there is no `up_TI`.
 
     Args:
         dh_TI: Gradient of h, of the dtype of `gate_TI`.
@@ -422,4 +374,23 @@ def glu_density_grad(
         ImportError: for CUDA tensors where Triton is missing.
         ValueError: if dtypes, devices or shapes do not go together, or a name is unknown.
     """
-    return _glu_density_grad(dh_TI, drows_T, gate_TI, up_TI, sharpness, act, proxy, where)
+    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
+    _check_forms_of_grad(dh_TI, drows_T, gate_TI)
+    run = launch_grad if on_cuda(gate_TI) else grad_on_host
+    return run(dh_TI, drows_T, gate_TI, up_TI, sharpness, act, proxy, where)
+
+
+@glu_density_grad.register_fake
+def _(
+    dh_TI: Tensor,
+    drows_T: Tensor,
+    gate_TI: Tensor,
+    up_TI: Tensor | None,
+    sharpness: Tensor,
+    act: str,
+    proxy: str,
+    where: str,
+) -> tuple[Tensor, Tensor]:
+    _check_forms(gate_TI, up_TI, sharpness, act, proxy, where)
+    _check_forms_of_grad(dh_TI, drows_T, gate_TI)
+    return gate_TI.new_empty(gate_TI.shape), gate_TI.new_empty(0 if up_TI is None else gate_TI.shape)
