@@ -233,7 +233,7 @@ def test_folders_of_names_with_special_characters_are_found(tmp_path):
     assert next_folder(tmp_path, "*") == tmp_path / "*-1"
 
 
-@pytest.mark.parametrize("name", ["../up", "/tmp/x", "a/", "a/../../b", ".", "a\nb", "s3://b", "a::b", "\x00"])
+@pytest.mark.parametrize("name", ["../up", "/elsewhere", "a/", "a/../../b", ".", "a\nb", "s3://b", "a::b", "\x00"])
 def test_a_name_that_is_no_folder_of_the_runs_is_refused(name):
     with pytest.raises(BadInput, match="--run"):
         check_name(name)

@@ -165,14 +165,12 @@ class Recorder(Profile):
     def on_exception(self, trainer: L.Trainer, pl_module: LitSparse, exception: BaseException) -> None:  # pyright: ignore
         self.checkpoint.signals.ignore()
         super().on_exception(trainer, pl_module, exception)
+        if trainer.state.fn == "fit" and trainer.is_global_zero and self.leaves_record(exception):
+            self._write_config()
 
     def leaves_record(self, exception: BaseException) -> bool:
         """Return whether a fit that ended by `exception` leaves a record; a run that went on keeps its own."""
-        leaves = self.moved or (super().leaves_record(exception) and not self._goes_on)
-        if leaves and not self.moved:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._write_config()
-        return leaves
+        return self.moved or (super().leaves_record(exception) and not self._goes_on)
 
     def finish(self, trainer: L.Trainer, module: LitSparse) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         if not self.moved:
