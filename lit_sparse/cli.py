@@ -176,7 +176,7 @@ class CLI(LightningCLI):
         self.model.resume_from = arguments["ckpt_path"]
         start_fresh(self.trainer, arguments["ckpt_path"])
         try:
-            self.trainer.fit(**arguments)
+            self.trainer.fit(**{**arguments, "weights_only": True})  # a checkpoint is data, and runs no code
         finally:
             if self.folder is not None:
                 remove_unused(self.folder)

@@ -1,6 +1,7 @@
 """Batches in an order that depends only on (seed, epoch), and a loader that resumes at its position."""
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -126,6 +127,7 @@ class Loader(DataLoader[Any]):
             # Without a generator, each new iterator draws its workers' seed from the global one: a run that resumes,
             # and makes one iterator more, would have other dropout masks.
             generator=torch.Generator(),
+            worker_init_fn=ignore_interrupts,
         )
         self.batches = batches
         self.position = epoch * len(batches)
@@ -154,6 +156,11 @@ class Loader(DataLoader[Any]):
                 "from its weights."
             )
         self.position = state["epoch"] * len(self) + state["batch"]
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the training process, which saves first: a worker that dies of it ends the run with an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluation_loader(
@@ -197,4 +204,5 @@ def evaluation_loader(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
+        worker_init_fn=ignore_interrupts,
     )
