@@ -1,8 +1,59 @@
-"""`python -m lit_sparse` does what the command `lit-sparse` does."""
+"""The command `lit-sparse`. Help, version and misspelt verbs are answered before torch is imported, which takes seconds."""
+
+from __future__ import annotations
 
 import sys
+from difflib import get_close_matches
+from importlib.metadata import version
 
-from lit_sparse.cli import main
+VERBS = {
+    "fit": "train a model with update strategies: lit-sparse fit --config smt.yaml",
+    "validate": "score the held-out rows with a run's checkpoint",
+    "test": "answer the held-out questions with a run's checkpoint",
+    "predict": "Lightning's prediction loop",
+    "export": "write a run as a Hugging Face folder, a PEFT adapter or a delta",
+    "generate": "answer a prompt with a run, beside its base",
+    "bench": "measure memory, speed and energy of several YAMLs, each in a fresh process",
+    "report": "compare runs by their records",
+    "list": "list the update strategies and the shipped YAMLs",
+}
+
+
+def help_text() -> str:
+    """Return the verbs, with a line on each."""
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: lit-sparse VERB [options]",
+            "",
+            "Fine-tune language models while changing few of their weights, and know what that costs.",
+            "",
+            *lines,
+            "",
+            "lit-sparse VERB --help tells a verb's options; lit-sparse --version the version.",
+        ]
+    )
+
+
+def main() -> None:
+    """Run the command; exit with status 2 if the verb is unknown."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if verb in ("-h", "--help"):
+        print(help_text())
+        sys.exit(0)
+    if verb == "--version":
+        print(f"lit-sparse {version('lit-sparse')}")
+        sys.exit(0)
+    if verb not in VERBS:
+        near = get_close_matches(verb, VERBS, n=1)
+        meant = f"did you mean {near[0]}?" if near else "lit-sparse --help lists them."
+        print(f"lit-sparse: there is no verb {verb!r}; {meant}", file=sys.stderr)
+        sys.exit(2)
+    from lit_sparse.cli import main as run
+
+    run()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -117,7 +117,7 @@ def test_wheel_installs_the_command_and_the_licence(wheel: Path) -> None:
             for ending in (".dist-info/entry_points.txt", ".dist-info/licenses/LICENSE")
         )
         assert len(licences) == 1
-        assert "lit-sparse = lit_sparse.cli:main" in archive.read(entries[0]).decode()
+        assert "lit-sparse = lit_sparse.__main__:main" in archive.read(entries[0]).decode()
 
 
 def test_installed_wheel_is_not_the_checkout(installed: Path, tmp_path: Path) -> None:
