@@ -30,7 +30,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 LISA = ("benchmarks/lisa/embeddings.yaml", "benchmarks/lisa/frozen.yaml")
 METHODS = ("full.yaml", "lora.yaml", "dora.yaml", "smt.yaml", *LISA)
 LARGE = ("lora.yaml", *LISA)
-"""What is measured at Llama-3-8B's shapes."""
+"""YAMLs that are measured at Llama-3-8B's shapes."""
 WORKLOAD = "--config=benchmarks/gpu/workload.yaml"
 SMT = "smt"
 OTHERS = {
@@ -38,7 +38,7 @@ OTHERS = {
     "full_fused": "benchmarks/gpu/full_fused.yaml",
     "lora_equal": "benchmarks/gpu/lora_equal.yaml",
 }
-"""What SMT's step is timed against."""
+"""The runs that SMT's step is timed against."""
 MOST = {"floor": 1.03, "full_fused": 0.72, "lora_equal": 1.0}
 """Times another's step that SMT's is promised to take at most."""
 SAVED = 0.67
@@ -115,7 +115,7 @@ def commands(into: Path, passed: Sequence[str]) -> dict[str, list[str]]:
 
 
 def line(name: str, record: RunRecord) -> Line:
-    """What one method took."""
+    """Return the measurements of one method."""
     assert record.model is not None
     assert record.throughput is not None
     memory, driver, throughput = record.memory, record.driver, record.throughput
@@ -140,7 +140,7 @@ def line(name: str, record: RunRecord) -> Line:
 
 
 def verdicts(found: Sequence[Line]) -> Iterator[tuple[str, bool]]:
-    """What is promised, with the number, and whether it holds."""
+    """Yield each target, with the measured number, and whether it is met."""
     for pair in (one for one in found if "pair" in one):
         method, other = pair["pair"]
         median, most = pair["ratio_median"], MOST[other]

@@ -35,7 +35,7 @@ from lit_sparse_profiling.paired import compare_rounds
 RESULTS = ROOT / "benchmarks" / "results" / "kernels.jsonl"
 OURS, DIAGONAL, COMPILED = "ours", "as many diagonal blocks", "torch.compile"
 ENOUGH_BLOCKS, MATMUL_SHARE, MOST_DIAGONAL, COPY_SHARE = 27, 0.70, 1.05, 0.85
-"""What is promised on an H100: from so many blocks on a share of the matmul rate; a share of the copy rate."""
+"""Targets on an H100: a share of the matmul rate, from so many blocks on; a share of the copy rate."""
 CACHE_BYTES = 256 * 2**20
 """Written between timings on a GPU, so that none finds its inputs in the cache."""
 PAUSE_CYCLES = 10**7
@@ -137,7 +137,7 @@ def packings(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -
 
 
 def deltas(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
-    """What the blocks of one matrix of the MLP add to its output, 5 % of it."""
+    """Yield the product with blocks of one matrix of the MLP, 5 % of it."""
     width, _, wide, size = MODELS[name]
     rows, columns = wide // size, width // size
     every = [(row, column) for column in range(columns) for row in range(rows)]
@@ -346,7 +346,7 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
 
 
 def line_of(work: Work, device: torch.device, best: Ceilings, rounds: int) -> dict[str, Any]:
-    """What one shape gave."""
+    """Return the measurements at one shape."""
     taken = times(work, device, rounds)
     ours = median(taken[OURS])
     rivals = [name for name in work.contenders if name != OURS]
@@ -366,7 +366,7 @@ def line_of(work: Work, device: torch.device, best: Ceilings, rounds: int) -> di
 
 
 def verdicts(line: dict[str, Any]) -> Iterator[tuple[str, bool]]:
-    """What is promised on an H100 of one shape, with the number, and whether it holds."""
+    """Yield each target on an H100 at one shape, with the measured number, and whether it is met."""
     name = f"{line['op']}, {line['shape']}"
     if line["op"] == "block_grad" and line["blocks"] >= ENOUGH_BLOCKS:
         rate, (times, *_) = line["of_matmul"], line["ratio"][DIAGONAL]
@@ -378,7 +378,7 @@ def verdicts(line: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 
 
 def green(op: str, device: torch.device) -> bool:
-    """Whether the op's tests pass where it is to be timed."""
+    """Return whether the op's tests pass on the device that it is to be timed on."""
     marker = "gpu" if device.type == "cuda" else "not gpu"
     command = [sys.executable, "-m", "pytest", f"tests/kernels/test_{op}.py", "-q", "-m", marker]
     return subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode == 0

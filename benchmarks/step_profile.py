@@ -67,7 +67,7 @@ class StepProfile(Callback):
 
 
 def activities() -> list[ProfilerActivity]:
-    """What is traced here."""
+    """Return the events to trace on this device."""
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
 
 

@@ -1,4 +1,4 @@
-"""The command `lit-sparse`. Help, version and misspelt verbs are answered before torch is imported: that takes seconds."""
+"""The command `lit-sparse`. Help, version and misspelt verbs are answered before torch is imported."""
 
 from __future__ import annotations
 

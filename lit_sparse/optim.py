@@ -341,7 +341,7 @@ class AdamW(torch.optim.AdamW):
         return {**super().__getstate__(), "_scattered": self._scattered, "_wrote": self._wrote}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """What loading and copying end with."""
+        """Restore the state at the end of loading and copying."""
         super().__setstate__(state)
         self._step_supports_amp_scaling = False
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):

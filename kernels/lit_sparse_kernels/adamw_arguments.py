@@ -20,7 +20,7 @@ _passed: set[tuple[Any, ...]] = set()
 
 @dataclass(frozen=True)
 class Rule:
-    """What torch.optim.AdamW calls its arguments."""
+    """The arguments of AdamW, under the names that torch.optim.AdamW has for them."""
 
     lr: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -29,7 +29,7 @@ class Rule:
     maximize: bool = False
 
     def factors(self) -> tuple[float, ...]:
-        """What the kernels take, computed in double: decay, b1, +-(1 - b1), b2, 1 - b2, eps."""
+        """Return the kernels' arguments, computed in double: decay, b1, +-(1 - b1), b2, 1 - b2, eps."""
         (first, second), sign = self.betas, -1.0 if self.maximize else 1.0  # v does not see the gradient's sign
         given = self.lr * self.weight_decay, first, sign * (1 - first), second, 1 - second, self.eps
         return tuple(map(float, given))  # an int would be another kernel
@@ -106,7 +106,7 @@ def _form(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def same_layout(tensor: Tensor, other: Tensor) -> bool:
-    """Whether elements stand in the same order in memory, without gaps, so that both can be read from end to end."""
+    """Return whether elements have the same order in memory, without gaps, so that both can be read end to end."""
     if tensor.is_contiguous() and other.is_contiguous():
         return True
     return tensor.stride() == other.stride() and _is_dense(other)

@@ -182,7 +182,7 @@ def _order(weight_OK: Tensor) -> str:
 
 
 def _aligned(item: Item, order: str) -> bool:
-    """Whether accesses may be 16 bytes wide, in the blocks and in the matrix."""
+    """Return whether accesses may be 16 bytes wide, in the blocks and in the matrix."""
     lead = item.weight.stride(0 if order == "row" else 1)
     numbers = (*(tensor.data_ptr() for tensor in item.moved()), *item.weight.shape, lead)
     return order != "none" and all(number % 16 == 0 for number in numbers)

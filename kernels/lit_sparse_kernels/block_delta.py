@@ -1,4 +1,4 @@
-"""What blocks add to the output of a linear layer, and to the gradient of its input.
+"""Add the products of blocks to the output of a linear layer, and to the gradient of its input.
 
 For blocks D_i (h, w) at block row r_i and packed block column p_i,
 

@@ -50,7 +50,7 @@ def reference(
 
 
 def activation(x: Tensor, act: str) -> Tensor:
-    """What the activation called `act` makes of `x`."""
+    """Return the activation called `act` of `x`."""
     if act == "silu":
         return F.silu(x)
     return F.relu(x) if act == "relu" else F.gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")

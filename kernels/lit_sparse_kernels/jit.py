@@ -20,7 +20,7 @@ except ImportError:  # there is none for macOS and Windows, where no tensor need
     tl: Any = None
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""What kernels compute with; the torch paths take float64 too."""
+"""Dtypes that kernels accept; the torch paths accept float64 too."""
 PLAIN = (Tensor, torch.nn.Parameter)
 """Classes of tensors whose operations only torch itself dispatches."""
 MULTIPROCESSORS = 132
@@ -54,7 +54,7 @@ def jit(kernel: Callable[..., Any] | None = None, *, do_not_specialize: Sequence
 
 
 def on_cuda(tensor: Tensor) -> bool:
-    """Whether the Triton kernel is to run.
+    """Return whether the Triton kernel is to run: for CUDA tensors.
 
     Raises:
         ImportError: if it is, but there is no Triton.

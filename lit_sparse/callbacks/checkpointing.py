@@ -108,7 +108,7 @@ class LastCheckpoint:
 
     @property
     def up_to_date(self) -> bool:
-        """Whether the last step that was taken is saved, or nothing is to be."""
+        """True if the last step is saved, or none is to be."""
         return self.every == 0 or self._saved == self._done
 
     def at_end(self, trainer: L.Trainer) -> None:

@@ -160,7 +160,7 @@ class BuiltModel(L.LightningModule, ABC):
 
     @property
     def to_shard(self) -> bool:
-        """Whether the trainer's strategy shards the model over ranks."""
+        """True if the trainer's strategy shards the model over ranks."""
         return self._trainer is not None and isinstance(self.trainer.strategy, FSDP2Strategy)
 
     def _attach(self) -> None:

@@ -82,7 +82,7 @@ class CausalLM(LitSparse):
 
     @property
     def head_is_plain(self) -> bool:
-        """Whether the logits are the head's linear map of the last hidden states and nothing else (Gemma 2 caps them).
+        """True if the logits are the head's linear map of the last hidden states and nothing else (Gemma 2 caps them).
 
         Found out by comparing the two for three dummy tokens, once; only then are the logits never held whole.
         """
@@ -117,7 +117,7 @@ class CausalLM(LitSparse):
         self.val_scores[name].update(nll, hits, batch["labels"])
 
     def _set_name(self, kind: Literal["val", "test"], index: int) -> str:
-        """What the data module calls an evaluation set, or `val0`, `val1`, ... where bare loaders are used."""
+        """Return the data module's name of an evaluation set; `val0`, `val1`, ... with bare loaders."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(data, TokenData | Synthetic):
             return f"{kind}{index}"
@@ -144,13 +144,13 @@ class CausalLM(LitSparse):
             scores.reset()
 
     def _chosen_right(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Whether the choice of the highest log-probability is the right one, (items,) bool."""
+        """Return whether the likeliest choice is the right one, (items,) bool."""
         with self.autocast():
             nll, _ = self.compute(self.scores, batch)
         return right_choices(nll.sum(1), batch)
 
     def _answered_right(self, batch: Mapping[str, Any]) -> Tensor:
-        """Whether the greedy answer's last number is the reference's, (B,) bool (exact match as for GSM8K)."""
+        """Return whether the greedy answer's last number is the reference's, (B,) bool (exact match as for GSM8K)."""
         answers = self.answer(batch["prompt_ids"], batch["prompt_mask"], ANSWER_TOKENS)
         right = [final_number(a) == b for a, b in zip(answers, batch["answer"], strict=True)]
         return torch.tensor(right, device=batch["prompt_ids"].device)

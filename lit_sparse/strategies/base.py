@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from lit_sparse.errors import BadInput
 
 Claim = Literal["modules", "trainable", "optimizer", "backward", "importance"]
-"""What only one strategy of a run may take over: the module tree, the trainable set, the optimizer, the backward pass,
+"""Parts of the training that only one strategy of a run may take over: the module tree, the trainable set, the optimizer, the backward pass,
 and the record of how important each weight is."""
 
 Need = Literal["base", "graph", "gradients", "task_gradients", "activations", "fixed_set"]
-"""What one strategy may depend on and another may take away; `NEEDS` says what each means."""
+"""Things that one strategy may depend on and another may take away; `NEEDS` says what each means."""
 
 Backward = Literal["autograd", "fused", "none"]
 BaseWeights = Literal["kept", "trained", "rewritten", "moved"]
@@ -31,7 +31,7 @@ Probe = Callable[[int], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Context:
-    """What a strategy may know of the run that it is attached in.
+    """Facts about the run that a strategy is attached in.
 
     Attributes:
         siblings: The other strategies of the run.
@@ -90,7 +90,7 @@ class UpdateStrategy(ABC):
 
     @property
     def denies(self) -> frozenset[Need]:
-        """What the method takes away from the other strategies of a run."""
+        """The needs of other strategies that this one does not leave them."""
         denied: dict[Need, bool] = {
             "base": self.base in ("rewritten", "moved"),
             "graph": self.backward == "none",

@@ -83,12 +83,12 @@ class PEFT(UpdateStrategy):
 
     @property
     def splits_base(self) -> bool:
-        """Whether the adapter starts as a part of the base's weights, and the base keeps the rest (PiSSA, OLoRA)."""
+        """True if the adapter starts as a part of the base's weights, and the base keeps the rest (PiSSA, OLoRA)."""
         return str(getattr(self.config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
 
     @property
     def trains_biases(self) -> bool:
-        """Whether the base's own biases are trained together with the adapter."""
+        """True if the base's own biases are trained together with the adapter."""
         return getattr(self.config, "bias", "none") != "none"
 
     @property

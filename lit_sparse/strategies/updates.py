@@ -66,7 +66,7 @@ class Updates(Sequence[UpdateStrategy]):
 
     @property
     def masters(self) -> bool:
-        """Whether what trains is kept in fp32."""
+        """True if what trains is kept in fp32."""
         return all(strategy.masters for strategy in self)
 
     @property
