@@ -197,7 +197,7 @@ def _chunks(counts: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _aligned(item: Item) -> bool:
-    """Return whether accesses may be 16 bytes wide. Fresh memory is aligned; a view, and a tensor's odd end, need not be."""
+    """Return whether accesses may be 16 bytes wide. Fresh memory is aligned; views and odd ends need not be."""
     return item.weight.numel() % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in item.moved())
 
 

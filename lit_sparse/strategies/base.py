@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 from lit_sparse.errors import BadInput
 
 Claim = Literal["modules", "trainable", "optimizer", "backward", "importance"]
-"""Parts of the training that only one strategy of a run may take over: the module tree, the trainable set, the optimizer, the backward pass,
-and the record of how important each weight is."""
+"""Parts of the training that only one strategy of a run may take over: the module tree, the trainable set, the
+optimizer, the backward pass, and the record of how important each weight is."""
 
 Need = Literal["base", "graph", "gradients", "task_gradients", "activations", "fixed_set"]
 """Things that one strategy may depend on and another may take away; `NEEDS` says what each means."""
