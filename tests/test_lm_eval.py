@@ -11,7 +11,8 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_sparse.export.folder import export
-from tests.export.test_folder import SMT, add_tokenizer, make_base, make_run
+from tests.export.test_folder import SMT, make_base, make_run
+from tests.export.test_generate import add_tokenizer
 
 QUESTIONS = [
     {"question": f"t{number} t{number + 1}", "choices": [f"t{number + 2}", f"t{3 * number + 5}"], "label": number % 2}

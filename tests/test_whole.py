@@ -196,8 +196,8 @@ def other_shapes(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (blocks_beyond, "chooses a block outside"),
-        (negative_blocks, "chooses a block outside"),
+        (blocks_beyond, "selects a block outside"),
+        (negative_blocks, "selects a block outside"),
         (other_names, "model.nowhere of shape (2,), and this model has no such parameter"),
         (other_shapes, "and this model one of"),
     ],

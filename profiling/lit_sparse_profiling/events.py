@@ -22,6 +22,7 @@ OURS = (
     "_block_grad_kernel",
     "_copy_columns_kernel",
     "_glu_density",
+    "_join_parts_kernel",
     "_master_adamw_kernel",
 )
 """Prefixes of the names of this project's ops and kernels. Kernels too, since an optimizer launches them from no op."""
