@@ -102,7 +102,7 @@ def _lines(into: Path, compared: dict[str, Pair]) -> Iterator[Line]:
             yield line(name, record)
         if name == SMT:
             yield from (
-                provenance("gpu", record) | pair_line(SMT, pair) | {"seconds": pair.seconds}
+                provenance("gpu", record, shape_of(record)) | pair_line(SMT, pair) | {"seconds": pair.seconds}
                 for pair in compared.values()
             )
 
@@ -114,6 +114,14 @@ def commands(into: Path, passed: Sequence[str]) -> dict[str, list[str]]:
     return {"alone": alone, "large": large}
 
 
+def shape_of(record: RunRecord) -> str:
+    """Return the name of the model, whose weights are random, with rows and tokens of a batch."""
+    assert record.model is not None
+    data = record.settings["data"]["init_args"]
+    name = Path(record.model.base).stem if record.model.base.endswith(".json") else Path(record.model.base).name
+    return f"{name} (random weights), {data['batch_size']} x {data['max_length']:,} tokens"
+
+
 def line(name: str, record: RunRecord) -> Line:
     """Return the measurements of one method."""
     assert record.model is not None
@@ -123,7 +131,7 @@ def line(name: str, record: RunRecord) -> Line:
     plain = None if training is None else training.peak_requested  # of steps that nothing looked into
     joules = driver.joules if driver is not None else None
     return {
-        **provenance("gpu", record),
+        **provenance("gpu", record, shape_of(record)),
         "method": name,
         "trainable": record.model.trainable,
         "trainable_share": record.model.trainable_share,

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,9 @@ def test_a_bench_that_failed_writes_no_line(tmp_path: Path, monkeypatch: pytest.
 # ---- on a GPU
 
 
+SHAPE = {"data": {"init_args": {"batch_size": 4, "max_length": 1024}}}
+
+
 def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
     held = Held(Ledger(trainable=2**28, frozen=2**31), batch=0, saved=2**30, temporaries=2**28, phase="backward")
     run = record(
@@ -176,16 +180,21 @@ def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
         memory=Memory(2**31, "VmHWM", 2**30, held, Allocator("CUDA", held.total + 2**26, 0)),
         driver=Driver("a GPU", "GPU-1", "570", False, "v2", "own pid", 2**34, 2**34, 2**29, 0, 9, joules=500.0),
         kernels=Kernels(2, 1.0, 0.1, "bfloat16", 10**10, 10**9, 0, []),
+        settings=SHAPE,
     )
     (tmp_path / "gpu.jsonl").write_text(json.dumps(gpu_methods.line("smt", run)) + "\n")
     table = readme.gpu(tmp_path)
     assert "on a GPU, peft 0.21.2" in table
+    assert "Shapes of `llama-3.2-1b (random weights), 4 x 1,024 tokens`" in table
     assert "| smt | measured | 10 (1.00%) | 50 | 1000.0 | 10.0% | 3.50 | 3.56 | 1.8% | 8.00 | 16.00 | 250.0 |" in table
 
 
 def test_pairs_on_a_gpu_are_judged_and_shown(tmp_path: Path) -> None:
     run = record("smt-1", device=Device("cuda", "a GPU", memory=2**36), model=ModelSize("1b", 1000, 10))
-    pair = provenance.provenance("gpu", run) | turns.pair_line("smt", Pair("floor", 1.02, 1.01, 1.05, 1.1, 20))
+    run = replace(run, settings=SHAPE)
+    pair = provenance.provenance("gpu", run, gpu_methods.shape_of(run)) | turns.pair_line(
+        "smt", Pair("floor", 1.02, 1.01, 1.05, 1.1, 20)
+    )
     alone = [{"method": "smt", "requested": 30, "model": "1b"}, {"method": "full", "requested": 100, "model": "1b"}]
     large = {"method": "frozen", "requested": 1, "reserved": 24.1e9, "model": "8b"}
     floor, peak, lisa = gpu_methods.verdicts([pair, *alone, large])
