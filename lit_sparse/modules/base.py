@@ -157,9 +157,8 @@ class LitSparse(Resumable):
         self.log("train_loss", loss, prog_bar=self.trainer.progress_bar_callback is not None)
 
     def _count_tokens(self, tokens: Tensor) -> None:
-        self.tokens_seen = (
-            self.tokens_seen.to(tokens.device) + tokens.long()
-        )  # on the device: to read it here would wait for the step
+        # Kept on the device: to read it here would wait for the step.
+        self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens.long()
         self.log("scored_tokens", self.tokens_seen.float())
 
     def configure_optimizers(self) -> Any:
