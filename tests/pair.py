@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+LIMIT = 600
+"""Seconds a pair may take: the longest takes about a hundred, and gloo itself waits for half an hour."""
 
 
 def run_pair(act: Callable[[Path, int], None], folder: Path) -> None:
@@ -38,7 +42,14 @@ def _spawn(act: Callable[[Path, int], None], folder: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_begin, (act, folder, port), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    spawn = torch.multiprocessing.spawn  # pyright: ignore[reportPrivateImportUsage]
+    context = spawn(_begin, (act, folder, port), nprocs=2, join=False)
+    deadline = time.monotonic() + LIMIT
+    while not context.join(timeout=max(deadline - time.monotonic(), 0)):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"the pair of processes had not ended after {LIMIT} s; they wait for one another")
 
 
 def _begin(rank: int, act: Callable[[Path, int], None], folder: Path, port: int) -> None:
