@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from difflib import get_close_matches
 from importlib.metadata import version
@@ -36,6 +37,16 @@ def help_text() -> str:
     )
 
 
+def wait_passively() -> None:
+    """Let OpenMP's threads sleep at barriers, unless the user chose otherwise; it is read when torch is loaded.
+
+    They spin by default: beside another busy process each barrier then waits for a thread that has no core, and a fit
+    takes many times its share. On a quiet machine sleeping costs nothing (`python -m benchmarks.wait_policy`).
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def main() -> None:
     """Run the command; exit with status 2 if the verb is unknown."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -50,6 +61,7 @@ def main() -> None:
         meant = f"did you mean {near[0]}?" if near else "lit-sparse --help lists them."
         print(f"lit-sparse: there is no verb {verb!r}; {meant}", file=sys.stderr)
         sys.exit(2)
+    wait_passively()
     from lit_sparse.cli import main as run
 
     run()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_sparse import cli
-from lit_sparse.__main__ import VERBS
+from lit_sparse.__main__ import VERBS, wait_passively
 
 ROOT = Path(__file__).parents[1]
 WATCHED = """
@@ -48,3 +48,23 @@ def test_an_unknown_verb_gets_the_nearest(word, meant):
     found = run(word)
     assert found.returncode == 2
     assert found.stderr.strip().splitlines()[-1] == f"lit-sparse: there is no verb {word!r}; {meant}"
+
+
+CHOICES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def test_openmp_threads_sleep_at_barriers():
+    environment = {name: value for name, value in os.environ.items() if name not in CHOICES}
+    command = [sys.executable, "-m", "lit_sparse", "report", "nowhere"]
+    environment["OMP_DISPLAY_ENV"] = "true"  # OpenMP itself says what it read, when torch loads it
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in told
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_choice_of_the_user_holds(name, monkeypatch):
+    for other in CHOICES:
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "7")
+    wait_passively()
+    assert os.environ.get("OMP_WAIT_POLICY") == ("7" if name == "OMP_WAIT_POLICY" else None)
