@@ -73,10 +73,10 @@ class Work:
 def block_grads(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
     """Gradients of q's, k's and v's blocks, few and many; as many diagonal blocks by einsum have no gaps."""
     width, narrow, _, size = MODELS[name]
-    generator = torch.Generator(device).manual_seed(0)
+    torch.manual_seed(0)
     outs = (width, narrow, narrow)
-    dys = [torch.randn(tokens, out, generator=generator, device=device, dtype=dtype) for out in outs]
-    x = torch.randn(tokens, width, generator=generator, device=device, dtype=dtype)
+    dys = [torch.randn(tokens, out, device=device, dtype=dtype) for out in outs]
+    x = torch.randn(tokens, width, device=device, dtype=dtype)
     every = [
         (layer, row, c) for c in range(width // size) for layer, out in enumerate(outs) for row in range(out // size)
     ]
@@ -84,7 +84,7 @@ def block_grads(name: str, tokens: int, device: torch.device, dtype: torch.dtype
         order = torch.randperm(len(every), generator=torch.Generator().manual_seed(count))[:count]
         rows = torch.tensor(sorted((every[i] for i in order), key=lambda b: (b[2], b[0], b[1])), dtype=torch.int32)
         columns = rows[:, 2].unique()
-        packed = pack_columns.pack_columns(x, columns.to(device), size)
+        packed = x.view(tokens, -1, size).index_select(1, columns.to(device)).view(tokens, -1)
         rows[:, 2] = torch.searchsorted(columns, rows[:, 2].contiguous()).int()
         tiles = [
             (dys[layer], slice(r * size, (r + 1) * size), slice(p * size, (p + 1) * size))
@@ -110,7 +110,7 @@ def block_grads(name: str, tokens: int, device: torch.device, dtype: torch.dtype
             flops=2 * tokens * count * size * size,
             bytes=count * size * size * 4
             + packed.nbytes
-            + len({(t[0].data_ptr(), t[1].start) for t in tiles}) * tokens * size * x.element_size(),
+            + len(rows[:, :2].unique(dim=0)) * tokens * size * x.element_size(),
         )
 
 
@@ -120,7 +120,7 @@ def packings(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -
     x = torch.randn(tokens, width, device=device, dtype=dtype)
     available = width // size
     for kept in (available // 3 or 1, available - 1):
-        columns = torch.arange(available, device=device)[torch.randperm(available)[:kept].sort().values]
+        columns = torch.randperm(available)[:kept].sort().values.to(device)
 
         def indexed(columns: Tensor = columns) -> Tensor:
             return x.view(tokens, -1, size).index_select(1, columns).view(tokens, -1)
@@ -143,9 +143,9 @@ def deltas(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> 
     every = [(row, column) for column in range(columns) for row in range(rows)]
     chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(0))[: max(1, len(every) // 20)]
     blocks = torch.tensor([every[i] for i in sorted(chosen.tolist())], dtype=torch.int32)
-    generator = torch.Generator(device).manual_seed(0)
-    base, x = (torch.randn(tokens, n, generator=generator, device=device, dtype=dtype) for n in (wide, width))
-    delta = torch.randn(len(blocks), size, size, generator=generator, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    base, x = (torch.randn(tokens, n, device=device, dtype=dtype) for n in (wide, width))
+    delta = torch.randn(len(blocks), size, size, device=device, dtype=dtype)
     places, listed = blocks.to(device), blocks.tolist()
 
     def by_blocks() -> Tensor:
@@ -253,8 +253,8 @@ def block_adamws(name: str, tokens: int, device: torch.device, dtype: torch.dtyp
 def densities(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
     """A gated activation with its penalty, forward and backward; torch's autograd keeps what ours computes again."""
     wide = MODELS[name][2]
-    generator = torch.Generator(device).manual_seed(0)
-    gate, up, dh = (torch.randn(tokens, wide, generator=generator, device=device, dtype=dtype) for _ in range(3))
+    torch.manual_seed(0)
+    gate, up, dh = (torch.randn(tokens, wide, device=device, dtype=dtype) for _ in range(3))
     drows = torch.full((tokens,), 1 / (tokens * wide), device=device)
     leaves = [gate.requires_grad_(), up.requires_grad_()]
 

@@ -1,7 +1,7 @@
-"""Rewrites the generated tables of README.md from the measurements in benchmarks/results.
+"""Rewrites the generated tables of README.md and docs/ from the measurements in benchmarks/results.
 
 `python benchmarks/readme.py` rewrites what stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`;
-with `--check` it writes nothing, and exits with 1 if the README is not what it would write.
+with `--check` it writes nothing, and exits with 1 if a page is not what it would write.
 """
 
 from __future__ import annotations
@@ -258,8 +258,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def rewritten(readme: str, results: Path) -> str:
-    """Return `readme` with all of its generated blocks rewritten.
+def rewritten(page: str, name: str, results: Path) -> str:
+    """Return the page called `name` with all of its generated blocks rewritten.
 
     Raises:
         ValueError: if a block has no end, or a name that nothing makes.
@@ -267,12 +267,12 @@ def rewritten(readme: str, results: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         if match["name"] not in BLOCKS:
-            raise ValueError(f"README.md has a block {match['name']!r}; known are {', '.join(BLOCKS)}.")
+            raise ValueError(f"{name} has a block {match['name']!r}; known are {', '.join(BLOCKS)}.")
         return f"{match[1]}{BLOCKS[match['name']](results)}\n{match[3]}"
 
-    if MARK.search(MARKED.sub("", readme)):
-        raise ValueError("README.md has a begin or end mark without its counterpart; write both, each on its line.")
-    return MARKED.sub(block, readme)
+    if MARK.search(MARKED.sub("", page)):
+        raise ValueError(f"{name} has a begin or end mark without its counterpart; write both, each on its line.")
+    return MARKED.sub(block, page)
 
 
 def quality(name: str, results: Path) -> str:
@@ -319,24 +319,27 @@ BLOCKS |= {
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Rewrite the README of the checkout `root`, or check it; return the exit status."""
-    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md.")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if README.md is not up to date"
-    )
+    """Rewrite README.md and the pages of docs/ in the checkout `root`, or check them; return the exit status."""
+    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md and docs/.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is not up to date")
     check = parser.parse_args(arguments).check
-    path = root / "README.md"
+    paths = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     try:
-        old = path.read_text(encoding="utf-8")
-        new = rewritten(old, root / "benchmarks" / "results")
+        old = {path: path.read_text(encoding="utf-8") for path in paths}
+        new = {
+            path: rewritten(text, path.relative_to(root).as_posix(), root / "benchmarks" / "results")
+            for path, text in old.items()
+        }
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    if check and new != old:
-        print("README.md differs from benchmarks/results: run `python benchmarks/readme.py`.", file=sys.stderr)
+    changed = [path for path in paths if new[path] != old[path]]
+    if check and changed:
+        names = ", ".join(path.relative_to(root).as_posix() for path in changed)
+        print(f"Not what benchmarks/results say: {names}; run `python benchmarks/readme.py`.", file=sys.stderr)
         return 1
-    if not check:
-        path.write_text(new, encoding="utf-8")
+    for path in changed:
+        path.write_text(new[path], encoding="utf-8")
     return 0
 
 

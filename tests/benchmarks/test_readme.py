@@ -69,7 +69,7 @@ def test_writing_twice_changes_nothing_and_check_agrees(checkout: Path) -> None:
 def test_check_writes_nothing_and_says_what_to_do(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (checkout / "README.md").read_text()
     assert readme.main(["--check"], checkout) == 1
-    assert "README.md differs" in (message := capsys.readouterr().err)
+    assert "Not what benchmarks/results say: README.md" in (message := capsys.readouterr().err)
     assert "run `python benchmarks/readme.py`" in message
     assert (checkout / "README.md").read_text() == before
 
@@ -137,6 +137,20 @@ def test_the_profiler_s_overhead_is_a_sentence(checkout: Path) -> None:
 def test_every_table_has_a_name_that_a_mark_may_have() -> None:
     for name in readme.BLOCKS:
         assert readme.MARKED.search(f"<!-- begin:{name} -->\nold\n<!-- end:{name} -->\n"), name
+
+
+def test_pages_of_docs_are_written_and_checked(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(checkout)
+    page = checkout / "docs" / "studies" / "page.md"
+    page.parent.mkdir(parents=True)
+    page.write_text("<!-- begin:peers -->\n<!-- end:peers -->\n")
+    assert readme.main(["--check"], checkout) == 1
+    assert "docs/studies/page.md; run" in capsys.readouterr().err
+    written(checkout)
+    assert "frozen floor" in page.read_text()
+    page.write_text("<!-- begin:pears -->\n<!-- end:pears -->\n")
+    assert readme.main(["--check"], checkout) == 1
+    assert "docs/studies/page.md has a block 'pears'" in capsys.readouterr().err
 
 
 def test_a_readme_without_blocks_is_up_to_date(checkout: Path) -> None:
