@@ -116,8 +116,8 @@ def compiled(
 def widths(ptx: str) -> frozenset[int]:
     """Bits that each load and store of global memory moves for a thread."""
     found = re.findall(r"(?:ld|st)\.global(?:\.[a-z]\w*(?:::\w+)*)*?(?:\.v(\d))?\.[bfsu](\d+)", ptx)
-    copied = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (?:0x)?(\d+)", ptx)
-    return frozenset(int(times or 1) * int(bits) for times, bits in found) | frozenset(8 * int(n) for n in copied)
+    copied = re.findall(r"cp\.async\.\w+\.shared\.global[^;]*?, (0x[0-9a-f]+|\d+)", ptx)
+    return frozenset(int(times or 1) * int(bits) for times, bits in found) | frozenset(8 * int(n, 0) for n in copied)
 
 
 def type_of(value: Any) -> str:

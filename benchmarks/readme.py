@@ -186,6 +186,45 @@ def block_grad(results: Path) -> str:
     return f"{about}\n\n{table(['tokens', 'blocks of 96', *PLANS.values()], rows)}"
 
 
+def roofline(results: Path) -> str:
+    """Return the floor of each op on an H100 beside the newest measurement of the same shape on a GPU."""
+    command = "python -m benchmarks.roofline"
+    lines = read_lines(results / "roofline.jsonl", command)
+    timed = read_lines(results / "kernels.jsonl", "python -m benchmarks.kernels")
+    measured = newest((line for line in timed if "threads" not in line["device"]), key="shape")
+    rows = []
+    for line in lines:
+        run = measured.get(json.dumps(line["shape"]))
+        taken = "-" if run is None else f"{run['seconds']['ours'] * 1e6:.1f} ({run['device'].split()[-1]})"
+        cells = [f"{line['flops'] / 1e9:,.1f}", f"{line['bytes'] / 1e6:,.1f}", f"{line['seconds'] * 1e6:.1f}"]
+        rows.append([line["op"], line["shape"], *cells, line["bound"], number(line["balance"], ".0%"), taken])
+    head = ["op", "shape", "GFLOP", "MB", "at least, us", "bound by", "balance", "measured, us"]
+    return f"Computed by `{command}`; table by `python benchmarks/readme.py`.\n\n{table(head, rows)}"
+
+
+def registers(results: Path) -> str:
+    """Return what each kernel takes of a multiprocessor: a range over its launches, and each model."""
+    command = "python -m benchmarks.ahead"
+    lines = read_lines(results / "ahead.jsonl", command)
+
+    def between(values: Sequence[int], divisor: int = 1) -> str:
+        return " to ".join(f"{value / divisor:,.0f}" for value in dict.fromkeys(values))
+
+    rows = [
+        [
+            f"`{line['kernel'].strip('_')}`",
+            line["model"],
+            between(line["registers"]),
+            between(line["shared"], 2**10),
+            between(line["barriers"]),
+            ", ".join(map(str, line["widths"])),
+        ]
+        for line in lines
+    ]
+    head = ["kernel", "model", "registers a thread", "shared, KiB", "barriers", "bits a load or store"]
+    return f"{caption(command, lines)}\n\n{table(head, rows)}"
+
+
 def overhead(results: Path) -> str:
     """Return the overhead of the profiler on the steps that it times: a table for each device."""
     command = "python -m benchmarks.overhead"
@@ -252,6 +291,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "peers": peers,
     "gpu": gpu,
     "kernels": kernels,
+    "roofline": roofline,
+    "registers": registers,
     "overhead": overhead,
     "lisa": lisa,
     "deft": deft,

@@ -1,4 +1,4 @@
-"""The README's commands are real, and its tables are those of the committed records."""
+"""The commands of the README and of docs/ are real, and their tables are those of the committed records."""
 
 import itertools
 import re
@@ -14,7 +14,13 @@ from lit_sparse.configs import find_configs
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(lit-sparse .*?)(?:\s+#.*)?$", README, re.MULTILINE)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+COMMANDS = [
+    command
+    for page in PAGES
+    for command in re.findall(r"^(lit-sparse .*?)(?:\s+#.*)?$", page.read_text(), re.MULTILINE)
+]
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
 def test_tables_are_those_of_the_records():
@@ -59,3 +65,16 @@ def test_a_command_is_one_that_parses(command, monkeypatch, capsys):
 
 def test_there_are_commands():
     assert len(COMMANDS) > 5
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in LINK.findall(page.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        found = (page.parent / target).resolve() if target else page
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", found.read_text(), re.MULTILINE)
+            names = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+            assert anchor in names, f"{target}#{anchor}"

@@ -108,7 +108,7 @@ def corrupt(checkout: Path, text: str) -> None:
         (
             rewrite_readme,
             "<!-- begin:pears -->\n<!-- end:pears -->\n",
-            "a block 'pears'; known are peers, gpu, kernels, overhead",
+            "a block 'pears'; known are peers, gpu, kernels, roofline",
         ),
         (corrupt, "", "has no measurements; run `python -m benchmarks.peers` first"),
         (corrupt, '{"mode": ', "peers.jsonl:1 is no JSON"),
