@@ -5,7 +5,7 @@ BIN := .venv/bin
 BUILT := .venv/.built
 OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
 
-.PHONY: help demo test check gpu bench quality readme assets format
+.PHONY: help demo test oldest check gpu bench quality readme assets format
 help:     ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile
 
@@ -14,6 +14,12 @@ demo: $(BUILT)     ## fine-tune the demo model on the demo data, a few minutes o
 
 test: $(BUILT)     ## all tests but the long campaigns, in as many processes as WORKERS says (2), each with one thread
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(WORKERS),2) --dist loadfile $(ARGS)
+
+oldest:     ## the tests with the oldest supported versions (make PYTHON=python3.12 oldest), in an environment of its own
+	test -e .venv-oldest || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' --constraint constraints-oldest.txt
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not slow" -n $(or $(WORKERS),2) --dist loadfile \
+	  -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
 
 check: $(BUILT)     ## style, format, types, and the tables of README.md
 	$(BIN)/ruff check
