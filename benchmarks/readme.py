@@ -351,7 +351,23 @@ def methods(_results: Path) -> str:
     return table(head, rows).replace("---:", "---")  # words, not figures
 
 
+def configuration(_results: Path) -> str:
+    """Return the keys of a configuration."""
+    from docs import reference  # loads all of lit_sparse, which other tables do not need
+
+    return reference.configuration()
+
+
+def command_line(_results: Path) -> str:
+    """Return the options of the verbs."""
+    from docs import reference
+
+    return reference.command_line()
+
+
 BLOCKS["methods"] = methods
+BLOCKS["configuration"] = configuration
+BLOCKS["command_line"] = command_line
 BLOCKS["block_grad"] = block_grad
 BLOCKS["forgetting"] = forgetting
 BLOCKS |= {
