@@ -5,7 +5,7 @@ BIN := .venv/bin
 BUILT := .venv/.built
 OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
 
-.PHONY: help demo test oldest check gpu bench quality readme assets format
+.PHONY: help demo test oldest check gpu bench quality readme docs assets format
 help:     ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile
 
@@ -21,11 +21,12 @@ oldest:     ## the tests with the oldest supported versions (make PYTHON=python3
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not slow" -n $(or $(WORKERS),2) --dist loadfile \
 	  -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
 
-check: $(BUILT)     ## style, format, types, and the tables of README.md
+check: $(BUILT)     ## style, format, types, the generated tables, and the documentation's links
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
 	test ! -e benchmarks/readme.py || $(BIN)/python benchmarks/readme.py --check
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 gpu:     ## what needs a CUDA device: tests, kernels, methods; the interpreter at hand runs it (ARGS="--minutes 9")
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu --results benchmarks/results $(ARGS)
@@ -36,9 +37,12 @@ bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmark
 quality: $(BUILT)     ## fill a quality table (TABLE=blocks_0.84) for MINUTES, as long as something is left to do
 	$(BIN)/python -m benchmarks.quality $(or $(TABLE),blocks_0.84) --minutes $(or $(MINUTES),60)
 
-readme: $(BUILT)     ## write the tables and figures of README.md from benchmarks/results
+readme: $(BUILT)     ## write the generated tables, pages and figures
 	$(BIN)/python benchmarks/readme.py
 	$(BIN)/python -m benchmarks.plots
+
+docs: $(BUILT)     ## build the documentation's site into docs/_build, warnings as errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
 
 assets: $(BUILT)     ## bring the demo models and data into the cache
 	$(BIN)/python -c "from lit_sparse import demo as d; \

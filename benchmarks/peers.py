@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
     asked, passed = parser.parse_known_args(arguments)
     if passed and asked.results == RESULTS:
-        parser.error(f"{passed[0]} makes another measurement than the README's; give --results another file.")
+        parser.error(f"{passed[0]} makes another measurement than that of docs/studies; give --results another file.")
     os.chdir(ROOT)  # the floor's YAML names a class in benchmarks/, which is imported from here
     for words in commands(asked.into, asked.rounds, passed):
         measure(words)

@@ -1,4 +1,4 @@
-"""Draw the figures of README.md from the measurements in benchmarks/results: `python -m benchmarks.plots`."""
+"""Draw the figures of docs/ from the measurements in benchmarks/results: `python -m benchmarks.plots`."""
 
 from __future__ import annotations
 

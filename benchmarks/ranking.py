@@ -362,7 +362,7 @@ def unknown(made: Table, lines: Sequence[Line]) -> Iterator[str]:
 
 
 def published(name: str, path: Path) -> str:
-    """Return a table for the README, of the newest stack that it was measured on.
+    """Return a table for docs/, of the newest stack that it was measured on.
 
     Raises:
         BadInput: if one seed is all that there is of the table or of an arm.

@@ -240,7 +240,7 @@ def measured_on(study: Study, path: Path) -> Results | None:
 
 
 def published(path: Path) -> str:
-    """Return both tables for the README."""
+    """Return both tables for docs/."""
     study = read_study()
     if (results := measured_on(study, path)) is None:
         return f"Not measured yet: `{COMMAND}` measures these tables."

@@ -1,4 +1,4 @@
-"""Run the Python that is shown to users: in the README, the bare loop and the notebook."""
+"""Run the Python that is shown to users: in docs/from-python.md, the bare loop and the notebook."""
 
 import json
 import re
@@ -31,17 +31,17 @@ def home(tmp_path, monkeypatch):
 
 
 def fenced(text: str, mark: str) -> str:
-    """The code block of the README that contains `mark`."""
+    """The code block of a page that contains `mark`."""
     return next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if mark in block)
 
 
 @pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
 @pytest.mark.filterwarnings("ignore:The number of training batches")
-def test_the_python_of_the_readme_runs_as_it_stands(home):
-    code = fenced((ROOT / "README.md").read_text(), "task.detach()")
+def test_the_python_of_the_docs_runs_as_it_stands(home):
+    code = fenced((ROOT / "docs" / "from-python.md").read_text(), "task.detach()")
     code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "tiny").replace("max_steps=1000", "max_steps=2")
     assert len([line for line in code.splitlines() if line.strip() and "import" not in line]) <= 8
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "from-python.md", "exec"), {})
     tuned, base = (AutoModelForCausalLM.from_pretrained(name) for name in ("tuned", "tiny"))
     moved = [
         name

@@ -1,4 +1,4 @@
-"""The README's line for EleutherAI's harness, on an exported run and questions of our own, since it has no network."""
+"""The harness line of docs/export-and-serve.md, on an exported run and questions of our own (there is no network)."""
 
 import json
 import subprocess

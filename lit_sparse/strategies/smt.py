@@ -5,9 +5,9 @@ Each has an fp32 master, which the optimizer updates and which is written into t
 pass is that of an ordinary linear layer. The backward pass computes the gradients of the selected blocks only.
 
 Deliberate differences from the authors' code: blocks are scored by mean |gradient|, as in the paper (the code takes
-|mean gradient|, in which opposite signs cancel: `score: mean_abs`; the README compares both); scoring does not train
-(`warmup: update` does); biases are kept; the input columns saved for backward are packed copies, shared by the layers
-that read the same input.
+|mean gradient|, in which opposite signs cancel: `score: mean_abs`; docs/studies/which-weights.md compares both);
+scoring does not train (`warmup: update` does); biases are kept; the input columns saved for backward are packed copies,
+shared by the layers that read the same input.
 """
 
 import dataclasses
