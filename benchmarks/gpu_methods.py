@@ -24,6 +24,7 @@ from lit_sparse.bench import TIMED_ONLY, job, parser
 from lit_sparse_profiling.paired import PairedRun, compare_rounds, dependence, rounds_of
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import Pair, RunRecord
+from lit_sparse_profiling.run_folders import peak_memory
 from lit_sparse_profiling.runner import parent_death_hook
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
@@ -140,7 +141,7 @@ def line(name: str, record: RunRecord) -> Line:
         "utilization": record.utilization,
         "counted": memory.held.total if memory is not None and memory.held is not None else None,
         "requested": memory.allocator.requested if memory is not None and memory.allocator is not None else plain,
-        "reserved": max((phase.peak_reserved or 0 for phase in record.phases), default=None),
+        "reserved": peak_memory(record, "cuda"),
         "residue": None if memory is None else residue(record),
         "nvml_process": driver.process if driver is not None else None,
         "joules_per_step": joules / throughput.steps if joules is not None else None,

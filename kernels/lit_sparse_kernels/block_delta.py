@@ -14,8 +14,13 @@ Legend: T tokens, O out, P packed in (kept block columns x w), N blocks, h x w b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lit_sparse_kernels.jit import (
     Listed,
@@ -246,6 +251,16 @@ _block_delta_input_grad_op = torch.library.custom_op(
 def _(dy_TO: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor, packed: int) -> Tensor:
     _check_forms_of_grad(dy_TO, delta_Nhw, blocks_N2, packed)
     return dy_TO.new_empty(len(dy_TO), packed)
+
+
+@register_flop_formula(torch.ops.lit_sparse.block_delta)
+def _(base: Sequence[int], packed: Any, delta: Sequence[int], blocks: Any, **_: Any) -> int:
+    return 2 * base[0] * prod(delta)  # of the arguments only shapes are given: rows past a ragged end count too
+
+
+@register_flop_formula(torch.ops.lit_sparse.block_delta_input_grad)
+def _(dy: Sequence[int], delta: Sequence[int], blocks: Any, packed: int, **_: Any) -> int:
+    return 2 * dy[0] * prod(delta)
 
 
 def _check_forms(base_TO: Tensor, packed_TP: Tensor, delta_Nhw: Tensor, blocks_N2: Tensor) -> None:

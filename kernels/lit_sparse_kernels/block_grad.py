@@ -16,10 +16,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from lit_sparse_kernels.jit import (
     Listed,
@@ -336,6 +337,17 @@ def _add_block_grad(
 
 
 _add_block_grad_op = torch.library.custom_op("lit_sparse::add_block_grad", _add_block_grad, mutates_args=("into_Nhw",))
+
+
+@register_flop_formula(torch.ops.lit_sparse.block_grad)
+def _(dys: Any, packed: Sequence[int], blocks: Sequence[int], size: Sequence[int], **_: Any) -> int:
+    # Of the arguments only shapes are given: rows past a ragged end count too.
+    return 2 * packed[0] * blocks[0] * size[0] * size[1]
+
+
+@register_flop_formula(torch.ops.lit_sparse.add_block_grad)
+def _(into: Any, dys: Any, packed: Sequence[int], blocks: Sequence[int], size: Sequence[int], **_: Any) -> int:
+    return 2 * packed[0] * blocks[0] * size[0] * size[1]
 
 
 def _check_into(into_Nhw: Tensor, packed_TP: Tensor, shape: tuple[int, ...]) -> None:

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_sparse_profiling import utilization
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES
 from lit_sparse_profiling.reconcile import findings
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import CEILINGS
 
 
 def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:
@@ -21,7 +23,8 @@ def print_summary(record: RunRecord, folder: Path, console: Console | None = Non
     console.print(summary(record))
     if record.kernels is not None:
         console.print(kernel_table(record.kernels, rows=5))
-    for sentence in [*findings(record), *record.notes]:
+    measured = filter(None, [utilization.describe(record)])
+    for sentence in [*findings(record), *utilization.findings(record), *record.notes, *measured]:
         console.print(sentence, markup=False, highlight=False)
     for sample in record.samples:
         console.print(answers(sample))
@@ -59,7 +62,7 @@ def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.memory is not None and record.memory.peak_resident is not None:
         yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
     for phase in record.phases:
-        if phase.name in INSTRUMENTED_PHASES and phase.name != EXAMINATION:
+        if phase.name in INSTRUMENTED_PHASES and phase.name not in (EXAMINATION, CEILINGS):
             continue  # parts of the examination, whose seconds hold theirs
         peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
         yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"

@@ -15,6 +15,10 @@ PRODUCT_SIZES = (512, 1024, 2048, 4096, 8192)
 LONG_ENOUGH = 0.01
 """Seconds of a product. Launch overhead no longer matters in one that is longer, so that larger ones are not tried."""
 REPETITIONS = 4
+FIRST_GAP = 2.0
+"""Seconds from the first measurement of a run to the second; later gaps double."""
+COST_GAP = 20
+"""Least gap, in times of what a measurement takes."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,50 @@ class Ceilings:
 
     flops: float
     bytes: float
+
+
+class CeilingSeries:
+    """The ceilings measured again and again during a run, between its timed steps.
+
+    A ceiling that was measured once, while something else had the machine, makes every share of it wrong. Here the
+    highest is the ceiling, and the spread says how far the machine was from quiet.
+
+    Args:
+        measure: Measures both ceilings.
+
+    Attributes:
+        found: The measurements so far.
+        failure: Why measuring has ended; None while it works.
+    """
+
+    def __init__(self, measure: Callable[[], Ceilings]) -> None:
+        self.found: list[Ceilings] = []
+        self.failure: str | None = None
+        self._measure, self._due, self._gap = measure, 0.0, FIRST_GAP
+
+    @property
+    def due(self) -> bool:
+        """True if it is time for another measurement."""
+        return self.failure is None and perf_counter() >= self._due
+
+    def measure(self) -> None:
+        """Measure now, and less and less often from now on: the gaps double, so that a long run loses no time."""
+        begin = perf_counter()
+        try:
+            self.found.append(self._measure())
+        except RuntimeError as error:  # 768 MiB that may be taken must not cost the run
+            self.failure = str(error).strip().splitlines()[0]
+            return
+        now = perf_counter()
+        self._gap = max(2 * self._gap, COST_GAP * (now - begin)) if len(self.found) > 1 else self._gap
+        self._due = now + self._gap
+
+    @property
+    def best(self) -> Ceilings | None:
+        """The highest rates; None if there are none."""
+        if not self.found:
+            return None
+        return Ceilings(max(one.flops for one in self.found), max(one.bytes for one in self.found))
 
 
 def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

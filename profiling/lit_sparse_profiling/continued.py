@@ -56,14 +56,15 @@ def joined_throughput(earlier: Throughput | None, later: Throughput | None) -> T
     """Return the sum of both parts; the median step is that of the part with more steps."""
     if earlier is None or later is None:
         return later or earlier
-    return Throughput(
+    # What one step executes is the part's that has examined one.
+    return replace(
+        later if later.flops is not None else earlier,
         tokens=_sum(earlier.tokens, later.tokens),
         padded_tokens=_sum(earlier.padded_tokens, later.padded_tokens),
         seconds=earlier.seconds + later.seconds,
         steps=earlier.steps + later.steps,
         median_step=max(later, earlier, key=lambda part: part.steps).median_step,
         longest_step=_highest(earlier.longest_step, later.longest_step),
-        flops=later.flops if later.flops is not None else earlier.flops,
     )
 
 

@@ -144,7 +144,7 @@ def _read_events(profiler: profile, device: torch.device) -> list[Event]:
 def table(kernels: Kernels, rows: int = 10) -> Table:
     """Return a table of the slowest kernels, ours marked by "*", with gaps and ceilings in the caption.
 
-    A kernel's rate is shown as a fraction of the ceiling that it comes closer to.
+    A kernel's rate is shown as a fraction of the ceiling that it comes closer to, or as "above" it.
     """
     shown = kernels.top[:rows]
     on_cpu = all(kernel.name == kernel.op for kernel in kernels.top)  # `Kernels` does not say which device it was
@@ -168,7 +168,8 @@ def _figures(kernels: Kernels, kernel: Kernel) -> list[str]:
         return [*figures, "", ""]
     share, unit = achieved
     ceiling = kernels.flops_ceiling if unit == "FLOP/s" else kernels.bytes_ceiling
-    return [*figures, _rate(share * ceiling, unit), f"{share:.0%}"]
+    # More than the ceiling is no share of it: `utilization.findings` says what it can mean.
+    return [*figures, _rate(share * ceiling, unit), f"{share:.0%}" if share <= 1 else "above"]
 
 
 def _caption(kernels: Kernels, shown: int) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from threading import Event, Lock, Thread
 from time import perf_counter
@@ -101,7 +102,7 @@ class NVML:
         self._lost: str | None = None
         # It guards the figures, and is never held during a call of NVML: one that hangs would block `result` for ever.
         self._lock = Lock()
-        self._stopping, self._closed = Event(), False
+        self._stopping, self._closed, self._paused = Event(), False, False
         self._thread: Thread | None = None
 
     @classmethod
@@ -167,6 +168,15 @@ class NVML:
         """
         self._observe()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take no samples in the block, whose memory is no part of the run's."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
     @property
     def dropped(self) -> list[str]:
         """A sentence for each query that failed, and is made no more."""
@@ -221,7 +231,8 @@ class NVML:
 
     def _run(self) -> None:
         while self._lost is None and not self._stopping.wait(self.interval):
-            self.sample()
+            if not self._paused:
+                self.sample()
 
     def _observe(self, context: bool = False) -> None:
         reading = self._query(self._device.read)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,15 +14,8 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lit_sparse_profiling.attention_flops import attention_flops, is_attention, is_causal
 from lit_sparse_profiling.ledger import storages, tensors
-
-aten = torch.ops.aten
-
-SAME_FORMULA = {
-    aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
-}
-"""Ops without a FLOP formula in torch, and others that have one and begin with the same arguments."""
 
 ALLOCATES = {
     *("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::empty_permuted"),
@@ -42,6 +37,26 @@ PICKS = {
 }
 """The argument of which they touch only as much as their other tensors have."""
 
+PRODUCTS = {"mm", "bmm", "addmm", "baddbmm", "matmul", "gemm", "conv", "convolution", "linear", "attention", "attn"}
+"""Words in the names of ops that multiply matrices: one without a formula is reported, not taken for free."""
+
+
+def _grouped(given: Mapping[str, Any]) -> int:
+    """FLOPs of one product a group, which share out the rows, the columns or the sum of a single one."""
+    left, right = [tensor.shape for tensor in given.values() if isinstance(tensor, Tensor)][:2]
+    groups = left[0] if len(left) == len(right) == 3 else 1
+    return 2 * groups * math.prod(left[-2:]) * right[-1]
+
+
+FORMULAS: dict[str, Callable[[Mapping[str, Any]], int]] = {
+    "aten::_grouped_mm": _grouped,
+    "aten::_int_mm": _grouped,
+    "aten::_addmm_activation": lambda given: 2 * math.prod(given["mat1"].shape) * given["mat2"].shape[-1],
+    "transformers::grouped_mm_fallback": _grouped,
+    "transformers::grouped_mm_fallback_backward": lambda given: 2 * _grouped(given),
+}
+"""Formulas that torch lacks, of the arguments by name: experts of a mixture, 8-bit products."""
+
 
 @dataclass
 class OpCount:
@@ -56,13 +71,19 @@ class OpCounts(TorchDispatchMode):
     """Counts the ops that run inside the block, forward and backward: `with OpCounts() as counts: ...`.
 
     For one whole training step that is not timed; what it has counted stays when the block ends, no tensor does. FLOPs
-    are those of torch's own formulas (matrix products, convolutions, attention; causal attention counts as full). Bytes
-    are those that a perfect kernel would move: every tensor that the op reads and every one that it writes, once. A
-    dimension that was expanded counts once, and ops that only make views or allocate move nothing.
+    are those of matrix products, convolutions and attention, by the formulas in torch's `flop_registry`, where this
+    project's kernels register theirs too, and in `attention_flops`. Causal attention counts as full in `flops`, and
+    `masked` is the half that its mask rules out. Bytes are those that a perfect kernel would move: every tensor that
+    the op reads and every one that it writes, once. A dimension that was expanded counts once, and ops that only make
+    views or allocate move nothing.
 
     Attributes:
         ops: By name as torch.profiler spells it (`aten::mm`). Of an op that is made of others these
             are there; of a higher-order op (cond, flex attention) only itself is, without bytes.
+        recomputed: FLOPs of the forward ops that run again in the backward pass, for activation checkpointing.
+        masked: Half of the FLOPs of causal attention, recomputed ones not included. Attention is causal if the op was
+            told so or if its mask rules out all later positions; attention made of plain products counts as full.
+        masked_recomputed: The same of recomputed ones.
     """
 
     supports_higher_order_operators = True
@@ -70,6 +91,14 @@ class OpCounts(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.ops: dict[str, OpCount] = {}
+        self.recomputed = self.masked = self.masked_recomputed = 0
+        self._plain_backwards: set[int] = set()
+
+    @property
+    def uncounted(self) -> dict[str, int]:
+        """Calls of ops that multiply matrices, judging by their names, and for which no formula is known."""
+        unknown = {name: op.calls for name, op in self.ops.items() if op.flops is None}
+        return {name: calls for name, calls in unknown.items() if PRODUCTS & set(name.rpartition("::")[2].split("_"))}
 
     @property
     def flops(self) -> int:
@@ -94,22 +123,72 @@ class OpCounts(TorchDispatchMode):
 
     def _count(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
         overload = isinstance(func, OpOverload)
-        packet = func.overloadpacket if overload else func  # a higher-order op, such as flex attention, has no schema
         count = self.ops.setdefault(func._schema.name if overload else func.name(), OpCount())
         count.calls += 1
-        formula = flop_registry.get(SAME_FORMULA.get(packet, packet))
-        if formula is not None:
-            count.flops = (count.flops or 0) + formula(*args, **kwargs, out_val=out)
+        given = bound(func, args, kwargs) if overload else {}
+        flops = _flops(func, given, args, kwargs, out)
+        if flops is not None:
+            count.flops = (count.flops or 0) + flops
+            self._add_parts(flops, given)
         if overload:
-            count.bytes = (count.bytes or 0) + moved_bytes(func, args, kwargs, out)
+            count.bytes = (count.bytes or 0) + moved_bytes(func, given, out)
+
+    def _add_parts(self, flops: int, given: dict[str, Any]) -> None:
+        again, masked = self._recomputes(), flops // 2 if is_causal(given) else 0
+        if again:
+            self.recomputed += flops
+            self.masked_recomputed += masked
+        else:
+            self.masked += masked
+
+    def _recomputes(self) -> bool:
+        """Return whether the op is a forward that runs again in the backward pass, as checkpointing does.
+
+        Such a forward is recorded, for a backward of its own, and the backward around it is not. If that is too
+        (`create_graph=True`), only the stack tells them apart.
+        """
+        if torch._C._current_autograd_node() is None:
+            return False
+        task = torch._C._current_graph_task_id()
+        if not torch.is_grad_enabled():
+            self._plain_backwards.add(task)
+            return False
+        return task in self._plain_backwards or _in_checkpoint()
 
 
-def moved_bytes(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int:
-    """The bytes that a call of `op` with these arguments and this result read and wrote."""
+def _in_checkpoint() -> bool:
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _flops(func: Any, given: Mapping[str, Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
+    """Return the FLOPs of a call; None if there is no formula for its op."""
+    if not isinstance(func, OpOverload):  # a higher-order op, such as flex attention, has no schema
+        formula = flop_registry.get(func)
+        return None if formula is None else formula(*args, **kwargs, out_val=out)
+    name = func._schema.name
+    if is_attention(name):
+        return attention_flops(name, given)
+    if name in FORMULAS:
+        return FORMULAS[name](given)
+    formula = flop_registry.get(func.overloadpacket)
+    return None if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def bound(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by their names in the op's schema; those left at their defaults are absent."""
+    return dict(zip((argument.name for argument in op._schema.arguments), args, strict=False)) | kwargs
+
+
+def moved_bytes(op: OpOverload, given: dict[str, Any], out: Any) -> int:
+    """Return the bytes that a call of `op` with these arguments and this result read and wrote."""
     schema = op._schema
     if schema.name in ALLOCATES or torch.Tag.inplace_view in op.tags:
         return 0
-    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     written = {argument.name for argument in schema.arguments if _is_written(argument, given)}
     fresh, viewed = _outputs(given, out)
     if viewed and not fresh and not written:

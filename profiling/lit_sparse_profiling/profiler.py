@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import platform
-import statistics
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_sparse_profiling.ceilings import DTYPES
+from lit_sparse_profiling.ceilings import DTYPES, CeilingSeries
 from lit_sparse_profiling.devices import describe_device, resolve_index
 from lit_sparse_profiling.examination import EXAMINED, Examination
 from lit_sparse_profiling.kernel_times import KernelProfile, ceilings
@@ -27,14 +26,15 @@ from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Kernels, Memory, Throughput
-from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
+from lit_sparse_profiling.sections import CEILINGS, Kernels, Memory, Throughput
+from lit_sparse_profiling.stopwatch import count_tokens
+from lit_sparse_profiling.timed_steps import TimedSteps
 
 Stage = str
 """Purpose of a step: warm-up, lead-in, examined, kernels or timed. An interrupted step has lost its purpose."""
 INTERRUPTED: Stage = "interrupted"
 TRAINING, EXAMINATION = "training", "examination"
-INSTRUMENTED_PHASES = (EXAMINATION, EXAMINED, "forward", "backward", "optimizer step")
+INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, EXAMINED, "forward", "backward", "optimizer step")
 """Phases whose resident memory includes the profiler's own instruments."""
 GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
 MAX_ATTEMPTS = 5
@@ -121,16 +121,15 @@ class Profiler:
         self.dtype = dtype or next((p.dtype for p in model.parameters() if p.dtype in DTYPES), first.dtype)
         self.phases = phases or Phases(self.device)
         self.notes: list[str] = []
-        self.timed = 0
         self.nvml = nvml or open_nvml(self.device, self.notes)
         self._stages = plan.stages()
         self._stage: Stage | None = None
         self._phase: str | None = None
         self._attempts: dict[Stage, int] = {}
         self._interrupted = 0
-        self._watch = Stopwatch(self.device)
-        self._turns = None if plan.turns is None else Turns(plan.turns)
-        self._tokens = Tokens()
+        self._steps = TimedSteps(self.device, self.nvml, None if plan.turns is None else Turns(plan.turns))
+        self._ceilings = CeilingSeries(lambda: ceilings(self.device, self.dtype))
+        self._examined: int | None = None
         self._kernels: KernelProfile | None = None
         self._kernel_steps = 0
         self._examination = self._new_examination()
@@ -146,7 +145,12 @@ class Profiler:
 
     @contextmanager
     def step(self, batch: Any = None, tokens: tuple[Tensor | int, int] | None = None) -> Iterator[None]:
-        """Measure one optimizer step. `tokens`: number without and with padding, by default `count_tokens(batch)`."""
+        """Measure one optimizer step.
+
+        Args:
+            batch: Batch of the step; if the step accumulates gradients, a list of its micro-batches.
+            tokens: Number of tokens without and with padding, by default `count_tokens(batch)`.
+        """
         self.begin_step(batch)
         try:
             yield
@@ -177,6 +181,11 @@ class Profiler:
         self._examination.end_part(name)
 
     @property
+    def timed(self) -> int:
+        """Number of steps timed so far."""
+        return self._steps.count
+
+    @property
     def done(self) -> bool:
         """True once as many steps were timed as the plan requests."""
         planned = self._stages or self.in_step
@@ -194,6 +203,8 @@ class Profiler:
             RuntimeError: if the step is to be instrumented while another torch.profiler is running.
         """
         self._stage = stage = self._stages.popleft() if self._stages else "timed"
+        if stage == "timed" and self._profiled and self._ceilings.due:
+            self._measure_ceilings()
         self._enter_phase(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
         if stage == "lead-in":
             self._examination.lead_in()
@@ -204,15 +215,15 @@ class Profiler:
             kernels.start()
             self._kernels = kernels
         elif stage == "timed":
-            self._begin_timed()
+            self._steps.begin()
 
     def end_step(self, tokens: tuple[Tensor | int, int] | None = None) -> None:
         """End the step that was begun last. `tokens`: their number without and with padding; None if unknown."""
         stage, self._stage = self._stage, None
         if stage == "timed":
-            self._tokens.add(tokens)
-            self._end_timed()
+            self._steps.end(tokens)
         elif stage == "examined":
+            self._examined = None if tokens is None else int(tokens[1])
             self._examination.end()
         elif stage == "kernels":
             self._kernel_steps += 1
@@ -228,7 +239,7 @@ class Profiler:
         step that is interrupted does not count.
         """
         self._enter_phase(None)
-        self._close_window()
+        self._steps.close()
         if self._kernel_steps and not self._profiled and not self.in_step:
             self._stop_kernels()  # whole steps were profiled, if fewer than planned: they are a result
         self._reschedule(self._remove_instruments())
@@ -256,28 +267,12 @@ class Profiler:
 
     # ---- stages
 
-    def _begin_timed(self) -> None:
-        if self._turns is not None:
-            self._turns.wait()  # before the stamp: waiting is not this run's time
-        if self._watch.running:
-            return
-        self._watch.stamp()
-        if self.nvml is not None:
-            self.nvml.begin_window()
-
-    def _end_timed(self) -> None:
-        self._watch.stamp()
-        self.timed += 1
-        if self._turns is not None:
-            # A window per step: the other run's step comes next, and its time must not be in this run's window.
-            self._close_window()
-            self._turns.report(self._watch.seconds[-1])
-
-    def _close_window(self) -> None:
-        if self._watch.running:
-            self._watch.close()
-            if self.nvml is not None:
-                self.nvml.end_window()
+    def _measure_ceilings(self) -> None:
+        """Measure the device's ceilings between two steps, in a phase of its own and unseen by the driver's sampler."""
+        self._steps.close()
+        self._enter_phase(CEILINGS)
+        with self.nvml.paused() if self.nvml is not None else nullcontext():
+            self._ceilings.measure()
 
     def _enter_phase(self, phase: str | None) -> None:
         """Change the phase of the loop, which also covers the time between steps; None is no phase."""
@@ -285,7 +280,7 @@ class Profiler:
             return
         if self._phase is not None:
             self.phases.end(self._phase)
-        if self._phase == EXAMINATION:
+        if self._phase in (EXAMINATION, CEILINGS):
             # The instruments' memory must not be in the resident peak of the phases that follow.
             gc.collect()
             trim_heap()
@@ -333,20 +328,8 @@ class Profiler:
     # ---- results
 
     def throughput(self) -> Throughput | None:
-        """Return tokens and seconds of the timed steps; None if there were none."""
-        seconds = self._watch.seconds
-        if not seconds:
-            return None
-        counts, ops = self._tokens.counts, self._examination.ops
-        return Throughput(
-            tokens=None if counts is None else int(counts[0]),
-            padded_tokens=None if counts is None else counts[1],
-            seconds=sum(seconds),
-            steps=len(seconds),
-            median_step=statistics.median(seconds),
-            longest_step=max(seconds),
-            flops=None if ops is None else ops.flops,
-        )
+        """Return tokens, seconds and FLOPs of the timed steps; None if there were none."""
+        return self._steps.throughput(self._examination.ops, self._examined)
 
     def memory(self) -> Memory:
         """Return the resident peak outside the instrumented phases, and the memory of the examined step."""
@@ -361,13 +344,21 @@ class Profiler:
         """Return the time of the profiled steps by kernel; None if there were none. Measures the device's ceilings."""
         if self._kernels is None or not self._profiled:
             return None
+        self._ceilings.measure()
+        best = self._ceilings.best
         try:
-            return self._kernels.kernels(self._examination.ops, ceilings(self.device, self.dtype), self.dtype)
+            if best is None:
+                raise RuntimeError(self._ceilings.failure)
+            found = self._kernels.kernels(self._examination.ops, best, self.dtype)
         except RuntimeError as error:
             # CUPTI needs a right that containers often lack, and the ceilings need 768 MiB that may be taken. Neither
             # may cost the rest of the record.
             self.notes.append(f"Kernels have no figures: {str(error).strip().splitlines()[0]}")
             return None
+        measured = self._ceilings.found
+        return replace(
+            found, flops_measured=[one.flops for one in measured], bytes_measured=[one.bytes for one in measured]
+        )
 
     def results(self, failed: bool = False) -> dict[str, Any]:
         """Return all measurements as fields of a `RunRecord`.
@@ -383,10 +374,13 @@ class Profiler:
             "throughput": self.throughput(),
             "driver": self.nvml.result() if self.nvml is not None else None,
             "kernels": None if failed else self.kernels(),
-            "notes": [*self.notes, *(self.nvml.dropped if self.nvml is not None else ()), *self._interruption_note()],
+            "notes": [*self.notes, *self._further_notes()],
         }
 
-    def _interruption_note(self) -> Iterator[str]:
+    def _further_notes(self) -> Iterator[str]:
+        yield from self._steps.notes(self._examination.ops, self._examined)
+        if self.nvml is not None:
+            yield from self.nvml.dropped
         if self._interrupted:
             yield f"Steps not measured, since evaluation or saving interrupted them: {self._interrupted}."
 

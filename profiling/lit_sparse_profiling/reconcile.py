@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Allocator, Driver, Phase
+from lit_sparse_profiling.sections import CEILINGS, Allocator, Driver, Phase
 
 RESIDUE = "residue: counted by neither"
 NOT_COUNTED = "not counted: no step was examined"
@@ -158,7 +158,7 @@ def _sum(lines: list[Line]) -> int:
 
 
 def _highest_reserved(record: RunRecord) -> Phase | None:
-    known = [phase for phase in record.phases if phase.peak_reserved is not None]
+    known = [phase for phase in record.phases if phase.peak_reserved is not None and phase.name != CEILINGS]
     return max(known, key=lambda phase: phase.peak_reserved or 0, default=None)
 
 

@@ -84,12 +84,15 @@ class RunRecord:
 
     @property
     def utilization(self) -> float | None:
-        """FLOP/s of the timed steps as a fraction of the measured matrix-product rate; None if not measured."""
-        if self.throughput is None or self.kernels is None or not self.throughput.flops:
+        """FLOP/s of the timed steps as a fraction of the measured matrix-product rate; None if not measured.
+
+        All that is executed counts: recomputation, and causal attention in full. A fraction above 1 is no figure and
+        None; `utilization.findings` reports it. `utilization.utilizations` has the other conventions.
+        """
+        rate = None if self.throughput is None else self.throughput.flops_per_second
+        if rate is None or self.kernels is None or rate > self.kernels.flops_ceiling:
             return None
-        # The median: one step that waits for a worker or a checkpoint must not change the figure.
-        seconds = self.throughput.median_step or self.throughput.seconds / self.throughput.steps
-        return self.throughput.flops / seconds / self.kernels.flops_ceiling
+        return rate / self.kernels.flops_ceiling
 
     def write(self, path: str | Path) -> None:
         """Write the record to `path` atomically: a reader sees the old document or the new one, never a part.

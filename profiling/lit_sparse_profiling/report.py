@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_sparse_profiling import utilization
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
@@ -253,7 +254,7 @@ def _outcome(moment: str, metric: str) -> Callable[[RunRecord], float | None]:
 
 def details(record: RunRecord) -> Table:
     """Return a table of a run's memory, from the weights up to the driver's figure, with findings and notes below."""
-    lines, sentences = reconcile(record), [*findings(record), *record.notes]
+    lines, sentences = reconcile(record), [*findings(record), *utilization.findings(record), *record.notes]
     if not any(line.name == "allocator requested" for line in lines):
         sentences.append("The allocator was not read in a step, so that nothing above is compared with it.")
     out = Table(
@@ -266,7 +267,9 @@ def details(record: RunRecord) -> Table:
     for line in lines:
         cells = (line.name, f"{line.bytes:,}", format_bytes(line.bytes), line.note)
         out.add_row(*map(Text, cells), style="bold" if line.total else None, end_section=line.total)
-    out.caption = Text("\n".join(sentences or ["Nothing of note: the ledgers add up."]), justify="left")
+    sentences = sentences or ["Nothing of note: the ledgers add up."]
+    sentences += filter(None, [utilization.describe(record)])
+    out.caption = Text("\n".join(sentences), justify="left")
     return out
 
 

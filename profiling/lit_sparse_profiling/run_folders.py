@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import CEILINGS
 
 RECORD = "record.json"
 Runs = Sequence[tuple[Path, RunRecord | str]]
@@ -117,7 +118,7 @@ def peak_memory(record: RunRecord, kind: str, phase: str | None = None) -> int |
         return None
     if phase is None and kind == "cpu" and record.memory is not None and record.memory.peak_resident is not None:
         return record.memory.peak_resident  # unlike the phases', it excludes the profiler's own instruments
-    phases = [p for p in record.phases if phase in (None, p.name)]
+    phases = [p for p in record.phases if phase == p.name or (phase is None and p.name != CEILINGS)]
     peaks = [p.peak_reserved if kind == "cuda" else p.peak_rss for p in phases]
     if phase is None and record.memory is not None and record.memory.allocator is not None:
         peaks.append(record.memory.allocator.reserved)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+CEILINGS = "ceilings"
+"""Phase in which the device's ceilings are measured: its memory is the profiler's, and no part of the run's peaks."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -255,6 +258,9 @@ class Kernels:
         dtype: Dtype of the matrix product behind `flops_ceiling`.
         flops_ceiling: FLOP/s of a large matrix product on this device, measured in the same run.
         bytes_ceiling: Bytes/s, read plus written, of a large copy, measured in the same run.
+        flops_measured: All measurements of which `flops_ceiling` is the highest, in order; they are made before,
+            between and after the timed steps. Empty in records of before they were kept.
+        bytes_measured: Likewise.
         count: Number of distinct kernels.
         top: The slowest kernels, slowest first.
         trace: File of the Chrome trace, if one was requested.
@@ -269,6 +275,8 @@ class Kernels:
     count: int
     top: list[Kernel]
     trace: str | None = None
+    flops_measured: list[float] = field(default_factory=list)
+    bytes_measured: list[float] = field(default_factory=list)
 
     def share(self, kernel: Kernel) -> float:
         """Return the kernel's fraction of the step, 0 to 1."""
@@ -299,7 +307,14 @@ class Throughput:
         steps: Number of timed steps, without warm-up and examined steps.
         median_step: Median seconds of a step.
         longest_step: Longest seconds of a step.
-        flops: Floating-point operations executed in one step, recomputation included.
+        flops: Floating-point operations executed in the examined step, with recomputation, every query of an attention
+            with every key.
+        recomputed: Those of `flops` that activation checkpointing executes a second time.
+        masked: Those of `flops` that are the masked half of causal attention, recomputed ones not included.
+        masked_recomputed: Likewise, those that are recomputed.
+        uncounted: Calls of ops that multiply matrices and for which no formula is known, by name: `flops` lacks them.
+        steps_per_second: Median rate of the timed steps, where a step counts as the fraction of the examined step that
+            its token positions, padding included, are of that step's. None without a count of tokens.
 
     Raises:
         ValueError: if `seconds` is not positive, or if `padded_tokens` is below `tokens`.
@@ -312,6 +327,11 @@ class Throughput:
     median_step: float | None = None
     longest_step: float | None = None
     flops: int | None = None
+    recomputed: int = 0
+    masked: int = 0
+    masked_recomputed: int = 0
+    uncounted: dict[str, int] = field(default_factory=dict)
+    steps_per_second: float | None = None
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:  # not `<= 0`: a NaN must be refused too
@@ -328,6 +348,14 @@ class Throughput:
     def tokens_per_second(self) -> float | None:
         """Tokens per second, without padding."""
         return None if self.tokens is None else self.tokens / self.seconds
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """FLOP/s of the median timed step, with recomputation and attention in full; None if not counted."""
+        if not self.flops:
+            return None
+        # The median: one step that waits for a worker or a checkpoint must not change the figure.
+        return self.flops * (self.steps_per_second or 1 / (self.median_step or self.seconds / self.steps))
 
     @property
     def padded_tokens_per_second(self) -> float | None:

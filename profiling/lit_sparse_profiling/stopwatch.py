@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from time import perf_counter
@@ -80,17 +81,57 @@ class Tokens:
         """Both sums; None if the counts of a batch were unknown."""
         return (self.real, self.padded) if self.known else None
 
+    def read(self) -> tuple[int, int] | None:
+        """Return both sums as numbers; None if they are unknown or no counts, such as a NaN. Waits for the device."""
+        real = float(self.real)
+        if not self.known or not math.isfinite(real) or not 0 <= real <= self.padded:
+            return None
+        return int(real), int(self.padded)
+
+
+NO_TOKENS = (
+    "Tokens are unknown: a batch has no token_mask, attention_mask or input_ids to count them by, or its mask is not 1 "
+    "for each token and 0 for padding in the shape of the input_ids (segment numbers, an additive or a 4-D mask); add "
+    "such a token_mask to the batch, or give the counts to the step."
+)
+"""The note of a record without tokens."""
+
 
 def count_tokens(batch: Any) -> tuple[Tensor | int, int] | None:
     """Return the tokens of a batch without and with padding; None if the batch has no key to count them by.
 
-    The keys are `token_mask`, `attention_mask` or `input_ids`, in this order, as tensors of shape (B, S). Without a
-    mask, all tokens count as real. The first number stays on its device.
+    The keys are `token_mask`, `attention_mask` or `input_ids`, in this order, as tensors of shape (B, S) or (T,). A
+    mask must be 1 for tokens and 0 for padding, and have the shape of the `input_ids` if there are any; one that is
+    not is no count of tokens, and nothing else is taken in its place. Without a mask, all tokens count as real.
+
+    The first number stays on its device, where it is NaN if a mask turns out to have other values. A list or tuple of
+    such batches, the micro-batches that a step accumulates, has the sums of them.
     """
+    if isinstance(batch, list | tuple) and batch and all(isinstance(part, Mapping) for part in batch):
+        tokens = Tokens()
+        for part in batch:
+            tokens.add(count_tokens(part))
+        return tokens.counts
     if not isinstance(batch, Mapping):
         return None
-    for name in ("token_mask", "attention_mask"):
-        if isinstance(batch.get(name), Tensor):
-            return batch[name].sum(), batch[name].numel()
     ids = batch.get("input_ids")
-    return (ids.numel(), ids.numel()) if isinstance(ids, Tensor) else None
+    ids = ids if isinstance(ids, Tensor) else None
+    mask = next((batch[name] for name in ("token_mask", "attention_mask") if batch.get(name) is not None), None)
+    if mask is None:
+        return None if ids is None else (ids.numel(), ids.numel())
+    fits = isinstance(mask, Tensor) and mask.layout is torch.strided and (mask.dim() <= 2 or ids is not None)
+    if not fits or mask.is_complex() or (ids is not None and mask.shape != ids.shape):
+        return None
+    real = mask.sum() if mask.dtype is torch.bool else judged(mask)
+    if mask.device.type == "cpu":
+        return None if math.isnan(float(real)) else (int(real), mask.numel())
+    return real, mask.numel()
+
+
+def judged(mask: Tensor) -> Tensor:
+    """Return the tokens of a mask of ones and zeros, on its device; NaN if it has other values."""
+    real = mask.sum(dtype=torch.float64)
+    valid = (mask * mask == mask).all()
+    if mask.is_floating_point():
+        valid &= real > 0  # zeros only: an additive mask that rules nothing out
+    return torch.where(valid, real, math.nan)

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_sparse_kernels.block_delta import (
     CASES,
@@ -181,3 +182,11 @@ def test_the_input_gradient_refuses_in_a_sentence(changed, expected):
     given = {"dy_TO": torch.zeros(5, 10), "delta_Nhw": torch.zeros(1, 4, 4), "blocks_N2": torch.tensor([[0, 0]])}
     with pytest.raises(ValueError, match=re.escape(expected)):
         block_delta_input_grad(**given | {"packed": 8} | changed)
+
+
+def test_flops_by_torchs_counter() -> None:
+    blocks, delta = torch.tensor([[0, 0], [2, 0], [1, 1]]), torch.randn(3, 32, 32)
+    with FlopCounterMode(display=False) as counter:
+        block_delta(torch.randn(64, 96), torch.randn(64, 64), delta, blocks)
+        block_delta_input_grad(torch.randn(64, 96), delta, blocks, 64)
+    assert counter.get_total_flops() == 2 * (2 * 64 * 3 * 32 * 32)

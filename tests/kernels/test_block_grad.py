@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lit_sparse_kernels.block_grad import CASES, Plan, block_grad, launch, plan_for, reference, splits_for
 from lit_sparse_kernels.jit import Listed
@@ -152,3 +153,12 @@ def test_refuses_in_a_sentence(changed, expected):
 def test_refuses_to_add_to_what_has_another_form(into):
     with pytest.raises(ValueError, match=r"into_Nhw is .*; expected torch.float32 of shape \(1, 4, 4\), contiguous"):
         block_grad([torch.zeros(4, 8)], torch.zeros(4, 8), torch.tensor([[0, 0, 0]]), (4, 4), into)
+
+
+def test_flops_by_torchs_counter() -> None:
+    blocks = torch.tensor([[0, 0, 0], [0, 2, 0], [0, 1, 1]])
+    dys, packed = [torch.randn(64, 96)], torch.randn(64, 64)
+    with FlopCounterMode(display=False) as counter:
+        found = block_grad(dys, packed, blocks, (32, 32))
+        block_grad(dys, packed, blocks, (32, 32), into_Nhw=found)
+    assert counter.get_total_flops() == 2 * (2 * 64 * 3 * 32 * 32)

@@ -203,9 +203,9 @@ def test_a_record_is_complete(measured: list[str], tmp_path: Path) -> None:
     assert (record.throughput.flops or 0) >= 6 * TOKENS * WIDTH * WIDTH
     assert record.kernels.top[0].seconds > 0
     assert any(kernel.flops for kernel in record.kernels.top)
-    assert measured == ["cpu torch.float32"]
+    assert measured == ["cpu torch.float32"] * 2  # before the timed steps and after them
     names = [phase.name for phase in record.phases]
-    assert names == ["training", "examination", "examined step", "forward", "backward", "optimizer step"]
+    assert names == ["training", "examination", "examined step", "forward", "backward", "optimizer step", "ceilings"]
     assert {phase.name: phase.calls for phase in record.phases}["forward"] == 1
     record.write(tmp_path / "record.json")
     assert RunRecord.read(tmp_path / "record.json") == record
@@ -452,6 +452,7 @@ def test_the_examined_step_has_its_phase_also_if_it_fails() -> None:
 def test_after_a_failure_nothing_more_is_run_on_the_device(measured: list[str]) -> None:
     loop = Loop()
     loop.steps(len(STAGES))
+    measured.clear()
     found = loop.profiler.results(failed=True)
     assert found["kernels"] is None
     assert found["ledger"].trainable > 0
@@ -513,6 +514,20 @@ def test_accumulated_batches_all_count(at_a_time: int, clock: Clock) -> None:
         ({"input_ids": torch.ones(2, 3)}, (6, 6)),
         ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}, (3, 6)),
         ({"attention_mask": torch.ones(2, 3), "token_mask": torch.tensor([True, False])}, (1, 2)),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[True, True, False]] * 2)}, (4, 6)),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": None}, (6, 6)),
+        ({"input_ids": torch.ones(2, 2, 3), "attention_mask": torch.ones(2, 2, 3)}, (12, 12)),  # choices
+        ([{"input_ids": torch.ones(2, 3)}, {"input_ids": torch.ones(1, 4)}], (10, 10)),
+        ([{"input_ids": torch.ones(2, 3)}, {"pixels": torch.ones(1, 4)}], None),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 2], [1, 2, 3]])}, None),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[0, 0, -1], [0, 0, 0]])}, None),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[0.0, 0.0, -torch.inf]] * 2)}, None),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.zeros(2, 3)}, None),  # additive, and rules nothing out
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.full((2, 3), torch.nan)}, None),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 1, 3, 3)}, None),
+        ({"attention_mask": torch.ones(2, 1, 3, 3)}, None),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": {"full_attention": torch.ones(2, 1, 3, 3)}}, None),
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 4)}, None),
         ({"input_ids": [1, 2]}, None),
         ({"pixels": torch.ones(3)}, None),
         ([torch.ones(3)], None),
@@ -530,6 +545,56 @@ def test_batches_that_tell_nothing_have_no_tokens() -> None:
         loop.model(**next(batches()))
     found = loop.record().throughput
     assert (found.steps, found.tokens, found.padded_tokens, found.tokens_per_second) == (2, None, None, None)
+    assert loop.record().notes == [stopwatch.NO_TOKENS]
+
+
+MASKS = {
+    "segment numbers": torch.tensor([[1, 1, 2, 3], [1, 2, 2, 0]]),
+    "additive": torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]] * 2),
+    "lowest": torch.full((2, 4), torch.finfo(torch.float32).min),
+    "4-D": torch.ones(2, 1, 4, 4),
+    "4-D additive": torch.full((2, 1, 4, 4), -torch.inf).triu(1),
+    "not a number": torch.full((2, 4), torch.nan),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_no_mask_costs_the_record(mask: Tensor, tmp_path: Path) -> None:
+    loop = Loop(Plan(0, False, 0))
+    loop.step()
+    with loop.profiler.step({"input_ids": torch.ones(2, 4), "attention_mask": mask}):
+        pass
+    record = loop.record()
+    record.write(tmp_path / "record.json")
+    assert (record.throughput.steps, record.throughput.tokens, record.throughput.padded_tokens) == (2, None, None)
+    assert record.notes == [stopwatch.NO_TOKENS]
+
+
+@pytest.mark.parametrize("tokens", [(9, 8), (-1, 8), (float("nan"), 8), (torch.tensor(-torch.inf), 8)])
+def test_counts_that_cannot_be_cost_no_record_either(tokens: Any) -> None:
+    loop = Loop(Plan(0, False, 0))
+    loop.step(tokens=tokens)
+    record = loop.record()
+    assert (record.throughput.steps, record.throughput.tokens, record.notes) == (1, None, [stopwatch.NO_TOKENS])
+
+
+def test_a_mask_on_a_device_is_judged_there_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake device: values of a mask that is not on the CPU are not read in the step."""
+    for mask, known in ((torch.tensor([[1, 1, 0]]), True), (torch.tensor([[1, 2, 2]]), False)):
+        tokens = Tokens()
+        real = stopwatch.judged(mask)
+        tokens.add((real, 3))
+        tokens.add((2, 3))
+        assert isinstance(real, Tensor)
+        assert tokens.read() == ((4, 6) if known else None)
+
+
+def test_a_list_of_micro_batches_is_one_step(clock: Clock) -> None:
+    loop = Loop(Plan(0, False, 0))
+    with loop.profiler.step(list(batches(3))):
+        clock.now += 1.0
+    found = loop.record().throughput
+    assert (found.steps, found.tokens, found.padded_tokens) == (1, 3 * TOKENS, 3 * TOKENS)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4, 5, 8, 11])

@@ -1,0 +1,112 @@
+"""The timed steps of a run: their seconds, their tokens, and the device's energy."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lit_sparse_profiling.nvml import NVML
+from lit_sparse_profiling.opcounts import OpCounts
+from lit_sparse_profiling.paired import Turns
+from lit_sparse_profiling.sections import Throughput
+from lit_sparse_profiling.stopwatch import NO_TOKENS, Stopwatch, Tokens
+
+
+class TimedSteps:
+    """Times steps in windows, which `close` ends: nothing but steps may come between `begin` and the end of a window.
+
+    Args:
+        device: Device of the steps.
+        nvml: Sampler whose energy windows are the timed ones.
+        turns: Pipes of a bench that interleaves the steps with those of another run.
+
+    Attributes:
+        count: Number of steps timed so far.
+    """
+
+    def __init__(self, device: torch.device, nvml: NVML | None, turns: Turns | None) -> None:
+        self.count = 0
+        self._nvml, self._turns = nvml, turns
+        self._watch, self._tokens = Stopwatch(device), Tokens()
+        self._positions: list[int | None] = []
+
+    def begin(self) -> None:
+        """Begin a step, and a window if none is open."""
+        if self._turns is not None:
+            self._turns.wait()  # before the stamp: waiting is not this run's time
+        if self._watch.running:
+            return
+        self._watch.stamp()
+        if self._nvml is not None:
+            self._nvml.begin_window()
+
+    def end(self, tokens: tuple[Tensor | int, int] | None) -> None:
+        """End the step; `tokens` as in `Profiler.end_step`."""
+        self._tokens.add(tokens)
+        self._positions.append(None if tokens is None else int(tokens[1]))
+        self._watch.stamp()
+        self.count += 1
+        if self._turns is not None:
+            # A window per step: the other run's step comes next, and its time must not be in this run's window.
+            self.close()
+            self._turns.report(self._watch.seconds[-1])
+
+    def close(self) -> None:
+        """End the window; do nothing if none is open."""
+        if self._watch.running:
+            self._watch.close()
+            if self._nvml is not None:
+                self._nvml.end_window()
+
+    def throughput(self, ops: OpCounts | None, examined: int | None) -> Throughput | None:
+        """Return tokens and seconds; None if no step was timed.
+
+        Args:
+            ops: Count of the examined step's ops.
+            examined: Token positions of the examined step; None if unknown.
+        """
+        seconds = self._watch.seconds
+        if not seconds:
+            return None
+        counts = self._tokens.read()
+        found = Throughput(
+            tokens=None if counts is None else counts[0],
+            padded_tokens=None if counts is None else counts[1],
+            seconds=sum(seconds),
+            steps=len(seconds),
+            median_step=statistics.median(seconds),
+            longest_step=max(seconds),
+        )
+        return found if ops is None else _with_flops(found, ops, self._rate(seconds, examined))
+
+    def _rate(self, seconds: list[float], examined: int | None) -> float | None:
+        """Return the median rate in examined steps per second, a step's work going by its token positions."""
+        known = self._positions[: len(seconds)]
+        if not examined or None in known:
+            return None
+        rates = [(positions or 0) / examined / taken for positions, taken in zip(known, seconds, strict=True) if taken]
+        return statistics.median(rates) if rates else None
+
+    def notes(self, ops: OpCounts | None, examined: int | None) -> list[str]:
+        """Return a sentence for each figure that could not be measured."""
+        if not self.count:
+            return []
+        found = [] if self._tokens.read() is not None else [NO_TOKENS]
+        if ops is not None and ops.flops and self._rate(self._watch.seconds, examined) is None:
+            found.append("The FLOPs of the examined step stand for those of all: without tokens, nothing scales them.")
+        return found
+
+
+def _with_flops(found: Throughput, ops: OpCounts, rate: float | None) -> Throughput:
+    return replace(
+        found,
+        flops=ops.flops,
+        recomputed=ops.recomputed,
+        masked=ops.masked,
+        masked_recomputed=ops.masked_recomputed,
+        uncounted=ops.uncounted,
+        steps_per_second=rate,
+    )
