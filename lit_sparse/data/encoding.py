@@ -2,22 +2,21 @@
 
 import hashlib
 import json
-import re
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
 
-from jinja2.exceptions import TemplateError
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_sparse import demo
+from lit_sparse.data.chats import TRIAL, ChatTemplate, Rendered, Span, last_prompt, plain_text
 from lit_sparse.data.rows import IGNORED, BadRow, Chat, Choice, Item, Message, Passage, Tokens
 from lit_sparse.errors import BadInput
 
 Template = Literal["auto", "chat", "plain"]
-
-GENERATION_MARKS = re.compile(r"\{%-?\s*generation\b")
-"""The block by which a chat template marks the assistant's tokens itself."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +25,6 @@ class Example:
 
     input_ids: list[int]
     labels: list[int]
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """A row as text, and the spans (start, end) of characters on which the loss is taken."""
-
-    text: str
-    spans: tuple[tuple[int, int], ...]
 
 
 def load_tokenizer(tokenizer: str | PreTrainedTokenizerBase) -> PreTrainedTokenizerFast:
@@ -74,14 +65,20 @@ def load_named(name: str) -> PreTrainedTokenizerBase:
 class Encoder:
     """Encoder of parsed rows into `Example`s.
 
-    Chats are rendered by the tokenizer's chat template. The loss is on the assistant's turns, end tokens included. The
-    plain format, for tokenizers without a template, is prompt, line break, answer and end token. Multiple-choice rows
-    read "Question: ...", line break, "Answer: ...", as evaluation suites write them, unless `template` is `chat`:
-    models answer far better in this format. A begin token precedes a text if the tokenizer adds one, and never twice.
+    Chats are rendered by the tokenizer's chat template. The loss is on the assistant's turns, through the token that
+    ends them; a line break behind it is not learnt. The plain format, for tokenizers without a template, is prompt,
+    line break, answer and end token. Multiple-choice rows read "Question: ...", line break, "Answer: ...", as
+    evaluation suites write them, unless `template` is `chat`: models answer far better in this format. A begin token
+    precedes a text if the tokenizer adds one, and neither it nor the end token comes twice.
 
     Args:
         tokenizer: A fast tokenizer.
         template: `chat`, `plain`, or `auto` for `chat` if the tokenizer has a template.
+
+    Attributes:
+        end: Id of the token that ends an answer: the chat template's, or the tokenizer's end token.
+        text_end: Id of the token that ends a text: the tokenizer's end token.
+        ends: The tokens at which generation stops: `end`, then `text_end` if it is another.
 
     Raises:
         BadInput: if `template` is `chat` and the tokenizer has no chat template, or if it has no end token.
@@ -93,13 +90,38 @@ class Encoder:
         self.choice_template = "plain" if template == "auto" else template
         if self.template == "chat" and not tokenizer.chat_template:
             raise BadInput("`template` is chat, but the tokenizer has no chat template; choose plain or auto.")
-        if tokenizer.eos_token is None:
+        if tokenizer.eos_token is None or str(tokenizer.eos_token) not in tokenizer.get_vocab():
             raise BadInput("The tokenizer has no end token (eos_token), but every answer needs one; set one.")
         self.begin = begin_token(tokenizer)
-        self.end = tokenizer.get_vocab()[str(tokenizer.eos_token)]
-        self.has_generation_marks = self.template == "chat" and bool(
-            GENERATION_MARKS.search(str(tokenizer.chat_template))
-        )
+        self.eos = str(tokenizer.eos_token)
+        self.chats = ChatTemplate(tokenizer) if self.template == "chat" else None
+        self.end_text = self.chats.end if self.chats else self.eos
+        self.end, self.text_end = (tokenizer.get_vocab()[text] for text in (self.end_text, self.eos))
+        self.ends = tuple(dict.fromkeys((self.end, self.text_end)))
+        if self.chats and self.chats.has_marks:
+            self._warn_of_marks()
+
+    def _warn_of_marks(self) -> None:
+        """Warn if the template's generation marks leave out the end token."""
+        try:
+            ids, marks = self._chat_template.marked(Chat(TRIAL))
+        except BadRow:  # rows will say why
+            return
+        if not any(mark and token == self.end for token, mark in zip(ids, marks, strict=True)):
+            rank_zero_warn(
+                f"The chat template's {{% generation %}} marks leave out {self.end_text}, which ends an answer: "
+                "the model does not learn to stop; move {% endgeneration %} behind it."
+            )
+
+    @property
+    def _chat_template(self) -> ChatTemplate:
+        assert self.chats is not None
+        return self.chats
+
+    def describe(self) -> str:
+        """Describe the format in a sentence."""
+        note = ", which the chat template itself does not write" if self.chats and self.chats.appended else ""
+        return f"Prompts and answers are written in the {self.template} format; answers end with {self.end_text}{note}."
 
     def fingerprint(self) -> str:
         """Return a hash of everything on which the ids of a text depend; it is part of the cache's keys."""
@@ -112,7 +134,8 @@ class Encoder:
         """Return tokens and labels of a row.
 
         Raises:
-            BadRow: if the template refuses the row, an id is outside the vocabulary, or no token has a label.
+            BadRow: if the template refuses the row or leaves out a part of it, an id is outside the vocabulary, or no
+                token has a label.
         """
         match item:
             case Tokens():
@@ -136,11 +159,17 @@ class Encoder:
         return [self._without_end(self._encode_choice(item, index)) for index in range(len(item.choices))]
 
     def encode_prompt(self, item: Chat | Choice) -> list[int]:
-        """Return the tokens before the last answer."""
+        """Return the tokens before the last answer.
+
+        Raises:
+            BadRow: if the template refuses them.
+        """
         if isinstance(item, Choice) and self.choice_template == "plain":
             return self.encode_text(self._render_question(item))
         chat = item.chat(item.label) if isinstance(item, Choice) else item
-        return self.encode_text(self._render_prompt(last_prompt(chat)))
+        before = replace(chat, messages=last_prompt(chat))
+        text = self.chats.render(before, prompt=True) if self.chats else self._render_plain(before).text
+        return self.encode_text(text)
 
     def encode_text(self, text: str) -> list[int]:
         """Return the tokens of `text`, without begin or end token."""
@@ -154,8 +183,8 @@ class Encoder:
         return Example(list(item.input_ids), list(item.labels))
 
     def _render_passage(self, text: str) -> Rendered:
-        text = self._with_begin(text + str(self.tokenizer.eos_token))
-        return Rendered(text, ((0, len(text)),))
+        text = self._with_begin(text.removesuffix(self.eos) + self.eos)
+        return Rendered(text, (Span(0, len(text), "none"),), self.eos)
 
     def _render_question(self, item: Choice) -> str:
         return self._with_begin(f"Question: {item.question}\nAnswer:")
@@ -164,77 +193,74 @@ class Encoder:
         if self.choice_template == "chat":
             return self._encode_chat(item.chat(index))
         question = self._render_question(item)
-        text = f"{question} {item.choices[index]}{self.tokenizer.eos_token}"
-        return self._tokenise(Rendered(text, ((len(question), len(text)),)))
+        text = f"{question} {item.choices[index]}"
+        return self._tokenise(Rendered(text + self.eos, (Span(len(question), len(text)),), self.eos))
 
     def _without_end(self, example: Example) -> Example:
-        end = len(example.labels) - (example.labels[-1] == self.end)
+        ends = self.end if self.choice_template == "chat" else self.text_end
+        end = len(example.labels) - (example.labels[-1] == ends)
         return Example(example.input_ids[:end], example.labels[:end])
 
     def _encode_chat(self, chat: Chat) -> Example:
-        if self.has_generation_marks:
-            return trim_tail(*self._encode_by_marks(chat.messages))
-        example = self._tokenise(self._render(chat.messages))
-        return trim_tail(example.input_ids, example.labels)
+        chat = replace(chat, messages=tuple(map(self._without_written_end, chat.messages)))
+        if self.chats is None:
+            return trim_tail(self._tokenise(self._render_plain(chat)))
+        if self.chats.has_marks:
+            return trim_tail(self._encode_by_marks(chat))
+        return trim_tail(self._tokenise(self.chats.rendered(chat)))
 
-    def _encode_by_marks(self, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-        out = self._apply_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, learnt = out["input_ids"], out["assistant_masks"]
-        return ids, [token if mark else IGNORED for token, mark in zip(ids, learnt, strict=True)]
+    def _without_written_end(self, turn: Message) -> Message:
+        """Return an answer without an end token that the data have written into it: the format adds it."""
+        if turn.role != "assistant" or not turn.content.endswith(self.end_text):
+            return turn
+        return replace(turn, content=turn.content.removesuffix(self.end_text))
 
-    def _render(self, messages: Sequence[Message]) -> Rendered:
-        whole, spans = self._render_turns(messages), []
-        for index, message in enumerate(messages):
-            if message.role == "assistant":
-                # An answer's span is what its turn adds to the text before it. That holds only if the template renders
-                # a turn the same whatever follows; some drop earlier turns' reasoning, for example.
-                before, upto = self._render_prompt(messages[:index]), self._render_turns(messages[: index + 1])
-                if not (upto.startswith(before) and whole.startswith(upto)):
-                    raise BadRow(
-                        "the tokenizer's chat template renders earlier turns differently from the last one; keep "
-                        "one answer per row, or give the template {% generation %} marks"
-                    )
-                spans.append((len(before), len(upto)))
-        return Rendered(whole, tuple(spans))
+    def _encode_by_marks(self, chat: Chat) -> Example:
+        """Label the tokens that the template's generation marks cover, each stretch up to its last end token."""
+        self._chat_template.check_kept(chat, self._chat_template.render(chat))
+        ids, marks = self._chat_template.marked(chat)
+        stretches = [list(group) for mark, group in groupby(range(len(ids)), key=marks.__getitem__) if mark]
+        answers = [turn for turn in chat.messages if turn.role == "assistant"]
+        if not all(turn.learnt for turn in answers):
+            if len(stretches) != len(answers):
+                raise BadRow("an answer has the weight 0, but the chat template's generation marks do not tell which")
+            stretches = [one for one, turn in zip(stretches, answers, strict=True) if turn.learnt]
+        labels = [IGNORED] * len(ids)
+        for stretch in stretches:
+            last = max((index for index in stretch if ids[index] == self.end), default=stretch[-1])
+            for index in stretch:
+                if index <= last:
+                    labels[index] = ids[index]
+        return Example(ids, labels)
 
-    def _render_prompt(self, messages: Sequence[Message]) -> str:
-        """Render the turns, and what precedes the assistant's answer."""
-        if self.template == "chat":
-            return self._apply_template(messages, tokenize=False, add_generation_prompt=True)
-        return self._render_turns(messages)
-
-    def _render_turns(self, messages: Sequence[Message]) -> str:
-        """Render the turns, each with its end."""
-        if self.template == "chat":
-            return self._apply_template(messages, tokenize=False)
-        ends = {"assistant": str(self.tokenizer.eos_token)}
-        return self._with_begin("".join(turn.content + ends.get(turn.role, "\n") for turn in messages))
-
-    def _apply_template(self, messages: Sequence[Message], **options: Any) -> Any:
-        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
-        try:
-            return self.tokenizer.apply_chat_template(turns, **options)
-        except TemplateError as error:
-            raise BadRow(f"the tokenizer's chat template refuses it ({error})") from error
+    def _render_plain(self, chat: Chat) -> Rendered:
+        if chat.tools:
+            raise BadRow("it has `tools`, which the plain format cannot write; use a tokenizer with a chat template")
+        written = self.begin and chat.messages[0].content.startswith(self.begin)
+        return plain_text(chat.messages, "" if written else self.begin, self.eos)
 
     def _with_begin(self, text: str) -> str:
         return text if text.startswith(self.begin) else self.begin + text
 
     def _tokenise(self, rendered: Rendered) -> Example:
-        """Tokenise the text; label the tokens that begin inside a span, up to its last end token if it has one.
-
-        Templates often write a line break after the end token, which a model never has to generate.
-        """
+        """Tokenise the text; label the tokens that begin inside a span, and on through the token that closes it."""
         out = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, starts = out["input_ids"], [start for start, _ in out["offset_mapping"]]
-        labels = [IGNORED] * len(ids)
-        for begin, end in rendered.spans:
-            inside = [index for index, start in enumerate(starts) if begin <= start < end]
-            ends = [index for index in inside if ids[index] == self.end]
-            for index in inside:
-                if not ends or index <= ends[-1]:
-                    labels[index] = ids[index]
+        end, labels = self.tokenizer.get_vocab()[rendered.end], [IGNORED] * len(ids)
+        for span in rendered.spans:
+            stop = self._stop(span, ids, starts, end)
+            for index in range(bisect_left(starts, span.begin), stop):
+                labels[index] = ids[index]
         return Example(ids, labels)
+
+    def _stop(self, span: Span, ids: Sequence[int], starts: Sequence[int], end: int) -> int:
+        """Return the index behind the last learnt token of a span."""
+        body = bisect_left(starts, span.body)
+        if span.closing == "any":
+            return body + (body < len(ids) and ids[body] in self._chat_template.added)
+        limit = len(ids) if span.limit is None else bisect_left(starts, span.limit)
+        closing = range(body, limit) if span.closing == "end" else ()
+        return next((index + 1 for index in closing if ids[index] == end), body)
 
 
 def begin_token(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -247,13 +273,8 @@ def begin_token(tokenizer: PreTrainedTokenizerFast) -> str:
     return str(tokenizer.bos_token) if begins else ""
 
 
-def last_prompt(chat: Chat) -> tuple[Message, ...]:
-    """Return the turns before the assistant's last answer."""
-    last = max(index for index, turn in enumerate(chat.messages) if turn.role == "assistant")
-    return chat.messages[:last]
-
-
-def trim_tail(ids: list[int], labels: list[int]) -> Example:
+def trim_tail(example: Example) -> Example:
     """Drop the tokens after the last one with a label: they cost time and have no loss."""
+    ids, labels = example.input_ids, example.labels
     end = max((index + 1 for index, label in enumerate(labels) if label != IGNORED), default=len(ids))
     return Example(ids[:end], labels[:end])

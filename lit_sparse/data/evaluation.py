@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+from lit_sparse.data.chats import last_prompt
 from lit_sparse.data.collate import Question, ScoredChoices
-from lit_sparse.data.encoding import Encoder, last_prompt
+from lit_sparse.data.encoding import Encoder
 from lit_sparse.data.rows import RESULT_MARK, Chat, Choice, Item, final_number, parse
 from lit_sparse.data.sources import Row, locate_errors
 
@@ -38,8 +39,7 @@ def questions(rows: Sequence[Row], encoder: Encoder, max_length: int) -> list[Qu
         # Without the mark, a free answer's last number need not be its result.
         result = final_number(answer) if RESULT_MARK in answer else None
         if isinstance(item, Chat) and result is not None:
-            with locate_errors(row):
-                found.append(Question(encoder.encode_prompt(item), result))
+            found.append(Question(prompt_of(row, item, encoder), result))
     return [one for one in found if len(one.prompt_ids) <= max_length]
 
 
@@ -49,13 +49,20 @@ def samples(rows: Sequence[Row], encoder: Encoder, max_length: int, count: int) 
     Each has the keys `prompt_ids` (list of int), `prompt` and `reference` (texts).
     """
     # Generators: to find three samples, only the first few rows are tokenised.
-    asking = (item for _, item in parse_rows(rows) if isinstance(item, Chat | Choice))
-    prompts = ((encoder.encode_prompt(item), item) for item in asking)
+    prompts = (
+        (prompt_of(row, item, encoder), item) for row, item in parse_rows(rows) if isinstance(item, Chat | Choice)
+    )
     fitting = ((ids, item) for ids, item in prompts if len(ids) <= max_length)
     return [
         {"prompt_ids": ids, "prompt": question_text(item), "reference": reference_answer(item)}
         for ids, item in islice(fitting, count)
     ]
+
+
+def prompt_of(row: Row, item: Chat | Choice, encoder: Encoder) -> list[int]:
+    """Return the tokens before the last answer; raise BadInput, with the row's place, if the template refuses them."""
+    with locate_errors(row):
+        return encoder.encode_prompt(item)
 
 
 def question_text(item: Chat | Choice) -> str:

@@ -19,7 +19,7 @@ from lit_sparse.errors import BadInput
 
 Overlong = Literal["drop", "truncate"]
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Increment it when the same rows and settings give other tokens than before."""
 
 
@@ -33,18 +33,19 @@ class Examples(Dataset[Example]):
         labels: Labels, -100 where no loss is taken, (tokens,) int32.
         starts: Start of each sequence, and finally the number of tokens, (sequences + 1,) int64.
         dropped: Number of rows that were dropped because they were too long.
+        cut: Number of rows whose end was truncated.
     """
 
-    def __init__(self, ids: Any, labels: Any, starts: Any, dropped: int = 0) -> None:
-        self.ids, self.labels, self.starts, self.dropped = ids, labels, starts, dropped
+    def __init__(self, ids: Any, labels: Any, starts: Any, dropped: int = 0, cut: int = 0) -> None:
+        self.ids, self.labels, self.starts, self.dropped, self.cut = ids, labels, starts, dropped, cut
 
     @classmethod
-    def of(cls, examples: Sequence[Example], dropped: int = 0) -> "Examples":
+    def of(cls, examples: Sequence[Example], dropped: int = 0, cut: int = 0) -> "Examples":
         """Make the arrays from `examples`."""
         starts = np.cumsum([0, *(len(example.input_ids) for example in examples)], dtype=np.int64)
         ids = np.fromiter((token for example in examples for token in example.input_ids), np.int32, starts[-1])
         labels = np.fromiter((label for example in examples for label in example.labels), np.int32, starts[-1])
-        return cls(ids, labels, starts, dropped)
+        return cls(ids, labels, starts, dropped, cut)
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -70,7 +71,8 @@ class Examples(Dataset[Example]):
         # A unique draft in the same folder: two processes may write the same entry, and a rename must not be a copy.
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
             try:
-                np.savez(file, ids=self.ids, labels=self.labels, starts=self.starts, dropped=np.int64(self.dropped))
+                arrays = {"ids": self.ids, "labels": self.labels, "starts": self.starts}
+                np.savez(file, **arrays, dropped=np.int64(self.dropped), cut=np.int64(self.cut))
                 file.close()  # flushes, and Windows does not rename open files
                 os.replace(file.name, path)
             except BaseException:
@@ -81,7 +83,8 @@ class Examples(Dataset[Example]):
     def load(cls, path: Path) -> "Examples":
         """Read the arrays that `save` wrote to `path`."""
         with np.load(path) as arrays:
-            return cls(arrays["ids"], arrays["labels"], arrays["starts"], int(arrays["dropped"]))
+            counts = int(arrays["dropped"]), int(arrays["cut"])
+            return cls(arrays["ids"], arrays["labels"], arrays["starts"], *counts)
 
 
 def load_or_make(settings: Sequence[object], make: Callable[[], Examples]) -> Examples:
@@ -120,19 +123,21 @@ def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Ove
     Raises:
         BadInput: if a row is invalid (the message names its file and line), or if every row was dropped.
     """
-    kept, dropped = [], 0
+    kept, dropped, cut = [], 0, 0
     for row in rows:
         with locate_errors(row):
-            example = fit_length(encoder.encode(parse(row.data)), max_length, overlong)
+            whole = encoder.encode(parse(row.data))
+        example = fit_length(whole, max_length, overlong)
         if example is None:
             dropped += 1
         else:
             kept.append(example)
+            cut += example is not whole
     if not kept:
         raise BadInput(
             f"None of {dropped} rows fits into max_length={max_length} tokens; raise it or shorten the rows."
         )
-    return Examples.of(kept, dropped)
+    return Examples.of(kept, dropped, cut)
 
 
 def fit_length(example: Example, max_length: int, overlong: Overlong) -> Example | None:

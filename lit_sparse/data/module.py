@@ -1,6 +1,7 @@
 """The base of the data modules over tokenised rows."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from lit_sparse.data.evaluation import questions, samples, scored_choices
 from lit_sparse.data.examples import Examples, Overlong, tokenise_cached
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
 from lit_sparse.data.packing import Packed, PackedRows
+from lit_sparse.data.rows import ignored_keys
 from lit_sparse.data.sources import Row
 from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
@@ -111,9 +113,15 @@ class TokenData(L.LightningDataModule, ABC):
             BadInput: if a file is missing, or a row is invalid; the message names its file and line.
         """
         for name, examples in self.tokenise().items():
-            if examples.dropped:
-                rank_zero_info(f"{name}: {examples.dropped} rows have over {self.max_length} tokens and are dropped.")
-        rank_zero_info(f"Prompts and answers are written in the {self.encoder.template} format.")
+            told = {"left out": examples.dropped, "cut there": examples.cut}
+            for what, count in told.items():
+                if count:
+                    rank_zero_info(f"{name}: {count} rows have over {self.max_length} tokens and are {what}.")
+        for name, rows in self.rows.items():
+            if ignored := Counter(key for row in rows for key in ignored_keys(row.data)):
+                keys = ", ".join(f"{key} ({count} rows)" for key, count in ignored.items())
+                rank_zero_info(f"{name}: nothing is read from {keys}.")
+        rank_zero_info(self.encoder.describe())
 
     def setup(self, stage: str) -> None:
         """Load the tokenised rows from the cache; for "test", also make the questions that are scored."""

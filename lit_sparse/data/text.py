@@ -8,6 +8,7 @@ from typing import Any
 from lit_sparse.data.encoding import Encoder, Example
 from lit_sparse.data.examples import Examples, load_or_make
 from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, require_at_least
+from lit_sparse.data.rows import IGNORED
 from lit_sparse.data.sources import Row, require_file
 from lit_sparse.errors import BadInput
 
@@ -19,7 +20,8 @@ class Text(TokenData):
     """Data module of plain text, cut into blocks of `max_length` tokens. The loss is on every token.
 
     Args:
-        train: A text file, or several. Each ends with the end token, and a block may continue into the next file.
+        train: A text file, or several. Each ends with the end token, and a block may continue into the next file. Texts
+            and blocks begin with the begin token, if the tokenizer adds one.
         validation: The same for validation. Without it, the last blocks of the training text are held out.
         heldout: Number of held-out blocks.
     """
@@ -75,14 +77,32 @@ def read_files(paths: str | list[str]) -> list[Row]:
 def cut_blocks(rows: list[Row], encoder: Encoder, size: int) -> Examples:
     """Join all texts into one stream of tokens, and cut it into blocks of `size` tokens.
 
-    A last block of one token is dropped: it has nothing to predict.
+    If the tokenizer adds a begin token to a text, every text and every block begins with one, which is not learnt: some
+    models (Gemma) are far worse without. A last block of one token is dropped: it has nothing to predict.
     """
-    stream: list[int] = []
+    begin = encoder.encode_text(encoder.begin)
+    ids: list[int] = []
+    labels: list[int] = []
     for row in rows:
-        stream += [token for piece in split_pieces(row.data["text"]) for token in encoder.encode_text(piece)]
-        stream.append(encoder.end)
-    cut = [stream[begin : begin + size] for begin in range(0, len(stream), size)]
-    return Examples.of([Example(block, block) for block in cut if len(block) > 1])
+        text = without_marks(row.data["text"], encoder)
+        tokens = [token for piece in split_pieces(text) for token in encoder.encode_text(piece)] + [encoder.text_end]
+        lead = begin if ids[-1:] != begin else []  # a token that ends a text may also begin one
+        ids += lead + tokens
+        labels += [IGNORED] * len(lead) + tokens
+    blocks, start = [], 0
+    while start < len(ids):
+        lead = begin if ids[start : start + 1] != begin else []
+        stop = start + max(1, size - len(lead))
+        blocks.append(Example(lead + ids[start:stop], [IGNORED] * len(lead) + labels[start:stop]))
+        start = stop
+    return Examples.of([block for block in blocks if len(block.input_ids) > 1])
+
+
+def without_marks(text: str, encoder: Encoder) -> str:
+    """Return `text` without a begin and an end token of its own."""
+    bare = text.rstrip()
+    text = bare.removesuffix(encoder.eos) if bare.endswith(encoder.eos) else text
+    return text.removeprefix(encoder.begin)
 
 
 def split_pieces(text: str) -> Iterator[str]:

@@ -74,6 +74,32 @@ def test_generation_marks_are_followed(chat_tokenizer):
     assert learnt(Encoder(chat_tokenizer), TWO) == ["on the mat<|im_end|>", "\nstill there 7<|im_end|>"]
 
 
+def test_a_line_break_behind_the_end_is_not_learnt_though_marked(chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] + '<|im_end|>\\n' }}"
+        "{% endgeneration %}{% else %}U:{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert learnt(Encoder(chat_tokenizer), TWO) == ["on the mat<|im_end|>", "\nstill there 7<|im_end|>"]
+
+
+def test_generation_marks_without_the_end_are_warned_about(chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}:{% generation %}{{ m['content'] }}{% endgeneration %}<|im_end|>"
+        "{% endfor %}"
+    )
+    with pytest.warns(UserWarning, match=r"marks leave out <\|im_end\|>"):
+        encoder = Encoder(chat_tokenizer)
+    assert learnt(encoder, ONE)[-1] == "on the mat"
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_an_end_that_the_data_have_written_is_not_doubled(chat_tokenizer, template):
+    encoder = Encoder(chat_tokenizer, template)
+    written = Chat((ONE.messages[0], Message("assistant", "on the mat<|im_end|>")))
+    assert encoder.encode(written) == encoder.encode(ONE)
+    assert encoder.encode(Passage("the cat<|im_end|>")) == encoder.encode(Passage("the cat"))
+
+
 def test_plain_format_without_a_template(plain_tokenizer):
     encoder = Encoder(load_tokenizer(plain_tokenizer))
     assert encoder.template == "plain"
@@ -132,19 +158,32 @@ def test_choices_are_framed_as_question_and_answer(chat_tokenizer, plain_tokeniz
     assert "assistant\non the mat" in decoded(Encoder(chat_tokenizer, "chat"), item)
 
 
-def test_template_that_rewrites_earlier_turns_is_named(chat_tokenizer):
-    chat_tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}:{% if loop.last %}{{ m['content'] }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    with pytest.raises(BadRow, match="chat template renders earlier turns differently"):
-        Encoder(chat_tokenizer).encode(TWO)
-
-
 def test_template_that_refuses_is_quoted(chat_tokenizer):
     chat_tokenizer.chat_template = "{{ raise_exception('no system turns here') }}"
     with pytest.raises(BadRow, match="no system turns here"):
         Encoder(chat_tokenizer).encode(TWO)
+
+
+def test_the_plain_format_refuses_what_it_cannot_write(plain_tokenizer):
+    call = Message("assistant", "", fields={"tool_calls": [{"name": "add", "arguments": {}}]})
+    for chat, what in [
+        (Chat((*ONE.messages, Message("tool", "7"), ONE.messages[1])), "a turn of the role tool"),
+        (Chat((ONE.messages[0], call)), "`tool_calls`"),
+        (Chat(ONE.messages, tools=({"name": "add"},)), "`tools`"),
+    ]:
+        with pytest.raises(BadRow, match=f"{what}, which the plain format cannot write"):
+            Encoder(plain_tokenizer).encode(chat)
+
+
+def test_an_answer_of_weight_0_is_not_learnt(chat_tokenizer, plain_tokenizer):
+    chat = Chat((ONE.messages[0], Message("assistant", "no", learnt=False), *ONE.messages))
+    for tokenizer in (chat_tokenizer, plain_tokenizer):
+        assert learnt(Encoder(tokenizer), chat) == ["on the mat<|im_end|>"]
+    chat_tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}A:{% generation %}{{ m['content'] }}<|im_end|>"
+        "{% endgeneration %}{% else %}U:{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    assert learnt(Encoder(chat_tokenizer), chat) == ["on the mat<|im_end|>"]
 
 
 @pytest.mark.parametrize(
