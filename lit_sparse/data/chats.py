@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -57,6 +56,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer = tokenizer
+        self.added = frozenset(tokenizer.get_added_vocab().values())  # those that end turns are among them
         self.has_marks = bool(GENERATION_MARKS.search(str(tokenizer.chat_template)))
         self._kept_roles: dict[tuple[str, ...], str | None] = {}
         self.end, self.appended, self.ends_each = self._find_end()
@@ -89,11 +89,6 @@ class ChatTemplate:
 
     # ---- the end of an answer
 
-    @cached_property
-    def added(self) -> frozenset[int]:
-        """Ids of the tokenizer's added tokens: those that end turns are among them, and no ordinary text is."""
-        return frozenset(self.tokenizer.get_added_vocab().values())
-
     def _find_end(self) -> tuple[str, bool, bool]:
         """Find the token that ends an answer, by a trial conversation; see the attributes."""
         eos = str(self.tokenizer.eos_token)
@@ -112,6 +107,10 @@ class ChatTemplate:
             return self._token(ends[0]), False, False
         # GLM writes no end: a turn ends where the next one's first token is generated.
         return (self._token(gap[0]), True, True) if gap and gap[0] in self.added else (eos, True, False)
+
+    def writes(self, text: str) -> bool:
+        """Return whether the template writes `text` into a trial conversation."""
+        return text in self.render(Chat(TRIAL))
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -79,6 +79,7 @@ class Encoder:
         end: Id of the token that ends an answer: the chat template's, or the tokenizer's end token.
         text_end: Id of the token that ends a text: the tokenizer's end token.
         ends: The tokens at which generation stops: `end`, then `text_end` if it is another.
+        added: Ids of the tokenizer's added tokens, which no ordinary text has.
 
     Raises:
         BadInput: if `template` is `chat` and the tokenizer has no chat template, or if it has no end token.
@@ -98,6 +99,7 @@ class Encoder:
         self.end_text = self.chats.end if self.chats else self.eos
         self.end, self.text_end = (tokenizer.get_vocab()[text] for text in (self.end_text, self.eos))
         self.ends = tuple(dict.fromkeys((self.end, self.text_end)))
+        self.added = frozenset(tokenizer.get_added_vocab().values())
         if self.chats and self.chats.has_marks:
             self._warn_of_marks()
 
@@ -257,7 +259,7 @@ class Encoder:
         """Return the index behind the last learnt token of a span."""
         body = bisect_left(starts, span.body)
         if span.closing == "any":
-            return body + (body < len(ids) and ids[body] in self._chat_template.added)
+            return body + (body < len(ids) and ids[body] in self.added)
         limit = len(ids) if span.limit is None else bisect_left(starts, span.limit)
         closing = range(body, limit) if span.closing == "end" else ()
         return next((index + 1 for index in closing if ids[index] == end), body)

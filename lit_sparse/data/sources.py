@@ -1,14 +1,18 @@
 """Rows of local files and Hugging Face data sets, each with the place that it came from."""
 
+import codecs
 import csv
 import hashlib
 import importlib
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.data.rows import BadRow
 from lit_sparse.errors import BadInput
@@ -43,8 +47,8 @@ def read(name: str, config: str | None = None) -> list[Row]:
         BadInput: if the file or data set does not exist, cannot be read, or is empty. The message names file and line.
     """
     path = Path(name).expanduser()
-    if path.suffix in READERS:
-        rows = list(READERS[path.suffix](require_file(path)))
+    if path.suffix.lower() in READERS:
+        rows = list(READERS[path.suffix.lower()](require_file(path)))
     elif path.exists():
         raise BadInput(f"{path} is not a data file; give one that ends in {', '.join(READERS)}.")
     else:
@@ -61,11 +65,27 @@ def require_file(path: Path) -> Path:
     return path
 
 
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        BadInput: if there is no such file, or it is in another encoding; the message names the line.
+    """
+    content = require_file(path).read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadInput(f"{path} is in UTF-16; save it as UTF-8.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise BadInput(f"{path} line {line}: not UTF-8 (byte {content[error.start]:#x}); save it as UTF-8.") from error
+
+
 def read_json(path: Path) -> Iterator[Row]:
     """Read a JSON list of objects, or one object per line: many .json files are JSON lines."""
-    content = path.read_text(encoding="utf-8")
+    content = read_text(path)
     if not content.lstrip().startswith("["):
-        yield from read_json_lines(path)
+        yield from json_lines(path, content)
         return
     for number, value in enumerate(parse_json(content, str(path)), 1):
         yield make_row(f"{path} row {number}", value)
@@ -73,44 +93,89 @@ def read_json(path: Path) -> Iterator[Row]:
 
 def read_json_lines(path: Path) -> Iterator[Row]:
     """Read one JSON object per line; skip empty lines."""
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path} line {number}"
-            if line.strip():
-                yield make_row(where, parse_json(line, where))
+    return json_lines(path, read_text(path))
+
+
+def json_lines(path: Path, content: str) -> Iterator[Row]:
+    """Parse one JSON object per line of `content`."""
+    # Not str.splitlines, which also splits at characters that may stand in a JSON text.
+    for number, line in enumerate(io.StringIO(content, newline=None), 1):
+        where = f"{path} line {number}"
+        if line.strip():
+            yield make_row(where, parse_json(line, where))
 
 
 def parse_json(content: str, where: str) -> Any:
-    """Parse the JSON value in `content`; raise BadInput if it is invalid."""
+    """Parse the JSON value in `content`; raise BadInput if it is invalid, or an object has a key twice."""
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
+        return json.loads(content, object_pairs_hook=lambda pairs: unique(pairs, where))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise BadInput(f"{where}: not valid JSON ({error}).") from error
 
 
+def unique(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
+    """Return a JSON object; raise BadInput if it has a key twice, of which Python would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise BadInput(f"{where}: the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice.")
+    return found
+
+
 def make_row(where: str, value: Any) -> Row:
-    """Return a row; raise BadInput if `value` is not an object."""
+    """Return a row; raise BadInput if `value` is not an object, or a text in it is not Unicode."""
     if not isinstance(value, dict):
         raise BadInput(f"{where}: a {type(value).__name__}; give an object with keys.")
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise BadInput(f"{where}: a text has half of a surrogate pair ({half}), which is no character.") from error
     return Row(where, value)
+
+
+LONGEST_FIELD = 2**31 - 1
+"""Characters of a CSV field at most; the csv module's own limit is 131,072."""
 
 
 def read_csv(path: Path) -> Iterator[Row]:
     """Read a header line of keys, then one row per line. All values are texts."""
-    with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel writes a byte order mark before the first key
-        reader = csv.DictReader(lines)
-        for values in reader:
-            if None in values or None in values.values():  # DictReader's marks of extra and of missing fields
-                raise BadInput(
-                    f"{path} line {reader.line_num}: more or fewer fields than in the header; quote fields with commas."
-                )
-            yield Row(f"{path} line {reader.line_num}", values)
+    before = csv.field_size_limit(LONGEST_FIELD)
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        yield from csv_rows(path, reader)
+    except csv.Error as error:
+        raise BadInput(f"{path} line {reader.line_num}: not valid CSV ({error}).") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def csv_rows(path: Path, reader: Any) -> Iterator[Row]:
+    """Make rows of the lines after the header; raise BadInput if one does not fit it."""
+    lines = (line for line in reader if line)
+    header = next(lines, [])
+    if twice := [key for key in header if header.count(key) > 1]:
+        raise BadInput(
+            f"{path} line {reader.line_num}: the header has {twice[0]!r} twice; give each column its own name."
+        )
+    for values in lines:
+        where = f"{path} line {reader.line_num}"
+        if len(values) != len(header):
+            raise BadInput(f"{where}: more or fewer fields than in the header; quote fields with commas.")
+        if values == header:
+            raise BadInput(f"{where}: the header again; remove the line.")
+        yield Row(where, dict(zip(header, values, strict=True)))
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """Read the rows of a Parquet table."""
-    table = import_extra("pyarrow.parquet", str(path)).read_table(path)
-    for number, value in enumerate(table.to_pylist(), 1):
+    parquet = import_extra("pyarrow.parquet", str(path))
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError) as error:  # those of pyarrow are among them
+        said = " ".join(str(error).split())
+        raise BadInput(f"{path} cannot be read as Parquet ({said}); is it complete?") from error
+    for number, value in enumerate(rows, 1):
         yield Row(f"{path} row {number}", value)
 
 
@@ -164,8 +229,28 @@ def split(rows: list[Row], heldout: int, name: str) -> tuple[list[Row], list[Row
     """
     hashes = [row_digest(row) for row in rows]
     distinct = sorted(set(hashes))
-    if heldout >= len(distinct):
-        raise BadInput(f"{name} has {len(distinct)} different rows, too few to hold out {heldout}; lower `heldout`.")
-    out = set(distinct[:heldout])
+    out = set(distinct[: heldout_count(heldout, len(distinct), f"{name} has", "different rows")])
     marked = list(zip(rows, hashes, strict=True))
     return [row for row, mark in marked if mark not in out], [row for row, mark in marked if mark in out]
+
+
+def heldout_count(asked: int, there: int, name: str, what: str) -> int:
+    """Return how many of the `there` rows are held out: those `asked` for, or a quarter if that were all.
+
+    It is printed if most rows are.
+
+    Args:
+        name: Beginning of the message, such as "rows.jsonl has".
+        what: What is counted, such as "different rows".
+
+    Raises:
+        BadInput: if one row is all there is.
+    """
+    if asked and there < 2:
+        raise BadInput(f"{name} {there} {what}, too few to hold out {asked}; set `heldout` to 0.")
+    kept = asked if asked < there else max(1, there // 4)
+    if kept < asked:
+        rank_zero_info(f"{name} {there} {what}, too few to hold out {asked}: {kept} are held out.")
+    elif 2 * kept > there:
+        rank_zero_info(f"{name} {there} {what}, of which {kept} are held out; lower `heldout` to train on more.")
+    return kept

@@ -9,7 +9,7 @@ from lit_sparse.data.encoding import Encoder, Example
 from lit_sparse.data.examples import Examples, load_or_make
 from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, require_at_least
 from lit_sparse.data.rows import IGNORED
-from lit_sparse.data.sources import Row, require_file
+from lit_sparse.data.sources import Row, heldout_count, read_text
 from lit_sparse.errors import BadInput
 
 PIECE_CHARACTERS = 1 << 20
@@ -49,12 +49,8 @@ class Text(TokenData):
         if self.validation is not None or not self.heldout:
             return sets
         blocks = sets[TRAIN]
-        cut = len(blocks) - self.heldout
-        if cut < 1:
-            raise BadInput(
-                f"The text makes {len(blocks)} blocks of {self.max_length} tokens, too few to hold out {self.heldout}; "
-                "lower `heldout` or `max_length`."
-            )
+        what = f"blocks of {self.max_length} tokens"
+        cut = len(blocks) - heldout_count(self.heldout, len(blocks), "The text makes", what)
         return {TRAIN: blocks.take(0, cut), HELDOUT: blocks.take(cut, len(blocks))}
 
     def _blocks(self, rows: list[Row]) -> Examples:
@@ -67,7 +63,7 @@ def read_files(paths: str | list[str]) -> list[Row]:
     """Read text files into one row each; raise BadInput if one is missing or empty."""
     found = []
     for path in [paths] if isinstance(paths, str) else paths:
-        content = require_file(Path(path).expanduser()).read_text(encoding="utf-8")
+        content = read_text(Path(path).expanduser())
         if not content.strip():
             raise BadInput(f"The text file {path} is empty; give one that has text.")
         found.append(Row(path, {"text": content}))

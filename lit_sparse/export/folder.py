@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +14,10 @@ from safetensors import SafetensorError
 from lit_sparse.data.encoding import load_named
 from lit_sparse.errors import BadInput
 from lit_sparse.export.adapter import write_adapter
+from lit_sparse.export.generate import encoder_of
 from lit_sparse.export.merge import Merge, cast_error
-from lit_sparse.modules import LitSparse
+from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse.modules.ends import own_ends, set_ends
 from lit_sparse.runs import load_run
 
 MARK = "lit_sparse.json"
@@ -68,16 +70,28 @@ def export(
                 write_folder(merge, draft, DTYPES.get(dtype, merge.base.dtype))
             else:
                 merge.delta().save(draft)
+                tell_end(merge.module, merge.config)
     print(f"Wrote {target}.")
     return target
 
 
 def export_adapter(run: Path, target: Path) -> None:
     """Write the adapter of the run in the folder `run`, and the mark, to the folder `target`."""
-    module, _ = load_run(run)
+    module, config = load_run(run)
     with written(target) as draft:
         write_adapter(module, run.resolve().name, draft)
         write_mark(draft, origin(run.resolve().name, module))
+    tell_end(module, config)
+
+
+def tell_end(module: LitSparse, config: Mapping[str, Any]) -> None:
+    """Say so if answers of the run end with a token at which generation with its base does not end."""
+    kind = str((config.get("data") or {}).get("class_path")).rpartition(".")[2]
+    if not isinstance(module, CausalLM) or kind not in ("Embedded", "Instructions"):
+        return
+    encoder = encoder_of(module, config)
+    if encoder.end not in own_ends(module.build()):
+        print(f"Answers end with {encoder.end_text}, and the base's do not: give generate eos_token_id={encoder.end}.")
 
 
 # ---- a Hugging Face folder
@@ -90,15 +104,31 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
         BadInput: if the folder does not load as it was written.
     """
     cost = cast_error(((before, after) for _, before, after in merge.changes()), dtype)
+    write_tokenizer(merge, folder)  # before the model, whose generation it may end at other tokens
     merge.model.to(dtype)  # pyright: ignore[reportArgumentType]
     merge.model.save_pretrained(folder)  # pyright: ignore
     check_loads(merge, folder)
-    try:
-        load_named(merge.module.base).save_pretrained(folder)
-    except BadInput as missing:
-        print(f"{missing} The export has no tokenizer.")
     write_mark(folder, {**origin(merge.run, merge.module), "cast": asdict(cost)})
     print(cost.sentence())
+
+
+def write_tokenizer(merge: Merge, folder: Path) -> None:
+    """Write the base's tokenizer, and let it and the model's generation end where the run's answers ended.
+
+    The tokenizer's own end token stays if the chat template writes it in other places than behind answers.
+    """
+    try:
+        tokenizer = load_named(merge.module.base)
+    except BadInput as missing:
+        print(f"{missing} The export has no tokenizer.")
+        return
+    if isinstance(merge.module, CausalLM) and tokenizer.is_fast and tokenizer.eos_token is not None:
+        encoder = encoder_of(merge.module, merge.config)
+        set_ends(merge.model, encoder)
+        if encoder.chats and encoder.end_text != encoder.eos and not encoder.chats.writes(encoder.eos):
+            tokenizer.eos_token = encoder.end_text
+            print(f"Answers end with {encoder.end_text}: it is the export's eos_token; the base has {encoder.eos}.")
+    tokenizer.save_pretrained(folder)
 
 
 def origin(run: str, module: LitSparse) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Generate text with a run, beside its base model."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +11,7 @@ from lit_sparse.data.encoding import Encoder, load_tokenizer
 from lit_sparse.data.rows import BadRow, Chat, Message
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse.modules.ends import set_ends
 from lit_sparse.runs import build_module, load_run
 
 
@@ -40,15 +43,15 @@ def generate(
     module, config = load_run(run)
     if not isinstance(module, CausalLM):
         raise BadInput(f"{run} was trained to classify, so it generates no text; export it with --to hf.")
-    sampling = Sampling(max_new_tokens, temperature, seed)
-    text = sampling.answer(module, prompt)
+    sampling, encoder = Sampling(max_new_tokens, temperature, seed), encoder_of(module, config)
+    text = sampling.answer(module, encoder, prompt)
     if not base:
         print(text)
         return
     before = build_module(config)
     before.precision = module.precision  # the run's: it decides which weights a random or quantised base has
     before.build().eval()
-    print(f"--- {run.resolve().name}\n{text}\n--- base: {module.base}\n{sampling.answer(before, prompt)}")
+    print(f"--- {run.resolve().name}\n{text}\n--- base: {module.base}\n{sampling.answer(before, encoder, prompt)}")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class Sampling:
     temperature: float
     seed: int
 
-    def answer(self, module: LitSparse, prompt: str) -> str:
-        """Return the decoded answer of `module` to `prompt`."""
-        tokenizer = load_tokenizer(module.base)
-        ids = torch.tensor([prompt_ids(Encoder(tokenizer), prompt)])
+    def answer(self, module: LitSparse, encoder: Encoder, prompt: str) -> str:
+        """Return the decoded answer of `module` to `prompt`, which ends where answers of the training data end."""
+        set_ends(module.build(), encoder)
+        tokenizer, ids = encoder.tokenizer, torch.tensor([prompt_ids(encoder, prompt)])
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         drawn = {"do_sample": True, "temperature": self.temperature}
         with torch.random.fork_rng(), torch.no_grad(), module.autocast():
@@ -75,6 +78,16 @@ class Sampling:
                 **(drawn if self.temperature else greedy),
             )
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def encoder_of(module: LitSparse, config: Mapping[str, Any]) -> Encoder:
+    """Return the encoder of a run's prompts and answers: its base's tokenizer, and the template of its data.
+
+    Raises:
+        BadInput: if the base has no tokenizer, or one that cannot encode answers.
+    """
+    options = (config.get("data") or {}).get("init_args") or {}
+    return Encoder(load_tokenizer(module.base), options.get("template", "auto"))
 
 
 def prompt_ids(encoder: Encoder, prompt: str) -> list[int]:

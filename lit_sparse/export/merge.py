@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ class Merge:
         model: Its plain model, in fp32.
         base: The base, in the dtype of its files.
         choice: SMT's blocks by name of the linear layer; empty without SMT.
+        config: The run's configuration.
     """
 
     run: str
@@ -45,6 +47,7 @@ class Merge:
     model: PreTrainedModel
     base: PreTrainedModel
     choice: Mapping[str, Blocks]
+    config: Mapping[str, Any]
 
     @classmethod
     def of(cls, run: Path) -> "Merge":
@@ -53,7 +56,7 @@ class Merge:
         Raises:
             BadInput: if it cannot be loaded, or what it trained cannot be merged.
         """
-        module, _ = load_run(run)
+        module, config = load_run(run)
         check_mergeable(module, run.resolve().name)
         if is_quantized(module.build()):
             adapter = any(update.leaves == "adapter" for update in module.updates)
@@ -66,7 +69,7 @@ class Merge:
         # A bare configuration draws random weights, which are the run's only in the run's dtype.
         dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
         base = load_base(module.auto_class, module.base, dtype, module.attention, config_options=module.config_options)
-        return cls(run.resolve().name, module, merged(module, base), base, choice)
+        return cls(run.resolve().name, module, merged(module, base), base, choice, config)
 
     @property
     def updates(self) -> list[str]:

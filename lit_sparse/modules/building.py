@@ -120,11 +120,15 @@ class BuiltModel(L.LightningModule, ABC):
         """Yield what trains whatever the strategies freeze: parts of the model that are the task's own."""
         return iter(())
 
+    def check_data(self) -> None:
+        """Check the trainer's data against the model, once it is loaded and before anything is computed."""
+
     # ---- building
 
     def configure_model(self) -> None:
         with self.phases("loading"):
             self.build()
+        self.check_data()
         if self._attached or self.trainer.state.fn != "fit":
             return
         with torch.device("cpu"):  # Lightning has made its own device the default one, where draws would be others

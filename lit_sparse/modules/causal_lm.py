@@ -17,6 +17,8 @@ from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
 from lit_sparse.loss import IGNORED, next_token_loss, next_token_scores
 from lit_sparse.modules.base import LitSparse
+from lit_sparse.modules.checks import check_tokens
+from lit_sparse.modules.ends import set_ends
 from lit_sparse.modules.metrics import TokenScores, right_choices
 
 ANSWER_TOKENS = 200
@@ -36,6 +38,12 @@ class CausalLM(LitSparse):
             )
         self.val_scores: dict[str, TokenScores] = {}
         self.test_scores: dict[str, MeanMetric] = {}
+
+    def check_data(self) -> None:
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(data, TokenData):
+            check_tokens(self.build(), data)
+            set_ends(self.build(), data.encoder)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

@@ -7,12 +7,36 @@ import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
+from lit_sparse.data import TokenData
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import AdamW
 from lit_sparse.strategies.base import UpdateStrategy
+
+
+def check_tokens(model: PreTrainedModel, data: TokenData) -> None:
+    """Refuse data with token ids for which `model` has no embeddings, or rows longer than its positions.
+
+    Raises:
+        BadInput: naming the token, or the length.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, examples in data.examples.items():
+        highest, longest = int(examples.ids.max(initial=0)), max(examples.lengths, default=0)
+        if highest >= size:
+            raise BadInput(
+                f"the {name} rows have the token {highest} ({data.tokenizer.convert_ids_to_tokens(highest)!r}), but "
+                f"the model has embeddings for {size} tokens only; give the tokenizer that belongs to the model."
+            )
+        if positions is not None and 0 < positions < longest:
+            raise BadInput(
+                f"the longest of the {name} rows has {longest} tokens, but the model has {positions} positions "
+                f"(max_position_embeddings); set data.max_length to {positions} or less."
+            )
 
 
 def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None:

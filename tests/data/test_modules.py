@@ -11,6 +11,7 @@ import torch
 
 from lit_sparse import demo
 from lit_sparse.data import Embedded, Instructions, Synthetic, Text
+from lit_sparse.data.evaluation import samples
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.stopwatch import count_tokens
 
@@ -119,6 +120,26 @@ def test_drops_are_printed(chat_tokenizer, jsonl, caplog):
     assert "in the chat format" in caplog.text
 
 
+def test_cuts_and_ignored_keys_are_printed(chat_tokenizer, jsonl, caplog):
+    path = jsonl([*PASSAGES, {"text": "the cat " * 100, "source": "web"}, {"text": "a", "source": None}])
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        ready(Instructions(path, tokenizer=chat_tokenizer, heldout=0, max_length=20, overlong="truncate"))
+        ready(Instructions(path, tokenizer=chat_tokenizer, heldout=0, max_length=20, overlong="truncate"))  # cached
+    assert caplog.text.count("train: 1 rows have over 20 tokens and are cut there.") == 2
+    assert "train: nothing is read from `source` (1 rows)." in caplog.text
+    assert "answers end with <|im_end|>" in caplog.text
+
+
+def test_a_prompt_that_the_template_refuses_is_placed(chat_tokenizer, jsonl):
+    chat_tokenizer.chat_template = (
+        "{% if add_generation_prompt and '7' in messages[0].content %}{{ raise_exception('no 7') }}{% endif %}"
+        + str(chat_tokenizer.chat_template)
+    )
+    data = Instructions(jsonl(PROBLEMS[7:8]), tokenizer=chat_tokenizer, heldout=0)
+    with pytest.raises(BadInput, match=r"rows\.jsonl line 1: the tokenizer's chat template refuses it \(no 7\)"):
+        samples(data.rows["train"], data.encoder, 64, 1)
+
+
 def test_packing_keeps_the_tokens(chat_tokenizer, jsonl):
     path = jsonl(PROBLEMS)
     plain, packed = (
@@ -145,6 +166,23 @@ def test_text_is_cut_into_blocks(chat_tokenizer, tmp_path):
     assert data.tokenizer.decode(stream) == "".join(words[:100]) + "<|im_end|>" + "".join(words[100:]) + "<|im_end|>"
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch["labels"], batch["input_ids"])
+
+
+def test_blocks_of_text_begin_with_the_begin_token(plain_tokenizer, tmp_path):
+    words = [f"the cat {n} sat on the mat\n" for n in range(50)]
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    paths[0].write_text("<s>" + "".join(words) + "<|im_end|>\n")  # marks of its own are not doubled
+    paths[1].write_text("".join(words))
+    data = ready(Text([str(path) for path in paths], heldout=2, tokenizer=plain_tokenizer, max_length=32))
+    begin, end = plain_tokenizer.convert_tokens_to_ids(["<s>", "<|im_end|>"])
+    blocks = [one[index] for one in (data.examples["train"], data.examples["heldout"]) for index in range(len(one))]
+    assert all(block.input_ids[0] == begin and len(block.input_ids) <= 32 for block in blocks)
+    assert sum(block.input_ids.count(end) for block in blocks) == 2
+    assert sum(block.input_ids.count(begin) for block in blocks) in (len(blocks), len(blocks) + 1)
+    for block in blocks:
+        assert block.labels == [-100 if token == begin else token for token in block.input_ids]
+    text = [token for block in blocks for token in block.input_ids if token != begin]
+    assert data.tokenizer.decode(text) == ("".join(words) + "<|im_end|>") * 2
 
 
 def test_text_that_is_missing_empty_or_short(chat_tokenizer, tmp_path):

@@ -1,5 +1,6 @@
 """Reading of every file format, and errors that name file and line."""
 
+import csv
 import json
 import random
 import sys
@@ -107,7 +108,69 @@ def test_copies_of_a_row_stay_on_one_side():
     assert not {row.data["text"] for row in train} & {row.data["text"] for row in heldout}
 
 
-def test_split_needs_rows_to_train_on():
-    rows = [Row("line", {"text": str(index)}) for index in range(4)]
-    with pytest.raises(BadInput, match="4 different rows, too few to hold out 4"):
-        split(rows, 4, "rows")
+def test_a_small_file_holds_out_a_quarter(caplog):
+    rows = [Row("line", {"text": str(index)}) for index in range(40)]
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        train, heldout = split(rows, 64, "rows")
+        assert [len(part) for part in split(rows[:2], 64, "rows")] == [1, 1]
+        assert [len(part) for part in split(rows, 30, "rows")] == [10, 30]
+        assert [len(part) for part in split(rows, 0, "rows")] == [40, 0]
+    assert (len(train), len(heldout)) == (30, 10)
+    assert caplog.messages == [
+        "rows has 40 different rows, too few to hold out 64: 10 are held out.",
+        "rows has 2 different rows, too few to hold out 64: 1 are held out.",
+        "rows has 40 different rows, of which 30 are held out; lower `heldout` to train on more.",
+    ]
+    with pytest.raises(BadInput, match="1 different rows, too few to hold out 4; set `heldout` to 0"):
+        split(rows[:1], 4, "rows")
+
+
+@pytest.mark.parametrize("name", ["a.JSONL", "a.Json", "a.jsonl", "a.CSV"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_endings_in_capitals_and_byte_order_marks_do_not_matter(tmp_path, name, mark):
+    content = b"text\r\na\r\n\r\n" if name.endswith("CSV") else b'{"text": "a"}\r\n\n'
+    (tmp_path / name).write_bytes(mark + content)
+    assert [row.data for row in read(str(tmp_path / name))] == [{"text": "a"}]
+
+
+def test_a_long_field_and_lines_within_texts_are_read(tmp_path):
+    long = "a" * 200_000
+    path = write(tmp_path / "a.csv", f'text\n{long}\n"two\nlines"\n')
+    assert [row.data["text"] for row in read(path)] == [long, "two\nlines"]
+    assert csv.field_size_limit() < len(long)  # of this process, as it was
+    path = write(tmp_path / "a.jsonl", '{"text": "a\u2028b"}\n')  # no line ends there
+    assert [row.data["text"] for row in read(path)] == ["a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xe9"}\n', r"a\.jsonl line 2: not UTF-8 \(byte 0xe9\)"),
+        ("a.json", b'[{"text": "\xe9"}]', r"a\.json line 1: not UTF-8"),
+        ("a.csv", b"text\na\n\xff\n", r"a\.csv line 3: not UTF-8"),
+        ("a.jsonl", '{"text": "x"}\n'.encode("utf-16"), r"a\.jsonl is in UTF-16; save it as UTF-8"),
+        ("a.csv", "text\nx\n".encode("utf-16"), r"a\.csv is in UTF-16"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\\ud83d"}\n', r"a\.jsonl line 2: a text has half of a surrogate pair"),
+        ("a.json", b'[{"messages": [{"content": "\\udc00"}]}]', r"a\.json row 1: a text has half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}\n', r"a\.jsonl line 1: the key 'text' is there twice"),
+        ("a.csv", b"prompt,prompt\na,b\n", r"a\.csv line 1: the header has 'prompt' twice"),
+        ("a.csv", b"prompt,completion\na,b\nprompt,completion\n", r"a\.csv line 3: the header again"),
+        ("a.csv", b'prompt,completion\na,"b\nc,d\n', r"a\.csv line 3: not valid CSV \(unexpected end of data\)"),
+    ],
+)
+def test_unreadable_bytes_are_placed(tmp_path, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=says):
+        read(str(tmp_path / name))
+
+
+def test_a_parquet_file_that_was_cut_short_is_named(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="the extra `data` is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.PARQUET")
+    assert [row.data for row in read(str(tmp_path / "rows.PARQUET"))] == ROWS
+    whole = (tmp_path / "rows.PARQUET").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"text"):
+        (tmp_path / "rows.PARQUET").write_bytes(content)
+        with pytest.raises(BadInput, match=r"rows\.PARQUET cannot be read as Parquet .*; is it complete\?"):
+            read(str(tmp_path / "rows.PARQUET"))
