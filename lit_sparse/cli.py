@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, Stopped
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import STACKED, find_configs, methods
+from lit_sparse.data.sources import READERS
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.export.generate import generate
@@ -258,6 +260,32 @@ def named_task(argv: Sequence[str]) -> str | None:
     return name
 
 
+def find_data(argv: Sequence[str], task: str | None) -> list[str]:
+    """Replace `--data NAME` in `argv` by the data module that reads NAME, if it is a data file or a data set's name."""
+    out: list[str] = []
+    for word, before in zip(argv, ["", *argv], strict=False):
+        value = word if before == "--data" else word.removeprefix("--data=") if word.startswith("--data=") else ""
+        if kind := reader_of(value, task):
+            out = out[:-1] if before == "--data" else out
+            out += [f"--data=lit_sparse.data.{kind}", f"--data.train={value}"]
+        else:
+            out.append(word)
+    return out
+
+
+def reader_of(name: str, task: str | None) -> str | None:
+    """Return the data module that reads a file or Hugging Face data set called `name`; None for any other name."""
+    suffix = Path(name).suffix.lower()
+    if suffix == ".txt":
+        return "Text"
+    known = suffix in READERS or (HUB_NAME.fullmatch(name) and suffix not in (".yaml", ".yml"))
+    return ("Labelled" if task == "Classifier" else "Instructions") if known else None
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:.+)?")
+"""Name of a Hugging Face data set, with or without its split."""
+
+
 def task_in(path: Path) -> str | None:
     """Return the key `task` of a YAML, or None; errors in the file are left to the parser."""
     try:
@@ -343,9 +371,11 @@ def run(argv: Sequence[str]) -> int:
         verb = VERBS[argv[0]]
         auto_cli(verb, args=switched_on(verb, argv[1:]), exit_on_error=False)
         return 0
-    sys.argv[1:] = find_configs(argv)
+    words = find_configs(argv)
+    task = named_task(words)
+    sys.argv[1:] = find_data(words, task)
     CLI(
-        task_class(named_task(sys.argv[1:])),
+        task_class(task),
         L.LightningDataModule,
         subclass_mode_data=True,
         trainer_defaults={

@@ -85,6 +85,41 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert Path("runs/smt-2").is_dir()
 
 
+@pytest.mark.parametrize("word", [["--data", "rows.jsonl"], ["--data=rows.jsonl"], ["--data=./rows.jsonl"]])
+def test_own_data_is_one_word(home, word):
+    cli.run(["fit", "--config", "smt.yaml", "--config", "trainers/demo.yaml", "--model.base", "tiny", *word, *SMALL,
+             "--trainer.max_steps=1", "--trainer.val_check_interval=1"])  # fmt: skip
+    config = yaml.safe_load(Path("runs/smt-1/config.yaml").read_text())
+    assert config["data"]["class_path"] == "lit_sparse.data.Instructions"
+    assert config["data"]["init_args"]["train"].endswith("rows.jsonl")
+
+
+def test_data_are_read_by_what_fits_them():
+    def data(*words, task=None):
+        return cli.find_data(["fit", *words], task)[1:]
+
+    for name in ("rows.jsonl", "a/b.JSON", "/a b/c.csv", "a.parquet", "openai/gsm8k", "openai/gsm8k:test[:9]"):
+        assert data("--data", name) == ["--data=lit_sparse.data.Instructions", f"--data.train={name}"]
+        assert data(f"--data={name}", "--x=1") == [
+            "--data=lit_sparse.data.Instructions",
+            f"--data.train={name}",
+            "--x=1",
+        ]
+        assert data("--data", name, task="Classifier")[0] == "--data=lit_sparse.data.Labelled"
+    assert data("--data", "a.txt") == ["--data=lit_sparse.data.Text", "--data.train=a.txt"]
+    for other in (
+        "Instructions",
+        "lit_sparse.data.Text",
+        "my.module.Data",
+        "data/mine.yaml",
+        "mine.yml",
+        '{"a": "b/c"}',
+    ):
+        assert data("--data", other) == ["--data", other]
+        assert data(f"--data={other}") == [f"--data={other}"]
+    assert data("--data.train", "rows.jsonl", "--run", "a/b") == ["--data.train", "rows.jsonl", "--run", "a/b"]
+
+
 def test_a_phase_follows_a_run_and_has_its_own_name(home):
     """By the commands that the YAMLs give. Weight decay would be recorded as if the loss had moved the weights."""
     Path("general.txt").write_text("".join(f"{n % 7} and {n % 5} {n % 3}\n" for n in range(400)))
