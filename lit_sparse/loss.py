@@ -39,42 +39,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     # Shapes: T tokens, H hidden, V vocabulary.
 
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         count = (labels_T != IGNORED).sum().clamp_min(1)
         loss = hidden_TH.new_zeros((), dtype=torch.float32)
+        hits = torch.zeros_like(count)
         d_hidden = torch.empty_like(hidden_TH) if want_hidden else None
         d_weight = None
         d_bias = torch.zeros_like(weight_VH[:, 0], dtype=torch.float32) if want_bias else None
         for part in _parts(len(labels_T), weight_VH):
             logits, nll, target, kept = _chunk(hidden_TH[part], weight_VH, bias_V, labels_T[part])
             loss += nll.sum()
+            hits += (_are_likeliest(logits, target) & kept).sum()
             if not (want_hidden or want_weight or want_bias):
                 continue
-            # d loss / d logits = (softmax - one_hot) / count on the kept tokens.
+            # d loss / d logits = (softmax - one_hot) / count on the kept tokens. The choice of tokens and the division
+            # are left to the products' smaller sides, which saves a pass over the logits.
             logits.exp_().scatter_add_(1, target[:, None], logits.new_full((len(target), 1), -1.0))
-            d_logits = logits.mul_((kept / count)[:, None])
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(weight_VH.dtype)
+                d_bias += kept.float() @ logits
+            d_logits = logits.to(weight_VH.dtype)
             if d_hidden is not None:
-                torch.mm(d_logits, weight_VH, out=d_hidden[part])
-            if (
-                want_weight
-            ):  # the first chunk's is taken as it is: a pass over fp32 of the head's size costs milliseconds
-                product_VH = d_logits.t() @ hidden_TH[part]
+                torch.mm(d_logits, weight_VH, out=d_hidden[part]).mul_((kept / count)[:, None])
+            if want_weight:
+                product_VH = d_logits.t() @ (hidden_TH[part] * kept[:, None])
+                # The first chunk's is taken as it is: a pass over fp32 of the head's size costs milliseconds.
                 d_weight = product_VH.float() if d_weight is None else d_weight.add_(product_VH)
-        ctx.save_for_backward(d_hidden, d_weight, d_bias)
+        ctx.save_for_backward(d_hidden, d_weight, d_bias, count)
         ctx.weight_dtype = weight_VH.dtype
-        return loss / count
+        ctx.mark_non_differentiable(hits)
+        return loss / count, hits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_hidden, d_weight, d_bias = ctx.saved_tensors
+    def backward(ctx: Any, d_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_hidden, d_weight, d_bias, count = ctx.saved_tensors
         d_hidden = None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype)
-        d_weight = None if d_weight is None else (d_weight * d_loss).to(ctx.weight_dtype)
-        d_bias = None if d_bias is None else (d_bias * d_loss).to(ctx.weight_dtype)
+        d_weight = None if d_weight is None else (d_weight * (d_loss / count)).to(ctx.weight_dtype)
+        d_bias = None if d_bias is None else (d_bias * (d_loss / count)).to(ctx.weight_dtype)
         return d_hidden, d_weight, d_bias, None
 
 
@@ -92,6 +96,14 @@ def _chunk(
     target = labels.clamp_min(0)
     nll = -logits.gather(1, target[:, None])[:, 0] * kept
     return logits, nll, target, kept
+
+
+def _are_likeliest(logits: Tensor, target: Tensor) -> Tensor:
+    """Return whether each target is the likeliest token, (T,) bool."""
+    if logits.is_cuda:
+        return logits.argmax(-1) == target
+    # argmax takes ten times as long as amax on a CPU. They differ in ties, which fp32 hardly has.
+    return logits.gather(1, target[:, None])[:, 0] == logits.amax(-1)
 
 
 def _flat(
@@ -123,8 +135,14 @@ def next_token_loss(
     Returns:
         fp32 scalar with a graph; 0 where no token is labelled.
     """
-    hidden, weight, bias, labels = _flat(hidden, weight, bias, labels, scored)
-    return _ChunkedCrossEntropy.apply(hidden, weight, bias, labels)  # pyright: ignore[reportReturnType]
+    return next_token_loss_and_hits(hidden, weight, bias, labels, scored)[0]
+
+
+def next_token_loss_and_hits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same loss, and the number of labelled tokens that were the likeliest of all, an int64 scalar."""
+    return _ChunkedCrossEntropy.apply(*_flat(hidden, weight, bias, labels, scored))  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_sparse import loss as module
-from lit_sparse.loss import chunk_tokens, next_token_loss, next_token_scores
+from lit_sparse.loss import chunk_tokens, next_token_loss, next_token_loss_and_hits, next_token_scores
 
 
 def example(dtype=torch.float64, bias=True):
@@ -101,6 +101,21 @@ def test_scores_are_the_tokens_losses_and_hits():
     expected = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
     torch.testing.assert_close(nll, expected)
     assert torch.equal(hits, (logits.argmax(-1) == labels[:, 1:]))
+
+
+@pytest.mark.parametrize("chunk", [1, 31 * 5, 2**24])
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_loss_counts_the_hits(chunk, trained, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_LOGITS", chunk)
+    hidden, weight, offset, labels = example(torch.float32)
+    likeliest = F.linear(hidden[:, :-1], weight, offset).argmax(-1)
+    labels[1, 1:] = likeliest[1]  # eight hits; what the others are is chance
+    expected = (likeliest == labels[:, 1:]).sum()
+    scored = (labels[:, 1:] != -100).flatten().nonzero()[:, 0]
+    assert expected >= 8
+    for places in (None, scored):
+        given = (hidden, weight, offset) if trained else (hidden.detach(), weight.detach(), offset.detach())
+        assert next_token_loss_and_hits(*given, labels, places)[1] == expected
 
 
 def test_bf16_is_as_close_to_fp64_as_eager_bf16():

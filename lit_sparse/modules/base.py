@@ -76,6 +76,7 @@ class LitSparse(Resumable):
         self.warmup_steps = warmup_steps
         self.of_training = {
             "train_loss",
+            "train_accuracy",
             "scored_tokens",
             "lr",
             "grad_norm",
@@ -103,9 +104,9 @@ class LitSparse(Resumable):
     def weighed_loss(self, batch: Mapping[str, Tensor], micro_batches: int) -> Tensor:
         """Return the loss of a batch with the strategies' penalties, weighed for its accumulation window."""
         with self.autocast():
-            loss, output = self.compute(self.loss, batch)
+            loss, output, hits = self.compute(self.graded_loss, batch)
             penalized = self.updates.penalized(loss, batch, output)
-        return self._window.weigh(loss, penalized, self.scored_count(batch), micro_batches)
+        return self._window.weigh(loss, penalized, self.scored_count(batch), hits, micro_batches)
 
     def on_train_start(self) -> None:
         """Resume exactly: the loader at its position, learning rates at what this run's schedule says.
@@ -145,16 +146,17 @@ class LitSparse(Resumable):
             self._close_window()
 
     def _close_window(self) -> None:
-        """Log the step's loss; divide gradients by its scored tokens, before any hook of the step sees them."""
-        loss, tokens, scale = self._window.close(self._micro_batches)
+        """Log the step's scores; divide gradients by its scored tokens, before any hook of the step sees them."""
+        loss, accuracy, tokens, scale = self._window.close(self._micro_batches)
         if scale is not None:
             self.updates.scale_gradients(scale)
         self._count_tokens(tokens)
-        self._log_loss(loss)
+        self._log_scores(loss, accuracy)
 
-    def _log_loss(self, loss: Tensor) -> None:
+    def _log_scores(self, loss: Tensor, accuracy: Tensor) -> None:
         # Lightning reads a value that is for the bar at every step, bar or not, and so waits for the device.
         self.log("train_loss", loss, prog_bar=self.trainer.progress_bar_callback is not None)
+        self.log("train_accuracy", accuracy)
 
     def _count_tokens(self, tokens: Tensor) -> None:
         # Kept on the device: to read it here would wait for the step.
@@ -221,15 +223,17 @@ class LitSparse(Resumable):
 
     def _step_without_graph(self, optimizer: Optimizer, closure: Callable[[], Any]) -> None:
         """Give the method a loss of all batches since the last step, averaged over ranks, to call as it likes."""
+        accuracies: list[Tensor] = []  # of each loss that the method asks for
 
         def loss() -> Tensor:
             parts = []
             for batch in self._batches:
                 with self.autocast():
-                    mean, output = self.compute(self.loss, batch)
+                    mean, output, right = self.compute(self.graded_loss, batch)
                     penalized, count = self.updates.penalized(mean, batch, output), self.scored_count(batch)
-                parts.append(torch.stack([penalized.float() * count, count.float()]))
-            total, tokens = all_reduce_mean(torch.stack(parts).sum(0))
+                parts.append(torch.stack([penalized.float() * count, count.float(), right.float()]))
+            total, tokens, right = all_reduce_mean(torch.stack(parts).sum(0))
+            accuracies.append(right / tokens)
             return total / tokens
 
         with torch.no_grad():
@@ -237,5 +241,5 @@ class LitSparse(Resumable):
         self._value = torch.as_tensor(value, device=self.device)
         self._count_tokens(sum_over_ranks(torch.stack([self.scored_count(batch) for batch in self._batches]).sum()))
         self._batches.clear()
-        self._log_loss(self._value)
+        self._log_scores(self._value, accuracies[-1])
         closure()  # Lightning takes the step's result from it

@@ -104,8 +104,16 @@ class BuiltModel(L.LightningModule, ABC):
     # ---- the task's part
 
     @abstractmethod
+    def graded_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any, Tensor]:
+        """Return the mean loss of a batch, the model's output, and the number of right predictions.
+
+        The loss is a scalar with a graph. The output is for penalties. A prediction is right if the label is the
+        likeliest token (or class); there are `scored_count` of them, and an integer scalar of right ones.
+        """
+
     def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
         """Return the mean loss of a batch (scalar with a graph), and the model's output, for penalties."""
+        return self.graded_loss(batch)[:2]
 
     @abstractmethod
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:

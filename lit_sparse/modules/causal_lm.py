@@ -15,7 +15,7 @@ from lit_sparse.anatomy import dummy_forward, evaluating, is_linear, is_quantize
 from lit_sparse.data import Labelled, Synthetic, TokenData, final_number
 from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
-from lit_sparse.loss import IGNORED, next_token_loss, next_token_scores
+from lit_sparse.loss import IGNORED, next_token_loss_and_hits, next_token_scores
 from lit_sparse.modules.base import LitSparse
 from lit_sparse.modules.checks import check_tokens
 from lit_sparse.modules.ends import set_ends
@@ -59,14 +59,17 @@ class CausalLM(LitSparse):
 
     # ---- loss
 
-    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    def graded_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any, Tensor]:
         inputs = model_inputs(batch)
         if not self.head_is_plain:
             output = self.build()(**inputs)
-            labels = batch["labels"][:, 1:].flatten()
-            return F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels, ignore_index=IGNORED), output
+            logits, labels = output.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
+            return F.cross_entropy(logits, labels, ignore_index=IGNORED), output, (logits.argmax(-1) == labels).sum()
         output = self.build().base_model(**inputs)
-        return next_token_loss(output.last_hidden_state, *self.head, batch["labels"], batch.get("scored")), output
+        loss, hits = next_token_loss_and_hits(
+            output.last_hidden_state, *self.head, batch["labels"], batch.get("scored")
+        )
+        return loss, output, hits
 
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != IGNORED).sum()

@@ -143,9 +143,10 @@ class Classifier(LitSparse):
 
     # ---- loss
 
-    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
+    def graded_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any, Tensor]:
         output = self.build()(**{name: batch[name] for name in INPUTS if name in batch}, use_cache=False)
-        return F.cross_entropy(output.logits.float(), batch["labels"]), output
+        hits = (output.logits.argmax(-1) == batch["labels"]).sum()
+        return F.cross_entropy(output.logits.float(), batch["labels"]), output, hits
 
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)

@@ -18,18 +18,19 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None  # of losses, and of tokens, which fp32 counts exactly up to 2^24
+        self._sums: Tensor | None = None  # of losses, tokens and right ones, which fp32 counts exactly up to 2^24
 
-    def weigh(self, loss: Tensor, penalized: Tensor, count: Tensor, micro_batches: int) -> Tensor:
+    def weigh(self, loss: Tensor, penalized: Tensor, count: Tensor, hits: Tensor, micro_batches: int) -> Tensor:
         """Return what to call backward on for one micro-batch.
 
         Args:
             loss: Mean loss of its scored tokens, for the step's value.
             penalized: The same with penalties, a scalar with a graph.
             count: Number of its scored tokens.
+            hits: Number of those that were predicted right.
             micro_batches: How many a full window has, by which the trainer divides.
         """
-        parts = torch.stack([loss.detach().float() * count, count.float()])
+        parts = torch.stack([loss.detach().float() * count, count.float(), hits.float()])
         self._sums = parts if self._sums is None else self._sums + parts
         if micro_batches > 1:
             return penalized * count
@@ -37,17 +38,19 @@ class Window:
             return penalized
         return penalized * (count * _world() / sum_over_ranks(count.float())).to(penalized.dtype)
 
-    def close(self, micro_batches: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    def close(self, micro_batches: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """End the window.
 
         Returns:
-            The step's mean loss over all ranks, its scored tokens, and the factor of its gradients; None leaves them.
+            The step's mean loss and its accuracy over all ranks, its scored tokens, and the factor of its gradients;
+            None leaves them.
         """
         assert self._sums is not None, "the window has no batch"
-        loss, tokens = sum_over_ranks(self._sums)
+        loss, tokens, hits = sum_over_ranks(self._sums)
         self._sums = None
         tokens = tokens.clamp(min=1)
-        return loss / tokens, tokens, None if micro_batches == 1 else _world() * micro_batches / tokens
+        scale = None if micro_batches == 1 else _world() * micro_batches / tokens
+        return loss / tokens, hits / tokens, tokens, scale
 
 
 def _world() -> int:

@@ -129,6 +129,7 @@ def test_it_learns(base, rows):
     model, labelled = module("full", base, lr=3e-3), data(rows, base)
     fit = trainer(60)
     fit.fit(model, datamodule=labelled)
+    assert float(fit.logged_metrics["train_accuracy"]) == 1
     assert fit.validate(model, datamodule=labelled, verbose=False)[0]["heldout_accuracy"] == 1
 
 

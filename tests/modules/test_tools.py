@@ -52,13 +52,16 @@ def test_early_stopping_stops():
     assert 1 < trainer.global_step < 8
 
 
-def test_learning_rates_gradients_and_tokens_are_logged(tmp_path):
+def test_learning_rates_gradients_tokens_and_accuracy_are_logged(tmp_path):
     trainer = fitted(
         callbacks.LearningRateMonitor(), logger=CSVLogger(tmp_path, name="", version="x"), accumulate_grad_batches=2
     )
     logged = trainer.logged_metrics
-    assert {"train_loss", "lr", "grad_norm", "scored_tokens"} <= logged.keys()
-    assert "lr-AdamW" in (tmp_path / "x" / "metrics.csv").read_text().splitlines()[0]
+    assert {"train_loss", "train_accuracy", "lr", "grad_norm", "scored_tokens"} <= logged.keys()
+    columns = (tmp_path / "x" / "metrics.csv").read_text().splitlines()[0]
+    assert "lr-AdamW" in columns
+    assert {"train_loss", "train_accuracy", "lr", "grad_norm", "scored_tokens"} <= set(columns.split(","))
+    assert 0 <= float(logged["train_accuracy"]) <= 1
     assert float(logged["scored_tokens"]) == 4 * 2 * 2 * 11
     assert float(logged["grad_norm"]) > 0
 

@@ -34,10 +34,11 @@ def rows(folder: Path, count: int = 4, answers: tuple[int, ...] = ANSWERS) -> Pa
 
 
 class Norms(L.Callback):
-    """Notes the gradients' norm and the loss of each optimizer step."""
+    """Notes the gradients' norm, the loss and the accuracy of each optimizer step."""
 
     def __init__(self) -> None:
         self.norms: list[float] = []
+        self.accuracies: list[float] = []
         self.losses: list[float] = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
@@ -47,6 +48,7 @@ class Norms(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         if "train_loss" in trainer.logged_metrics and trainer.global_step > len(self.losses):
             self.losses.append(float(trainer.logged_metrics["train_loss"]))
+            self.accuracies.append(float(trainer.logged_metrics["train_accuracy"]))
 
 
 def fitted(path: Path, batch: int, accumulate: int, steps: int = 1, updates=(), **options):
@@ -57,7 +59,8 @@ def fitted(path: Path, batch: int, accumulate: int, steps: int = 1, updates=(), 
     seen, limits = Norms(), {"max_epochs": 1, "max_steps": steps, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     fixed = {"accelerator": "cpu", "use_distributed_sampler": False, "log_every_n_steps": 1, "logger": False}
-    trainer = L.Trainer(accumulate_grad_batches=accumulate, callbacks=[seen], **{**limits, **quiet, **fixed, **options})
+    given = {**limits, **quiet, **fixed, "callbacks": [seen], **options}
+    trainer = L.Trainer(accumulate_grad_batches=accumulate, **given)
     trainer.fit(task, datamodule=data)
     return task, seen
 
@@ -74,7 +77,29 @@ def test_accumulation_is_a_larger_batch(batch, accumulate, tmp_path):
     assert error < 1e-5 * step
     assert other.losses == pytest.approx(one.losses, rel=1e-5)
     assert other.norms == pytest.approx(one.norms, rel=1e-5)
+    assert other.accuracies == one.accuracies
     assert int(parts.tokens_seen) == int(whole.tokens_seen) >= sum(ANSWERS) - 1
+
+
+class Asked(Norms):
+    """Notes also what the accuracy of each batch is by its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: list[float] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            right = pl_module.build()(**inputs).logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]
+        self.expected.append(float(right.sum() / (batch["labels"][:, 1:] != -100).sum()))
+
+
+def test_the_accuracy_is_that_of_the_likeliest_tokens(tmp_path):
+    asked = Asked()
+    fitted(rows(tmp_path), 4, 1, steps=12, max_epochs=12, callbacks=[asked])
+    assert asked.accuracies == pytest.approx(asked.expected)
+    assert asked.accuracies[-1] > 0.1
 
 
 def test_the_last_window_may_be_short(tmp_path):
@@ -114,6 +139,7 @@ def test_a_forward_only_method_sees_the_same_loss(batch, accumulate, tmp_path):
     trainer.fit(task, datamodule=data)
     plain = fitted(path, 4, 1)[1].losses[0]
     assert float(trainer.logged_metrics["train_loss"]) == pytest.approx(plain, rel=1e-5)
+    assert float(trainer.logged_metrics["train_accuracy"]) == fitted(path, 4, 1)[1].accuracies[0]
 
 
 def two_ranks(folder: Path, rank: int) -> None:
@@ -125,7 +151,7 @@ def two_ranks(folder: Path, rank: int) -> None:
 def on_ranks(folder: Path, batch: int, accumulate: int):
     task, seen = fitted(rows(folder), batch, accumulate, devices=2, strategy="ddp")
     torch.save(values(task), folder / f"{batch}-{accumulate}.pt")
-    return {"losses": seen.losses, "norms": seen.norms}
+    return {"losses": seen.losses, "norms": seen.norms, "accuracies": seen.accuracies}
 
 
 def test_ranks_are_one_batch(tmp_path):
@@ -137,5 +163,6 @@ def test_ranks_are_one_batch(tmp_path):
             found = result(tmp_path, name, rank)
             assert found["losses"] == pytest.approx(seen.losses, rel=1e-5)
             assert found["norms"] == pytest.approx(seen.norms, rel=1e-5)
+            assert found["accuracies"] == seen.accuracies
         step = (values(wanted) - start).norm()
         assert (torch.load(tmp_path / f"{batch}-{accumulate}.pt") - values(wanted)).norm() < 1e-5 * step
