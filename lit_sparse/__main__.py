@@ -8,13 +8,13 @@ from difflib import get_close_matches
 from importlib.metadata import version
 
 VERBS = {
-    "fit": "train a model with update strategies: lit-sparse fit --config smt.yaml",
+    "fit": "train with update strategies: lit-sparse fit --config smt.yaml",
     "validate": "score the held-out rows with a run's checkpoint",
     "test": "answer the held-out questions with a run's checkpoint",
     "predict": "Lightning's prediction loop",
     "export": "write a run as a Hugging Face folder, a PEFT adapter or a delta",
     "generate": "answer a prompt with a run, beside its base",
-    "bench": "measure memory, speed and energy of several YAMLs, each in a fresh process",
+    "bench": "measure memory, speed and energy of YAMLs, each in a fresh process",
     "report": "compare runs by their records",
     "list": "list the update strategies and the shipped YAMLs",
 }
@@ -28,7 +28,8 @@ def help_text() -> str:
         [
             "usage: lit-sparse VERB [options]",
             "",
-            "Fine-tune language models while changing few of their weights, and know what that costs.",
+            "Fine-tune language models while changing few of their weights,",
+            "and know what that costs.",
             "",
             *lines,
             "",
@@ -47,6 +48,12 @@ def wait_passively() -> None:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
+def hush_torch() -> None:
+    """Let torch's profiler and allocator not write between the lines of a fit; read when torch is loaded."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+
 def main() -> None:
     """Run the command; exit with status 2 if the verb is unknown."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -62,6 +69,9 @@ def main() -> None:
         print(f"lit-sparse: there is no verb {verb!r}; {meant}", file=sys.stderr)
         sys.exit(2)
     wait_passively()
+    hush_torch()
+    if sys.stderr.isatty():
+        print("Loading torch and transformers.", file=sys.stderr, flush=True)
     from lit_sparse.cli import main as run
 
     run()

@@ -40,6 +40,7 @@ from lit_sparse.runs import (
     remove_unused,
     task_class,
 )
+from lit_sparse.screen import shown, tidy
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report
 from lit_sparse_profiling.run_folders import next_folder
@@ -78,10 +79,13 @@ class CLI(LightningCLI):
             help="Name of the run; its folder is <name>-<n>. Default: the names of the method YAMLs.",
         )
         parser.add_argument(
-            "--profile", type=Plan, default=Plan(), help="The training steps that are measured, and how."
+            "--profile", type=Plan, default=Plan(), help="The training steps that are measured, and how; false: none."
         )
         parser.add_argument(
-            "--samples", type=int, default=2, help="Number of held-out questions answered before and after training."
+            "--samples",
+            type=int,
+            default=2,
+            help="Number of held-out questions answered before and after training; 0: none.",
         )
         parser.add_argument(
             "--checkpoint_steps",
@@ -147,7 +151,7 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self._get(self.config_init, "trainer")
         if self.subcommand != "fit" or config.fast_dev_run:  # which leave no run
-            return super().instantiate_trainer(logger=config.logger or False)
+            return super().instantiate_trainer(logger=config.logger or False, **shown(config, config.callbacks or []))
         if self.folder is None:
             name = self.config[str(self.subcommand)].run
             self.folder = make_folder(self.root, name) or next_folder(self.root, name)
@@ -168,7 +172,7 @@ class CLI(LightningCLI):
         own = [RunCSV(folder), RunTensorBoard(folder)]
         return super().instantiate_trainer(
             logger=False if config.logger is False else own + listed(config.logger),
-            callbacks=callbacks,
+            **shown(config, callbacks),
             enable_checkpointing=more,
             default_root_dir=str(folder),
         )
@@ -212,7 +216,7 @@ def scores(evaluate: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     """Evaluate; return whether there was anything to score."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")
-        return any(evaluate(**arguments))
+        return any(evaluate(**{**arguments, "weights_only": True}))  # a checkpoint is data, and runs no code
 
 
 def listed(loggers: Any) -> list[Logger]:
@@ -333,6 +337,20 @@ def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
     return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
 
 
+def unmeasured(argv: Sequence[str]) -> list[str]:
+    """Write `--profile false` in `argv` as the keys that leave out every measurement that slows a step down."""
+    words, out = list(argv), []
+    while words:
+        word = words.pop(0)
+        if word == "--profile" and words:
+            word = f"--profile={words.pop(0)}"
+        if word.lower() == "--profile=false":
+            out += ["--profile.examine=false", "--profile.profiled=0"]
+        elif word.lower() != "--profile=true":  # the default
+            out.append(word)
+    return out
+
+
 def report_parser() -> argparse.ArgumentParser:
     """Return the command line of `report`."""
     parser = argparse.ArgumentParser(prog="lit-sparse report", description="Compare runs by their records.")
@@ -371,7 +389,8 @@ def run(argv: Sequence[str]) -> int:
         verb = VERBS[argv[0]]
         auto_cli(verb, args=switched_on(verb, argv[1:]), exit_on_error=False)
         return 0
-    words = find_configs(argv)
+    tidy()
+    words = unmeasured(find_configs(argv))
     task = named_task(words)
     sys.argv[1:] = find_data(words, task)
     CLI(
@@ -383,6 +402,7 @@ def run(argv: Sequence[str]) -> int:
             "num_sanity_val_steps": -1,
             "log_every_n_steps": 10,
             "default_root_dir": RUNS,
+            "enable_model_summary": False,  # a line says how much is trained
         },
         auto_configure_optimizers=False,
         seed_everything_default=0,

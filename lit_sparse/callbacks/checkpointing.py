@@ -117,5 +117,5 @@ class LastCheckpoint:
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)  # by all ranks, which gather what is sharded
+        trainer.save_checkpoint(self.path, weights_only=False)  # by all ranks, which gather what is sharded
         self._saved = trainer.global_step

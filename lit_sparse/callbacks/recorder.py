@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftConfig
 
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
@@ -90,7 +91,18 @@ class Recorder(Profile):
         super().on_train_start(trainer, pl_module)
         if trainer.global_step:
             self._note_state(trainer, pl_module)  # as restored from the checkpoint
+        self._tell_plan(trainer)
         self.checkpoint.begin(trainer)
+
+    def _tell_plan(self, trainer: L.Trainer) -> None:
+        """Say which steps will be slower since they are measured."""
+        assert self.profiler is not None
+        plan = self.profiler.plan
+        count = 2 * plan.examine + plan.profiled
+        first = trainer.global_step + plan.warmup + 1
+        if count and first <= trainer.estimated_stepping_batches:
+            steps = f"Steps {first} to {first + count - 1}"
+            rank_zero_info(f"{steps} are measured, and slower; --profile=false leaves that out.")
 
     def _move(self, trainer: L.Trainer, step: int) -> None:
         """Begin to write in the folder, whose run is trained from the optimizer step `step` on."""

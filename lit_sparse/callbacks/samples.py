@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.data import TokenData
 from lit_sparse.data.collate import Question, Questions
@@ -37,6 +38,7 @@ class Samples:
         samples = data.samples[: self.count] if isinstance(data, TokenData) else []
         if not samples or not isinstance(module, CausalLM):
             return
+        rank_zero_info(f"Answering {len(samples)} of the held-out questions {moment} training; --samples=0 asks none.")
         with module.phases("samples"):
             batch = Questions(data.padding)([Question(sample["prompt_ids"], "") for sample in samples])
             texts = module.answer(

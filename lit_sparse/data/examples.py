@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 
 from lit_sparse.data.encoding import Encoder, Example
@@ -101,6 +102,7 @@ def load_or_make(settings: Sequence[object], make: Callable[[], Examples]) -> Ex
     path = cache_folder() / "tokens" / f"{key}.npz"
     if path.is_file():
         return Examples.load(path)
+    rank_zero_info(f"Tokenising the data, once, into {path.parent}.")
     examples = make()
     try:
         examples.save(path)

@@ -173,6 +173,7 @@ class Labelled(L.LightningDataModule):
 
     def _tokenise(self, items: Sequence[LabelledText], name: str) -> list[LabelledExample]:
         numbers, texts = {label: n for n, label in enumerate(self.label_names)}, [item.texts for item in items]
+        rank_zero_info(f"Tokenising {len(items)} rows of {name}.")
         # First without truncation: afterwards, nothing tells which rows were too long.
         encoded = [self._tokenise_texts(pair, verbose=False) for pair in texts]
         overlong = [n for n, one in enumerate(encoded) if len(one["input_ids"]) > self.max_length]

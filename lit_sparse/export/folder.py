@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 
 from lit_sparse.data.encoding import load_named
@@ -65,6 +66,7 @@ def export(
         export_adapter(run, target)
     else:
         merge = Merge.of(run)
+        rank_zero_info(f"Writing {target}, and reading it again.")
         with written(target) as draft:
             if to == "hf":
                 write_folder(merge, draft, DTYPES.get(dtype, merge.base.dtype))

@@ -93,6 +93,8 @@ class LitSparse(Resumable):
                 check_sharding(self.updates, {"quantize": self.quantize, "compile": self.compile_model})
 
     def on_fit_start(self) -> None:
+        trained, all_weights = sum(p.numel() for _, p in self.updates.named), self.base_parameters
+        rank_zero_info(f"{trained:,} of {all_weights:,} weights are trained ({trained / all_weights:.2%}).")
         frozen = str(self.frozen_dtype).removeprefix("torch.")
         trained = "what is trained and its optimizer in float32"
         if self._sharded and self.frozen_dtype in HALF:

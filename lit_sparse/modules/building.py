@@ -141,6 +141,7 @@ class BuiltModel(L.LightningModule, ABC):
             return
         with torch.device("cpu"):  # Lightning has made its own device the default one, where draws would be others
             if self.resume_from is not None:
+                rank_zero_info(f"Restoring {self.resume_from}.")
                 self.restore(read_checkpoint(self.resume_from))
             else:
                 self._attach()
@@ -156,6 +157,7 @@ class BuiltModel(L.LightningModule, ABC):
         return self.model
 
     def _load(self) -> PreTrainedModel:
+        rank_zero_info(f"Loading {self.base}.")
         how = (self.frozen_dtype, self.attention, self.quantize, self.device_to_be, self.config_options)
         return load_base(self.auto_class, self.base, *how)
 

@@ -93,7 +93,28 @@ def table(runs: Runs) -> Table:
     Runs with the same name (without its number), model, device, settings (without seeds) and status are repetitions.
     They share a row, which shows the median, and [lowest, highest] if these differ.
     """
-    title, columns, rows = _layout(runs)
+    return _table(*_layout(runs))
+
+
+def tables(runs: Runs, width: int) -> Iterator[Table]:
+    """Yield the same table in parts of at most `width` columns of text: no word or figure is broken."""
+    title, (name, *others), rows = _layout(runs)
+    parts: list[list[_Column]] = [[name]]
+    for column in others:
+        if len(parts[-1]) > 1 and sum(_width(each, rows) + 1 for each in [*parts[-1], column]) > width:
+            parts.append([name])
+        parts[-1].append(column)
+    for number, part in enumerate(parts):
+        yield _table("" if number else title, part, rows)
+
+
+def _width(column: _Column, rows: list[_Row]) -> int:
+    """Return the length of the longest word in a column; text wraps at spaces."""
+    texts = [column.header, *map(column.cell, rows)]
+    return max(len(word) for text in texts for word in [*text.split(), ""])
+
+
+def _table(title: str, columns: list[_Column], rows: list[_Row]) -> Table:
     out = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
     for column in columns:
         justify = "right" if column.number else "left"
@@ -303,7 +324,8 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
     if as_markdown:
         _print(console, markdown(runs))
     else:
-        console.print(table(runs))
+        for part in tables(runs, console.width):
+            console.print(part)
     for file, record in runs:
         for remark in _remarks(file, record, alone=len(runs) == 1):
             _print(console, remark)

@@ -15,7 +15,7 @@ from rich.table import Table
 from lit_sparse_profiling import gate as gate_file
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.report import details, markdown, report, table
+from lit_sparse_profiling.report import details, markdown, report, table, tables
 from lit_sparse_profiling.run_folders import read_runs
 from lit_sparse_profiling.sections import (
     Allocator,
@@ -263,6 +263,19 @@ def test_numbers_are_right_aligned_and_whole_at_120_columns() -> None:
         assert whole in text, text
     ends = [line.find(cell) + len(cell) for cell in ("tokens/s", "6,000", "8,000]") for line in text.splitlines()]
     assert len({end for end in ends if end > 10}) == 1, text
+
+
+def test_at_80_columns_the_table_is_in_parts_and_no_word_is_broken() -> None:
+    large = replace(GPU, model=ModelSize("a/model", parameters=3_212_749_824, trainable=16_063_749))
+    of = runs(large, replace(large, name="galore-1", status="oom", reason="x"))
+    parts = list(tables(of, 80))
+    text = "\n".join(shown(part, 80) for part in parts)
+    assert len(parts) > 1
+    assert all(len(line) <= 80 for line in text.splitlines())
+    words = {word for head in rows(of)[0] for word in head.split()} | {"16,063,749", "tokens/s", "galore-1"}
+    assert words <= set(text.split()), words - set(text.split())
+    assert text.count("galore-1") == len(parts), "each part names the runs"
+    assert len(list(tables(of, 500))) == 1
 
 
 def test_names_are_not_markup_and_bars_are_escaped() -> None:
