@@ -130,7 +130,6 @@ def line(name: str, record: RunRecord) -> Line:
     memory, driver, throughput = record.memory, record.driver, record.throughput
     training = next((phase for phase in record.phases if phase.name == "training"), None)
     plain = None if training is None else training.peak_requested  # of steps that nothing looked into
-    joules = driver.joules if driver is not None else None
     return {
         **provenance("gpu", record, shape_of(record)),
         "method": name,
@@ -144,7 +143,7 @@ def line(name: str, record: RunRecord) -> Line:
         "reserved": peak_memory(record, "cuda"),
         "residue": None if memory is None else residue(record),
         "nvml_process": driver.process if driver is not None else None,
-        "joules_per_step": joules / throughput.steps if joules is not None else None,
+        "joules_per_step": record.joules_per_step,
     }
 
 

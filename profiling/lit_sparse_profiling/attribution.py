@@ -2,8 +2,9 @@
 
 It depends on how this process appears among those that the driver lists:
 
-- "own pid": its pid is listed. `foreign` is the peak of the other processes' sum. If the driver does not tell the size
-  of one of them, it is what was in use beside this process, the driver's own share included.
+- "own pid": its pid is listed, or that of a process that it started, whose memory counts as its own. `foreign` is the
+  peak of the other processes' sum. If the driver does not tell the size of one of them, it is what was in use beside
+  this process, the driver's own share included.
 - "only process": its pid is not listed with a size, but one process was alone on the device, and always the same one.
   In a container the driver lists the host's pids. A process that was there when NVML was opened counts only if this
   process was known to be on the device too: at `mark_context`, or because `held` says so.
@@ -16,6 +17,10 @@ device delta. Managed memory is in `used`, but in no process's share.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
+
+import psutil
 
 from lit_sparse_profiling.nvml_device import Reading
 from lit_sparse_profiling.sections import Attribution
@@ -38,6 +43,7 @@ class Shares:
     def __init__(self, pid: int, opening: Reading, held: int) -> None:
         self.used = 0
         self._pid, self._opening, self._held = pid, opening, held
+        self._ours: dict[int, bool] = {pid: True}
         self._others = max(opening.used - held, 0)
         self._context: Reading | None = None
         self._most: dict[int, int] = {}
@@ -48,6 +54,7 @@ class Shares:
 
     def add(self, reading: Reading, context: bool = False) -> None:
         """Add a reading; `context` says that this process holds its CUDA context and nothing else at that time."""
+        reading = self._with_children(reading)
         self.used = max(self.used, reading.used)
         self._context = reading if context else self._context
         self._add_sizes(reading)
@@ -95,6 +102,23 @@ class Shares:
         for pid, beside in self._beside.items():
             self._beside[pid] = max(beside, total - held.get(pid, 0))
         self._total = max(self._total, total)
+
+    def _with_children(self, reading: Reading) -> Reading:
+        """Return the reading with the bytes of processes that this one started under its own pid."""
+        new = [pid for pid in reading.processes if pid not in self._ours]
+        self._ours |= dict(zip(new, map(self._is_ours, new), strict=True))
+        ours = [size for pid, size in reading.processes.items() if self._ours[pid]]
+        if not ours:
+            return reading
+        known = [size for size in ours if size is not None]
+        others = {pid: size for pid, size in reading.processes.items() if not self._ours[pid]}
+        return replace(reading, processes={self._pid: sum(known) if known else None, **others})
+
+    def _is_ours(self, pid: int) -> bool:
+        try:
+            return any(parent.pid == self._pid for parent in psutil.Process(pid).parents())
+        except psutil.Error:  # it has ended, or the driver lists the pids of another container
+            return False
 
     def _own_pid(self) -> int | None:
         """Return the pid under which the driver lists this process; None if unknown."""

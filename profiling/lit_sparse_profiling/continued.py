@@ -78,6 +78,7 @@ def joined_driver(earlier: Driver | None, later: Driver | None) -> Driver | None
         **peaks,
         samples=earlier.samples + later.samples,
         joules=_sum(earlier.joules, later.joules),
+        energy_seconds=_sum(earlier.energy_seconds, later.energy_seconds),
         watts_peak=_highest(earlier.watts_peak, later.watts_peak),
     )
 

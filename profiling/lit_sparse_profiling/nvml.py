@@ -22,6 +22,7 @@ import pynvml
 import torch
 
 from lit_sparse_profiling.attribution import Shares
+from lit_sparse_profiling.energy import Windows
 from lit_sparse_profiling.nvml_device import NVMLDevice
 from lit_sparse_profiling.sections import Driver
 
@@ -73,7 +74,7 @@ class NVML:
 
     After construction it never raises for a failure of the device or the driver: a run must not end because its
     measurement did. `Driver.lost` reports a failure of the memory query, and the figures are those until then. Any
-    other query that fails is dropped, and `dropped` says so.
+    other query that fails is dropped, and `notes` say so.
 
     `watts_peak` is smoothed by the device, over about a second on recent ones. A MIG instance reports memory and
     processes, but no power, energy or clocks, which belong to the whole device.
@@ -92,10 +93,10 @@ class NVML:
     def __init__(self, uuid: str, interval: float = 0.1, api: Any = pynvml, held: int = 0) -> None:
         if interval <= 0:
             raise ValueError(f"NVML was to be sampled every {interval} seconds; give a time above 0.")
-        self.uuid, self.interval, self._error = uuid, interval, api.NVMLError
+        self.uuid, self.interval = uuid, interval
         self._device = _open_device(uuid, api)
         self._shares = Shares(os.getpid(), self._device.opening, held)
-        self._windows = _Windows()
+        self._windows = Windows()
         self._watts_peak: float | None = None
         self._sm_mhz: Counter[int] = Counter()  # a histogram: a run of days has millions of samples
         self._samples = 0
@@ -182,10 +183,15 @@ class NVML:
         """A sentence for each query that failed, and is made no more."""
         return self._device.dropped
 
+    @property
+    def notes(self) -> list[str]:
+        """A sentence for each figure that is missing, or that is less than it seems."""
+        return [*self.dropped, *self._windows.notes()]
+
     def begin_window(self) -> None:
         """Begin a timed window: energy and mean power are those of the windows. Synchronise the device first.
 
-        The device's energy counter advances in steps of tens of milliseconds: windows should last seconds.
+        The device's energy counter advances in steps of about 100 ms: windows should last at least 5 s.
 
         Raises:
             RuntimeError: if the sampler was stopped.
@@ -193,7 +199,7 @@ class NVML:
         """
         joules = self._query(self._device.joules)
         with self._lock:
-            self._windows.begin(joules)
+            self._windows.begin(perf_counter(), joules)
 
     def end_window(self) -> None:
         """End the timed window. Synchronise the device first.
@@ -204,7 +210,7 @@ class NVML:
         """
         joules = self._query(self._device.joules)
         with self._lock:
-            self._windows.end(joules)
+            self._windows.end(perf_counter(), joules)
 
     def result(self) -> Driver:
         """Return the figures so far, at any time."""
@@ -223,6 +229,7 @@ class NVML:
                 foreign=shares.foreign,
                 samples=self._samples,
                 joules=self._windows.joules,
+                energy_seconds=self._windows.energy_seconds,
                 watts=self._windows.watts,
                 watts_peak=self._watts_peak,
                 sm_mhz=[float(median(clocks)), float(clocks[0])] if clocks else [],
@@ -254,15 +261,15 @@ class NVML:
             return None
         try:
             return query()
-        except self._error as error:
-            self._mark_lost(str(error))
+        except Exception as error:  # of any class: bindings and drivers that do not fit raise others than NVML's own
+            self._mark_lost(_reason(error))
             return None
 
     def _shut_down(self) -> None:
         try:
             self._device.close()
-        except self._error as error:
-            self._mark_lost(str(error))
+        except Exception as error:
+            self._mark_lost(_reason(error))
 
     def _mark_lost(self, reason: str) -> None:
         if self._lost is None:  # the first failure is the cause of those after it
@@ -275,47 +282,13 @@ class NVML:
 def _open_device(uuid: str, api: Any) -> NVMLDevice:
     try:
         return NVMLDevice(uuid, api)
-    except api.NVMLError as error:
+    except Exception as error:  # as in `_query`
         raise NVMLMissing(
-            f"NVML was to watch the device {uuid}, but says: {error}; "
+            f"NVML was to watch the device {uuid}, but says: {_reason(error)}; "
             "see with `nvidia-smi -L` whether the driver works and which devices it knows."
         ) from error
 
 
-class _Windows:
-    """Energy and power over the closed timed windows."""
-
-    def __init__(self) -> None:
-        self.joules: float | None = None
-        self._seconds = 0.0
-        self._begun: tuple[float, float | None] | None = None
-        self._watts: list[float] = [0.0, 0.0]  # sum and count: a run of days has millions of samples
-
-    def begin(self, joules: float | None) -> None:
-        """Open a window, at this reading of the energy counter."""
-        if self._begun is not None:
-            raise ValueError("An energy window is to begin, but one is open already; end it first.")
-        self._begun = (perf_counter(), joules)
-
-    def end(self, joules: float | None) -> None:
-        """Close the window, at this reading of the energy counter."""
-        if self._begun is None:
-            raise ValueError("An energy window is to end, but none is open; begin it first.")
-        (began, before), self._begun = self._begun, None
-        # A window counts only if both readings succeeded: the device may have been lost within it.
-        if before is not None and joules is not None:
-            self.joules = (self.joules or 0.0) + joules - before
-            self._seconds += perf_counter() - began
-
-    def add(self, watts: float | None) -> None:
-        """Add a power sample; samples outside windows are ignored."""
-        if self._begun is not None and watts is not None:
-            self._watts = [self._watts[0] + watts, self._watts[1] + 1]
-
-    @property
-    def watts(self) -> float | None:
-        """Mean power: energy over time if the device counts energy, else the mean of the samples in windows."""
-        if self.joules is not None and self._seconds:
-            return self.joules / self._seconds
-        total, count = self._watts
-        return total / count if count else None
+def _reason(error: Exception) -> str:
+    text = str(error)
+    return text if isinstance(error, pynvml.NVMLError) else f"{type(error).__name__}: {text}".rstrip(": ")

@@ -61,7 +61,7 @@ class NVMLDevice:
             self.driver: str = api.nvmlSystemGetDriverVersion()
             self.memory: Literal["v2", "v1"] = self._memory_version()
             self.opening = self.read()
-        except api.NVMLError:
+        except Exception:
             api.nvmlShutdown()  # NVML counts initialisations: each needs its shutdown
             raise
 
@@ -122,7 +122,7 @@ class NVMLDevice:
             return getattr(api, query)(self._handle, *args)
         except (*denied, api.NVMLLibraryMismatchError):
             self._absent.add(query)
-        except api.NVMLError as error:
+        except Exception as error:  # of any class: bindings that do not fit the driver raise others than NVML's own
             self._absent.add(query)
             self.dropped.append(f"NVML does not answer {query} ({error}); its figures are those until then.")
         return None

@@ -380,7 +380,7 @@ class Profiler:
     def _further_notes(self) -> Iterator[str]:
         yield from self._steps.notes(self._examination.ops, self._examined)
         if self.nvml is not None:
-            yield from self.nvml.dropped
+            yield from self.nvml.notes
         if self._interrupted:
             yield f"Steps not measured, since evaluation or saving interrupted them: {self._interrupted}."
 

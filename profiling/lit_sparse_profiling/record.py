@@ -94,6 +94,14 @@ class RunRecord:
             return None
         return rate / self.kernels.flops_ceiling
 
+    @property
+    def joules_per_step(self) -> float | None:
+        """Energy of a timed step, from the windows whose energy was read; None if none was."""
+        if self.driver is None or self.driver.joules is None or self.throughput is None:
+            return None
+        measured = self.driver.energy_seconds or self.throughput.seconds
+        return self.driver.joules / measured * self.throughput.seconds / self.throughput.steps
+
     def write(self, path: str | Path) -> None:
         """Write the record to `path` atomically: a reader sees the old document or the new one, never a part.
 

@@ -201,7 +201,7 @@ def _numbers(records: list[RunRecord]) -> list[_Column]:
         _number("residue\n%", lambda r: _scale(residue(r), 100), ".1f"),
         _number("select.\ns", _selection_seconds, ".1f"),
         _number("select.\npeak GiB", lambda r: _scale(peak_memory(r, device_kind(r), "selection"), 1 / GIB), ".2f"),
-        _number("J/step", _joules_per_step, ".1f"),
+        _number("J/step", lambda r: r.joules_per_step, ".1f"),
         _number("utiliz.\n%", lambda r: _scale(r.utilization, 100), ".1f"),
     ]
     for loss in dict.fromkeys(_loss_name(record) for record in records):
@@ -252,12 +252,6 @@ def _scale(value: float | None, factor: float) -> float | None:
 
 def _selection_seconds(record: RunRecord) -> float | None:
     return next((phase.seconds for phase in record.phases if phase.name == "selection"), None)
-
-
-def _joules_per_step(record: RunRecord) -> float | None:
-    if record.driver is None or record.driver.joules is None or record.throughput is None:
-        return None
-    return record.driver.joules / record.throughput.steps
 
 
 def _loss_name(record: RunRecord) -> str | None:

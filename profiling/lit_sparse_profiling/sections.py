@@ -193,11 +193,12 @@ class Driver:
         attribution: How this process's share was found: by its own pid; as the only process on the device, since a
             container sees other pids than the driver; or as the rise of the device's use.
         used: Peak of the bytes in use on the device, by all processes.
-        process: Peak of this process's bytes.
+        process: Peak of the bytes of this process and of those that it started.
         context: This process's bytes after CUDA was initialised and before the first tensor; None if not observed.
         foreign: Peak of the bytes of other processes.
         samples: Number of samples.
-        joules: Energy of the device over the timed windows; None if the device has no energy counter.
+        joules: Energy of the device over the timed windows in which its counter could be read; None if it has none.
+        energy_seconds: Seconds of these windows; None in records of before it was kept.
         watts: Mean power over the timed windows.
         watts_peak: Highest power sample.
         sm_mhz: Median and lowest clock of the multiprocessors over the samples.
@@ -220,6 +221,7 @@ class Driver:
     watts_peak: float | None = None
     sm_mhz: list[float] = field(default_factory=list)
     lost: str | None = None
+    energy_seconds: float | None = None
 
 
 # ---- time

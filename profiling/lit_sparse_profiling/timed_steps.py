@@ -29,7 +29,9 @@ class TimedSteps:
 
     def __init__(self, device: torch.device, nvml: NVML | None, turns: Turns | None) -> None:
         self.count = 0
-        self._nvml, self._turns = nvml, turns
+        self._device, self._turns = device, turns
+        # In turns a window is a step, too short for the counter, and the other run's energy is in it.
+        self._nvml = nvml if turns is None else None
         self._watch, self._tokens = Stopwatch(device), Tokens()
         self._positions: list[int | None] = []
 
@@ -39,9 +41,10 @@ class TimedSteps:
             self._turns.wait()  # before the stamp: waiting is not this run's time
         if self._watch.running:
             return
-        self._watch.stamp()
         if self._nvml is not None:
+            torch.cuda.synchronize(self._device)  # else the energy of steps before would be in the window
             self._nvml.begin_window()
+        self._watch.stamp()
 
     def end(self, tokens: tuple[Tensor | int, int] | None) -> None:
         """End the step; `tokens` as in `Profiler.end_step`."""
@@ -95,6 +98,8 @@ class TimedSteps:
         if not self.count:
             return []
         found = [] if self._tokens.read() is not None else [NO_TOKENS]
+        if self._turns is not None and self._device.type == "cuda":
+            found.append("Energy was not measured: windows of one step, between another run's, are too short for it.")
         if ops is not None and ops.flops and self._rate(self._watch.seconds, examined) is None:
             found.append("The FLOPs of the examined step stand for those of all: without tokens, nothing scales them.")
         return found

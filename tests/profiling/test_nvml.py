@@ -2,6 +2,8 @@
 
 import inspect
 import os
+import subprocess
+import sys
 from threading import Event
 from types import SimpleNamespace
 
@@ -12,6 +14,8 @@ import torch
 from lit_sparse_profiling import nvml as sampler
 from lit_sparse_profiling.nvml import NVML, NVMLMissing, device_uuid
 from lit_sparse_profiling.nvml_device import COMPUTE
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Throughput
 from tests.profiling.fake_nvml import HANDLE, MIB, MIG_UUID, UUID, FakeNVML
 
 OURS = os.getpid()
@@ -273,6 +277,106 @@ def test_energy_is_that_of_the_windows_alone(fake: FakeNVML, clock: SimpleNamesp
     fake.millijoules += 9_000
     found = nvml.result()
     assert (found.joules, found.watts) == (1_500.0, 300.0)
+
+
+def test_a_window_in_which_the_counter_steps_back_is_left_out(fake: FakeNVML, clock: SimpleNamespace) -> None:
+    nvml = NVML(UUID, api=fake)
+    for seconds, joules in [(10, 1_000), (5, -4_993), (10, 3_000)]:
+        nvml.begin_window()
+        clock.now += seconds
+        fake.millijoules += 1_000 * joules
+        nvml.end_window()
+    found = nvml.result()
+    assert (found.joules, found.energy_seconds, found.watts) == (4_000.0, 20.0, 200.0)
+    assert nvml.notes == [
+        "The device's energy counter stepped back in 1 windows, whose energy is left out.",
+        "The energy is that of 20.0 of 25.0 s of timed steps.",
+    ]
+
+
+@pytest.mark.parametrize("error", [pynvml.NVML_ERROR_UNKNOWN, pynvml.NVML_ERROR_NOT_SUPPORTED])
+def test_the_energy_of_a_third_of_a_run_is_not_told_as_that_of_the_whole(
+    fake: FakeNVML, clock: SimpleNamespace, error: int
+) -> None:
+    nvml = NVML(UUID, api=fake)
+    for window in range(3):
+        if window:
+            fake.fails[ENERGY] = error
+        nvml.begin_window()
+        clock.now += 10
+        fake.millijoules += 3_000_000
+        nvml.end_window()
+    found = nvml.result()
+    assert (found.joules, found.energy_seconds) == (3_000.0, 10.0)
+    assert nvml.notes[-1] == "The energy is that of 10.0 of 30.0 s of timed steps."
+    record = RunRecord(name="mine-1", driver=found, throughput=Throughput(1, 1, seconds=30.0, steps=60))
+    assert record.joules_per_step == 150.0  # 300 W for half a second
+
+
+@pytest.mark.parametrize(("seconds", "share"), [(0.4, "25%"), (2.0, "5%"), (5.0, None)])
+def test_short_windows_say_how_uncertain_their_energy_is(
+    fake: FakeNVML, clock: SimpleNamespace, seconds: float, share: str | None
+) -> None:
+    nvml = NVML(UUID, api=fake)
+    for _ in range(3):
+        nvml.begin_window()
+        clock.now += seconds
+        nvml.end_window()
+    assert [note.partition(":")[0] for note in nvml.notes] == (
+        [] if share is None else [f"The energy is uncertain by up to {share}"]
+    )
+
+
+class Broken(Exception):
+    """An exception that is none of NVML's."""
+
+
+OTHERS = [Broken("the bindings do not fit"), TypeError("an argument"), OSError("no library"), AttributeError("no name")]
+
+
+@pytest.mark.parametrize("query", [POWER, ENERGY, CLOCK, COMPUTE])
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
+def test_an_exception_of_any_class_drops_the_query(fake: FakeNVML, query: str, error: Exception) -> None:
+    nvml = NVML(UUID, interval=3_600, api=fake)
+    nvml.start()
+    fake.fails[query] = error
+    nvml.begin_window()
+    sample(nvml, fake, compute={OURS: 500})
+    nvml.end_window()
+    nvml.stop()
+    assert (nvml.result().lost, nvml.result().used) == (None, 500 * MIB)
+    assert [query in note and str(error) in note for note in nvml.dropped] == [True]
+
+
+@pytest.mark.parametrize("error", OTHERS, ids=lambda error: type(error).__name__)
+def test_an_exception_of_any_class_ends_the_sampling_but_not_the_run(fake: FakeNVML, error: Exception) -> None:
+    nvml = NVML(UUID, interval=3_600, api=fake)
+    nvml.start()
+    fake.fails = dict.fromkeys(("nvmlDeviceGetMemoryInfo", "nvmlShutdown"), error)
+    nvml.begin_window()
+    nvml.sample()
+    nvml.end_window()
+    nvml.stop()
+    assert f"({type(error).__name__}: {error})" in str(nvml.result().lost)
+
+
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetName", "nvmlDeviceGetMemoryInfo"])
+def test_bindings_that_do_not_fit_are_no_nvml(fake: FakeNVML, call: str) -> None:
+    fake.fails[call] = OTHERS[0]
+    with pytest.raises(NVMLMissing, match="but says: Broken: the bindings do not fit; see with"):
+        NVML(UUID, api=fake)
+
+
+def test_the_memory_of_children_is_ours(fake: FakeNVML) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        nvml = NVML(UUID, api=fake)
+        sample(nvml, fake, compute={child.pid: 50, FOREIGN: 7})
+        assert nvml.result().attribution == "own pid"
+        sample(nvml, fake, compute={OURS: 300, child.pid: 200, FOREIGN: 7})
+        child.communicate(b"\n")
+    sample(nvml, fake, compute={OURS: 300, FOREIGN: 7})
+    found = nvml.result()
+    assert (found.process, found.foreign, found.attribution) == (500 * MIB, 7 * MIB, "own pid")
 
 
 def test_without_the_counter_power_is_the_mean_of_samples_in_windows(fake: FakeNVML) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from lit_sparse_profiling import nvml, phases, profiler, stopwatch
+from lit_sparse_profiling import nvml, paired, phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.counted import UNNAMED_PHASE
 from lit_sparse_profiling.nvml import NVML, open_nvml
@@ -744,7 +744,7 @@ def test_a_loop_on_a_card_waits_for_it_at_phases_and_windows_only(card: Card, fa
     for _ in range(2):
         loop.steps(20, card.clock.takes(0.5))
         loop.profiler.pause()
-    assert (card.waits, card.synchronised) == (2, 4), "two windows; training ends, begins anew and ends"
+    assert (card.waits, card.synchronised) == (2, 6), "two windows, and two of energy; training ends, begins and ends"
     record = loop.record()
     assert card.waits == 2
     assert (record.throughput.steps, record.throughput.seconds) == (40, 20.0)
@@ -813,6 +813,34 @@ def test_energy_is_that_of_the_timed_windows(card: Card, fake: FakeNVML) -> None
     assert (record.throughput.seconds, record.driver.joules) == (5.0, 12.0)
     assert not fake.open
     assert [thread.name for thread in threading.enumerate() if thread.name == "nvml"] == []
+
+
+def test_the_energy_of_steps_before_is_not_in_the_window(card: Card, fake: FakeNVML) -> None:
+    """Work is queued on a card: what a warm-up step has left there is done before the counter is read."""
+    loop, order = Loop(Plan(warmup=1, examine=False, profiled=0), device=CARD), list[str]()
+    wait, ask = torch.cuda.synchronize, fake.nvmlDeviceGetTotalEnergyConsumption
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "synchronize", lambda device: (order.append("wait"), wait(device)))
+        patch.setattr(
+            fake, "nvmlDeviceGetTotalEnergyConsumption", lambda handle: (order.append("read"), ask(handle))[1]
+        )
+        loop.step()
+        order.clear()
+        loop.step(card.clock.takes(1.0))
+    assert order == ["wait", "read"]
+    loop.record()
+
+
+def test_steps_in_turns_have_no_energy(card: Card, fake: FakeNVML) -> None:
+    (to_run, go), (answers, from_run) = os.pipe(), os.pipe()
+    os.write(go, paired.GO * 2)
+    loop = Loop(Plan(warmup=0, examine=False, profiled=0, turns=f"{to_run},{from_run}"), device=CARD)
+    loop.steps(2, card.clock.takes(0.5))
+    record = loop.record()
+    assert (record.throughput.steps, record.driver.joules) == (2, None)
+    assert any("Energy was not measured: windows of one step" in note for note in record.notes)
+    for descriptor in (to_run, go, answers, from_run):
+        os.close(descriptor)
 
 
 def test_a_machine_without_nvml_says_so_and_trains(card: Card, fake: FakeNVML) -> None:
