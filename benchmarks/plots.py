@@ -1,4 +1,4 @@
-"""Draw the figures of docs/ from the measurements in benchmarks/results: `python -m benchmarks.plots`."""
+"""Draw the figures of README.md and docs/ from the measurements in benchmarks/results: `python -m benchmarks.plots`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.measurements import Line, newest, read_lines
+from benchmarks.ranking import newest_first, row_of
 from benchmarks.tradeoff import changes
+from benchmarks.trials import read_table
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
@@ -23,7 +25,7 @@ LABELS = {
     "lora": "LoRA, all linear layers",
     "lisa": "LISA",
 }
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_sparse", "font.size": 9, "axes.grid": True}
 """Settings that make the same file from the same measurements, on any machine."""
 
@@ -83,6 +85,44 @@ def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[flo
     return figure
 
 
+NAMED = {
+    "smt_abs_mean": "SMT, blocks by gradient",
+    "smt_diagonal": "SMT, diagonal blocks",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "shira": "SHiRA",
+    "lisa_uniform": "LISA, 2 of 30 layers",
+    "full": "full fine-tuning",
+}
+
+
+def cost(arms: Sequence[tuple[str, float, Sequence[float]]]) -> Figure:
+    """Draw held-out loss over peak memory, a labelled point for each arm, with the spread over seeds."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    for (name, peak, losses), marker in zip(arms, "osD^vP*", strict=False):
+        axes.errorbar(peak / GIB, statistics.fmean(losses), spread(losses), fmt=marker, capsize=3, label=NAMED[name])
+    axes.set(
+        xlabel="peak memory of the process, GiB (less is better)",
+        ylabel="held-out loss, nats a token (lower is better)",
+        xlim=(0, None),
+    )
+    axes.legend(fontsize="small")
+    return figure
+
+
+def arms_of(lines: Sequence[Line], quality: Path) -> list[tuple[str, float, Sequence[float]]]:
+    """Return name, peak memory and held-out losses at the best rate of the arms that are measured."""
+    found = []
+    for line in newest(lines, key="arm").values():
+        made = read_table(line["table"])
+        arm = next(arm for arm in made.arms if arm.name == line["arm"])
+        losses = next((row_of(made, arm, results).losses for results in newest_first(quality)), [])
+        if losses:
+            found.append((arm.name, line["peak_resident"], losses))
+    return found
+
+
 def spread(values: Sequence[float]) -> float:
     """Return the standard deviation; nan, and so no error bar, for one value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
@@ -107,6 +147,7 @@ def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
     drawn = {
         "lisa_state": (lisa_state, [line for line in found if "policy" in line]),
         "lisa_norms": (lisa_norms, [line for line in found if "norms" in line]),
+        "cost": (cost, arms_of(lines_of(results / "arm_memory.jsonl"), results / "quality.jsonl")),
         "forgetting": (forgetting, changes(results / "forgetting.jsonl")),
     }
     into.mkdir(parents=True, exist_ok=True)
