@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
@@ -19,6 +20,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan, Profiler
+from lit_sparse_profiling.ranks import combined, note_of_one
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.stopwatch import Tokens, count_tokens
 
@@ -66,7 +68,7 @@ class Profile(Callback):
         self.profiler: Profiler | None = None
         self.phases: Phases | None = None
         self._tokens = Tokens()
-        self._step = 0
+        self._step, self._ranks = 0, 1
         self._part: str | None = None
         self._else: str | None = None
         self._nvml: NVML | None = None
@@ -113,6 +115,7 @@ class Profile(Callback):
         if len(trainer.optimizers) > 1:
             self.profiler.notes.append(f"The ledger has the first of {len(trainer.optimizers)} optimizers only.")
         self._tokens, self._step, self._part = Tokens(), trainer.global_step, None
+        self._ranks = trainer.world_size
         self._else = None if pl_module.automatic_optimization else "forward"
 
     def plan_of(self, module: L.LightningModule) -> Plan:
@@ -176,10 +179,15 @@ class Profile(Callback):
         self.finish(trainer, pl_module)
 
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Write the record of the fit that has just ended."""
+        """Write the record of the fit that has just ended, with all ranks' measurements. Every rank must call it."""
+        record = self.record(trainer, module)
+        if self._ranks > 1:
+            found: list[Any] = [None] * self._ranks
+            dist.all_gather_object(found, record)
+            record = combined(found)
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.record(trainer, module).write(self.folder / "record.json")
+            record.write(self.folder / "record.json")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.profiler is not None:
@@ -234,6 +242,8 @@ class Profile(Callback):
         phases = phases_of(module) or self.phases
         if not measured and phases is not None:
             measured = {"phases": phases.to_list()}
+        if self._ranks > 1:
+            measured["notes"] = [*measured.get("notes", []), note_of_one(self._ranks)]
         return RunRecord(
             name=self.folder.name, **{"versions": versions, "settings": self.settings, **measured, **fields}
         )

@@ -19,6 +19,7 @@ from lit_sparse_profiling.sections import (
     ModelSize,
     Pair,
     Phase,
+    Rank,
     StateBytes,
     Throughput,
 )
@@ -47,6 +48,7 @@ class RunRecord:
         states: Optimizer and strategy state after each change of the trainable set; empty if it never changes.
         outcome: Metrics before and after training: `{"before": {"loss": ...}, "after": {"loss": ...}}`.
         samples: Generated texts.
+        ranks: What each rank measured, if the run had several; `ranks.combined` says what the other sections have then.
         notes: One sentence for each figure that could not be measured.
 
     Raises:
@@ -73,6 +75,7 @@ class RunRecord:
     states: list[StateBytes] = field(default_factory=list)
     outcome: dict[str, dict[str, float]] = field(default_factory=dict)
     samples: list[Any] = field(default_factory=list)
+    ranks: list[Rank] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -366,6 +366,29 @@ class Throughput:
 
 
 @dataclass(frozen=True)
+class Rank:
+    """What one rank of a run on several ranks measured.
+
+    Attributes:
+        rank: Its number.
+        tokens: Its tokens without padding; None if unknown.
+        padded_tokens: Its token positions; None likewise.
+        seconds: Total time of its timed steps.
+        joules: Energy of its device over its timed windows.
+        device: UUID of its GPU: ranks on one device have the same joules.
+        peak_memory: Its peak, reserved on a GPU, resident on a CPU.
+    """
+
+    rank: int
+    tokens: int | None = None
+    padded_tokens: int | None = None
+    seconds: float | None = None
+    joules: float | None = None
+    device: str | None = None
+    peak_memory: int | None = None
+
+
+@dataclass(frozen=True)
 class Pair:
     """Ratio of this run's step time to that of another run, whose steps were interleaved with its own.
 
