@@ -74,6 +74,7 @@ class Labelled(L.LightningDataModule):
         num_workers: Worker processes that prepare batches; 0 prepares them in the training process.
         seed: Seed of the order of training batches.
         pad_to_multiple_of: Pad batches to a multiple of this length, such as 8 for tensor cores.
+        shuffle: Train on the rows in an order that is drawn in every epoch; false keeps the order of their file.
 
     Attributes:
         val_names: Name of each loader of `val_dataloader()`.
@@ -92,6 +93,7 @@ class Labelled(L.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         pad_to_multiple_of: int = 1,
+        shuffle: bool = True,
     ) -> None:
         super().__init__()
         require_at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
@@ -99,7 +101,7 @@ class Labelled(L.LightningDataModule):
         self.train, self.validation, self.heldout, self.config = train, validation, heldout, config
         self.tokenizer_name = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
-        self.seed, self.pad_to_multiple_of = seed, pad_to_multiple_of
+        self.seed, self.pad_to_multiple_of, self.shuffle = seed, pad_to_multiple_of, shuffle
         self.val_names = [HELDOUT] if heldout or validation else []
         self.label_names: list[str] = []
         self.examples: dict[str, list[LabelledExample]] = {}
@@ -193,7 +195,7 @@ class Labelled(L.LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Return training batches in an order that depends on seed and epoch only. Checkpoints hold its position."""
         rows: Any = self.examples[TRAIN]
-        batches = Batches(token_counts(rows), self.batch_size, self.seed, *rank_and_world(self.trainer))
+        batches = Batches(token_counts(rows), self.batch_size, self.seed, *rank_and_world(self.trainer), self.shuffle)
         return Loader(rows, batches, self._collate, self.num_workers, first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:

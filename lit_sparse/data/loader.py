@@ -24,6 +24,8 @@ class Batches(Sampler[list[int]]):
     shuffled. A step is one batch on each rank. Its rows have similar lengths, so that ranks rarely wait for each other.
     The first step of all is the largest of its epoch: a run that does not fit into memory fails at once.
 
+    With `shuffle` false, rows come in their own order, in every epoch.
+
     Every rank has the same number of batches, or collectives would deadlock. Each epoch covers all rows but fewer than
     `world`, which are others in each epoch.
 
@@ -33,6 +35,7 @@ class Batches(Sampler[list[int]]):
         seed: Seed of the order.
         rank: Rank of this replica.
         world: Number of replicas that share the rows.
+        shuffle: Draw a new order in every epoch.
 
     Attributes:
         start: Index of the batch, counted over all epochs, at which the next iteration begins. An iteration yields as
@@ -42,11 +45,19 @@ class Batches(Sampler[list[int]]):
         BadInput: if there are fewer rows than replicas.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0, rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        shuffle: bool = True,
+    ) -> None:
         if len(lengths) < world:
             raise BadInput(f"{len(lengths)} training rows cannot be shared by {world} processes; use fewer of them.")
         self.lengths = np.asarray(lengths, dtype=np.int64)
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
+        self.batch_size, self.seed, self.rank, self.world, self.shuffle = batch_size, seed, rank, world, shuffle
         self.start = 0
 
     def __len__(self) -> int:
@@ -66,19 +77,27 @@ class Batches(Sampler[list[int]]):
 
     def epoch(self, number: int) -> list[list[int]]:
         """Return this rank's batches of epoch `number`, as lists of row indices."""
+        steps = self._shuffled(number) if self.shuffle else self._steps(np.arange(len(self.lengths)))
+        return [np.array_split(step, self.world)[self.rank].tolist() for step in steps]
+
+    def _shuffled(self, number: int) -> list[np.ndarray]:
         random = np.random.default_rng([self.seed, number])
         order = random.permutation(len(self.lengths))
-        rows = self.batch_size * self.world  # of a step
+        together = self.batch_size * self.world * STEPS_SORTED
         steps = []
-        for begin in range(0, len(order), rows * STEPS_SORTED):
-            some = order[begin : begin + rows * STEPS_SORTED]
-            some = some[np.argsort(-self.lengths[some], kind="stable")]
-            steps += [some[first : first + rows] for first in range(0, len(some), rows)]
-        steps = [step for step in steps if len(step) >= self.world]  # a rank without rows would have no batch
+        for begin in range(0, len(order), together):
+            some = order[begin : begin + together]
+            steps += self._steps(some[np.argsort(-self.lengths[some], kind="stable")])
         turns = random.permutation(len(steps)).tolist()
         if number == 0:
             turns.insert(0, turns.pop(turns.index(self._largest(steps))))
-        return [np.array_split(steps[index], self.world)[self.rank].tolist() for index in turns]
+        return [steps[index] for index in turns]
+
+    def _steps(self, order: np.ndarray) -> list[np.ndarray]:
+        """Cut the rows in `order` into steps."""
+        rows = self.batch_size * self.world
+        steps = [order[first : first + rows] for first in range(0, len(order), rows)]
+        return [step for step in steps if len(step) >= self.world]  # a rank without rows would have no batch
 
     def _largest(self, steps: Sequence[np.ndarray]) -> int:
         """Return the index of the step with the most token positions, padding included."""
@@ -92,7 +111,8 @@ class Batches(Sampler[list[int]]):
         """
         rows = self.batch_size * self.world
         short = len(self.lengths) % rows  # rows of the last step, which is dropped if a process would have none
-        settings = repr((rows, self.seed, self.world if 0 < short < self.world else 1))
+        seed = self.seed if self.shuffle else None
+        settings = repr((rows, seed, self.world if 0 < short < self.world else 1))
         return hashlib.sha256(self.lengths.tobytes() + settings.encode()).hexdigest()
 
 

@@ -41,6 +41,7 @@ class TokenData(L.LightningDataModule, ABC):
         num_workers: Worker processes that prepare batches; 0 prepares them in the training process.
         overlong: `drop` rows with more than `max_length` tokens and print their number, or `truncate` their end.
         seed: Seed of the order of training batches.
+        shuffle: Train on the rows in an order that is drawn in every epoch; false keeps the order of their file.
         packing: Join short rows into rows of up to `max_length` tokens. Joined rows do not attend to each other.
         pad_to_multiple_of: Pad batches to a multiple of this length, such as 8 for tensor cores.
         template: Format of prompts and answers. `chat` uses the tokenizer's chat template; `plain` writes prompt, line
@@ -66,16 +67,19 @@ class TokenData(L.LightningDataModule, ABC):
         pad_to_multiple_of: int = 1,
         template: Template = "auto",
         num_samples: int = 3,
+        shuffle: bool = True,
     ) -> None:
         super().__init__()
         require_at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
         require_at_least(0, num_workers=num_workers, seed=seed, num_samples=num_samples)
+        if packing and not shuffle:
+            raise BadInput("`packing` joins rows by their lengths, and cannot keep their order; set `shuffle` to true.")
         self.tokenizer_name = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers
         self.overlong: Overlong = overlong
         self.seed, self.packing, self.pad_to_multiple_of = seed, packing, pad_to_multiple_of
         self.template: Template = template
-        self.num_samples = num_samples
+        self.num_samples, self.shuffle = num_samples, shuffle
         self.val_names: list[str] = []
         self.test_names: list[str] = []
         self.samples: list[dict[str, Any]] = []
@@ -138,11 +142,14 @@ class TokenData(L.LightningDataModule, ABC):
         self.test_names = ["choices"] * bool(self.choices) + ["questions"] * bool(self.questions)
 
     def train_dataloader(self) -> Loader:
-        """Return training batches in an order that depends on seed and epoch only. Checkpoints hold its position."""
+        """Return training batches in an order that depends on seed and epoch only, or in that of the file.
+
+        Checkpoints hold its position.
+        """
         rows, collate = self._limit_overfit(self.examples[TRAIN]), Padded(self.padding)
         if self.packing:
             rows, collate = PackedRows(rows, rows.lengths, self.max_length), Packed(self.padding)
-        batches = Batches(rows.lengths, self.batch_size, self.seed, *rank_and_world(self.trainer))
+        batches = Batches(rows.lengths, self.batch_size, self.seed, *rank_and_world(self.trainer), self.shuffle)
         return Loader(rows, batches, collate, self.num_workers, first_epoch(self.trainer))
 
     def val_dataloader(self) -> list[DataLoader[Any]]:

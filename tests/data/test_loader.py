@@ -57,6 +57,16 @@ def test_ranks_share_all_rows_once_an_epoch(world, epoch):
     assert max(len(batch) for own in batches for batch in own) == 4
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_rows_may_keep_their_order(world):
+    ranks = [Batches(LENGTHS, 4, 0, rank, world, shuffle=False) for rank in range(world)]
+    steps = [[row for part in parts for row in part] for parts in zip(*(rank.epoch(0) for rank in ranks), strict=True)]
+    assert [row for step in steps for row in step] == list(range(len(LENGTHS)))
+    assert {len(step) for step in steps[:-1]} == {4 * world}
+    assert ranks[0].epoch(1) == ranks[0].epoch(0) == Batches(LENGTHS, 4, 7, 0, world, shuffle=False).epoch(0)
+    assert ranks[0].fingerprint() != Batches(LENGTHS, 4, 0, 0, world).fingerprint()
+
+
 def test_too_few_rows_for_the_ranks():
     with pytest.raises(BadInput, match="3 training rows cannot be shared by 4"):
         Batches([1, 1, 1], 4, 0, 0, 4)

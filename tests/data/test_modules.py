@@ -12,6 +12,7 @@ import torch
 from lit_sparse import demo
 from lit_sparse.data import Embedded, Instructions, Synthetic, Text
 from lit_sparse.data.evaluation import samples
+from lit_sparse.data.rows import parse
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.stopwatch import count_tokens
 
@@ -138,6 +139,20 @@ def test_a_prompt_that_the_template_refuses_is_placed(chat_tokenizer, jsonl):
     data = Instructions(jsonl(PROBLEMS[7:8]), tokenizer=chat_tokenizer, heldout=0)
     with pytest.raises(BadInput, match=r"rows\.jsonl line 1: the tokenizer's chat template refuses it \(no 7\)"):
         samples(data.rows["train"], data.encoder, 64, 1)
+
+
+def test_rows_are_trained_in_their_files_order_if_asked(chat_tokenizer, jsonl):
+    data = ready(Instructions(jsonl(PASSAGES), tokenizer=chat_tokenizer, heldout=4, shuffle=False, batch_size=3))
+    given = [data.encoder.encode(parse(row)).input_ids for row in PASSAGES]
+    heldout = [data.examples["heldout"][index].input_ids for index in range(4)]
+    seen = [
+        ids[mask.bool()].tolist()
+        for batch in data.train_dataloader()
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert seen == [ids for ids in given if ids not in heldout]
+    with pytest.raises(BadInput, match="`packing` joins rows by their lengths"):
+        Instructions("rows.jsonl", tokenizer=chat_tokenizer, shuffle=False, packing=True)
 
 
 def test_packing_keeps_the_tokens(chat_tokenizer, jsonl):
