@@ -6,30 +6,44 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.errors import BadInput
 
 ROLES = {
-    "q": ("q_proj", "query", "q_lin", "wq"),
-    "k": ("k_proj", "key", "k_lin", "wk"),
-    "v": ("v_proj", "value", "v_lin", "wv"),
+    "q": ("q_proj", "query", "query_proj", "q_lin", "wq", "q_a_proj", "q_b_proj"),
+    "k": ("k_proj", "key", "key_proj", "k_lin", "wk"),
+    "v": ("v_proj", "value", "value_proj", "v_lin", "wv"),
     "qkv": ("c_attn", "query_key_value", "qkv_proj", "qkv", "Wqkv", "in_proj"),
-    "o": ("o_proj", "out_proj", "out_lin", "wo", "attention.dense", "attn.c_proj", "attention.output.dense"),
-    "gate": ("gate_proj", "w1"),
-    "up": ("up_proj", "c_fc", "fc1", "fc_in", "lin1", "w3", "dense_h_to_4h", "intermediate.dense"),
-    "gate_up": ("gate_up_proj",),
-    "down": ("down_proj", "mlp.c_proj", "fc2", "fc_out", "lin2", "w2", "dense_4h_to_h", "output.dense"),
+    "o": ("o_proj", "out_proj", "out_lin", "wo", "attention.dense", "attn.c_proj", "attention.output.dense", "attn.Wo"),
+    "gate": ("gate_proj", "w1", "wi_0"),
+    "up": ("up_proj", "c_fc", "fc1", "fc_in", "lin1", "w3", "dense_h_to_4h", "intermediate.dense", "wi", "wi_1"),
+    "gate_up": ("gate_up_proj", "mlp.Wi"),
+    "down": (
+        "down_proj",
+        "mlp.c_proj",
+        "fc2",
+        "fc_out",
+        "lin2",
+        "w2",
+        "dense_4h_to_h",
+        "output.dense",
+        "DenseReluDense.wo",
+        "mlp.Wo",
+    ),
 }
 """Roles of linear layers, with the usual endings of their names: attention's projections, the MLP's matrices."""
 
 
 def role(name: str) -> str:
-    """Return the role of the linear layer `name` (a key of ROLES), or the last part of its name if it has none."""
+    """Return the role of the linear layer or expert `name` (a key of ROLES), or the name's last part if it has none."""
+    name = name.partition("[")[0]
     matches = [
         (len(ending), role)
         for role, endings in ROLES.items()
@@ -39,20 +53,62 @@ def role(name: str) -> str:
     return max(matches)[1] if matches else name.rpartition(".")[2]
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of `model`: its first ModuleList of `config.num_hidden_layers` modules.
+def backbone(model: nn.Module) -> nn.Module:
+    """Return the model under the head: `base_model`, or the child that embeds the tokens where that names no child.
+
+    The `base_model_prefix` of Llama 4 and Mllama names an attribute of their multimodal models, so that transformers
+    gives back the whole language model as its own base model.
+    """
+    base = getattr(model, "base_model", model)
+    if base is not model:
+        return base
+    embeddings = set(model.get_input_embeddings().modules())  # pyright: ignore[reportCallIssue]
+    inside = [child for child in model.children() if child not in embeddings and embeddings <= set(child.modules())]
+    return inside[0] if inside else model
+
+
+def language_model(model: nn.Module) -> nn.Module:
+    """Return the part of `model` that reads tokens: a multimodal model's text decoder, or else the whole model."""
+    is_composite = model.config.get_text_config() is not model.config  # pyright: ignore
+    return model.get_decoder() if is_composite else model  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+def unread_by_text(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of a multimodal model that text never reaches, such as its vision tower; else none."""
+    text, head = language_model(model), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    read = {*text.parameters(), *(() if head is None else head.parameters())}
+    heads = [model.get_submodule(name) for name in classification_head(model)]
+    read |= {parameter for module in heads for parameter in module.parameters()}
+    return [parameter for parameter in model.parameters() if parameter not in read]
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of `model`, in order: of an encoder-decoder model the encoder's, then the decoder's.
+
+    In each stack they are the first ModuleList of as many modules as its configuration has layers. The vision tower of
+    a multimodal model is no such stack.
 
     Raises:
-        BadInput: if the model has no such list.
+        BadInput: if a stack has no such list.
     """
-    count = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    config = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False):
+        text = None if config is None else config.get_text_config()
+        return _layers_of(model if text is config else language_model(model), text)
+    ends = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # pyright: ignore[reportCallIssue]
+    stacks = [(stack, stack.config.get_text_config(**{end: True})) for end, stack in ends.items()]  # pyright: ignore
+    return [layer for stack, its in stacks for layer in _layers_of(stack, its)]
+
+
+def _layers_of(stack: nn.Module, config: Any) -> list[nn.Module]:
+    count = getattr(config, "num_hidden_layers", None)
+    lists = {name: module for name, module in stack.named_modules() if isinstance(module, nn.ModuleList)}
     for module in lists.values():
         if len(module) == count:
-            return module
+            return list(module)
     found = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
     raise BadInput(
-        f"the layers of {type(model).__name__} were not found: its config.num_hidden_layers is {count}, and its module "
+        f"the layers of {type(stack).__name__} were not found: its config.num_hidden_layers is {count}, and its module "
         f"lists are {found}; only models that keep their layers in one such list can be trained by layer."
     )
 
@@ -64,15 +120,71 @@ def classification_head(model: nn.Module) -> list[str]:
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return []
-    base: Any = model.base_model
+    base: Any = backbone(model)
     pooler = [f"{model.base_model_prefix}.pooler"] if getattr(base, "pooler", None) is not None else []
     return [name for name, child in model.named_children() if child is not base] + pooler
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     """Return the linear layers within the decoder layers by qualified name: `nn.Linear` and GPT-2's `Conv1D`."""
-    layers = set(decoder_layers(model).modules())
+    layers = {module for layer in decoder_layers(model) for module in layer.modules()}
     return {name: module for name, module in model.named_modules() if module in layers and is_linear(module)}  # pyright: ignore
+
+
+@dataclass(frozen=True, eq=False)
+class Experts:
+    """A parameter that holds a matrix of each expert: (experts, out, in), or (experts, in, out) if `transposed`."""
+
+    parameter: nn.Parameter
+    transposed: bool
+
+    def matrix(self, number: int) -> Tensor:
+        """Return the matrix of an expert as (out, in), a view that shares memory."""
+        return self.parameter[number].t() if self.transposed else self.parameter[number]
+
+
+def experts(model: nn.Module) -> dict[str, Experts]:
+    """Return the fused experts within the decoder layers by qualified name: parameters with a matrix for each expert.
+
+    The matrix of one expert is called by the parameter's name and the expert's number: `mlp.experts.down_proj[3]`.
+    """
+    layers = {module for layer in decoder_layers(model) for module in layer.modules()}
+    return {
+        f"{name}.{own}": Experts(parameter, _is_transposed(module, own, parameter))
+        for name, module in model.named_modules()
+        if module in layers and hasattr(module, "num_experts")
+        for own, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    }
+
+
+def _is_transposed(module: nn.Module, name: str, parameter: Tensor) -> bool:
+    stated = getattr(module, "is_transposed", None)
+    if stated is not None:
+        return stated
+    hidden = getattr(module, "hidden_size", None)  # Llama 4 does not say; a down projection gives hidden states back
+    inner, outer = parameter.shape[1:] if role(name) == "down" else parameter.shape[:0:-1]
+    return outer == hidden and inner != hidden
+
+
+def weight_matrix(model: nn.Module, name: str) -> Tensor | None:
+    """Return the weight of a linear layer, or the matrix of an expert, as (out, in); None if `model` has none so named.
+
+    Raises:
+        BadInput: if it is quantised.
+    """
+    path, _, number = name.removesuffix("]").partition("[")
+    owner, _, own = path.rpartition(".") if number else (path, "", "weight")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return None
+    if not number:
+        return matrix(module) if isinstance(module, nn.Linear | Conv1D) else None
+    parameter = module._parameters.get(own)
+    if parameter is None or parameter.ndim != 3 or int(number) >= len(parameter):
+        return None
+    return Experts(parameter, _is_transposed(module, own, parameter)).matrix(int(number))
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,17 +236,26 @@ def _mlp(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> MLP
 def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
     """Return the linear layers of `model` that `targets` name: by role, ending of their name, or `all`.
 
+    Those whose weights the model reads without calling them are no targets: see `uncalled`.
+
     Raises:
-        BadInput: if there are none.
+        BadInput: if neither a linear layer nor fused experts are among them.
     """
-    found = linears(model)
+    found, fused = linears(model), experts(model)
     chosen = {name: linear for name, linear in found.items() if is_target(name, targets)}
-    if not chosen:
-        roles = ", ".join(sorted({role(name) for name in found})) or "none"
+    direct = uncalled(model, chosen)
+    chosen = {name: linear for name, linear in chosen.items() if name not in direct}
+    if not chosen and not any(is_target(name, targets) for name in fused):
+        roles = ", ".join(sorted({role(name) for name in [*found, *fused]} - {role(name) for name in direct})) or "none"
         raise BadInput(
             f"no linear layer of {type(model).__name__} is among the targets {list(targets)}; its layers have: {roles}."
         )
     return chosen
+
+
+def target_experts(model: nn.Module, targets: Sequence[str]) -> dict[str, Experts]:
+    """Return the fused experts of `model` that `targets` name, as `target_linears` does; none is no error."""
+    return {name: tensor for name, tensor in experts(model).items() if is_target(name, targets)}
 
 
 def is_target(name: str, targets: Sequence[str]) -> bool:
@@ -143,8 +264,21 @@ def is_target(name: str, targets: Sequence[str]) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Return true for a plain or quantised linear layer. Subclasses are no targets: they wrap one already."""
-    return type(module) in (nn.Linear, Conv1D) or is_quantized_linear(module)
+    """Return true for a plain or quantised linear layer, also of a class that computes as `nn.Linear` (Falcon's).
+
+    Other subclasses are no targets: they wrap a linear layer already, or return something else (Llama 4's router).
+    """
+    return type(module) in (nn.Linear, Conv1D) or is_quantized_linear(module) or _computes_linear(type(module))
+
+
+@cache
+def _computes_linear(kind: type[nn.Module]) -> bool:
+    if not issubclass(kind, nn.Linear) or kind.__init__ is not nn.Linear.__init__:
+        return False
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        linear, x = kind(3, 2), torch.eye(3)
+    with torch.no_grad():
+        return torch.allclose(linear(x), F.linear(x, linear.weight, linear.bias))
 
 
 def is_quantized_linear(module: nn.Module) -> bool:
@@ -178,6 +312,26 @@ def matrix(linear: nn.Linear | Conv1D) -> Tensor:
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
+def uncalled(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return those of the linear layers `names` whose weight the model reads without calling the layer.
+
+    Mamba's dt_proj is one. Whatever replaces such a layer would have no effect. They are those that a forward pass over
+    a few dummy tokens does not call, although it calls the module that holds them; an expert that no token reaches is
+    not called either.
+    """
+    called: set[nn.Module] = set()
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    watched = {*parents.values(), *(model.get_submodule(name) for name in parents)}
+    hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in watched]
+    try:
+        if hooks:
+            dummy_forward(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name for name, parent in parents.items() if parent in called and model.get_submodule(name) not in called}
+
+
 def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
     """Group the named modules by the input tensor that they read (q, k and v of a layer read one, for example).
 
@@ -203,10 +357,14 @@ def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
 
 
 def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
-    """Return a field of the output for three dummy tokens, (1, 3, ...), in evaluation mode and without a graph."""
-    device = next(model.parameters()).device
+    """Return a field of the output for three dummy tokens, (1, 3, ...), in evaluation mode and without a graph.
+
+    The last token is the end of the text for an encoder-decoder model: BART and T5 classify there.
+    """
+    device, config = next(model.parameters()).device, model.config
+    last = config.eos_token_id if config.is_encoder_decoder else 3  # pyright: ignore
     with torch.no_grad(), evaluating(model):
-        return model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False)[field]
+        return model(input_ids=torch.tensor([[1, 2, last]], device=device), use_cache=False)[field]
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -228,8 +386,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def weight_count(model: nn.Module) -> int:
-    """Return the number of weights in matrices: with embeddings and head (tied ones once), without norms and biases."""
-    return sum(weights_in(p) for p in model.parameters() if p.ndim == 2)
+    """Return the number of weights in matrices: embeddings and head (tied ones once), experts; no norms and biases."""
+    return sum(weights_in(p) for name, p in model.named_parameters() if p.ndim >= 2 and not name.endswith("bias"))
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -28,13 +28,16 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def parameter_groups(named: NamedParameters) -> list[dict[str, Any]]:
-    """Return two parameter groups: with weight decay, and without (fewer than two dimensions: biases and norms).
+    """Return two parameter groups: with weight decay, and without (biases and norms).
+
+    These have fewer than two dimensions, but for the biases of fused experts, which are recognised by their name.
 
     A group may be empty. Both are always returned, so that `regroup` can fill either one later. The group with decay
     sets no `weight_decay`: it takes the optimizer's own.
     """
     named = list(named)
-    decayed, plain = [(n, p) for n, p in named if p.ndim >= 2], [(n, p) for n, p in named if p.ndim < 2]
+    plain = [(name, p) for name, p in named if p.ndim < 2 or name.endswith("bias")]
+    decayed = [(name, p) for name, p in named if p.ndim >= 2 and not name.endswith("bias")]
     return [_group(decayed), {**_group(plain), "weight_decay": 0.0}]
 
 
@@ -143,11 +146,13 @@ class _Scattered:
     weight: Tensor
     index: Tensor
     transposed: bool
+    expert: int | None
 
     @property
     def matrix(self) -> Tensor:
         """The weight as (out, in), taken anew each time: moving a module changes the memory of its parameters."""
-        return self.weight.detach().t() if self.transposed else self.weight.detach()
+        weight = self.weight.detach() if self.expert is None else self.weight.detach()[self.expert]
+        return weight.t() if self.transposed else weight
 
 
 @dataclass(frozen=True)
@@ -215,15 +220,18 @@ class AdamW(torch.optim.AdamW):
         )
         self._step_supports_amp_scaling = False  # else a scaler skips a step on the device, unseen by `step`
 
-    def scatter(self, parameter: Tensor, weight: Tensor, index: Tensor, transposed: bool = False) -> None:
+    def scatter(
+        self, parameter: Tensor, weight: Tensor, index: Tensor, transposed: bool = False, expert: int | None = None
+    ) -> None:
         """From now on write `parameter` (N, h, w), the fp32 master of blocks of `weight`, into it at every step.
 
         Args:
             weight: Matrix (out, in), or (in, out) if `transposed`; give a module's own parameter and no view of it,
                 so that it is still the module's after the module was moved.
             index: (N, 2) integers: row and column of each block of the matrix (out, in).
+            expert: The place of the matrix in a `weight` that holds one of each expert.
         """
-        self._scattered[parameter] = _Scattered(weight, index, transposed)
+        self._scattered[parameter] = _Scattered(weight, index, transposed, expert)
 
     def wrote(self, parameter: Tensor) -> bool:
         """Return whether the last step wrote the blocks of which this is the master."""

@@ -142,12 +142,6 @@ class BlockLinear(nn.Module):
         return f"{tuple(self.matrix.shape)}, {len(self.blocks)} blocks of {self.chosen.size}"
 
 
-def chosen_blocks(model: nn.Module) -> dict[str, Blocks]:
-    """Return the blocks that are trained in `model`, by name of the linear layer."""
-    linears = ((n, m) for n, m in model.named_modules() if isinstance(m, BlockLinear | DeltaLinear))
-    return {name: linear.chosen for name, linear in linears}
-
-
 def in_precision(x: Tensor, *tensors: Tensor | None) -> Any:
     """Return all tensors in the dtype of autocast if it is on, else unchanged.
 
@@ -208,6 +202,16 @@ class DeltaLinear(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
         self.blocks = nn.Parameter(torch.zeros(len(chosen.index), *chosen.size, dtype=dtype, device=weight.device))
 
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's own weight, whose device and dtype some models ask for."""
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The base's own bias, which is part of its output already."""
+        return self.base._parameters.get("bias")
+
     def write(self) -> None:
         """Add the difference to the base's weight, in fp32, rounded once to its dtype. Call it once, after training."""
         weight = matrix(self.base)  # pyright: ignore[reportArgumentType]
@@ -238,7 +242,9 @@ class _AddBlocks(torch.autograd.Function):
         ctx.shared, ctx.inputs = shared, x.shape
         parts = zip(ys, deltas, shared.places, strict=True)
         flat = ((y.reshape(-1, y.shape[-1]), y, delta, places) for y, delta, places in parts)
-        return tuple(block_delta(y_TO, packed_TP, delta, places).view(y.shape) for y_TO, y, delta, places in flat)
+        # Not view: autograd forbids to change a view that a Function returns in place, as Falcon does.
+        shaped = torch.ops.aten._unsafe_view.default
+        return tuple(shaped(block_delta(y_TO, packed_TP, delta, places), y.shape) for y_TO, y, delta, places in flat)
 
     @staticmethod
     @once_differentiable

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from lit_sparse.anatomy import Experts
 from lit_sparse.blocks.grid import Blocks, Size, grid
 from lit_sparse.errors import BadInput
 
@@ -180,11 +181,19 @@ class ScoreSheet:
 
     def watch_weight(self, name: str, weight: nn.Parameter, transposed: bool, keep: bool) -> None:
         """Add each gradient of `weight` once autograd completes it; then free it, unless `keep` (for an optimizer)."""
+        self._watch(weight, lambda gradient: {name: gradient.t() if transposed else gradient}, keep)
 
+    def watch_experts(self, name: str, tensor: Experts, keep: bool) -> None:
+        """Add each expert's part of the gradients of fused experts, as `watch_weight` does."""
+        names = [f"{name}[{number}]" for number in range(len(tensor.parameter))]
+        self._watch(tensor.parameter, lambda g: dict(zip(names, g.mT if tensor.transposed else g, strict=True)), keep)
+
+    def _watch(self, weight: nn.Parameter, parts: Callable[[Tensor], dict[str, Tensor]], keep: bool) -> None:
         def reduce(weight: Tensor) -> None:
             gradient = weight.grad
             assert gradient is not None  # a post-accumulate hook always has one
-            self.add(name, gradient.t() if transposed else gradient)
+            for name, part in parts(gradient).items():
+                self.add(name, part)
             weight.grad = gradient if keep else None
 
         self._hooks.append(weight.register_post_accumulate_grad_hook(reduce))

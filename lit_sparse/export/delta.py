@@ -19,9 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import matrix
+from lit_sparse.anatomy import weight_matrix
 from lit_sparse.blocks.grid import Blocks, grid
 from lit_sparse.checkpoints import fingerprint
 from lit_sparse.errors import BadInput
@@ -32,10 +31,10 @@ VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class ChangedBlocks:
-    """New values of chosen blocks of a linear layer's weight.
+    """New values of chosen blocks of a linear layer's weight, or of the matrix of one expert.
 
     Attributes:
-        name: The linear layer.
+        name: The linear layer; or the parameter of fused experts with a number, as in `mlp.experts.down_proj[3]`.
         blocks: The N blocks, in its weight as (out, in).
         values: (N, h, w) fp32; zeros where a block reaches over the edge of the weight.
     """
@@ -48,15 +47,15 @@ class ChangedBlocks:
         """Return the weight in `model`, as (out, in).
 
         Raises:
-            BadInput: if there is no such linear layer, or it has no such blocks.
+            BadInput: if there is no such linear layer or expert, or it has no such blocks.
         """
-        linear = dict(model.named_modules()).get(self.name)
-        if not isinstance(linear, nn.Linear | Conv1D):
+        found, index = weight_matrix(model, self.name), self.blocks.index
+        if found is None:
             raise BadInput(
                 f"the delta changes blocks of {self.name}, which is no linear layer of this {type(model).__name__}; "
                 "apply it to the model it was made for."
             )
-        weight, index = matrix(linear).detach(), self.blocks.index
+        weight = found.detach()
         outside = (index < 0) | (index >= torch.tensor(grid(weight, self.blocks.size)))
         if outside.any() or self.values.shape != (len(index), *self.blocks.size):
             raise BadInput(

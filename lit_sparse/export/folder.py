@@ -153,7 +153,13 @@ def check_loads(merge: Merge, folder: Path) -> None:
 
     save_pretrained does not notice weights that it ties or drops.
     """
-    again = merge.module.auto_class.from_pretrained(folder, dtype="auto")
+    try:
+        again = merge.module.auto_class.from_pretrained(folder, dtype="auto")
+    except ValueError as error:  # Mllama's text model has a configuration that no Auto class knows
+        raise BadInput(
+            f"{merge.run} cannot be exported as a Hugging Face folder, which would not load again "
+            f"({str(error).strip().splitlines()[0].rstrip('.')[:150]}); export it with --to delta."
+        ) from error
     found = dict(again.named_parameters(remove_duplicate=False))
     for name, parameter in merge.model.named_parameters(remove_duplicate=False):
         if name not in found or not torch.equal(found[name].float(), parameter.float()):

@@ -1,6 +1,6 @@
 """Merge what a run trained into its base, in fp32, and find the parameters that changed."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import dummy_forward, is_quantized, matrix
+from lit_sparse.anatomy import dummy_forward, is_quantized, weight_matrix
+from lit_sparse.blocks.experts import chosen_blocks
 from lit_sparse.blocks.grid import Blocks
-from lit_sparse.blocks.linear import chosen_blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.modules import LitSparse
@@ -38,7 +37,7 @@ class Merge:
         module: The run's module, with its strategies detached.
         model: Its plain model, in fp32.
         base: The base, in the dtype of its files.
-        choice: SMT's blocks by name of the linear layer; empty without SMT.
+        choice: SMT's blocks by name of the linear layer or expert; empty without SMT.
         config: The run's configuration.
     """
 
@@ -103,18 +102,29 @@ class Merge:
                 f"{self.run} left the model with other parameters than its base has ({min(names ^ base_names)}), which "
                 "a delta cannot hold; export it with --to hf."
             )
-        changes = tuple(self._change(*change) for change in self.changes())
+        changes = tuple(one for change in self.changes() for one in self._split(*change))
         return Delta(self.module.base, self.module.base_fingerprint, tuple(self.updates), changes)
 
-    def _change(self, name: str, before: Tensor, after: Tensor) -> Change:
+    def _split(self, name: str, before: Tensor, after: Tensor) -> Sequence[Change]:
         """Return the trained blocks if nothing else in the parameter changed, or the whole parameter."""
-        layer = name.removesuffix(".weight")
-        if layer not in self.choice:
-            return ChangedParameter(name, after)
-        linear, blocks, rebuilt = self.model.get_submodule(layer), self.choice[layer], before.clone()
-        values = blocks.read(matrix(linear).detach())  # pyright: ignore[reportArgumentType]
-        blocks.write(rebuilt.t() if isinstance(linear, Conv1D) else rebuilt, values)
-        return ChangedBlocks(layer, blocks, values) if torch.equal(rebuilt, after) else ChangedParameter(name, after)
+        changes = [self._blocks(matrix) for matrix in self.choice if owner_of(matrix) == name]
+        parameter, trained = self.model.get_parameter(name), self.model.get_parameter(name).data
+        parameter.data = before.clone()
+        for change in changes:
+            change.write(change.target(self.model), change.values)
+        whole, parameter.data = torch.equal(parameter.data, after), trained
+        return changes if whole else [ChangedParameter(name, after)]
+
+    def _blocks(self, matrix: str) -> ChangedBlocks:
+        weight, blocks = weight_matrix(self.model, matrix), self.choice[matrix]
+        assert weight is not None, f"{matrix} has trained blocks, but is gone"
+        return ChangedBlocks(matrix, blocks, blocks.read(weight.detach()))
+
+
+def owner_of(matrix: str) -> str:
+    """Return the name of the parameter that holds the weight of a linear layer, or the matrix of an expert."""
+    fused, _, number = matrix.partition("[")
+    return fused if number else f"{matrix}.weight"
 
 
 def check_mergeable(module: LitSparse, run: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -177,6 +178,12 @@ def lora_product(name: str, layer: Any, who: str) -> TrainedMatrix:
         BadInput: if the layer's update is more than this product.
     """
     adapter = adapter_of(layer)
+    if isinstance(layer, ParamWrapper):
+        raise BadInput(
+            f"{who}: {name} adapts {layer.parameter_name}, one parameter with several matrices, whose update is no "
+            "plain product of two factors; give PEFT the names of linear layers as target_modules, such as [q_proj, "
+            "v_proj], or set space: factors where there is that key."
+        )
     if adapter in layer.lora_variant:
         raise BadInput(
             f"{who}: {name} has {type(layer.lora_variant[adapter]).__name__}, whose update is no plain product of two "

@@ -39,7 +39,8 @@ class LitSparse(Resumable):
         precision: Type of the frozen weights and of the computation. What is trained is kept in fp32 always. `auto` is
             bfloat16 on a GPU and float32 on a CPU.
         activation_checkpointing: Recompute activations layer by layer in the backward instead of keeping them.
-        attention: Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`, ...
+        attention: Attention implementation of transformers: `sdpa`, `eager`, `flash_attention_2`, ...; none is the one
+            that transformers chooses for the model.
         compile: Compile the model with torch.compile.
         full_checkpoints: Save all weights in checkpoints instead of what was trained.
         quantize: Keep the linear layers of the frozen base in 4 bits (`nf4`, with quantised scales) or 8 (`int8`)
@@ -56,7 +57,7 @@ class LitSparse(Resumable):
         warmup_steps: float = 0,
         precision: Precision = "auto",
         activation_checkpointing: bool = False,
-        attention: str = "sdpa",
+        attention: str | None = None,
         compile: bool = False,
         full_checkpoints: bool = False,
         quantize: Quantization | None = None,

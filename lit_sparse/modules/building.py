@@ -10,9 +10,10 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import decoder_layers, is_quantized, weights_in
+from lit_sparse.anatomy import backbone, decoder_layers, is_quantized, unread_by_text, weights_in
 from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
@@ -51,6 +52,22 @@ class Masters:
         self._dtypes.clear()
 
 
+def cast_norm_inputs(model: nn.Module) -> list[RemovableHandle]:
+    """Let each LayerNorm cast its input to its own dtype where that is of less precision; return the hooks.
+
+    With embeddings that train in fp32 the hidden states are fp32, in which torch computes a LayerNorm with bf16 weights
+    on a GPU, through autocast, but not on a CPU.
+    """
+
+    def cast(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        weight, x = norm.weight, args[0]
+        narrower = isinstance(weight, Tensor) and weight.dtype in HALF and x.dtype not in HALF
+        return (x.to(weight.dtype), *args[1:]) if narrower and x.device.type == "cpu" else None  # pyright: ignore
+
+    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    return [norm.register_forward_pre_hook(cast) for norm in norms]
+
+
 class BuiltModel(L.LightningModule, ABC):
     """The part of the host that builds the model. `LitSparse` documents the arguments.
 
@@ -73,7 +90,7 @@ class BuiltModel(L.LightningModule, ABC):
         updates: list[UpdateStrategy],
         precision: Precision,
         activation_checkpointing: bool,
-        attention: str,
+        attention: str | None,
         compile: bool,
         quantize: Quantization | None,
     ) -> None:
@@ -100,6 +117,7 @@ class BuiltModel(L.LightningModule, ABC):
         self.resume_from: Any = None
         self.phases = Phases()
         self._attached = False
+        self._casts: list[RemovableHandle] = []  # of LayerNorms' inputs
 
     # ---- the task's part
 
@@ -218,7 +236,10 @@ class BuiltModel(L.LightningModule, ABC):
         model, self._attached = self.build(), True
         for parameter in self.always_trained():
             parameter.requires_grad_(True)
+        for parameter in unread_by_text(model):  # the batches have no images: these would have no gradient
+            parameter.requires_grad_(False)
         self._upcast()
+        self._casts = cast_norm_inputs(model)
         if not trainable(model):
             raise BadInput(f"nothing is left to train with {self.updates}.")
         if self.compile_model:
@@ -234,7 +255,7 @@ class BuiltModel(L.LightningModule, ABC):
         compiler gives up after eight; of a layer there are two, which all layers share.
         """
         changes = any(update.period is not None for update in self.updates)
-        for region in decoder_layers(self.build()) if changes else [self.build().base_model]:
+        for region in decoder_layers(self.build()) if changes else [backbone(self.build())]:
             region.compile()
 
     def _upcast(self) -> None:
@@ -295,7 +316,9 @@ class BuiltModel(L.LightningModule, ABC):
     def take_off(self) -> PreTrainedModel:
         """Detach the strategies and return the plain model."""
         self.updates.detach(self.build())
-        self._attached = False
+        for handle in self._casts:
+            handle.remove()
+        self._attached, self._casts = False, []
         return self.build()
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
-from lit_sparse.anatomy import dummy_forward, evaluating, is_linear, is_quantized_linear, model_inputs
+from lit_sparse.anatomy import backbone, dummy_forward, evaluating, is_linear, is_quantized_linear, model_inputs
 from lit_sparse.data import Labelled, Synthetic, TokenData, final_number
 from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
@@ -63,9 +63,12 @@ class CausalLM(LitSparse):
         inputs = model_inputs(batch)
         if not self.head_is_plain:
             output = self.build()(**inputs)
-            logits, labels = output.logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten()
-            return F.cross_entropy(logits, labels, ignore_index=IGNORED), output, (logits.argmax(-1) == labels).sum()
-        output = self.build().base_model(**inputs)
+            labels = batch["labels"][:, 1:].flatten()
+            logits = output.logits[:, :-1].flatten(0, 1).float()
+            total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            loss = total / self.scored_count(batch).clamp(min=1)  # a mean of no token would be NaN
+            return loss, output, (logits.argmax(-1) == labels).sum()
+        output = backbone(self.build())(**inputs)
         loss, hits = next_token_loss_and_hits(
             output.last_hidden_state, *self.head, batch["labels"], batch.get("scored")
         )
@@ -82,7 +85,7 @@ class CausalLM(LitSparse):
             logits, labels = self.build()(**inputs).logits[:, :-1].float(), batch["labels"][:, 1:]
             nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
             return nll, (logits.argmax(-1) == labels) & (labels != IGNORED)
-        hidden = self.build().base_model(**inputs).last_hidden_state
+        hidden = backbone(self.build())(**inputs).last_hidden_state
         return next_token_scores(hidden, *self.head, batch["labels"], batch.get("scored"))
 
     @property
@@ -104,7 +107,7 @@ class CausalLM(LitSparse):
         ):  # an adapter sits on it, or bits are packed
             return False
         if self._head_is_plain is None:
-            hidden = dummy_forward(model.base_model, "last_hidden_state")
+            hidden = dummy_forward(backbone(model), "last_hidden_state")
             with torch.no_grad():
                 ours, theirs = F.linear(hidden, *self.head), dummy_forward(model)
             cap = getattr(

@@ -21,7 +21,7 @@ def load_base(
     auto_class: Any,
     base: Any,
     dtype: torch.dtype | Literal["auto"],
-    attention: str,
+    attention: str | None,
     quantize: Quantization | None = None,
     device: torch.device | None = None,
     config_options: Mapping[str, Any] | None = None,
@@ -32,7 +32,7 @@ def load_base(
         auto_class: The transformers Auto class of the task.
         base: `demo`, `minilm`, a folder, a Hugging Face name, or a `config.json` (random weights, the same each time).
         dtype: Dtype of all weights; `auto` is that of the files.
-        attention: Attention implementation of transformers.
+        attention: Attention implementation of transformers; None is its own choice for the model.
         quantize: Quantise the linear layers, except the head, to this format.
         device: Device on which to quantise, where the model then stays; the CPU if not given.
         config_options: Overrides of the model's configuration, such as the names of a classifier's classes.
@@ -44,11 +44,13 @@ def load_base(
         raise BadInput(
             f"model.base is {base!r}; it must be demo, minilm, a folder, a Hugging Face name, or a config.json."
         )
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": dtype}
+    if attention is not None:
+        options["attn_implementation"] = attention
     if quantize is not None:
         options["quantization_config"] = quantization(base, quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
-    with load_errors(base):
+    with load_errors(base, attention):
         config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
         if quantize is not None:  # given None, transformers itself skips the head of a language model
             options["quantization_config"].llm_int8_skip_modules = head_names(auto_class, config) or None
@@ -65,17 +67,33 @@ def load_base(
 
 
 @contextmanager
-def load_errors(base: str) -> Iterator[None]:
+def load_errors(base: str, attention: str | None = None) -> Iterator[None]:
     """Convert errors of transformers while it reads the files of `base` into one sentence.
 
+    Args:
+        attention: The attention implementation that was asked for, if one was.
+
     Raises:
-        BadInput: with the first line of the error.
+        BadInput: with the first line of the error, and the way out if it is about the attention implementation.
     """
     try:
         yield
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"no model could be loaded from {base!r}: {reason}") from error
+        raise BadInput(_reason(base, error, None if isinstance(error, OSError) else attention)) from error
+    except ImportError as error:
+        if attention is None:
+            raise
+        raise BadInput(_reason(base, error, attention)) from error
+
+
+def _reason(base: str, error: Exception, attention: str | None) -> str:
+    reason = str(error).strip().splitlines()[0]
+    if attention is None:
+        return f"no model could be loaded from {base!r}: {reason}"
+    return (
+        f"no model could be loaded from {base!r} with model.attention {attention}: {reason.rstrip('.')}; leave it out "
+        "for transformers' own choice, or give --model.attention eager."
+    )
 
 
 def trained_classes(base: Any) -> list[str]:

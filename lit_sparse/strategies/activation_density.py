@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lit_sparse.anatomy import MLP, mlps
+from lit_sparse.anatomy import MLP, backbone, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.mlp_density import MLPSite, ProxySums, act_of, check_sites, masked_mean, token_mask
 from lit_sparse.ranks import all_reduce_mean
@@ -115,7 +115,7 @@ class ActivationDensity(UpdateStrategy):
         self._set_sharpness()
         # A forward pass may start at either module: CausalLM calls the base model directly, and OPT's forward bypasses
         # its base model.
-        roots = {model, getattr(model, "base_model", model)}
+        roots = {model, backbone(model)}
         self._handles = [root.register_forward_pre_hook(self._sums.begin) for root in roots]
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:

@@ -69,7 +69,7 @@ class GMT(UpdateStrategy):
         self._numbers: dict[str, Tensor] = {}
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._layers = [] if self.mask_embeddings else list(decoder_layers(model))
+        self._layers = [] if self.mask_embeddings else decoder_layers(model)
         if not self._maskable([parameter for _, parameter in trainable(model)]):
             raise BadInput(
                 "GMT: there is no matrix to mask among what is trained, and vectors are trained without a mask; leave "
@@ -103,7 +103,10 @@ class GMT(UpdateStrategy):
         kept = torch.stack([mask.sum() for mask in chosen]).sum()
         sums = _over_ranks(torch.stack([kept, _energy(gradients), total]), gradients[0])
         weights = sum(gradient.numel() for gradient in gradients)
-        self._numbers = {"gmt_kept_share": sums[0] / weights, "gmt_kept_energy": sums[1] / sums[2]}
+        self._numbers = {
+            "gmt_kept_share": sums[0] / weights,
+            "gmt_kept_energy": sums[1] / sums[2].clamp(min=torch.finfo(sums.dtype).tiny),
+        }
         if self.mode == "update_mask":
             assert isinstance(optimizer, AdamW)  # see regrouped
             optimizer.masks = dict(zip(parameters, chosen, strict=True))

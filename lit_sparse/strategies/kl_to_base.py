@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import is_quantized_linear, model_inputs
+from lit_sparse.anatomy import backbone, is_quantized_linear, model_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.loss import CHUNK_LOGITS
 from lit_sparse.mlp_density import token_mask
@@ -165,7 +165,7 @@ class FrozenBase:
                 theirs = self.model(**inputs).logits
             return kl(output.logits[kept], theirs[kept], temperature) / kept.sum().clamp(min=1)
         with torch.no_grad():
-            theirs = self.model.base_model(**inputs).last_hidden_state[kept]
+            theirs = backbone(self.model)(**inputs).last_hidden_state[kept]
         ours, heads = output.last_hidden_state[kept], (self._model, self.model)
         mine, base = (model.get_output_embeddings() for model in heads)
         size = max(1, CHUNK_LOGITS // base.weight.shape[0])  # pyright: ignore

@@ -111,7 +111,7 @@ class LISA(UpdateStrategy):
         self._activate()
 
     def _find(self, model: nn.Module) -> None:
-        self._layers = list(decoder_layers(model))
+        self._layers = decoder_layers(model)
         if self.active_layers > len(self._layers):
             raise BadInput(
                 f"LISA: {self.active_layers} active layers were asked for, but the model has {len(self._layers)}; set "

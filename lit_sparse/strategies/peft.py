@@ -19,13 +19,14 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import classification_head, linears
+from lit_sparse.anatomy import classification_head, experts, is_linear, uncalled, unread_by_text
 from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.strategies.base import Claim, Context, Leaves, Probe, UpdateStrategy
@@ -78,6 +79,7 @@ class PEFT(UpdateStrategy):
             raise BadInput(
                 "kasa_config truncates the base's weights in a way that a small checkpoint cannot repeat; leave it out."
             )
+        self._placed = self.config  # with the names of the layers that all-linear stands for
         self._wrapper: PeftModel | None = None
         self._start: dict[str, Factors] = {}
 
@@ -164,7 +166,7 @@ class PEFT(UpdateStrategy):
         initial one, since a loader has the unchanged base.
         """
         assert self._wrapper is not None, "there is no adapter to save: attach or restore it first"
-        tensors, config = self._tensors(trained=True) | self._tensors(trained=False), copy.deepcopy(self.config)
+        tensors, config = self._tensors(trained=True) | self._tensors(trained=False), copy.deepcopy(self._placed)
         if self.splits_base:
             tensors, config = self._as_difference(tensors), as_difference(config)
         config.base_model_name_or_path = self._wrapper.base_model.model.name_or_path  # pyright: ignore
@@ -179,11 +181,9 @@ class PEFT(UpdateStrategy):
             raise BadInput(f"PEFT needs a Hugging Face model; this is a {type(model).__name__}.")
         check_dora(self.config, model)
         check_head(self.config, model)
-        config = copy.deepcopy(self.config)
-        # PEFT's all-linear leaves out a classification head with task_type SEQ_CLS only, which `check_head` refuses;
-        # the host trains the head itself.
-        if getattr(config, "target_modules", None) == "all-linear" and classification_head(model):
-            config.target_modules = sorted(linears(model))  # pyright: ignore[reportAttributeAccessIssue] - not the head
+        config = self._placed = placed(self.config, model)
+        config = copy.deepcopy(config)  # PEFT changes it
+        wanted = {n: model.get_submodule(n) for n in all_linear(model)} if takes_all_linear(self.config) else {}
         if self.splits_base:
             config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue] - `split` initialises one layer at a time
         # The wrapper is used for saving and merging only. PEFT changes the modules of `model` itself, so the model is
@@ -197,6 +197,7 @@ class PEFT(UpdateStrategy):
                 "give other target_modules or settings, or another adapter, such as peft.LoraConfig."
             ) from error
         assert isinstance(wrapper, PeftModel)
+        warn_of_missed(wanted, wrapper)
         self._wrapper = wrapper
         return wrapper
 
@@ -263,6 +264,67 @@ def load_values(model: nn.Module, run: str, values: Mapping[str, Tensor]) -> Non
             )
 
 
+def takes_all_linear(config: PeftConfig) -> bool:
+    """Return true if the configuration adapts every linear layer but the head."""
+    return str(getattr(config, "target_modules", None)).lower() == "all-linear"
+
+
+def placed(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
+    """Return a copy of `config` in which all-linear stands for the layers that text reaches, and for fused experts.
+
+    PEFT's own all-linear takes a classification head along (unless with task_type SEQ_CLS, which `check_head` refuses:
+    the host trains the head itself), a vision tower, and routers that return more than a tensor (Llama 4's); and it
+    knows of the experts of some models only.
+
+    Raises:
+        BadInput: if the adapter would leave the experts out in silence: PEFT adapts parameters with LoRA only.
+    """
+    config, fused = copy.deepcopy(config), sorted(experts(model))
+    if not takes_all_linear(config):
+        return config
+    ours, theirs = all_linear(model), [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    head = model.get_output_embeddings()
+    if set(ours) != {name for name in theirs if model.get_submodule(name) is not head}:
+        config.target_modules = ours  # pyright: ignore[reportAttributeAccessIssue]
+    if fused and not isinstance(config, LoraConfig):
+        raise BadInput(
+            f"{type(config).__name__} with target_modules all-linear does not reach the experts of "
+            f"{type(model).__name__} ({fused[0]} and {len(fused) - 1} more), which PEFT adapts with LoRA only; give "
+            "the names of linear layers as target_modules, such as [q_proj, v_proj], or use peft.LoraConfig."
+        )
+    if fused:
+        config.target_parameters = sorted({*fused, *(config.target_parameters or ())})
+    return config
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Return the names of the linear layers of `model` that text reaches through a call, except for its head."""
+    unread, head = set(unread_by_text(model)), model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    heads = tuple(f"{name}." for name in classification_head(model))
+    found = [
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not head
+        and not f"{name}.".startswith(heads)
+        and next(module.parameters()) not in unread
+    ]
+    direct = uncalled(model, found)
+    return [name for name in found if name not in direct]
+
+
+def warn_of_missed(wanted: Mapping[str, nn.Module], wrapper: PeftModel) -> None:
+    """Warn of layers of all-linear that PEFT left out, as it does beside the experts of DeepSeek-V3."""
+    adapted = {id(module.get_base_layer()) for module in wrapper.modules() if isinstance(module, BaseTunerLayer)}
+    missed = [name for name, module in wanted.items() if id(module) not in adapted]
+    if missed:
+        warnings.warn(
+            f"PEFT puts no adapter on {len(missed)} layers of target_modules all-linear, of which the first is "
+            f"{missed[0]}: it takes their names for those of experts.",
+            stacklevel=2,
+        )
+
+
 def check_dora(config: PeftConfig, model: nn.Module) -> None:
     """Refuse DoRA on an int8 base on a CPU, where PEFT reads the weights without their scales.
 
@@ -316,9 +378,15 @@ def split(layer: Any, config: PeftConfig) -> Factors:
     from the factors as they are stored, so that `subtract` on resuming gives the same bits.
 
     Raises:
-        BadInput: for OLoRA on a Conv1D: PEFT ignores that its weight is transposed.
+        BadInput: for OLoRA on a Conv1D: PEFT ignores that its weight is transposed; and for fused experts.
     """
     base, how = layer.get_base_layer(), str(config.init_lora_weights)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(layer, ParamWrapper):
+        raise BadInput(
+            f"init_lora_weights {how} was asked for on {layer.parameter_name} of {type(base).__name__}, whose matrices "
+            "PEFT adapts together and cannot split; give the names of linear layers as target_modules, such as "
+            "[q_proj, v_proj], or set init_lora_weights to true."
+        )
     if how.lower() == "olora" and isinstance(base, Conv1D):
         raise BadInput(
             "init_lora_weights olora was asked for on a Conv1D, whose weight is transposed, which PEFT ignores; set it "

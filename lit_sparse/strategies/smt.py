@@ -8,12 +8,16 @@ Deliberate differences from the authors' code: blocks are scored by mean |gradie
 |mean gradient|, in which opposite signs cancel: `score: mean_abs`; docs/studies/which-weights.md compares both);
 scoring does not train (`warmup: update` does); biases are kept; the input columns saved for backward are packed copies,
 shared by the layers that read the same input.
+
+Mixtures of experts: transformers keeps the experts of a layer in one tensor, and each expert's matrix of it has its own
+blocks (`targets: [gate_up, down]`, or `all`). Such a tensor computes as before, so the backward pass forms its whole
+gradient and reduces it to the blocks, one tensor at a time: see `lit_sparse.blocks.experts`.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +26,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import matrix, replace, role, shared_inputs, target_linears, weight_count
+from lit_sparse.anatomy import (
+    Experts,
+    matrix,
+    replace,
+    role,
+    shared_inputs,
+    target_experts,
+    target_linears,
+    weight_count,
+)
+from lit_sparse.blocks.experts import BlockExperts, Choice
 from lit_sparse.blocks.grid import Blocks, Size, automatic_size, check_choice, grid, read_choice
 from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput
 from lit_sparse.blocks.selection import (
@@ -59,20 +73,23 @@ class SMT(UpdateStrategy):
         num_blocks: Number of blocks to train, instead of trainable_fraction.
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
             blocks), one number, or height and width. `diagonal` derives its own from trainable_fraction.
-        targets: Linear layers that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down), endings of module
-            names, or `all`.
+        targets: Linear layers and fused experts that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down),
+            endings of module names, or `all`. Blocks are selected in the matrix of each expert by itself.
         score: Score of a block with gradient g: `abs_mean` (mean of |g|), `mean_abs` (|mean of g|, as in the authors'
             code), or `l2` (root of the sum of g^2).
         ranking: Rank blocks over all matrices (`global`, the paper's) or within each (`per_matrix`).
         kept_columns: Share of each input's block columns in which blocks may lie, those with the largest scores. Fewer
-            columns save fewer activations for backward. Null allows all.
+            columns save fewer activations for backward. Null allows all, as do the matrices of fused experts, of whose
+            inputs no columns are packed.
         selection_batches: Training batches whose gradients are scored.
         warmup: `score_only` keeps all weights fixed during selection. `update` runs full fine-tuning meanwhile, one
             step per batch, as the authors' code does; checkpoints then hold all weights, since those frozen afterwards
             have changed too.
         warmup_lr: Learning rate of that full fine-tuning.
         mode: `in_place` writes the trained blocks into the weights. `delta` keeps them separately and leaves the base
-            unchanged (quantised, or shared), at an extra cost in compute of the trained share.
+            unchanged (quantised, or shared), at an extra cost in compute of the trained share; for fused experts, of a
+            copy of their tensor in each forward pass. Weight decay then pulls the difference to 0, and so the weights
+            back to the base's; in place it pulls the weights themselves to 0.
         seed: Seed of `random` blocks and of the positions of slabs.
     """
 
@@ -115,6 +132,7 @@ class SMT(UpdateStrategy):
                 f"blocks {self.blocks!r} and mode {self.mode}. Use warmup score_only."
             )
         self._swapped: dict[str, tuple[nn.Module, BlockLinear | DeltaLinear]] = {}
+        self._fused: dict[str, tuple[nn.Module, BlockExperts]] = {}
         self._groups: list[SharedInput] = []
         self._share: dict[str, dict[str, float]] = {}
 
@@ -128,41 +146,58 @@ class SMT(UpdateStrategy):
         return frozenset({"graph"} if self.mode == "in_place" else ())
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        targets = target_linears(model, self.targets)
+        targets = Targets.of(model, self.targets)
         model.requires_grad_(False)
-        self._swap(model, self._select(model, targets, probe))
+        self._swap(model, self._select(model, targets, probe), targets)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         choice = {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
-        matrices = {name: shape_of(linear) for name, linear in target_linears(model, self.targets).items()}
-        check_choice(choice, matrices, "the checkpoint")
+        targets = Targets.of(model, self.targets)
+        check_choice(choice, targets.shapes, "the checkpoint")
         model.requires_grad_(False)
-        self._swap(model, choice)
+        self._swap(model, choice, targets)
 
     def regrouped(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, AdamW):  # writes the weights in the same pass over memory that updates the masters
             for linear in self._in_place:
                 optimizer.scatter(linear.blocks, linear.weight, linear.chosen.index, linear.transposed)
+            for fused in self._fused_in_place:
+                for part in fused.parts():
+                    optimizer.scatter(part.master, part.tensor, part.blocks.index, part.transposed, part.number)
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
+        wrote = optimizer.wrote if isinstance(optimizer, AdamW) else lambda master: False
         for linear in self._in_place:
-            if not (isinstance(optimizer, AdamW) and optimizer.wrote(linear.blocks)):
+            if not wrote(linear.blocks):
                 linear.write()
+        for fused in self._fused_in_place:
+            if not all(wrote(part.master) for part in fused.parts()):
+                fused.write()
         return False
 
     @property
     def _in_place(self) -> list[BlockLinear]:
         return [linear for _, linear in self._swapped.values() if isinstance(linear, BlockLinear)]
 
+    @property
+    def _fused_in_place(self) -> list[BlockExperts]:
+        return [fused for _, fused in self._fused.values() if not fused.delta]
+
     def written(self) -> Iterator[nn.Parameter]:
         for linear in self._in_place:
             yield linear.get_parameter("weight")
+        for fused in self._fused_in_place:
+            yield from {part.tensor: None for part in fused.parts()}
 
     def detach(self, model: nn.Module) -> None:
         for name, (original, linear) in self._swapped.items():
             linear.write()
             replace(model, name, original)
+        for name, (original, fused) in self._fused.items():
+            fused.write()
+            replace(model, name, original)
         self._swapped.clear()
+        self._fused.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {name: {"size": list(blocks.size), "index": blocks.index} for name, blocks in self.choice.items()}
@@ -174,13 +209,15 @@ class SMT(UpdateStrategy):
 
     @property
     def choice(self) -> dict[str, Blocks]:
-        """The blocks that are trained, by name of the linear layer."""
-        return {name: linear.chosen for name, (_, linear) in self._swapped.items()}
+        """The blocks that are trained, by name of the linear layer or expert."""
+        linears = {name: linear.chosen for name, (_, linear) in self._swapped.items()}
+        fused = {f"{n}.{part.name}": part.blocks for n, (_, fused) in self._fused.items() for part in fused.parts()}
+        return linears | fused
 
     # ---- selection
 
-    def _select(self, model: nn.Module, targets: dict[str, nn.Linear | Conv1D], probe: Probe) -> dict[str, Blocks]:
-        matrices = {name: shape_of(linear) for name, linear in targets.items()}
+    def _select(self, model: nn.Module, targets: "Targets", probe: Probe) -> dict[str, Blocks]:
+        matrices = targets.shapes
         weights = self.trainable_fraction * weight_count(model)
         if self.blocks == "diagonal":
             return diagonal_blocks(matrices, weights)
@@ -196,7 +233,7 @@ class SMT(UpdateStrategy):
             else self._score(model, targets, matrices, size, probe)
         )
         if self.kept_columns is not None:
-            scores = within_columns(scores, shared_inputs(model, scores), self.kept_columns)
+            scores = within_columns(scores, shared_inputs(model, targets.linears), self.kept_columns)
         available = sum(int(values.isfinite().sum()) for values in scores.values())
         return top_blocks(scores, size, self._count(model, size, available), self.ranking)
 
@@ -229,12 +266,7 @@ class SMT(UpdateStrategy):
         return wanted
 
     def _score(
-        self,
-        model: nn.Module,
-        targets: Mapping[str, nn.Linear | Conv1D],
-        matrices: Mapping[str, Tensor],
-        size: Size,
-        probe: Probe,
+        self, model: nn.Module, targets: "Targets", matrices: Mapping[str, Tensor], size: Size, probe: Probe
     ) -> dict[str, Tensor]:
         self._count(
             model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values())
@@ -252,32 +284,28 @@ class SMT(UpdateStrategy):
             model.requires_grad_(False)
         return scores
 
-    def _score_weights(self, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe) -> None:
+    def _score_weights(self, targets: "Targets", sheet: ScoreSheet, probe: Probe) -> None:
         """Score the gradients of the target weights, each freed as soon as it is scored."""
-        for name, linear in targets.items():
-            linear.get_parameter("weight").requires_grad_(True)
-            sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep=False)
+        targets.watch(sheet, keep=False)
         for loss in probe(self.selection_batches):
             loss.backward()
 
-    def _score_outputs(
-        self, model: nn.Module, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe
-    ) -> None:
+    def _score_outputs(self, model: nn.Module, targets: "Targets", sheet: ScoreSheet, probe: Probe) -> None:
         """Score weights that cannot have a gradient (quantised), from each layer's input and its output's gradient."""
-        for name, linear in targets.items():
+        for name, linear in targets.linears.items():
             sheet.watch_layer(name, linear)
-        first = model.get_input_embeddings().register_forward_hook(  # pyright: ignore[reportCallIssue]
-            lambda module, args, output: output.detach().requires_grad_()  # starts the graph: all weights are frozen
-        )
+        targets.watch_fused(sheet, keep=False)  # which are never quantised
+        # Start the graph at the embeddings, since all weights are frozen; an encoder-decoder model has them twice.
+        tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+        hooks = [t.register_forward_hook(lambda module, args, y: y.detach().requires_grad_()) for t in tables]
         try:
             for loss in probe(self.selection_batches):
                 loss.backward()
         finally:
-            first.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def _fine_tune(
-        self, model: nn.Module, targets: Mapping[str, nn.Linear | Conv1D], sheet: ScoreSheet, probe: Probe
-    ) -> None:
+    def _fine_tune(self, model: nn.Module, targets: "Targets", sheet: ScoreSheet, probe: Probe) -> None:
         """Score the unclipped gradients of a full fine-tuning (the authors' warm-up); AdamW, one step per batch."""
         if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
             raise BadInput(
@@ -287,8 +315,7 @@ class SMT(UpdateStrategy):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             raise BadInput("SMT: warmup update works on one rank only; set warmup to score_only.")
         model.requires_grad_(True)
-        for name, linear in targets.items():
-            sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep=True)
+        targets.watch(sheet, keep=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.warmup_lr, betas=WARMUP_BETAS, weight_decay=0)
         for loss in probe(self.selection_batches):
             loss.backward()  # the hooks score here, before clipping
@@ -298,10 +325,11 @@ class SMT(UpdateStrategy):
 
     # ---- the swap
 
-    def _swap(self, model: nn.Module, choice: Mapping[str, Blocks]) -> None:
-        shapes = {name: shape_of(model.get_submodule(name)) for name in choice}
+    def _swap(self, model: nn.Module, choice: Mapping[str, Blocks], targets: "Targets") -> None:
+        shapes = targets.shapes
         self._groups, self._share = [], trained_share(choice, shapes)
-        for group in shared_inputs(model, choice):
+        self._swap_fused(model, choice, targets.fused)
+        for group in shared_inputs(model, [name for name in choice if name in targets.linears]):
             # Packed columns have one width, so layers with other block widths (diagonal, slabs) get their own copy.
             for width in sorted({choice[name].size[1] for name in group}):
                 names = [name for name in group if choice[name].size[1] == width]
@@ -309,6 +337,20 @@ class SMT(UpdateStrategy):
                 self._groups.append(shared)
                 for name in names:
                     self._swap_one(model, name, choice[name], shared)
+
+    def _swap_fused(self, model: nn.Module, choice: Mapping[str, Blocks], fused: Mapping[str, Experts]) -> None:
+        chosen: dict[str, Choice] = {}  # by module
+        for name, tensor in fused.items():
+            module, _, own = name.rpartition(".")
+            numbered = {n: choice.get(f"{name}[{n}]") for n in range(len(tensor.parameter))}
+            if present := {n: blocks for n, blocks in numbered.items() if blocks is not None}:
+                chosen.setdefault(module, {})[own] = present
+        for name, of_module in chosen.items():
+            original = model.get_submodule(name)
+            transposed = {own: fused[f"{name}.{own}"].transposed for own in of_module}
+            made = BlockExperts(original, of_module, transposed, self.mode == "delta")
+            replace(model, name, made)
+            self._fused[name] = original, made
 
     def _swap_one(self, model: nn.Module, name: str, blocks: Blocks, shared: SharedInput) -> None:
         original = model.get_submodule(name)
@@ -328,16 +370,61 @@ def shape_of(linear: nn.Module) -> Tensor:
     return matrix(linear).to("meta")  # pyright: ignore[reportArgumentType]
 
 
+@dataclasses.dataclass(frozen=True)
+class Targets:
+    """The linear layers and the fused experts in which blocks may lie, by name."""
+
+    linears: Mapping[str, nn.Linear | Conv1D]
+    fused: Mapping[str, Experts]
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Sequence[str]) -> "Targets":
+        """Return those that `targets` name.
+
+        Raises:
+            BadInput: if there are none.
+        """
+        return cls(target_linears(model, targets), target_experts(model, targets))
+
+    @property
+    def shapes(self) -> dict[str, Tensor]:
+        """Meta tensors of the shape (out, in) of each matrix, by name of the linear layer or expert."""
+        out = {name: shape_of(linear) for name, linear in self.linears.items()}
+        for name, tensor in self.fused.items():
+            shape = tensor.matrix(0).detach().to("meta")
+            out |= {f"{name}[{number}]": shape for number in range(len(tensor.parameter))}
+        return out
+
+    def watch(self, sheet: ScoreSheet, keep: bool) -> None:
+        """Make the weights trainable, and let `sheet` score their gradients."""
+        for name, linear in self.linears.items():
+            linear.get_parameter("weight").requires_grad_(True)
+            sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep)
+        self.watch_fused(sheet, keep)
+
+    def watch_fused(self, sheet: ScoreSheet, keep: bool) -> None:
+        """Do so with the fused experts only."""
+        for name, tensor in self.fused.items():
+            tensor.parameter.requires_grad_(True)
+            sheet.watch_experts(name, tensor, keep)
+
+
 def trained_share(choice: Mapping[str, Blocks], shapes: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return the trained share of each matrix, by the number of its decoder layer, then by its role.
+    """Return the trained share of each role's matrices that have blocks, by the number of their decoder layer.
 
     Args:
-        choice: The trained blocks, by name of the linear layer.
-        shapes: Tensors of the shape (out, in) of each layer.
+        choice: The trained blocks, by name of the linear layer or expert.
+        shapes: Tensors of the shape (out, in) of each matrix that may have blocks. Experts without any count too.
     """
-    out: dict[str, dict[str, float]] = {}
-    for name, blocks in choice.items():
+    trained: dict[tuple[str, str], int] = {}
+    weights: dict[tuple[str, str], int] = {}
+    fused = {name.partition("[")[0] for name in choice if "[" in name}
+    for name in (name for name in shapes if name in choice or name.partition("[")[0] in fused):
         number = re.search(r"\.(\d+)\.", name)
-        layer = out.setdefault(number[1] if number else "", {})
-        layer[role(name)] = blocks.numel(shapes[name]) / shapes[name].numel()
+        place = number[1] if number else "", role(name)
+        trained[place] = trained.get(place, 0) + (choice[name].numel(shapes[name]) if name in choice else 0)
+        weights[place] = weights.get(place, 0) + shapes[name].numel()
+    out: dict[str, dict[str, float]] = {}
+    for (layer, what), count in trained.items():
+        out.setdefault(layer, {})[what] = count / weights[layer, what]
     return out
