@@ -3,10 +3,10 @@
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
@@ -70,15 +70,15 @@ class Examples(Dataset[Example]):
         """Write the arrays to `path` atomically: other processes may read the cache at the same time."""
         path.parent.mkdir(parents=True, exist_ok=True)
         # A unique draft in the same folder: two processes may write the same entry, and a rename must not be a copy.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            try:
+        # Not a file of tempfile, which its owner alone can read: users share a cache.
+        draft = path.with_name(f".{uuid4().hex}")
+        try:
+            with draft.open("xb") as file:
                 arrays = {"ids": self.ids, "labels": self.labels, "starts": self.starts}
                 np.savez(file, **arrays, dropped=np.int64(self.dropped), cut=np.int64(self.cut))
-                file.close()  # flushes, and Windows does not rename open files
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> "Examples":

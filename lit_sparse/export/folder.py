@@ -12,9 +12,11 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 
+from lit_sparse import demo
 from lit_sparse.data.encoding import load_named
 from lit_sparse.errors import BadInput
 from lit_sparse.export.adapter import write_adapter
+from lit_sparse.export.compatibility import add_old_keys, copy_sentencepiece, make_loadable
 from lit_sparse.export.generate import encoder_of
 from lit_sparse.export.merge import Merge, cast_error
 from lit_sparse.modules import CausalLM, LitSparse
@@ -109,6 +111,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
     write_tokenizer(merge, folder)  # before the model, whose generation it may end at other tokens
     merge.model.to(dtype)  # pyright: ignore[reportArgumentType]
     merge.model.save_pretrained(folder)  # pyright: ignore
+    add_old_keys(folder, merge.model.config)
     check_loads(merge, folder)
     write_mark(folder, {**origin(merge.run, merge.module), "cast": asdict(cost)})
     print(cost.sentence())
@@ -131,6 +134,8 @@ def write_tokenizer(merge: Merge, folder: Path) -> None:
             tokenizer.eos_token = encoder.end_text
             print(f"Answers end with {encoder.end_text}: it is the export's eos_token; the base has {encoder.eos}.")
     tokenizer.save_pretrained(folder)
+    make_loadable(folder, tokenizer)
+    copy_sentencepiece(demo.resolve(merge.module.base), folder)
 
 
 def origin(run: str, module: LitSparse) -> dict[str, Any]:
@@ -202,9 +207,19 @@ def written(output: Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
             yield Path(folder) / "new"
+            unveil(Path(folder))
             replace(Path(folder) / "new", output, Path(folder) / "old")
     except (OSError, SafetensorError) as error:
         raise BadInput(f"{output} could not be written ({error}); nothing was left there.") from error
+
+
+def unveil(folder: Path) -> None:
+    """Give all files in `folder` the mode of a new file here: safetensors writes such that only their owner reads."""
+    (folder / "plain").touch()
+    mode = (folder / "plain").stat().st_mode
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 def replace(new: Path, output: Path, old: Path) -> None:
