@@ -82,6 +82,11 @@ def unread_by_text(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter not in read]
 
 
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """Return the number of tokens that `model` has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+
+
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """Return the layers of `model`, in order: of an encoder-decoder model the encoder's, then the decoder's.
 

@@ -83,7 +83,9 @@ class ChatTemplate:
     def _apply(self, chat: Chat, **options: Any) -> Any:
         turns = [{"role": turn.role, "content": turn.content, **turn.fields} for turn in chat.messages]
         try:
-            return self.tokenizer.apply_chat_template(turns, tools=list(chat.tools) or None, **options)
+            return self.tokenizer.apply_chat_template(
+                turns, tools=[dict(tool) for tool in chat.tools] or None, **options
+            )
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise BadRow(f"the tokenizer's chat template refuses it ({error})") from error
 

@@ -10,15 +10,16 @@ class Instructions(TokenData):
     """Your own rows in any common format, which is detected from their keys. The loss is on the answers only.
 
     Formats: `messages` (role, content); sharegpt's `conversations` (from, value); alpaca's `instruction`, `input`,
-    `output`; `prompt`, `completion`; `question`, `choices`, `label` (trained on the correct choice, scored as multiple
-    choice); `question`, `answer`; `text`; `input_ids`, with or without `labels`. Answers that end in "#### number" are
-    also scored by that number.
+    `output`, `history`; `prompt`, `completion`; `question`, `choices`, `label` (trained on the correct choice, scored
+    as multiple choice); `question`, `answer`; `text`; `input_ids`, with or without `labels` and `attention_mask`. Chats
+    may also have `system`, `tools`, calls of tools, reasoning, and answers of `weight` 0, which are not learnt. Answers
+    that end in "#### number" are also scored by that number.
 
     Args:
         train: A json, jsonl, csv or parquet file, or a Hugging Face data set with its split, such as
             "openai/gsm8k:train".
         validation: The same for validation. Without it, some training rows are held out.
-        heldout: Number of held-out training rows, chosen by a hash of the row.
+        heldout: Number of held-out training rows, chosen by a hash of the row; a quarter of fewer rows.
         config: Configuration of the Hugging Face data set, if it has several.
     """
 

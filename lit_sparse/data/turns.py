@@ -102,14 +102,18 @@ def content_of(turn: Mapping[str, Any]) -> str:
     parts = turn.get("content")
     if not isinstance(parts, Sequence) or isinstance(parts, str):
         return text_field(turn, "content")
-    for part in parts:
-        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind != "text":
-            raise BadRow(f"`content` has a part of type {kind}, {MEDIA}")
-    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
+    return text_field({"content": "".join(map(part_text, parts))}, "content")
+
+
+def part_text(part: Any) -> str:
+    """Return the text of a part of a content; raise BadRow if it is none."""
+    kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+    if kind != "text":
+        raise BadRow(f"`content` has a part of type {kind}, {MEDIA}")
+    text = part.get("text") if isinstance(part, Mapping) else part
+    if not isinstance(text, str):
         raise BadRow("`content` has a part without a text")
-    return text_field({"content": "".join(texts)}, "content")
+    return text
 
 
 def is_learnt(turn: Mapping[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lit_sparse.anatomy import embedded_tokens
 from lit_sparse.data import TokenData
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF
@@ -23,7 +24,7 @@ def check_tokens(model: PreTrainedModel, data: TokenData) -> None:
     Raises:
         BadInput: naming the token, or the length.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    size = embedded_tokens(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, examples in data.examples.items():
         highest, longest = int(examples.ids.max(initial=0)), max(examples.lengths, default=0)

@@ -2,6 +2,7 @@
 
 from transformers import PreTrainedModel
 
+from lit_sparse.anatomy import embedded_tokens
 from lit_sparse.data.encoding import Encoder
 from lit_sparse.errors import BadInput
 
@@ -15,7 +16,7 @@ def set_ends(model: PreTrainedModel, encoder: Encoder) -> None:
     Raises:
         BadInput: if the model has no embedding of the token that ends an answer.
     """
-    size = model.get_input_embeddings().weight.shape[0]
+    size = embedded_tokens(model)
     if encoder.end >= size:
         raise BadInput(
             f"answers end with {encoder.end_text}, the tokenizer's token {encoder.end}, but the model has embeddings "

@@ -117,7 +117,7 @@ def test_the_losses_of_a_fit_are_theirs(rows: list[dict[str, str]], tmp_path: Pa
     losses: list[float] = []
 
     class Recorded(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:  # pyright: ignore
             losses.append(float(trainer.callback_metrics["train_loss"]))
 
     data = Instructions(str(demo.dataset_file("gsm8k")), heldout=0, tokenizer=tokenizer, max_length=1024, shuffle=False)
