@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import inspect
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -60,7 +61,13 @@ NOISE = (
 
 
 class CLI(LightningCLI):
-    """LightningCLI with a folder and a record for each run, small checkpoints, and resuming by name."""
+    """LightningCLI with a folder and a record for each run, small checkpoints, and resuming by name.
+
+    Attributes:
+        command: The command line as it was given, for the record.
+    """
+
+    command: str | None = None
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(parser_mode="omegaconf", exit_on_error=False, **kwargs)
@@ -165,7 +172,8 @@ class CLI(LightningCLI):
         """Return a trainer that leaves a run in `folder`, and nothing elsewhere."""
         plan, samples, steps = (self._get(self.config_init, key) for key in ("profile", "samples", "checkpoint_steps"))
         plan, text = dataclasses.replace(plan, turns=self.turns), self._dumped()
-        callbacks = [*(config.callbacks or []), Recorder(folder, plan, yaml.safe_load(text), samples, steps, text)]
+        recorder = Recorder(folder, plan, yaml.safe_load(text), samples, steps, text, self.command)
+        callbacks = [*(config.callbacks or []), recorder]
         more = any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         )  # the recorder keeps last.ckpt itself
@@ -390,6 +398,7 @@ def run(argv: Sequence[str]) -> int:
         auto_cli(verb, args=switched_on(verb, argv[1:]), exit_on_error=False)
         return 0
     tidy()
+    CLI.command = shlex.join(["lit-sparse", *argv])
     words = unmeasured(find_configs(argv))
     task = named_task(words)
     sys.argv[1:] = find_data(words, task)

@@ -46,6 +46,7 @@ class Recorder(Profile):
         samples: Number of held-out questions that are answered before and after training.
         checkpoint_steps: Optimizer steps from one last checkpoint to the next; 0 keeps none.
         config: Text of the run's config.yaml; None writes none.
+        command: The command line, for the record.
 
     Attributes:
         moved: Whether this fit has taken a step.
@@ -60,9 +61,10 @@ class Recorder(Profile):
         samples: int = 2,
         checkpoint_steps: int = CHECKPOINT_STEPS,
         config: str | None = None,
+        command: str | None = None,
     ) -> None:
         super().__init__(folder, plan, settings)
-        self.config = config
+        self.config, self.command = config, command
         self.moved = False
         self.earlier: RunRecord | None = None
         self.samples = Samples(samples)
@@ -233,6 +235,7 @@ class Recorder(Profile):
     def record(self, trainer: L.Trainer, module: LitSparse, **fields: Any) -> RunRecord:  # pyright: ignore
         """Return the record of the fit so far."""
         ours: dict[str, Any] = {
+            "command": self.command,
             "updates": [
                 {"class": type(u).__name__, "fields": fields_of(u), "chosen": u.describe()} for u in module.updates
             ],

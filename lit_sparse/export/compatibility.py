@@ -133,7 +133,8 @@ def value_at(tree: Any, place: tuple[str, ...]) -> Any:
 @cache
 def accepts(kind: type[PreTrainedConfig], name: str) -> bool:
     """Return true if the class takes up the old key `name`; one that it does not know becomes an attribute."""
-    return name not in vars(kind(**{name: None}))
+    given: dict[str, Any] = {name: None}
+    return name not in vars(kind(**given))
 
 
 def old_scaling(model_type: str, rope: dict[str, Any]) -> dict[str, Any] | None:

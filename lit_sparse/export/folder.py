@@ -15,16 +15,21 @@ from safetensors import SafetensorError
 from lit_sparse import demo
 from lit_sparse.data.encoding import load_named
 from lit_sparse.errors import BadInput
+from lit_sparse.export import hub
 from lit_sparse.export.adapter import write_adapter
+from lit_sparse.export.card import TAG, card, read_record
 from lit_sparse.export.compatibility import add_old_keys, copy_sentencepiece, make_loadable
 from lit_sparse.export.generate import encoder_of
-from lit_sparse.export.merge import Merge, cast_error
+from lit_sparse.export.merge import CastError, Merge, cast_error
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import own_ends, set_ends
 from lit_sparse.runs import load_run
 
 MARK = "lit_sparse.json"
 """A file that marks a folder as an export, with its origin and the error of its cast."""
+
+CARD = "README.md"
+"""The model card of an exported folder, and of a repository on the Hub."""
 
 OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter"}
 """Default names of exports in the run's folder."""
@@ -41,6 +46,8 @@ def export(
     output: Path | None = None,
     dtype: Literal["base", "float32", "bfloat16"] = "base",
     overwrite: bool = False,
+    push: str | None = None,
+    private: bool = False,
 ) -> Path:
     """Export a run: as a Hugging Face folder that the task's Auto class loads, as a delta to its base, or for PEFT.
 
@@ -51,41 +58,87 @@ def export(
         output: Where to; `hf`, `delta.safetensors` or `adapter` in the run's folder when not given.
         dtype: Dtype of the weights of `hf`; `base` is that of the base's files. Deltas and adapters are float32.
         overwrite: Replace an earlier export.
+        push: Name of a repository on the Hugging Face Hub (user/name) to put the export into as well.
+        private: Make that repository private.
 
     Returns:
-        The folder or file written. It is complete, or not there at all.
+        The folder or file written. It is complete, or not there at all. A folder has a model card, README.md; that of
+        a delta stands beside it, as <its name>.md.
 
     Raises:
-        BadInput: if the run cannot be loaded or exported so, or there is something at `output` already.
+        BadInput: if the run cannot be loaded, exported so or pushed, or there is something at `output` already.
     """
     if to not in OUTPUTS:
         raise BadInput(f"export to {to!r} was asked for; there is {', '.join(OUTPUTS)}.")
     if to != "hf" and dtype != "base":
         raise BadInput(f"{to} in {dtype} was asked for, but it keeps the trained float32 values; leave dtype out.")
+    if private and push is None:
+        raise BadInput("a private repository was asked for, but none to push to; give --push user/name.")
     target = output or run / OUTPUTS[to]
     check_output(target, to, overwrite)
-    if to == "adapter":
-        export_adapter(run, target)
-    else:
-        merge = Merge.of(run)
-        rank_zero_info(f"Writing {target}, and reading it again.")
-        with written(target) as draft:
-            if to == "hf":
-                write_folder(merge, draft, DTYPES.get(dtype, merge.base.dtype))
-            else:
-                merge.delta().save(draft)
-                tell_end(merge.module, merge.config)
+    if push is not None:
+        hub.check_pushable(push, overwrite)
+    write = {"hf": export_folder, "delta": export_delta, "adapter": export_adapter}[to]
+    with written(target) as draft:
+        text = write(run, draft, dtype)
+        if push is not None:
+            hub.create(push, private)
+        if to == "delta":
+            with written(card_of(target)) as beside:
+                beside.write_text(text, encoding="utf-8")
+        else:
+            (draft / CARD).write_text(text, encoding="utf-8")
     print(f"Wrote {target}.")
+    if push is not None:
+        push_export(push, target, run.resolve().name)
     return target
 
 
-def export_adapter(run: Path, target: Path) -> None:
-    """Write the adapter of the run in the folder `run`, and the mark, to the folder `target`."""
+def export_folder(run: Path, folder: Path, dtype: str) -> str:
+    """Write the merged model of the run in the folder `run` to `folder`; return its card."""
+    merge = Merge.of(run)
+    rank_zero_info(f"Writing a folder of {merge.run}, and reading it again.")
+    cost = write_folder(merge, folder, DTYPES.get(dtype, merge.base.dtype))
+    return card(merge.run, merge.module, "hf", read_record(run), cost.sentence())
+
+
+def export_delta(run: Path, file: Path, dtype: str) -> str:
+    """Write the delta of the run in the folder `run` to `file`; return its card."""
+    merge = Merge.of(run)
+    merge.delta().save(file)
+    tell_end(merge.module, merge.config)
+    return card(merge.run, merge.module, "delta", read_record(run))
+
+
+def export_adapter(run: Path, folder: Path, dtype: str) -> str:
+    """Write the adapter of the run in the folder `run`, and the mark, to `folder`; return its card."""
     module, config = load_run(run)
-    with written(target) as draft:
-        write_adapter(module, run.resolve().name, draft)
-        write_mark(draft, origin(run.resolve().name, module))
+    name = run.resolve().name
+    write_adapter(module, name, folder)
+    write_mark(folder, origin(name, module))
     tell_end(module, config)
+    return card(name, module, "adapter", read_record(run))
+
+
+def push_export(name: str, target: Path, run: str) -> None:
+    """Put the export at `target` into the repository `name` of the Hub.
+
+    Raises:
+        BadInput: if that fails. The export on the disk is complete and stays.
+    """
+    if target.is_file():
+        files = {target.name: target, CARD: card_of(target)}
+    else:
+        files = {path.relative_to(target).as_posix(): path for path in sorted(target.rglob("*")) if path.is_file()}
+    try:
+        hub.upload(name, files, f"Export of {run} by lit-sparse")
+    except BadInput as error:
+        raise BadInput(f"{error} The export at {target} is complete; hf upload {name} {target} . pushes it.") from error
+
+
+def card_of(target: Path) -> Path:
+    """Return where the model card of a delta stands."""
+    return target.with_name(f"{target.name}.md")
 
 
 def tell_end(module: LitSparse, config: Mapping[str, Any]) -> None:
@@ -101,8 +154,8 @@ def tell_end(module: LitSparse, config: Mapping[str, Any]) -> None:
 # ---- a Hugging Face folder
 
 
-def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
-    """Write the merged model in `dtype`, the base's tokenizer and the mark; print the error of the cast.
+def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> CastError:
+    """Write the merged model in `dtype`, the base's tokenizer and the mark; print and return the error of the cast.
 
     Raises:
         BadInput: if the folder does not load as it was written.
@@ -115,6 +168,7 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> None:
     check_loads(merge, folder)
     write_mark(folder, {**origin(merge.run, merge.module), "cast": asdict(cost)})
     print(cost.sentence())
+    return cost
 
 
 def write_tokenizer(merge: Merge, folder: Path) -> None:
@@ -186,6 +240,8 @@ def check_output(output: Path, to: str, overwrite: bool) -> None:
         raise BadInput(f"{output} is a folder, but a delta is one file; give --output a file's name.")
     if to != "delta" and output.is_file():
         raise BadInput(f"{output} is a file, but --to {to} writes a folder; give --output another name.")
+    if to == "delta":
+        check_card(card_of(output), overwrite)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
@@ -193,6 +249,19 @@ def check_output(output: Path, to: str, overwrite: bool) -> None:
     if output.is_dir() and not (output / MARK).is_file():
         raise BadInput(
             f"{output} holds something else than an export of lit-sparse, which is not overwritten; remove it."
+        )
+
+
+def check_card(path: Path, overwrite: bool) -> None:
+    """Refuse to overwrite anything but the card of an earlier delta.
+
+    Raises:
+        BadInput: if something else is there, or the card is and `overwrite` is false.
+    """
+    if path.exists() and not (overwrite and path.is_file() and f"- {TAG}\n" in path.read_text(encoding="utf-8")):
+        raise BadInput(
+            f"{path}, where the delta's model card is to stand, is there already; give --output another name, or "
+            "remove it."
         )
 
 

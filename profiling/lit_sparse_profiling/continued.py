@@ -14,7 +14,7 @@ def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
     """Return the record of a run that consists of two parts.
 
     Seconds, calls, steps, tokens and energy are sums, and peaks the highest of both. What only one part measured is
-    that part's; all else, such as the status and the scores at the end, is the later part's.
+    that part's. The command is the earlier part's; all else, such as the status and the scores at the end, the later's.
     """
     before = later.outcome.get("before", {}) | earlier.outcome.get("before", {})
     resident = (record.memory.peak_resident if record.memory else None for record in (earlier, later))
@@ -22,6 +22,7 @@ def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
     return replace(
         later,
         created=earlier.created,
+        command=earlier.command or later.command,
         phases=joined_phases(earlier.phases, later.phases),
         memory=memory and replace(memory, peak_resident=_highest(*resident)),
         throughput=joined_throughput(earlier.throughput, later.throughput),

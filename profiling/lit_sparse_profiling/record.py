@@ -42,6 +42,7 @@ class RunRecord:
         status: How the run ended. Out of memory ("oom") is a result, not a failure.
         reason: One sentence that says why `status` is not "ok"; None if it is.
         created: Time of creation in ISO format, UTC.
+        command: The command line that began the run; None if no command did.
         versions: Version by package name.
         updates: One `{"class": ..., "fields": {...}}` per update strategy.
         settings: Everything else that defines the run: batch size, length, precision, seed.
@@ -60,6 +61,7 @@ class RunRecord:
     status: Status = "ok"
     reason: str | None = None
     created: str = field(default_factory=_now)
+    command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     device: Device | None = None
     model: ModelSize | None = None

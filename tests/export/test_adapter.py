@@ -64,7 +64,12 @@ def test_the_folder_is_pefts_own(tmp_path: Path, capsys: pytest.CaptureFixture[s
     run = make_run(tmp_path, "llama", ADAPTERS["pissa-rslora"])
     folder = export(run.folder, "adapter")
     assert folder == run.folder / "adapter"
-    assert {path.name for path in files(folder)} == {"adapter_config.json", "adapter_model.safetensors", MARK}
+    assert {path.name for path in files(folder)} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        MARK,
+    }
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["init_lora_weights"], config["task_type"]) == (8, True, "CAUSAL_LM")
     assert config["base_model_name_or_path"] == str(run.base)
