@@ -283,6 +283,50 @@ def deft(results: Path) -> str:
     return by_device(read_lines(results / "deft.jsonl", command), block)
 
 
+MODEL = re.compile(r"\b\w+(?:For(?:CausalLM|SequenceClassification|ConditionalGeneration)|LMHeadModel)\b")
+PLACE = re.compile(r"[\w.]+\.(?:layers?|block|h)\.\d+[\w.\[\]]*|\w*(?:Experts|Router)\b(?!\s+of)")
+COUNT = re.compile(
+    r"\b\d+(?= (?:gate|up|down|modules|more|layers))|(?<=base layer )\d+|[\w.]+ \(\d+\)|\{'[^}]*\}"
+    r"|(?<=model_type=)'\w+'"
+)
+"""What stands for one model in a refusal: its class, its modules, and their numbers."""
+
+
+def families(task: str, results: Path) -> str:
+    """Return what each method does on each family of a task: a table, and the reasons of what is refused."""
+    from benchmarks.families import COMMAND, FAMILIES, methods  # loads torch, which other tables do not need
+
+    rows_of = [name for name, family in FAMILIES.items() if family.task == task]
+    lines = [line for line in read_lines(results / "families.jsonl", COMMAND) if line["family"] in rows_of]
+    cells = {(line["family"], line["method"], line["ranks"]): line for line in lines}  # of each, the last
+    notes: dict[str, int] = {}
+    rows = []
+    for family in rows_of:
+        found = ([cells.get((family, method, ranks)) for ranks in (1, 2)] for method in methods())
+        rows.append([family, *(family_cell(lines, notes) for lines in found)])
+    made = table(["family", *methods()], rows).replace("---:", "---")
+    reasons = [f"{place}. {reason}" for reason, place in notes.items()]
+    return "\n".join([f"{caption(COMMAND, [*cells.values()])}\n", f"{made}\n", *reasons])
+
+
+def family_cell(lines: Sequence[Line | None], notes: dict[str, int]) -> str:
+    """Return the stages that held, by letter, or the number of the note that says why they were refused."""
+    one, two = lines
+    if one is None:
+        return "-"
+    if not one["ok"]:
+        return note_of(one, notes)
+    sharded = "" if two is None else "S" if two["ok"] else f" {note_of(two, notes)}"
+    return f"FRE{sharded}"
+
+
+def note_of(line: Line, notes: dict[str, int]) -> str:
+    if "failed" in line:
+        return "fails"
+    reason = COUNT.sub("...", PLACE.sub("...", MODEL.sub("the model", line["refused"])))
+    return f"[{notes.setdefault(reason, len(notes) + 1)}]"
+
+
 def number(value: float | None, form: str, factor: float = 1.0) -> str:
     return "-" if value is None else format(value * factor, form)
 
@@ -368,6 +412,7 @@ def command_line(_results: Path) -> str:
 BLOCKS["methods"] = methods
 BLOCKS["configuration"] = configuration
 BLOCKS["command_line"] = command_line
+BLOCKS |= {f"families-{task}": partial(families, task) for task in ("CausalLM", "Classifier")}
 BLOCKS["block_grad"] = block_grad
 BLOCKS["forgetting"] = forgetting
 BLOCKS |= {

@@ -127,7 +127,9 @@ def assert_close(got: Tensor, reference: Tensor, factor: float = 2.0) -> None:
 # ---- the contract
 
 
-def contract(make: Callable[[], Sequence[UpdateStrategy]], kind: str = "llama", steps: int = 4) -> None:
+def contract(
+    make: Callable[[], Sequence[UpdateStrategy]], kind: str | PreTrainedModel = "llama", steps: int = 4
+) -> None:
     """Check the contract of update strategies, in a loop of `Updates` on a tiny model.
 
     The strategies' own optimizer and backward pass are used. Checks that:
@@ -140,13 +142,13 @@ def contract(make: Callable[[], Sequence[UpdateStrategy]], kind: str = "llama", 
 
     Args:
         make: Returns new strategies of one run at each call.
-        kind: One of TINY.
+        kind: One of TINY, or a causal language model with a vocabulary of at least 96; it is changed.
         steps: Optimizer steps of training; more are taken if the trainable set changes every few steps.
 
     Raises:
         AssertionError: naming the broken clause.
     """
-    base = _with_biases(tiny_llm(kind))
+    base = _with_biases(tiny_llm(kind) if isinstance(kind, str) else kind)
     steps = max([steps, *(2 * update.period + 2 for update in make() if update.period is not None)])
     _check_untrained(make, base)
     run = _Run(make(), base)

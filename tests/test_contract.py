@@ -158,13 +158,13 @@ def test_on_a_gpu_it_trains_in_bf16_and_goes_on(method, tmp_path):
         assert model(input_ids=torch.arange(3, 9, device=model.device)[None]).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_detached_bf16_model_has_one_dtype(method, tmp_path):
-    tiny_llm("llama").save_pretrained(tmp_path / "base")
-    task = module(method, tmp_path / "base", precision="bfloat16")
+@pytest.mark.parametrize(("method", "kind"), PAIRS)
+def test_a_detached_bf16_model_has_one_dtype(method, kind, folder):
+    task = module(method, folder, precision="bfloat16")
     trainer(1).fit(task, datamodule=data())
     model = task.detach()
-    names = {f"model.{name}" for name, _ in tiny_llm("llama").named_parameters()}
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    names = {f"model.{name}" for name, _ in tiny_llm(kind).named_parameters()}
     own = bool(task.trained & names)  # it trains weights of the model's own
     wanted = torch.float32 if own else torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters()} == {wanted}
@@ -278,11 +278,11 @@ def test_a_precision_of_the_trainer_is_refused(method, tmp_path):
         trainer(1, precision="bf16-true").fit(module(method, tmp_path / "base"), datamodule=data())
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_keeps_what_is_trained_in_fp32(method, tmp_path):
-    tiny_llm("llama").save_pretrained(tmp_path / "base")
-    model = module(method, tmp_path / "base", precision="bfloat16")
-    trainer(2).fit(model, datamodule=data())
+@pytest.mark.parametrize(("method", "kind"), PAIRS)
+def test_bf16_keeps_what_is_trained_in_fp32(method, kind, folder):
+    """Also past a switch of what trains, with a checkpointed layer and an evaluation."""
+    model = module(method, folder, precision="bfloat16", activation_checkpointing=method == "lisa")
+    trainer(3, val_check_interval=2).fit(model, datamodule=data())
     parameters = list(model.build().parameters())
     assert {p.dtype for p in parameters if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in parameters if not p.requires_grad} <= {torch.bfloat16}

@@ -1,5 +1,6 @@
 """Packed rows: logits and loss equal those of single rows, or the model is refused."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
+from benchmarks.families import FAMILIES
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.examples import Examples
@@ -80,6 +82,31 @@ def test_check_refuses_models_that_mix_them(name, monkeypatch):
     monkeypatch.setattr(net, "forward", mixing)
     with pytest.raises(BadInput, match=r"ForCausalLM|LMHeadModel lets the examples of a packed row see each other"):
         check_packing(net)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3"])
+def test_check_accepts_experts(family, monkeypatch):
+    """An expert sums in another order with another number of tokens, so the logits are equal up to rounding only."""
+    net, calls = FAMILIES[family].tiny(), itertools.count()
+    check_packing(net)
+    whole = net.forward
+
+    def rounded(**inputs: Any) -> Any:
+        out = whole(**inputs)
+        out.logits = out.logits + 5e-7 * (next(calls) % 2)
+        return out
+
+    monkeypatch.setattr(net, "forward", rounded)
+    check_packing(net)
+    monkeypatch.undo()
+    check_packing(net.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Mamba", "LFM2", "gpt-oss"])  # the last ignores positions, with sliding windows
+def test_check_refuses_models_that_let_text_through(family, dtype):
+    with pytest.raises(BadInput, match=r"ForCausalLM lets the examples of a packed row see each other"):
+        check_packing(FAMILIES[family].tiny().to(dtype))
 
 
 def test_check_refuses_models_that_count_positions_themselves(monkeypatch):

@@ -9,8 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from peft import LoraConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from benchmarks.families import FAMILIES
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.checkpoints import get_rng, set_rng
 from lit_sparse.data import Synthetic
@@ -18,7 +20,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.schedule import factor
 from lit_sparse.optim import AdamW, trainable
-from lit_sparse.strategies import LISA, SMT, UpdateStrategy, compose
+from lit_sparse.strategies import LISA, PEFT, SMT, KLToBase, UpdateStrategy, compose
 from lit_sparse.testing import tiny_llm
 
 
@@ -164,6 +166,60 @@ def test_activation_checkpointing_changes_nothing_but_memory(kind, updates):
 def test_attention_is_passed_on(tmp_path):
     tiny_llm("llama").save_pretrained(tmp_path)
     assert CausalLM(base=str(tmp_path), attention="eager").build().config._attn_implementation == "eager"
+
+
+def test_attention_is_transformers_own_choice(tmp_path):
+    for family, chosen in (("Llama", "sdpa"), ("Gemma-2", "eager"), ("BLOOM", "eager"), ("gpt-oss", "eager")):
+        base = FAMILIES[family].write(tmp_path / family)
+        assert CausalLM(base=str(base)).build().config._attn_implementation == chosen
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "flash_attention_2", "flex_attention", "nonsense"])
+def test_an_attention_that_a_model_lacks_is_refused_with_a_way_out(asked, tmp_path):
+    base = FAMILIES["BLOOM"].write(tmp_path / "base")
+    with pytest.raises(BadInput, match=f"with model.attention {asked}: .*; leave it out .* --model.attention eager"):
+        CausalLM(base=str(base), attention=asked).build()
+
+
+def lora_on(**settings):
+    return [PEFT(LoraConfig(r=4, **settings))]
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`|You are using the default")
+@pytest.mark.parametrize(
+    ("family", "updates"),
+    [
+        ("Llama", []),
+        ("Gemma-2", []),  # caps its logits
+        ("Granite", []),  # scales them
+        ("Llama", lora_on(target_modules=["lm_head"])),
+        ("Llama", lora_on(target_modules=["q_proj"], modules_to_save=["lm_head"])),
+        ("OPT", [KLToBase()]),
+    ],
+)
+def test_a_batch_without_a_scored_token_has_a_loss_of_0(family, updates):
+    task = CausalLM(FAMILIES[family].tiny(), updates=updates)
+    task.updates.attach(task.build())
+    ids = torch.arange(3, 15)[None]
+    for labels, zero in ((torch.full_like(ids, -100), True), (ids, False)):
+        task.zero_grad()
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+        loss, output = task.loss(batch)
+        total = task.updates.penalized(loss, batch, output)
+        total.backward()
+        grads = [p.grad for p in task.parameters() if p.grad is not None]
+        assert grads
+        assert bool(loss == 0) == zero
+        assert total.isfinite()
+        assert all(grad.isfinite().all() for grad in grads)
+        assert zero == (not any(grad.any() for grad in grads)) or family == "OPT"
+
+
+def test_text_leaves_a_vision_tower_alone(tmp_path):
+    base = FAMILIES["Gemma-3 (multimodal)"].write(tmp_path / "base")
+    for updates in ([], lora_on(target_modules="all-linear")):
+        task, _ = fitted(1, str(base), updates=updates)
+        assert all(".language_model." in name or "lm_head" in name for name, _ in trainable(task))
 
 
 @pytest.mark.slow

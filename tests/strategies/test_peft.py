@@ -8,12 +8,15 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig, VeloraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
-from lit_sparse.anatomy import linears, matrix
+from benchmarks.families import FAMILIES
+from lit_sparse.anatomy import experts, linears, matrix
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import trainable
-from lit_sparse.strategies import PEFT, UpdateStrategy, compose
+from lit_sparse.strategies import L2SP, PEFT, RecordImportance, UpdateStrategy, compose
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, contract, tiny_encoder, tiny_llm
 
@@ -213,3 +216,59 @@ def test_a_classifier_goes_on_with_its_head(precision, tmp_path):
     assert "classifier.weight" in ends
     assert ends.keys() == dict(trainable(second.model)).keys()
     assert all(torch.equal(value, ends[name]) for name, value in trainable(second.model))
+
+
+# ---- mixtures of experts, and what all-linear stands for
+
+
+def all_linear_with(config, family):
+    model = FAMILIES[family].tiny()
+    update = PEFT(config)
+    update.attach(model, no_probe, ALONE)
+    return model, update
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")  # of PEFT's own, for older checkpoints
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "gpt-oss", "Llama-4"])
+def test_lora_on_all_linear_reaches_the_experts(family):
+    names = set(experts(FAMILIES[family].tiny()))
+    model, _ = all_linear_with(LoraConfig(r=2, target_modules="all-linear"), family)
+    wrapped = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    assert sum(wrapper.parameter_name in ("gate_up_proj", "down_proj") for wrapper in wrapped) == len(names)
+    assert all(not isinstance(m, LoraLayer) for m in model.modules() if type(m).__name__ == "Llama4Router")
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys")
+def test_layers_that_peft_leaves_out_are_named():
+    """It takes DeepSeek's shared experts for the routed ones, which have the same names in older checkpoints."""
+    with pytest.warns(UserWarning, match=r"PEFT puts no adapter on \d+ layers of .*mlp"):
+        all_linear_with(LoraConfig(r=2, target_modules="all-linear"), "DeepSeek-V3")
+
+
+@pytest.mark.parametrize("config", [peft.GloraConfig, peft.ShiraConfig])
+def test_an_adapter_that_cannot_reach_experts_says_so(config):
+    name = config.__name__
+    with pytest.raises(BadInput, match=rf"{name} with target_modules all-linear does not reach the experts of Mixtral"):
+        all_linear_with(config(r=2, target_modules="all-linear"), "Mixtral")
+    all_linear_with(config(r=2, target_modules=["q_proj", "v_proj"]), "Mixtral")
+
+
+def test_pissa_does_not_split_experts():
+    config = {"r": 2, "init_lora_weights": "pissa"}
+    with pytest.raises(BadInput, match=r"init_lora_weights pissa was asked for on .*; give the names of linear"):
+        all_linear_with(LoraConfig(target_modules="all-linear", **config), "gpt-oss")
+    all_linear_with(LoraConfig(target_modules=["q_proj"], **config), "gpt-oss")
+
+
+@pytest.mark.parametrize("update", [L2SP(), RecordImportance()])
+def test_products_of_experts_are_not_penalised_or_recorded(update):
+    model, _ = all_linear_with(LoraConfig(r=2, target_modules="all-linear"), "gpt-oss")
+    with pytest.raises(BadInput, match=rf"{type(update).__name__}: .* adapts \w+, one parameter with several matrices"):
+        update.attach(model, no_probe, ALONE)
+
+
+def test_all_linear_stays_out_of_a_vision_tower():
+    model, _ = all_linear_with(LoraConfig(r=2, target_modules="all-linear"), "Gemma-3 (multimodal)")
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    assert len(adapted) == 3 * 7
+    assert all(".language_model." in name for name in adapted)
