@@ -361,7 +361,7 @@ class Cell:
         error, change = (float((dummy_forward(one) - ours).abs().max() / ours.abs().max()) for one in (again, base))
         assert error <= TOLERANCE, f"the export's logits differ by {error:.1e}"
         assert change > error, "training did not change the logits"
-        return {"export_error": error, "change": change}
+        return {"error": error, "change": change}
 
     def sharded(self, ranks: int) -> L.Trainer:
         """Train three steps of two rows each with fsdp2 on this and other ranks, or on one device if `ranks` is 1."""

@@ -361,6 +361,19 @@ def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
     return groups + [[name] for name in sorted(missing)]
 
 
+def unreached_layers(model: nn.Module) -> list[int]:
+    """Return the numbers of the decoder layers that text does not reach: Mllama's cross-attention needs an image."""
+    called: set[nn.Module] = set()
+    layers = decoder_layers(model)
+    hooks = [layer.register_forward_pre_hook(lambda layer, args: called.add(layer)) for layer in layers]
+    try:
+        dummy_forward(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [number for number, layer in enumerate(layers) if layer not in called]
+
+
 def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
     """Return a field of the output for three dummy tokens, (1, 3, ...), in evaluation mode and without a graph.
 

@@ -167,6 +167,11 @@ def check_sites(model: nn.Module, sites: list[MLPSite]) -> None:
             handle.remove()
     with torch.no_grad(), evaluating(model):  # in training mode, adapters' dropout would differ between the two runs
         for site in gated:
+            if site.layer not in inputs:
+                raise BadInput(
+                    f"ActivationDensity: decoder layer {site.layer} of {type(model).__name__} takes no part in a "
+                    "forward pass over text, so its activations cannot be counted; use a model whose layers all do."
+                )
             _check_site(site, inputs[site.layer])
 
 

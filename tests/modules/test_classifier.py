@@ -23,7 +23,7 @@ from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.modules.loading import draw_head
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module, load_run
-from lit_sparse.strategies import PEFT
+from lit_sparse.strategies import LISA, PEFT
 from lit_sparse.testing import tiny_encoder, tiny_llm
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
@@ -122,6 +122,18 @@ def test_loss_and_accuracy_are_those_of_the_logits(base, rows):
     labels = torch.tensor([row.label for row in rows_])
     assert scores["heldout_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     assert scores["heldout_accuracy"] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+
+
+@pytest.mark.parametrize("method", ["lisa", "lora", "smt", "full"])
+def test_it_trains_in_bf16(method, base, rows):
+    """With the head in fp32, and for LISA the embeddings too, in front of LayerNorms in bf16."""
+    model = module(method, base, precision="bfloat16")
+    for update in model.updates:
+        if isinstance(update, LISA):
+            update.train_embeddings = True
+    trainer(3, val_check_interval=2).fit(model, datamodule=data(rows, base))
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert model.detach() is model.model
 
 
 def test_it_learns(base, rows):

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.families import FAMILIES
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.errors import BadInput
@@ -442,3 +444,23 @@ def test_works_with_a_strategys_own_optimizer():
 def test_a_second_trainable_set_is_refused():
     with pytest.raises(BadInput, match="LISA and SMT cannot be combined: both take over the model's trainable"):
         compose([LISA(), SMT()])
+
+
+def test_a_layer_that_text_does_not_reach_is_not_drawn():
+    """Mllama's cross-attention waits for an image; the layer would take the turn of one that trains."""
+    given = {"text_config": FAMILIES["Mllama"].sizes["text_config"]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mllama", **given))
+    with pytest.raises(BadInput, match="LISA: decoder layer 1 of MllamaForCausalLM takes no part in a forward pass"):
+        LISA(active_layers=1).attach(model, no_probe, ALONE)
+
+
+def test_both_stacks_of_an_encoder_decoder_take_turns():
+    model, strategy = FAMILIES["BART"].tiny(), LISA(active_layers=1, sampler="cyclic", interval=1)
+    strategy.attach(model, no_probe, ALONE)
+    stacks = set()
+    for step in range(1, 6):
+        trains = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and ".layers." in name}
+        assert len(trains) == 1
+        stacks |= trains
+        strategy.after_step(step, torch.optim.SGD(model.parameters()))
+    assert stacks == {"encoder", "decoder"}
