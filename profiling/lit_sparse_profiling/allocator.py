@@ -7,7 +7,7 @@ CPU only the rise over the beginning is known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -86,10 +86,15 @@ class CPUEvents:
         peak: Peak bytes after `mark`, above the level at `mark`.
         left: Bytes at the end, above the level at `mark`.
         unnamed: Bytes of known blocks alive at `mark` whose addresses were not named there.
+        peak_before: Peak bytes from `start` to `mark`, above the level at `mark`.
+
+    Args:
+        known: Bytes by address of blocks that are alive before `start`, so that freeing them is seen.
     """
 
-    def __init__(self) -> None:
-        self.peak = self.left = self.unnamed = 0
+    def __init__(self, known: Mapping[int, int] | None = None) -> None:
+        self.peak = self.left = self.unnamed = self.peak_before = 0
+        self._known = dict(known or {})
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._named: frozenset[int] = frozenset()
 
@@ -127,8 +132,12 @@ class CPUEvents:
         begin = next((event.start_time_ns for event in events if event.name == MARK), None)
         if begin is None:
             raise RuntimeError("Allocations were recorded without a mark; call mark between start and stop.")
-        changes, held = _size_changes(events), dict[int, int]()
-        _levels([change for change in changes if change.when < begin], held)
+        changes, held = _size_changes(events), dict(self._known)
+        before = _levels([change for change in changes if change.when < begin], held)
+        self.peak_before = max(before) - before[-1]
+        fresh = {change.address for change in changes if change.when < begin and change.size > 0}
+        for address in self._known.keys() - self._named - fresh:
+            held.pop(address, None)  # alive before, and what is not named at the mark is not counted there either
         self.unnamed = sum(size for address, size in held.items() if address not in self._named)
         levels = _levels([change for change in changes if change.when >= begin], held)
         self.peak, self.left = max(levels), levels[-1]

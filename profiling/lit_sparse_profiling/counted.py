@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,9 +20,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
-from lit_sparse_profiling.sections import Held, Ledger
+from lit_sparse_profiling.origins import Origins, line
+from lit_sparse_profiling.sections import Held, Large, Ledger
+from lit_sparse_profiling.witness import alive, holder, storages_of
 
-SAVED, TEMPORARY, BATCH, GRADIENTS = "saved", "temporaries", "batch", "gradients"
+SAVED, TEMPORARY, BATCH, GRADIENTS, BEFORE = "saved", "temporaries", "batch", "gradients", "before"
+LARGE = 2**14
+"""Bytes from which a storage may be told among the largest."""
+HELD_FLOOR = 2**20
+"""Bytes from which a storage is sought among those from before the step: finding its holder takes time."""
+KEPT = 10
+"""Number of the largest tensors that are told."""
 UNNAMED_PHASE = "course"
 """The phase of a step until the caller sets another. It is written into records: its value cannot change."""
 Sizes = dict[str, int]
@@ -29,11 +38,19 @@ Sizes = dict[str, int]
 
 @dataclass
 class _Block:
-    """A live storage: its bytes, its permanent category if it has one, and the number of saved tensors in it."""
+    """A live storage: its bytes, its permanent category if it has one, and the number of saved tensors in it.
+
+    Of a large one, `course` has its categories by the counter's clock, None once it is dead.
+    """
 
     size: int
     category: str | None
     saves: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    module: str = ""
+    line: str = ""
+    course: list[tuple[int, str | None, int]] = field(default_factory=list)
 
     @property
     def counted_as(self) -> str:
@@ -93,11 +110,28 @@ class Counter(TorchDispatchMode):
         self.saved_peak = 0
         self.start = self._total = self._peak_total = 0
         self._blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._clock = self._peak_clock = 0
+        self._large: list[_Block] = []
+        self._origins, self._watching = Origins(model), ExitStack()
+        self._name_weights(model)
         for category, members in {**categories(model, optimizer, strategy_state), BATCH: tensors(batch)}.items():
             for tensor in members:
                 self.blocks(tensor, category)
         self._weights = [p for group in (optimizer.param_groups if optimizer else []) for p in group["params"]]
         self._weights += [p for p in model.parameters() if p.requires_grad]
+
+    def _name_weights(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            category = "trainable" if parameter.requires_grad else "frozen"
+            for block in self.blocks(parameter, category):
+                block.module = block.module or name
+
+    def add_others(self) -> None:
+        """Count all other large tensors that are alive on the device, and find out who holds them."""
+        for tensor in alive(self.device):
+            for storage in storages_of(tensor):
+                if storage.device == self.device and storage.nbytes() >= HELD_FLOOR and storage not in self._blocks:
+                    self._block(storage, BEFORE, tensor).line = f"held by {holder(tensor)}"
 
     # ---- the step
 
@@ -105,6 +139,7 @@ class Counter(TorchDispatchMode):
         super().__enter__()
         # Not in the constructor: a strategy's state may be copies that die with the constructor's arguments.
         self.start = self._total
+        self._watching.enter_context(self._origins.watch())
         self._patch_resize()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
         self._hooks.__enter__()
@@ -119,6 +154,7 @@ class Counter(TorchDispatchMode):
             handle.remove()
         self._hooks.__exit__(*raised)
         torch.UntypedStorage.resize_ = self._plain_resize
+        self._watching.close()
         super().__exit__(*raised)
 
     def _patch_resize(self) -> None:
@@ -163,16 +199,25 @@ class Counter(TorchDispatchMode):
         """Return the blocks of the tensor's storages on the device. Storages not seen before start to count."""
         if tensor.device != self.device:
             return []
-        return [self._block(storage, category) for storage in untyped_storages(tensor)]
+        return [self._block(storage, category, tensor) for storage in untyped_storages(tensor)]
 
-    def _block(self, storage: torch.UntypedStorage, category: str | None) -> _Block:
+    def _block(self, storage: torch.UntypedStorage, category: str | None, tensor: Tensor | None = None) -> _Block:
         if storage in self._blocks:
             return self._blocks[storage]
         block = self._blocks[storage] = _Block(storage.nbytes(), category)
+        if block.size >= LARGE:
+            self._describe(block, tensor)
         # No finalizer at exit: thousands of them would run while the interpreter's modules are already torn down.
         weakref.finalize(storage, self._count, block, -1).atexit = False
         self._count(block, 1)
         return block
+
+    def _describe(self, block: _Block, tensor: Tensor | None) -> None:
+        self._large.append(block)
+        if tensor is not None:
+            block.shape, block.dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if block.category is None:
+            block.module, block.line = self._origins.module(), line()
 
     def update(self, block: _Block, **fields: Any) -> None:
         """Set fields of a block, and move its bytes to its new category. A dead block has no bytes to move."""
@@ -192,11 +237,15 @@ class Counter(TorchDispatchMode):
     def _note_peak(self) -> None:
         if self._total > self._peak_total:
             self._peak_total, self.peak, self.peak_phase = self._total, dict(self.now), self.phase
+            self._peak_clock = self._clock
 
     def _adjust(self, block: _Block, size: int) -> None:
         self._total += size
         self.now[block.counted_as] = self.now.get(block.counted_as, 0) + size
         self.saved_peak = max(self.saved_peak, self.saved)
+        self._clock += 1
+        if block.size >= LARGE:
+            block.course.append((self._clock, block.counted_as if size > 0 else None, block.size))
 
     @property
     def saved(self) -> int:
@@ -206,5 +255,16 @@ class Counter(TorchDispatchMode):
     def at_peak(self) -> Held:
         """Return the live bytes at the peak, by category."""
         ledger = Ledger(**{name: self.peak.get(name, 0) for name in Ledger.__dataclass_fields__})
-        rest = {name: self.peak.get(name, 0) for name in (BATCH, SAVED, TEMPORARY)}
+        rest = {name: self.peak.get(name, 0) for name in (BATCH, SAVED, TEMPORARY, BEFORE)}
         return Held(ledger=ledger, phase=self.peak_phase, **rest)
+
+    def largest(self) -> list[Large]:
+        """Return the largest tensors alive at the peak."""
+        found: list[Large] = []
+        for block in self._large:
+            _, category, size = next(
+                (one for one in reversed(block.course) if one[0] <= self._peak_clock), (0, None, 0)
+            )
+            if category is not None:
+                found.append(Large(size, category, list(block.shape), block.dtype, block.module, block.line))
+        return sorted(found, key=lambda one: -one.bytes)[:KEPT]

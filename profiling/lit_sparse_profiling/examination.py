@@ -13,12 +13,14 @@ from torch.optim import Optimizer
 
 from lit_sparse_profiling.allocator import CPU, CUDA, CPUEvents
 from lit_sparse_profiling.counted import UNNAMED_PHASE, Counter
-from lit_sparse_profiling.ledger import ledger
+from lit_sparse_profiling.ledger import categories, ledger, storages
+from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.sections import Allocator
+from lit_sparse_profiling.witness import alive_bytes
 
-EXAMINED = "examined step"
+EXAMINED, LEAD_IN = "examined step", "lead-in step"
 
 Subject = Callable[[], tuple[nn.Module, Optimizer | None, Any]]
 """Returns the model, its optimizer and the strategies' state, as they are now."""
@@ -40,12 +42,14 @@ class Examination:
         counter: The count by category; None before the step.
         ops: FLOPs and bytes of the step's ops; None before the step.
         allocator: The allocator's figures; None until the step has ended.
+        outside: Resident bytes that were in no tensor before the lead-in; None on a GPU.
     """
 
     def __init__(self, subject: Subject, device: torch.device, phases: Phases) -> None:
         self.counter: Counter | None = None
         self.ops: OpCounts | None = None
         self.allocator: Allocator | None = None
+        self.outside: int | None = None
         self._subject, self._device, self._phases = subject, device, phases
         self._events: CPUEvents | None = None
         self._parts: list[str] = []
@@ -54,8 +58,12 @@ class Examination:
 
     @property
     def under_way(self) -> bool:
-        """True from `lead_in`, on a GPU from `begin`, until `end` or `drop`."""
-        return self._events is not None or (self.counter is not None and self.allocator is None)
+        """True from `lead_in`, on a GPU without the time between the two steps, until `end` or `drop`."""
+        return (
+            self._events is not None
+            or self._phases.is_open(LEAD_IN)
+            or (self.counter is not None and self.allocator is None)
+        )
 
     def lead_in(self) -> None:
         """Start to record the CPU allocator's events, in the step before the examined one.
@@ -63,10 +71,28 @@ class Examination:
         Raises:
             RuntimeError: if another torch.profiler is running.
         """
-        if self._device.type != "cuda":
-            events = CPUEvents()
-            events.start()
-            self._events = events
+        if self._device.type == "cuda":
+            self._phases.begin(LEAD_IN)
+            return
+        gc.collect()
+        trim_heap()
+        known = alive_bytes(self._device) | self._known()
+        resident = self._phases.memory.current()
+        self.outside = None if resident is None else resident - sum(known.values())
+        events = CPUEvents(known)
+        events.start()
+        self._events = events
+
+    def _known(self) -> dict[int, int]:
+        # `gc.freeze` hides objects from the collector: what a category has is asked of it.
+        members = categories(*self._subject()).values()
+        found = (key for part in members for tensor in part for key in storages(tensor))
+        return {address: size for (device, address), size in found if device == str(self._device)}
+
+    def end_lead_in(self) -> None:
+        """End the step before the examined one."""
+        if self._device.type == "cuda":
+            self._phases.end(LEAD_IN)
 
     def begin(self, batch: Any) -> None:
         """Begin the examined step, with its batch.
@@ -80,6 +106,7 @@ class Examination:
         gc.collect()
         self._phases.begin(EXAMINED)
         counter = Counter(*self._subject(), batch, self._device)
+        counter.add_others()
         self.counter, self.ops, self._before = counter, OpCounts(), self._allocated_and_held()
         if self._events is not None:
             self._events.mark(counter.addresses())
@@ -116,7 +143,8 @@ class Examination:
             # Events know levels only as a rise. The level at the begin is what the counter knew then, plus blocks from
             # the lead-in that it does not know.
             begun = self.counter.start + events.unnamed
-            self.allocator = Allocator(CPU, begun + events.peak, events.left - growth)
+            left, plain = events.left - growth, begun + events.peak_before
+            self.allocator = Allocator(CPU, begun + events.peak, left, uncounted=plain)
         else:
             self.allocator = self._read_cuda(allocated - self._before[0] - growth)
 
@@ -128,6 +156,8 @@ class Examination:
             self._instruments.close()
             self._phases.end(EXAMINED)
             self.counter = self.ops = None
+        if self._phases.is_open(LEAD_IN):
+            self._phases.end(LEAD_IN)
         if self._events is not None:
             self._events.close()
             self._events = None
@@ -142,7 +172,8 @@ class Examination:
     def _read_cuda(self, left_behind: int) -> Allocator:
         # The peaks are the phase's: `Phases` resets the device's counters at every boundary, and each of the step's
         # parts has two. Read here, they would be those since the last one.
-        phase = next(phase for phase in self._phases.to_list() if phase.name == EXAMINED)
+        phases = {phase.name: phase for phase in self._phases.to_list()}
+        phase = phases[EXAMINED]
         stats = torch.cuda.memory_stats(self._device)
         assert phase.peak_requested is not None
         return Allocator(
@@ -153,4 +184,5 @@ class Examination:
             reserved=phase.peak_reserved,
             inactive_split=stats["inactive_split_bytes.all.current"],
             retries=stats["num_alloc_retries"],
+            uncounted=phases[LEAD_IN].peak_requested if LEAD_IN in phases else None,
         )

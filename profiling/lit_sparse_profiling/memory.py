@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -65,6 +67,47 @@ def trim_heap() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:
             trim(0)
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in [
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        ]
+    )
+
+
+@cache
+def _mallinfo() -> Callable[[], _MallInfo] | None:
+    """Return glibc's `mallinfo2`; None where the C library has none (before glibc 2.33, musl, macOS)."""
+    found = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform == "linux" else None
+    if found is not None:
+        found.restype = _MallInfo
+    return found
+
+
+def heap_in_use() -> int | None:
+    """Return the bytes that this process has from the C allocator now: tensors, numpy's arrays, buffers of libraries.
+
+    None if the C library does not tell, or if another allocator is in its place.
+    """
+    ask = _mallinfo()
+    if ask is None:
+        return None
+    info = ask()
+    return info.uordblks + info.hblkhd or None
 
 
 def _status(key: str) -> int | None:

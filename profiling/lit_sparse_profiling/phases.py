@@ -77,6 +77,10 @@ class Phases:
         seconds = phase.seconds + now - self._begun.pop(name)
         self._phases[name] = replace(phase, seconds=seconds, calls=phase.calls + 1)
 
+    def is_open(self, name: str) -> bool:
+        """Return whether the phase has begun and not ended."""
+        return name in self._begun
+
     def to_list(self) -> list[Phase]:
         """Return the phases that have ended at least once, in the order of their first begin."""
         return [phase for phase in self._phases.values() if phase.calls]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from lit_sparse_profiling.ceilings import DTYPES, CeilingSeries
 from lit_sparse_profiling.devices import describe_device, resolve_index
-from lit_sparse_profiling.examination import EXAMINED, Examination
+from lit_sparse_profiling.examination import EXAMINED, LEAD_IN, Examination
 from lit_sparse_profiling.kernel_times import KernelProfile, ceilings
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.memory import trim_heap
@@ -34,7 +34,7 @@ Stage = str
 """Purpose of a step: warm-up, lead-in, examined, kernels or timed. An interrupted step has lost its purpose."""
 INTERRUPTED: Stage = "interrupted"
 TRAINING, EXAMINATION = "training", "examination"
-INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, EXAMINED, "forward", "backward", "optimizer step")
+INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, LEAD_IN, EXAMINED, "forward", "backward", "optimizer step")
 """Phases whose resident memory includes the profiler's own instruments."""
 GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
 MAX_ATTEMPTS = 5
@@ -130,6 +130,7 @@ class Profiler:
         self._steps = TimedSteps(self.device, self.nvml, None if plan.turns is None else Turns(plan.turns))
         self._ceilings = CeilingSeries(lambda: ceilings(self.device, self.dtype))
         self._examined: int | None = None
+        self._led_in: int | None = None
         self._kernels: KernelProfile | None = None
         self._kernel_steps = 0
         self._examination = self._new_examination()
@@ -225,6 +226,9 @@ class Profiler:
         elif stage == "examined":
             self._examined = None if tokens is None else int(tokens[1])
             self._examination.end()
+        elif stage == "lead-in":
+            self._led_in = None if tokens is None else int(tokens[1])
+            self._examination.end_lead_in()
         elif stage == "kernels":
             self._kernel_steps += 1
             if not self._stages:
@@ -337,8 +341,21 @@ class Profiler:
         peak = max((size for size in phases if size is not None), default=None)
         method, counter, allocator = self.phases.memory.method, self._examination.counter, self._examination.allocator
         if counter is None or allocator is None:
-            return Memory(peak, method)
-        return Memory(peak, method, counter.saved_peak, counter.at_peak(), allocator)
+            return Memory(peak, method, growth=self._steps.growth.per_step())
+        if self._examined is None or self._led_in != self._examined:
+            allocator = replace(allocator, uncounted=None)  # another batch would have another peak
+        return Memory(
+            peak,
+            method,
+            counter.saved_peak,
+            counter.at_peak(),
+            allocator,
+            outside=self._examination.outside,
+            growth=self._steps.growth.per_step(),
+            examined_positions=self._examined,
+            most_positions=self._steps.most_positions,
+            largest=counter.largest(),
+        )
 
     def kernels(self) -> Kernels | None:
         """Return the time of the profiled steps by kernel; None if there were none. Measures the device's ceilings."""

@@ -8,12 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lit_sparse_profiling.memory import PER_PHASE
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import CEILINGS, Allocator, Driver, Phase
+from lit_sparse_profiling.sections import CEILINGS, Allocator, Driver, Memory, Phase
 
+BEFORE = "there before"
 RESIDUE = "residue: counted by neither"
 NOT_COUNTED = "not counted: no step was examined"
 ELSEWHERE = "reserved outside of the step"
+OUTSIDE = "outside of tensors"
+PROCESS_RESIDUE = "residue of the process"
 CONTEXT = "CUDA context"
 DRIVER_RESIDUE = "residue of the driver"
 CONTEXT_UNKNOWN = "CUDA context and residue of the driver"
@@ -21,6 +25,12 @@ ALLOCATOR_UNKNOWN = "all else: the allocator was not read"
 
 LEAK_SHARE, LEAK_FLOOR = 0.001, 4096
 """Bytes that a step may leave behind, as a fraction of its peak and at least."""
+BEFORE_SHARE, BEFORE_FLOOR = 0.02, 2**20
+"""Bytes of tensors from before the step that are worth a finding, as a fraction of the peak and at least."""
+PROCESS_FLOOR = 48 * 2**20
+"""Bytes of the process's residue that are never a finding: pages that the C library keeps for later."""
+OBSERVED, OBSERVED_FLOOR = 0.005, 2**16
+"""Bytes by which counting may shift the peak in silence, as a fraction of it and at least."""
 FOREIGN_LIMIT = 64 * 2**20
 """Bytes of other processes that are not worth a finding, such as those of a display server."""
 UNITS = ("KiB", "MiB", "GiB", "TiB")
@@ -45,6 +55,7 @@ def reconcile(record: RunRecord) -> list[Line]:
     """
     lines = _counted(record)
     _add_allocator(lines, record)
+    _add_process(lines, record)
     _add_other_phases(lines, record)
     _add_driver(lines, record)
     return lines
@@ -68,8 +79,14 @@ def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
     sentences: list[str] = []
     if RESIDUE in found:
         sentences += _residue(found[RESIDUE], found["allocator requested"], limit)
-    if record.memory is not None and record.memory.allocator is not None:
-        sentences += _allocator(record.memory.allocator, limit)
+    if record.memory is not None:
+        sentences += _before(record.memory)
+        if record.memory.allocator is not None:
+            sentences += _allocator(record.memory.allocator, limit)
+            sentences += _observer(record.memory.allocator)
+        sentences += _other_steps(record, record.memory, limit)
+    if PROCESS_RESIDUE in found:
+        sentences += _process_residue(found[PROCESS_RESIDUE], found["resident at most"], limit)
     if DRIVER_RESIDUE in found:
         sentences += _driver_residue(found[DRIVER_RESIDUE], found["process"], limit)
     if record.driver is not None:
@@ -105,6 +122,8 @@ def _counted(record: RunRecord) -> list[Line]:
     if held is not None:
         lines += [Line("batch", held.batch), Line("saved for backward", held.saved)]
         lines += [Line("temporaries", held.temporaries)]
+        if held.before:
+            lines += [Line(BEFORE, held.before, "tensors alive before the step, in no category")]
         note = f"a step's peak, in its {held.phase}"
     return [*lines, Line("counted", _sum(lines), note, total=True)]
 
@@ -121,6 +140,22 @@ def _add_allocator(lines: list[Line], record: RunRecord) -> None:
         split = allocator.inactive_split
         of_which = "" if split is None else f"of which {format_bytes(split)} are free parts of split segments"
         _append_total(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
+
+
+def _add_process(lines: list[Line], record: RunRecord) -> None:
+    """Add what the process held on a CPU, where it is the third witness: not even numpy's memory escapes it."""
+    memory, peak = record.memory, _training_peak(record)
+    if memory is None or memory.outside is None or memory.allocator is None or peak is None:
+        return
+    lines.append(Line(OUTSIDE, memory.outside, "interpreter, libraries, arrays of numpy, before the step"))
+    _append_total(lines, PROCESS_RESIDUE, "resident at most", peak, note="in any step that was not instrumented")
+
+
+def _training_peak(record: RunRecord) -> int | None:
+    """Return the resident peak of the plain steps; None if the system gives only the process's peak so far."""
+    if record.memory is None or record.memory.method != PER_PHASE:
+        return None
+    return next((phase.peak_rss for phase in record.phases if phase.name == "training"), None)
 
 
 def _add_other_phases(lines: list[Line], record: RunRecord) -> None:
@@ -185,6 +220,57 @@ def _residue(size: int, requested: int, limit: float) -> Iterator[str]:
         yield (
             f"The count is {format_bytes(-size)} ({-share:.1%}) above the allocator's peak: usually tensors outside "
             "its memory, such as mapped weight files and arrays of other libraries."
+        )
+
+
+def _before(memory: Memory) -> Iterator[str]:
+    before = 0 if memory.held is None else memory.held.before
+    peak = before if memory.allocator is None else memory.allocator.requested
+    if before > max(BEFORE_SHARE * peak, BEFORE_FLOOR):
+        held = [f"{format_bytes(one.bytes)} {one.line}" for one in memory.largest if one.category == "before"]
+        by = f": {', '.join(held)}" if held else ""
+        yield f"{format_bytes(before)} of tensors were there before the step and are in no category{by}."
+
+
+def _observer(allocator: Allocator) -> Iterator[str]:
+    if allocator.uncounted is None:
+        return
+    shift = allocator.requested - allocator.uncounted
+    if abs(shift) > max(OBSERVED * allocator.requested, OBSERVED_FLOOR):
+        yield (
+            f"Counting shifts the peak by {format_bytes(shift)} ({_share(shift, allocator.requested):+.1%}): in the "
+            f"step before, of as many tokens and not counted, it was {format_bytes(allocator.uncounted)}."
+        )
+
+
+def _other_steps(record: RunRecord, memory: Memory, limit: float) -> Iterator[str]:
+    """Yield findings on the steps that were not examined: longer batches, higher peaks, growth."""
+    examined, most = memory.examined_positions, memory.most_positions
+    if examined is not None and most is not None and most > examined:
+        yield (
+            f"The examined step had {examined:,} token positions, the longest {most:,}: its parts are not those of the "
+            "highest peak; sort the longest batch first, or give all batches one length."
+        )
+    plain = next((phase.peak_requested for phase in record.phases if phase.name == "training"), None)
+    if memory.allocator is not None and plain is not None and plain > (1 + limit) * memory.allocator.requested:
+        yield (
+            f"Other steps peaked at {format_bytes(plain)}, the examined one at "
+            f"{format_bytes(memory.allocator.requested)}: a longer batch, or memory that only some steps take."
+        )
+    whole = _training_peak(record) or plain or 0
+    if memory.growth is not None and memory.growth > max(LEAK_SHARE * whole / 100, LEAK_FLOOR):
+        yield (
+            f"Memory in use grows by {format_bytes(round(memory.growth))} with each step, all along the timed ones: a "
+            "leak (arrays or tensors that a callback, a metric or the loop keeps), or state that keeps growing."
+        )
+
+
+def _process_residue(size: int, peak: int, limit: float) -> Iterator[str]:
+    if size > max(limit * peak, PROCESS_FLOOR):
+        yield (
+            f"The process held {format_bytes(size)} ({_share(size, peak):.1%}) more than torch's allocator and what "
+            "was there before: memory of other libraries, of a step that was not examined, or of what runs between "
+            "steps."
         )
 
 

@@ -28,7 +28,7 @@ from lit_sparse_profiling.run_folders import (
     repetition_key,
     run_name,
 )
-from lit_sparse_profiling.sections import StateBytes
+from lit_sparse_profiling.sections import Large, StateBytes
 
 UNREADABLE = "unreadable"
 GIB = 2**30
@@ -288,6 +288,17 @@ def details(record: RunRecord) -> Table:
     return out
 
 
+def largest(tensors: list[Large]) -> Table:
+    """Return a table of the largest tensors that were alive at the peak of the examined step."""
+    out = Table(title=Text("The largest tensors at the peak"), box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("size", "counted as", "shape", "made by", "at"):
+        out.add_column(header, justify="right" if header == "size" else "left", overflow="fold")
+    for one in tensors:
+        shape = f"{one.dtype} {' x '.join(map(str, one.shape))}"
+        out.add_row(*map(Text, (format_bytes(one.bytes), one.category, shape, one.module, one.line)))
+    return out
+
+
 def share_map(share: dict[str, dict[str, float]]) -> Table:
     """Return a table of the trained fraction of each matrix: a row per decoder layer, a column per role.
 
@@ -326,6 +337,8 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
     alone = runs[0][1] if len(runs) == 1 else None
     if isinstance(alone, RunRecord) and reconcile(alone) and not as_markdown:
         console.print(details(alone))
+        if alone.memory is not None and alone.memory.largest:
+            console.print(largest(alone.memory.largest))
         if alone.kernels is not None:
             console.print(kernel_table(alone.kernels))
     if isinstance(alone, RunRecord) and not as_markdown:

@@ -102,6 +102,7 @@ class Held:
         batch: Inputs of the step.
         saved: Saved for backward by autograd, and in no category above.
         temporaries: Other outputs of operations that were alive.
+        before: Tensors that were alive before the step and are in no category, whoever holds them.
         phase: Phase of the peak: "forward", "backward", "optimizer step", or "course" outside of these.
     """
 
@@ -110,11 +111,33 @@ class Held:
     saved: int
     temporaries: int
     phase: str
+    before: int = 0
 
     @property
     def total(self) -> int:
         """Bytes of all categories."""
-        return self.ledger.total + self.batch + self.saved + self.temporaries
+        return self.ledger.total + self.batch + self.saved + self.temporaries + self.before
+
+
+@dataclass(frozen=True)
+class Large:
+    """One of the largest tensors alive at the peak of the examined step.
+
+    Attributes:
+        bytes: Bytes of its storage.
+        category: Category of `Held` or `Ledger` in which it counted.
+        shape: Shape of the tensor when it was first seen.
+        dtype: Dtype, likewise.
+        module: Name of the parameter, of the module whose forward made it, or of the autograd node whose backward did.
+        line: Line of code outside of torch that made it; of a tensor from before the step, who holds it.
+    """
+
+    bytes: int
+    category: str
+    shape: list[int]
+    dtype: str
+    module: str
+    line: str
 
 
 @dataclass(frozen=True)
@@ -129,6 +152,8 @@ class Allocator:
         reserved: Peak of the bytes held from the driver; None on a CPU.
         inactive_split: Free bytes in partly used segments after the step. Only smaller requests fit into them.
         retries: How often in the run the allocator flushed its cache to satisfy a request.
+        uncounted: Peak of the step before, in which nothing was counted, if it had as many tokens: what the counting
+            itself adds is missing in it. None if not measured.
     """
 
     method: str
@@ -138,6 +163,7 @@ class Allocator:
     reserved: int | None = None
     inactive_split: int | None = None
     retries: int = 0
+    uncounted: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +176,13 @@ class Memory:
         saved_for_backward: Peak of the bytes that autograd had saved in the examined step.
         held: Bytes alive at the peak of the examined step, by category.
         allocator: The allocator's figures for the same step.
+        outside: Resident bytes, before the examined step, that are in no tensor: interpreter, libraries, arrays of
+            numpy. Only on a CPU.
+        growth: Bytes by which the memory in use grows from the end of one timed step to the next: on a GPU torch's, on
+            a CPU the whole heap's. 0 if it does not keep growing, None if not measured.
+        examined_positions: Token positions of the examined step, padding included.
+        most_positions: Highest number of token positions of any step.
+        largest: The largest tensors alive at the peak of the examined step, largest first.
     """
 
     peak_resident: int | None
@@ -157,6 +190,11 @@ class Memory:
     saved_for_backward: int | None = None
     held: Held | None = None
     allocator: Allocator | None = None
+    outside: int | None = None
+    growth: float | None = None
+    examined_positions: int | None = None
+    most_positions: int | None = None
+    largest: list[Large] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.sections import Throughput
 from lit_sparse_profiling.stopwatch import NO_TOKENS, Stopwatch, Tokens
+from lit_sparse_profiling.witness import Growth
 
 
 class TimedSteps:
@@ -25,6 +26,7 @@ class TimedSteps:
 
     Attributes:
         count: Number of steps timed so far.
+        growth: Memory in use at their ends.
     """
 
     def __init__(self, device: torch.device, nvml: NVML | None, turns: Turns | None) -> None:
@@ -34,6 +36,7 @@ class TimedSteps:
         self._nvml = nvml if turns is None else None
         self._watch, self._tokens = Stopwatch(device), Tokens()
         self._positions: list[int | None] = []
+        self.growth = Growth(device)
 
     def begin(self) -> None:
         """Begin a step, and a window if none is open."""
@@ -52,10 +55,16 @@ class TimedSteps:
         self._positions.append(None if tokens is None else int(tokens[1]))
         self._watch.stamp()
         self.count += 1
+        self.growth.sample()
         if self._turns is not None:
             # A window per step: the other run's step comes next, and its time must not be in this run's window.
             self.close()
             self._turns.report(self._watch.seconds[-1])
+
+    @property
+    def most_positions(self) -> int | None:
+        """Highest number of token positions of a step; None if unknown."""
+        return max((positions for positions in self._positions if positions is not None), default=None)
 
     def close(self) -> None:
         """End the window; do nothing if none is open."""

@@ -23,6 +23,7 @@ from lit_sparse_profiling.sections import (
     Driver,
     Held,
     Kernels,
+    Large,
     Ledger,
     Memory,
     ModelSize,
@@ -554,3 +555,32 @@ def test_a_baseline_is_compared_with_before_it_is_replaced(tmp_path: Path) -> No
     report([str(good)], save_baseline=baseline)
     assert report([str(bad)], check=baseline, save_baseline=baseline) == 1
     assert report([str(bad)], check=baseline) == 0
+
+
+def test_the_largest_tensors_of_one_run_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [
+        Large(3 * 2**20, "saved", [4, 256, 768], "float32", "layers.0.mlp", "modeling_llama.py:142 in forward"),
+        Large(2**20, "before", [2**18], "float32", "", "held by Cache.kept"),
+    ]
+    replace(GPU, memory=replace(GPU.memory, largest=found)).write(tmp_path / "record.json")
+    report([str(tmp_path)])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "3.00 MiB saved float32 4 x 256 x 768 layers.0.mlp modeling_llama.py:142 in forward" in lines
+    assert "1.00 MiB before float32 262144 held by Cache.kept" in lines
+
+
+def test_utilization_is_told_by_its_conventions_and_energy_by_its_windows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = replace(GPU, driver=replace(GPU.driver, energy_seconds=25.0))
+    record.write(tmp_path / "record.json")
+    report([str(tmp_path)])
+    assert "20.0% (MFU, without recomputation), causal attention in full" in capsys.readouterr().out
+    (row,) = rows(runs(record))
+    assert row["J/step"] == "600.0"  # 30 kJ in 25 of 50 s
+    above = replace(record, throughput=replace(record.throughput, flops=10**15))
+    (row,) = rows(runs(above))
+    assert "utiliz. %" not in row
+    above.write(tmp_path / "record.json")
+    report([str(tmp_path)])
+    assert "2500% of the measured matrix-product rate, which cannot be" in capsys.readouterr().out

@@ -1,0 +1,255 @@
+"""Memory that the examined step alone does not show: planted in loops, found, and named."""
+
+import gc
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lit_sparse_profiling import profiler, witness
+from lit_sparse_profiling.ceilings import Ceilings
+from lit_sparse_profiling.memory import PER_PHASE, heap_in_use
+from lit_sparse_profiling.profiler import Plan, Profiler
+from lit_sparse_profiling.reconcile import OUTSIDE, PROCESS_RESIDUE, findings, reconcile, residue
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.witness import Growth, holder
+
+MIB = 2**20
+WIDTH = 256
+
+
+@pytest.fixture(autouse=True)
+def given_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "ceilings", lambda *_: Ceilings(1e12, 1e11))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_heap() -> Iterator[None]:
+    """Freeze the objects of the imports, so that the garbage collection in each examination is fast."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+class Net(nn.Module):
+    def __init__(self, checkpointed: bool = False) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(50, WIDTH)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(4))
+        self.checkpointed = checkpointed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+        return x.square().mean()
+
+
+def loop(
+    steps: int,
+    inside: Callable[[int], Any] = lambda _: None,
+    between: Callable[[int], Any] = lambda _: None,
+    lengths: Iterator[int] | None = None,
+    model: nn.Module | None = None,
+) -> RunRecord:
+    """Train `steps` steps, of which two warm up, one leads in and one is examined."""
+    model = model or Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Profiler(model, optimizer, Plan(warmup=2, profiled=0)) as profiled:
+        for number in range(steps):
+            between(number)
+            batch = {"input_ids": torch.zeros(4, next(lengths or itertools.repeat(64)), dtype=torch.long)}
+            with profiled.step(batch):
+                with profiled.phase("forward"):
+                    loss = model(**batch)
+                inside(number)
+                with profiled.phase("backward"):
+                    loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            del loss
+    return profiled.record("loop")
+
+
+def said(record: RunRecord) -> str:
+    return " ".join(findings(record))
+
+
+def test_a_plain_loop_has_no_findings() -> None:
+    record = loop(16)
+    assert findings(record) == []
+    assert abs(residue(record)) < 0.01
+    assert record.memory.growth == 0.0
+    assert record.memory.most_positions == record.memory.examined_positions == 4 * 64
+
+
+# ---- there before
+
+
+class Cache:
+    def __init__(self) -> None:
+        self.kept: Tensor | None = torch.ones(19 * MIB)
+
+
+def test_what_was_there_before_has_a_line_and_a_holder() -> None:
+    cache = Cache()
+    record = loop(5)
+    assert record.memory.held.before == 76 * MIB
+    assert record.memory.held.total == pytest.approx(record.memory.allocator.requested, rel=0.01)
+    assert (
+        "76.00 MiB of tensors were there before the step and are in no category: 76.00 MiB held by Cache.kept"
+        in said(record)
+    )
+    largest = record.memory.largest[0]
+    assert (largest.bytes, largest.category, largest.shape, largest.dtype) == (
+        76 * MIB,
+        "before",
+        [19 * MIB],
+        "float32",
+    )
+    cache.kept = None
+    assert loop(5).memory.held.before == 0
+
+
+def test_holders_are_named() -> None:
+    cache, nested = Cache(), {"a": [(torch.ones(8),)]}
+    assert holder(cache.kept) == "Cache.kept"  # pyright: ignore[reportArgumentType]
+    module = ModuleType("mine")
+    module.kept = [torch.ones(8)]  # pyright: ignore[reportAttributeAccessIssue]
+    assert holder(module.kept[0]) == "mine.kept"
+    model = nn.Linear(2, 2)
+    model.nested = nested
+    assert holder(nested["a"][0][0]) == "Linear.nested"
+
+
+# ---- other steps, and other libraries
+
+
+def grown(record: RunRecord) -> bool:
+    return re.search(r"Memory in use grows by 10?..+ [KM]iB with each step", said(record)) is not None
+
+
+@pytest.mark.parametrize("make", [lambda: np.ones(MIB // 8), lambda: torch.ones(MIB // 4)], ids=["numpy", "torch"])
+@pytest.mark.parametrize("where", ["inside", "between"])
+def test_a_leak_is_found_wherever_it_is(make: Callable[[], Any], where: str) -> None:
+    kept: list[Any] = []
+    record = loop(24, **{where: lambda _: kept.append(make())})
+    assert record.memory.growth == pytest.approx(MIB, rel=0.05)
+    assert grown(record)
+
+
+def test_what_goes_up_and_down_is_no_leak() -> None:
+    kept: list[Any] = []
+
+    def swing(number: int) -> None:
+        kept.append(np.ones(MIB // 8))
+        if number % 5 == 0:
+            kept.clear()
+
+    assert not loop(30, between=swing).memory.growth
+
+
+@pytest.mark.parametrize("make", [lambda: np.ones(16 * MIB), lambda: torch.ones(32 * MIB)], ids=["numpy", "torch"])
+def test_a_temporary_of_every_fifth_step_is_in_the_processs_residue(make: Callable[[], Any]) -> None:
+    record = loop(12, lambda number: make() if number % 5 == 4 else None)
+    if record.memory.method != PER_PHASE:
+        pytest.skip(f"this system cannot set the peak back: {record.memory.method}")
+    lines = {line.name: line.bytes for line in reconcile(record)}
+    assert lines[PROCESS_RESIDUE] == pytest.approx(128 * MIB, rel=0.1)
+    assert lines[OUTSIDE] > 50 * MIB
+    assert "more than torch's allocator and what was there before" in said(record)
+
+
+def test_a_longer_batch_than_the_examined_one_is_told() -> None:
+    record = loop(8, lengths=iter([64] * 6 + [256, 64]))
+    assert (record.memory.examined_positions, record.memory.most_positions) == (4 * 64, 4 * 256)
+    assert "The examined step had 256 token positions, the longest 1,024" in said(record)
+
+
+def test_samples_of_a_long_run_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    size, asked = [0], []
+    monkeypatch.setattr(witness, "heap_in_use", lambda: asked.append(size[0]) or size[0])
+    growth = Growth(torch.device("cpu"))
+    for _ in range(10_000):
+        size[0] += 1000
+        growth.sample()
+    assert growth.per_step() == 1000
+    assert len(asked) < 1000
+
+
+def test_the_heap_has_numpys_arrays() -> None:
+    before = heap_in_use()
+    if before is None:
+        pytest.skip("this C library does not tell")
+    kept = np.ones(4 * MIB)
+    assert heap_in_use() - before == pytest.approx(kept.nbytes, rel=0.01)
+
+
+# ---- the observer
+
+
+def test_the_step_before_is_the_one_that_nothing_counted() -> None:
+    record = loop(5)
+    allocator = record.memory.allocator
+    assert allocator.uncounted == pytest.approx(allocator.requested, rel=0.01)
+
+
+def test_the_shift_by_counting_is_measured_and_told() -> None:
+    """A model that takes more memory where it is watched."""
+
+    class Shy(Net):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            loss = super().forward(input_ids)
+            if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+                loss = loss + 0 * torch.ones(2 * MIB).mean()
+            return loss
+
+    record = loop(5, model=Shy())
+    allocator = record.memory.allocator
+    assert 6 * MIB < allocator.requested - allocator.uncounted <= 8 * MIB  # the peak was elsewhere in the step before
+    assert "Counting shifts the peak by 7." in said(record)
+
+
+def test_steps_of_other_lengths_are_not_compared() -> None:
+    record = loop(5, lengths=iter([64, 64, 128, 64, 64]))
+    assert record.memory.allocator.uncounted is None
+
+
+def test_under_checkpointing_the_shift_is_known() -> None:
+    allocator = loop(5, model=Net(checkpointed=True)).memory.allocator
+    assert allocator.uncounted == pytest.approx(allocator.requested, rel=0.05)
+
+
+# ---- where the bytes come from
+
+
+def test_the_largest_tensors_have_their_module_and_line() -> None:
+    record = loop(5, lengths=itertools.repeat(256))
+    largest = record.memory.largest
+    assert [one.bytes for one in largest] == sorted((one.bytes for one in largest), reverse=True)
+    saved = {(one.module, tuple(one.shape), one.dtype) for one in largest if one.category == "saved"}
+    assert saved >= {(f"layers.{i}.0", (4 * 256, WIDTH), "float32") for i in (1, 2)}
+    assert saved >= {(f"layers.{i}.1", (4, 256, WIDTH), "float32") for i in (1, 2)}
+    lines = {one.line for one in largest if one.category == "saved"}
+    assert all(re.fullmatch(r"test_witness\.py:\d+ in forward", line) for line in lines)
+    assert sum(one.bytes for one in largest) <= record.memory.held.total
+
+
+def test_weights_have_their_names() -> None:
+    class Wide(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(4000, WIDTH)
+
+    largest = loop(5, model=Wide()).memory.largest
+    assert ("trainable", "embedding.weight", [4000, WIDTH]) in [
+        (one.category, one.module, one.shape) for one in largest
+    ]
