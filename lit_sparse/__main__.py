@@ -11,13 +11,19 @@ VERBS = {
     "fit": "train with update strategies: lit-sparse fit --config smt.yaml",
     "validate": "score the held-out rows with a run's checkpoint",
     "test": "answer the held-out questions with a run's checkpoint",
-    "predict": "Lightning's prediction loop",
     "export": "write a run as a Hugging Face folder, a PEFT adapter or a delta",
     "generate": "answer a prompt with a run, beside its base",
     "bench": "measure memory, speed and energy of YAMLs, each in a fresh process",
     "report": "compare runs by their records",
     "list": "list the update strategies and the shipped YAMLs",
 }
+OTHERS = {
+    "predict": "use lit-sparse generate to answer a prompt with a run, or lit-sparse test to answer the held-out rows.",
+    "train": "did you mean fit?",
+    "evaluate": "did you mean test?",
+    "help": "write lit-sparse --help.",
+}
+"""Verbs that other programs have, with what to do here."""
 
 
 def help_text() -> str:
@@ -65,7 +71,7 @@ def main() -> None:
         sys.exit(0)
     if verb not in VERBS:
         near = get_close_matches(verb, VERBS, n=1)
-        meant = f"did you mean {near[0]}?" if near else "lit-sparse --help lists them."
+        meant = OTHERS.get(verb) or (f"did you mean {near[0]}?" if near else "lit-sparse --help lists them.")
         print(f"lit-sparse: there is no verb {verb!r}; {meant}", file=sys.stderr)
         sys.exit(2)
     wait_passively()

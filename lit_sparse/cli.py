@@ -7,7 +7,8 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,9 @@ import jsonargparse
 import lightning as L
 import yaml
 from jsonargparse import auto_cli, set_parsing_settings
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.utilities import rank_zero_info
 
 import lit_sparse.data
@@ -26,11 +27,12 @@ from lit_sparse.bench import bench
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, Stopped
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.recorder import Recorder
-from lit_sparse.configs import STACKED, find_configs, methods
+from lit_sparse.configs import STACKED, STACKING, find_configs, methods, read_documents
 from lit_sparse.data.sources import READERS
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.export.generate import generate
+from lit_sparse.refusals import check_trainer_words, explain, understood
 from lit_sparse.runs import (
     TASKS,
     check_name,
@@ -70,7 +72,19 @@ class CLI(LightningCLI):
     command: str | None = None
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        return super().init_parser(parser_mode="omegaconf", exit_on_error=False, **kwargs)
+        return super().init_parser(parser_mode=STACKING, exit_on_error=False, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return the verb of this command alone: the parser of each takes a second."""
+        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb == sys.argv[1]}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except jsonargparse.ArgumentError as error:
+            verb = self._parser(sys.argv[1])
+            raise BadInput(explain(str(error), verb._option_string_actions, sys.argv[1])) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -105,6 +119,9 @@ class CLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
+        check_trainer_words(config.trainer)
+        for key in ("callbacks", "logger"):
+            config.trainer[key] = without_twins(without_enums(config.trainer[key]))
         self.folder: Path | None = None
         self.root = Path(config.trainer.default_root_dir)
         if config.trainer.max_epochs is None:
@@ -172,11 +189,14 @@ class CLI(LightningCLI):
         """Return a trainer that leaves a run in `folder`, and nothing elsewhere."""
         plan, samples, steps = (self._get(self.config_init, key) for key in ("profile", "samples", "checkpoint_steps"))
         plan, text = dataclasses.replace(plan, turns=self.turns), self._dumped()
+        if config.profiler == "pytorch" or isinstance(config.profiler, PyTorchProfiler):
+            rank_zero_info(
+                "trainer.profiler is torch's, of which one can run: no steps are examined or profiled beside."
+            )
+            plan = dataclasses.replace(plan, examine=False, profiled=0)
         recorder = Recorder(folder, plan, yaml.safe_load(text), samples, steps, text, self.command)
-        callbacks = [*(config.callbacks or []), recorder]
-        more = any(
-            isinstance(callback, ModelCheckpoint) for callback in callbacks
-        )  # the recorder keeps last.ckpt itself
+        callbacks = [*listed(config.callbacks), recorder]
+        more = any(isinstance(callback, Checkpoint) for callback in callbacks)  # the recorder keeps last.ckpt itself
         own = [RunCSV(folder), RunTensorBoard(folder)]
         return super().instantiate_trainer(
             logger=False if config.logger is False else own + listed(config.logger),
@@ -227,9 +247,23 @@ def scores(evaluate: Callable[..., Any], arguments: dict[str, Any]) -> bool:
         return any(evaluate(**{**arguments, "weights_only": True}))  # a checkpoint is data, and runs no code
 
 
-def listed(loggers: Any) -> list[Logger]:
-    """Return the loggers of a configuration as a list."""
-    return loggers if isinstance(loggers, list) else [loggers] if isinstance(loggers, Logger) else []
+def listed(parts: Any) -> list[Any]:
+    """Return one or several parts of a configuration as a list; a switch or None is none."""
+    return parts if isinstance(parts, list) else [] if parts is None or isinstance(parts, bool) else [parts]
+
+
+def without_enums(value: Any) -> Any:
+    """Replace enumerations in a configuration by their values: YAML cannot hold them (the default of Timer is one)."""
+    if isinstance(value, list):
+        return [without_enums(item) for item in value]
+    if isinstance(value, jsonargparse.Namespace):
+        return jsonargparse.Namespace(**{key: without_enums(item) for key, item in vars(value).items()})
+    return value.value if isinstance(value, Enum) else value
+
+
+def without_twins(parts: Any) -> Any:
+    """Return parts of a configuration that several YAMLs may have named, each that is given twice alike only once."""
+    return [part for n, part in enumerate(parts) if part not in parts[:n]] if isinstance(parts, list) else parts
 
 
 def start_fresh(trainer: L.Trainer, checkpoint: str | None) -> None:
@@ -259,17 +293,14 @@ def listed_callbacks(trainer: L.Trainer) -> list[L.Callback]:
     return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets them in a function
 
 
-def named_task(argv: Sequence[str]) -> str | None:
+def named_task(argv: Sequence[str], documents: Mapping[str, Any]) -> str | None:
     """Return the last task named in `argv` or its YAMLs; it decides the parser's keys, so that it is needed first."""
-    name = None
+    named = [document["task"] for document in documents.values() if document.get("task")]
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
         option, given, value = word.partition("=")
-        value = value if given else after
         if option == "--task":
-            name = value
-        elif option in ("-c", "--config") and Path(value).is_file():
-            name = task_in(Path(value)) or name
-    return name
+            named.append(value if given else after)
+    return named[-1] if named else None
 
 
 def find_data(argv: Sequence[str], task: str | None) -> list[str]:
@@ -296,15 +327,6 @@ def reader_of(name: str, task: str | None) -> str | None:
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:.+)?")
 """Name of a Hugging Face data set, with or without its split."""
-
-
-def task_in(path: Path) -> str | None:
-    """Return the key `task` of a YAML, or None; errors in the file are left to the parser."""
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError):
-        return None
-    return document.get("task") if isinstance(document, dict) else None
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -395,13 +417,19 @@ def run(argv: Sequence[str]) -> int:
         return RUN_VERBS[argv[0]](argv[1:])
     if argv and argv[0] in VERBS:
         verb = VERBS[argv[0]]
-        auto_cli(verb, args=switched_on(verb, argv[1:]), exit_on_error=False)
+        try:
+            auto_cli(verb, args=switched_on(verb, argv[1:]), exit_on_error=False)
+        except jsonargparse.ArgumentError as error:
+            options = [f"--{name}" for name in inspect.signature(verb).parameters]
+            raise BadInput(explain(str(error), options, argv[0])) from error
         return 0
     tidy()
     CLI.command = shlex.join(["lit-sparse", *argv])
     words = unmeasured(find_configs(argv))
-    task = named_task(words)
+    task = named_task(words, read_documents(words))
     sys.argv[1:] = find_data(words, task)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # where users have classes of their own
     CLI(
         task_class(task),
         L.LightningDataModule,
@@ -429,21 +457,13 @@ def main() -> None:
     except Stopped as stopped:
         print(f"lit-sparse: {stopped}", file=sys.stderr)
         sys.exit(128 + stopped.number)
-    except (ValueError, jsonargparse.ArgumentError) as error:
-        told = bad_input(error) or error
-        if not isinstance(told, BadInput | jsonargparse.ArgumentError):
+    except Exception as error:
+        told = understood(error)
+        if told is None:
             raise
         sentence = " ".join(str(told).split())
         print(f"lit-sparse: {sentence}", file=sys.stderr)
         sys.exit(2)
-
-
-def bad_input(error: BaseException) -> BadInput | None:
-    """Return the `BadInput` behind `error`, if any: jsonargparse wraps errors of the classes that it creates."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, BadInput):
-        cause = cause.__cause__
-    return cause
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
 
-from lit_sparse.errors import BadInput
+from lit_sparse.refusals import understood
 from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan, Profiler
@@ -204,7 +204,7 @@ class Profile(Callback):
 
     def leaves_record(self, exception: BaseException) -> bool:
         """Return whether a fit that ended by `exception` leaves a record: one that is refused does not."""
-        return not isinstance(exception, BadInput)
+        return understood(exception) is None
 
     # ---- phases
 

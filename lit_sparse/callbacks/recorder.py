@@ -24,6 +24,7 @@ from lit_sparse.callbacks.samples import Samples
 from lit_sparse.callbacks.summary import print_summary
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
+from lit_sparse.modules.checks import check_monitors
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse.whole import remove_drafts, replace_text
@@ -73,6 +74,7 @@ class Recorder(Profile):
         self.after: dict[str, float] = {}
         self.states: list[StateBytes] = []
         self._next_state = 1
+        self._goes_on = False
 
     # ---- the course of a fit
 
@@ -88,6 +90,8 @@ class Recorder(Profile):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self._first_step = trainer.global_step
+        if self.before:
+            check_monitors(trainer, {*self.before, *pl_module.of_training, "step", "epoch"})
         if self.earlier is None:
             self.samples.ask(trainer, pl_module, "before")
         super().on_train_start(trainer, pl_module)

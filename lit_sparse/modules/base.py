@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF, Precision
-from lit_sparse.modules.checks import check_masters, check_sharding, check_trainer
+from lit_sparse.modules.checks import check_callbacks, check_masters, check_sharding, check_trainer
 from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
@@ -85,6 +85,11 @@ class LitSparse(Resumable):
         self._window = Window()
         self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself
         self._value = torch.zeros(())  # its last loss
+
+    def configure_callbacks(self) -> list[Any]:
+        if self.trainer.state.fn == "fit":
+            check_callbacks(self.trainer)  # here, before any of them acts
+        return []
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -1,10 +1,18 @@
 """Refuse incompatible trainer, strategy and optimizer settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    LearningRateFinder,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -51,7 +59,6 @@ def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None
             f"trainer.precision is {trainer.precision}, but the module itself keeps trained weights in fp32; leave it "
             "at 32-true and set model.precision."
         )
-    check_callbacks(trainer)
     for update in updates:
         check_gradients_live(trainer, update)
         if update.period is not None and isinstance(trainer.strategy, DDPStrategy):
@@ -83,6 +90,28 @@ def check_callbacks(trainer: L.Trainer) -> None:
                 )
 
 
+def check_monitors(trainer: L.Trainer, known: Collection[str]) -> None:
+    """Refuse callbacks that monitor a metric which nothing logs: Lightning finds out only after an epoch.
+
+    Args:
+        known: Names of what the task logs. A callback of the user's may log others, so that then nothing is refused.
+
+    Raises:
+        BadInput: naming the callback and the metrics that there are.
+    """
+    callbacks = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    if any(type(callback).__module__.partition(".")[0] not in ("lightning", "lit_sparse") for callback in callbacks):
+        return
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if monitor is not None and monitor not in known:
+            near = get_close_matches(monitor, known, n=1, cutoff=0.5)
+            raise BadInput(
+                f"trainer.callbacks has {type(callback).__name__} with monitor {monitor}, which nothing logs; "
+                + (f"did you mean {near[0]}?" if near else f"there is {', '.join(sorted(known))}.")
+            )
+
+
 AVERAGES = "it averages a copy of the model made before the strategies changed it, and checkpoints lack the average"
 UNSUPPORTED: dict[type[L.Callback], tuple[str, str]] = {
     StochasticWeightAveraging: (AVERAGES, "remove it"),
@@ -94,6 +123,14 @@ UNSUPPORTED: dict[type[L.Callback], tuple[str, str]] = {
     BatchSizeFinder: (
         "it trains with other rows per step than the data's order was made for",
         "remove it, and compare values of data.batch_size with lit-sparse bench",
+    ),
+    ModelPruning: (
+        "it replaces weights by masked copies that neither the optimizer nor a checkpoint knows",
+        "remove it; gmt.yaml and smt.yaml train few weights",
+    ),
+    BaseFinetuning: (
+        "it freezes and unfreezes weights, which is what update strategies do",
+        "remove it; lisa.yaml trains some layers at a time",
     ),
 }
 """Callbacks that are refused, each with the reason and what to do instead."""

@@ -1,0 +1,219 @@
+"""Command lines that are refused: each in one sentence that names the key, with status 2 and nothing left behind."""
+
+import errno
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lit_sparse import cli
+from lit_sparse.callbacks.checkpointing import LastCheckpoint
+from lit_sparse.refusals import understood
+from tests.test_runs import F
+
+DATA = F[: F.index("--samples=0")]
+REFUSED = {
+    # Keys
+    "misspelt option": (
+        ["--trainer.max_stepz=3"],
+        "there is no key trainer.max_stepz; did you mean trainer.max_steps?",
+    ),
+    "misspelt section": (["--modle.lr=3"], "there is no key modle.lr; did you mean model.lr?"),
+    "key of the data": (
+        ["--data.batchsize=3"],
+        "there is no key data.batchsize of Instructions; did you mean data.batch_size?",
+    ),
+    "key of a method": (
+        ["--model.updates+=SMT", "--model.updates.block_siz=8"],
+        "did you mean model.updates.block_size?",
+    ),
+    "key of an adapter": (["--model.updates.config.lora_alfa=8"], "did you mean model.updates.config.lora_alpha?"),
+    "key of a callback": (
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.moniter=x"],
+        "did you mean trainer.callbacks.monitor?",
+    ),
+    "key of an optimizer": (
+        ["--model.optimizer=torch.optim.SGD", "--model.optimizer.momentun=1"],
+        "did you mean model.optimizer.momentum?",
+    ),
+    "no section": (["--max_steps=3"], "did you mean trainer.max_steps?"),
+    "no option": (["stray"], "'stray' belongs to no option"),
+    "no value": (["--model.lr"], "--model.lr was given without a value"),
+    # Values
+    "no number": (["--model.lr=fast"], "model.lr is fast; it must be a number"),
+    "no whole number": (["--checkpoint_steps=1.5"], "checkpoint_steps is 1.5; it must be a whole number"),
+    "no number of the data": (["--data.heldout=many"], "data.heldout is many; it must be a whole number"),
+    "none of the choices": (["--model.schedule=linaer"], "it must be linear, cosine or constant; did you mean linear?"),
+    "no precision": (["--trainer.precision=nonsense"], "trainer.precision is nonsense; it must be"),
+    "no switch": (["--data.packing=perhaps"], "data.packing is perhaps; it must be true or false"),
+    "a section": (["--profile=3"], "profile has keys of its own"),
+    "no list": (["--model.updates=SMT,LISA"], "model.updates is SMT,LISA; it must be a list"),
+    # Classes
+    "misspelt method": (
+        ["--model.updates+=SMTT"],
+        "model.updates is SMTT, and there is no such class; did you mean SMT?",
+    ),
+    "misspelt data": (["--data=Instrctions"], "did you mean Instructions?"),
+    "misspelt callback": (["--trainer.callbacks+=LearningRateMonitr"], "did you mean LearningRateMonitor?"),
+    "short logger": (["--trainer.logger=wandb"], "did you mean WandbLogger?"),
+    "misspelt optimizer": (["--model.optimizer=Adamm"], "did you mean Adam?"),
+    "two optimizers": (["--model.optimizer=AdamW"], "give one of torch.optim.AdamW, lit_sparse.optim.AdamW"),
+    "no module": (["--trainer.callbacks+=nowhere.Mine"], "nowhere.Mine, which cannot be imported (No module named"),
+    "not in the module": (
+        ["--trainer.callbacks+=lit_sparse.callbacks.Densty"],
+        "has no attribute 'Densty'); did you mean",
+    ),
+    "another kind": (["--trainer.callbacks=[lit_sparse.data.Text]"], "lit_sparse.data.Text, which is no Callback"),
+    "an argument short": (["--trainer.callbacks+=EarlyStopping"], "EarlyStopping without monitor, which it needs"),
+    "no class": (["--trainer.callbacks=[3]"], "trainer.callbacks is 3; give the name of a Callback"),
+    # The machine
+    "no such accelerator": (["--trainer.accelerator=gppu"], "there is no such accelerator; did you mean gpu?"),
+    "no devices": (["--trainer.devices=0"], "trainer.devices is 0, but there are"),
+    "negative devices": (["--trainer.devices=-3"], "trainer.devices is -3, but there are"),
+    "many devices": (["--trainer.devices=9999"], "trainer.devices is 9999, but there are"),
+    "named devices": (["--trainer.devices=x"], "trainer.devices is x, but there are"),
+    "no such strategy": (["--trainer.strategy=ddp_foo"], "trainer.strategy is ddp_foo, and there is no such strategy"),
+    "no such profiler": (["--trainer.profiler=pytroch"], "there is no such profiler; did you mean pytorch?"),
+    "XLA's profiler": (["--trainer.profiler=xla"], "there is advanced, pytorch or simple"),
+    # Trainer
+    "barebones": (["--trainer.barebones=true"], "trainer.barebones is true, which keeps no log"),
+    "no accumulation": (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0"),
+    "negative clipping": (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val is -1"),
+    "nothing to train on": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0"),
+    "interval of none": (["--trainer.val_check_interval=0"], "trainer.val_check_interval is 0"),
+    "long interval": (
+        ["--trainer.val_check_interval=100"],
+        "Lightning refuses this: `val_check_interval` (100) must be",
+    ),
+    "negative steps": (["--trainer.max_steps=-5"], "Lightning refuses this: `max_steps` must be"),
+    "no time": (["--trainer.max_time=lots"], "Lightning refuses this: `Timer(duration='lots')`"),
+    "no clipping": (["--trainer.gradient_clip_algorithm=foo"], "Lightning refuses this: `gradient_clip_algorithm` foo"),
+    "monitored in vain": (
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
+        "EarlyStopping with monitor val_loss, which nothing logs; did you mean heldout_loss?",
+    ),
+    "rates of no logger": (
+        ["--trainer.logger=false", "--trainer.callbacks+=LearningRateMonitor"],
+        "Lightning refuses this: Cannot use `LearningRateMonitor` callback with `Trainer` that has no logger",
+    ),
+    # Files
+    "misspelt config": (["--config=smtt.yaml"], "--config smtt.yaml was given, but there is no such file here"),
+    "nearest config": (["--config", "data/labeled.yaml"], "did you mean data/labelled.yaml?"),
+    "config by its last name": (["--config=demo.yaml"], "did you mean trainers/demo.yaml?"),
+    "runs in a file": (["--trainer.default_root_dir=rows.jsonl"], "could not be made"),
+    "no data": (["--data.train=nowhere.jsonl"], "nowhere.jsonl"),
+}
+
+
+def files() -> list[Path]:
+    return sorted(path for path in Path().rglob("*") if path.is_file() and path.parts[0] != "cache")
+
+
+def refused(capsys, monkeypatch, *words: str) -> str:
+    """Return the sentence with which the command refuses `words`; nothing but its input is left."""
+    before = files()
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("lit-sparse: ")
+    assert not any(word in lines[-1] for word in ("Union", "NestedArg", "Namespace", "Parser key"))
+    assert files() == before
+    return lines[-1]
+
+
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
+@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_command_line_that_cannot_work_is_refused_in_a_sentence(home, capsys, monkeypatch, words, message):
+    assert message in refused(capsys, monkeypatch, "fit", *F, *words)
+
+
+YAMLS = {
+    "number for a section": ("model: 3.5", "a.yaml has model: 3.5, but model has keys of its own"),
+    "list for a section": ("trainer: [1, 2]", "a.yaml has trainer: [1, 2], but trainer has keys of its own"),
+    "number for data": ("data: 3", "a.yaml has data: 3, but data has keys of its own"),
+    "misspelt key": ("model: {updtes: []}", "there is no key model.updtes; did you mean model.updates?"),
+    "misspelt key of the trainer": ("trainer: {max_stepz: 3}", "did you mean trainer.max_steps?"),
+    "no section": ("lr: 3", "there is no key lr; did you mean model.lr?"),
+    "misspelt task": ("task: Clasifier", "the task 'Clasifier' was asked for"),
+    "wrong type": ('trainer:\n  max_steps: "3x"\n', "trainer.max_steps is 3x; it must be a whole number"),
+    "misspelt class": ("model:\n  updates:\n  - class_path: SMTT\n", "did you mean SMT?"),
+    "misspelt config class": (
+        "model:\n  updates+:\n  - class_path: PEFT\n    init_args: {config: {class_path: peft.LoraConfg}}\n",
+        "did you mean peft.LoraConfig?",
+    ),
+    "wrong type in a class": (
+        "trainer:\n  callbacks:\n  - class_path: EarlyStopping\n    init_args: {monitor: x, patience: few}\n",
+        "trainer.callbacks.patience is few; it must be a whole number",
+    ),
+    "open bracket": ("model:\n  lr: 1\n  updates: [\n", "a.yaml line 4 is not valid YAML"),
+    "tab": ("trainer:\n\tmax_steps: 3\n", "a.yaml line 2 is not valid YAML: found character"),
+    "key twice": ("model:\n  lr: 1\n  lr: 2\n", "a.yaml line 3 is not valid YAML: found duplicate key lr"),
+    "unknown interpolation": ('model: {lr: "${nope}"}', "a.yaml cannot be read: Interpolation key 'nope' not found"),
+    "text": ("just text", "a.yaml has no keys"),
+    "nothing": ("", "a.yaml has no keys"),
+    "bytes": (b"\xff\xfe\x00", "a.yaml is no text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), YAMLS.values(), ids=YAMLS)
+def test_a_yaml_that_cannot_work_is_refused_in_a_sentence(home, capsys, monkeypatch, text, message):
+    Path("a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert message in refused(capsys, monkeypatch, "fit", *F, "--config", "a.yaml")
+
+
+def test_a_section_without_keys_changes_nothing(home):
+    Path("a.yaml").write_text("model:\n#  lr: 1\ndata:\ntrainer:\n")
+    cli.run(["fit", *F, "--config", "a.yaml", "--run=lora", "--trainer.max_steps=1"])
+    assert "PEFT" in Path("runs/lora-1/config.yaml").read_text()
+
+
+def test_data_of_ones_own_without_their_class_names_the_yaml(home, capsys, monkeypatch):
+    words = ["fit", "--config", "lora.yaml", "--model.base", "tiny", "--data.train", "rows.jsonl"]
+    told = refused(capsys, monkeypatch, *words)
+    assert "data.train is no key of Embedded, which the data are; name other data first, with --config data/" in told
+
+
+def test_options_override_yamls_that_come_after_them(home):
+    words = ["fit", *F, "--trainer.max_steps=1"]
+    Path("a.yaml").write_text("trainer: {max_steps: 3}\n")
+    cli.run([*words, "--config", "a.yaml", "--run=lora"])
+    assert "max_steps: 1" in Path("runs/lora-1/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["export", "runs/x", "--too", "hf"], "there is no key too"),
+        (["export", "--to", "hf"], "run is missing; lit-sparse export --help"),
+        (["generate", "runs/x"], "prompt is missing; lit-sparse generate --help"),
+        (["export", "runs/x", "--to", "gguf"], "to is gguf; it must be hf, delta or adapter"),
+        (["generate", "runs/x", "a", "--temperature", "hot"], "temperature is hot; it must be a number"),
+        (["validate", *DATA, "--trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
+    ],
+)
+def test_other_verbs_are_refused_alike(home, capsys, monkeypatch, words, message):
+    assert message in refused(capsys, monkeypatch, *words)
+
+
+def test_a_full_disk_is_a_sentence_and_status_2(home, capsys, monkeypatch):
+    def full(self, trainer):
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/lora-1/metrics.csv")
+
+    monkeypatch.setattr(LastCheckpoint, "after_batch", full)
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", "fit", *F, "--trainer.max_steps=2"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert "runs/lora-1/metrics.csv: No space left on device; make room" in capsys.readouterr().err
+
+
+def test_only_what_lightning_raises_itself_is_the_users():
+    assert understood(MisconfigurationException("no")) is not None
+    for error in (ValueError("ours"), TypeError("ours"), OSError(errno.ECONNRESET, "not of the disk")):
+        assert understood(error) is None
+    wrapped = RuntimeError("outside")
+    wrapped.__cause__ = MisconfigurationException("within")
+    assert "within" in str(understood(wrapped))
