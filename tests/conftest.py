@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_sparse import demo
 from lit_sparse.testing import tiny_llm
@@ -27,17 +27,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty folder to work in, with a tiny model and its tokenizer, and rows to train on."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
-    tiny_llm("llama").save_pretrained("tiny")
+def make_home(name: str, model: PreTrainedModel) -> None:
+    """Put a model with a tokenizer of words, and rows to train on, into the current folder."""
+    model.save_pretrained(name)
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "and", *map(str, range(40))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained("tiny")
+    ).save_pretrained(name)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty folder to work in, with a tiny model and its tokenizer, and rows to train on."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
+    make_home("tiny", tiny_llm("llama"))
     return tmp_path
