@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -193,14 +193,20 @@ def fit(example: Example, run: str, stop: Stop | None = None, *words: str) -> bo
     return False
 
 
-def attempt(example: Example, stop: Stop | None) -> None:
-    """Begin the run that is stopped, or go on with it from its last checkpoint, as a user does."""
+def attempt(example: Example, stop: Stop | None) -> int:
+    """Begin the run that is stopped, or go on with it from its last checkpoint, as a user does.
+
+    Returns:
+        The optimizer steps that were behind it.
+    """
     run = Path("runs/cut-1")
     if (run / LAST).is_file():
+        steps = torch.load(run / LAST, weights_only=True)["global_step"]
         fit(example, "cut", stop, f"--ckpt_path={run / LAST}")
-    else:  # it was cut before the first checkpoint
-        shutil.rmtree(run, ignore_errors=True)
-        fit(example, "cut", stop)
+        return steps
+    shutil.rmtree(run, ignore_errors=True)  # it was cut before the first checkpoint
+    fit(example, "cut", stop)
+    return 0
 
 
 def check(example: Example) -> bool:
@@ -214,9 +220,8 @@ def check(example: Example) -> bool:
             fit(example, "straight")
         except BadInput:
             return False
-        for stop in (*example.stops, None):
-            attempt(example, stop)
-        compare(Path("runs/straight-1"), Path("runs/cut-1"))
+        resumed = [attempt(example, stop) for stop in (*example.stops, None)]
+        compare(Path("runs/straight-1"), Path("runs/cut-1"), resumed)
     return True
 
 
@@ -226,8 +231,11 @@ KEPT = ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers
 """Keys of checkpoints that must be equal, beside the loader's place."""
 
 
-def compare(straight: Path, stopped: Path) -> None:
+def compare(straight: Path, stopped: Path, resumed: Sequence[int]) -> None:
     """Check that two runs ended in the same checkpoint and have the same metrics.
+
+    An evaluation that was due right after a checkpoint may be missing where a fit went on from that checkpoint, after
+    the optimizer steps in `resumed`: Lightning does not make up for it.
 
     Raises:
         AssertionError: naming the first difference.
@@ -238,6 +246,11 @@ def compare(straight: Path, stopped: Path) -> None:
     place = [saved["loops"]["fit_loop"]["state_dict"] for saved in (ours, theirs)]
     compare_values(*place, "the loader's place")
     wanted, found = metrics(straight), metrics(stopped)
+    for step in resumed:
+        for name in [name for name in wanted.get(step - 1, {}) if name.startswith("heldout_")]:
+            if name not in found.get(step - 1, {}):
+                del wanted[step - 1][name]
+    wanted = {step: values for step, values in wanted.items() if values.keys() - {"epoch", "step"}}
     assert wanted.keys() == found.keys(), f"metrics.csv has {[*wanted]} straight, and {[*found]} stopped"
     for step, values in wanted.items():
         assert values == found[step], f"metrics.csv at step {step} is {values} straight, and {found[step]} stopped"
@@ -246,7 +259,8 @@ def compare(straight: Path, stopped: Path) -> None:
 def metrics(run: Path) -> dict[int, dict[str, str]]:
     """Return what a run logged, by step."""
     found: dict[int, dict[str, str]] = {}
-    with (run / "metrics.csv").open() as file:
+    path = run / "metrics.csv"  # a fit of few steps may log nothing
+    with path.open() if path.is_file() else io.StringIO() as file:
         for row in csv.DictReader(file):
             found.setdefault(int(row["step"]), {}).update({key: value for key, value in row.items() if value})
     return found

@@ -122,7 +122,12 @@ class LitSparse(Resumable):
         Lightning builds the loader before the position arrives if the schedule has to know how many batches there are,
         and the optimizer comes back with the rate of the schedule that it was saved with.
         """
-        self.trainer.fit_loop._load_combined_loader_states()
+        loop = self.trainer.fit_loop
+        loop._load_combined_loader_states()
+        if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
+            # Saved after an epoch's last batch. Lightning has counted that epoch as finished, but takes the next one
+            # for the rest of it, and never counts it: a second resume would train an epoch too many.
+            loop.reset_restart_stage()
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if isinstance(scheduler, LambdaLR):
@@ -205,7 +210,10 @@ class LitSparse(Resumable):
         self.log_dict(dict(numbers))
         self.log("lr", optimizer.param_groups[0]["lr"])
         every = self.trainer.log_every_n_steps or 1  # pyright: ignore[reportAttributeAccessIssue]
-        if (self.global_step + 1) % every == 0:  # a pass over all gradients
+        step = self.global_step + 1
+        if (
+            step % every == 0 or step == self.trainer.max_steps
+        ):  # steps that are logged: it is a pass over all gradients
             self._log_norm()
 
     def _log_norm(self) -> None:
