@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -384,6 +385,11 @@ def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
     last = config.eos_token_id if config.is_encoder_decoder else 3  # pyright: ignore
     with torch.no_grad(), evaluating(model):
         return model(input_ids=torch.tensor([[1, 2, last]], device=device), use_cache=False)[field]
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return false for a tensor of a planned training, which has a shape only."""
+    return not isinstance(tensor, FakeTensor)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
 from lit_sparse.whole import check_whole
 
@@ -34,6 +35,8 @@ def hash_of(named: Iterable[tuple[str, Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if not has_values(tensor):
+            continue
         flat = tensor.detach().flatten()
         stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
         digest.update(flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())

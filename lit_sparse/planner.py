@@ -1,0 +1,409 @@
+"""Trace a training on fake tensors: the module's own model, strategies, loss and optimizer, without their weights."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any, Literal
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from transformers import AutoConfig, PreTrainedModel
+
+from lit_sparse import loss
+from lit_sparse.anatomy import dummy_forward
+from lit_sparse.data.collate import Padded, Padding
+from lit_sparse.data.encoding import Example
+from lit_sparse.demo import resolve
+from lit_sparse.errors import BadInput
+from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse.modules.building import HALF
+from lit_sparse.modules.loading import load_errors
+from lit_sparse.optim import AdamW, trainable
+from lit_sparse_kernels import block_adamw, master_adamw
+from lit_sparse_profiling.caching import replay
+from lit_sparse_profiling.trace import Moment, Trace
+from lit_sparse_profiling.workspaces import cpu_workspace
+
+Device = Literal["cuda", "cpu"]
+CONTEXT = 760 * 2**20
+"""Bytes of a CUDA context with its kernels, beside the allocator: as measured on an H200 (benchmarks/results/gpu.jsonl,
+`nvml_process` less `reserved`)."""
+CUBLAS_WORKSPACE = 32 * 2**20
+"""Bytes that cuBLAS keeps for each thread that multiplies, on Hopper; 8 MiB on older cards."""
+VIEWS = {"device", "view", "_unsafe_view", "t", "transpose", "expand", "slice", "alias", "detach", "unsqueeze", "squeeze"}
+"""Ops that a plain head may use beside its product."""
+PRODUCTS = {"mm", "addmm", "bmm", "linear"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is planned beside the module.
+
+    Attributes:
+        device: `cuda` or `cpu`: whose choices of dtype, kernels and chunks are followed.
+        batch_size: Rows of a batch.
+        length: Tokens of each row.
+        micro_batches: Batches of an optimizer step.
+        clip: Whether gradients are clipped by their norm.
+        ranks: Processes of data-parallel training (DDP).
+    """
+
+    device: Device = "cuda"
+    batch_size: int = 4
+    length: int = 512
+    micro_batches: int = 1
+    clip: float | None = None
+    ranks: int = 1
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The memory and the arithmetic of a training, predicted; sizes in bytes of one rank.
+
+    Attributes:
+        name: Name of the method.
+        setting: What was planned.
+        parameters, trainable: Number of weights.
+        allocated: Peak of the allocator, as tensors request it.
+        reserved: Peak of the segments that CUDA's caching allocator takes; `allocated` on a CPU.
+        phases: Highest moment of each phase.
+        flops: Floating-point operations of an optimizer step.
+        seconds: Seconds of the trace.
+    """
+
+    name: str
+    setting: Setting
+    parameters: int
+    trainable: int
+    allocated: int
+    reserved: int
+    phases: Mapping[str, Moment]
+    flops: int
+    seconds: float
+
+    @property
+    def peak(self) -> Moment:
+        """The highest moment of all."""
+        return max(self.phases.values(), key=lambda moment: moment.bytes)
+
+    @property
+    def needed(self) -> int:
+        """Bytes that a card must have: what is reserved, and the CUDA context."""
+        return self.reserved + (CONTEXT if self.setting.device == "cuda" else 0)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an optimizer step on one rank."""
+        return self.setting.batch_size * self.setting.length * self.setting.micro_batches
+
+
+def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
+    """Trace two steps of `module` and return what they would take.
+
+    Args:
+        name: Name of the method.
+        module: A module that was not used yet; only the configuration of its base is read.
+        setting: The device, the batch, and what else matters.
+
+    Raises:
+        BadInput: if there is no such base, the strategies refuse it, or they cannot be traced.
+    """
+    begin, trace = perf_counter(), Trace(cpu_workspace if setting.device == "cpu" else None)
+    if setting.device == "cuda" and module.precision == "auto":
+        module.precision = "bfloat16"
+    with choices_of(setting.device), gc_paused():
+        trace_training(module, token_batch(setting.batch_size, setting.length), trace, setting)
+    phases = trace.peaks()
+    allocated = max(moment.bytes for moment in phases.values())
+    reserved = allocated
+    if setting.device == "cuda":
+        reserved = replay(trace.events, [block.size for block in trace.blocks]).reserved
+    model = module.build()
+    steps = max(1, sum(phase == "optimizer step" for _, phase in trace.marks) - 1)  # the last one is a repetition
+    return Forecast(
+        name,
+        setting,
+        module.base_parameters,
+        sum(parameter.numel() for _, parameter in trainable(model)),
+        allocated,
+        reserved,
+        phases,
+        sum(flops for phase, flops in trace.flops.items() if phase != "selection") // steps,
+        perf_counter() - begin,
+    )
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Stop the garbage collector, which would walk over every block again and again."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@contextmanager
+def choices_of(device: Device) -> Iterator[None]:
+    """Make the choices of our own code, which depend on the device of tensors, those of `device`; tensors are fake."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(nn.Module, "_apply", _convert))
+        if device == "cuda":
+            stack.enter_context(patch.object(loss, "chunk_tokens", _chunk_on_cuda))
+            for kernel in (master_adamw, block_adamw):  # one launch, in place
+                stack.enter_context(patch.object(kernel, "on_host", lambda *_: None))
+            stack.enter_context(CUDAAutocast())
+        yield
+
+
+_chunk = loss.chunk_tokens
+
+
+def _chunk_on_cuda(vocabulary: int, device: torch.device) -> int:
+    return _chunk(vocabulary, torch.device("cuda"))
+
+
+IN_FP32 = {
+    *(F.layer_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax, torch.log_softmax, Tensor.log_softmax),
+    *(F.cross_entropy, F.kl_div, F.mse_loss, F.group_norm, F.softplus, torch.cumsum, Tensor.cumsum, torch.sum),
+    *(Tensor.sum, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.log),
+    *(Tensor.log, torch.norm, Tensor.norm, torch.reciprocal, Tensor.reciprocal, F.normalize, F.cosine_similarity),
+}
+"""Functions that autocast runs in fp32 on a GPU, but not on a CPU, where the trace's tensors seem to be."""
+
+
+class CUDAAutocast(TorchFunctionMode):
+    """Casts the arguments of such functions to fp32 wherever autocast is on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in IN_FP32 and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map_only(Tensor, _in_fp32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _in_fp32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace, setting: Setting) -> Optimizer:
+    """Run loading, selection and steps of `module` under `trace`, and one more step as a repetition of the last."""
+    with trace, ExitStack() as stack:
+        _load(module, trace)
+        model = module.build()
+        batch = dict(batch)
+        trace.add("batch", batch.values())
+        trace.label("batch", batch.items())
+        _label(trace, module, None)
+        stack.enter_context(trace.naming(model))
+        trace.phase("selection")
+        module._prepare()
+        module.updates.attach(model, _probe_of(module, batch), module._context)
+        module._after_attach()
+        stack.enter_context(trace.naming(model))
+        optimizer = module.updates.optimizer(module.lr, module.make_optimizer)
+        if setting.device == "cuda":
+            _take_foreach(optimizer)
+            workspaces = [trace.fake_bytes(CUBLAS_WORKSPACE) for _ in range(2)]
+            trace.label("workspaces", [("cuBLAS", workspace) for workspace in workspaces])
+        _label(trace, module, optimizer)
+        since = trace.now
+        for step in steps_of(module):
+            since = trace.now
+            _step(module, optimizer, step, batch, setting, trace)
+        trace.repeat(since)
+    return optimizer
+
+
+def steps_of(module: LitSparse) -> list[int]:
+    """Return the numbers of the steps to trace: the first, or those around the first change of the trainable set."""
+    periods = [update.period for update in module.updates if update.period is not None]
+    return [1] if not periods else [max(periods), max(periods) + 1]
+
+
+def token_batch(size: int, length: int) -> dict[str, Tensor]:
+    """Return a batch of `size` rows of `length` tokens, all of them scored."""
+    row = [1 + number % 7 for number in range(length)]
+    return Padded(Padding())([Example(row, row)] * size)
+
+
+# ---- the model
+
+
+def _load(module: LitSparse, trace: Trace) -> None:
+    """Give `module` its base model with fake weights."""
+    model = meta_model(module)
+    made: dict[Tensor, Tensor] = {}
+    for part in model.modules():
+        for name, value in list(part._parameters.items()):
+            if value is not None:
+                if value not in made:
+                    made[value] = nn.Parameter(trace.empty(value.detach()), requires_grad=value.requires_grad)
+                part._parameters[name] = made[value]  # pyright: ignore[reportArgumentType]
+        for name, value in list(part._buffers.items()):
+            if value is not None:
+                part._buffers[name] = made.setdefault(value, trace.empty(value))
+    module.model = model
+    module.base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if isinstance(module, CausalLM):
+        module._head_is_plain = head_is_plain(model)
+
+
+def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Convert a module's tensors as `nn.Module._apply` does, which cannot swap fake ones that someone refers to."""
+    for child in module.children() if recurse else ():
+        _convert(child, function)
+    with torch.no_grad():
+        for name, value in list(module._parameters.items()):
+            if value is not None and (out := function(value)) is not value:
+                module._parameters[name] = nn.Parameter(out, requires_grad=value.requires_grad)
+        for name, value in list(module._buffers.items()):
+            if value is not None:
+                module._buffers[name] = function(value)
+    return module
+
+
+def meta_model(module: LitSparse) -> PreTrainedModel:
+    """Return the base of `module` on the meta device.
+
+    Raises:
+        BadInput: if there is no such base, or its configuration lacks sizes.
+    """
+    if not isinstance(module.base, str):
+        raise BadInput(f"model.base is {module.base!r}; it must be a name, a folder, or a config.json.")
+    with load_errors(module.base):
+        config = AutoConfig.from_pretrained(resolve(module.base), **module.config_options)
+        with torch.device("meta"):
+            return module.auto_class.from_config(
+                config, dtype=module.frozen_dtype, attn_implementation=module.attention
+            )
+
+
+class _Ops(TorchDispatchMode):
+    """Lists the names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def head_is_plain(model: PreTrainedModel) -> bool:
+    """Return whether logits are one product of the last hidden states with the head, judged by the ops that run."""
+    if model.get_output_embeddings() is None:
+        return False
+    whole, base = _Ops(), _Ops()
+    with whole:
+        dummy_forward(model)
+    with base:
+        dummy_forward(model.base_model, "last_hidden_state")
+    added = [name for name in whole.names[len(base.names) :] if name not in VIEWS]
+    return len(added) == 1 and added[0] in PRODUCTS
+
+
+def _probe_of(module: LitSparse, batch: Mapping[str, Tensor]) -> Any:
+    count = 2 if any(update.base == "moved" for update in module.updates) else 1
+
+    def probe(steps: int) -> Iterator[Tensor]:
+        for _ in range(min(steps, count)):
+            with module.autocast():
+                yield module.loss(batch)[0]
+
+    return probe
+
+
+# ---- a step
+
+
+def _step(
+    module: LitSparse, optimizer: Optimizer, step: int, batch: Mapping[str, Tensor], setting: Setting, trace: Trace
+) -> None:
+    """Take an optimizer step as the host does."""
+    updates, micro_batches = module.updates, setting.micro_batches
+    if updates.backward == "none":
+        trace.phase("optimizer step")
+        updates.before_step(step, optimizer)
+        module._batches = [batch] * micro_batches
+        with torch.no_grad():
+            optimizer.step(lambda: module.loss(batch)[0])  # pyright: ignore[reportArgumentType, reportCallIssue]
+    else:
+        if updates.backward == "fused":
+            updates.before_step(step, optimizer)
+        for _ in range(min(micro_batches, 2)):
+            trace.phase("forward")
+            loss = module.weighed_loss(batch, micro_batches)
+            trace.phase("backward")
+            loss.backward()
+        _, _, scale = module._window.close(micro_batches)
+        if scale is not None:
+            updates.scale_gradients(scale)
+        _label(trace, module, optimizer)
+        trace.phase("optimizer step")
+        if updates.backward == "autograd":
+            updates.before_step(step, optimizer)
+        if setting.clip:
+            _clip(optimizer, setting.clip)
+        optimizer.step()
+        del loss
+    _label(trace, module, optimizer)
+    if updates.after_step(step, optimizer):
+        module._upcast()
+        updates.regroup(optimizer)
+    optimizer.zero_grad()
+    _label(trace, module, optimizer)
+
+
+def _clip(optimizer: Optimizer, norm: float) -> None:
+    if isinstance(optimizer, AdamW):
+        optimizer.clip_norm(norm)
+    else:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, norm)
+
+
+def _take_foreach(optimizer: Optimizer) -> None:
+    """Make torch's own optimizers take lists of tensors, as they do by default on a GPU."""
+    for group in optimizer.param_groups:
+        if group.get("foreach", True) is None and not group.get("fused"):
+            group["foreach"] = True
+
+
+def _label(trace: Trace, module: LitSparse, optimizer: Optimizer | None) -> None:
+    """Name weights, gradients and state as they are now."""
+    model = module.build()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    trace.label("buffers", model.named_buffers())
+    for update in module.updates:
+        trace.label("strategy state", _nested(type(update).__name__, update.held()))
+    for parameter, name in names.items():
+        trace.label("trained weights" if parameter.requires_grad else "frozen weights", [(name, parameter)])
+        if parameter.grad is not None:
+            trace.label("gradients", [(f"{name}.grad", parameter.grad)])
+    for parameter, state in ({} if optimizer is None else optimizer.state).items():
+        trace.label("optimizer state", _nested(names.get(parameter, "weight"), state))
+
+
+def _nested(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the tensors nested in a value, with dotted names."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _nested(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple | set):
+        for number, item in enumerate(value):
+            yield from _nested(f"{name}.{number}", item)

@@ -1,0 +1,26 @@
+"""Bytes that kernels allocate for themselves while an op runs, beside its outputs; for `trace.Trace`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+aten = torch.ops.aten
+
+
+def cpu_workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
+    """Return the bytes of a CPU kernel: copies of operands that have another dtype than the computation."""
+    if not isinstance(func, OpOverload) or torch.Tag.pointwise not in func.tags:
+        return 0
+    given = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    dtypes = {tensor.dtype for tensor in given if tensor.ndim}
+    if len(dtypes) < 2 or func is aten._to_copy.default:
+        return 0
+    common = given[0].dtype
+    for tensor in given[1:]:
+        common = torch.promote_types(common, tensor.dtype)
+    return sum(tensor.numel() * common.itemsize for tensor in given if tensor.ndim and tensor.dtype != common)
