@@ -7,6 +7,7 @@ training. Where a value of a fake tensor itself is read, it is unknown: see `Tra
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ BOUNDARY = "backward"
 
 LARGE = 2**20
 """Elements of a permutation above which it is not drawn."""
+INNER = {"_run", "__torch_dispatch__", "_fn", "inner"}
+"""Frames between an op and its caller."""
 MANY = 2**40
 """What a real count is taken to be once an unknown one was added to it."""
 
@@ -219,6 +222,10 @@ class Trace(TorchDispatchMode):
             return self._unknown((self._scattered.get(id(args[0].untyped_storage()), args[0].numel()), args[0].ndim))
         if written_real(func, args):
             return args[0] if args[0].is_floating_point() else args[0].fill_(MANY if args[0].dtype is torch.int64 else 1)
+        if func is aten.add.Tensor and (target := accumulated(args)) is not None:
+            other = args[1] if target is args[0] else args[0]
+            aten.add_.Tensor(target, other)
+            return target
         out = func(*args, **kwargs)
         if func is aten.scatter_.value or func is aten.scatter_.src:
             self._scattered[id(out.untyped_storage())] = args[2].numel()
@@ -360,6 +367,31 @@ def name_of(func: Any) -> str:
 def is_mask(index: Any) -> bool:
     """Return whether an index selects by truth values that are unknown."""
     return isinstance(index, FakeTensor) and index.dtype is torch.bool
+
+
+def accumulated(args: Sequence[Any]) -> Tensor | None:
+    """Return the operand of an addition that autograd's engine would overwrite with the sum; None if it would not.
+
+    The engine adds up the gradients of a tensor that is used twice. It does so in place where it has the last reference
+    to one of them (`can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp), but never within a dispatch mode.
+    """
+    if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1 or not isinstance(args[1], Tensor):
+        return None
+    caller = sys._getframe(1)
+    while caller is not None and caller.f_code.co_name in INNER:
+        caller = caller.f_back
+    if caller is None or caller.f_code.co_name != "_engine_run_backward":  # Python code of a backward pass adds
+        return None
+    one, other = args[:2]
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return None
+    return next((tensor for tensor in (one, other) if is_last_reference(tensor)), None)
+
+
+def is_last_reference(tensor: Tensor) -> bool:
+    """Return whether the storage of a tensor that was passed to a dispatch mode has no other owner."""
+    dense = tensor.is_contiguous() or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    return dense and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2  # the tensor and Python
 
 
 def written_real(func: Any, args: Sequence[Any]) -> bool:
