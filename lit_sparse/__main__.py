@@ -14,6 +14,7 @@ VERBS = {
     "export": "write a run as a Hugging Face folder, a PEFT adapter or a delta",
     "generate": "answer a prompt with a run, beside its base",
     "bench": "measure memory, speed and energy of YAMLs, each in a fresh process",
+    "plan": "predict the memory of several YAMLs on a GPU, in seconds, without the weights",
     "report": "compare runs by their records",
     "list": "list the update strategies and the shipped YAMLs",
 }

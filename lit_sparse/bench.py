@@ -67,7 +67,7 @@ def bench(argv: Sequence[str]) -> int:
     Raises:
         BadInput: if an option is invalid. A run that is refused is a result, not an error.
     """
-    own, passed = split(argv)
+    own, passed = take(argv, OWN)
     asked = parser().parse_intermixed_args(own)  # YAMLs may stand between options
     if asked.repeat < 1 or asked.steps < 1 or (asked.minutes is not None and not 0 < asked.minutes < math.inf):
         raise BadInput(
@@ -85,17 +85,23 @@ def bench(argv: Sequence[str]) -> int:
     return run(jobs, Path(asked.into), asked.repeat, None if asked.minutes is None else asked.minutes * 60 + GRACE)
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split `argv` into the bench's own words and those passed to each fit: unknown options with their values."""
+def take(argv: Sequence[str], options: Sequence[str], switches: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+    """Split `argv` into a verb's own words and those passed to each fit: unknown options with their values.
+
+    Args:
+        argv: The words of the command.
+        options: The verb's own options.
+        switches: Those of them that take no value.
+    """
     own: list[str] = []
     passed: list[str] = []
     words = list(argv)
     while words:
         word = words.pop(0)
-        ours = not word.startswith("-") or word.partition("=")[0] in OWN
+        ours = not word.startswith("-") or word.partition("=")[0] in options
         into = own if ours else passed
         into.append(word)
-        takes_value = word.startswith("-") and "=" not in word
+        takes_value = word.startswith("-") and "=" not in word and word not in switches
         if takes_value and words and not words[0].startswith("--"):
             into.append(words.pop(0))
     return own, passed

@@ -3,14 +3,16 @@
 import argparse
 import dataclasses
 import inspect
+import logging
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
 import lightning as L
@@ -32,6 +34,7 @@ from lit_sparse.data.sources import READERS
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.export.generate import generate
+from lit_sparse.plan import Planned, plan
 from lit_sparse.refusals import check_trainer_words, explain, understood
 from lit_sparse.runs import (
     TASKS,
@@ -70,12 +73,6 @@ class CLI(LightningCLI):
     """
 
     command: str | None = None
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return the subcommand that was asked for: the parsers of the others take more time than its own."""
-        known = LightningCLI.subcommands()
-        return {verb: known[verb] for verb in sys.argv[1:2] if verb in known} or known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         return super().init_parser(parser_mode=STACKING, exit_on_error=False, **kwargs)
@@ -246,6 +243,37 @@ class CLI(LightningCLI):
             self.validate(**arguments)
 
 
+CLIKind = TypeVar("CLIKind", bound=CLI)
+
+
+class Planning(CLI):
+    """The command `fit` as far as its module: nothing is loaded, and no trainer made."""
+
+    def before_instantiate_classes(self) -> None:
+        """Leave out what belongs to a run: its folder, its name, its checkpoint."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+    def planned(self) -> Planned:
+        """Return the module, and what else decides its memory."""
+        config, data = self.config["fit"], self.datamodule
+        trainer = config.trainer
+        devices = trainer.devices if isinstance(trainer.devices, int) else 1
+        return Planned(
+            module=self.model,  # pyright: ignore[reportArgumentType]
+            batch_size=getattr(data, "batch_size", 1),
+            length=getattr(data, "max_length", 512),
+            accumulate=trainer.accumulate_grad_batches,
+            clip=trainer.gradient_clip_val,
+            ranks=max(1, devices) * trainer.num_nodes,
+            sharded="fsdp" in str(trainer.strategy).lower(),
+        )
+
+
 def scores(evaluate: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     """Evaluate; return whether there was anything to score."""
     with warnings.catch_warnings():
@@ -412,7 +440,11 @@ def compare(argv: Sequence[str]) -> int:
 
 VERBS: dict[str, Callable[..., Any]] = {"export": export, "generate": generate, "list": list_strategies}
 """Verbs whose options are the parameters of a function."""
-RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {"bench": bench, "report": compare}
+RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "bench": bench,
+    "plan": lambda argv: plan(argv, make_planned),
+    "report": compare,
+}
 """Verbs with any number of positional arguments and an exit status."""
 
 
@@ -429,6 +461,29 @@ def run(argv: Sequence[str]) -> int:
             options = [f"--{name}" for name in inspect.signature(verb).parameters]
             raise BadInput(explain(str(error), options, argv[0])) from error
         return 0
+    start(CLI, argv)
+    return 0
+
+
+def make_planned(argv: Sequence[str]) -> Planned:
+    """Return what `fit` with the options `argv` would train."""
+    with quiet():
+        return start(Planning, ["fit", *argv]).planned()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Lightning's line on the seed from the screen."""
+    log = logging.getLogger("lightning.fabric.utilities.seed")
+    before, log.level = log.level, logging.WARNING
+    try:
+        yield
+    finally:
+        log.level = before
+
+
+def start(cli: type[CLIKind], argv: Sequence[str]) -> CLIKind:
+    """Run a command line of LightningCLI's subcommands, and return it."""
     tidy()
     CLI.command = shlex.join(["lit-sparse", *argv])
     words = unmeasured(find_configs(argv))
@@ -436,7 +491,7 @@ def run(argv: Sequence[str]) -> int:
     sys.argv[1:] = find_data(words, task)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # where users have classes of their own
-    CLI(
+    return cli(
         task_class(task),
         L.LightningDataModule,
         subclass_mode_data=True,
@@ -451,7 +506,6 @@ def run(argv: Sequence[str]) -> int:
         seed_everything_default=0,
         save_config_callback=None,  # the recorder writes config.yaml, once training has moved
     )
-    return 0
 
 
 def main() -> None:

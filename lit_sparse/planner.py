@@ -40,7 +40,19 @@ CONTEXT = 760 * 2**20
 `nvml_process` less `reserved`)."""
 CUBLAS_WORKSPACE = 32 * 2**20
 """Bytes that cuBLAS keeps for each thread that multiplies, on Hopper; 8 MiB on older cards."""
-VIEWS = {"device", "view", "_unsafe_view", "t", "transpose", "expand", "slice", "alias", "detach", "unsqueeze", "squeeze"}
+VIEWS = {
+    "device",
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "expand",
+    "slice",
+    "alias",
+    "detach",
+    "unsqueeze",
+    "squeeze",
+}
 """Ops that a plain head may use beside its product."""
 PRODUCTS = {"mm", "addmm", "bmm", "linear"}
 
@@ -79,6 +91,7 @@ class Forecast:
         phases: Highest moment of each phase.
         flops: Floating-point operations of an optimizer step.
         seconds: Seconds of the trace.
+        checkpointing: Whether activations are recomputed layer by layer.
     """
 
     name: str
@@ -90,6 +103,7 @@ class Forecast:
     phases: Mapping[str, Moment]
     flops: int
     seconds: float
+    checkpointing: bool = False
 
     @property
     def peak(self) -> Moment:
@@ -140,6 +154,7 @@ def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
         phases,
         sum(flops for phase, flops in trace.flops.items() if phase != "selection") // steps,
         perf_counter() - begin,
+        module.activation_checkpointing,
     )
 
 
@@ -205,7 +220,7 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
         batch = dict(batch)
         trace.add("batch", batch.values())
         trace.label("batch", batch.items())
-        _label(trace, module, None)
+        trace.label("buffers", model.named_buffers())
         stack.enter_context(trace.naming(model))
         trace.phase("selection")
         module._prepare()

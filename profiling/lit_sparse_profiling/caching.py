@@ -1,10 +1,10 @@
 """Replay allocations through a model of CUDA's caching allocator: what it reserves from the driver.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings: sizes rounded up to 512 bytes; a pool
-of 2 MiB segments for requests up to 1 MiB and a pool of larger ones; best fit, first the smallest block, then the lowest
-address; a block is split if more than 512 bytes (in the large pool more than 1 MiB) would remain; neighbours within a
-segment are merged when they are freed. Segments are given back only when the device is full, so that the reserved
-memory never falls here.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp with its default settings. Sizes are rounded up to 512 bytes.
+Requests of up to 1 MiB come from a pool of segments of 2 MiB, larger ones from another pool. The smallest block that
+is large enough is taken, of several the one with the lowest address. It is split if 512 bytes (in the large pool more
+than 1 MiB) would remain. Neighbours within a segment are merged when they are freed. Segments are given back only when
+the device is full, so that the reserved memory never falls here.
 """
 
 from __future__ import annotations

@@ -221,7 +221,9 @@ class Trace(TorchDispatchMode):
         if func is aten.nonzero.default:
             return self._unknown((self._scattered.get(id(args[0].untyped_storage()), args[0].numel()), args[0].ndim))
         if written_real(func, args):
-            return args[0] if args[0].is_floating_point() else args[0].fill_(MANY if args[0].dtype is torch.int64 else 1)
+            return (
+                args[0] if args[0].is_floating_point() else args[0].fill_(MANY if args[0].dtype is torch.int64 else 1)
+            )
         if func is aten.add.Tensor and (target := accumulated(args)) is not None:
             other = args[1] if target is args[0] else args[0]
             aten.add_.Tensor(target, other)
@@ -396,7 +398,12 @@ def is_last_reference(tensor: Tensor) -> bool:
 
 def written_real(func: Any, args: Sequence[Any]) -> bool:
     """Return whether an op would write unknown values into a real tensor."""
-    if not isinstance(func, OpOverload) or not args or not isinstance(args[0], Tensor) or isinstance(args[0], FakeTensor):
+    if (
+        not isinstance(func, OpOverload)
+        or not args
+        or not isinstance(args[0], Tensor)
+        or isinstance(args[0], FakeTensor)
+    ):
         return False
     alias = func._schema.arguments[0].alias_info
     return alias is not None and alias.is_write
