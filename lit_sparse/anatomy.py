@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.errors import BadInput
+from lit_sparse.optim import device_of
 
 ROLES = {
     "q": ("q_proj", "query", "query_proj", "q_lin", "wq", "q_a_proj", "q_b_proj"),
@@ -339,10 +340,13 @@ def uncalled(model: nn.Module, names: Iterable[str]) -> set[str]:
     return {name for name, parent in parents.items() if parent in called and model.get_submodule(name) not in called}
 
 
-def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
+def shared_inputs(model: nn.Module, names: Iterable[str], compute: Callable[..., Any] | None = None) -> list[list[str]]:
     """Group the named modules by the input tensor that they read (q, k and v of a layer read one, for example).
 
     A forward pass over a few dummy tokens finds them, so that nothing is assumed about the model's structure.
+
+    Args:
+        compute: Runs a function that uses the model, where its parameters are sharded; None calls it.
     """
     seen: dict[int, tuple[Tensor, list[str]]] = {}  # holds the tensor: once freed, its id could be reused
 
@@ -354,7 +358,8 @@ def shared_inputs(model: nn.Module, names: Iterable[str]) -> list[list[str]]:
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(watcher(name)) for name in names]
     try:
-        dummy_forward(model, "logits")
+        forward = partial(dummy_forward, model, "logits")
+        _ = forward() if compute is None else compute(forward)
     finally:
         for hook in hooks:
             hook.remove()
@@ -381,7 +386,7 @@ def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
 
     The last token is the end of the text for an encoder-decoder model: BART and T5 classify there.
     """
-    device, config = next(model.parameters()).device, model.config
+    device, config = device_of(next(model.parameters())), model.config
     last = config.eos_token_id if config.is_encoder_decoder else 3  # pyright: ignore
     with torch.no_grad(), evaluating(model):
         return model(input_ids=torch.tensor([[1, 2, last]], device=device), use_cache=False)[field]

@@ -89,6 +89,11 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def device_of(tensor: Tensor) -> torch.device:
+    """Return the device that computes with `tensor`: of a DTensor whose shards are in host memory, that of its mesh."""
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
+
+
 def sum_scalars(scalars: Sequence[Tensor]) -> Tensor:
     """Return the sum of `scalars`, some of which may be DTensors, such as the sum of the entries of a DTensor.
 
@@ -101,6 +106,17 @@ def sum_scalars(scalars: Sequence[Tensor]) -> Tensor:
         local = torch.stack([local_shard(scalar) for scalar in sharded]).sum()
         terms.append(full_tensor(DTensor.from_local(local, sharded[0].device_mesh, sharded[0].placements)))
     return torch.stack(terms).sum()
+
+
+def total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all gradients together, an fp32 scalar, the same on all ranks.
+
+    Some may be DTensors, and the others the same on all ranks. Every rank must call it.
+    """
+    kinds = [[g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]]
+    # Of bf16 gradients a norm is a bf16 number.
+    norms = [full_tensor(torch.nn.utils.get_total_norm(kind)).float() for kind in kinds if kind]
+    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
 
 
 def match_by_name(optimizer: Optimizer) -> Optimizer:
@@ -240,8 +256,7 @@ class AdamW(torch.optim.AdamW):
     def clip_norm(self, max_norm: float) -> None:
         """Clip the norm of all gradients to `max_norm` in the next step, which divides them as it reads them."""
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = full_tensor(norm).float()  # of bf16 gradients it is a bf16 number
+        norm = total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_scale = ((norm + CLIP_EPS) / max_norm).clamp(min=1)
 
     @torch.no_grad()

@@ -1,7 +1,13 @@
 """Means over ranks; a single process keeps its value."""
 
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+BUCKET_BYTES = 32 * 2**20
+"""Gradients that are reduced together: long messages use the links fully, short ones keep the copy small."""
 
 
 def all_reduce_mean(tensor: Tensor) -> Tensor:
@@ -13,3 +19,39 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace the gradient of each parameter by its mean over ranks, where it counts as zero on ranks without one.
+
+    One all-reduce for each bucket. A parameter that has no gradient on any rank has none afterwards. Every rank must
+    call it with the same parameters in the same order.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for bucket in _buckets(parameters):
+        grads = [parameter.grad for parameter in bucket]
+        here = torch.tensor([grad is not None for grad in grads], dtype=bucket[0].dtype).to(bucket[0].device)
+        values = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(bucket, grads, strict=True)]
+        flat = torch.cat([here, *(value.flatten() for value in values)])
+        dist.all_reduce(flat)
+        found, flat = flat.split([len(bucket), len(flat) - len(bucket)])
+        means = (flat / dist.get_world_size()).split([value.numel() for value in values])
+        for n, (parameter, value, mean) in enumerate(zip(bucket, values, means, strict=True)):
+            if parameter.grad is not None or found[n] > 0:  # read, and waited for, only on a rank that lacks it
+                parameter.grad = value.copy_(mean.view_as(value))
+
+
+def _buckets(parameters: Iterable[Tensor]) -> Iterator[Sequence[Tensor]]:
+    """Split parameters into lists of one dtype and device, of about BUCKET_BYTES each."""
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        alike = bucket and (bucket[0].dtype, bucket[0].device) == (parameter.dtype, parameter.device)
+        if bucket and not (alike and size < BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.nbytes
+    if bucket:
+        yield bucket

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from lit_sparse.blocks.sharded import Pieces
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
 
@@ -29,6 +31,7 @@ class Blocks:
 
     size: Size
     index: Tensor
+    _cut: list[Pieces] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @staticmethod
     def of(size: Size, index: Tensor) -> Blocks:
@@ -47,7 +50,12 @@ class Blocks:
         return sum(matrix[rows, columns].numel() for rows, columns in self.slices())
 
     def read(self, matrix: Tensor) -> Tensor:
-        """Return the blocks' values (N, h, w), in fp32 (fp64 for an fp64 matrix); zeros past a ragged end."""
+        """Return the blocks' values (N, h, w), in fp32 (fp64 for an fp64 matrix); zeros past a ragged end.
+
+        Of a DTensor every rank must call it, and gets all blocks.
+        """
+        if isinstance(matrix, DTensor):
+            return self._pieces(matrix).read(matrix)
         out = matrix.new_zeros(len(self.index), *self.size, dtype=torch.promote_types(matrix.dtype, torch.float32))
         for block, (rows, columns) in zip(out, self.slices(), strict=True):
             values = matrix[rows, columns]
@@ -56,10 +64,18 @@ class Blocks:
 
     @torch.no_grad()
     def write(self, matrix: Tensor, values: Tensor) -> None:
-        """Write `values` (N, h, w) into `matrix` in place, cast to its dtype."""
+        """Write `values` (N, h, w) into `matrix` in place, cast to its dtype; of a DTensor, this rank's part."""
+        if isinstance(matrix, DTensor):
+            return self._pieces(matrix).write(matrix, values)
         for block, (rows, columns) in zip(values, self.slices(), strict=True):
             target = matrix[rows, columns]
             target.copy_(block[: target.shape[0], : target.shape[1]])
+
+    def _pieces(self, matrix: DTensor) -> Pieces:
+        """Return where the blocks are in this rank's part of `matrix`, found out once: it stays sharded as it is."""
+        if not self._cut:
+            self._cut.append(Pieces(matrix, self.index, self.size))
+        return self._cut[0]
 
 
 def grid(matrix: Tensor, size: Size) -> tuple[int, int]:

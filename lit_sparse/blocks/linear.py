@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import matrix
 from lit_sparse.blocks.grid import Blocks, Size
+from lit_sparse.optim import device_of
 from lit_sparse_kernels.block_delta import block_delta, block_delta_input_grad
 from lit_sparse_kernels.block_grad import block_grad
 from lit_sparse_kernels.pack_columns import pack_columns, unpack_columns
@@ -108,6 +110,7 @@ class BlockLinear(nn.Module):
     def __init__(self, linear: nn.Linear | Conv1D, chosen: Blocks, shared: SharedInput) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self._original = (linear,)  # in a tuple, since it is no submodule
         self.transposed = isinstance(linear, Conv1D)
         self.chosen, self.shared = chosen, shared
         self.number = shared.join(self)
@@ -120,20 +123,31 @@ class BlockLinear(nn.Module):
         """The weight as (out, in)."""
         return self.weight.t() if self.transposed else self.weight
 
+    @property
+    def gathered(self) -> tuple[Tensor, Tensor | None]:
+        """The weight as (out, in) and the bias, as the forward pass reads them.
+
+        Sharded ones are gathered by FSDP2, for the layer that it was given: the original one.
+        """
+        if not isinstance(self.weight, DTensor):
+            return self.matrix, self.bias
+        (linear,) = self._original
+        return matrix(linear), linear.bias
+
     def write(self) -> None:
-        """Write the master into the weight, cast to its dtype."""
+        """Write the master into the weight, cast to its dtype; of a sharded weight, into this rank's shard."""
         self.chosen.write(self.matrix, self.blocks)
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch.is_grad_enabled():
             return self.shared.output(self.number, x)
-        return F.linear(*in_precision(x, self.matrix, self.bias))
+        return F.linear(*in_precision(x, *self.gathered))
 
     def outputs(self, x: Tensor) -> Sequence[Tensor]:
         """Return the outputs of all layers that share the input, in the order of `members`."""
         shared = self.shared
         members: list[BlockLinear] = shared.members  # pyright: ignore[reportAssignmentType] - alike in a group
-        matrices, biases = [member.matrix for member in members], [member.bias for member in members]
+        matrices, biases = zip(*(member.gathered for member in members), strict=True)
         x, *linears = in_precision(x, *matrices, *biases)
         masters = [member.blocks for member in members]
         return _SharedBlocks.apply(x, shared.pack(x), shared, *linears, *masters)  # pyright: ignore
@@ -200,7 +214,7 @@ class DeltaLinear(nn.Module):
         weight = next(linear.parameters())
         # A quantised weight is packed into integers, of which no floating dtype can be derived.
         dtype = torch.promote_types(weight.dtype, torch.float32) if weight.is_floating_point() else torch.float32
-        self.blocks = nn.Parameter(torch.zeros(len(chosen.index), *chosen.size, dtype=dtype, device=weight.device))
+        self.blocks = nn.Parameter(torch.zeros(len(chosen.index), *chosen.size, dtype=dtype, device=device_of(weight)))
 
     @property
     def weight(self) -> nn.Parameter:

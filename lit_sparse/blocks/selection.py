@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from lit_sparse.anatomy import Experts, has_values
 from lit_sparse.blocks.grid import Blocks, Size, grid
+from lit_sparse.blocks.sharded import part_of
 from lit_sparse.errors import BadInput
 
 Score = Literal["abs_mean", "mean_abs", "l2"]
@@ -22,13 +23,19 @@ def block_scores(gradient: Tensor, size: Size, score: Score) -> Tensor:
     """Return the contribution of one gradient (out, in) to the scores of its blocks, (rows, columns) fp32.
 
     Contributions of several gradients are added up, then passed to `final_scores`: so `mean_abs` gives signed means
-    here, and `l2` sums of squares. Means are over the weights that a ragged block has.
+    here, and `l2` sums of squares. Means are over the weights that a ragged block has. Of a DTensor the contributions
+    are those of this rank's part, and add up over ranks.
     """
-    rows, columns = grid(gradient, size)
-    values = gradient.float()
+    (rows, columns), (height, width) = grid(gradient, size), size
+    part = part_of(gradient)
+    (top, left), (high, wide) = part.start, part.values.shape
+    values = part.values.float()
     values = {"abs_mean": values.abs, "mean_abs": values.clone, "l2": values.square}[score]()
-    padded = pad(values, (0, columns * size[1] - values.shape[1], 0, rows * size[0] - values.shape[0]))
-    sums = padded.view(rows, size[0], columns, size[1]).sum((1, 3))
+    # A part may begin and end within blocks, of which other ranks have the rest.
+    padded = pad(values, (left % width, -(left + wide) % width, top % height, -(top + high) % height))
+    here = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width).sum((1, 3))
+    sums = here.new_zeros(rows, columns)
+    sums[top // height :][: here.shape[0], left // width :][:, : here.shape[1]] = here
     if score == "l2":
         return sums
     heights = torch.full((rows, 1), size[0], device=sums.device)
@@ -177,7 +184,8 @@ class ScoreSheet:
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Add the scores of a gradient (out, in) of the matrix `name`."""
-        self.sums[name] += block_scores(gradient, self.size, self.score)
+        sums = self.sums[name]
+        sums += block_scores(gradient, self.size, self.score).to(sums.device)
 
     def watch_weight(self, name: str, weight: nn.Parameter, transposed: bool, keep: bool) -> None:
         """Add each gradient of `weight` once autograd completes it; then free it, unless `keep` (for an optimizer)."""

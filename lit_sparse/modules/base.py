@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -18,8 +19,8 @@ from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.modules.window import Window, sum_over_ranks
-from lit_sparse.optim import AdamW, full_tensor, match_by_name
-from lit_sparse.ranks import all_reduce_mean
+from lit_sparse.optim import AdamW, match_by_name, total_norm
+from lit_sparse.ranks import all_reduce_mean, average_gradients
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse_profiling.phases import Phases
 
@@ -156,7 +157,16 @@ class LitSparse(Resumable):
             return
         super().backward(loss, *args, **options)
         if not self.trainer.fit_loop._should_accumulate():
+            self._average_replicated()
             self._close_window()
+
+    def _average_replicated(self) -> None:
+        """Average over ranks the gradients that the trainer's strategy leaves alone.
+
+        They are those of parameters that each rank has whole beside a sharded model: FSDP2 does not know of them.
+        """
+        if self._sharded:
+            average_gradients(parameter for _, parameter in self.updates.named if not isinstance(parameter, DTensor))
 
     def _close_window(self) -> None:
         """Log the step's scores; divide gradients by its scored tokens, before any hook of the step sees them."""
@@ -219,7 +229,7 @@ class LitSparse(Resumable):
     def _log_norm(self) -> None:
         grads = [parameter.grad for _, parameter in self.updates.named if parameter.grad is not None]
         if grads:
-            self.log("grad_norm", full_tensor(torch.nn.utils.get_total_norm(grads)).float())
+            self.log("grad_norm", total_norm(grads))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         plain, step = getattr(optimizer, "optimizer", optimizer), self.global_step + 1

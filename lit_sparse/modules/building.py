@@ -18,6 +18,7 @@ from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
+from lit_sparse.modules.window import Window
 from lit_sparse.optim import trainable
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
 from lit_sparse_profiling.phases import Phases
@@ -197,6 +198,7 @@ class BuiltModel(L.LightningModule, ABC):
 
     def _attach(self) -> None:
         self._prepare()
+        self._shard_first()
         with self.phases("selection"), forked_rng(self.device_to_be):
             self.updates.attach(self.build(), self.probe, self._context)
         self._after_attach()
@@ -214,6 +216,7 @@ class BuiltModel(L.LightningModule, ABC):
                 f"wrote it."
             )
         self._prepare()
+        self._shard_first()
         with forked_rng(self.device_to_be):
             self.updates.restore(model, saved["updates"], self._context)
         self._after_attach()
@@ -221,7 +224,7 @@ class BuiltModel(L.LightningModule, ABC):
     @property
     def _context(self) -> Context:
         units = tuple(decoder_layers(self.build())) if self.to_shard else ()
-        return Context(checkpointing=self.activation_checkpointing, units=units)
+        return Context(checkpointing=self.activation_checkpointing, units=units, compute=self.compute)
 
     def _prepare(self) -> None:
         """Prepare the model for strategies: move it to its device, where they keep copies, and set training mode."""
@@ -246,7 +249,10 @@ class BuiltModel(L.LightningModule, ABC):
             self._compile()
         self.note_trained()
         if self.to_shard:
-            self._shard()
+            if not self._sharded:
+                self._shard()
+            self._sharded[0].check_dtypes()
+            self.updates.on_shard()
 
     def _compile(self) -> None:
         """Compile the model as one graph; layer by layer where the trainable set changes.
@@ -263,6 +269,11 @@ class BuiltModel(L.LightningModule, ABC):
         if self.updates.masters and not self.to_shard:
             self.masters.upcast(self.build())
 
+    def _shard_first(self) -> None:
+        """Shard the model before strategies are attached, if one of them asks for it."""
+        if self.to_shard and any(update.attaches_sharded for update in self.updates):
+            self._shard()
+
     def _shard(self) -> None:
         if is_quantized(self.build()):
             raise BadInput(
@@ -271,7 +282,6 @@ class BuiltModel(L.LightningModule, ABC):
             )
         assert self.device_mesh is not None
         self._sharded = (Sharded(self.build(), self.device_mesh["data_parallel"]),)
-        self.updates.on_shard()
 
     def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return `function(*args)`. Call the model only through this: its parameters may be sharded."""
@@ -298,11 +308,15 @@ class BuiltModel(L.LightningModule, ABC):
     def probe(self, steps: int) -> Iterator[Tensor]:
         """Yield losses of the first `steps` training batches (or as many as there are), in the training's precision."""
         rank_zero_info(f"{self.updates.names} looks at {steps} training batches before training.")
-        self.build().to(self.device_to_be)  # pyright: ignore[reportArgumentType]
+        if not self._sharded:  # else its shards are there
+            self.build().to(self.device_to_be)  # pyright: ignore[reportArgumentType]
         loader = self.trainer.fit_loop._data_source.dataloader()
         for _, batch in zip(range(steps), loader, strict=False):
+            batch = move_data_to_device(batch, self.device_to_be)
             with self.autocast():
-                yield self.loss(move_data_to_device(batch, self.device_to_be))[0]
+                loss = self.compute(self.loss, batch)[0]
+                # FSDP2 averages gradients over ranks: of losses weighed by their tokens, that is the global batch's.
+                yield Window().weigh(loss, loss, self.scored_count(batch), 1) if self._sharded else loss
 
     def note_trained(self) -> None:
         """Remember the names of what is trainable now, or of all weights where frozen ones were moved."""

@@ -6,7 +6,7 @@ it computes. The parameters outside the decoder layers form one more unit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, cast
 
@@ -37,38 +37,52 @@ class Sharded(nn.Module):
     Args:
         model: A Hugging Face model, prepared by its strategies; its parameters are replaced in place.
         mesh: A mesh of one dimension.
-
-    Raises:
-        BadInput: if a unit trains parameters of several dtypes; nothing is sharded then.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
         super().__init__()
         self.model = model
         policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-        units = _units(model)
-        _check_dtypes(model, units)
+        self._units = _units(model)
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self, mesh=mesh, mp_policy=policy)
-        self._initialize_dtypes(units)
+        self._initialize_dtypes()
 
-    def _initialize_dtypes(self, units: Mapping[str, list[str]]) -> None:
-        """Run FSDP's lazy initialization while every unit of one dtype is trainable.
+    def _initialize_dtypes(self) -> None:
+        """Run FSDP's lazy initialization while every unit is trainable, in one dtype.
 
         FSDP fixes the dtype of a unit's gradient reduction at its first forward pass, from the parameters that require
-        grad then. A unit that is frozen at that moment and trains later (LISA) would be reduced in its own dtype
-        instead of fp32.
+        grad then. A unit that is frozen at that moment and trains later (LISA, SMT's selection) would be reduced in its
+        own dtype instead of fp32.
         """
         own = dict(self.model.named_parameters())
-        of_one_dtype = [names for names in units.values() if len({own[name].dtype for name in names}) == 1]
-        frozen = [own[name] for names in of_one_dtype for name in names if not own[name].requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+        were = {parameter: parameter.requires_grad for parameter in own.values()}
+        for names in self._units.values():
+            dtype = _main_dtype([own[name] for name in names])
+            for name in names:
+                own[name].requires_grad_(own[name].dtype == dtype)
         with torch.no_grad():
             self.compute(lambda: None)
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        for parameter, was in were.items():
+            parameter.requires_grad_(was)
+
+    def check_dtypes(self) -> None:
+        """Refuse a unit that trains parameters of several dtypes: FSDP reduces a unit's gradients as one flat tensor.
+
+        Raises:
+            BadInput: naming the first such unit.
+        """
+        own = dict(self.model.named_parameters())
+        for unit, names in self._units.items():
+            trained = [own[name] for name in names if name in own and own[name].requires_grad]
+            dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in trained})
+            if len(dtypes) > 1:
+                raise BadInput(
+                    f"trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer, but in "
+                    f"{unit} {' and '.join(dtypes)} are trained; give a base of one dtype, or set trainer.strategy to "
+                    "ddp."
+                )
 
     def forward(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return `function(*args)`, with the weights outside the decoder layers gathered.
@@ -101,20 +115,12 @@ def _units(model: nn.Module) -> dict[str, list[str]]:
     return units
 
 
-def _check_dtypes(model: nn.Module, units: Mapping[str, list[str]]) -> None:
-    """Refuse a unit that trains parameters of several dtypes: FSDP reduces a unit's gradients as one flat tensor.
-
-    Raises:
-        BadInput: naming the first such unit.
-    """
-    own = dict(model.named_parameters())
-    for unit, names in units.items():
-        dtypes = sorted({str(own[name].dtype).removeprefix("torch.") for name in names if own[name].requires_grad})
-        if len(dtypes) > 1:
-            raise BadInput(
-                f"trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer, but in "
-                f"{unit} {' and '.join(dtypes)} are trained; give a base of one dtype, or set trainer.strategy to ddp."
-            )
+def _main_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
+    """Return the dtype that most weights of a unit have: of those that train, if any do."""
+    weights: dict[torch.dtype, int] = {}
+    for parameter in [one for one in parameters if one.requires_grad] or parameters:
+        weights[parameter.dtype] = weights.get(parameter.dtype, 0) + parameter.numel()
+    return max(weights, key=lambda dtype: weights[dtype])
 
 
 class FSDP2Strategy(ModelParallelStrategy):

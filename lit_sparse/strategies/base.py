@@ -29,6 +29,11 @@ Probe = Callable[[int], Iterator[Tensor]]
 """`probe(steps)` yields the losses (scalars with a graph) of the first `steps` training batches, without an update."""
 
 
+def call(function: Callable[..., Any], *args: Any) -> Any:
+    """Return `function(*args)`."""
+    return function(*args)
+
+
 @dataclass(frozen=True)
 class Context:
     """Facts about the run that a strategy is attached in.
@@ -37,11 +42,14 @@ class Context:
         siblings: The other strategies of the run.
         checkpointing: Whether decoder layers recompute their activations in the backward pass.
         units: The modules that FSDP2 will shard as one unit each; empty where the model is not sharded.
+        compute: `compute(function, *args)` returns `function(*args)`, which may use the model: run its forward pass
+            through this, since its parameters may be sharded already (`attaches_sharded`).
     """
 
     siblings: tuple[UpdateStrategy, ...] = ()
     checkpointing: bool = False
     units: tuple[nn.Module, ...] = ()
+    compute: Callable[..., Any] = call
 
 
 ALONE = Context()
@@ -71,6 +79,8 @@ class UpdateStrategy(ABC):
         attaches_first: Whether `attach` and `restore` must see the model's modules before other strategies change them.
         supports_sharding: Whether the method works with parameters that are DTensors (FSDP2), after `attach` or
             `restore` has seen the whole model.
+        attaches_sharded: Whether, under FSDP2, `attach` and `restore` must see the model after it was sharded: for what
+            no single device could hold. The other strategies of the run then see it sharded too.
         gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
             them. The strategies of a run are called in that order, after those that attach first. A mask holds for the
             gradient that it was computed of; what another strategy adds later may enter masked entries.
@@ -85,6 +95,7 @@ class UpdateStrategy(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     attaches_first: ClassVar[bool] = False
     supports_sharding: ClassVar[bool] = False
+    attaches_sharded: ClassVar[bool] = False
     gradients: ClassVar[Gradients] = "ignores"
     masters: ClassVar[bool] = True
 
@@ -123,7 +134,10 @@ class UpdateStrategy(ABC):
         self.attach(model, no_probe, context)
 
     def on_shard(self) -> None:
-        """React to FSDP2 having replaced the model's parameters by DTensors; own tensors may be sharded alike."""
+        """React to FSDP2 having replaced the model's parameters by DTensors; own tensors may be sharded alike.
+
+        Called once, after `attach` or `restore`.
+        """
 
     def detach(self, model: nn.Module) -> None:
         """Merge what was trained, put the model's own modules back, remove every hook."""

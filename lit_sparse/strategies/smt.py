@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
@@ -50,8 +51,8 @@ from lit_sparse.blocks.selection import (
     within_columns,
 )
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import AdamW
-from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy
+from lit_sparse.optim import AdamW, device_of
+from lit_sparse.strategies.base import ALONE, Claim, Context, Need, Probe, UpdateStrategy
 
 INPUT_SIDE = ("o", "down")
 """Roles whose slabs are bands of input columns: those belong to heads (o) or to channels of the MLP (down)."""
@@ -108,6 +109,7 @@ class SMT(UpdateStrategy):
     seed: int = 0
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
+    attaches_sharded: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.trainable_fraction <= 1:
@@ -135,6 +137,7 @@ class SMT(UpdateStrategy):
         self._fused: dict[str, tuple[nn.Module, BlockExperts]] = {}
         self._groups: list[SharedInput] = []
         self._share: dict[str, dict[str, float]] = {}
+        self._compute = ALONE.compute
 
     @property
     def base(self) -> Literal["kept", "trained", "moved"]:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -145,12 +148,18 @@ class SMT(UpdateStrategy):
         """A graph, if in place: without one the forward pass reads the weights, which get the blocks only later."""
         return frozenset({"graph"} if self.mode == "in_place" else ())
 
+    @property
+    def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.warmup == "score_only"
+
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
+        self._compute = context.compute
         targets = Targets.of(model, self.targets)
         model.requires_grad_(False)
         self._swap(model, self._select(model, targets, probe), targets)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
+        self._compute = context.compute
         choice = {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
         targets = Targets.of(model, self.targets)
         check_choice(choice, targets.shapes, "the checkpoint")
@@ -160,6 +169,8 @@ class SMT(UpdateStrategy):
     def regrouped(self, optimizer: Optimizer) -> None:
         if isinstance(optimizer, AdamW):  # writes the weights in the same pass over memory that updates the masters
             for linear in self._in_place:
+                if isinstance(linear.weight, DTensor):  # written by `after_step`: each rank its own rows
+                    continue
                 optimizer.scatter(linear.blocks, linear.weight, linear.chosen.index, linear.transposed)
             for fused in self._fused_in_place:
                 for part in fused.parts():
@@ -233,7 +244,7 @@ class SMT(UpdateStrategy):
             else self._score(model, targets, matrices, size, probe)
         )
         if self.kept_columns is not None:
-            scores = within_columns(scores, shared_inputs(model, targets.linears), self.kept_columns)
+            scores = within_columns(scores, shared_inputs(model, targets.linears, self._compute), self.kept_columns)
         available = sum(int(values.isfinite().sum()) for values in scores.values())
         return top_blocks(scores, size, self._count(model, size, available), self.ranking)
 
@@ -271,11 +282,11 @@ class SMT(UpdateStrategy):
         self._count(
             model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values())
         )  # refuse before the work
-        sheet = ScoreSheet(matrices, size, self.score, next(model.parameters()).device)
+        sheet = ScoreSheet(matrices, size, self.score, device_of(next(model.parameters())))
         try:
             if self.warmup == "update":
                 self._fine_tune(model, targets, sheet, probe)
-            elif self.mode == "delta":
+            elif self.mode == "delta" and not any(isinstance(weight, DTensor) for weight in model.parameters()):
                 self._score_outputs(model, targets, sheet, probe)
             else:
                 self._score_weights(targets, sheet, probe)
@@ -285,7 +296,10 @@ class SMT(UpdateStrategy):
         return scores
 
     def _score_weights(self, targets: "Targets", sheet: ScoreSheet, probe: Probe) -> None:
-        """Score the gradients of the target weights, each freed as soon as it is scored."""
+        """Score the gradients of the target weights, each freed as soon as it is scored.
+
+        Under FSDP2 they are averaged over ranks and sharded: each rank scores its part of the mean gradient.
+        """
         targets.watch(sheet, keep=False)
         for loss in probe(self.selection_batches):
             loss.backward()
@@ -329,7 +343,7 @@ class SMT(UpdateStrategy):
         shapes = targets.shapes
         self._groups, self._share = [], trained_share(choice, shapes)
         self._swap_fused(model, choice, targets.fused)
-        for group in shared_inputs(model, [name for name in choice if name in targets.linears]):
+        for group in shared_inputs(model, [name for name in choice if name in targets.linears], self._compute):
             # Packed columns have one width, so layers with other block widths (diagonal, slabs) get their own copy.
             for width in sorted({choice[name].size[1] for name in group}):
                 names = [name for name in group if choice[name].size[1] == width]
@@ -367,7 +381,7 @@ def shape_of(linear: nn.Module) -> Tensor:
     """Return a meta tensor of the layer's shape (out, in). A quantised weight itself is packed into another shape."""
     if isinstance(linear, nn.Linear):
         return torch.empty(linear.out_features, linear.in_features, device="meta")
-    return matrix(linear).to("meta")  # pyright: ignore[reportArgumentType]
+    return torch.empty(matrix(linear).shape, device="meta")  # pyright: ignore[reportArgumentType]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -382,9 +396,15 @@ class Targets:
         """Return those that `targets` name.
 
         Raises:
-            BadInput: if there are none.
+            BadInput: if there are none, or if fused experts among them are sharded.
         """
-        return cls(target_linears(model, targets), target_experts(model, targets))
+        fused = target_experts(model, targets)
+        if sharded := [name for name, tensor in fused.items() if isinstance(tensor.parameter, DTensor)]:
+            raise BadInput(
+                f"SMT: blocks of fused experts such as {sharded[0]} were asked for, but those cannot be sharded yet; "
+                "leave them out of `targets`, or train on one device."
+            )
+        return cls(target_linears(model, targets), fused)
 
     @property
     def shapes(self) -> dict[str, Tensor]:
