@@ -346,7 +346,7 @@ def shared_inputs(model: nn.Module, names: Iterable[str], compute: Callable[...,
     A forward pass over a few dummy tokens finds them, so that nothing is assumed about the model's structure.
 
     Args:
-        compute: Runs a function that uses the model, where its parameters are sharded; None calls it.
+        compute: As for `dummy_forward`.
     """
     seen: dict[int, tuple[Tensor, list[str]]] = {}  # holds the tensor: once freed, its id could be reused
 
@@ -358,8 +358,7 @@ def shared_inputs(model: nn.Module, names: Iterable[str], compute: Callable[...,
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(watcher(name)) for name in names]
     try:
-        forward = partial(dummy_forward, model, "logits")
-        _ = forward() if compute is None else compute(forward)
+        dummy_forward(model, "logits", compute)
     finally:
         for hook in hooks:
             hook.remove()
@@ -381,15 +380,19 @@ def unreached_layers(model: nn.Module) -> list[int]:
     return [number for number, layer in enumerate(layers) if layer not in called]
 
 
-def dummy_forward(model: nn.Module, field: str = "logits") -> Tensor:
+def dummy_forward(model: nn.Module, field: str = "logits", compute: Callable[..., Any] | None = None) -> Tensor:
     """Return a field of the output for three dummy tokens, (1, 3, ...), in evaluation mode and without a graph.
 
     The last token is the end of the text for an encoder-decoder model: BART and T5 classify there.
+
+    Args:
+        compute: Runs a function that uses the model, where its parameters are sharded; None calls it.
     """
     device, config = device_of(next(model.parameters())), model.config
     last = config.eos_token_id if config.is_encoder_decoder else 3  # pyright: ignore
+    inputs = {"input_ids": torch.tensor([[1, 2, last]], device=device), "use_cache": False}
     with torch.no_grad(), evaluating(model):
-        return model(input_ids=torch.tensor([[1, 2, last]], device=device), use_cache=False)[field]
+        return (model(**inputs) if compute is None else compute(partial(model, **inputs)))[field]
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_sparse.anatomy import MLP, dummy_forward, evaluating, has_values
+from lit_sparse.anatomy import MLP, dummy_forward, has_values
 from lit_sparse.errors import BadInput
 from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_density_grad
 
@@ -147,36 +147,42 @@ def act_of(module: nn.Module) -> str:
     )
 
 
-def check_sites(model: nn.Module, sites: list[MLPSite]) -> None:
+def check_sites(model: nn.Module, sites: list[MLPSite], compute: Callable[..., Any] | None = None) -> None:
     """Check that every gated MLP computes down(act(gate(x)) * up(x)), as its replacement does.
+
+    Args:
+        compute: As for `dummy_forward`.
 
     Raises:
         BadInput: naming the first module that computes something else.
     """
+
+    reached: set[int] = set()
+
+    def checker(site: MLPSite) -> Callable[..., None]:
+        def check(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            reached.add(site.layer)
+            _check_site(site, args[0], output)  # within the forward pass, where sharded weights are gathered
+
+        return check
+
     gated = [site for site in sites if site.mlp.gate is not None]
-    inputs: dict[int, Tensor] = {}
-    handles = [
-        site.module.register_forward_pre_hook(lambda _, args, to=site.layer: inputs.__setitem__(to, args[0]))  # pyright: ignore
-        for site in gated
-    ]
+    handles = [site.module.register_forward_hook(checker(site)) for site in gated]
     try:
-        if gated:
-            dummy_forward(model)
+        if gated:  # in training mode, adapters' dropout would differ between the two ways
+            dummy_forward(model, compute=compute)
     finally:
         for handle in handles:
             handle.remove()
-    with torch.no_grad(), evaluating(model):  # in training mode, adapters' dropout would differ between the two runs
-        for site in gated:
-            if site.layer not in inputs:
-                raise BadInput(
-                    f"ActivationDensity: decoder layer {site.layer} of {type(model).__name__} takes no part in a "
-                    "forward pass over text, so its activations cannot be counted; use a model whose layers all do."
-                )
-            _check_site(site, inputs[site.layer])
+    for site in gated:
+        if site.layer not in reached:
+            raise BadInput(
+                f"ActivationDensity: decoder layer {site.layer} of {type(model).__name__} takes no part in a "
+                "forward pass over text, so its activations cannot be counted; use a model whose layers all do."
+            )
 
 
-def _check_site(site: MLPSite, x: Tensor) -> None:
-    theirs = site.plain(x)
+def _check_site(site: MLPSite, x: Tensor, theirs: Tensor) -> None:
     ours = site.forward(x)
     # Half precision rounds by 2^-8 per operation; a different formula is off by far more than 2^-5.
     # More children than gate, up, down and the activation would be skipped, such as a dropout, inactive in evaluation.

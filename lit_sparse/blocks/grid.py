@@ -66,7 +66,8 @@ class Blocks:
     def write(self, matrix: Tensor, values: Tensor) -> None:
         """Write `values` (N, h, w) into `matrix` in place, cast to its dtype; of a DTensor, this rank's part."""
         if isinstance(matrix, DTensor):
-            return self._pieces(matrix).write(matrix, values)
+            self._pieces(matrix).write(matrix, values)
+            return
         for block, (rows, columns) in zip(values, self.slices(), strict=True):
             target = matrix[rows, columns]
             target.copy_(block[: target.shape[0], : target.shape[1]])

@@ -27,6 +27,7 @@ from torch.utils.hooks import RemovableHandle
 from lit_sparse.anatomy import MLP, backbone, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.mlp_density import MLPSite, ProxySums, act_of, check_sites, masked_mean, token_mask
+from lit_sparse.optim import device_of
 from lit_sparse.ranks import all_reduce_mean
 from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy, no_probe
 
@@ -103,13 +104,13 @@ class ActivationDensity(UpdateStrategy):
                 f"ActivationDensity: {len(self.layer_weights)} layer_weights were given, but the model has "
                 f"{len(found)} layers; give one for each."
             )
-        device = next(model.parameters()).device
+        device = device_of(next(model.parameters()))
         self._sums.sharpness = self._sums.sharpness.to(device)
         if isinstance(self.layer_weights, list):
             given = torch.tensor(self.layer_weights, device=device)
             self._fixed_weights = given / given.mean()
         self._sites = [self._make_site(model, layer, mlp) for layer, mlp in enumerate(found)]
-        check_sites(model, self._sites)
+        check_sites(model, self._sites, context.compute)
         for site in self._sites:
             site.install()
         self._set_sharpness()

@@ -15,10 +15,15 @@ import yaml
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from lit_sparse.anatomy import decoder_layers
+from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.data import Synthetic
+from lit_sparse.data.encoding import Example
+from lit_sparse.data.synthetic import RandomRows
+from lit_sparse.loss import IGNORED
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
@@ -49,6 +54,8 @@ ATOL = 2e-6
 
 FULL = {"lr": 1e-2, "warmup_steps": 0, "optimizer": SMOOTH}
 LISA_FIELDS = {"sampler": "cyclic", "active_layers": 1, "interval": 2}
+SMT_FIELDS = {"trainable_fraction": 0.05, "block_size": [10, 8], "targets": ["all"], "selection_batches": 2}
+"""Blocks of ten rows: matrices of 32 rows are cut into shards of 16, within blocks and beside ragged ones."""
 
 
 def lisa(folder: Path, base: str = "llama", **options: object):
@@ -59,8 +66,30 @@ def lisa(folder: Path, base: str = "llama", **options: object):
     )
 
 
+def smt(folder: Path, base: str = "llama", fields: dict | None = None, **options: object):
+    """SMT with `fields`, and the module's `options`."""
+    update = {"class_path": "SMT", "init_args": {**SMT_FIELDS, **(fields or {})}}
+    return module("full", folder / base, **{**FULL, "updates": [update], **options})
+
+
+class Unlike(RandomRows):
+    """Rows of unlike numbers of scored tokens."""
+
+    def __getitem__(self, index: int) -> Example:
+        ids = super().__getitem__(index).input_ids
+        unscored = 3 * index % 11
+        return Example(ids, [IGNORED] * unscored + ids[unscored:])
+
+
 def fit(
-    made, sharded: bool, steps: int = 3, ckpt_path: Path | None = None, seed: int = 0, batch: int = ROWS, **options
+    made,
+    sharded: bool,
+    steps: int = 3,
+    ckpt_path: Path | None = None,
+    seed: int = 0,
+    batch: int = ROWS,
+    unlike: bool = False,
+    **options,
 ):
     """Train on two processes or on one, on the same rows, `batch` per step; return the trainer."""
     L.seed_everything(seed, verbose=False)
@@ -69,6 +98,8 @@ def fit(
     fixed = {"enable_model_summary": False, "accelerator": "cpu", "max_steps": steps, "use_distributed_sampler": False}
     trainer = L.Trainer(**{**fixed, **defaults, **strategy, **options})
     rows = Synthetic(vocab_size=96, max_length=12, rows=32, heldout=2, batch_size=batch // 2 if sharded else batch)
+    if unlike:
+        rows.train_rows = Unlike(32, 12, 96, 0)
     made.resume_from = ckpt_path
     trainer.fit(made, datamodule=rows, ckpt_path=ckpt_path)
     return trainer
@@ -100,19 +131,32 @@ def recomputed(folder: Path, sharded: bool) -> L.Trainer:
     return fit(lisa(folder, activation_checkpointing=True), sharded, 4)
 
 
+def delta_blocks(folder: Path, sharded: bool) -> L.Trainer:
+    return fit(smt(folder, fields={"mode": "delta"}), sharded, unlike=True, accumulate_grad_batches=2)
+
+
+def transposed_blocks(folder: Path, sharded: bool) -> L.Trainer:
+    """Blocks of GPT-2's matrices, which are stored as their transposes: shards have columns of theirs."""
+    made = smt(folder, "gpt2", fields={"score": "l2", "kept_columns": 0.5}, activation_checkpointing=True)
+    return fit(made, sharded, unlike=True, gradient_clip_val=0.05)
+
+
 SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     **{method: by_method(method) for method in METHODS if method not in REFUSED},
     **{kind: of_kind(kind) for kind in ("qwen2", "gpt2")},  # tied heads
     "clipped": clipped,
     "recomputed": recomputed,
+    "delta blocks": delta_blocks,
+    "transposed blocks": transposed_blocks,
 }
-KEPT = {
+KEPT: dict[str, dict] = {
     "reset": {},
     "keep": {"fields": {"state": "keep", "interval": 1}},
     "offload": {"fields": {"state": "offload", "interval": 1}},
     "bfloat16": {"fields": {"state": "keep", "interval": 2}, "precision": "bfloat16"},
+    "blocks": {"updates": [{"class_path": "SMT", "init_args": SMT_FIELDS}], "precision": "bfloat16"},
 }
-"""LISA's ways that are resumed after the third of six steps."""
+"""LISA's ways, and SMT, that are resumed after the third of six steps."""
 RESUMED = [*((name, "llama") for name in KEPT), ("reset", "dropout"), ("bfloat16", "dropout")]
 
 
@@ -179,6 +223,46 @@ def evaluated(folder: Path, rank: int) -> list:
     for name, callbacks in {"plain": [], "evaluated": [callback]}.items():
         fit(lisa(folder), True, 3, callbacks=callbacks).save_checkpoint(folder / f"{name}.ckpt")
     return [callback.before, callback.divided]
+
+
+class Sent(Callback):
+    """Return how many numbers each all-reduce of a step has, and whether the shards hold the masters after it."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[int]] = []
+        self.held: list[bool] = []
+        self._plain = dist.all_reduce
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.sent.append([])
+
+        def counting(tensor, *args, **kwargs):
+            self.sent[-1].append(tensor.numel())
+            return self._plain(tensor, *args, **kwargs)
+
+        dist.all_reduce = counting
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        dist.all_reduce = self._plain
+        linears = [module for module in pl_module.modules() if isinstance(module, BlockLinear)]
+        masters = [linear.blocks.to(linear.weight.dtype).float() for linear in linears]
+        shards = [linear.chosen.read(linear.matrix) for linear in linears]
+        self.held.append(all(torch.equal(one, other) for one, other in zip(masters, shards, strict=True)))
+
+
+def blocks(folder: Path, rank: int) -> dict:
+    """Train blocks in bf16; return what is sent, whether shards hold the masters, and the choice."""
+    callback, made = Sent(), smt(folder, precision="bfloat16")
+    trainer = fit(made, True, 2, callbacks=[callback])
+    (update,) = made.updates
+    trained = [parameter for group in trainer.optimizers[0].param_groups for parameter in group["params"]]
+    return {
+        "sent": callback.sent,
+        "held": callback.held,
+        "trained": [len(trained), sum(parameter.numel() for parameter in trained)],
+        "choice": {name: chosen.index.tolist() for name, chosen in update.choice.items()},
+        "sharded": all(isinstance(linear.weight, DTensor) for linear in update._in_place),
+    }
 
 
 def reductions(folder: Path, rank: int) -> dict[str, list[str]]:
@@ -290,6 +374,7 @@ def detached(folder: Path, rank: int) -> str:
 CASES: dict[str, Callable[[Path, int], object]] = {
     "ledger": ledger,
     "evaluated": evaluated,
+    "blocks": blocks,
     "reductions": reductions,
     "lost": lost,
     "resumed": resumed,
@@ -404,6 +489,21 @@ def test_each_rank_has_the_optimizer_state_of_its_shards(name, rank, pair):
     assert found["dtypes"] == ["torch.float32"]
 
 
+def test_ranks_choose_the_same_blocks_and_write_their_own_rows(pair):
+    first, second = (result(pair, "blocks", rank) for rank in range(2))
+    assert first == second
+    assert first["sharded"]
+    assert len(first["choice"]) > 1
+    assert first["held"] == [True, True]
+
+
+def test_a_step_of_blocks_sends_their_gradients_once_and_no_weight(pair):
+    found = result(pair, "blocks")
+    count, weights = found["trained"]
+    for step in found["sent"]:
+        assert [size for size in step if size > 2] == [count + weights]  # beside the loss and its tokens
+
+
 @pytest.mark.parametrize("name", ["bfloat16", "a layer in float32"])
 def test_only_what_trains_is_reduced_and_in_fp32(name, pair):
     assert result(pair, "reductions")[name] == ["torch.float32"] * 4
@@ -453,7 +553,9 @@ def test_a_run_goes_on_with_another_number_of_processes(name, pair):
     straight = saved(pair / f"llama {name}" / "straight.ckpt")
     trainer = fit(lisa(pair, **KEPT[name]), False, 6, pair / f"llama {name}" / "step=3.ckpt", seed=1)
     trainer.save_checkpoint(pair / f"llama {name}" / "on one.ckpt")
-    atol = 2e-3 if name == "bfloat16" else ATOL  # there gradients of the halves are rounded to bf16: 2^-8 of lr a step
+    atol = (
+        2e-3 if "precision" in KEPT[name] else ATOL
+    )  # there gradients of the halves are rounded to bf16: 2^-8 of lr a step
     assert_alike(saved(pair / f"llama {name}" / "on one.ckpt"), straight, atol)
     alone = saved(pair / f"one {name}" / "straight.ckpt")
     assert_alike(saved(pair / f"llama {name}" / "from one.ckpt"), alone, atol)
