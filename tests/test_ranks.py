@@ -1,6 +1,7 @@
 """Two processes select the same blocks, from both ranks' data, and train to the same weights."""
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -9,12 +10,15 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from lit_sparse import ranks
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import trainable
+from lit_sparse.modules import CausalLM
+from lit_sparse.optim import AdamW, trainable
+from lit_sparse.ranks import average_gradients
 from lit_sparse.runs import build_module
-from lit_sparse.strategies import SMT
+from lit_sparse.strategies import LISA, SMT
 from lit_sparse.strategies.base import ALONE
 from lit_sparse.testing import tiny_llm
 from tests.pair import attempt, result, run_pair
@@ -59,9 +63,43 @@ def digest(module) -> str:
 
 
 def replicas(folder: Path, rank: int) -> None:
-    """Each method's YAML under DDP in one of two processes."""
+    """Each method's YAML under DDP in one of two processes, and a trainable set that changes."""
     for method in METHODS:
         attempt(folder, rank, method, lambda method=method: replica(folder, method))
+    attempt(folder, rank, "averages", lambda: averages(rank))
+    attempt(folder, rank, "switching", lambda: switching(folder, True))
+
+
+def averages(rank: int) -> list:
+    """Average gradients of which one rank has some, and neither has one; return them."""
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3, dtype=dtype)) for dtype in (torch.float32, torch.bfloat16) * 2]
+    for number, parameter in enumerate(parameters[:3]):
+        if number != rank:
+            parameter.grad = torch.full_like(parameter, 1.0 + number + rank)
+    average_gradients(parameters)
+    return [None if parameter.grad is None else parameter.grad.flatten().tolist() for parameter in parameters]
+
+
+def switching(folder: Path, replicated: bool) -> dict[str, list[float]]:
+    """LISA that switches every step, with accumulation and clipping; return the weights."""
+    update = LISA(active_layers=1, interval=1, sampler="cyclic")
+    smooth = partial(AdamW, eps=1e-3)  # its update is a smooth function of the gradient, of a slope up to lr / eps
+    module = CausalLM(str(folder / "base"), [update], lr=1e-2, optimizer=smooth, warmup_steps=0)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=2 if replicated else 1,
+        strategy="ddp" if replicated else "auto",
+        max_steps=3,
+        accumulate_grad_batches=2,
+        gradient_clip_val=0.05,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=Synthetic(vocab_size=96, max_length=12, rows=32, batch_size=2 if replicated else 4))
+    return {name: parameter.flatten().tolist() for name, parameter in module.build().named_parameters()}
 
 
 def replica(folder: Path, method: str) -> str:
@@ -99,12 +137,38 @@ def pair(tmp_path_factory) -> Path:
 def test_replicas_train_to_the_same_weights(method, pair):
     first, second = (result(pair, method, rank) for rank in range(2))
     assert first == second
-    if method.startswith("lisa"):
-        assert "but DDP reduces only the gradients of weights that are trainable when it starts; set trainer" in first
-    else:
-        assert len(first) == 64, first
+    assert len(first) == 64, first
+
+
+def test_gradients_are_averaged_where_any_rank_has_one(pair):
+    for rank in range(2):
+        first, second, third, fourth = result(pair, "averages", rank)
+        assert first == [1.0] * 6  # (0 + 2) / 2
+        assert second == [1.0] * 6  # (2 + 0) / 2
+        assert third == [3.5] * 6
+        assert fourth is None
+
+
+def test_buckets_hold_every_parameter_once_in_order(monkeypatch):
+    monkeypatch.setattr(ranks, "BUCKET_BYTES", 20)
+    dtypes = [torch.float32, torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    parameters = [torch.zeros(3, dtype=dtype) for dtype in dtypes]
+    buckets = list(ranks._buckets(parameters))
+    assert [len(bucket) for bucket in buckets] == [2, 1, 1, 1]
+    flat = [one for bucket in buckets for one in bucket]
+    assert all(one is other for one, other in zip(flat, parameters, strict=True))
+
+
+def test_replicas_whose_trainable_set_changes_train_what_one_process_does(pair):
+    first, second = (result(pair, "switching", rank) for rank in range(2))
+    assert first == second
+    alone, start = switching(pair, False), dict(tiny_llm("llama").named_parameters())
+    moved = {name for name, value in start.items() if not torch.equal(torch.tensor(alone[name]), value.flatten())}
+    assert len({name.split(".")[2] for name in moved if ".layers." in name}) == 3, "not every layer was switched to"
+    for name, value in alone.items():  # entries are below 0.1, so that orders of summation are 1e-8 apart
+        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(value), rtol=0, atol=2e-6)
 
 
 def test_the_weights_of_replicas_tell_methods_apart(pair):
-    trained = [result(pair, method) for method in METHODS if not method.startswith("lisa")]
+    trained = [result(pair, method) for method in METHODS]
     assert len(set(trained)) == len(trained), "the hashes must be of what was trained, or they prove nothing"

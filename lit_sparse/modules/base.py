@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -163,10 +164,21 @@ class LitSparse(Resumable):
     def _average_replicated(self) -> None:
         """Average over ranks the gradients that the trainer's strategy leaves alone.
 
-        They are those of parameters that each rank has whole beside a sharded model: FSDP2 does not know of them.
+        They are those of parameters that each rank has whole beside a sharded model, and, where the trainable set
+        changes under DDP, all.
         """
-        if self._sharded:
+        if self._sharded or self._follows_trainable_set:
             average_gradients(parameter for _, parameter in self.updates.named if not isinstance(parameter, DTensor))
+
+    @property
+    def _follows_trainable_set(self) -> bool:
+        """True under DDP with a trainable set that changes: DDP would reduce what is trainable when it starts."""
+        return isinstance(self.trainer.strategy, DDPStrategy) and any(u.period is not None for u in self.updates)
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        if self._follows_trainable_set:
+            self.trainer.strategy.configure_ddp = lambda: None  # the module is not wrapped; see _average_replicated
 
     def _close_window(self) -> None:
         """Log the step's scores; divide gradients by its scored tokens, before any hook of the step sees them."""

@@ -61,12 +61,10 @@ def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None
         )
     for update in updates:
         check_gradients_live(trainer, update)
-        if update.period is not None and isinstance(trainer.strategy, DDPStrategy):
-            # DDP registers its hooks once, for what requires grad then: later layers would diverge between ranks.
+        if isinstance(trainer.strategy, DDPStrategy) and update.period is not None and update.backward == "fused":
             raise BadInput(
-                f"{type(update).__name__} trains other weights every {update.period} steps, but DDP reduces only the "
-                "gradients of weights that are trainable when it starts; set trainer.strategy to fsdp2, or train on "
-                "one device."
+                f"{type(update).__name__} trains other weights every {update.period} steps and updates them in the "
+                "backward pass, before their gradients could be averaged over ranks; train on one device."
             )
     sharding = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     if sharding and not isinstance(trainer.strategy, FSDP2Strategy):
