@@ -156,20 +156,31 @@ def check_sharding(updates: Sequence[UpdateStrategy], options: Mapping[str, Any]
     """Refuse strategies and options that do not work on a sharded model.
 
     Args:
-        options: Values of the module's keys that must be off, by key.
+        options: Values of the module's keys that must be off, by key of `UNSHARDED`.
 
     Raises:
         BadInput: naming the strategy, or the key.
     """
     for update in updates:
         if not update.supports_sharding:
+            why = f": {update.unsharded_reason}" if update.unsharded_reason else ""
             raise BadInput(
                 f"trainer.strategy is fsdp2, but {type(update).__name__} with these settings cannot train a sharded "
-                "model; set it to ddp, where each rank has the full model."
+                f"model{why}; or set trainer.strategy to ddp, where each rank has the full model."
             )
     for key, given in options.items():
         if given:
-            raise BadInput(f"trainer.strategy is fsdp2, which does not support model.{key}; leave one of them out.")
+            raise BadInput(
+                f"trainer.strategy is fsdp2, which does not support model.{key}: {UNSHARDED[key]}; leave model.{key} "
+                "out, or set trainer.strategy to ddp, where each rank has the full model."
+            )
+
+
+UNSHARDED = {
+    "quantize": "bitsandbytes packs several weights into a byte, with scales beside them, which cannot be cut by rows",
+    "compile": "it makes one graph of layers between which FSDP2 gathers and frees their weights",
+}
+"""Keys of the module that do not work on a sharded model, with the reason."""
 
 
 def check_masters(optimizer: Optimizer) -> None:

@@ -79,6 +79,7 @@ class UpdateStrategy(ABC):
         attaches_first: Whether `attach` and `restore` must see the model's modules before other strategies change them.
         supports_sharding: Whether the method works with parameters that are DTensors (FSDP2), after `attach` or
             `restore` has seen the whole model.
+        unsharded_reason: Where it does not: why, and what to use in its place, to end a sentence.
         attaches_sharded: Whether, under FSDP2, `attach` and `restore` must see the model after it was sharded: for what
             no single device could hold. The other strategies of the run then see it sharded too.
         gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
@@ -95,6 +96,7 @@ class UpdateStrategy(ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     attaches_first: ClassVar[bool] = False
     supports_sharding: ClassVar[bool] = False
+    unsharded_reason: ClassVar[str] = ""
     attaches_sharded: ClassVar[bool] = False
     gradients: ClassVar[Gradients] = "ignores"
     masters: ClassVar[bool] = True

@@ -45,6 +45,10 @@ class KLToBase(UpdateStrategy):
     base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"base"})
     attaches_first: ClassVar[bool] = True
+    unsharded_reason: ClassVar[str] = (
+        "it runs the base on the model's own weights, outside of the layers for which FSDP2 gathers them; use L2SP, "
+        "which keeps the weights near the base's"
+    )
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:

@@ -62,6 +62,9 @@ class PEFT(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     leaves: ClassVar[Leaves] = "adapter"
+    unsharded_reason: ClassVar[str] = (
+        "VeLoRA takes its projections from the first batch, which differs between ranks; use lora.yaml"
+    )
 
     def __post_init__(self) -> None:
         name, start = type(self.config).__name__, str(getattr(self.config, "init_lora_weights", "")).lower()

@@ -110,6 +110,7 @@ class SMT(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     attaches_sharded: ClassVar[bool] = True
+    unsharded_reason: ClassVar[str] = "warmup: update trains all weights on one rank; set warmup to score_only"
 
     def __post_init__(self) -> None:
         if not 0 < self.trainable_fraction <= 1:

@@ -349,6 +349,7 @@ def sentences(folder: Path, rank: int) -> dict[str, str]:
     decoder_layers(mixed)[1].input_layernorm.float()
     wishes = {
         **{method: lambda method=method: fit(module(method, folder / "llama"), True) for method in REFUSED},
+        "warmup": lambda: fit(smt(folder, fields={"warmup": "update"}), True),
         "compile": lambda: fit(lisa(folder, compile=True), True),
         "bf16": lambda: fit(lisa(folder, precision="bfloat16", optimizer=sgd), True),
         "plain": lambda: fit(lisa(folder), True, strategy=plain),
@@ -456,14 +457,15 @@ def test_two_processes_train_what_one_does_on_their_rows(name, pair):
 
 def test_every_yaml_is_sharded_or_refused(pair):
     for name, sentence in REFUSED.items():
-        assert result(pair, "sentences")[name].startswith(f"BadInput: {sentence}")
-        assert result(pair, "sentences", 1)[name].startswith(f"BadInput: {sentence}")
+        assert result(pair, "sentences")[name].startswith(f"BadInput: {sentence}: ")
+        assert result(pair, "sentences", 1)[name] == result(pair, "sentences")[name]
 
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("compile", "BadInput: trainer.strategy is fsdp2, which does not support model.compile"),
+        ("warmup", f"BadInput: {SENTENCE.format('SMT')}: warmup: update trains all weights on one rank; set warmup"),
+        ("compile", "BadInput: trainer.strategy is fsdp2, which does not support model.compile: it makes one graph"),
         ("bf16", "BadInput: model.optimizer is torch.optim.sgd.SGD, which keeps no fp32 masters, but under fsdp2"),
         ("mixed", "BadInput: trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer"),
         ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which does not support update strategies"),
