@@ -21,19 +21,23 @@ from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import PyTorchProfiler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch.distributed.constants import default_pg_timeout
 
 import lit_sparse.data
 import lit_sparse.strategies
 from lit_sparse.bench import bench
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, Stopped
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
+from lit_sparse.callbacks.rank_watch import RankWatch, tell_once
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import STACKED, STACKING, find_configs, methods, read_documents
 from lit_sparse.data.sources import READERS
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.export.generate import generate
+from lit_sparse.modules.sharding import TIMEOUT
 from lit_sparse.plan import Planned, plan
 from lit_sparse.refusals import check_trainer_words, explain, understood
 from lit_sparse.runs import (
@@ -198,15 +202,19 @@ class CLI(LightningCLI):
             )
             plan = dataclasses.replace(plan, examine=False, profiled=0)
         recorder = Recorder(folder, plan, yaml.safe_load(text), samples, steps, text, self.command)
-        callbacks = [*listed(config.callbacks), recorder]
+        callbacks = [*listed(config.callbacks), recorder, RankWatch()]
         more = any(isinstance(callback, Checkpoint) for callback in callbacks)  # the recorder keeps last.ckpt itself
         own = [RunCSV(folder), RunTensorBoard(folder)]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             logger=False if config.logger is False else own + listed(config.logger),
             **shown(config, callbacks),
             enable_checkpointing=more,
             default_root_dir=str(folder),
         )
+        strategy = trainer.strategy
+        if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:  # torch's is half an hour
+            strategy._timeout = TIMEOUT
+        return trainer
 
     def fit(self, **arguments: Any) -> None:
         """Train; a run that is refused before training has moved leaves nothing."""
@@ -515,14 +523,15 @@ def main() -> None:
     try:
         sys.exit(run(sys.argv[1:]))
     except Stopped as stopped:
-        print(f"lit-sparse: {stopped}", file=sys.stderr)
-        sys.exit(128 + stopped.number)
+        tell_once(str(stopped), "stopped")
+        # Rank 0 has the run's status: Lightning kills it as soon as a rank that it started ends with another than 0.
+        sys.exit(128 + stopped.number if rank_zero_only.rank == 0 else 0)
     except Exception as error:
         told = understood(error)
         if told is None:
             raise
         sentence = " ".join(str(told).split())
-        print(f"lit-sparse: {sentence}", file=sys.stderr)
+        tell_once(sentence)
         sys.exit(2)
 
 

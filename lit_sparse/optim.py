@@ -116,7 +116,9 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
     kinds = [[g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]]
     # Of bf16 gradients a norm is a bf16 number.
     norms = [full_tensor(torch.nn.utils.get_total_norm(kind)).float() for kind in kinds if kind]
-    return torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]))
 
 
 def match_by_name(optimizer: Optimizer) -> Optimizer:

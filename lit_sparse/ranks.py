@@ -1,10 +1,15 @@
-"""Means over ranks; a single process keeps its value."""
+"""Means over ranks, and what they must agree on; a single process keeps its value."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from lit_sparse.errors import BadInput
 
 BUCKET_BYTES = 32 * 2**20
 """Gradients that are reduced together: long messages use the links fully, short ones keep the copy small."""
@@ -19,6 +24,54 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def check_agreement(values: Mapping[str, Any]) -> None:
+    """Refuse to go on where ranks differ in what must be the same: they would train apart, or wait for one another.
+
+    Every rank must call it, with the same keys.
+
+    Args:
+        values: Numbers or strings, by what they are.
+
+    Raises:
+        BadInput: on all ranks alike, naming the first key and the first rank that differs from rank 0.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, dict(values))
+    for key, first in found[0].items():
+        for rank, other in enumerate(found):
+            if other[key] != first:
+                raise BadInput(
+                    f"ranks differ in {key}: rank 0 has {first}, rank {rank} has {other[key]}; give every rank the "
+                    "same configuration, data and software, and draw from the seed and the step only."
+                )
+
+
+def digest_of(value: Any) -> str:
+    """Return a hash of the numbers, strings and integer tensors nested in `value`, which ranks compute exactly alike.
+
+    Floating-point tensors, which may be sharded or differ in a rounding, do not count.
+    """
+    digest = hashlib.sha256()
+
+    def add(item: Any) -> None:
+        if isinstance(item, Mapping):
+            add(list(item.items()))
+        elif isinstance(item, list | tuple):
+            for one in item:
+                add(one)
+        elif isinstance(item, Tensor):
+            digest.update(repr(tuple(item.shape)).encode())
+            if not isinstance(item, DTensor) and not item.is_floating_point():
+                digest.update(item.cpu().numpy().tobytes())
+        else:
+            digest.update(repr(item).encode())
+
+    add(value)
+    return digest.hexdigest()[:12]
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

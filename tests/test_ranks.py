@@ -1,8 +1,11 @@
 """Two processes select the same blocks, from both ranks' data, and train to the same weights."""
 
 import hashlib
+import os
+import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -11,6 +14,8 @@ import torch.distributed as dist
 import yaml
 
 from lit_sparse import ranks
+from lit_sparse.callbacks.checkpointing import Stopped
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
@@ -20,11 +25,25 @@ from lit_sparse.ranks import average_gradients
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import LISA, SMT
 from lit_sparse.strategies.base import ALONE
+from lit_sparse.strategies.layer_sampling import Cyclic
 from lit_sparse.testing import tiny_llm
+from lit_sparse_profiling.profiler import Plan
 from tests.pair import attempt, result, run_pair
 
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
 OPTIONS = {"trainable_fraction": 0.05, "block_size": 8, "targets": ["all"], "selection_batches": 2}
+
+
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 2,
+    "strategy": "ddp",
+    "use_distributed_sampler": False,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 def losses(model, seeds):
@@ -68,6 +87,62 @@ def replicas(folder: Path, rank: int) -> None:
         attempt(folder, rank, method, lambda method=method: replica(folder, method))
     attempt(folder, rank, "averages", lambda: averages(rank))
     attempt(folder, rank, "switching", lambda: switching(folder, True))
+    attempt(folder, rank, "signals", lambda: signals(folder, rank))
+    attempt(folder, rank, "disagreements", lambda: disagreements(folder, rank))
+
+
+class Draws(Cyclic):
+    """A rank-dependent draw, from the third on."""
+
+    def draw(self, layers, count, seed, number):
+        return super().draw(layers, count, seed, number + (dist.get_rank() if number > 1 else 0))
+
+
+def disagreements(folder: Path, rank: int) -> dict[str, str]:
+    """Return the error of fits in which this rank does otherwise than the other."""
+    plans = {
+        "draw": ([LISA(active_layers=1, interval=1, sampler=Draws())], {}),
+        "selection": ([SMT(blocks="random", seed=rank, **OPTIONS)], {}),
+        "data": ([], {"rows": 16 + 4 * rank}),
+        "order": ([], {"seed": rank}),
+        "steps": ([], {"max_steps": 3 + rank}),
+    }
+    found = {}
+    for name, (updates, options) in plans.items():
+        trainer = L.Trainer(max_steps=options.pop("max_steps", 3), **QUIET)
+        rows = Synthetic(**{"vocab_size": 96, "max_length": 12, "rows": 16, "batch_size": 2, **options})
+        try:
+            trainer.fit(CausalLM(str(folder / "base"), updates), datamodule=rows)
+        except BadInput as error:
+            found[name] = str(error)
+    return found
+
+
+def signals(folder: Path, rank: int) -> dict[str, list]:
+    """Send rank 1 a signal in its second step; return how the fit of this rank ends."""
+    found = {}
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        run = folder / number.name
+        recorder = Recorder(run, Plan(profiled=0), {}, 0, 100)
+        callbacks = [Signalled(number), recorder] if rank else [recorder]
+        trainer = L.Trainer(max_steps=4, callbacks=callbacks, **QUIET)
+        try:
+            rows = Synthetic(vocab_size=96, max_length=12, rows=16, batch_size=2)
+            trainer.fit(CausalLM(str(folder / "base")), datamodule=rows)
+        except Stopped as stopped:
+            found[number.name] = [trainer.global_step, str(stopped), (run / "checkpoints" / "last.ckpt").is_file()]
+    return found
+
+
+class Signalled(L.Callback):
+    """Send this process a signal in the second step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == 1:
+            os.kill(os.getpid(), self.number)
 
 
 def averages(rank: int) -> list:
@@ -147,6 +222,28 @@ def test_gradients_are_averaged_where_any_rank_has_one(pair):
         assert second == [1.0] * 6  # (2 + 0) / 2
         assert third == [3.5] * 6
         assert fourth is None
+
+
+def test_ranks_that_differ_are_refused_on_both_in_one_sentence(pair):
+    first, second = (result(pair, "disagreements", rank) for rank in range(2))
+    assert first == second
+    wanted = {
+        "draw": "ranks differ in what LISA selected or drew: rank 0 has ",
+        "selection": "ranks differ in what SMT selected or drew: rank 0 has ",
+        "data": "ranks differ in the number of training batches: rank 0 has 4, rank 1 has 5; give every rank the same",
+        "order": "ranks differ in the order of the rows: rank 0 has ",
+        "steps": "ranks differ in the trainer: rank 0 has max_steps 3, ",
+    }
+    assert {name: sentence[: len(wanted[name])] for name, sentence in first.items()} == wanted
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_saves_and_ends_all(number, pair):
+    for rank in range(2):
+        step, sentence, saved = result(pair, "signals", rank)[number]
+        assert step == 2
+        assert saved
+        assert "stopped the fit after step 2; go on with --ckpt_path" in sentence
 
 
 def test_buckets_hold_every_parameter_once_in_order(monkeypatch):

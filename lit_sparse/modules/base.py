@@ -1,6 +1,6 @@
 """The host: a LightningModule that trains a Hugging Face model with update strategies, and knows no method's name."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_sparse.data.loader import Loader
 from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF, Precision
@@ -21,7 +22,7 @@ from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.modules.window import Window, sum_over_ranks
 from lit_sparse.optim import AdamW, match_by_name, total_norm
-from lit_sparse.ranks import all_reduce_mean, average_gradients
+from lit_sparse.ranks import all_reduce_mean, average_gradients, check_agreement
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse_profiling.phases import Phases
 
@@ -97,8 +98,23 @@ class LitSparse(Resumable):
         if stage == "fit":
             self.phases = Phases(self.device_to_be)
             check_trainer(self.trainer, self.updates)
+            self._check_data_alike()
             if self.to_shard:
                 check_sharding(self.updates, {"quantize": self.quantize, "compile": self.compile_model})
+
+    def _check_data_alike(self) -> None:
+        """Refuse ranks with other data or limits, before one of them waits in a batch that another does not have."""
+        if self.trainer.world_size == 1:
+            return
+        trainer, loader = self.trainer, self.trainer.fit_loop._data_source.dataloader()
+        limits = f"max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs}"
+        check_agreement(
+            {
+                "the number of training batches": len(loader) if isinstance(loader, Sized) else "an unknown number",
+                "the order of the rows": loader.batches.fingerprint()[:12] if isinstance(loader, Loader) else "unknown",
+                "the trainer": f"{limits}, accumulate_grad_batches {trainer.accumulate_grad_batches}",
+            }
+        )
 
     def on_fit_start(self) -> None:
         trained, all_weights = sum(p.numel() for _, p in self.updates.named), self.base_parameters
@@ -257,6 +273,7 @@ class LitSparse(Resumable):
             self._upcast()
             self.updates.regroup(plain)
             self.note_trained()
+            self.check_updates_alike()
         plain.zero_grad()  # Lightning does it after the next forward only, which gradients need not live through
 
     def _step_without_graph(self, optimizer: Optimizer, closure: Callable[[], Any]) -> None:

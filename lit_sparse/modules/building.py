@@ -20,6 +20,7 @@ from lit_sparse.modules.loading import Quantization, checkpoint_activations, loa
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.modules.window import Window
 from lit_sparse.optim import trainable
+from lit_sparse.ranks import check_agreement, digest_of
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
 from lit_sparse_profiling.phases import Phases
 
@@ -248,6 +249,7 @@ class BuiltModel(L.LightningModule, ABC):
         if self.compile_model:
             self._compile()
         self.note_trained()
+        self.check_updates_alike()
         if self.to_shard:
             if not self._sharded:
                 self._shard()
@@ -280,8 +282,8 @@ class BuiltModel(L.LightningModule, ABC):
                 "trainer.strategy is fsdp2, which cannot shard a quantised base; set it to ddp, where each rank has "
                 "the whole."
             )
-        assert self.device_mesh is not None
-        self._sharded = (Sharded(self.build(), self.device_mesh["data_parallel"]),)
+        assert isinstance(self.trainer.strategy, FSDP2Strategy)
+        self._sharded = (self.trainer.strategy.shard(self.build()),)
 
     def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return `function(*args)`. Call the model only through this: its parameters may be sharded."""
@@ -317,6 +319,20 @@ class BuiltModel(L.LightningModule, ABC):
                 loss = self.compute(self.loss, batch)[0]
                 # FSDP2 averages gradients over ranks: of losses weighed by their tokens, that is the global batch's.
                 yield Window().weigh(loss, loss, self.scored_count(batch), 1) if self._sharded else loss
+
+    def check_updates_alike(self) -> None:
+        """Refuse ranks that train other weights than rank 0, or chose others: each would wait for the others."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return
+        names = self.updates.names
+        trained = [(name, tuple(parameter.shape)) for name, parameter in self.updates.named]
+        check_agreement(
+            {
+                "the base model": self.base_fingerprint[:12],
+                f"what {names} selected or drew": digest_of(self.updates.state_dict()),
+                f"what is trained with {names}": digest_of(trained),
+            }
+        )
 
     def note_trained(self) -> None:
         """Remember the names of what is trainable now, or of all weights where frozen ones were moved."""

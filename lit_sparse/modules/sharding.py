@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -25,6 +25,9 @@ from lit_sparse.optim import shard_like
 
 NAME = "fsdp2"
 """The strategy's name for trainer.strategy."""
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others in a collective operation: rank 0 may be writing a checkpoint. A third of
+torch's default; `RankWatch` ends a run sooner if a rank has died."""
 
 
 class Sharded(nn.Module):
@@ -36,17 +39,22 @@ class Sharded(nn.Module):
 
     Args:
         model: A Hugging Face model, prepared by its strategies; its parameters are replaced in place.
-        mesh: A mesh of one dimension.
+        mesh: A mesh of one dimension, or of two: groups of ranks that each have the whole model, and the ranks of a
+            group (HSDP).
+        offload: Keep the shards in host memory, where the optimizer works too; a unit's weights are copied to the
+            device while it computes.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, offload: bool = False) -> None:
         super().__init__()
         self.model = model
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+        options: dict[str, Any] = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
+        if offload:
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
         self._units = _units(model)
         for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(self, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, **options)
+        fully_shard(self, **options)
         self._initialize_dtypes()
 
     def _initialize_dtypes(self) -> None:
@@ -131,12 +139,22 @@ class FSDP2Strategy(ModelParallelStrategy):
     bits is saved as the fp32 master that its optimizer keeps.
 
     Args:
+        replicas: Groups of ranks that each have the whole model, sharded within the group (HSDP): gradients are reduced
+            within a group, then between groups. With as many as there are machines, weights are gathered within one.
+        offload: Keep weights, gradients and optimizer state in host memory, where the optimizer steps.
         process_group_backend: As for Lightning's strategies; chosen by the device when not given.
-        timeout: Timeout of a collective operation.
+        timeout: Timeout of a collective operation, 10 minutes by default.
+
+    Raises:
+        BadInput: if the ranks cannot be divided into that many groups.
     """
 
     def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=30)
+        self,
+        replicas: int = 1,
+        offload: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = TIMEOUT,
     ) -> None:
         super().__init__(
             tensor_parallel_size=1,
@@ -144,10 +162,34 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.replicas, self.offload = replicas, offload
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        world = self.num_nodes * self.num_processes
+        if self.replicas < 1 or world % self.replicas:
+            raise BadInput(
+                f"trainer.strategy has replicas {self.replicas}, but {world} ranks cannot be divided into as many "
+                f"groups of one size; give a divisor of {world}."
+            )
+        self._data_parallel_size = world
         super().setup_environment()
+
+    def shard(self, model: nn.Module) -> Sharded:
+        """Shard `model` over the ranks of this run."""
+        mesh = self.device_mesh["data_parallel"]
+        if self.replicas > 1:
+            shape = self.replicas, mesh.size() // self.replicas
+            mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+        return Sharded(model, mesh, self.offload)
+
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        # Norms of gradients in host memory are reduced there.
+        return f"cpu:gloo,cuda:{backend}" if self.offload and backend == "nccl" else backend
+
+    def model_to_device(self) -> None:
+        if not self.offload:  # else `Sharded` has moved what belongs on the device
+            super().model_to_device()
 
     # Checkpoints are loaded as on one device. ModelParallelStrategy's own loading demands optimizer state of every
     # parameter, and frozen ones have none.

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers
@@ -188,7 +188,9 @@ def _over_ranks(sums: Tensor, gradient: Tensor) -> Tensor:
     """Add up what each rank summed over its shards, if `gradient` is sharded."""
     if not isinstance(gradient, DTensor):
         return sums
-    return DTensor.from_local(sums, gradient.device_mesh, [Partial()] * gradient.device_mesh.ndim).full_tensor()
+    # Where several groups of ranks each have the whole (HSDP), each group adds up its own.
+    kinds = [Partial() if isinstance(placement, Shard) else Replicate() for placement in gradient.placements]
+    return DTensor.from_local(sums, gradient.device_mesh, kinds).full_tensor()
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

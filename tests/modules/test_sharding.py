@@ -141,6 +141,23 @@ def transposed_blocks(folder: Path, sharded: bool) -> L.Trainer:
     return fit(made, sharded, unlike=True, gradient_clip_val=0.05)
 
 
+def grouped(folder: Path, sharded: bool) -> L.Trainer:
+    """Blocks with masks, on groups of ranks that each have the whole model."""
+    updates = [{"class_path": "SMT", "init_args": SMT_FIELDS}, {"class_path": "GMT"}]
+    way = {"strategy": FSDP2Strategy(replicas=2, timeout=timedelta(seconds=60))} if sharded else {}
+    return fit(smt(folder, updates=updates), sharded, gradient_clip_val=0.05, **way)
+
+
+def masked_in_groups(folder: Path, sharded: bool) -> L.Trainer:
+    way = {"strategy": FSDP2Strategy(replicas=2, timeout=timedelta(seconds=60))} if sharded else {}
+    return fit(module("gmt", folder / "llama", **FULL), sharded, 2, **way)
+
+
+def offloaded(folder: Path, sharded: bool) -> L.Trainer:
+    way = {"strategy": FSDP2Strategy(offload=True, timeout=timedelta(seconds=60))} if sharded else {}
+    return fit(lisa(folder), sharded, 4, gradient_clip_val=0.05, **way)
+
+
 SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     **{method: by_method(method) for method in METHODS if method not in REFUSED},
     **{kind: of_kind(kind) for kind in ("qwen2", "gpt2")},  # tied heads
@@ -148,6 +165,9 @@ SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     "recomputed": recomputed,
     "delta blocks": delta_blocks,
     "transposed blocks": transposed_blocks,
+    "blocks in groups": grouped,
+    "masks in groups": masked_in_groups,
+    "offloaded": offloaded,
 }
 KEPT: dict[str, dict] = {
     "reset": {},
@@ -349,6 +369,7 @@ def sentences(folder: Path, rank: int) -> dict[str, str]:
     decoder_layers(mixed)[1].input_layernorm.float()
     wishes = {
         **{method: lambda method=method: fit(module(method, folder / "llama"), True) for method in REFUSED},
+        "groups": lambda: fit(lisa(folder), True, strategy=FSDP2Strategy(replicas=3)),
         "warmup": lambda: fit(smt(folder, fields={"warmup": "update"}), True),
         "compile": lambda: fit(lisa(folder, compile=True), True),
         "bf16": lambda: fit(lisa(folder, precision="bfloat16", optimizer=sgd), True),
@@ -464,6 +485,7 @@ def test_every_yaml_is_sharded_or_refused(pair):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
+        ("groups", "BadInput: trainer.strategy has replicas 3, but 2 ranks cannot be divided into as many groups"),
         ("warmup", f"BadInput: {SENTENCE.format('SMT')}: warmup: update trains all weights on one rank; set warmup"),
         ("compile", "BadInput: trainer.strategy is fsdp2, which does not support model.compile: it makes one graph"),
         ("bf16", "BadInput: model.optimizer is torch.optim.sgd.SGD, which keeps no fp32 masters, but under fsdp2"),
