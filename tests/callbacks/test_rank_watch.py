@@ -72,10 +72,9 @@ def words(tmp_path) -> list[str]:
         "model": {"base": str(tmp_path / "tiny")},
         "data": {"class_path": "lit_sparse.data.Synthetic", "init_args": rows},
         "trainer": {"accelerator": "cpu", "devices": 2, "max_epochs": -1, "max_steps": 10},
-        "profile": False,
     }
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
-    return ["--config", "full.yaml", "--config", "trainers/ddp.yaml", "--config", "small.yaml"]
+    return ["--profile=false", "--config", "full.yaml", "--config", "trainers/ddp.yaml", "--config", "small.yaml"]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +100,7 @@ def test_a_rank_that_ends_ends_the_others_with_the_reason(how, reason, words, tm
 
 
 def test_a_refusal_of_all_ranks_is_printed_once(words, tmp_path):
-    first, second = ranks_of(tmp_path, *words, "--trainer.precision", "16-mixed")
+    first, second = ranks_of(tmp_path, *words, "--trainer.precision", "bf16-mixed")
     assert (first.returncode, second.returncode) == (2, 2)
     (told,) = sentences(first, second)
-    assert "trainer.precision is 16-mixed" in told
+    assert "trainer.precision is bf16-mixed" in told
