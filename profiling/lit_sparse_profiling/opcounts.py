@@ -126,7 +126,7 @@ class OpCounts(TorchDispatchMode):
         count = self.ops.setdefault(func._schema.name if overload else func.name(), OpCount())
         count.calls += 1
         given = bound(func, args, kwargs) if overload else {}
-        flops = _flops(func, given, args, kwargs, out)
+        flops = flops_of(func, given, args, kwargs, out)
         if flops is not None:
             count.flops = (count.flops or 0) + flops
             self._add_parts(flops, given)
@@ -165,7 +165,7 @@ def _in_checkpoint() -> bool:
     return False
 
 
-def _flops(func: Any, given: Mapping[str, Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
+def flops_of(func: Any, given: Mapping[str, Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
     """Return the FLOPs of a call; None if there is no formula for its op."""
     if not isinstance(func, OpOverload):  # a higher-order op, such as flex attention, has no schema
         formula = flop_registry.get(func)

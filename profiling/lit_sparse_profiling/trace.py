@@ -20,10 +20,9 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from lit_sparse_profiling.ledger import untyped_storages
-from lit_sparse_profiling.opcounts import SAME_FORMULA
+from lit_sparse_profiling.opcounts import bound, flops_of
 
 aten = torch.ops.aten
 
@@ -269,11 +268,11 @@ class Trace(TorchDispatchMode):
             return torch.empty(tuple(shape), dtype=dtype)
 
     def _count(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
-        packet = func.overloadpacket if isinstance(func, OpOverload) else func
-        formula = flop_registry.get(SAME_FORMULA.get(packet, packet))
-        if formula is not None:
+        given = bound(func, args, kwargs) if isinstance(func, OpOverload) else {}
+        flops = flops_of(func, given, args, kwargs, out)
+        if flops is not None:
             phase = self.marks[-1][1]
-            self.flops[phase] = self.flops.get(phase, 0) + formula(*args, **kwargs, out_val=out)
+            self.flops[phase] = self.flops.get(phase, 0) + flops
 
     # ---- allocations
 
