@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -42,6 +43,7 @@ class Examination:
         counter: The count by category; None before the step.
         ops: FLOPs and bytes of the step's ops; None before the step.
         allocator: The allocator's figures; None until the step has ended.
+        ran_eagerly: True if the model is compiled, which nothing that counts ops can see into: it ran uncompiled.
         outside: Resident bytes that were in no tensor before the lead-in; None on a GPU.
     """
 
@@ -50,6 +52,8 @@ class Examination:
         self.ops: OpCounts | None = None
         self.allocator: Allocator | None = None
         self.outside: int | None = None
+        self.ran_eagerly = False
+        self._frames = compiled_frames()
         self._subject, self._device, self._phases = subject, device, phases
         self._events: CPUEvents | None = None
         self._parts: list[str] = []
@@ -107,6 +111,7 @@ class Examination:
         self._phases.begin(EXAMINED)
         counter = Counter(*self._subject(), batch, self._device)
         counter.add_others()
+        self.ran_eagerly = is_compiled(self._subject()[0]) or compiled_frames() > self._frames
         self.counter, self.ops, self._before = counter, OpCounts(), self._allocated_and_held()
         if self._events is not None:
             self._events.mark(counter.addresses())
@@ -186,3 +191,17 @@ class Examination:
             retries=stats["num_alloc_retries"],
             uncounted=phases[LEAD_IN].peak_requested if LEAD_IN in phases else None,
         )
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Return whether torch.compile compiles the model or a part of it."""
+    dynamo = sys.modules.get("torch._dynamo")  # without it nothing is compiled, and importing it takes seconds
+    if dynamo is None:
+        return False
+    return any(isinstance(module, dynamo.OptimizedModule) or module._compiled_call_impl for module in model.modules())
+
+
+def compiled_frames() -> int:
+    """Return how many frames, such as a compiled function that calls the model, torch has compiled so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else dynamo.counters["frames"]["ok"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 SKIPPED = tuple(str(Path(path).parent) for path in (torch.__file__, __file__))
 """Folders whose frames are no answer: torch's own, and this package's."""
@@ -23,16 +24,21 @@ class Origins:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = {id(module): name or type(module).__name__ for name, module in model.named_modules()}
+        self._model = model
         self._running: list[str] = []
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Follow the forwards of all modules in the block."""
-        handles = (
-            register_module_forward_pre_hook(lambda module, _: self._running.append(self._name(module))),
-            register_module_forward_hook(lambda *_: self._running.pop() and None, always_call=True),
-        )
+        """Follow the forwards of the model's modules in the block."""
+        # Not global hooks: those run a second time for a compiled module, and torch warns of it.
+        handles = [
+            handle
+            for name, module in self._model.named_modules()
+            for handle in (
+                module.register_forward_pre_hook(partial(self._enter, name or type(module).__name__)),
+                module.register_forward_hook(self._leave, always_call=True),
+            )
+        ]
         try:
             yield
         finally:
@@ -40,8 +46,12 @@ class Origins:
                 handle.remove()
             self._running.clear()
 
-    def _name(self, module: nn.Module) -> str:
-        return self._names.get(id(module), self._running[-1] if self._running else "")
+    def _enter(self, name: str, *_: Any) -> None:
+        self._running.append(name)
+
+    def _leave(self, *_: Any) -> None:
+        if self._running:
+            self._running.pop()
 
     def module(self) -> str:
         """Return the name of the module whose forward runs, or of the autograd node; "" outside of both."""

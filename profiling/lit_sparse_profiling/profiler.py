@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
 
 from lit_sparse_profiling.ceilings import DTYPES, CeilingSeries
@@ -37,6 +38,13 @@ TRAINING, EXAMINATION = "training", "examination"
 INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, LEAD_IN, EXAMINED, "forward", "backward", "optimizer step")
 """Phases whose resident memory includes the profiler's own instruments."""
 GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
+EAGER = (
+    "The model is compiled, but the examined step ran eagerly, since nothing sees into compiled code: FLOPs, and "
+    "memory by category and at its peak, are of the eager step. Times, energy, kernels and the peaks of other phases "
+    "are those of compiled steps."
+)
+INSTRUMENTS = {"lead-in": ("lead-in", "examined"), "kernels": ("kernels",)}
+"""Stages that are given up with one of them."""
 MAX_ATTEMPTS = 5
 """Attempts at the steps of one kind before they are given up, if evaluation or saving interrupts each."""
 
@@ -200,9 +208,10 @@ class Profiler:
     def begin_step(self, batch: Any = None) -> None:
         """Begin the next optimizer step, with this batch.
 
-        Raises:
-            RuntimeError: if the step is to be instrumented while another torch.profiler is running.
+        Only one torch.profiler can run. If another one does when this one's is due, the step is not instrumented, nor
+        are those that would belong to it, and a note says so.
         """
+        self._skip_instruments()
         self._stage = stage = self._stages.popleft() if self._stages else "timed"
         if stage == "timed" and self._profiled and self._ceilings.due:
             self._measure_ceilings()
@@ -270,6 +279,20 @@ class Profiler:
             self.nvml.stop()
 
     # ---- stages
+
+    def _skip_instruments(self) -> None:
+        """Take the next steps out of the plan that need torch.profiler, if another one is running."""
+        while self._stages and _profiler_enabled():
+            stage = self._stages[0]
+            begun = self._examination.under_way or self._kernels is not None  # then it is our own that runs
+            needs = stage == "kernels" or (stage == "lead-in" and self.device.type != "cuda")
+            if begun or not needs:
+                return
+            gone = INSTRUMENTS[stage]
+            self._stages = deque(other for other in self._stages if other not in gone)
+            self.notes.append(
+                f"{GIVE_UP_NOTES[gone[-1]]}: another torch.profiler was running, and only one can; profile without it."
+            )
 
     def _measure_ceilings(self) -> None:
         """Measure the device's ceilings between two steps, in a phase of its own and unseen by the driver's sampler."""
@@ -396,6 +419,8 @@ class Profiler:
 
     def _further_notes(self) -> Iterator[str]:
         yield from self._steps.notes(self._examination.ops, self._examined)
+        if self._examination.ran_eagerly:
+            yield EAGER
         if self.nvml is not None:
             yield from self.nvml.notes
         if self._interrupted:

@@ -459,15 +459,59 @@ def test_after_a_failure_nothing_more_is_run_on_the_device(measured: list[str]) 
     assert measured == []
 
 
-@pytest.mark.parametrize("plan", [Plan(0, True, 0), Plan(0, False, 1)], ids=["lead-in", "kernels"])
-def test_a_profiler_of_the_users_is_not_ended(plan: Plan) -> None:
+NOT_COUNTED = "Memory was not counted: another torch.profiler was running, and only one can; profile without it."
+NOT_TIMED = "Kernels were not timed: another torch.profiler was running, and only one can; profile without it."
+
+
+@pytest.mark.parametrize(
+    ("plan", "notes"),
+    [
+        (Plan(0, True, 0), [NOT_COUNTED]),
+        (Plan(0, False, 1), [NOT_TIMED]),
+        (Plan(1, True, 2), [NOT_COUNTED, NOT_TIMED]),
+    ],
+)
+def test_in_a_profiler_of_the_users_steps_are_only_timed_and_a_note_says_so(plan: Plan, notes: list[str]) -> None:
     loop = Loop(plan)
     with profile(activities=[ProfilerActivity.CPU]) as theirs:
-        with pytest.raises(RuntimeError, match=r"another torch\.profiler runs; stop that one first"):
-            loop.step()
+        loop.steps(4)
         loop.profiler.close()
         torch.ones(3).sigmoid()
     assert "aten::sigmoid" in {event.key for event in theirs.key_averages()}
+    record = loop.record()
+    assert (record.throughput.steps, record.memory.held, record.kernels) == (4 - plan.warmup, None, None)
+    assert record.notes == notes
+    assert loop.is_clean()
+
+
+def test_a_profiler_of_the_users_that_has_ended_is_no_hindrance() -> None:
+    loop = Loop(Plan(1, True, 1))
+    with profile(activities=[ProfilerActivity.CPU]):
+        loop.step()
+    loop.steps(4)
+    record = loop.record()
+    assert record.memory.held is not None
+    assert (record.kernels is not None, record.notes) == (True, [])
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_of_a_compiled_model_the_record_says_what_ran_eagerly(wrapped: bool) -> None:
+    loop = Loop(Plan(1, True, 1))
+    plain = Loop(Plan(1, True, 1))
+    plain.steps(6)
+    expected = plain.record()
+    assert profiler.EAGER not in expected.notes
+    if wrapped:
+        loop.profiler.model = loop.model = torch.compile(loop.model, backend="aot_eager")  # pyright: ignore
+    else:
+        loop.model.compile(backend="aot_eager")
+    loop.steps(6)
+    record = loop.record()
+    assert record.notes == [profiler.EAGER]
+    assert record.throughput.flops == expected.throughput.flops
+    assert "the examined step ran eagerly" in profiler.EAGER
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 # ---- throughput
