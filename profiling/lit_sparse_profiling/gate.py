@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lit_sparse_profiling.documents import parse_as
+from lit_sparse_profiling.documents import parse_as, spell_nonfinite
 from lit_sparse_profiling.reconcile import format_bytes
 from lit_sparse_profiling.record import RunRecord, Status
-from lit_sparse_profiling.run_folders import Runs, device_kind, method_name, peak_memory, repetition_key, run_name
+from lit_sparse_profiling.run_folders import (
+    SEEDS,
+    Runs,
+    device_kind,
+    method_name,
+    peak_memory,
+    repetition_key,
+    run_name,
+    without,
+)
 
 BASELINE_SCHEMA = 1
+IRRELEVANT = (*SEEDS, "default_root_dir", "turns")
+"""Settings that may differ from the baseline's."""
+ABSENT = "nothing"
+"""What a message tells of a setting that one side does not have."""
 
 
 def parse_share(text: str) -> float:
@@ -52,13 +66,20 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A run in a baseline: medians over its repetitions with status "ok"."""
+    """A run in a baseline: medians over its repetitions with status "ok".
+
+    What a baseline of before has not (cores, sizes, settings) is None, and not compared.
+    """
 
     status: Status
     device: str | None = None
     model: str | None = None
     peak: int | None = None
     tokens_per_second: float | None = None
+    cores: int | None = None
+    parameters: int | None = None
+    trainable: int | None = None
+    settings: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,16 @@ def _entry(records: list[RunRecord]) -> _Entry:
         model=good[0].model and good[0].model.base,
         peak=round(statistics.median(peaks)) if peaks else None,
         tokens_per_second=statistics.median(speeds) if speeds else None,
+        cores=good[0].device and good[0].device.cores,
+        parameters=good[0].model and good[0].model.parameters,
+        trainable=good[0].model and good[0].model.trainable,
+        settings=_settings(good[0]),
     )
+
+
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """Return the settings on which a run's figures depend, as JSON has them."""
+    return spell_nonfinite(json.loads(json.dumps(without(record.settings, IRRELEVANT), default=repr)))
 
 
 def _figures(record: RunRecord) -> tuple[int | None, float | None]:
@@ -118,7 +148,7 @@ def _figures(record: RunRecord) -> tuple[int | None, float | None]:
 
 
 def check(runs: Runs, baseline: Path, tolerance: float) -> list[Verdict]:
-    """Compare each run with the baseline's run of the same name, without the number.
+    """Compare the runs with the baseline's run of the same name, without the number; repetitions by their median.
 
     A run of the baseline that is missing in `runs` fails the gate too: a method that no longer runs must not pass.
 
@@ -131,7 +161,14 @@ def check(runs: Runs, baseline: Path, tolerance: float) -> list[Verdict]:
         ValueError: if `baseline` is not such a file.
     """
     entries = _read_baseline(baseline).runs
-    verdicts = [_verdict(run_name(file, record), record, entries, tolerance) for file, record in runs]
+    groups: dict[str, list[RunRecord]] = {}
+    verdicts: list[Verdict] = []
+    for file, record in runs:
+        if isinstance(record, str):
+            verdicts.append(Verdict(run_name(file, record), "not comparable", f"not comparable: {record}"))
+        else:
+            groups.setdefault(method_name(record.name), []).append(record)
+    verdicts += [_verdict(records, entries.get(name), tolerance) for name, records in groups.items()]
     gone = entries.keys() - {method_name(run_name(file, record)) for file, record in runs}
     sentence = "not comparable: the baseline has it, but no run of that name was given"
     return [*verdicts, *(Verdict(name, "not comparable", sentence) for name in entries if name in gone)]
@@ -153,29 +190,84 @@ def _read_baseline(path: Path) -> _Baseline:
         raise ValueError(f"{path} is not a valid baseline: {error}; correct it, or save it again.") from error
 
 
-def _verdict(name: str, record: RunRecord | str, entries: dict[str, _Entry], tolerance: float) -> Verdict:
-    entry = entries.get(method_name(name))
-    if isinstance(record, str):
-        return Verdict(name, "not comparable", f"not comparable: {record}")
-    if entry is None:
-        return Verdict(name, "new", f"new: the baseline does not have it ({record.status})")
-    if "ok" not in (record.status, entry.status) and record.status == entry.status:
-        return Verdict(name, "within tolerance", f"{record.status}, as in the baseline")
-    if record.status != "ok":
-        result: Result = "worse" if entry.status == "ok" else "not comparable"
-        return Verdict(name, result, f"{result}: {record.status} where the baseline is {entry.status}: {record.reason}")
+def _verdict(records: list[RunRecord], entry: _Entry | None, tolerance: float) -> Verdict:
+    """Return the verdict on the repetitions of one run."""
+    first = records[0]
+    name = first.name if len(records) == 1 else f"{method_name(first.name)} ({len(records)} runs)"
+    wrong = next((record for record in records if record.status != "ok"), None)
+    if entry is None and wrong is None:
+        return Verdict(name, "new", "new: the baseline does not have it (ok)")
+    if wrong is not None:
+        return _verdict_on_failure(name, wrong, entry)
+    assert entry is not None
+    for record in records:
+        if (sentence := _not_finite(record)) is not None:
+            return Verdict(name, "worse", sentence)
+        if (sentence := _difference(record, entry)) is not None:
+            return Verdict(name, "not comparable", f"not comparable: {sentence}")
     if entry.status != "ok":
         return Verdict(name, "better", f"better: ok where the baseline is {entry.status}")
-    return _compare(name, record, entry, tolerance)
+    return _compare(name, records, entry, tolerance)
 
 
-def _compare(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> Verdict:
-    device, model = record.device and record.device.name, record.model and record.model.base
-    # On another device or model, a change says nothing. It fails rather than pass unseen.
-    for what, now, was in (("device", device, entry.device), ("model", model, entry.model)):
-        if now != was:
-            return Verdict(name, "not comparable", f"not comparable: {what} {now} where the baseline has {was}")
-    peak, speed = _figures(record)
+def _verdict_on_failure(name: str, record: RunRecord, entry: _Entry | None) -> Verdict:
+    """Return the verdict on a run that did not end well: an OOM or a refusal may stay, a failure never passes."""
+    if entry is None and record.status != "failed":
+        return Verdict(name, "new", f"new: the baseline does not have it ({record.status})")
+    if entry is None:
+        return Verdict(name, "worse", f"worse: failed, and the baseline does not have it: {record.reason}")
+    if record.status == entry.status != "failed":
+        return Verdict(name, "within tolerance", f"{record.status}, as in the baseline")
+    result: Result = "worse" if entry.status in ("ok", record.status) else "not comparable"
+    where = "as" if record.status == entry.status else "where"
+    return Verdict(name, result, f"{result}: {record.status} {where} the baseline is {entry.status}: {record.reason}")
+
+
+def _not_finite(record: RunRecord) -> str | None:
+    """Return a sentence on a loss that is no number: such a run is no result, however fast it is."""
+    scores = {f"{name} {moment}": value for moment, found in record.outcome.items() for name, value in found.items()}
+    wrong = [f"{name} training is {value}" for name, value in scores.items() if not math.isfinite(value)]
+    return f"worse: {record.name} diverged, since its {', '.join(wrong)}" if wrong else None
+
+
+def _difference(record: RunRecord, entry: _Entry) -> str | None:
+    """Return what makes the run another than the baseline's; None if they can be compared.
+
+    On another device, with another model or other settings, a change says nothing. It fails rather than pass unseen.
+    """
+    if entry.status != "ok":
+        return None
+    device, model = record.device, record.model
+    pairs = [
+        ("device", device and device.name, entry.device, True),
+        ("cores", device and device.cores, entry.cores, entry.cores is not None),
+        ("model", model and model.base, entry.model, True),
+        ("parameters", model and model.parameters, entry.parameters, entry.parameters is not None),
+        ("trainable", model and model.trainable, entry.trainable, entry.trainable is not None),
+    ]
+    for what, now, was, known in pairs:
+        if known and now != was:
+            return f"{what} {now} where the baseline has {was}"
+    if entry.settings is None:
+        return None
+    now, was = flat(_settings(record)), flat(entry.settings)
+    changed = [key for key in sorted({*now, *was}) if now.get(key, ABSENT) != was.get(key, ABSENT)]
+    told = [f"{key} {now.get(key, ABSENT)} where the baseline has {was.get(key, ABSENT)}" for key in changed[:3]]
+    more = f", and {len(changed) - 3} other settings" if len(changed) > 3 else ""
+    return f"{', '.join(told)}{more}" if told else None
+
+
+def flat(settings: Any, path: str = "") -> dict[str, Any]:
+    """Return nested settings by their dotted keys."""
+    if not isinstance(settings, dict) or not settings:
+        return {path: settings} if path else {}
+    nested = (flat(value, f"{path}.{key}" if path else str(key)) for key, value in settings.items())
+    return {key: value for part in nested for key, value in part.items()}
+
+
+def _compare(name: str, records: list[RunRecord], entry: _Entry, tolerance: float) -> Verdict:
+    figures = [_figures(record) for record in records]
+    peak, speed = (_median(values) for values in zip(*figures, strict=True))
     found = [
         _compare_figure("memory", peak, entry.peak, tolerance, -1, lambda size: format_bytes(round(size))),
         _compare_figure("tokens/s", speed, entry.tokens_per_second, tolerance, 1, "{:,.1f}".format),
@@ -185,6 +277,11 @@ def _compare(name: str, record: RunRecord, entry: _Entry, tolerance: float) -> V
         return Verdict(name, "not comparable", "not comparable: neither memory nor speed was measured")
     results: list[Result] = [result for result, _ in known]
     return Verdict(name, max(results, key=_ORDER.index), "; ".join(sentence for _, sentence in known))
+
+
+def _median(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _compare_figure(

@@ -12,6 +12,7 @@ from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import CEILINGS
 
 RECORD = "record.json"
+SEEDS = ("seed", "seed_everything")
 Runs = Sequence[tuple[Path, RunRecord | str]]
 """Files of records, each with its record or with the sentence that says why it cannot be read."""
 
@@ -94,14 +95,15 @@ def repetition_key(record: RunRecord) -> str:
     where = None if device is None else [device.kind, device.name, device.cores]
     what = None if model is None else [model.base, model.parameters]
     return json.dumps(
-        [method_name(record.name), where, what, _without_seeds(record.settings)], sort_keys=True, default=repr
+        [method_name(record.name), where, what, without(record.settings, SEEDS)], sort_keys=True, default=repr
     )
 
 
-def _without_seeds(settings: Any) -> Any:
+def without(settings: Any, names: Sequence[str]) -> Any:
+    """Return nested settings without the keys of these names."""
     if isinstance(settings, dict):
-        return {key: _without_seeds(item) for key, item in settings.items() if key not in ("seed", "seed_everything")}
-    return [_without_seeds(item) for item in settings] if isinstance(settings, list) else settings
+        return {key: without(item, names) for key, item in settings.items() if key not in names}
+    return [without(item, names) for item in settings] if isinstance(settings, list) else settings
 
 
 def device_kind(record: RunRecord) -> str:

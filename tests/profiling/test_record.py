@@ -2,10 +2,13 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from lit_sparse_profiling import devices
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.sections import Device, Ledger, Memory, ModelSize, Phase, Throughput
 
@@ -157,3 +160,15 @@ def test_a_malformed_record_is_refused_and_the_place_named(
 def test_a_record_without_a_later_field_is_read(tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(json.dumps({"schema": SCHEMA, "name": "x"}))
     assert RunRecord.read(tmp_path / "record.json").phases == []
+
+
+def test_a_processor_is_told_by_its_model_and_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tmp_path / "cpuinfo"
+    monkeypatch.setattr(devices, "CPUINFO", given)
+    given.write_text("processor\t: 0\nmodel\t\t: 17\nmodel name\t: AMD EPYC 9B14\n")
+    found = devices.describe_device(torch.device("cpu"))
+    assert found.name == f"AMD EPYC 9B14, {len(os.sched_getaffinity(0))} cores"
+    assert found.cores == torch.get_num_threads()
+    given.unlink()
+    monkeypatch.setattr(devices.platform, "processor", lambda: "")
+    assert devices.processor_name().startswith(devices.platform.machine())

@@ -334,6 +334,10 @@ def test_a_baseline_is_kept_whole(baseline: Path) -> None:
         "model": "a/model",
         "peak": 3 * GIB,
         "tokens_per_second": 200.0,
+        "cores": 2,
+        "parameters": 1_000_000,
+        "trainable": 8_400,
+        "settings": {"batch_size": 4, "data": {}},
     }
     assert json.loads(baseline.read_text()) == {"schema": 1, "runs": {"smt": kept, "lisa": kept}}
     assert [file.name for file in baseline.parent.iterdir()] == [baseline.name]
@@ -360,6 +364,32 @@ def test_the_same_again_passes(baseline: Path) -> None:
         (replace(CPU, throughput=None), "not comparable", "tokens/s not comparable: it was measured only then"),
         (replace(CPU, device=None), "not comparable", "device None where the baseline has a processor"),
         (replace(CPU, device=Device("cpu", "another")), "not comparable", "device another where the baseline has a p"),
+        (
+            replace(CPU, device=Device("cpu", "a processor", cores=1)),
+            "not comparable",
+            "cores 1 where the baseline has 2",
+        ),
+        (
+            replace(CPU, model=ModelSize("a/model", 1_000_001, 8_400)),
+            "not comparable",
+            "parameters 1000001 where the baseline has 1000000",
+        ),
+        (
+            replace(CPU, settings={"batch_size": 2, "data": {"seed": 9}, "new": True}),
+            "not comparable",
+            "not comparable: batch_size 2 where the baseline has 4, new True where the baseline has nothing",
+        ),
+        (
+            replace(CPU, settings={**CPU.settings, "seed_everything": 5, "default_root_dir": "x"}),
+            "within tolerance",
+            "",
+        ),
+        (
+            replace(CPU, outcome={"after": {"heldout_loss": math.nan}}),
+            "worse",
+            "worse: smt-1 diverged, since its heldout_loss after training is nan",
+        ),
+        (faster(CPU, 2.0, outcome={"after": {"train_loss": math.inf}}), "worse", "train_loss after training is inf"),
         (replace(CPU, model=ModelSize("b", 1, 1)), "not comparable", "model b where the baseline has a/model"),
         (replace(OOM, name="smt-1"), "worse", "oom where the baseline is ok: out of memory [tried 2 GiB]"),
         (replace(CPU, status="failed", reason="why"), "worse", "failed where the baseline is ok: why"),
@@ -382,12 +412,37 @@ def test_a_new_run_passes_and_a_missing_one_fails(baseline: Path) -> None:
     assert found[2].sentence == "not comparable: the baseline has it, but no run of that name was given"
 
 
-def test_each_repetition_has_its_own_verdict(baseline: Path) -> None:
-    assert verdicts(baseline, CPU, faster(CPU, 0.5, name="smt-2"), LISA) == {
-        "smt-1": "within tolerance",
-        "smt-2": "worse",
+def test_repetitions_are_judged_by_their_median(baseline: Path) -> None:
+    slow = faster(CPU, 0.5, name="smt-2")
+    assert verdicts(baseline, CPU, slow, replace(CPU, name="smt-3"), LISA) == {
+        "smt (3 runs)": "within tolerance",
         "lisa-1": "within tolerance",
     }
+    assert verdicts(baseline, CPU, slow, replace(slow, name="smt-3"), LISA)["smt (3 runs)"] == "worse"
+    other = replace(CPU, name="smt-2", settings={"batch_size": 8, "data": {}})
+    assert verdicts(baseline, CPU, other, LISA)["smt (2 runs)"] == "not comparable"
+    failed = replace(CPU, name="smt-2", status="failed", reason="why")
+    assert verdicts(baseline, CPU, failed, LISA)["smt (2 runs)"] == "worse"
+
+
+def test_a_failure_never_passes(tmp_path: Path) -> None:
+    path, failed = tmp_path / "baseline.json", replace(CPU, status="failed", reason="why")
+    save_baseline(runs(failed), path)
+    (verdict,) = check(runs(failed), path, 0.05)
+    assert (verdict.result, verdict.failed) == ("worse", True)
+    assert verdict.sentence == "worse: failed as the baseline is failed: why"
+    assert verdicts(path, CPU) == {"smt-1": "better"}
+    save_baseline([], path)
+    assert verdicts(path, failed) == {"smt-1": "worse"}
+
+
+def test_a_baseline_of_before_settings_were_kept_is_read(baseline: Path) -> None:
+    document = json.loads(baseline.read_text())
+    for entry in document["runs"].values():
+        for key in ("cores", "parameters", "trainable", "settings"):
+            del entry[key]
+    baseline.write_text(json.dumps(document))
+    assert set(verdicts(baseline, replace(CPU, settings={}), LISA).values()) == {"within tolerance"}
 
 
 def test_a_record_that_cannot_be_read_fails(baseline: Path) -> None:
