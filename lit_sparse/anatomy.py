@@ -241,17 +241,22 @@ def _mlp(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> MLP
     return MLP(parent, gates[0] if gates else None, ups[0], downs[0], acts[0])
 
 
-def target_linears(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
+def target_linears(
+    model: nn.Module, targets: Sequence[str], compute: Callable[..., Any] | None = None
+) -> dict[str, nn.Linear | Conv1D]:
     """Return the linear layers of `model` that `targets` name: by role, ending of their name, or `all`.
 
     Those whose weights the model reads without calling them are no targets: see `uncalled`.
+
+    Args:
+        compute: As for `dummy_forward`.
 
     Raises:
         BadInput: if neither a linear layer nor fused experts are among them.
     """
     found, fused = linears(model), experts(model)
     chosen = {name: linear for name, linear in found.items() if is_target(name, targets)}
-    direct = uncalled(model, chosen)
+    direct = uncalled(model, chosen, compute)
     chosen = {name: linear for name, linear in chosen.items() if name not in direct}
     if not chosen and not any(is_target(name, targets) for name in fused):
         roles = ", ".join(sorted({role(name) for name in [*found, *fused]} - {role(name) for name in direct})) or "none"
@@ -320,12 +325,15 @@ def matrix(linear: nn.Linear | Conv1D) -> Tensor:
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
-def uncalled(model: nn.Module, names: Iterable[str]) -> set[str]:
+def uncalled(model: nn.Module, names: Iterable[str], compute: Callable[..., Any] | None = None) -> set[str]:
     """Return those of the linear layers `names` whose weight the model reads without calling the layer.
 
     Mamba's dt_proj is one. Whatever replaces such a layer would have no effect. They are those that a forward pass over
     a few dummy tokens does not call, although it calls the module that holds them; an expert that no token reaches is
     not called either.
+
+    Args:
+        compute: As for `dummy_forward`.
     """
     called: set[nn.Module] = set()
     parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
@@ -333,7 +341,7 @@ def uncalled(model: nn.Module, names: Iterable[str]) -> set[str]:
     hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in watched]
     try:
         if hooks:
-            dummy_forward(model)
+            dummy_forward(model, compute=compute)
     finally:
         for hook in hooks:
             hook.remove()

@@ -18,7 +18,7 @@ from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
-from lit_sparse.modules.window import Window
+from lit_sparse.modules.window import weighed_by_rank
 from lit_sparse.optim import trainable
 from lit_sparse.ranks import check_agreement, digest_of
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
@@ -317,8 +317,8 @@ class BuiltModel(L.LightningModule, ABC):
             batch = move_data_to_device(batch, self.device_to_be)
             with self.autocast():
                 loss = self.compute(self.loss, batch)[0]
-                # FSDP2 averages gradients over ranks: of losses weighed by their tokens, that is the global batch's.
-                yield Window().weigh(loss, loss, self.scored_count(batch), 1) if self._sharded else loss
+                # FSDP2 averages gradients over ranks, to those of the global batch.
+                yield weighed_by_rank(loss, self.scored_count(batch)) if self._sharded else loss
 
     def check_updates_alike(self) -> None:
         """Refuse ranks that train other weights than rank 0, or chose others: each would wait for the others."""

@@ -34,9 +34,7 @@ class Window:
         self._sums = parts if self._sums is None else self._sums + parts
         if micro_batches > 1:
             return penalized * count
-        if _world() == 1:
-            return penalized
-        return penalized * (count * _world() / sum_over_ranks(count.float())).to(penalized.dtype)
+        return weighed_by_rank(penalized, count)
 
     def close(self, micro_batches: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """End the window.
@@ -51,6 +49,11 @@ class Window:
         tokens = tokens.clamp(min=1)
         scale = None if micro_batches == 1 else _world() * micro_batches / tokens
         return loss / tokens, hits / tokens, tokens, scale
+
+
+def weighed_by_rank(loss: Tensor, count: Tensor) -> Tensor:
+    """Return the mean loss of `count` scored tokens, weighed: its mean over ranks is that of all ranks' tokens."""
+    return loss if _world() == 1 else loss * (count * _world() / sum_over_ranks(count.float())).to(loss.dtype)
 
 
 def _world() -> int:

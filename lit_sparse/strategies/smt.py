@@ -17,7 +17,7 @@ gradient and reduces it to the blocks, one tensor at a time: see `lit_sparse.blo
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -155,14 +155,14 @@ class SMT(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._compute = context.compute
-        targets = Targets.of(model, self.targets)
+        targets = Targets.of(model, self.targets, self._compute)
         model.requires_grad_(False)
         self._swap(model, self._select(model, targets, probe), targets)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._compute = context.compute
         choice = {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
-        targets = Targets.of(model, self.targets)
+        targets = Targets.of(model, self.targets, self._compute)
         check_choice(choice, targets.shapes, "the checkpoint")
         model.requires_grad_(False)
         self._swap(model, choice, targets)
@@ -393,8 +393,11 @@ class Targets:
     fused: Mapping[str, Experts]
 
     @classmethod
-    def of(cls, model: nn.Module, targets: Sequence[str]) -> "Targets":
+    def of(cls, model: nn.Module, targets: Sequence[str], compute: Callable[..., Any]) -> "Targets":
         """Return those that `targets` name.
+
+        Args:
+            compute: Runs a function that uses the model, whose parameters may be sharded.
 
         Raises:
             BadInput: if there are none, or if fused experts among them are sharded.
@@ -402,10 +405,10 @@ class Targets:
         fused = target_experts(model, targets)
         if sharded := [name for name, tensor in fused.items() if isinstance(tensor.parameter, DTensor)]:
             raise BadInput(
-                f"SMT: blocks of fused experts such as {sharded[0]} were asked for, but those cannot be sharded yet; "
-                "leave them out of `targets`, or train on one device."
+                f"trainer.strategy is fsdp2, but SMT trains no blocks of sharded fused experts, such as {sharded[0]}; "
+                "give targets without them, or set trainer.strategy to ddp, where each rank has the full model."
             )
-        return cls(target_linears(model, targets), fused)
+        return cls(target_linears(model, targets, compute), fused)
 
     @property
     def shapes(self) -> dict[str, Tensor]:
