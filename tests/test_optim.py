@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from benchmarks.families import FAMILIES
 from lit_sparse.blocks.grid import Blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable
@@ -349,3 +350,14 @@ def test_sharded_blocks_are_refused(mesh):
     optimizer.scatter(divided, weight, INDEX)
     with pytest.raises(BadInput, match="divided among ranks"):
         optimizer.step()
+
+
+def test_biases_of_fused_experts_do_not_decay():
+    """They have a dimension of experts, so that their number of dimensions does not tell them from matrices."""
+    named = list(FAMILIES["gpt-oss"].tiny().named_parameters())
+    decayed, plain = parameter_groups(named)
+    two = {name for name, parameter in named if parameter.ndim == 2 and name.endswith("bias")}
+    assert len(two) == 6
+    assert two <= set(plain["param_names"])
+    assert any(name.endswith("experts.down_proj") for name in decayed["param_names"])
+    assert not any(name.endswith("bias") for name in decayed["param_names"])
