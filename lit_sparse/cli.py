@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import jsonargparse
 import lightning as L
+import torch
 import yaml
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.pytorch.callbacks import Checkpoint
@@ -128,7 +129,7 @@ class CLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         check_trainer_words(config.trainer)
         for key in ("callbacks", "logger"):
-            config.trainer[key] = without_twins(without_enums(config.trainer[key]))
+            config.trainer[key] = without_twins(as_plain(config.trainer[key]))
         self.folder: Path | None = None
         self.root = Path(config.trainer.default_root_dir)
         if config.trainer.max_epochs is None:
@@ -294,13 +295,13 @@ def listed(parts: Any) -> list[Any]:
     return parts if isinstance(parts, list) else [] if parts is None or isinstance(parts, bool) else [parts]
 
 
-def without_enums(value: Any) -> Any:
-    """Replace enumerations in a configuration by their values: YAML cannot hold them (the default of Timer is one)."""
+def as_plain(value: Any) -> Any:
+    """Replace enumerations and devices in a configuration, which are defaults of Timer and SWA, by what YAML holds."""
     if isinstance(value, list):
-        return [without_enums(item) for item in value]
+        return [as_plain(item) for item in value]
     if isinstance(value, jsonargparse.Namespace):
-        return jsonargparse.Namespace(**{key: without_enums(item) for key, item in vars(value).items()})
-    return value.value if isinstance(value, Enum) else value
+        return jsonargparse.Namespace(**{key: as_plain(item) for key, item in vars(value).items()})
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, torch.device) else value
 
 
 def without_twins(parts: Any) -> Any:

@@ -8,8 +8,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import lightning as L
@@ -43,6 +41,8 @@ WANTED = {
     "NoneType": "null",
 }
 CLASS_PATH = r"class_path[ =]'([\w.]+)'"
+LIBRARIES = {"lightning": "Lightning", "wandb": "wandb", "mlflow": "MLflow", "comet_ml": "Comet"}
+"""Packages whose own refusals are the user's to heed, with their names."""
 FILES_OF_DATA = {"Instructions": "data/instructions.yaml", "Text": "data/text.yaml", "Labelled": "data/labelled.yaml"}
 LEAST: dict[str, tuple[float, str]] = {
     "accumulate_grad_batches": (1, "but a step needs a batch; give 1 or more"),
@@ -133,6 +133,8 @@ def no_class(word: str, key: str) -> str:
     """Return the refusal of the name of a class that there is not."""
     names = sorted({kind.__name__ for kind in subclasses(KINDS[key])}) if key in KINDS else []
     own = "a class of your own is named with its module, as in my_module.MyClass"
+    if key == "trainer.logger" and "trackio" in word.lower():
+        own = "Lightning has none for Trackio: use WandbLogger or MLFlowLogger, or " + own
     return f"{key} is {word}, and there is no such class; {suggestion(nearest(word, names), own)}"
 
 
@@ -214,30 +216,31 @@ def understood(error: BaseException) -> BadInput | None:
             return BadInput(
                 f"{place}{cause.strerror}; make room or give another path, then go on from the last checkpoint."
             )
-        if isinstance(cause, MisconfigurationException) or raised_by(L, cause):
-            return BadInput(in_a_sentence(cause))
+        library = "lightning" if isinstance(cause, MisconfigurationException) else raised_by(cause)
+        if library in LIBRARIES:
+            return BadInput(in_a_sentence(LIBRARIES[library], cause))
         cause = cause.__cause__
     return None
 
 
-def raised_by(package: Any, error: BaseException) -> bool:
-    """Return whether a statement `raise` of a package raised `error`."""
+def raised_by(error: BaseException) -> str | None:
+    """Return the name of the package whose statement `raise` raised `error`; None if no such statement did."""
     traceback = error.__traceback__
-    while isinstance(traceback, TracebackType) and traceback.tb_next is not None:
+    while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     if traceback is None:
-        return False
-    file = traceback.tb_frame.f_code.co_filename
-    line = linecache.getline(file, traceback.tb_lineno).strip()
-    return Path(file).is_relative_to(Path(package.__file__).parent) and line.startswith("raise ")
+        return None
+    code = traceback.tb_frame.f_code
+    line = linecache.getline(code.co_filename, traceback.tb_lineno).strip()
+    return str(traceback.tb_frame.f_globals.get("__name__")).partition(".")[0] if line.startswith("raise ") else None
 
 
-def in_a_sentence(error: BaseException) -> str:
-    """Return what Lightning refuses, and the command that installs a package which it lacks."""
+def in_a_sentence(library: str, error: BaseException) -> str:
+    """Return what a library refuses, and the command that installs a package which it lacks."""
     text = " ".join(str(error).split())
     if found := re.search(r"pip install (?:-U )?'?([\w.\[\]-]+)", text):
         return f"the package {found[1]} is needed and not installed; run pip install {found[1]}."
-    return f"Lightning refuses this: {text}"
+    return f"{library} refuses this: {text}"
 
 
 def check_trainer_words(trainer: Mapping[str, Any]) -> None:

@@ -91,7 +91,7 @@ REFUSED = {
     "no clipping": (["--trainer.gradient_clip_algorithm=foo"], "Lightning refuses this: `gradient_clip_algorithm` foo"),
     "monitored in vain": (
         ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"],
-        "EarlyStopping with monitor val_loss, which nothing logs; did you mean heldout_loss?",
+        "EarlyStopping with monitor val_loss, which nothing logs; give one of epoch, grad_norm, heldout_acc",
     ),
     "rates of no logger": (
         ["--trainer.logger=false", "--trainer.callbacks+=LearningRateMonitor"],

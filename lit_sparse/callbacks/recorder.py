@@ -120,6 +120,8 @@ class Recorder(Profile):
             for logger in trainer.loggers:
                 if isinstance(logger, RunCSV | RunTensorBoard):
                     logger.go_on(step)
+                else:
+                    logger.log_hyperparams(dict(self.settings))
 
     def _write_config(self) -> None:
         if self.config is not None:

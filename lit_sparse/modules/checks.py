@@ -1,7 +1,6 @@
 """Refuse incompatible trainer, strategy and optimizer settings."""
 
 from collections.abc import Collection, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 import lightning as L
@@ -103,10 +102,9 @@ def check_monitors(trainer: L.Trainer, known: Collection[str]) -> None:
     for callback in callbacks:
         monitor = getattr(callback, "monitor", None)
         if monitor is not None and monitor not in known:
-            near = get_close_matches(monitor, known, n=1, cutoff=0.5)
             raise BadInput(
-                f"trainer.callbacks has {type(callback).__name__} with monitor {monitor}, which nothing logs; "
-                + (f"did you mean {near[0]}?" if near else f"there is {', '.join(sorted(known))}.")
+                f"trainer.callbacks has {type(callback).__name__} with monitor {monitor}, which nothing logs; give one "
+                f"of {', '.join(sorted(known))}."
             )
 
 
