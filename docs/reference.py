@@ -13,6 +13,7 @@ from docstring_parser import parse
 
 from lit_sparse import bench, callbacks, cli, data, strategies
 from lit_sparse.__main__ import VERBS
+from lit_sparse.export import generate
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import AdamW
 from lit_sparse_profiling.profiler import Plan
@@ -92,7 +93,11 @@ def command_line() -> str:
     """Return the verbs with their own options; those of fit and its like are the keys of a configuration."""
     parts = [table(("verb", "what it does"), ((f"`{verb}`", what) for verb, what in VERBS.items()))]
     parts += [f"## lit-sparse {verb}\n\n{function(call)}" for verb, call in cli.VERBS.items()]
-    parsers: dict[str, argparse.ArgumentParser] = {"bench": bench.parser(), "report": cli.report_parser()}
+    parsers: dict[str, argparse.ArgumentParser] = {
+        "generate": generate.parser(),
+        "bench": bench.parser(),
+        "report": cli.report_parser(),
+    }
     parts += [f"## lit-sparse {verb}\n\n{options(parser)}" for verb, parser in parsers.items()]
     return "\n\n".join(parts)
 

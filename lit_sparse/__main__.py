@@ -12,7 +12,7 @@ VERBS = {
     "validate": "score the held-out rows with a run's checkpoint",
     "test": "answer the held-out questions with a run's checkpoint",
     "export": "write a run as a Hugging Face folder, a PEFT adapter or a delta",
-    "generate": "answer a prompt with a run, beside its base",
+    "generate": "answer prompts with a run, beside its base, or chat",
     "bench": "measure memory, speed and energy of YAMLs, each in a fresh process",
     "plan": "predict the memory of several YAMLs on a GPU, in seconds, without the weights",
     "report": "compare runs by their records",

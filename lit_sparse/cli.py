@@ -36,8 +36,8 @@ from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import STACKED, STACKING, find_configs, methods, read_documents
 from lit_sparse.data.sources import READERS
 from lit_sparse.errors import BadInput
+from lit_sparse.export import generate
 from lit_sparse.export.folder import export
-from lit_sparse.export.generate import generate
 from lit_sparse.modules.sharding import TIMEOUT
 from lit_sparse.plan import Planned, plan
 from lit_sparse.refusals import check_trainer_words, explain, understood
@@ -447,10 +447,11 @@ def compare(argv: Sequence[str]) -> int:
         raise BadInput(str(error)) from error
 
 
-VERBS: dict[str, Callable[..., Any]] = {"export": export, "generate": generate, "list": list_strategies}
+VERBS: dict[str, Callable[..., Any]] = {"export": export, "list": list_strategies}
 """Verbs whose options are the parameters of a function."""
 RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": bench,
+    "generate": generate.command,
     "plan": lambda argv: plan(argv, make_planned),
     "report": compare,
 }

@@ -10,6 +10,7 @@ import pytest
 
 from lit_sparse import bench, cli
 from lit_sparse.configs import find_configs
+from lit_sparse.export import generate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,6 +44,9 @@ def test_a_command_is_one_that_parses(command, monkeypatch, capsys):
         parser = cli.jsonargparse.ArgumentParser(exit_on_error=False)
         parser.add_function_arguments(cli.VERBS[verb], as_positional=True)
         parser.parse_args(cli.switched_on(cli.VERBS[verb], words))
+        return
+    if verb == "generate":
+        generate.parser().parse_intermixed_args(words)
         return
     if verb == "report":
         cli.report_parser().parse_args(words)

@@ -120,7 +120,7 @@ def test_names_on_the_hub(name: str) -> None:
     assert on_hub(name)
 
 
-@pytest.mark.parametrize("name", ["demo", "minilm", "/home/model", "a/b/c", "./model", "config.json"])
+@pytest.mark.parametrize("name", ["demo", "minilm", "/models/base", "a/b/c", "./model", "config.json"])
 def test_other_bases(name: str) -> None:
     assert not on_hub(name)
 
