@@ -5,7 +5,7 @@ BIN := .venv/bin
 BUILT := .venv/.built
 OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
 
-.PHONY: help demo test oldest check gpu bench quality readme docs assets format
+.PHONY: help demo test oldest check gpu bench quality fuzz readme docs assets format
 help:     ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile
 
@@ -36,6 +36,9 @@ bench: $(BUILT)     ## measure memory and speed beside the peers, into benchmark
 
 quality: $(BUILT)     ## fill a quality table (TABLE=blocks_0.84) for MINUTES, as long as something is left to do
 	$(BIN)/python -m benchmarks.quality $(or $(TABLE),blocks_0.84) --minutes $(or $(MINUTES),60)
+
+fuzz: $(BUILT)     ## stop and resume random fits of METHODS (all by default), EXAMPLES of each (200)
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:profiling $(BIN)/python -m tests.fuzz $(METHODS) --examples $(or $(EXAMPLES),200)
 
 readme: $(BUILT)     ## write the generated tables, pages and figures
 	$(BIN)/python benchmarks/readme.py

@@ -31,7 +31,7 @@ from lit_sparse.modules.loading import load_errors
 from lit_sparse.optim import AdamW, trainable
 from lit_sparse_kernels import block_adamw, master_adamw
 from lit_sparse_profiling.caching import replay
-from lit_sparse_profiling.trace import Moment, Trace
+from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
 from lit_sparse_profiling.workspaces import cpu_workspace
 
 Device = Literal["cuda", "cpu"]
@@ -89,6 +89,7 @@ class Forecast:
         allocated: Peak of the allocator, as tensors request it.
         reserved: Peak of the segments that CUDA's caching allocator takes; `allocated` on a CPU.
         phases: Highest moment of each phase.
+        kept: The moment before the last backward pass.
         flops: Floating-point operations of an optimizer step.
         seconds: Seconds of the trace.
         checkpointing: Whether activations are recomputed layer by layer.
@@ -101,6 +102,7 @@ class Forecast:
     allocated: int
     reserved: int
     phases: Mapping[str, Moment]
+    kept: Moment | None
     flops: int
     seconds: float
     checkpointing: bool = False
@@ -138,6 +140,8 @@ def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
     with choices_of(setting.device), gc_paused():
         trace_training(module, token_batch(setting.batch_size, setting.length), trace, setting)
     phases = trace.peaks()
+    turns = [start for start, phase in trace.marks if phase == BOUNDARY]
+    kept = trace.moment("forward", turns[-1] - 1) if turns else None
     allocated = max(moment.bytes for moment in phases.values())
     reserved = allocated
     if setting.device == "cuda":
@@ -152,6 +156,7 @@ def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
         allocated,
         reserved,
         phases,
+        kept,
         sum(flops for phase, flops in trace.flops.items() if phase != "selection") // steps,
         perf_counter() - begin,
         module.activation_checkpointing,
@@ -215,6 +220,10 @@ def _in_fp32(tensor: Tensor) -> Tensor:
 def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace, setting: Setting) -> Optimizer:
     """Run loading, selection and steps of `module` under `trace`, and one more step as a repetition of the last."""
     with trace, ExitStack() as stack:
+        if setting.device == "cpu":  # activation checkpointing keeps one for each layer; on a GPU they are on the host
+            stack.enter_context(
+                patch.object(torch, "get_rng_state", lambda: _recorded(trace, "rng state", rng_state()))
+            )
         _load(module, trace)
         model = module.build()
         batch = dict(batch)
@@ -239,6 +248,14 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
             _step(module, optimizer, step, batch, setting, trace)
         trace.repeat(since)
     return optimizer
+
+
+rng_state = torch.get_rng_state
+
+
+def _recorded(trace: Trace, name: str, tensor: Tensor) -> Tensor:
+    trace.add(name, [tensor])
+    return tensor
 
 
 def steps_of(module: LitSparse) -> list[int]:

@@ -397,6 +397,35 @@ class Slow(L.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class SlowWithinAWindow(L.Callback):
+    """Signals this process while it evaluates between the two batches of the second step."""
+
+    def on_validation_batch_start(self, trainer, *args, **options):
+        if trainer.global_step == 1 and trainer.fit_loop._should_accumulate():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_an_evaluation_within_a_window_loses_no_gradient(home):
+    """The first step's checkpoint, resumed from: nothing is saved before the second step is done."""
+    words = ["--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1"]
+    fit(*words, "--run=straight", "--trainer.max_steps=3")
+    Path("slow.yaml").write_text("trainer:\n  callbacks: [tests.test_runs.SlowWithinAWindow]\n")
+    for _ in range(2):
+        saved = [f"--ckpt_path={RUN / LAST}"] if RUN.is_dir() else []
+        with pytest.raises(cli.Stopped):
+            fit("--config", "slow.yaml", "--run=lora", *words, *saved, "--trainer.max_steps=3", "--checkpoint_steps=1")
+    fit(*words, f"--ckpt_path={RUN / LAST}", "--run=lora", "--trainer.max_steps=3")
+    assert losses(RUN) == losses(Path("runs/straight-1"))
+
+
+def test_a_run_that_went_on_from_an_epochs_end_is_complete_at_its_last(home):
+    """Lightning does not count the epoch that follows such a checkpoint, and would train one more."""
+    fit("--trainer.max_epochs=1", "--trainer.limit_train_batches=2")
+    for _ in range(2):
+        fit("--trainer.max_epochs=2", "--trainer.limit_train_batches=2", f"--ckpt_path={RUN / LAST}")
+        assert step_of(RUN) == 4
+
+
 def test_a_signal_in_an_evaluation_saves_too(home):
     Path("slow.yaml").write_text("trainer:\n  callbacks: [tests.test_runs.Slow]\n")
     with pytest.raises(cli.Stopped, match="after step 2"):

@@ -74,7 +74,7 @@ class LastCheckpoint:
         self.signals.listen()
 
     def after_batch(self, trainer: L.Trainer) -> None:
-        """Save if it is time, at the end of an epoch, after the last step, and if a signal asked the fit to end.
+        """Save if it is time, at the end of an epoch, after the last step, and if the fit was asked to end.
 
         Not left to the end of training: there Lightning has counted an unfinished epoch as finished, and a resumed fit
         would skip the rest of it.
@@ -83,7 +83,8 @@ class LastCheckpoint:
         if step == self._done:  # more batches are accumulated, and their gradients are in no checkpoint
             return
         self._done = step
-        if self.every and (step % self.every == 0 or step == trainer.max_steps or trainer.is_last_batch):
+        ends = step == trainer.max_steps or trainer.is_last_batch or trainer.should_stop
+        if self.every and (step % self.every == 0 or ends):
             self._save(trainer)
         self.save_if_asked(trainer)
 

@@ -152,8 +152,9 @@ class Recorder(Profile):
             self.before = scores
         else:
             self.after = scores
-            self.checkpoint.save_if_asked(trainer)
-            self.checkpoint.leave(trainer)
+            if not trainer.fit_loop._should_accumulate():  # else gradients are pending, which no checkpoint holds
+                self.checkpoint.save_if_asked(trainer)
+                self.checkpoint.leave(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self.checkpoint.leave(trainer)

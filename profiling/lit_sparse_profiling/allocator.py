@@ -128,11 +128,11 @@ class CPUEvents:
         results = self._profile.profiler
         assert results is not None
         assert results.kineto_results is not None
-        events = list(_walk(results.kineto_results.experimental_event_tree()))
+        events = list(walk_events(results.kineto_results.experimental_event_tree()))
         begin = next((event.start_time_ns for event in events if event.name == MARK), None)
         if begin is None:
             raise RuntimeError("Allocations were recorded without a mark; call mark between start and stop.")
-        changes, held = _size_changes(events), dict(self._known)
+        changes, held = size_changes(events), dict(self._known)
         before = _levels([change for change in changes if change.when < begin], held)
         self.peak_before = max(before) - before[-1]
         fresh = {change.address for change in changes if change.when < begin and change.size > 0}
@@ -143,7 +143,7 @@ class CPUEvents:
         self.peak, self.left = max(levels), levels[-1]
 
 
-class _Change(NamedTuple):
+class Change(NamedTuple):
     """An allocation (size above 0) or a free (below 0) of bytes at an address, and its time in nanoseconds."""
 
     when: int
@@ -151,7 +151,7 @@ class _Change(NamedTuple):
     address: int
 
 
-def _walk(events: Iterable[Any]) -> Iterator[Any]:
+def walk_events(events: Iterable[Any]) -> Iterator[Any]:
     """Iterate over the events of a tree, parents first."""
     ahead = list(events)
     while ahead:
@@ -160,13 +160,13 @@ def _walk(events: Iterable[Any]) -> Iterator[Any]:
         yield event
 
 
-def _size_changes(events: Iterable[Any]) -> list[_Change]:
+def size_changes(events: Iterable[Any]) -> list[Change]:
     """Return the CPU allocator's allocations and frees, ordered by time."""
     fields = [(event.start_time_ns, event.extra_fields) for event in events if event.tag == _EventType.Allocation]
-    return sorted(_Change(when, it.alloc_size, it.ptr) for when, it in fields if it.device.type == "cpu")
+    return sorted(Change(when, it.alloc_size, it.ptr) for when, it in fields if it.device.type == "cpu")
 
 
-def _levels(changes: Iterable[_Change], held: dict[int, int]) -> list[int]:
+def _levels(changes: Iterable[Change], held: dict[int, int]) -> list[int]:
     """Return the level above the beginning, first 0 and then after each change.
 
     `held` maps the addresses of known blocks to their bytes, and is updated in place.

@@ -199,9 +199,9 @@ class Trace(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         out = self._run(func, args, kwargs, given)
         self._count(func, args, kwargs, out)
+        self._note(name_of(func), out)
         if workspace := self._workspaces(func, args, kwargs, out):
             self._pass_by(workspace, func)
-        self._note(name_of(func), out)
         return out
 
     def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], given: Sequence[Tensor]) -> Any:
@@ -219,6 +219,8 @@ class Trace(TorchDispatchMode):
             return self._unknown((max(kwargs.get("minlength", 0), *(args[2:] or [1])),), torch.int64)
         if func is aten.nonzero.default:
             return self._unknown((self._scattered.get(id(args[0].untyped_storage()), args[0].numel()), args[0].ndim))
+        if func in (aten.sparse_mask.default, aten._sparse_mask_projection.default):
+            return self._masked(args[0], args[1])
         if written_real(func, args):
             return (
                 args[0] if args[0].is_floating_point() else args[0].fill_(MANY if args[0].dtype is torch.int64 else 1)
@@ -261,7 +263,17 @@ class Trace(TorchDispatchMode):
     def _select(self, tensor: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
         """Return what a mask selects if it selects everything."""
         dims = sum(index.ndim for index in indices if index is not None)
-        return self._unknown((tensor.shape[:dims].numel(), *tensor.shape[dims:]), tensor.dtype)
+        count = tensor.shape[:dims].numel()
+        out = self._unknown((count, *tensor.shape[dims:]), tensor.dtype)
+        # The places of the entries are alive beside the output, within the op.
+        self._pass_by(count * dims * torch.int64.itemsize + out.untyped_storage().nbytes(), aten.nonzero.default)
+        return out
+
+    def _masked(self, tensor: Tensor, mask: Tensor) -> Tensor:
+        """Return the entries of a tensor at those of a sparse mask."""
+        with self.fake:
+            values = torch.empty(mask._values().shape, dtype=tensor.dtype)
+            return torch.sparse_coo_tensor(mask._indices(), values, tensor.shape, is_coalesced=True)
 
     def _unknown(self, shape: Sequence[int], dtype: torch.dtype = torch.int64) -> Tensor:
         with self.fake:
@@ -339,13 +351,13 @@ class Trace(TorchDispatchMode):
         """Return the blocks that are alive after the event of that index."""
         return [b for b in self.blocks if b.born <= event and (b.died is None or b.died > event)]
 
-    def moment(self, phase: str, event: int, bytes: int, largest: int = 20) -> Moment:
+    def moment(self, phase: str, event: int, largest: int = 20) -> Moment:
         """Return what is alive after the event of that index."""
         found = [(block.size, *self.category(block, event)) for block in self.alive(event)]
         categories: dict[str, int] = {}
         for size, category, _ in found:
             categories[category] = categories.get(category, 0) + size
-        return Moment(phase, bytes, event, categories, sorted(found, reverse=True)[:largest])
+        return Moment(phase, sum(categories.values()), event, categories, sorted(found, reverse=True)[:largest])
 
     def peaks(self) -> dict[str, Moment]:
         """Return the highest moment of each phase, by name."""
@@ -357,7 +369,7 @@ class Trace(TorchDispatchMode):
             for event in range(first, end):
                 if phase not in best or levels[event] > best[phase][0]:
                     best[phase] = levels[event], event
-        return {phase: self.moment(phase, event, level) for phase, (level, event) in best.items()}
+        return {phase: self.moment(phase, event) for phase, (_, event) in best.items()}
 
 
 def name_of(func: Any) -> str:

@@ -106,7 +106,7 @@ def test_memory_of_other_devices_is_not_the_cpus() -> None:
 
     events = [allocation(3, -8, "cpu"), allocation(1, 8, "cpu"), allocation(2, 4096, "cuda:0")]
     other = SimpleNamespace(tag=_EventType.TorchOp, start_time_ns=2, extra_fields=None)
-    assert [change[:2] for change in allocator._size_changes([*events, other])] == [(1, 8), (3, -8)]
+    assert [change[:2] for change in allocator.size_changes([*events, other])] == [(1, 8), (3, -8)]
 
 
 def test_a_block_that_fails_leaves_no_profiler_running() -> None:

@@ -1,0 +1,305 @@
+"""The planner's error: what `lit-sparse plan` predicts, beside what the same training allocates on this CPU.
+
+`python -m benchmarks.planner` trains each method on tiny models of five families, in three shapes of batch, with and
+without activation checkpointing, through Lightning's own trainer. The measurement shares no code with the planner: it
+adds up the events of the CPU's allocator from the loading of the model on, phase by phase, and the ledger's exact bytes
+of weights, gradients and state. Configurations come in a fixed random order and are appended one by one to
+benchmarks/results/planner.jsonl, so that a run may be stopped at any time and goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from time import monotonic
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    Olmo2Config,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from benchmarks.measurements import Line, read_lines
+from benchmarks.provenance import ROOT, of_device
+from benchmarks.turns import append
+from lit_sparse.cli import make_planned
+from lit_sparse.configs import methods
+from lit_sparse.data import Synthetic
+from lit_sparse.errors import BadInput
+from lit_sparse.modules import LitSparse
+from lit_sparse.plan import fit_command
+from lit_sparse.planner import Forecast, Setting, forecast
+from lit_sparse_profiling.allocator import size_changes, walk_events
+from lit_sparse_profiling.ledger import ledger
+from lit_sparse_profiling.sections import Ledger
+
+RESULTS = ROOT / "benchmarks" / "results" / "planner.jsonl"
+VOCABULARY = 512
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "qwen2": Qwen2Config(
+        hidden_size=80,
+        intermediate_size=144,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=512),
+    "olmo2": Olmo2Config(
+        hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
+    ),
+    "opt": OPTConfig(hidden_size=64, ffn_dim=192, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64),
+}
+"""Tiny models, by family."""
+SHAPES = ((2, 64), (1, 200), (5, 33))
+"""Rows of a batch, and tokens of each."""
+SHORT = ("--model.updates.interval=2",)
+"""Options of methods that change what they train every so many steps: soon enough for a measurement."""
+NEGLIGIBLE = 0.01
+"""Share of the peak below which a category's error does not count."""
+
+
+class Case(NamedTuple):
+    """One training to plan and to measure."""
+
+    method: str
+    family: str
+    batch_size: int
+    length: int
+    checkpointing: bool
+
+
+class Measured(NamedTuple):
+    """Bytes of a real training: peak by phase, and by category at the times when these are largest."""
+
+    phases: dict[str, int]
+    categories: dict[str, int]
+
+
+def cases() -> list[Case]:
+    """Return all configurations, in a fixed random order."""
+    found = [
+        Case(path.stem, family, *shape, checkpointing)
+        for path, family, shape, checkpointing in product(methods(), FAMILIES, SHAPES, (False, True))
+    ]
+    random.Random(0).shuffle(found)
+    return found
+
+
+def config_in(folder: Path, family: str) -> Path:
+    """Write the configuration of a family's tiny model into `folder`, and return its path."""
+    config = FAMILIES[family]
+    config.update({"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    config.save_pretrained(folder / family)
+    return folder / family / "config.json"
+
+
+def module_of(case: Case, config: Path) -> LitSparse:
+    """Return the module that `fit` would train."""
+    options = [f"--model.base={config}", f"--model.activation_checkpointing={str(case.checkpointing).lower()}"]
+    more = SHORT if case.method.startswith("lisa") else ()
+    return make_planned([*fit_command(f"{case.method}.yaml", [], options), *more]).module
+
+
+def predicted(case: Case, config: Path) -> Forecast:
+    """Plan the training of a case on a CPU."""
+    return forecast(case.method, module_of(case, config), Setting("cpu", case.batch_size, case.length))
+
+
+# ---- the measurement
+
+
+class Marks(L.Callback):
+    """Marks the phases of a training in the profile that runs, and takes the ledger where it is largest."""
+
+    def __init__(self) -> None:
+        self.ledgers: dict[str, Ledger] = {}
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        mark("forward")
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        self._take("backward", trainer, pl_module)
+        mark("backward")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        self._take("gradients", trainer, pl_module)
+        mark("optimizer step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        mark("between")
+
+    def _take(self, name: str, trainer: L.Trainer, module: Any) -> None:
+        self.ledgers[name] = ledger(module, trainer.optimizers[0], [update.held() for update in module.updates])
+
+
+def mark(phase: str) -> None:
+    """Put the beginning of a phase into the profile."""
+    with record_function(f"phase {phase}"):
+        pass
+
+
+def measured(case: Case, config: Path) -> Measured:
+    """Train a case on this CPU with Lightning's trainer, and add up the allocator's events."""
+    module, marks = module_of(case, config), Marks()
+    attach = module.updates.attach
+
+    def marked(*args: Any) -> None:
+        mark("selection")
+        attach(*args)
+        mark("between")
+
+    module.updates.attach = marked
+    steps = max([2, *(2 * update.period for update in module.updates if update.period is not None)])
+    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        warnings.simplefilter("ignore")
+        mark("loading")
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            callbacks=[marks],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            limit_val_batches=0,
+        )
+        rows = (steps + 8) * case.batch_size
+        data = Synthetic(vocab_size=VOCABULARY, max_length=case.length, batch_size=case.batch_size, rows=rows)
+        trainer.fit(module, datamodule=data)
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = list(walk_events(profiled.profiler.kineto_results.experimental_event_tree()))
+    peaks, level = levels_of(events)
+    return Measured(peaks, categories_of(marks.ledgers, level))
+
+
+def levels_of(events: Sequence[Any]) -> tuple[dict[str, int], int]:
+    """Return the peak of each phase in bytes, and the level at the beginning of the last backward pass."""
+    begins = iter(sorted((e.start_time_ns, e.name[6:]) for e in events if e.name.startswith("phase ")))
+    held: dict[int, int] = {}
+    peaks: dict[str, int] = {}
+    level = before_backward = 0
+    phase, ahead = "", next(begins, None)
+    for change in size_changes(events):
+        while ahead is not None and ahead[0] <= change.when:
+            phase, ahead = ahead[1], next(begins, None)
+            peaks[phase] = max(peaks.get(phase, 0), level)
+            before_backward = level if phase == "backward" else before_backward
+        if change.size > 0:
+            held[change.address] = change.size
+            level += change.size
+        else:
+            level -= held.pop(change.address, 0)
+        if phase:
+            peaks[phase] = max(peaks[phase], level)
+    del peaks["between"]
+    return peaks, before_backward
+
+
+def categories_of(ledgers: dict[str, Ledger], before_backward: int) -> dict[str, int]:
+    """Return the bytes of each category, by the planner's names."""
+    kept, last = ledgers["backward"], ledgers["gradients"]
+    held = kept.trainable + kept.frozen + kept.buffers + kept.gradients + kept.optimizer + kept.strategy
+    return {
+        "trained weights": kept.trainable,
+        "frozen weights": kept.frozen,
+        "gradients": last.gradients,
+        "optimizer state": kept.optimizer,
+        "saved for backward": before_backward - held,
+    }
+
+
+# ---- the comparison
+
+
+def line_of(case: Case, plan: Forecast, real: Measured) -> Line:
+    """Return what was predicted and what was measured, in bytes."""
+    assert plan.kept is not None
+    ours = {
+        **{name: plan.kept.categories.get(name, 0) for name in real.categories},
+        "gradients": plan.phases["optimizer step"].categories.get("gradients", 0),
+    }
+    return {
+        **of_device("planner", torch.device("cpu")),
+        **case._asdict(),
+        "predicted": {"peak": plan.allocated, **{name: moment.bytes for name, moment in plan.phases.items()}},
+        "measured": {"peak": max(real.phases.values()), **real.phases},
+        "predicted_categories": ours,
+        "measured_categories": real.categories,
+    }
+
+
+def error(line: Line, phase: str = "peak") -> float:
+    """Return the relative error of a phase's peak; above 0 where too much was predicted."""
+    return line["predicted"][phase] / line["measured"][phase] - 1
+
+
+def category_errors(line: Line) -> Iterator[float]:
+    """Yield the relative error of each category that takes more than `NEGLIGIBLE` of the peak."""
+    for name, size in line["measured_categories"].items():
+        if size > NEGLIGIBLE * line["measured"]["peak"]:
+            yield line["predicted_categories"][name] / size - 1
+
+
+def compare(case: Case, config: Path) -> Line:
+    """Plan and measure a case.
+
+    Raises:
+        BadInput: if the method refuses the model.
+    """
+    return line_of(case, predicted(case, config), measured(case, config))
+
+
+def main() -> int:
+    """Measure what is missing; return the exit status, 1 if a mark is missed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=60, help="stop after so many (default 60)")
+    parser.add_argument("--methods", nargs="+", help="only these (default all)")
+    for name in ("lightning.pytorch", "lit_sparse"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    done = read_lines(asked.results, "python -m benchmarks.planner") if asked.results.exists() else []
+    known = {json.dumps([line[name] for name in Case._fields]) for line in done}
+    end = monotonic() + asked.minutes * 60
+    with tempfile.TemporaryDirectory() as folder:
+        configs = {family: config_in(Path(folder), family) for family in FAMILIES}
+        for case in cases():
+            if json.dumps(list(case)) in known or (asked.methods and case.method not in asked.methods):
+                continue
+            if monotonic() > end:
+                break
+            try:
+                line = compare(case, configs[case.family])
+            except BadInput as refused:
+                print(*case, "refused:", refused, flush=True)
+                continue
+            append(asked.results, [line])
+            worst = max(map(abs, category_errors(line)), default=0)
+            print(*case, f"{error(line):+.2%}", f"categories {worst:.2%}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
