@@ -19,7 +19,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import StrategyRegistry
 from torch.optim import Optimizer
 
-import lit_sparse
+import lit_sparse.data
 from lit_sparse.errors import BadInput
 from lit_sparse.strategies import UpdateStrategy
 

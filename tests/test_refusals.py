@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_sparse import cli
 from lit_sparse.callbacks.checkpointing import LastCheckpoint

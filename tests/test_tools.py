@@ -194,8 +194,13 @@ class Kept(Logger):
         super().__init__()
         type(self).sent = {"parameters": {}, "metrics": [], "ends": []}
 
-    name = property(lambda self: "kept")
-    version = property(lambda self: "0")
+    @property
+    def name(self) -> str:
+        return "kept"
+
+    @property
+    def version(self) -> str:
+        return "0"
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **options: Any) -> None:
