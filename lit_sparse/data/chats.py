@@ -154,6 +154,11 @@ class ChatTemplate:
             place, body = self._place(chat, index, whole)
         else:
             place = body = len(common(prompt, whole))
+            if place < len(prompt) - len(self.opening):
+                raise BadRow(
+                    "the tokenizer's chat template renders the turns before an answer without content otherwise if "
+                    "turns follow, so that it cannot be found; end the row with this answer"
+                )
         begin = len(prompt) if opened else self._parting(prompt, whole, place)
         # From the question's end on: the prompt itself may open the <think> that an answer begins with.
         check_shown(

@@ -143,12 +143,17 @@ def card_of(target: Path) -> Path:
 
 def tell_end(module: LitSparse, config: Mapping[str, Any]) -> None:
     """Say so if answers of the run end with a token at which generation with its base does not end."""
-    kind = str((config.get("data") or {}).get("class_path")).rpartition(".")[2]
-    if not isinstance(module, CausalLM) or kind not in ("Embedded", "Instructions"):
+    if not isinstance(module, CausalLM) or not learns_answers(config):
         return
     encoder = encoder_of(module, config)
     if encoder.end not in own_ends(module.build()):
         print(f"Answers end with {encoder.end_text}, and the base's do not: give generate eos_token_id={encoder.end}.")
+
+
+def learns_answers(config: Mapping[str, Any]) -> bool:
+    """Return whether the data of a run are answers, which end with a token of their own, and not plain text."""
+    kind = str((config.get("data") or {}).get("class_path")).rpartition(".")[2]
+    return kind in ("Embedded", "Instructions")
 
 
 # ---- a Hugging Face folder
@@ -184,7 +189,8 @@ def write_tokenizer(merge: Merge, folder: Path) -> None:
     if isinstance(merge.module, CausalLM) and tokenizer.is_fast and tokenizer.eos_token is not None:
         encoder = encoder_of(merge.module, merge.config)
         set_ends(merge.model, encoder)
-        if encoder.chats and encoder.end_text != encoder.eos and not encoder.chats.writes(encoder.eos):
+        other = learns_answers(merge.config) and encoder.end != encoder.text_end
+        if other and encoder.chats and not encoder.chats.writes(encoder.eos):
             tokenizer.eos_token = encoder.end_text
             print(f"Answers end with {encoder.end_text}: it is the export's eos_token; the base has {encoder.eos}.")
     tokenizer.save_pretrained(folder)

@@ -194,6 +194,26 @@ def test_calls_of_tools_are_learnt(template: str) -> None:
         )
 
 
+def test_a_call_that_cannot_be_found_is_refused_and_nothing_else_is_learnt() -> None:
+    """Mistral's templates write the tools before the last question only, so that earlier prompts are no prefixes."""
+    moving = "{% set ns = namespace(last=0) %}{% for m in messages if m.role == 'user' %}{% set ns.last = m.content %}"
+    moving += "{% endfor %}" + MISTRAL.replace(
+        "{% if m.role == 'user' %}",
+        "{% if m.role == 'user' %}{% if tools and m.content == ns.last %}{{ tools | tojson }}{% endif %}",
+    )
+    more = [user("again?"), assistant("ten")]
+    made = encoder(moving)
+    call, *answers = learnt(made, CALLING)
+    assert call.startswith("[TOOL_CALLS]")
+    assert answers == [" eight<eos>"]
+    with pytest.raises(BadRow, match="an answer without content otherwise if turns follow"):
+        learnt(made, {**CALLING, "messages": [*CALLING["messages"], *more]})
+    assert learnt(made, {"messages": [user("1?"), assistant("nine"), *more], "tools": TOOLS}) == [
+        "nine<eos>",
+        " ten<eos>",
+    ]
+
+
 def test_calls_may_end_with_a_token_of_their_own() -> None:
     calls = (
         "{% for m in messages %}{{ '<|start|>' + m.role }}"
