@@ -375,13 +375,17 @@ def shared_inputs(model: nn.Module, names: Iterable[str], compute: Callable[...,
     return groups + [[name] for name in sorted(missing)]
 
 
-def unreached_layers(model: nn.Module) -> list[int]:
-    """Return the numbers of the decoder layers that text does not reach: Mllama's cross-attention needs an image."""
+def unreached_layers(model: nn.Module, compute: Callable[..., Any] | None = None) -> list[int]:
+    """Return the numbers of the decoder layers that text does not reach: Mllama's cross-attention needs an image.
+
+    Args:
+        compute: As for `dummy_forward`.
+    """
     called: set[nn.Module] = set()
     layers = decoder_layers(model)
     hooks = [layer.register_forward_pre_hook(lambda layer, args: called.add(layer)) for layer in layers]
     try:
-        dummy_forward(model)
+        dummy_forward(model, compute=compute)
     finally:
         for hook in hooks:
             hook.remove()
@@ -394,7 +398,8 @@ def dummy_forward(model: nn.Module, field: str = "logits", compute: Callable[...
     The last token is the end of the text for an encoder-decoder model: BART and T5 classify there.
 
     Args:
-        compute: Runs a function that uses the model, where its parameters are sharded; None calls it.
+        compute: Runs a function that uses the model, where its parameters are sharded or of several dtypes; None calls
+            it.
     """
     device, config = device_of(next(model.parameters())), model.config
     last = config.eos_token_id if config.is_encoder_decoder else 3  # pyright: ignore

@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
 
 import lit_sparse.data
@@ -31,7 +31,7 @@ import lit_sparse.strategies
 from lit_sparse.bench import bench
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, Stopped
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
-from lit_sparse.callbacks.rank_watch import RankWatch, tell_once
+from lit_sparse.callbacks.rank_watch import RankWatch, rank_of_this, tell_once
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import STACKED, STACKING, find_configs, methods, read_documents
 from lit_sparse.data.sources import READERS
@@ -527,7 +527,7 @@ def main() -> None:
     except Stopped as stopped:
         tell_once(str(stopped), "stopped")
         # Rank 0 has the run's status: Lightning kills it as soon as a rank that it started ends with another than 0.
-        sys.exit(128 + stopped.number if rank_zero_only.rank == 0 else 0)
+        sys.exit(128 + stopped.number if rank_of_this() == 0 else 0)
     except Exception as error:
         told = understood(error)
         if told is None:

@@ -40,7 +40,7 @@ class RankWatch(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._thread is None and trainer.world_size > 1 and dist.is_initialized():
             self._rank, self._world = trainer.global_rank, trainer.world_size
-            self._store = _get_default_store().clone()  # its own connection: another one may be waiting
+            self._store = own_store()
             self._stop.clear()
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
@@ -111,6 +111,16 @@ class RankWatch(L.Callback):
         os._exit(1)  # the main thread may be in an operation that waits for the other rank
 
 
+def own_store() -> Any:
+    """Return the store at which the ranks met, through a connection of its own: another one may be waiting."""
+    return _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue] - torch's stubs lack it
+
+
+def rank_of_this() -> int:
+    """Return the rank of this process, also before the ranks have met."""
+    return getattr(rank_zero_only, "rank", 0)
+
+
 def tell_once(sentence: str, what: str | None = None) -> None:
     """Print `lit-sparse: <sentence>` to stderr, on one rank of those that have it to say.
 
@@ -122,9 +132,9 @@ def tell_once(sentence: str, what: str | None = None) -> None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         key = hashlib.sha256((what or sentence).encode()).hexdigest()
         try:
-            told = _get_default_store().clone().add(f"told/{key}", 1) > 1
+            told = own_store().add(f"told/{key}", 1) > 1
         except dist.DistError:  # rank 0 has the store, and has ended: it has told, or was killed
-            told = rank_zero_only.rank != 1
+            told = rank_of_this() != 1
     else:
         told = int(os.environ.get("LOCAL_RANK", "0")) > 0
     if not told:

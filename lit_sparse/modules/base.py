@@ -194,7 +194,8 @@ class LitSparse(Resumable):
     def configure_model(self) -> None:
         super().configure_model()
         if self._follows_trainable_set:
-            self.trainer.strategy.configure_ddp = lambda: None  # the module is not wrapped; see _average_replicated
+            # The module is not wrapped, and its gradients are averaged by `_average_replicated`.
+            self.trainer.strategy.configure_ddp = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
     def _close_window(self) -> None:
         """Log the step's scores; divide gradients by its scored tokens, before any hook of the step sees them."""

@@ -225,7 +225,7 @@ class BuiltModel(L.LightningModule, ABC):
     @property
     def _context(self) -> Context:
         units = tuple(decoder_layers(self.build())) if self.to_shard else ()
-        return Context(checkpointing=self.activation_checkpointing, units=units, compute=self.compute)
+        return Context(checkpointing=self.activation_checkpointing, units=units, compute=self._compute_in_precision)
 
     def _prepare(self) -> None:
         """Prepare the model for strategies: move it to its device, where they keep copies, and set training mode."""
@@ -284,6 +284,10 @@ class BuiltModel(L.LightningModule, ABC):
             )
         assert isinstance(self.trainer.strategy, FSDP2Strategy)
         self._sharded = (self.trainer.strategy.shard(self.build()),)
+
+    def _compute_in_precision(self, function: Callable[..., Any], *args: Any) -> Any:
+        with self.autocast():  # weights may be of several dtypes
+            return self.compute(function, *args)
 
     def compute(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return `function(*args)`. Call the model only through this: its parameters may be sharded."""

@@ -43,7 +43,8 @@ class Context:
         checkpointing: Whether decoder layers recompute their activations in the backward pass.
         units: The modules that FSDP2 will shard as one unit each; empty where the model is not sharded.
         compute: `compute(function, *args)` returns `function(*args)`, which may use the model: run its forward pass
-            through this, since its parameters may be sharded already (`attaches_sharded`).
+            through this, in the training's precision, since its parameters may be of several dtypes, and sharded
+            already (`attaches_sharded`).
     """
 
     siblings: tuple[UpdateStrategy, ...] = ()

@@ -89,7 +89,7 @@ class LISA(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._find(model)
-        if unreached := unreached_layers(model):
+        if unreached := unreached_layers(model, context.compute):
             raise BadInput(
                 f"LISA: decoder layer {unreached[0]} of {type(model).__name__} takes no part in a forward pass over "
                 "text, so drawing it would train nothing; use another method, such as lora.yaml."

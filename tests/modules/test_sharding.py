@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
+from benchmarks.families import FAMILIES
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.data import Synthetic
@@ -27,7 +28,7 @@ from lit_sparse.loss import IGNORED
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
-from lit_sparse.strategies import LISA
+from lit_sparse.strategies import LISA, SMT
 from lit_sparse.testing import tiny_llm
 from tests.pair import attempt, result, run_pair
 from tests.test_contract import METHODS, module
@@ -370,6 +371,7 @@ def sentences(folder: Path, rank: int) -> dict[str, str]:
     wishes = {
         **{method: lambda method=method: fit(module(method, folder / "llama"), True) for method in REFUSED},
         "groups": lambda: fit(lisa(folder), True, strategy=FSDP2Strategy(replicas=3)),
+        "experts": lambda: fit(CausalLM(FAMILIES["Mixtral"].tiny(), [SMT(**SMT_FIELDS)]), True),
         "warmup": lambda: fit(smt(folder, fields={"warmup": "update"}), True),
         "compile": lambda: fit(lisa(folder, compile=True), True),
         "bf16": lambda: fit(lisa(folder, precision="bfloat16", optimizer=sgd), True),
@@ -486,6 +488,7 @@ def test_every_yaml_is_sharded_or_refused(pair):
     ("name", "sentence"),
     [
         ("groups", "BadInput: trainer.strategy has replicas 3, but 2 ranks cannot be divided into as many groups"),
+        ("experts", "BadInput: trainer.strategy is fsdp2, but SMT trains no blocks of sharded fused experts, such as"),
         ("warmup", f"BadInput: {SENTENCE.format('SMT')}: warmup: update trains all weights on one rank; set warmup"),
         ("compile", "BadInput: trainer.strategy is fsdp2, which does not support model.compile: it makes one graph"),
         ("bf16", "BadInput: model.optimizer is torch.optim.sgd.SGD, which keeps no fp32 masters, but under fsdp2"),
@@ -525,7 +528,7 @@ def test_a_step_of_blocks_sends_their_gradients_once_and_no_weight(pair):
     found = result(pair, "blocks")
     count, weights = found["trained"]
     for step in found["sent"]:
-        assert [size for size in step if size > 2] == [count + weights]  # beside the loss and its tokens
+        assert [size for size in step if size > 3] == [count + weights]  # beside the loss, its tokens and hits
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "a layer in float32"])
