@@ -1,6 +1,8 @@
 """Interleaved processes: rounds, their order, and a process whose partner ends."""
 
+import math
 import os
+import random
 import signal
 import sys
 from functools import partial
@@ -156,6 +158,32 @@ def test_the_interval_holds_the_median_and_narrows() -> None:
     assert bootstrap_interval(few) == (low, high)
     narrow = bootstrap_interval(many)
     assert narrow[1] - narrow[0] < high - low
+
+
+NOISES = {
+    "independent": (0.05, 0.0, 0.0, 0.0),
+    "a machine that drifts": (0.02, 0.05, 0.9, 0.0),
+    "with interruptions": (0.02, 0.05, 0.5, 0.5),
+    "a slow drift and long interruptions": (0.02, 0.02, 0.99, 1.0),
+}
+
+
+@pytest.mark.parametrize(("noise", "drift", "kept", "burst"), NOISES.values(), ids=NOISES)
+def test_a_against_a_covers_1(noise: float, drift: float, kept: float, burst: float) -> None:
+    """Two equal runs of 12 rounds, whose order alternates, on a machine with autocorrelated noise."""
+    generator, level, covered, repetitions = random.Random(1), 0.0, 0, 600
+    for _ in range(repetitions):
+        rounds = []
+        for number in range(12):
+            step = []
+            for _ in range(2):
+                level = kept * level + drift * generator.gauss(0, 1)
+                interrupted = burst if generator.random() < 0.1 else 0.0
+                step.append(math.exp(level + noise * generator.gauss(0, 1)) * (1 + interrupted))
+            rounds.append(step if number % 2 else step[::-1])
+        low, high = bootstrap_interval([one / two for one, two in rounds], draws=200)
+        covered += low <= 1 <= high
+    assert covered >= 0.93 * repetitions
 
 
 def test_rounds_that_depend_on_each_other_are_reported() -> None:
