@@ -289,14 +289,15 @@ def placed(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     head = model.get_output_embeddings()
     if set(ours) != {name for name in theirs if model.get_submodule(name) is not head}:
         config.target_modules = ours  # pyright: ignore[reportAttributeAccessIssue]
-    if fused and not isinstance(config, LoraConfig):
+    if not fused:
+        return config
+    if not isinstance(config, LoraConfig):
         raise BadInput(
             f"{type(config).__name__} with target_modules all-linear does not reach the experts of "
             f"{type(model).__name__} ({fused[0]} and {len(fused) - 1} more), which PEFT adapts with LoRA only; give "
             "the names of linear layers as target_modules, such as [q_proj, v_proj], or use peft.LoraConfig."
         )
-    if fused:
-        config.target_parameters = sorted({*fused, *(config.target_parameters or ())})
+    config.target_parameters = sorted({*fused, *(config.target_parameters or ())})
     return config
 
 
