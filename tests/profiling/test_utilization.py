@@ -263,8 +263,8 @@ def test_a_product_without_a_formula_is_named() -> None:
 def test_products_that_torch_has_no_formula_for() -> None:
     x, experts = torch.randn(8, 16, dtype=torch.bfloat16), torch.randn(2, 16, 32, dtype=torch.bfloat16)
     with OpCounts() as counts:
-        torch._grouped_mm(x, experts, offs=torch.tensor([3, 8], dtype=torch.int32))
-        torch._int_mm(torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8))
+        torch.ops.aten._grouped_mm(x, experts, offs=torch.tensor([3, 8], dtype=torch.int32))
+        torch.ops.aten._int_mm(torch.ones(32, 16, dtype=torch.int8), torch.ones(16, 8, dtype=torch.int8))
     assert counts.ops["aten::_grouped_mm"].flops == 2 * 8 * 16 * 32
     assert counts.ops["aten::_int_mm"].flops == 2 * 32 * 16 * 8
 
