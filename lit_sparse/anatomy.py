@@ -87,7 +87,7 @@ def unread_by_text(model: nn.Module) -> list[nn.Parameter]:
 
 def embedded_tokens(model: PreTrainedModel) -> int:
     """Return the number of tokens that `model` has embeddings for."""
-    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore[reportIndexIssue]
+    return model.get_input_embeddings().weight.shape[0]  # pyright: ignore
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
