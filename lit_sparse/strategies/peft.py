@@ -282,9 +282,10 @@ def placed(config: PeftConfig, model: PreTrainedModel) -> PeftConfig:
     Raises:
         BadInput: if the adapter would leave the experts out in silence: PEFT adapts parameters with LoRA only.
     """
-    config, fused = copy.deepcopy(config), sorted(experts(model))
+    config = copy.deepcopy(config)
     if not takes_all_linear(config):
         return config
+    fused = sorted(experts(model))
     ours, theirs = all_linear(model), [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     head = model.get_output_embeddings()
     if set(ours) != {name for name in theirs if model.get_submodule(name) is not head}:
