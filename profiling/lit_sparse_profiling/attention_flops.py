@@ -19,6 +19,7 @@ HEADS_FIRST = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_fused_attention_overrideable",
+    "flex_attention",
 )
 """Ops on (batch, heads, length, size); the name of their backward is theirs and `_backward`."""
 LENGTH_FIRST = ("aten::_flash_attention", "aten::_efficient_attention")

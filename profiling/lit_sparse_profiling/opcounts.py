@@ -168,6 +168,8 @@ def _in_checkpoint() -> bool:
 def flops_of(func: Any, given: Mapping[str, Any], args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> int | None:
     """Return the FLOPs of a call; None if there is no formula for its op."""
     if not isinstance(func, OpOverload):  # a higher-order op, such as flex attention, has no schema
+        if is_attention(func.name()):  # flex attention, for which torch 2.11 has no formula
+            return attention_flops(func.name(), dict(zip(("query", "key", "value"), args, strict=False)))
         formula = flop_registry.get(func)
         return None if formula is None else formula(*args, **kwargs, out_val=out)
     name = func._schema.name
