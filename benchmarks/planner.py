@@ -133,7 +133,7 @@ class Marks(L.Callback):
     def __init__(self) -> None:
         self.ledgers: dict[str, Ledger] = {}
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any, **named: Any) -> None:
         mark("forward")
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
@@ -144,7 +144,7 @@ class Marks(L.Callback):
         self._take("gradients", trainer, pl_module)
         mark("optimizer step")
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments: Any, **named: Any) -> None:
         mark("between")
 
     def _take(self, name: str, trainer: L.Trainer, module: Any) -> None:
@@ -167,7 +167,7 @@ def measured(case: Case, config: Path) -> Measured:
         attach(*args)
         mark("between")
 
-    module.updates.attach = marked
+    module.updates.attach = marked  # pyright: ignore[reportAttributeAccessIssue]
     steps = max([2, *(2 * update.period for update in module.updates if update.period is not None)])
     with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         warnings.simplefilter("ignore")

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = of_device("roofline", torch.device("cpu")) | {"device": "an H100 SXM (data sheet)"}
     lines = [about | row for model in asked.models for row in rows(model)]
     for line in lines:
-        print(f"{line['op']}, {line['shape']}: at least {line['seconds'] * 1e6:.1f} us ({line['bound']})")
+        microseconds = float(line["seconds"]) * 1e6
+        print(f"{line['op']}, {line['shape']}: at least {microseconds:.1f} us ({line['bound']})")
     asked.results.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return 0
 

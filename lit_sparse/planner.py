@@ -375,12 +375,13 @@ def _step(
     else:
         if updates.backward == "fused":
             updates.before_step(step, optimizer)
+        loss: Tensor | None = None
         for _ in range(min(micro_batches, 2)):
             trace.phase("forward")
             loss = module.weighed_loss(batch, micro_batches)
             trace.phase("backward")
             loss.backward()
-        _, _, scale = module._window.close(micro_batches)
+        scale = module._window.close(micro_batches)[-1]
         if scale is not None:
             updates.scale_gradients(scale)
         _label(trace, module, optimizer)
@@ -417,7 +418,7 @@ def _take_foreach(optimizer: Optimizer) -> None:
 def _label(trace: Trace, module: LitSparse, optimizer: Optimizer | None) -> None:
     """Name weights, gradients and state as they are now."""
     model = module.build()
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     trace.label("buffers", model.named_buffers())
     for update in module.updates:
         trace.label("strategy state", _nested(type(update).__name__, update.held()))
@@ -425,7 +426,8 @@ def _label(trace: Trace, module: LitSparse, optimizer: Optimizer | None) -> None
         trace.label("trained weights" if parameter.requires_grad else "frozen weights", [(name, parameter)])
         if parameter.grad is not None:
             trace.label("gradients", [(f"{name}.grad", parameter.grad)])
-    for parameter, state in ({} if optimizer is None else optimizer.state).items():
+    states: Mapping[Any, Any] = {} if optimizer is None else optimizer.state
+    for parameter, state in states.items():
         trace.label("optimizer state", _nested(names.get(parameter, "weight"), state))
 
 

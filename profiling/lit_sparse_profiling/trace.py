@@ -204,7 +204,7 @@ class Trace(TorchDispatchMode):
             self._pass_by(workspace, func)
         return out
 
-    def _run(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], given: Sequence[Tensor]) -> Any:
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> Any:
         if not any(isinstance(tensor, FakeTensor) for tensor in given):
             return self._run_without_fakes(func, args, kwargs, given)
         if func is aten._local_scalar_dense.default:
@@ -218,7 +218,8 @@ class Trace(TorchDispatchMode):
         if func is aten.bincount.default:
             return self._unknown((max(kwargs.get("minlength", 0), *(args[2:] or [1])),), torch.int64)
         if func is aten.nonzero.default:
-            return self._unknown((self._scattered.get(id(args[0].untyped_storage()), args[0].numel()), args[0].ndim))
+            found = self._scattered.get(id(args[0].untyped_storage()))
+            return self._unknown((args[0].numel() if found is None else found, args[0].ndim))
         if func in (aten.sparse_mask.default, aten._sparse_mask_projection.default):
             return self._masked(args[0], args[1])
         if written_real(func, args):
