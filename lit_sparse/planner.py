@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from lit_sparse import loss
 from lit_sparse.anatomy import dummy_forward
@@ -34,6 +34,8 @@ from lit_sparse_profiling.caching import replay
 from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
 from lit_sparse_profiling.workspaces import cpu_workspace
 
+SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
+"""What a model's configuration must give; families name them differently."""
 Device = Literal["cuda", "cpu"]
 CONTEXT = 760 * 2**20
 """Bytes of a CUDA context with its kernels, beside the allocator: as measured on an H200 (benchmarks/results/gpu.jsonl,
@@ -137,8 +139,12 @@ def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
     begin, trace = perf_counter(), Trace(cpu_workspace if setting.device == "cpu" else None)
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
+    _check(module)
     with choices_of(setting.device), gc_paused():
-        trace_training(module, token_batch(setting.batch_size, setting.length), trace, setting)
+        try:
+            trace_training(module, batch_of(module, setting), trace, setting)
+        except (RuntimeError, NotImplementedError) as error:
+            raise BadInput(_untraced(module, error)) from error
     phases = trace.peaks()
     turns = [start for start, phase in trace.marks if phase == BOUNDARY]
     kept = trace.moment("forward", turns[-1] - 1) if turns else None
@@ -160,6 +166,32 @@ def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
         sum(flops for phase, flops in trace.flops.items() if phase != "selection") // steps,
         perf_counter() - begin,
         module.activation_checkpointing,
+    )
+
+
+def _check(module: LitSparse) -> None:
+    """Refuse what is not traced.
+
+    Raises:
+        BadInput: naming the key to leave out.
+    """
+    if module.quantize is not None:
+        raise BadInput(
+            f"model.quantize is {module.quantize}, which plan does not trace; leave it out for a bound: a quantised "
+            "base takes less."
+        )
+    if module.compile_model:
+        raise BadInput("model.compile is set, and plan does not trace a compiled model; leave it out.")
+
+
+def _untraced(module: LitSparse, error: Exception) -> str:
+    """Say that a training cannot be traced, with a bound of what needs no trace."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    bound = module.base_parameters * 4 * torch.float32.itemsize / 2**30
+    return (
+        f"{module.updates.names} cannot be traced without values ({type(error).__name__}: {reason}); weights, "
+        f"gradients and moments of AdamW take at most {bound:.2f} GiB, those of full fine-tuning in fp32, beside "
+        "activations: plan full.yaml for these."
     )
 
 
@@ -239,8 +271,14 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
         optimizer = module.updates.optimizer(module.lr, module.make_optimizer)
         if setting.device == "cuda":
             _take_foreach(optimizer)
+        if setting.ranks > 1:  # DDP reduces gradients in buckets of its own
+            size = sum(parameter.numel() * parameter.itemsize for _, parameter in trainable(model))
+            trace.label("DDP buckets", [("buckets", buckets := trace.fake_bytes(size))])
+            stack.callback(lambda: buckets)
+        if setting.device == "cuda":
             workspaces = [trace.fake_bytes(CUBLAS_WORKSPACE) for _ in range(2)]
             trace.label("workspaces", [("cuBLAS", workspace) for workspace in workspaces])
+            stack.callback(workspaces.clear)
         _label(trace, module, optimizer)
         since = trace.now
         for step in steps_of(module):
@@ -264,10 +302,14 @@ def steps_of(module: LitSparse) -> list[int]:
     return [1] if not periods else [max(periods), max(periods) + 1]
 
 
-def token_batch(size: int, length: int) -> dict[str, Tensor]:
-    """Return a batch of `size` rows of `length` tokens, all of them scored."""
-    row = [1 + number % 7 for number in range(length)]
-    return Padded(Padding())([Example(row, row)] * size)
+def batch_of(module: LitSparse, setting: Setting) -> dict[str, Tensor]:
+    """Return a batch of full rows, all of whose tokens are scored; a classifier has a label for each row."""
+    row = [1 + number % 7 for number in range(setting.length)]
+    batch = Padded(Padding())([Example(row, row)] * setting.batch_size)
+    if isinstance(module, CausalLM):
+        return batch
+    names = ("input_ids", "attention_mask")
+    return {**{name: batch[name] for name in names}, "labels": torch.zeros(setting.batch_size, dtype=torch.int64)}
 
 
 # ---- the model
@@ -316,10 +358,27 @@ def meta_model(module: LitSparse) -> PreTrainedModel:
         raise BadInput(f"model.base is {module.base!r}; it must be a name, a folder, or a config.json.")
     with load_errors(module.base):
         config = AutoConfig.from_pretrained(resolve(module.base), **module.config_options)
+        _check_sizes(module.base, config)
         with torch.device("meta"):
             return module.auto_class.from_config(
                 config, dtype=module.frozen_dtype, attn_implementation=module.attention
             )
+
+
+def _check_sizes(base: str, config: PreTrainedConfig) -> None:
+    """Refuse a configuration that leaves sizes to the defaults of its family.
+
+    Raises:
+        BadInput: naming the sizes that it lacks.
+    """
+    given, _ = PreTrainedConfig.get_config_dict(resolve(base))
+    names = {name for part in (given, *given.values()) if isinstance(part, dict) for name in part}
+    missing = [size for size in SIZES if not {size, config.attribute_map.get(size)} & names]
+    if missing:
+        raise BadInput(
+            f"the configuration of {base} gives no {' and no '.join(missing)}, so that its memory cannot be predicted; "
+            "add them, or give another model."
+        )
 
 
 class _Ops(TorchDispatchMode):

@@ -1,0 +1,169 @@
+"""The command `lit-sparse plan`: what it predicts, what it prints, and what it refuses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lit_sparse import plan as planning
+from lit_sparse.cli import main, make_planned
+from lit_sparse.plan import CARDS, card_of, fit_command
+from lit_sparse.planner import Setting, forecast
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("llama")
+    LlamaConfig(**SIZES).save_pretrained(folder)
+    return str(folder / "config.json")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["lit-sparse", "plan", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+def plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> list[dict[str, Any]]:
+    assert run(monkeypatch, *words, "--json", str(tmp_path / "plans.json")) == 0
+    return json.loads((tmp_path / "plans.json").read_text("utf-8"))
+
+
+def test_full_fine_tuning_keeps_what_arithmetic_says(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a GPU: fp32 weights, their gradients and two moments; bf16 logits of a chunk beside fp32 ones."""
+    (found,) = plans(monkeypatch, tmp_path, "full.yaml", "--model.base", base, "--data.max_length", "32")
+    weights = sum(parameter.numel() for parameter in LlamaForCausalLM(LlamaConfig(**SIZES)).parameters())
+    assert found["parameters"] == found["trainable"] == weights
+    step = found["phases"]["optimizer step"]["categories"]
+    assert step["trained weights"] == step["gradients"] == 4 * weights
+    assert 8 * weights <= step["optimizer state"] < 8 * weights + 4096
+    assert found["allocated"] <= found["reserved"] < found["needed"]
+    assert found["reserved"] % (2 * 2**20) == 0
+    # Matrix products take 6 FLOPs a weight and token, those of the embedding none.
+    tokens, matrices = 4 * 32, weights - 512 * 64
+    assert 6 * tokens * matrices <= found["flops"] <= 8 * tokens * matrices
+
+
+def test_checkpointing_adapters_and_shorter_rows_take_less(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = ["--model.base", base, "--device", "cpu"]
+    full, smt = plans(monkeypatch, tmp_path, "full.yaml", "smt.yaml", *common)
+    (checkpointed,) = plans(monkeypatch, tmp_path, "full.yaml", *common, "--model.activation_checkpointing", "true")
+    (shorter,) = plans(monkeypatch, tmp_path, "full.yaml", *common, "--data.max_length", "128")
+    assert smt["allocated"] < full["allocated"]
+    assert smt["trainable"] < 0.01 * smt["parameters"]
+    assert checkpointed["allocated"] < 0.8 * full["allocated"]
+    assert shorter["allocated"] < 0.5 * full["allocated"]
+    assert full["reserved"] == full["allocated"]  # no caching allocator on a CPU
+
+
+def test_a_ddp_rank_also_has_buckets_of_its_gradients(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = ["full.yaml", "--model.base", base, "--device", "cpu"]
+    (alone,) = plans(monkeypatch, tmp_path, *common)
+    (rank,) = plans(monkeypatch, tmp_path, *common, "--trainer.strategy", "ddp", "--trainer.devices", "2")
+    assert rank["allocated"] - alone["allocated"] == 4 * alone["trainable"]
+
+
+def test_the_largest_batch_fits_and_a_larger_one_does_not(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CARDS, 8, 900)
+    command = fit_command("lora.yaml", [], [f"--model.base={base}", "--data.max_length=64"])
+    found = planning.planned("lora.yaml", make_planned, command, "cuda", 8)
+    assert found.largest is not None
+    assert found.largest > 4
+
+    def needed(size: int) -> int:
+        return forecast("lora", make_planned(command).module, Setting("cuda", size, 64)).needed
+
+    assert needed(found.largest) <= 900 * 2**20 < needed(found.largest + max(4, found.largest // 10))
+
+
+def test_it_says_what_is_alive_and_which_lever_would_make_it_fit(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CARDS, 8, 860)
+    assert run(monkeypatch, "full.yaml", "--model.base", base, "--card", "8", "--tflops", "312") == 0
+    printed = capsys.readouterr().out
+    assert "model.embed_tokens.weight" not in printed.split("alive at the peak")[0]
+    assert "saved for backward" in printed
+    assert "full does not fit 8 GB" in printed
+    assert "With --model.activation_checkpointing=true it needs" in printed
+    assert "us/token, estimated" in printed
+
+
+def test_methods_stack_and_all_shipped_ones_are_planned(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = ["--model.base", base, "--device", "cpu", "--data.max_length", "32", "--data.batch_size", "1"]
+    found = plans(monkeypatch, tmp_path, *common)
+    assert {plan["name"] for plan in found} == {path.stem for path in planning.methods()}
+    (both,) = plans(monkeypatch, tmp_path, "lora.yaml+deft.yaml", *common)
+    assert both["name"] == "lora+deft"
+    assert both["trainable"] == next(plan["trainable"] for plan in found if plan["name"] == "lora")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["full.yaml", "--card", "23"], "--card 23 was asked for; the known sizes in GB are 8, 12, 16, 24"),
+        (["full.yaml", "--largest"], "--largest was asked for without a card; add --card 24"),
+        (["full.yaml", "--tflops", "0"], "--tflops is 0.0; give the card's dense bf16 TFLOP/s"),
+        (["nothing.yaml"], "there is no nothing.yaml"),
+        (["full.yaml", "--model.base", "BARE"], "gives no hidden_size and no num_hidden_layers and no vocab_size"),
+        (["full.yaml", "--model.base", "/nowhere/at/all"], "no model could be loaded from '/nowhere/at/all'"),
+        (["lora.yaml", "--model.quantize", "nf4"], "model.quantize is nf4, which plan does not trace"),
+        (["lora.yaml", "--model.compile", "true"], "model.compile is set"),
+        (["full.yaml", "--trainer.strategy", "fsdp2"], "trainer.strategy is fsdp2, which plan does not trace yet"),
+        (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    words: list[str],
+    said: str,
+    base: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = tmp_path / "config.json"
+    bare.write_text('{"model_type": "llama"}')
+    words = [str(bare) if word == "BARE" else word for word in words]
+    model = [] if "--model.base" in words else ["--model.base", base]
+    assert run(monkeypatch, *words, *model, "--data.vocab_size", "96", "--data.max_length", "16") == 2
+    printed = capsys.readouterr().err.strip()
+    assert said in printed.replace("\n", " ")
+    assert printed.startswith("lit-sparse: ")
+
+
+def test_a_method_that_reads_values_is_refused_with_a_bound(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unique(self: Any, step: int, optimizer: Any) -> None:
+        torch.unique(next(iter(optimizer.param_groups[0]["params"])).grad)
+
+    command = fit_command("gmt.yaml", [], [f"--model.base={base}"])
+    made = make_planned(command)
+    monkeypatch.setattr("lit_sparse.strategies.gmt.GMT.before_step", unique)
+    with pytest.raises(planning.BadInput, match=r"GMT cannot be traced without values .*at most \d+\.\d\d GiB"):
+        forecast("gmt", made.module, Setting("cpu", 1, 16))
+
+
+def test_a_card_may_be_given_with_its_unit() -> None:
+    assert card_of("24GB") == card_of("24") == 24
+    assert card_of(None) is None
