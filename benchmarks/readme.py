@@ -409,6 +409,33 @@ def command_line(_results: Path) -> str:
     return reference.command_line()
 
 
+def planner(results: Path) -> str:
+    """Return the planner's error beside measured trainings: its median and worst, and the worst ten."""
+    command = "python -m benchmarks.planner"
+    lines = read_lines(results / "planner.jsonl", command)
+    errors = sorted((line["predicted"]["peak"] / line["measured"]["peak"] - 1 for line in lines), key=abs)
+    less = sum(error < -0.001 for error in errors)
+    about = (
+        f"{len(lines)} configurations: the error of the peak is {abs(errors[len(errors) // 2]):.3%} in the median and "
+        f"{abs(errors[-1]):.2%} at worst; {sum(abs(error) > 0.03 for error in errors)} are beyond 3 %, {less} predict "
+        "too little by more than 0.1 %. The worst ten:"
+    )
+    worst = sorted(lines, key=lambda line: -abs(line["predicted"]["peak"] / line["measured"]["peak"] - 1))[:10]
+    rows = [
+        [
+            f"{line['method']}, {line['family']}",
+            f"{line['batch_size']} x {line['length']}",
+            "yes" if line["checkpointing"] else "no",
+            *(f"{line[kind]['peak'] / 2**20:.3f}" for kind in ("predicted", "measured")),
+            f"{line['predicted']['peak'] / line['measured']['peak'] - 1:+.2%}",
+        ]
+        for line in worst
+    ]
+    head = ["method, family", "batch", "checkpointing", "predicted, MiB", "measured, MiB", "error"]
+    return f"{about}\n\n{table(head, rows)}\n\n{caption(command, lines)}"
+
+
+BLOCKS["planner"] = planner
 BLOCKS["methods"] = methods
 BLOCKS["configuration"] = configuration
 BLOCKS["command_line"] = command_line

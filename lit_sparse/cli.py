@@ -271,7 +271,7 @@ class Planning(CLI):
         """Return the module, and what else decides its memory."""
         config, data = self.config["fit"], self.datamodule
         trainer = config.trainer
-        devices = trainer.devices if isinstance(trainer.devices, int) else 1
+        devices = int(trainer.devices) if str(trainer.devices).isdigit() else 1
         return Planned(
             module=self.model,  # pyright: ignore[reportArgumentType]
             batch_size=getattr(data, "batch_size", 1),
