@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.errors import BadInput
@@ -101,7 +101,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
-        text = None if config is None else config.get_text_config()
+        text = config.get_text_config() if isinstance(config, PretrainedConfig) else config
         return _layers_of(model if text is config else language_model(model), text)
     ends = {"encoder": model.get_encoder(), "decoder": model.get_decoder()}  # pyright: ignore[reportCallIssue]
     stacks = [(stack, stack.config.get_text_config(**{end: True})) for end, stack in ends.items()]  # pyright: ignore

@@ -67,7 +67,7 @@ SPLIT = {
 
 @pytest.mark.parametrize(("words", "own", "passed"), SPLIT.values(), ids=SPLIT)
 def test_words_are_ours_or_a_fit_s(words, own, passed):
-    assert verb.split(words.split()) == (own.split(), passed.split())
+    assert verb.take(words.split(), verb.OWN) == (own.split(), passed.split())
 
 
 REFUSED = {

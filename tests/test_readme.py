@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_sparse import bench, cli
+from lit_sparse import bench, cli, plan
 from lit_sparse.configs import find_configs
 from lit_sparse.export import generate
 
@@ -51,9 +51,10 @@ def test_a_command_is_one_that_parses(command, monkeypatch, capsys):
     if verb == "report":
         cli.report_parser().parse_args(words)
         return
-    if verb == "bench":
-        own, words = bench.split(words)
-        assert all(bench.existing(name).is_file() for name in bench.parser().parse_args(own).yamls)
+    if verb in ("bench", "plan"):
+        module, switches = (bench, ()) if verb == "bench" else (plan, ("--largest",))
+        own, words = bench.take(words, module.OWN, switches)
+        assert all(bench.existing(name).is_file() for name in module.parser().parse_args(own).yamls)
         verb = "fit"
     kept = [n for n, word in enumerate(words) if not word.startswith("runs/")]
     kept = [n for n in kept if n + 1 in kept or not words[n].startswith("--") or words[n] == "--help"]

@@ -139,6 +139,8 @@ class Profiler:
         self._ceilings = CeilingSeries(lambda: ceilings(self.device, self.dtype))
         self._examined: int | None = None
         self._led_in: int | None = None
+        self._trainable: set[int] = set()
+        self._same_trainable = False
         self._kernels: KernelProfile | None = None
         self._kernel_steps = 0
         self._examination = self._new_examination()
@@ -227,6 +229,9 @@ class Profiler:
         elif stage == "timed":
             self._steps.begin()
 
+    def _trainable_ids(self) -> set[int]:
+        return {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+
     def end_step(self, tokens: tuple[Tensor | int, int] | None = None) -> None:
         """End the step that was begun last. `tokens`: their number without and with padding; None if unknown."""
         stage, self._stage = self._stage, None
@@ -234,9 +239,11 @@ class Profiler:
             self._steps.end(tokens)
         elif stage == "examined":
             self._examined = None if tokens is None else int(tokens[1])
+            self._same_trainable = self._trainable == self._trainable_ids()
             self._examination.end()
         elif stage == "lead-in":
             self._led_in = None if tokens is None else int(tokens[1])
+            self._trainable = self._trainable_ids()
             self._examination.end_lead_in()
         elif stage == "kernels":
             self._kernel_steps += 1
@@ -365,8 +372,9 @@ class Profiler:
         method, counter, allocator = self.phases.memory.method, self._examination.counter, self._examination.allocator
         if counter is None or allocator is None:
             return Memory(peak, method, growth=self._steps.growth.per_step())
-        if self._examined is None or self._led_in != self._examined:
-            allocator = replace(allocator, uncounted=None)  # another batch would have another peak
+        alike = self._examined is not None and self._led_in == self._examined and self._same_trainable
+        if not alike:  # another batch, or other trainable weights, would have another peak
+            allocator = replace(allocator, uncounted=None)
         return Memory(
             peak,
             method,

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import deft, readme, trials
 from benchmarks.trials import read_table, read_yaml
-from lit_sparse.bench import existing, parser, split
+from lit_sparse.bench import OWN, existing, parser, take
 from lit_sparse.strategies import ActivationDensity
 
 ABOUT = {"commit": "abc", "date": "2026-11-22", "device": "a CPU", "versions": {"torch": "2.13.0"}}
@@ -47,7 +47,7 @@ def test_the_two_differ_in_the_penalty_alone():
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_its_benches_are_of_files_that_are_there(kind):
     for words in deft.commands(Path("runs"), 3, kind):
-        asked = parser().parse_intermixed_args(split(words)[0])
+        asked = parser().parse_intermixed_args(take(words, OWN)[0])
         files = [*asked.yamls, *asked.config, *([] if asked.against is None else [asked.against])]
         assert all(existing(file).is_absolute() for file in files)
         assert asked.steps == 3
