@@ -461,6 +461,7 @@ RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 def run(argv: Sequence[str]) -> int:
     """Run the command in `argv` (without the program's name); return the exit status."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    tidy()
     if argv and argv[0] in RUN_VERBS:
         return RUN_VERBS[argv[0]](argv[1:])
     if argv and argv[0] in VERBS:
@@ -494,7 +495,6 @@ def quiet() -> Iterator[None]:
 
 def start(cli: type[CLIKind], argv: Sequence[str]) -> CLIKind:
     """Run a command line of LightningCLI's subcommands, and return it."""
-    tidy()
     CLI.command = shlex.join(["lit-sparse", *argv])
     words = unmeasured(find_configs(argv))
     task = named_task(words, read_documents(words))

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from lit_sparse import cli
+from lit_sparse.callbacks import recorder
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.runs import LAST, check_name
@@ -366,6 +367,18 @@ def test_a_signal_saves_and_says_how_to_go_on(home, number):
     fit(*steps[2:], f"--ckpt_path={RUN / LAST}")
     fit(*steps[2:], "--run=straight")
     assert losses(RUN) == losses(Path("runs/straight-1"))
+    assert RunRecord.read(RUN / "record.json").status == "ok"
+
+
+def test_a_reader_that_leaves_fails_no_fit(home, monkeypatch):
+    """As in `lit-sparse fit ... | head`: rich ends the process when the pipe is closed."""
+
+    def closed(*arguments):
+        raise SystemExit(1)
+
+    monkeypatch.setattr(recorder, "print_summary", closed)
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=2", "--run=lora")
     assert RunRecord.read(RUN / "record.json").status == "ok"
 
 

@@ -66,7 +66,7 @@ class Recorder(Profile):
     ) -> None:
         super().__init__(folder, plan, settings)
         self.config, self.command = config, command
-        self.moved = False
+        self.moved = self._recorded = False
         self.earlier: RunRecord | None = None
         self.samples = Samples(samples)
         self.checkpoint = LastCheckpoint(folder / "checkpoints", checkpoint_steps)
@@ -85,7 +85,7 @@ class Recorder(Profile):
                 "Forgetting comes after the Recorder, which would write the record before it has scored; list it first."
             )
         super().setup(trainer, pl_module, stage)
-        self.moved, self.earlier = False, None
+        self.moved, self.earlier, self._recorded = False, None, False
         self._goes_on = any((self.folder / name).is_file() for name in ("config.yaml", RECORD))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
@@ -191,6 +191,8 @@ class Recorder(Profile):
 
     def leaves_record(self, exception: BaseException) -> bool:
         """Return whether a fit that ended by `exception` leaves a record; a run that went on keeps its own."""
+        if self._recorded:  # it ended well, and printing its summary failed: the reader of a pipe may leave
+            return False
         return self.moved or (super().leaves_record(exception) and not self._goes_on)
 
     def finish(self, trainer: L.Trainer, module: LitSparse) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -198,6 +200,7 @@ class Recorder(Profile):
             return
         self.samples.ask(trainer, module, "after")
         super().finish(trainer, module)
+        self._recorded = True
         if trainer.is_global_zero:
             print_summary(RunRecord.read(self.folder / RECORD), self.folder)
 
