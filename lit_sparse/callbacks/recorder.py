@@ -105,9 +105,9 @@ class Recorder(Profile):
         assert self.profiler is not None
         plan = self.profiler.plan
         count = 2 * plan.examine + plan.profiled
-        first = trainer.global_step + plan.warmup + 1
-        if count and first <= trainer.estimated_stepping_batches:
-            steps = f"Steps {first} to {first + count - 1}"
+        first, end = trainer.global_step + plan.warmup + 1, trainer.estimated_stepping_batches
+        if count and first <= end:
+            steps = f"Steps {first} to {min(first + count - 1, end):.0f}"
             rank_zero_info(f"{steps} are measured, and slower; --profile=false leaves that out.")
 
     def _move(self, trainer: L.Trainer, step: int) -> None:
