@@ -486,11 +486,12 @@ def make_planned(argv: Sequence[str]) -> Planned:
 def quiet() -> Iterator[None]:
     """Keep Lightning's line on the seed from the screen."""
     log = logging.getLogger("lightning.fabric.utilities.seed")
-    before, log.level = log.level, logging.WARNING
+    before = log.level
+    log.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        log.level = before
+        log.setLevel(before)
 
 
 def start(cli: type[CLIKind], argv: Sequence[str]) -> CLIKind:

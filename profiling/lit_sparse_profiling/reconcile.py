@@ -29,7 +29,7 @@ BEFORE_SHARE, BEFORE_FLOOR = 0.02, 2**20
 """Bytes of tensors from before the step that are worth a finding, as a fraction of the peak and at least."""
 PROCESS_FLOOR = 48 * 2**20
 """Bytes of the process's residue that are never a finding: pages that the C library keeps for later."""
-OBSERVED, OBSERVED_FLOOR = 0.005, 2**16
+OBSERVED, OBSERVED_FLOOR = 0.005, 2**18
 """Bytes by which counting may shift the peak in silence, as a fraction of it and at least."""
 FOREIGN_LIMIT = 64 * 2**20
 """Bytes of other processes that are not worth a finding, such as those of a display server."""
