@@ -413,7 +413,7 @@ class Slow(L.Callback):
 class SlowWithinAWindow(L.Callback):
     """Signals this process once while it evaluates between the two batches of the second step."""
 
-    def on_validation_batch_start(self, trainer, module, batch, batch_idx, *more):
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if trainer.global_step == 1 and batch_idx == 0 and trainer.fit_loop._should_accumulate():
             os.kill(os.getpid(), signal.SIGTERM)
 
