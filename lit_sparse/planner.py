@@ -143,7 +143,7 @@ def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
     with choices_of(setting.device), gc_paused():
         try:
             trace_training(module, batch_of(module, setting), trace, setting)
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise BadInput(_untraced(module, error)) from error
     phases = trace.peaks()
     turns = [start for start, phase in trace.marks if phase == BOUNDARY]

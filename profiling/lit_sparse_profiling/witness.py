@@ -37,7 +37,7 @@ def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
     """Return the storages of any tensor; none of one that has no storage, such as oneDNN's."""
     try:
         return list(untyped_storages(tensor))
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return []
 
 
