@@ -409,7 +409,7 @@ def head_is_plain(model: PreTrainedModel) -> bool:
 def _probe_of(module: LitSparse, batch: Mapping[str, Tensor]) -> Any:
     count = 2 if any(update.base == "moved" for update in module.updates) else 1
 
-    def probe(steps: int) -> Iterator[Tensor]:
+    def probe(steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
         for _ in range(min(steps, count)):
             with module.autocast():
                 yield module.loss(batch)[0]

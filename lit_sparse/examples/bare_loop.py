@@ -34,7 +34,7 @@ def main(name: str = DEMO, steps: int = 20) -> list[float]:
         ids = texts[step % len(texts)]
         return model(input_ids=ids, labels=ids).loss
 
-    def probe(batches: int) -> Iterator[Tensor]:
+    def probe(batches: int, /, weighed: bool = True) -> Iterator[Tensor]:  # the sentences are about as long
         return (loss_on(step) for step in range(batches))
 
     updates = Updates([SMT(trainable_fraction=0.0084, selection_batches=len(texts))])

@@ -1,8 +1,9 @@
 """Building the model of a run: the base, what the strategies make of it, its precision, its sharding."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice, repeat
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -18,7 +19,7 @@ from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
-from lit_sparse.modules.window import weighed_by_rank
+from lit_sparse.modules.window import sum_over_ranks
 from lit_sparse.optim import trainable
 from lit_sparse.ranks import check_agreement, digest_of
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
@@ -311,18 +312,27 @@ class BuiltModel(L.LightningModule, ABC):
         mixed = any(parameter in self.masters for parameter in model.parameters())
         return model.float() if mixed and not is_quantized(model) else model
 
-    def probe(self, steps: int) -> Iterator[Tensor]:
-        """Yield losses of the first `steps` training batches (or as many as there are), in the training's precision."""
+    def probe(self, steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
+        """Yield losses of the first `steps` training batches (or as many as there are), in the training's precision.
+
+        `Probe` documents `weighed`.
+        """
         rank_zero_info(f"{self.updates.names} looks at {steps} training batches before training.")
         if not self._sharded:  # else its shards are there
             self.build().to(self.device_to_be)  # pyright: ignore[reportArgumentType]
-        loader = self.trainer.fit_loop._data_source.dataloader()
-        for _, batch in zip(range(steps), loader, strict=False):
+        batches = islice(self.trainer.fit_loop._data_source.dataloader(), steps)
+        for batch, weight in self._weigh(batches) if weighed else zip(batches, repeat(1.0)):
             batch = move_data_to_device(batch, self.device_to_be)
             with self.autocast():
-                loss = self.compute(self.loss, batch)[0]
-                # FSDP2 averages gradients over ranks, to those of the global batch.
-                yield weighed_by_rank(loss, self.scored_count(batch)) if self._sharded else loss
+                yield self.compute(self.loss, batch)[0] * weight
+
+    def _weigh(self, batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
+        """Yield each batch with its number of scored tokens, over their mean of all batches on all ranks."""
+        read = [(batch, int(self.scored_count(batch))) for batch in batches]
+        totals = torch.tensor([sum(count for _, count in read), len(read)], device=self.device_to_be)
+        tokens, number = sum_over_ranks(totals).tolist()
+        for batch, count in read:
+            yield batch, count * number / max(tokens, 1)
 
     def check_updates_alike(self) -> None:
         """Refuse ranks that train other weights than rank 0, or chose others: each would wait for the others."""

@@ -6,7 +6,7 @@ from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,8 +25,19 @@ BaseWeights = Literal["kept", "trained", "rewritten", "moved"]
 Leaves = Literal["plain", "adapter", "own_forward"]
 Gradients = Literal["ignores", "reads", "masks", "adds"]
 
-Probe = Callable[[int], Iterator[Tensor]]
-"""`probe(steps)` yields the losses (scalars with a graph) of the first `steps` training batches, without an update."""
+
+class Probe(Protocol):
+    """Gives the losses of training batches before the first update."""
+
+    def __call__(self, steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
+        """Yield the losses (scalars with a graph) of the first `steps` training batches, without an update.
+
+        Args:
+            steps: Number of batches; fewer come where the data end.
+            weighed: Scale each by its scored tokens, so that their mean over batches and ranks is the loss of one batch
+                with all their rows. Otherwise each is the mean over its own tokens, as a step of its own would be.
+        """
+        ...
 
 
 def call(function: Callable[..., Any], *args: Any) -> Any:
@@ -222,7 +233,7 @@ class UpdateStrategy(ABC):
         )
 
 
-def no_probe(steps: int) -> Iterator[Tensor]:
+def no_probe(steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
     """Stand in for a probe where there is no training data.
 
     Raises:

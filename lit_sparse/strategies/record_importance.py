@@ -190,7 +190,7 @@ class RecordFisher(UpdateStrategy):
         self._sums = {matrix.name: matrix.displacement_from(matrix.values()) for matrix in self._matrices}
         watchers, count = watch(self._matrices), 0
         with single_samples(model), evaluating(model):
-            for loss in probe(self.samples):
+            for loss in probe(self.samples, weighed=False):
                 loss.backward()
                 self._add(watchers)
                 model.zero_grad()

@@ -332,7 +332,7 @@ class SMT(UpdateStrategy):
         model.requires_grad_(True)
         targets.watch(sheet, keep=True)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.warmup_lr, betas=WARMUP_BETAS, weight_decay=0)
-        for loss in probe(self.selection_batches):
+        for loss in probe(self.selection_batches, weighed=False):  # each is a step of its own
             loss.backward()  # the hooks score here, before clipping
             nn.utils.clip_grad_norm_(model.parameters(), WARMUP_CLIP)
             optimizer.step()

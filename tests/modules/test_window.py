@@ -142,7 +142,51 @@ def test_a_forward_only_method_sees_the_same_loss(batch, accumulate, tmp_path):
     assert float(trainer.logged_metrics["train_accuracy"]) == fitted(path, 4, 1)[1].accuracies[0]
 
 
+class Looks(UpdateStrategy):
+    """Keeps the mean gradient over the probe's batches, and their number of tokens where they are not weighed."""
+
+    def __init__(self, batches: int, weighed: bool = True) -> None:
+        super().__init__()
+        self.batches, self.weighed, self.losses = batches, weighed, []
+
+    def attach(self, model, probe, context):
+        for loss in probe(self.batches, weighed=self.weighed):
+            loss.backward()
+            self.losses.append(loss.item())
+        grads = [p.grad.flatten() / len(self.losses) for p in model.parameters() if p.grad is not None]
+        self.gradient = torch.cat(grads)
+        model.zero_grad()
+
+
+def looked(path: Path, batch: int, **options) -> torch.Tensor:
+    looks = Looks(4 // batch // options.get("devices", 1))
+    fitted(path, batch, 1, updates=[looks], **options)
+    return looks.gradient
+
+
+@pytest.mark.parametrize("batch", [2, 1])
+def test_probed_batches_are_one_batch(batch, tmp_path):
+    """What strategies see before training is the gradient of all rows at once, too."""
+    whole, parts = looked(rows(tmp_path), 4), looked(rows(tmp_path), batch)
+    assert (parts - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_a_probe_gives_each_batch_its_own_mean_where_it_is_asked_for(tmp_path):
+    weighed, plain = Looks(4), Looks(4, weighed=False)
+    for looks in (weighed, plain):
+        fitted(rows(tmp_path), 1, 1, updates=[looks])
+    assert max(plain.losses) < 1.5 * min(plain.losses)  # of a random model: each is about the same
+    assert max(weighed.losses) > 10 * min(weighed.losses)  # 56 tokens beside 2
+    assert sum(weighed.losses) / 4 == pytest.approx(sum(plain.losses) / 4, rel=0.1)
+
+
 def two_ranks(folder: Path, rank: int) -> None:
+    attempt(
+        folder,
+        rank,
+        "probe",
+        lambda: torch.save(looked(rows(folder), 1, devices=2, strategy="ddp"), folder / f"probe-{rank}.pt"),
+    )
     for name, batch, accumulate in (("batch", 2, 1), ("window", 1, 2)):
         act = lambda batch=batch, accumulate=accumulate: on_ranks(folder, batch, accumulate)  # noqa: E731
         attempt(folder, rank, name, act)
@@ -166,3 +210,7 @@ def test_ranks_are_one_batch(tmp_path):
             assert found["accuracies"] == seen.accuracies
         step = (values(wanted) - start).norm()
         assert (torch.load(tmp_path / f"{batch}-{accumulate}.pt") - values(wanted)).norm() < 1e-5 * step
+    whole = looked(rows(tmp_path), 4)
+    assert [result(tmp_path, "probe", rank) for rank in range(2)] == [None, None]
+    mean = sum(torch.load(tmp_path / f"probe-{rank}.pt") for rank in range(2)) / 2
+    assert (mean - whole).norm() < 1e-5 * whole.norm()

@@ -165,7 +165,7 @@ def test_of_linear_regression_with_unit_noise_the_fisher_is_the_mean_square_of_t
     model, recorder = Regression(), RecordFisher(samples=20)
     inputs = torch.randn(10, 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def probe(steps):
+    def probe(steps, weighed=True):
         for number in range(steps):
             output = model.layers[0](inputs[number // 2])
             yield (output - (output.detach() + (-1) ** number)).square().sum() / 2  # noise of exactly +-1
@@ -184,7 +184,7 @@ def test_of_logistic_regression_the_fisher_is_the_mean_of_p_times_1_minus_p_time
         model.layers[0].weight.copy_(torch.tensor([0.5, -1.0, 2.0]))
         inputs[..., 2] += (math.log(1 / 3) - model.layers[0](inputs)[..., 0]) / 2
 
-    def probe(steps):
+    def probe(steps, weighed=True):
         for number in range(steps):
             logit = model.layers[0](inputs[number // 4])
             yield torch.nn.functional.binary_cross_entropy_with_logits(logit, torch.full_like(logit, number % 4 == 0))
@@ -198,7 +198,7 @@ def test_on_a_new_adapter_it_is_the_fisher_of_the_weights_themselves():
     """The mean of squares of per-sample gradients, without dropout, and the model left as it was."""
 
     def probe_of_one(model):
-        def losses(steps):
+        def losses(steps, weighed=True):
             for seed in range(steps):
                 ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(seed))
                 logits = model(input_ids=ids).logits[0, :-1]

@@ -32,7 +32,7 @@ def loss_of(model, seed=0):
 
 
 def probe_of(model):
-    return lambda steps: (loss_of(model, seed) for seed in range(steps))
+    return lambda steps, weighed=True: (loss_of(model, seed) for seed in range(steps))
 
 
 def attached(kind="llama", dtype=torch.float32, **options):
