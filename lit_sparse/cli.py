@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import functools
 import inspect
 import logging
+import operator
 import shlex
 import sys
 import warnings
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import jsonargparse
 import lightning as L
@@ -79,6 +81,7 @@ class CLI(LightningCLI):
     command: str | None = None
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        read_whole_numbers_first(L.Trainer)
         return super().init_parser(parser_mode=STACKING, exit_on_error=False, **kwargs)
 
     @staticmethod
@@ -249,6 +252,18 @@ class CLI(LightningCLI):
                 "No held-out row is a choice, or has an answer that ends in #### and a number: rows are scored instead."
             )
             self.validate(**arguments)
+
+
+def read_whole_numbers_first(kind: type) -> None:
+    """Let a whole number that is given for an argument `int | float` of a class be an int.
+
+    Lightning means batches by 1 and all of them by 1.0. Python keeps `Optional[Union[int, float]]` and its like with
+    float first under one key, so that the order in which libraries wrote them down decides which one a parser tries.
+    """
+    annotations = kind.__init__.__annotations__
+    for name, annotation in annotations.items():
+        if {int, float} <= set(kinds := get_args(annotation)):
+            annotations[name] = functools.reduce(operator.or_, sorted(kinds, key=lambda one: one is not int))
 
 
 CLIKind = TypeVar("CLIKind", bound=CLI)

@@ -4,7 +4,9 @@ import csv
 import re
 import sys
 from pathlib import Path
+from typing import Union
 
+import jsonargparse
 import pytest
 import torch
 import yaml
@@ -276,3 +278,19 @@ def test_every_shipped_yaml_has_a_comment_for_each_key():
             assert not value or line.lstrip().startswith(("#", "- class_path", "class_path")) or "#" in line, (
                 f"{path}: {line}"
             )
+
+
+@pytest.mark.parametrize("asked", [Union[float, int, None], float | int | None])  # noqa: UP007  # noqa: UP007
+def test_a_whole_number_is_no_share(asked):
+    """`--trainer.limit_val_batches=1` is a batch, in whichever order the types were written down first."""
+
+    class Limited:
+        def __init__(self, limit: asked = None, share: float = 1.0) -> None:
+            self.limit = limit
+
+    cli.read_whole_numbers_first(Limited)
+    parser = jsonargparse.ArgumentParser()
+    parser.add_class_arguments(Limited)
+    for word, kind in (("1", int), ("1.0", float), ("0.25", float)):
+        assert type(parser.parse_args([f"--limit={word}"]).limit) is kind
+    assert type(parser.parse_args(["--share=1"]).share) is float
