@@ -88,12 +88,13 @@ class Examples(Dataset[Example]):
             return cls(arrays["ids"], arrays["labels"], arrays["starts"], *counts)
 
 
-def load_or_make(settings: Sequence[object], make: Callable[[], Examples]) -> Examples:
-    """Return the cached examples of these settings, or make and cache them.
+def load_or_make(settings: Sequence[object], make: Callable[[], Examples], rows: int) -> Examples:
+    """Return the cached examples of these settings, or make and cache them, and say of how many rows.
 
     Args:
         settings: Everything on which the examples depend, as texts and numbers.
         make: Makes the examples.
+        rows: Number of rows that they are made of.
 
     Raises:
         BadInput: if the cache cannot be written.
@@ -102,7 +103,7 @@ def load_or_make(settings: Sequence[object], make: Callable[[], Examples]) -> Ex
     path = cache_folder() / "tokens" / f"{key}.npz"
     if path.is_file():
         return Examples.load(path)
-    rank_zero_info(f"Tokenising the data, once, into {path.parent}.")
+    rank_zero_info(f"Tokenising {rows:,} rows, once, into {path.parent}.")
     examples = make()
     try:
         examples.save(path)
@@ -116,7 +117,7 @@ def load_or_make(settings: Sequence[object], make: Callable[[], Examples]) -> Ex
 def tokenise_cached(rows: Sequence[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:
     """Return the examples of `rows` from the cache, or encode and cache them; see `encode`."""
     settings = ["rows", encoder.fingerprint(), max_length, overlong, [row_digest(row) for row in rows]]
-    return load_or_make(settings, lambda: encode(rows, encoder, max_length, overlong))
+    return load_or_make(settings, lambda: encode(rows, encoder, max_length, overlong), len(rows))
 
 
 def encode(rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Overlong) -> Examples:

@@ -56,7 +56,7 @@ class Text(TokenData):
     def _blocks(self, rows: list[Row]) -> Examples:
         texts = [hashlib.sha256(row.data["text"].encode()).hexdigest() for row in rows]
         settings = ["blocks", self.encoder.fingerprint(), self.max_length, texts]
-        return load_or_make(settings, lambda: cut_blocks(rows, self.encoder, self.max_length))
+        return load_or_make(settings, lambda: cut_blocks(rows, self.encoder, self.max_length), len(rows))
 
 
 def read_files(paths: str | list[str]) -> list[Row]:

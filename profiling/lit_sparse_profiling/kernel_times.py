@@ -155,7 +155,8 @@ def table(kernels: Kernels, rows: int = 10) -> Table:
     for figure in ("calls/step", "ms", "share", "achieved", "of ceiling"):
         grid.add_column(figure, justify="right", no_wrap=True)
     for kernel in shown:
-        name = ("* " if kernel.ours else "") + shorten_name(kernel.name)
+        own = kernel.name.removeprefix("aten::") if on_cpu else shorten_name(kernel.name)
+        name = ("* " if kernel.ours else "") + own
         labels = [name] if on_cpu else [name, kernel.op]
         grid.add_row(*map(escape, labels), *_figures(kernels, kernel))
     return grid

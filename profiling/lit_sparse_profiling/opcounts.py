@@ -177,8 +177,14 @@ def flops_of(func: Any, given: Mapping[str, Any], args: Sequence[Any], kwargs: d
         return attention_flops(name, given)
     if name in FORMULAS:
         return FORMULAS[name](given)
-    formula = flop_registry.get(func.overloadpacket)
+    formula = flop_registry.get(func.overloadpacket) or flop_registry.get(_in_new_memory(name))
     return None if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+def _in_new_memory(name: str) -> Any:
+    """Return the op that does in new memory what this one does in its input's (`addmm` for `addmm_`); None: none."""
+    namespace, _, own = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), own.removesuffix("_"), None) if own.endswith("_") else None
 
 
 def bound(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,15 @@ def test_attention_counts_once(inference: bool) -> None:
         assert counts.flops == 5 * product
 
 
+def test_products_into_their_own_memory_count_as_others_do() -> None:
+    total, batches = torch.zeros(3, 5), torch.zeros(2, 3, 5)
+    with OpCounts() as counts:
+        total.addmm_(torch.ones(3, 4), torch.ones(4, 5))
+        batches.baddbmm_(torch.ones(2, 3, 4), torch.ones(2, 4, 5))
+    assert (counts.ops["aten::addmm_"].flops, counts.ops["aten::baddbmm_"].flops) == (2 * 3 * 4 * 5, 2 * 2 * 3 * 4 * 5)
+    assert not counts.uncounted
+
+
 def test_composite_ops_count_as_what_they_are_made_of_in_inference_too() -> None:
     x, weight = torch.randn(T, K), torch.randn(H, K)
     with torch.inference_mode(), OpCounts() as counts:
