@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "benchmarks/gpu/llama-3.2-1b.json"
 STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "large", "deft")
 """In order of value."""
-OPS = ("block_grad", "block_adamw", "master_adamw", "pack_columns", "block_delta", "glu_density")
+OPS = ("block_grad", "block_adamw", "master_adamw", "pack_columns", "block_delta", "glu_density", "loss")
 COMPILED = ("pack_columns", "block_delta", "glu_density")
 """Ops that must be ahead of torch.compile; it compiles while the tests run."""
 PYTEST = ("-m", "pytest", "-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "no:benchmark")
@@ -68,7 +68,7 @@ def plan(stages: Sequence[str], into: Path, results: Path, dry: bool) -> Iterato
         if stage == "env":
             yield Step("env", 60, {"env": ["-c", SANITY]}, must=not dry)
         elif stage == "tests":
-            tests = {op: [*PYTEST, *REPORTS, f"tests/kernels/test_{op}.py"] for op in (*OPS, "interpreter")}
+            tests = {op: [*PYTEST, *REPORTS, tests_of(op)] for op in (*OPS, "interpreter")}
             tests["density"] = [*PYTEST, *REPORTS, "tests/strategies/test_activation_density.py"]
             beside = {"weights": ["-m", "benchmarks.weights", SHAPES, str(drawn)]}
             beside |= {f"warm_{op}": ["-m", "benchmarks.kernels", op, "--tested", "--warm"] for op in COMPILED}
@@ -93,6 +93,11 @@ def plan(stages: Sequence[str], into: Path, results: Path, dry: bool) -> Iterato
         elif not dry:  # alone, large
             words = ["-m", "benchmarks.gpu_methods", stage, f"--into={into}", f"--results={results / 'gpu.jsonl'}"]
             yield Step(stage, 900, {stage: [*words, *(fits if stage == "alone" else [])]}, shown=40)
+
+
+def tests_of(op: str) -> str:
+    """Return the file of an op's tests."""
+    return "tests/test_loss.py" if op == "loss" else f"tests/kernels/test_{op}.py"
 
 
 def memory() -> Path:

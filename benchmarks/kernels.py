@@ -1,14 +1,16 @@
 """Each op beside what torch has for the same work, and beside what the device can do: time, bytes, share of ceilings.
 
-`python -m benchmarks.kernels` times the ops of lit_sparse_kernels, on a GPU at the shapes of Llama models, on a CPU at
-those of SmolLM2, and appends a line for each shape to benchmarks/results/kernels.jsonl. All contenders of a shape take
-turns, so that a device that drifts slows them alike; ceilings are measured in the same run. An op whose tests fail on
-the device is not timed.
+`python -m benchmarks.kernels` times the ops of lit_sparse_kernels and the loss, on a GPU at the shapes of Llama models,
+on a CPU at those of SmolLM2, and appends a line for each shape to benchmarks/results/kernels.jsonl. All contenders of a
+shape take turns, so that a device that drifts slows them alike; ceilings are measured in the same run. An op whose
+tests fail on the device is not timed. Liger (for the loss) and quack (for block_grad) take part where they are
+installed and the device is a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -21,9 +23,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.gpu import tests_of
 from benchmarks.provenance import ROOT, of_device
+from lit_sparse.loss import next_token_loss
 from lit_sparse.mlp_density import GLUDensity
 from lit_sparse.optim import AdamW
 from lit_sparse_kernels import block_delta, block_grad, pack_columns
@@ -45,6 +50,7 @@ MODELS = {  # width, key and value width, MLP width, block size
     "Llama-3.2-1B": (2048, 512, 8192, 256),
     "Llama-3-8B": (4096, 1024, 14336, 256),
 }
+VOCABULARIES = {"SmolLM2-135M": 49152, "Llama-3.2-1B": 128256, "Llama-3-8B": 128256}
 
 
 @dataclass
@@ -97,6 +103,13 @@ def block_grads(name: str, tokens: int, device: torch.device, dtype: torch.dtype
             left = torch.stack([dy[:, rows] for dy, rows, _ in tiles])
             return left.transpose(1, 2) @ torch.stack([packed[:, columns] for _, _, columns in tiles])
 
+        def by_quack(dys: list[Tensor] = dys, packed: Tensor = packed, tiles: Any = tiles) -> Tensor:
+            from quack.gemm_interface import gemm  # pyright: ignore[reportMissingImports]
+
+            left = torch.stack([dy[:, rows] for dy, rows, _ in tiles]).transpose(1, 2)
+            return gemm(left, torch.stack([packed[:, columns] for _, _, columns in tiles]), out_dtype=torch.float32)
+
+        rivals = {"gathered, quack": by_quack} if available("quack", device) else {}
         yield Work(
             "block_grad",
             f"{name}, q, k, v, {count} of {len(every)} blocks of {size}, {tokens:,} tokens",
@@ -105,6 +118,7 @@ def block_grads(name: str, tokens: int, device: torch.device, dtype: torch.dtype
                 "whole dW": lambda: [dy.t() @ x for dy in dys],
                 "gathered, torch.compile": torch.compile(gathered, dynamic=False),
                 DIAGONAL: lambda a=left, b=right: torch.einsum("tnh,tnw->nhw", a, b),
+                **rivals,
             },
             blocks=count,
             flops=2 * tokens * count * size * size,
@@ -284,6 +298,45 @@ def densities(name: str, tokens: int, device: torch.device, dtype: torch.dtype) 
         )
 
 
+def losses(name: str, tokens: int, device: torch.device, dtype: torch.dtype) -> Iterator[Work]:
+    """Cross-entropy from the last hidden states, with its gradients: of these alone, and of the head, too."""
+    width, vocabulary = MODELS[name][0], VOCABULARIES[name]
+    torch.manual_seed(0)
+    hidden = torch.randn(1, tokens, width, device=device, dtype=dtype, requires_grad=True)
+    labels = torch.randint(vocabulary, (1, tokens), device=device)
+    for trained in (False, True):
+        head = (torch.randn(vocabulary, width, device=device, dtype=dtype) / width**0.5).requires_grad_(trained)
+        leaves = [hidden, head] if trained else [hidden]
+
+        def and_back(loss: Callable[[Tensor], Tensor], leaves: list[Tensor] = leaves) -> Callable[[], object]:
+            return lambda: torch.autograd.grad(loss(hidden), leaves)
+
+        def plain(hidden: Tensor, head: Tensor = head) -> Tensor:
+            return F.cross_entropy((hidden[0, :-1] @ head.t()).float(), labels[0, 1:])
+
+        def liger(hidden: Tensor, head: Tensor = head) -> Tensor:
+            from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # pyright: ignore
+
+            return LigerFusedLinearCrossEntropyLoss()(head, hidden[0, :-1], labels[0, 1:])
+
+        yield Work(
+            "loss",
+            f"{name}, {'trained' if trained else 'frozen'} head of {vocabulary:,} tokens, {tokens:,} tokens",
+            {
+                OURS: and_back(lambda x, head=head: next_token_loss(x, head, None, labels)),
+                "all logits at once": and_back(plain),
+                "all logits, torch.compile": and_back(torch.compile(plain, dynamic=False)),
+                **({"Liger": and_back(liger)} if available("liger_kernel", device) else {}),
+            },
+            flops=2 * (3 if trained else 2) * tokens * vocabulary * width,
+        )
+
+
+def available(package: str, device: torch.device) -> bool:
+    """Return whether a rival for GPUs alone can be called."""
+    return device.type == "cuda" and importlib.util.find_spec(package) is not None
+
+
 OPS = {
     "block_grad": block_grads,
     "block_adamw": block_adamws,
@@ -291,6 +344,7 @@ OPS = {
     "block_delta": deltas,
     "master_adamw": whole_adamws,
     "glu_density": densities,
+    "loss": losses,
 }
 
 
@@ -380,7 +434,7 @@ def verdicts(line: dict[str, Any]) -> Iterator[tuple[str, bool]]:
 def green(op: str, device: torch.device) -> bool:
     """Return whether the op's tests pass on the device that it is to be timed on."""
     marker = "gpu" if device.type == "cuda" else "not gpu"
-    command = [sys.executable, "-m", "pytest", f"tests/kernels/test_{op}.py", "-q", "-m", marker]
+    command = [sys.executable, "-m", "pytest", tests_of(op), "-q", "-m", marker]
     return subprocess.run(command, cwd=ROOT, stdout=sys.stderr).returncode == 0
 
 

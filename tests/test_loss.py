@@ -45,6 +45,17 @@ def test_loss_and_gradients_are_the_plain_ones(chunk, bias, monkeypatch):
         torch.testing.assert_close(tensor.grad, reference.grad.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("bias", [True, False])
+def test_on_a_gpu_it_is_the_plain_one_too(bias):
+    given = [None if one is None else one.detach().cuda() for one in example(torch.float32, bias)]
+    leaves = [one.requires_grad_() for one in given[:3] if one is not None]
+    ours, theirs = next_token_loss(*given), plain(*given)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for own, other in zip(torch.autograd.grad(ours, leaves), torch.autograd.grad(theirs, leaves), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+
+
 def test_a_frozen_head_gets_no_gradient_and_the_states_get_theirs():
     hidden, weight, _, labels = example(torch.float32, False)
     frozen = weight.detach()
