@@ -130,6 +130,9 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[str(self.subcommand)]
         check_trainer_words(config.trainer)
+        for key in ("samples", "checkpoint_steps"):
+            if config[key] < 0:
+                raise BadInput(f"{key} is {config[key]}; it must be 0 or more.")
         for key in ("callbacks", "logger"):
             config.trainer[key] = without_twins(as_plain(config.trainer[key]))
         self.folder: Path | None = None

@@ -150,6 +150,12 @@ def check_sections(word: str, document: dict[str, Any]) -> None:
                 f"{word} has {section}: {value!r}, but {section} has keys of its own; write them below it, as in "
                 f"`{section}: {{key: value}}`, or leave it out."
             )
+    named = document.get("data")
+    if isinstance(named, str) and not named.rpartition(".")[2][:1].isupper():
+        raise BadInput(
+            f"{word} has data: {named}, where the name of a class belongs; write `data: {{class_path: Instructions, "
+            f"init_args: {{train: {named}}}}}`, or give --data {named} on the command line."
+        )
 
 
 def load(text: str) -> Any:

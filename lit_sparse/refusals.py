@@ -49,6 +49,7 @@ LEAST: dict[str, tuple[float, str]] = {
     "gradient_clip_val": (0, "but a norm is not negative; give a number above 0, or null"),
     "limit_train_batches": (1e-9, "which trains on nothing; give a number of batches, a share of them, or null"),
     "val_check_interval": (1e-9, "but it is a number of batches, or a share of an epoch; give one above 0, or null"),
+    "check_val_every_n_epoch": (1, "but it is a number of epochs; give 1 or more"),
     "log_every_n_steps": (1, "but it is a number of steps; give 1 or more, or trainer.logger=false"),
 }
 """Keys of `trainer` with the least number that makes sense, and why."""
@@ -205,7 +206,8 @@ def fields_of(kind: type) -> list[str]:
 def understood(error: BaseException) -> BadInput | None:
     """Return `error`, or one that it was raised from, as an error of the user's; None if it is ours.
 
-    Those are `BadInput`, what Lightning raises itself (and not what it runs into), and the operating system's refusals.
+    Those are `BadInput`, what Lightning raises itself (and not what it runs into), values that the profiler refuses,
+    and the operating system's refusals.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -219,6 +221,8 @@ def understood(error: BaseException) -> BadInput | None:
         library = "lightning" if isinstance(cause, MisconfigurationException) else raised_by(cause)
         if library in LIBRARIES:
             return BadInput(in_a_sentence(LIBRARIES[library], cause))
+        if library == "lit_sparse_profiling" and isinstance(cause, ValueError):  # which knows no BadInput
+            return BadInput(str(cause))
         cause = cause.__cause__
     return None
 
@@ -255,7 +259,7 @@ def check_trainer_words(trainer: Mapping[str, Any]) -> None:
     accelerator = check_accelerator(trainer["accelerator"])
     check_devices(trainer["devices"], accelerator)
     for key, (least, why) in LEAST.items():
-        if isinstance(trainer[key], int | float) and trainer[key] < least:
+        if isinstance(trainer[key], int | float) and not trainer[key] >= least:  # nor NaN
             raise BadInput(f"trainer.{key} is {trainer[key]}, {why}.")
     if trainer["barebones"]:
         raise BadInput(

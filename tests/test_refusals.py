@@ -81,6 +81,18 @@ REFUSED = {
     "no accumulation": (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0"),
     "negative clipping": (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val is -1"),
     "nothing to train on": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0"),
+    "clipping to NaN": (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val is nan"),
+    "an epoch of none": (["--trainer.check_val_every_n_epoch=0"], "trainer.check_val_every_n_epoch is 0"),
+    "negative rate": (["--model.lr=-1"], "model.lr is -1.0; it must be a number from 0 on"),
+    "warm-up of NaN": (["--model.warmup_steps=.nan"], "model.warmup_steps is nan"),
+    "betas": (
+        ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.betas=[2,3]"],
+        "model.optimizer refuses its settings: Invalid beta parameter at index 0: 2.0",
+    ),
+    "a weight of NaN": (["--config=deft.yaml", "--model.updates.weight=.nan"], "ActivationDensity: weight is nan"),
+    "negative samples": (["--samples=-1"], "samples is -1; it must be 0 or more"),
+    "negative checkpoints": (["--checkpoint_steps=-1"], "checkpoint_steps is -1"),
+    "negative profile": (["--profile.warmup=-1"], "profile.warmup is -1; it must be 0 or more"),
     "interval of none": (["--trainer.val_check_interval=0"], "trainer.val_check_interval is 0"),
     "long interval": (
         ["--trainer.val_check_interval=100"],
@@ -102,6 +114,7 @@ REFUSED = {
     "nearest config": (["--config", "data/labeled.yaml"], "did you mean data/labelled.yaml?"),
     "config by its last name": (["--config=demo.yaml"], "did you mean trainers/demo.yaml?"),
     "runs in a file": (["--trainer.default_root_dir=rows.jsonl"], "could not be made"),
+    "data of a YAML": (["--config={data: rows.jsonl}"], "or give --data rows.jsonl on the command line"),
     "no data": (["--data.train=nowhere.jsonl"], "nowhere.jsonl"),
 }
 

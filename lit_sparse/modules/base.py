@@ -75,6 +75,9 @@ class LitSparse(Resumable):
             quantize,
             full_checkpoints=full_checkpoints,
         )
+        for name, value in {"lr": lr, "warmup_steps": warmup_steps}.items():
+            if not 0 <= value < float("inf"):  # nor NaN
+                raise BadInput(f"model.{name} is {value}; it must be a number from 0 on.")
         self.lr, self.make_optimizer = lr, optimizer
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
@@ -216,7 +219,12 @@ class LitSparse(Resumable):
         self.log("scored_tokens", self.tokens_seen.float())
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.updates.optimizer(self.lr, self.make_optimizer)
+        try:
+            optimizer = self.updates.optimizer(self.lr, self.make_optimizer)
+        except BadInput:
+            raise
+        except ValueError as error:  # of torch's and others' optimizers, in a few words
+            raise BadInput(f"model.optimizer refuses its settings: {error}; correct them.") from error
         if self.updates.masters:
             check_masters(optimizer)
         match_by_name(optimizer)

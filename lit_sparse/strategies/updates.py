@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -27,10 +28,12 @@ class Updates(Sequence[UpdateStrategy]):
         prefix: What precedes the model's parameter names in optimizer groups and checkpoints.
 
     Raises:
-        BadInput: if the strategies cannot be combined.
+        BadInput: if a strategy's number is none, or if the strategies cannot be combined.
     """
 
     def __init__(self, strategies: Sequence[UpdateStrategy] = (), prefix: str = "") -> None:
+        for strategy in strategies:
+            check_finite(strategy)
         self._strategies = compose(strategies)
         self._prefix = prefix
         self._model: nn.Module | None = None
@@ -249,3 +252,14 @@ class Updates(Sequence[UpdateStrategy]):
         """Yield the frozen parameters into which strategies write what they train elsewhere."""
         for strategy in self:
             yield from strategy.written()
+
+
+def check_finite(strategy: UpdateStrategy) -> None:
+    """Refuse NaN and infinity among a strategy's numbers: most comparisons of theirs let NaN pass.
+
+    Raises:
+        BadInput: naming the field.
+    """
+    for name, value in vars(strategy).items():
+        if isinstance(value, float) and not name.startswith("_") and not math.isfinite(value):
+            raise BadInput(f"{type(strategy).__name__}: {name} is {value}; it must be a finite number.")
