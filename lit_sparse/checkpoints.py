@@ -12,9 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 
 from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
+from lit_sparse.optim import part_of, sum_over_shards
 from lit_sparse.whole import check_whole
 
 SAMPLES_PER_TENSOR = 2**16
@@ -31,16 +34,31 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def hash_of(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Return the hash that `fingerprint` describes, of tensors with their names."""
+    """Return the hash that `fingerprint` describes, of tensors with their names; DTensors count as full tensors.
+
+    Every rank must call it if there are DTensors among them.
+    """
     digest = hashlib.sha256()
     for name, tensor in named:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        if not has_values(tensor):
-            continue
-        flat = tensor.detach().flatten()
-        stride = max(1, flat.numel() // SAMPLES_PER_TENSOR)
-        digest.update(flat[::stride].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        if has_values(tensor):
+            digest.update(_samples(tensor).cpu().to(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    """Return the bits of evenly spaced values of a tensor, rounded to bf16, as integers.
+
+    Each rank has those of its shard of a DTensor, in which rows are one after the other, and zeros add up with them.
+    """
+    stride = max(1, tensor.numel() // SAMPLES_PER_TENSOR)
+    part = part_of(tensor)
+    before = part.start[0] * (tensor.numel() // max(1, tensor.shape[0]) if tensor.ndim else 1)  # entries of other ranks
+    own = part.values.flatten()[-before % stride :: stride].to(torch.bfloat16).view(torch.int16).int()
+    if not isinstance(tensor, DTensor):
+        return own
+    first, count = -(-before // stride), -(-tensor.numel() // stride)
+    return sum_over_shards(pad(own, (first, count - first - len(own))), tensor)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
@@ -87,6 +87,43 @@ def full_tensor(tensor: Any) -> Tensor:
 def local_shard(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, without communication. Return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """This rank's part of a tensor.
+
+    Attributes:
+        values: The part, in the memory of the tensor; empty on ranks beyond the last row.
+        start: Row and column of its first entry within the tensor, and 0 for a column that it lacks.
+    """
+
+    values: Tensor
+    start: tuple[int, int]
+
+
+def part_of(tensor: Tensor) -> Part:
+    """Return this rank's part of `tensor`; all of it, unless that is a DTensor."""
+    start = [0, 0]
+    if isinstance(tensor, DTensor):
+        for axis, placement in enumerate(tensor.placements):
+            if isinstance(placement, Shard):  # chunks as torch.chunk makes them: the last ones may be smaller or empty
+                side, mesh = tensor.shape[placement.dim], tensor.device_mesh
+                start[placement.dim] = min(side, -(-side // mesh.size(axis)) * mesh.get_local_rank(axis))
+    return Part(local_shard(tensor.detach()), (start[0], start[1]))
+
+
+def sum_over_shards(values: Tensor, tensor: Tensor) -> Tensor:
+    """Return the sum of `values` over the ranks with the shards of `tensor`, on the device that they compute on.
+
+    Where several ranks have the same shard (HSDP), each group of ranks that has the whole adds up its own. Unless
+    `tensor` is a DTensor, `values` are returned unchanged. Every rank must call it.
+    """
+    if not isinstance(tensor, DTensor):
+        return values
+    mesh = tensor.device_mesh
+    kinds = [Partial() if isinstance(placement, Shard) else Replicate() for placement in tensor.placements]
+    return DTensor.from_local(values.to(mesh.device_type), mesh, kinds).full_tensor()
 
 
 def device_of(tensor: Tensor) -> torch.device:

@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 
 from lit_sparse.anatomy import Experts, has_values
 from lit_sparse.blocks.grid import Blocks, Size, grid
-from lit_sparse.blocks.sharded import part_of
 from lit_sparse.errors import BadInput
+from lit_sparse.optim import part_of
 
 Score = Literal["abs_mean", "mean_abs", "l2"]
 Ranking = Literal["global", "per_matrix"]

@@ -3,37 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
-from lit_sparse.optim import local_shard
-
-
-@dataclass(frozen=True)
-class Part:
-    """This rank's part of a matrix.
-
-    Attributes:
-        values: The part, (rows, columns), in the memory of the matrix; empty on ranks beyond the last row.
-        start: Row and column of its first entry within the matrix.
-    """
-
-    values: Tensor
-    start: tuple[int, int]
-
-
-def part_of(matrix: Tensor) -> Part:
-    """Return this rank's part of `matrix`; all of it, unless that is a DTensor."""
-    start = [0, 0]
-    if isinstance(matrix, DTensor):
-        for axis, placement in enumerate(matrix.placements):
-            if isinstance(placement, Shard):  # chunks as torch.chunk makes them: the last ones may be smaller or empty
-                side, mesh = matrix.shape[placement.dim], matrix.device_mesh
-                start[placement.dim] = min(side, -(-side // mesh.size(axis)) * mesh.get_local_rank(axis))
-    return Part(local_shard(matrix.detach()), (start[0], start[1]))
+from lit_sparse.optim import part_of, sum_over_shards
 
 
 class Pieces:
@@ -72,7 +47,7 @@ class Pieces:
         blocks = values.new_zeros(self._shape, dtype=torch.promote_types(matrix.dtype, torch.float32))
         if len(self._slots[0]):
             self._cut_blocks(blocks)[self._slots] = self._cut(values)[self._places].to(blocks.dtype)
-        return _sum_over_shards(blocks, matrix)
+        return sum_over_shards(blocks, matrix)
 
     @torch.no_grad()
     def write(self, matrix: DTensor, blocks: Tensor) -> None:
@@ -89,13 +64,3 @@ class Pieces:
     def _cut_blocks(self, blocks: Tensor) -> Tensor:
         """Return a view of blocks as pieces, (N, rows, columns, height, width)."""
         return blocks.unflatten(2, (-1, self.width)).unflatten(1, (-1, self.height)).transpose(2, 3)
-
-
-def _sum_over_shards(values: Tensor, matrix: DTensor) -> Tensor:
-    """Return the sum of `values` over the ranks with the shards of `matrix`, on the device that they compute on.
-
-    Where several ranks have the same shard (HSDP), each group of ranks that has the whole matrix adds up its own.
-    """
-    mesh = matrix.device_mesh
-    kinds = [Partial() if isinstance(placement, Shard) else Replicate() for placement in matrix.placements]
-    return DTensor.from_local(values.to(mesh.device_type), mesh, kinds).full_tensor()

@@ -1,7 +1,7 @@
 """Building the model of a run: the base, what the strategies make of it, its precision, its sharding."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, repeat
 from typing import Any, ClassVar, Literal
@@ -17,12 +17,15 @@ from transformers import PreTrainedModel
 from lit_sparse.anatomy import backbone, decoder_layers, is_quantized, unread_by_text, weights_in
 from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base
+from lit_sparse.modules.hollow import Hollow
+from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base, load_hollow
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.modules.window import sum_over_ranks
 from lit_sparse.optim import trainable
 from lit_sparse.ranks import check_agreement, digest_of
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
+from lit_sparse.strategies.base import Attaches
+from lit_sparse.strategies.updates import ATTACHES
 from lit_sparse_profiling.phases import Phases
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -101,6 +104,7 @@ class BuiltModel(L.LightningModule, ABC):
         # These are kept in tuples: as attributes they would be submodules, beside `self.model`.
         self._given: tuple[PreTrainedModel, ...] = (base,) if isinstance(base, PreTrainedModel) else ()
         self._sharded: tuple[Sharded, ...] = ()
+        self._hollow: Hollow | None = None  # until the model is sharded
         self.base: Any = type(base).__name__ if self._given else base
         self.updates = Updates(updates, prefix="model.")
         if quantize is not None:
@@ -173,14 +177,27 @@ class BuiltModel(L.LightningModule, ABC):
             self.model = self._given[0] if self._given else self._load()
             if is_quantized(self.model):
                 self.updates.check_quantizable(f"the base {self.base} is quantised")
-            self.base_fingerprint = fingerprint(self.model)
+            self.base_fingerprint = fingerprint(self.model) if self._hollow is None else ""  # known once it is filled
             self.base_parameters = sum(weights_in(parameter) for parameter in self.model.parameters())
         return self.model
 
     def _load(self) -> PreTrainedModel:
         rank_zero_info(f"Loading {self.base}.")
+        if self._may_be_hollow:
+            found = load_hollow(self.auto_class, self.base, self.frozen_dtype, self.attention, self.config_options)
+            if isinstance(found, Hollow):
+                self._hollow = found
+                return found.model
+            rank_zero_info(f"Each rank loads all of {self.base}: {found}.")
         how = (self.frozen_dtype, self.attention, self.quantize, self.device_to_be, self.config_options)
         return load_base(self.auto_class, self.base, *how)
+
+    @property
+    def _may_be_hollow(self) -> bool:
+        """True if the model is to be sharded, and no strategy has to see all of it before."""
+        if not self.to_shard or self.trainer.state.fn != "fit" or self.quantize is not None:
+            return False
+        return isinstance(self.base, str) and all(update.attaches_to != "whole" for update in self.updates)
 
     @property
     def frozen_dtype(self) -> torch.dtype:
@@ -200,10 +217,23 @@ class BuiltModel(L.LightningModule, ABC):
 
     def _attach(self) -> None:
         self._prepare()
-        self._shard_first()
-        with self.phases("selection"), forked_rng(self.device_to_be):
-            self.updates.attach(self.build(), self.probe, self._context)
+        self._attach_and_shard(lambda kinds: self.updates.attach(self.build(), self.probe, self._context, kinds))
         self._after_attach()
+
+    def _attach_and_shard(self, attach: Callable[[Collection[Attaches]], None]) -> None:
+        """Call `attach` with the kinds of strategies (`attaches_to`) that see the model as it is then.
+
+        A hollow model is sharded and filled after those that need only shapes; one that was loaded whole is sharded
+        here if a strategy asks for shards, else in the end.
+        """
+        with self.phases("selection"), forked_rng(self.device_to_be):
+            if self._hollow is not None:
+                attach(("shapes",))
+        if self._hollow is not None or (self.to_shard and any(u.attaches_to == "shards" for u in self.updates)):
+            self._shard()
+        with self.phases("selection"), forked_rng(self.device_to_be):
+            attach(ATTACHES if self._hollow is None else ("either", "shards"))
+        self._hollow = None
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Rebuild what the strategies made of the model, from a checkpoint of the same configuration.
@@ -212,15 +242,17 @@ class BuiltModel(L.LightningModule, ABC):
             BadInput: if the checkpoint is of another base or of other strategies.
         """
         model, saved = self.build(), checkpoint["lit_sparse"]
-        if saved["base"] != self.base_fingerprint:
-            raise BadInput(
-                f"the checkpoint was trained on another base than {self.base!r}; give the base of the run that "
-                f"wrote it."
-            )
+
+        def restore(kinds: Collection[Attaches]) -> None:
+            if self.base_fingerprint not in ("", saved["base"]):
+                raise BadInput(
+                    f"the checkpoint was trained on another base than {self.base!r}; give the base of the run that "
+                    f"wrote it."
+                )
+            self.updates.restore(model, saved["updates"], self._context, kinds)
+
         self._prepare()
-        self._shard_first()
-        with forked_rng(self.device_to_be):
-            self.updates.restore(model, saved["updates"], self._context)
+        self._attach_and_shard(restore)
         self._after_attach()
 
     @property
@@ -272,11 +304,6 @@ class BuiltModel(L.LightningModule, ABC):
         if self.updates.masters and not self.to_shard:
             self.masters.upcast(self.build())
 
-    def _shard_first(self) -> None:
-        """Shard the model before strategies are attached, if one of them asks for it."""
-        if self.to_shard and any(update.attaches_sharded for update in self.updates):
-            self._shard()
-
     def _shard(self) -> None:
         if is_quantized(self.build()):
             raise BadInput(
@@ -285,6 +312,9 @@ class BuiltModel(L.LightningModule, ABC):
             )
         assert isinstance(self.trainer.strategy, FSDP2Strategy)
         self._sharded = (self.trainer.strategy.shard(self.build()),)
+        if self._hollow is not None:
+            with self.phases("loading"):
+                self.base_fingerprint = self._hollow.fill()
 
     def _compute_in_precision(self, function: Callable[..., Any], *args: Any) -> Any:
         with self.autocast():  # weights may be of several dtypes

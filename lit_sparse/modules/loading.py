@@ -8,11 +8,21 @@ from typing import Any, Literal
 
 import torch
 from packaging.version import Version
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
 from lit_sparse.anatomy import classification_head, is_quantized_linear
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.hollow import (
+    Hollow,
+    Unreadable,
+    build_hollow,
+    draw_units,
+    drawn_values,
+    file_values,
+    initialize,
+)
 
 Quantization = Literal["nf4", "int8"]
 
@@ -64,6 +74,45 @@ def load_base(
             # their scales: later results would differ from earlier ones.
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def load_hollow(
+    auto_class: Any,
+    base: str,
+    dtype: torch.dtype,
+    attention: str | None,
+    config_options: Mapping[str, Any] | None = None,
+) -> Hollow | str:
+    """Return the model that `base` names without its weights, of which each rank then reads or draws its shards.
+
+    The arguments are those of `load_base`, and so are the weights.
+
+    Returns:
+        The model, or why its weights can only be read whole, to end a sentence.
+
+    Raises:
+        BadInput: if there is no such model.
+    """
+    options: dict[str, Any] = {"dtype": dtype}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    with load_errors(base, attention):
+        config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
+        model = build_hollow(auto_class, config, options)
+        if base.endswith(".json"):
+            return Hollow(model, drawn_values(auto_class, config, options))
+        try:
+            source, missing = file_values(model, resolve(base))
+        except Unreadable as reason:
+            return str(reason)
+        if cached_file(resolve(base), GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False):
+            model.generation_config = GenerationConfig.from_pretrained(resolve(base))
+    if missing:
+        owners = {model.get_submodule(name.rpartition(".")[0]) for name in missing}
+        with torch.random.fork_rng(devices=[]):
+            initialize(model, owners)
+        draw_head(model, missing)
+    return Hollow(model, source)
 
 
 @contextmanager
@@ -122,10 +171,10 @@ def names_of_classes(config: PreTrainedConfig) -> list[str]:
 
 def draw_model(auto_class: Any, config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model with random weights, drawn on the CPU: the same at each call and on every device."""
-    # Not torch.manual_seed: it also sets the generators of the GPUs, which fork_rng(devices=[]) does not restore.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(0)
-        return auto_class.from_config(config, **options)
+    model = build_hollow(auto_class, config, options)
+    for _ in draw_units(model):
+        pass
+    return model
 
 
 def draw_head(model: PreTrainedModel, missing: Iterable[str]) -> None:

@@ -116,6 +116,7 @@ class Resumable(BuiltModel):
                 "resume_from to the checkpoint too."
             )
         self.model, self._attached, self._moved, self._sharded, self.masters = None, False, False, (), Masters()
+        self._hollow = None
         self.trained = set()
         self.updates = self.updates.fresh()
         self.build()

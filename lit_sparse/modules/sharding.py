@@ -52,8 +52,11 @@ class Sharded(nn.Module):
         if offload:
             options["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
         self._units = _units(model)
+        _check_rows(model, self._units, mesh.size(mesh.ndim - 1))
         for layer in decoder_layers(model):
+            _make_contiguous(layer)
             fully_shard(layer, **options)
+        _make_contiguous(self)
         fully_shard(self, **options)
         self._initialize_dtypes()
 
@@ -111,6 +114,28 @@ class Sharded(nn.Module):
             if not graph:
                 self.reshard()  # pyright: ignore[reportCallIssue] - fully_shard has made this an FSDPModule
         return result
+
+
+def _check_rows(model: nn.Module, units: Mapping[str, Sequence[str]], shards: int) -> None:
+    """Refuse more ranks than a unit has rows: some would have nothing of it.
+
+    Raises:
+        BadInput: naming the unit.
+    """
+    for unit, names in units.items():
+        rows = max((model.get_parameter(name).shape[:1].numel() for name in names), default=shards)
+        if rows < shards:
+            raise BadInput(
+                f"trainer.strategy is fsdp2, which shards rows over {shards} ranks, but no matrix of {unit} has more "
+                f"than {rows} rows; train on at most {rows} ranks, or set trainer.strategy to ddp."
+            )
+
+
+def _make_contiguous(unit: nn.Module) -> None:
+    """Give hollow parameters memory, and transposed ones another: FSDP cuts rows of contiguous ones only."""
+    for parameter in unit.parameters():
+        if not isinstance(parameter, DTensor) and not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
 
 
 def _units(model: nn.Module) -> dict[str, list[str]]:

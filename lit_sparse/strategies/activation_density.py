@@ -29,7 +29,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.mlp_density import MLPSite, ProxySums, act_of, check_sites, masked_mean, token_mask
 from lit_sparse.optim import device_of
 from lit_sparse.ranks import all_reduce_mean
-from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy, no_probe
+from lit_sparse.strategies.base import Attaches, BaseWeights, Context, Need, Probe, UpdateStrategy, no_probe
 
 MEMORY = 0.9
 """Decay of the running densities that the adaptive weights follow, per optimizer step."""
@@ -67,6 +67,7 @@ class ActivationDensity(UpdateStrategy):
     base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"activations", "graph"})
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
 
     def __post_init__(self) -> None:
         if self.weight < 0:

@@ -39,7 +39,7 @@ from lit_sparse.importance.recorded import (
     read_recorded,
 )
 from lit_sparse.optim import local_shard, sum_scalars
-from lit_sparse.strategies.base import BaseWeights, Context, Gradients, Need, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Attaches, BaseWeights, Context, Gradients, Need, Probe, UpdateStrategy
 
 
 @dataclasses.dataclass
@@ -258,6 +258,7 @@ class L2SP(UpdateStrategy):
 
     base: ClassVar[BaseWeights] = "kept"
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
     gradients: ClassVar[Gradients] = "adds"
     needs: ClassVar[frozenset[Need]] = frozenset({"base", "gradients", "fixed_set"})
 

@@ -23,6 +23,7 @@ Need = Literal["base", "graph", "gradients", "task_gradients", "activations", "f
 Backward = Literal["autograd", "fused", "none"]
 BaseWeights = Literal["kept", "trained", "rewritten", "moved"]
 Leaves = Literal["plain", "adapter", "own_forward"]
+Attaches = Literal["whole", "shapes", "either", "shards"]
 Gradients = Literal["ignores", "reads", "masks", "adds"]
 
 
@@ -55,7 +56,7 @@ class Context:
         units: The modules that FSDP2 will shard as one unit each; empty where the model is not sharded.
         compute: `compute(function, *args)` returns `function(*args)`, which may use the model: run its forward pass
             through this, in the training's precision, since its parameters may be of several dtypes, and sharded
-            already (`attaches_sharded`).
+            already (`attaches_to`).
     """
 
     siblings: tuple[UpdateStrategy, ...] = ()
@@ -92,8 +93,9 @@ class UpdateStrategy(ABC):
         supports_sharding: Whether the method works with parameters that are DTensors (FSDP2), after `attach` or
             `restore` has seen the whole model.
         unsharded_reason: Where it does not: why, and what to use in its place, to end a sentence.
-        attaches_sharded: Whether, under FSDP2, `attach` and `restore` must see the model after it was sharded: for what
-            no single device could hold. The other strategies of the run then see it sharded too.
+        attaches_to: What `attach` and `restore` must see under FSDP2: the `whole` model, which each rank then loads; a
+            model of which only the `shapes` are right, before it is sharded; the whole one or its shards (`either`);
+            or its `shards`, in which case the other strategies of the run see those too.
         gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
             them. The strategies of a run are called in that order, after those that attach first. A mask holds for the
             gradient that it was computed of; what another strategy adds later may enter masked entries.
@@ -109,7 +111,7 @@ class UpdateStrategy(ABC):
     attaches_first: ClassVar[bool] = False
     supports_sharding: ClassVar[bool] = False
     unsharded_reason: ClassVar[str] = ""
-    attaches_sharded: ClassVar[bool] = False
+    attaches_to: ClassVar[Attaches] = "whole"
     gradients: ClassVar[Gradients] = "ignores"
     masters: ClassVar[bool] = True
 

@@ -22,13 +22,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import AdamW, local_shard, trainable
-from lit_sparse.strategies.base import BaseWeights, Context, Gradients, Need, Probe, UpdateStrategy
+from lit_sparse.optim import AdamW, local_shard, sum_over_shards, trainable
+from lit_sparse.strategies.base import Attaches, BaseWeights, Context, Gradients, Need, Probe, UpdateStrategy
 
 Scope = Literal["per_tensor", "global"]
 DIGITS = ((20, 11), (10, 10), (0, 10))
@@ -59,6 +58,7 @@ class GMT(UpdateStrategy):
     base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
     gradients: ClassVar[Gradients] = "masks"
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class GMT(UpdateStrategy):
         for gradient, mask in zip(gradients, chosen, strict=True):
             local_shard(gradient).masked_fill_(~mask, 0)
         kept = torch.stack([mask.sum() for mask in chosen]).sum()
-        sums = _over_ranks(torch.stack([kept, _energy(gradients), total]), gradients[0])
+        sums = sum_over_shards(torch.stack([kept, _energy(gradients), total]), gradients[0])
         weights = sum(gradient.numel() for gradient in gradients)
         self._numbers = {
             "gmt_kept_share": sums[0] / weights,
@@ -159,7 +159,7 @@ def _thresholds(gradients: Sequence[Tensor], rows: Sequence[int], share: float) 
         counts = found.new_zeros(len(sizes), 2**width)
         for row, gradient in zip(rows, gradients, strict=True):
             counts[row] += _counts(_bits(gradient), found[row], shift, width)
-        counts = _over_ranks(counts, gradients[0])
+        counts = sum_over_shards(counts, gradients[0])
         reach = counts.flip(1).cumsum(1).flip(1)  # entries with this digit or a larger one
         digit = (reach >= left[:, None]).sum(1, keepdim=True) - 1
         left = left - (reach - counts).gather(1, digit).squeeze(1)
@@ -182,15 +182,6 @@ def _bits(gradient: Tensor) -> Tensor:
 def _energy(gradients: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of this rank's shards."""
     return torch.stack([local_shard(gradient).float().square().sum() for gradient in gradients]).sum()
-
-
-def _over_ranks(sums: Tensor, gradient: Tensor) -> Tensor:
-    """Add up what each rank summed over its shards, if `gradient` is sharded."""
-    if not isinstance(gradient, DTensor):
-        return sums
-    # Where several groups of ranks each have the whole (HSDP), each group adds up its own.
-    kinds = [Partial() if isinstance(placement, Shard) else Replicate() for placement in gradient.placements]
-    return DTensor.from_local(sums, gradient.device_mesh, kinds).full_tensor()
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

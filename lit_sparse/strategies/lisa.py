@@ -23,9 +23,9 @@ from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers, unreached_layers
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import drop_state, shard_like
+from lit_sparse.optim import drop_state, local_shard, shard_like, sum_over_shards
 from lit_sparse.ranks import all_reduce_mean
-from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Attaches, Claim, Context, Need, Probe, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Sampler, rms, sampler_of
 
 State = dict[str, Any]
@@ -60,6 +60,7 @@ class LISA(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"trainable"})
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
 
     def __post_init__(self) -> None:
         for name, least in (("active_layers", 1), ("interval", 1), ("warmup", 0)):
@@ -126,7 +127,8 @@ class LISA(UpdateStrategy):
     def _measure_norms(self, losses: Iterator[Tensor]) -> dict[int, float]:
         """Return the root mean square of each layer's gradient over some batches, by the layer's index.
 
-        Each gradient is freed as soon as it is measured, so the gradients of all layers never exist at once.
+        Each gradient is freed as soon as it is measured, so the gradients of all layers never exist at once. Ranks
+        must agree, or they would draw different layers and wait for each other forever.
         """
         squares: dict[int, list[Tensor]] = {number: [] for number in range(len(self._layers))}
         steps = 0
@@ -135,7 +137,11 @@ class LISA(UpdateStrategy):
                 loss.backward()
                 steps += 1
         sums = torch.stack([torch.stack(squares[number]).sum() for number in squares]) / steps
-        all_reduce_mean(sums)  # ranks must agree, or they would draw different layers and wait for each other forever
+        weight = next(self._layers[0].parameters())
+        if isinstance(weight, DTensor):  # FSDP2 has averaged the gradients, and each rank measured its shards of them
+            sums = sum_over_shards(sums, weight)
+        else:
+            all_reduce_mean(sums)
         counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers]
         return {n: (total / count) ** 0.5 for n, (total, count) in enumerate(zip(sums.tolist(), counts, strict=True))}
 
@@ -257,7 +263,7 @@ def _measuring(layers: Sequence[nn.Module], squares: dict[int, list[Tensor]]) ->
     def hook_of(number: int) -> Any:
         def measure(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            squares[number].append(torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square())
+            squares[number].append(torch.linalg.vector_norm(local_shard(parameter.grad), dtype=torch.float32).square())
             parameter.grad = None
 
         return measure

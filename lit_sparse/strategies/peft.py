@@ -10,9 +10,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from peft import (
+    GloraConfig,
+    IA3Config,
     LoraConfig,
     PeftConfig,
     PeftModel,
+    ShiraConfig,
     TaskType,
     get_peft_model,
     get_peft_model_state_dict,
@@ -29,13 +32,17 @@ from transformers.pytorch_utils import Conv1D
 from lit_sparse.anatomy import classification_head, experts, is_linear, uncalled, unread_by_text
 from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.strategies.base import Claim, Context, Leaves, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Attaches, Claim, Context, Leaves, Probe, UpdateStrategy
 
 ADAPTER = "default"
 """PEFT's default name of an adapter; a model has one here."""
 
 DATA_DRIVEN = ("corda", "eva", "lora_ga", "loftq")
 """Initialisations of LoRA for which PEFT needs a separate program, which reads data or quantises first."""
+
+READS_NO_WEIGHT = (GloraConfig, IA3Config, LoraConfig, ShiraConfig)
+"""Adapters that start from shapes and random numbers alone, unless one of `READS` is set."""
+READS = ("use_dora", "modules_to_save", "target_parameters", "trainable_token_indices")
 
 COPIES_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS)
 """Task types for which PEFT trains copies of modules named like a classification head."""
@@ -106,6 +113,15 @@ class PEFT(UpdateStrategy):
     def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """False for VeLoRA only: its projections come from the first batch, which differs between ranks."""
         return getattr(self.config, "velora_config", None) is None
+
+    @property
+    def attaches_to(self) -> Attaches:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """`shapes` for adapters that read no weight as they start; others need the `whole` model.
+
+        LoRA reads them for DoRA's norms, a start as a part of the base, and copies of whole modules.
+        """
+        reads = self.splits_base or self.start_from is not None or any(getattr(self.config, n, None) for n in READS)
+        return "shapes" if isinstance(self.config, READS_NO_WEIGHT) and not reads else "whole"
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         if self.start_from is not None:

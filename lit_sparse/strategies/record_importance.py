@@ -27,7 +27,7 @@ from lit_sparse.importance.matrices import (
 from lit_sparse.importance.recorded import entry
 from lit_sparse.optim import local_shard
 from lit_sparse.ranks import all_reduce_mean
-from lit_sparse.strategies.base import BaseWeights, Claim, Context, Gradients, Need, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Attaches, BaseWeights, Claim, Context, Gradients, Need, Probe, UpdateStrategy
 
 
 @dataclasses.dataclass
@@ -61,6 +61,7 @@ class RecordImportance(UpdateStrategy):
     claims: ClassVar[frozenset[Claim]] = frozenset({"importance"})
     base: ClassVar[BaseWeights] = "kept"
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
     gradients: ClassVar[Gradients] = "reads"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients", "task_gradients", "fixed_set"})
 

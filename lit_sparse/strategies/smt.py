@@ -52,7 +52,7 @@ from lit_sparse.blocks.selection import (
 )
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, device_of
-from lit_sparse.strategies.base import ALONE, Claim, Context, Need, Probe, UpdateStrategy
+from lit_sparse.strategies.base import ALONE, Attaches, Claim, Context, Need, Probe, UpdateStrategy
 
 INPUT_SIDE = ("o", "down")
 """Roles whose slabs are bands of input columns: those belong to heads (o) or to channels of the MLP (down)."""
@@ -109,7 +109,7 @@ class SMT(UpdateStrategy):
     seed: int = 0
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
-    attaches_sharded: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "shards"
     unsharded_reason: ClassVar[str] = "warmup: update trains all weights on one rank; set warmup to score_only"
 
     def __post_init__(self) -> None:

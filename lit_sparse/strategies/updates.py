@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, parameter_groups, regroup, trainable
-from lit_sparse.strategies.base import ALONE, Backward, Context, Probe, UpdateStrategy, compose, no_probe
+from lit_sparse.strategies.base import ALONE, Attaches, Backward, Context, Probe, UpdateStrategy, compose, no_probe
+
+ATTACHES: tuple[Attaches, ...] = get_args(Attaches)
 
 
 class Updates(Sequence[UpdateStrategy]):
@@ -94,14 +96,34 @@ class Updates(Sequence[UpdateStrategy]):
 
     # ---- preparing the model
 
-    def attach(self, model: nn.Module, probe: Probe = no_probe, context: Context = ALONE) -> None:
-        """Prepare `model` in place, before its optimizer exists. `probe(n)` yields losses of n training batches."""
+    def attach(
+        self,
+        model: nn.Module,
+        probe: Probe = no_probe,
+        context: Context = ALONE,
+        attaching: Collection[Attaches] = ATTACHES,
+    ) -> None:
+        """Prepare `model` in place, before its optimizer exists. `probe(n)` yields losses of n training batches.
+
+        Args:
+            attaching: Attach the strategies of these kinds (`attaches_to`) only.
+        """
         self.follow(model)
         for strategy in self:
-            strategy.attach(model, probe, self._context_of(strategy, context))
+            if strategy.attaches_to in attaching:
+                strategy.attach(model, probe, self._context_of(strategy, context))
 
-    def restore(self, model: nn.Module, states: Sequence[Mapping[str, Any]], context: Context = ALONE) -> None:
+    def restore(
+        self,
+        model: nn.Module,
+        states: Sequence[Mapping[str, Any]],
+        context: Context = ALONE,
+        attaching: Collection[Attaches] = ATTACHES,
+    ) -> None:
         """Prepare `model` as it was when `state_dict` returned `states`; trained values are loaded afterwards.
+
+        Args:
+            attaching: As for `attach`.
 
         Raises:
             BadInput: if the states are of other strategies.
@@ -114,7 +136,8 @@ class Updates(Sequence[UpdateStrategy]):
             )
         self.follow(model)
         for strategy, entry in zip(self, states, strict=True):
-            strategy.restore(model, entry["state"], self._context_of(strategy, context))
+            if strategy.attaches_to in attaching:
+                strategy.restore(model, entry["state"], self._context_of(strategy, context))
 
     def follow(self, model: nn.Module) -> None:
         """Take `model` as the one that trains, if the strategies were attached to it one by one."""

@@ -16,7 +16,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.families import FAMILIES
 from lit_sparse.anatomy import decoder_layers
@@ -24,9 +26,10 @@ from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.data import Synthetic
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.synthetic import RandomRows
+from lit_sparse.errors import BadInput
 from lit_sparse.loss import IGNORED
-from lit_sparse.modules import CausalLM
-from lit_sparse.modules.sharding import FSDP2Strategy
+from lit_sparse.modules import CausalLM, hollow
+from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.optim import trainable
 from lit_sparse.strategies import LISA, SMT
 from lit_sparse.testing import tiny_llm
@@ -162,6 +165,7 @@ def offloaded(folder: Path, sharded: bool) -> L.Trainer:
 SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     **{method: by_method(method) for method in METHODS if method not in REFUSED},
     **{kind: of_kind(kind) for kind in ("qwen2", "gpt2")},  # tied heads
+    "drawn": of_kind("drawn/config.json"),
     "clipped": clipped,
     "recomputed": recomputed,
     "delta blocks": delta_blocks,
@@ -316,6 +320,25 @@ def reduced(made) -> list[str]:
     return dtypes
 
 
+def read(folder: Path, rank: int) -> dict:
+    """Return the first and last row that this rank reads of each tensor in the files, by what is trained."""
+    plain, found = hollow._read, {}
+    for name in ("full", "smt", "lora", "dora"):
+        rows: dict[str, list[int]] = {}
+
+        def noting(file: str, tensor: str, part: slice, rows: dict = rows) -> torch.Tensor:
+            rows[tensor] = [part.start, part.stop]
+            return plain(file, tensor, part)
+
+        hollow._read = noting
+        try:
+            fit(module(name, folder / "llama", **FULL), True, 1)
+        finally:
+            hollow._read = plain
+        found[name] = rows
+    return found
+
+
 def lost(folder: Path, rank: int) -> None:
     """Full fine-tuning in bf16 at a rate whose steps are lost in bf16 weights."""
     options = {"precision": "bfloat16", "lr": 1e-5, "warmup_steps": 0, "schedule": "constant"}
@@ -400,6 +423,7 @@ CASES: dict[str, Callable[[Path, int], object]] = {
     "evaluated": evaluated,
     "blocks": blocks,
     "reductions": reductions,
+    "read": read,
     "lost": lost,
     "resumed": resumed,
     "trainer": given_to_the_trainer,
@@ -430,6 +454,7 @@ def pair(tmp_path_factory) -> Path:
     for kind in ("llama", "qwen2", "gpt2"):
         tiny_llm(kind).save_pretrained(folder / kind)
     tiny_llm("llama", dropout=0.1).save_pretrained(folder / "dropout")
+    tiny_llm("gpt2").config.save_pretrained(folder / "drawn")
     for name, options in KEPT.items():
         fit(lisa(folder, **options), False, 6, **saving(folder / f"one {name}")).save_checkpoint(
             folder / f"one {name}" / "straight.ckpt"
@@ -500,6 +525,16 @@ def test_unsupported_settings_are_refused(name, sentence, pair):
     assert result(pair, "sentences")[name].startswith(sentence)
 
 
+def test_more_ranks_than_rows_are_refused():
+    dist.init_process_group("fake", rank=0, world_size=80, store=FakeStore())
+    try:
+        sentence = "shards rows over 80 ranks, but no matrix of layer 0 has more than 64 rows; train on at most 64"
+        with pytest.raises(BadInput, match=sentence):
+            Sharded(tiny_llm("llama"), init_device_mesh("cpu", (80,)))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_sharded_model_cannot_be_detached(pair):
     assert result(pair, "detached").startswith("BadInput: the model is sharded over ranks")
 
@@ -529,6 +564,18 @@ def test_a_step_of_blocks_sends_their_gradients_once_and_no_weight(pair):
     count, weights = found["trained"]
     for step in found["sent"]:
         assert [size for size in step if size > 3] == [count + weights]  # beside the loss, its tokens and hits
+
+
+@pytest.mark.parametrize("method", ["full", "smt", "lora"])
+def test_each_rank_reads_its_own_rows_of_the_base(method, pair):
+    first, second = (result(pair, "read", rank)[method] for rank in range(2))
+    shapes = {name: len(tensor) for name, tensor in load_file(pair / "llama" / "model.safetensors").items()}
+    assert first == {name: [0, -(-rows // 2)] for name, rows in shapes.items()}
+    assert second == {name: [-(-rows // 2), rows] for name, rows in shapes.items()}
+
+
+def test_a_method_that_starts_from_weights_has_the_whole_base(pair):
+    assert result(pair, "read")["dora"] == {}
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "a layer in float32"])
