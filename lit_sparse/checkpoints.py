@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
 
 from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import part_of, sum_over_shards
+from lit_sparse.shards import KEY, check_shards, read_shards
 from lit_sparse.whole import check_whole
 
 SAMPLES_PER_TENSOR = 2**16
@@ -61,8 +63,13 @@ def _samples(tensor: Tensor) -> Tensor:
     return sum_over_shards(pad(own, (first, count - first - len(own))), tensor)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, keys: Collection[str] | None = None, mesh: DeviceMesh | None = None
+) -> dict[str, Any]:
     """Read the checkpoint at `path` to the CPU; only tensors and plain values are unpickled.
+
+    Args:
+        keys, mesh: What is read of a sharded checkpoint, and how, as for `read_shards`.
 
     Raises:
         BadInput: if there is none, it is damaged, or it is no checkpoint of a lit_sparse run.
@@ -76,7 +83,17 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
         raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")
-    return checkpoint
+    check_shards(checkpoint, Path(path))
+    return read_shards(checkpoint, path, keys, mesh)
+
+
+def trained_values(checkpoint: Mapping[str, Any], path: str | Path) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the values of a checkpoint that was read without them: all, or of a sharded one each tensor by itself."""
+    if KEY not in checkpoint:
+        yield checkpoint["state_dict"]
+        return
+    for name, value in checkpoint["state_dict"].items():
+        yield read_shards({"state_dict": {name: value}, KEY: checkpoint[KEY]}, path)["state_dict"]
 
 
 def run_checkpoint(path: str | Path) -> dict[str, Any]:

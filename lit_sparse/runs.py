@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
-from lit_sparse.checkpoints import LAST, read_checkpoint
+from lit_sparse.checkpoints import LAST, read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier, LitSparse
 from lit_sparse_profiling.run_folders import folders, next_folder
@@ -103,13 +103,14 @@ def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
         )
     config = read_config(folder / "config.yaml")
     module = build_module({**config, "model": {**config["model"], "compile": False}})
-    checkpoint = read_checkpoint(folder / LAST)
+    checkpoint = read_checkpoint(folder / LAST, ("lit_sparse",))
     if module.quantize is not None or module.base.endswith(".json"):
         # These weights were quantised or drawn in the run's precision; `auto` may mean another one on this machine.
         module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older checkpoints lack it
     module.restore(checkpoint)
     module.check_complete(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    for values in trained_values(checkpoint, folder / LAST):
+        module.load_state_dict(values, strict=False)
     module.eval()
     return module, config
 

@@ -77,16 +77,21 @@ def write_whole(checkpoint: Any, path: str | Path) -> None:
         if damage(draft) is not None:
             raise OSError(errno.EIO, "it reads back otherwise than it was written; check the disk")
         os.replace(draft, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
-        kept = "The checkpoint before it is kept" if path.is_file() else "There is none before it"
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it"
-        raise BadInput(
-            f"the checkpoint {path} could not be written: {error.strerror or error}. {kept}; {advice}, and go on with "
-            "--ckpt_path."
-        ) from error
+        raise not_written(path, error) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def not_written(path: Path, error: OSError) -> BadInput:
+    """Return the error of a checkpoint that could not be written to `path`."""
+    kept = "The checkpoint before it is kept" if path.is_file() else "There is none before it"
+    advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it"
+    return BadInput(
+        f"the checkpoint {path} could not be written: {error.strerror or error}. {kept}; {advice}, and go on with "
+        "--ckpt_path."
+    )
 
 
 def replace_text(text: str, path: Path) -> None:
@@ -114,7 +119,7 @@ def remove_drafts(run: Path) -> None:
             draft.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
     """Wait until the disk has the folder's entries, without which a rename may be undone by a power cut."""
     entry = os.open(folder, os.O_RDONLY)
     try:

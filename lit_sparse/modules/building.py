@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -167,7 +168,7 @@ class BuiltModel(L.LightningModule, ABC):
         with torch.device("cpu"):  # Lightning has made its own device the default one, where draws would be others
             if self.resume_from is not None:
                 rank_zero_info(f"Restoring {self.resume_from}.")
-                self.restore(read_checkpoint(self.resume_from))
+                self.restore(read_checkpoint(self.resume_from, ("lit_sparse",), self._mesh_of_states))
             else:
                 self._attach()
 
@@ -254,6 +255,14 @@ class BuiltModel(L.LightningModule, ABC):
         self._prepare()
         self._attach_and_shard(restore)
         self._after_attach()
+
+    @property
+    def _mesh_of_states(self) -> DeviceMesh | None:
+        """Where each rank reads its shards of what strategies saved: none if one of them attaches to a whole model."""
+        if not self.to_shard or any(update.attaches_to not in ("either", "shards") for update in self.updates):
+            return None
+        assert isinstance(self.trainer.strategy, FSDP2Strategy)
+        return self.trainer.strategy.mesh
 
     @property
     def _context(self) -> Context:

@@ -12,31 +12,7 @@ from lit_sparse.anatomy import is_quantized
 from lit_sparse.checkpoints import alike, get_rng, set_rng
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import BuiltModel, Masters
-from lit_sparse.whole import check_whole, write_whole
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, written and checked by `lit_sparse.whole` where they are local.
-
-    Lightning itself collects a file in host memory and stages it in $TMPDIR, and moving it from there to another file
-    system is a copy, which leaves a torn file if it is interrupted.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        if is_remote(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
-        else:
-            write_whole(checkpoint, path)
-
-    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
-        if not is_remote(path):
-            check_whole(path)
-        return super().load_checkpoint(path, *args, **options)
-
-
-def is_remote(path: str | Path) -> bool:
-    """Return whether a path is a URL, such as s3://bucket/last.ckpt."""
-    return "://" in str(path)
+from lit_sparse.modules.checkpoint_io import WholeCheckpoints
 
 
 class Resumable(BuiltModel):

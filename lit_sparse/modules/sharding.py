@@ -1,4 +1,4 @@
-"""FSDP2: shard weights, gradients and optimizer state over ranks, and write the checkpoints of one device.
+"""FSDP2: shard weights, gradients and optimizer state over ranks, and write and read checkpoints of them.
 
 Uses PyTorch's `fully_shard` (FSDP, arXiv 2304.11277). Each decoder layer is a unit: its weights are gathered only while
 it computes. The parameters outside the decoder layers form one more unit.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,9 @@ from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.checkpoint_io import WholeCheckpoints, is_remote
 from lit_sparse.optim import shard_like
+from lit_sparse.shards import write_sharded
 
 NAME = "fsdp2"
 """The strategy's name for trainer.strategy."""
@@ -159,9 +162,10 @@ def _main_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
 class FSDP2Strategy(ModelParallelStrategy):
     """The Lightning strategy `trainer.strategy: fsdp2`: all ranks shard one model, through `Sharded`.
 
-    A checkpoint is one file, the same as on one device, so a run can resume on any number of ranks. Saving gathers one
-    tensor at a time into the host memory of rank 0; loading gives each rank its shards. A parameter of fewer than 32
-    bits is saved as the fp32 master that its optimizer keeps.
+    Each rank writes its shards of a checkpoint, and reads them again (`lit_sparse.shards`); a run can resume on any
+    number of ranks, and on one device. To a URL, or with a checkpoint plugin of the user's, rank 0 writes one file, the
+    same as on one device, for which it gathers one tensor after the other in its host memory. A parameter of fewer than
+    32 bits is saved as the fp32 master that its optimizer keeps.
 
     Args:
         replicas: Groups of ranks that each have the whole model, sharded within the group (HSDP): gradients are reduced
@@ -199,13 +203,18 @@ class FSDP2Strategy(ModelParallelStrategy):
         self._data_parallel_size = world
         super().setup_environment()
 
+    @cached_property
+    def mesh(self) -> DeviceMesh:
+        """The ranks of this run, in groups that each have the whole model."""
+        mesh = self.device_mesh["data_parallel"]
+        if self.replicas == 1:
+            return mesh
+        shape = self.replicas, mesh.size() // self.replicas
+        return init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
+
     def shard(self, model: nn.Module) -> Sharded:
         """Shard `model` over the ranks of this run."""
-        mesh = self.device_mesh["data_parallel"]
-        if self.replicas > 1:
-            shape = self.replicas, mesh.size() // self.replicas
-            mesh = init_device_mesh(mesh.device_type, shape, mesh_dim_names=("replicate", "shard"))
-        return Sharded(model, mesh, self.offload)
+        return Sharded(model, self.mesh, self.offload)
 
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
@@ -234,16 +243,23 @@ class FSDP2Strategy(ModelParallelStrategy):
         return Strategy.optimizer_state(self, optimizer)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Write one file from rank 0. Every rank must call it: gathering is a collective."""
+        """Write a checkpoint. Every rank must call it: each writes its shards."""
         # On one device trained weights are in fp32 and there is no master: move it to where that checkpoint has it.
         for optimizer in self.optimizers:
             checkpoint["state_dict"].update(_masters(optimizer, checkpoint["state_dict"]))
         for state in checkpoint.get("optimizer_states", []):  # absent if only weights are saved
             state["state"] = {key: _without_master(one) for key, one in state["state"].items()}
+        if isinstance(self.checkpoint_io, WholeCheckpoints) and not is_remote(filepath):
+            write_sharded(checkpoint, filepath)
+            return
         full = gather(checkpoint, keep=self.is_global_zero)
         Strategy.save_checkpoint(self, full, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if isinstance(self.checkpoint_io, WholeCheckpoints):
+            assert self.lightning_module is not None
+            fits = self.lightning_module.trainer.state.fn == "fit"  # evaluations have the whole model
+            self.checkpoint_io.mesh = self.mesh if fits else None
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

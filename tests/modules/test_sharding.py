@@ -23,6 +23,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.families import FAMILIES
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.blocks.linear import BlockLinear
+from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.data import Synthetic
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.synthetic import RandomRows
@@ -464,7 +465,7 @@ def pair(tmp_path_factory) -> Path:
 
 
 def saved(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
+    return read_checkpoint(path)
 
 
 def moments(checkpoint: dict) -> dict[str, dict]:

@@ -1,0 +1,309 @@
+"""Checkpoints of a model that is sharded over ranks: a small file, and beside it a folder into which each rank writes.
+
+The file is a checkpoint as on one device, with a tensor on the meta device (a shape without values) in place of each
+sharded one, and with the SHA-256 of each file in the folder. The folder is one of torch.distributed.checkpoint, which
+gives any number of ranks their shards, whoever wrote them.
+
+A new folder is written and read back before the file, in one rename, replaces the one before it, whose folder is then
+removed. So what the file names is whole at any time, also after a power cut, a full disk or a kill.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import empty as empty_dtensor
+
+from lit_sparse.errors import BadInput
+from lit_sparse.whole import CHUNK, not_written, sync, write_whole
+
+KEY = "shards"
+"""Entry of a checkpoint: the name of the folder beside it, and the SHA-256 of each of its files."""
+ENDING = ".shards-"
+METADATA = ".metadata"
+
+ALLOWED = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch", str(dtype).removeprefix("torch.")) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)),
+    *(
+        ("torch.distributed.checkpoint.metadata", name)
+        for name in (
+            *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"),
+            *("ChunkStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        )
+    ),
+}
+"""All that is unpickled of a folder's metadata: a checkpoint is data, and runs no code."""
+
+
+# ---- writing
+
+
+def write_sharded(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Write a checkpoint with DTensors to `path` and a folder beside it. Every rank of the process group must call it.
+
+    Raises:
+        BadInput: on all ranks, if one cannot write; the checkpoint that was at `path` is there still.
+    """
+    path = Path(os.path.realpath(path))
+    tensors: dict[str, DTensor] = {}
+    small = _separate(checkpoint, "", tensors)
+    folder = path.parent / _from_first(lambda: _new_folder(path))
+    hashes = _write_folder(tensors, folder, path)
+    _from_first(lambda: _finish(small, path, folder, hashes))
+
+
+def _separate(value: Any, key: str, tensors: dict[str, DTensor]) -> Any:
+    """Move the DTensors nested in dicts, lists and tuples to `tensors`, by key; meta tensors take their places."""
+    if isinstance(value, DTensor):
+        tensors[key] = value.detach()
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    if isinstance(value, dict):
+        return {name: _separate(item, f"{key}/{name}", tensors) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_separate(item, f"{key}/{n}", tensors) for n, item in enumerate(value))
+    return value
+
+
+def _new_folder(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = {folder.name for folder in folders_of(path)}
+    name = next(name for n in range(len(taken) + 1) if (name := f"{path.name}{ENDING}{n}") not in taken)
+    (path.parent / name).mkdir()
+    return name
+
+
+def _write_folder(tensors: dict[str, DTensor], folder: Path, path: Path) -> dict[str, str]:
+    """Write this rank's shards into `folder`; return the hashes of the files of all ranks, read back from the disk."""
+    writer = _Writer(folder, sync_files=True)
+    writer.fs = files = _HashedFiles()
+    problem: Exception | None = None
+    try:
+        dcp.save(dict(tensors), storage_writer=writer)
+    except CheckpointException as error:  # on all ranks
+        problem = next(iter(error.failures.values()))[0]
+    found = _from_all({"hashes": {} if problem else files.hashes, "problem": str(problem or files.read_back() or "")})
+    if all(not one["problem"] for one in found):
+        return {name: digest for one in found for name, digest in one["hashes"].items()}
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    if problem is not None and not isinstance(problem, OSError):
+        raise problem
+    reason = next(one["problem"] for one in found if one["problem"])
+    raise not_written(path, problem if isinstance(problem, OSError) else OSError(errno.EIO, reason))
+
+
+def _finish(small: dict[str, Any], path: Path, folder: Path, hashes: dict[str, str]) -> None:
+    sync(folder)
+    sync(path.parent)
+    try:
+        write_whole({**small, KEY: {"folder": folder.name, "files": hashes}}, path)
+    except BadInput:
+        shutil.rmtree(folder)
+        raise
+    for other in folders_of(path):
+        if other != folder:
+            shutil.rmtree(other)
+
+
+def _from_first(act: Any) -> Any:
+    """Return what `act` returns on rank 0, to all ranks; where it raises there, raise on all."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = act()
+        except (BadInput, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _from_all(own: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
+class _Writer(dcp.FileSystemWriter):
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # else the folder's name today, a path, which it may not keep
+
+
+class _HashedFiles(FileSystem):
+    """Files of torch.distributed.checkpoint, hashed as they are written."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[str, str] = {}
+        self._paths: dict[str, Path] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
+        with Path(path).open(mode) as file:
+            stream = _Stream(file)  # pyright: ignore[reportArgumentType]
+            yield stream
+        self._note(Path(path), stream.hash.hexdigest())
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        super().rename(path, new_path)
+        self._note(Path(new_path), self.hashes.pop(Path(path).name))
+
+    def _note(self, path: Path, digest: str) -> None:
+        self.hashes[path.name], self._paths[path.name] = digest, path
+
+    def read_back(self) -> str | None:
+        """Return what is wrong with the files on the disk, None if they are as they were written."""
+        for name, digest in self.hashes.items():
+            with self._paths[name].open("rb") as file:
+                if hasattr(os, "posix_fadvise"):  # so that the disk is read, and not what is cached of the write
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                if _hash(file) != digest:
+                    return f"{name} reads back otherwise than it was written; check the disk"
+        return None
+
+
+class _Stream:
+    """A file that is written from its beginning to its end, and hashed on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.hash = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+def _hash(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---- files
+
+
+def folders_of(path: Path) -> list[Path]:
+    """Return the folders with shards of the checkpoint at `path`, of which it names one."""
+    return [one for one in path.parent.glob(f"{path.name}{ENDING}*") if one.is_dir()]
+
+
+def remove_shards(path: Path) -> None:
+    """Remove the shards of the checkpoint at `path`, once that is removed."""
+    for folder in folders_of(path):
+        shutil.rmtree(folder)
+
+
+def check_shards(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Check the files of a checkpoint's shards against their hashes; one without shards is fine.
+
+    Raises:
+        BadInput: naming the first that is missing or has other contents.
+    """
+    if KEY not in checkpoint:
+        return
+    folder = path.parent / checkpoint[KEY]["folder"]
+    for name, digest in checkpoint[KEY]["files"].items():
+        try:
+            with (folder / name).open("rb") as file:
+                wrong = None if _hash(file) == digest else "its hash is not that of its contents"
+        except OSError as error:
+            wrong = error.strerror or str(error)
+        if wrong is not None:
+            raise BadInput(
+                f"{path} is damaged: of its shards in {folder.name}/, {name} is not as it was written ({wrong}); give "
+                "another checkpoint, or a copy of it with that folder beside it."
+            )
+
+
+# ---- reading
+
+
+def read_shards(
+    checkpoint: Mapping[str, Any], path: str | Path, keys: Collection[str] | None = None, mesh: DeviceMesh | None = None
+) -> dict[str, Any]:
+    """Return a checkpoint with the values of its sharded tensors, in host memory: full ones, or this rank's shards.
+
+    Args:
+        checkpoint: As it was read from the file `path`.
+        keys: Read what is under these entries only, such as `state_dict`, or `state_dict/model.norm.weight`; the rest
+            stays on the meta device. None reads all.
+        mesh: Return DTensors on this mesh, sharded by rows, on its device.
+    """
+    if KEY not in checkpoint:
+        return dict(checkpoint)
+    wanted: dict[str, Tensor] = {}
+    filled = _place(checkpoint, "", keys, mesh, wanted)
+    if wanted:
+        _load(wanted, Path(path).parent / checkpoint[KEY]["folder"])
+    return filled
+
+
+def _load(wanted: dict[str, Tensor], folder: Path) -> None:
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads by itself
+            dcp.load(wanted, storage_reader=_Reader(folder), no_dist=True)
+    except CheckpointException as error:  # which is no Exception
+        reason = str(next(iter(error.failures.values()))[0]).rstrip(".")
+        raise BadInput(f"the shards in {folder} cannot be read ({reason}); give another checkpoint.") from error
+
+
+def _place(
+    value: Any, key: str, keys: Collection[str] | None, mesh: DeviceMesh | None, wanted: dict[str, Tensor]
+) -> Any:
+    """Replace the meta tensors under `keys` by empty ones, which are also put into `wanted`."""
+    if isinstance(value, Tensor):
+        under = keys is None or any(f"{key}/".startswith(f"/{one}/") for one in keys)
+        if value.is_meta and under:
+            wanted[key] = value = _empty(value, mesh)
+        return value
+    if isinstance(value, Mapping):
+        return {name: _place(item, f"{key}/{name}", keys, mesh, wanted) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_place(item, f"{key}/{n}", keys, mesh, wanted) for n, item in enumerate(value))
+    return value
+
+
+def _empty(like: Tensor, mesh: DeviceMesh | None) -> Tensor:
+    if mesh is None:
+        return torch.empty(like.shape, dtype=like.dtype, device="cpu")
+    placements = [*[Replicate()] * (mesh.ndim - 1), Shard(0)]
+    return empty_dtensor(like.shape, dtype=like.dtype, device_mesh=mesh, placements=placements)
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **options: Any) -> Any:
+        with (Path(self.path) / METADATA).open("rb") as file:
+            return _Unpickler(file).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} is not among what a checkpoint's metadata consists of")
+        return super().find_class(module, name)
