@@ -357,7 +357,7 @@ def meta_model(module: LitSparse) -> PreTrainedModel:
     if not isinstance(module.base, str):
         raise BadInput(f"model.base is {module.base!r}; it must be a name, a folder, or a config.json.")
     with load_errors(module.base):
-        config = AutoConfig.from_pretrained(resolve(module.base), **module.config_options)
+        config = AutoConfig.from_pretrained(resolve(module.base), trust_remote_code=False, **module.config_options)
         _check_sizes(module.base, config)
         with torch.device("meta"):
             return module.auto_class.from_config(

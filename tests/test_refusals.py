@@ -1,6 +1,7 @@
 """Command lines that are refused: each in one sentence that names the key, with status 2 and nothing left behind."""
 
 import errno
+import json
 import sys
 from pathlib import Path
 
@@ -175,6 +176,21 @@ YAMLS = {
 def test_a_yaml_that_cannot_work_is_refused_in_a_sentence(home, capsys, monkeypatch, text, message):
     Path("a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert message in refused(capsys, monkeypatch, "fit", *F, "--config", "a.yaml")
+
+
+def test_a_models_own_code_is_neither_run_nor_asked_about(home, capsys, monkeypatch):
+    config = json.loads(Path("tiny/config.json").read_text())
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    Path("tiny/config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": own}))
+    Path("tiny/own.py").write_text("raise SystemExit('it ran')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
+    assert "'tiny' needs code that it brings along" in refused(capsys, monkeypatch, "fit", *F)
+
+
+def test_cut_off_weights_are_refused_in_a_sentence(home, capsys, monkeypatch):
+    weights = Path("tiny/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:2000])
+    assert "the weights of 'tiny' are damaged" in refused(capsys, monkeypatch, "fit", *F)
 
 
 def test_a_section_without_keys_changes_nothing(home):

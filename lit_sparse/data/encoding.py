@@ -50,7 +50,7 @@ def load_named(name: str) -> PreTrainedTokenizerBase:
         BadInput: if there is none.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(demo.resolve(name))
+        tokenizer = AutoTokenizer.from_pretrained(demo.resolve(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
         raise BadInput(

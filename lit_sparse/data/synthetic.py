@@ -36,7 +36,7 @@ def vocabulary(model: str) -> int:
         BadInput: if there is no such model.
     """
     try:
-        return AutoConfig.from_pretrained(resolve(model)).get_text_config().vocab_size
+        return AutoConfig.from_pretrained(resolve(model), trust_remote_code=False).get_text_config().vocab_size
     except (OSError, ValueError) as error:
         raise BadInput(
             f"No configuration of {model!r} could be loaded ({str(error).strip().splitlines()[0]}); set `vocab_size`."

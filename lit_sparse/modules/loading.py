@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from packaging.version import Version
+from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
@@ -61,12 +62,14 @@ def load_base(
         options["quantization_config"] = quantization(base, quantize, dtype)
         options["device_map"] = {"": device or torch.device("cpu")}
     with load_errors(base, attention):
-        config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
+        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False, **(config_options or {}))
         if quantize is not None:  # given None, transformers itself skips the head of a language model
             options["quantization_config"].llm_int8_skip_modules = head_names(auto_class, config) or None
         if base.endswith(".json"):
             return draw_model(auto_class, config, options)
-        model, found = auto_class.from_pretrained(resolve(base), config=config, output_loading_info=True, **options)
+        model, found = auto_class.from_pretrained(
+            resolve(base), config=config, output_loading_info=True, trust_remote_code=False, **options
+        )
     draw_head(model, found["missing_keys"])
     for module in model.modules():
         if is_quantized_linear(module):
@@ -97,7 +100,7 @@ def load_hollow(
     if attention is not None:
         options["attn_implementation"] = attention
     with load_errors(base, attention):
-        config = AutoConfig.from_pretrained(resolve(base), **(config_options or {}))
+        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False, **(config_options or {}))
         model = build_hollow(auto_class, config, options)
         if base.endswith(".json"):
             return Hollow(model, drawn_values(auto_class, config, options))
@@ -127,8 +130,8 @@ def load_errors(base: str, attention: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise BadInput(_reason(base, error, None if isinstance(error, OSError) else attention)) from error
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BadInput(_reason(base, error, attention if isinstance(error, ValueError) else None)) from error
     except ImportError as error:
         if attention is None:
             raise
@@ -137,6 +140,13 @@ def load_errors(base: str, attention: str | None = None) -> Iterator[None]:
 
 def _reason(base: str, error: Exception, attention: str | None) -> str:
     reason = str(error).strip().splitlines()[0]
+    if "trust_remote_code" in str(error):
+        return (
+            f"{base!r} needs code that it brings along, which lit_sparse does not run; give a model of a family that "
+            "transformers itself has."
+        )
+    if isinstance(error, SafetensorError):
+        return f"the weights of {base!r} are damaged ({reason}); bring the model again."
     if attention is None:
         return f"no model could be loaded from {base!r}: {reason}"
     return (
@@ -159,7 +169,7 @@ def trained_classes(base: Any) -> list[str]:
     if not isinstance(base, str) or base.endswith(".json"):
         return []
     with load_errors(base):
-        config = AutoConfig.from_pretrained(resolve(base))
+        config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
     headed = any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
     return names_of_classes(config) if headed else []
 
