@@ -46,7 +46,7 @@ from transformers import (
 from benchmarks.measurements import read_lines
 from benchmarks.provenance import commit, where
 from lit_sparse.anatomy import dummy_forward
-from lit_sparse.checkpoints import LAST
+from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.configs import configs_folder
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
@@ -445,7 +445,7 @@ def compare(family: Family, name: str, base: Path, folder: Path) -> dict[str, An
     """
     here = folder / slug(name)
     Cell(family, name, base, here).sharded(1).save_checkpoint(here / "one.ckpt")
-    one, two = (torch.load(here / f"{ranks}.ckpt", weights_only=True)["state_dict"] for ranks in ("one", "two"))
+    one, two = (read_checkpoint(here / f"{ranks}.ckpt")["state_dict"] for ranks in ("one", "two"))
     assert one.keys() == two.keys(), "two ranks train other weights than one"
     error = max((float((value - two[key]).abs().max()) for key, value in one.items()), default=0.0)
     assert error <= SHARD_TOLERANCE, f"two ranks' weights differ by {error:.1e} from one's"

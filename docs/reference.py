@@ -97,6 +97,7 @@ def command_line() -> str:
         "generate": generate.parser(),
         "bench": bench.parser(),
         "report": cli.report_parser(),
+        "select": cli.select_parser(),
     }
     parts += [f"## lit-sparse {verb}\n\n{options(parser)}" for verb, parser in parsers.items()]
     return "\n\n".join(parts)

@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 VERBS = {
     "fit": "train with update strategies: lit-sparse fit --config smt.yaml",
+    "select": "choose what a method trains, in a run of its own, and write it to a file for fit",
     "validate": "score the held-out rows with a run's checkpoint",
     "test": "answer the held-out questions with a run's checkpoint",
     "export": "write a run as a Hugging Face folder, a PEFT adapter or a delta",

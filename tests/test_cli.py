@@ -1,6 +1,7 @@
 """The command line: configs found by name, the files of a run, and errors in one sentence."""
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
@@ -43,6 +44,35 @@ def refused(capsys, monkeypatch, *words: str) -> str:
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert message.startswith("lit-sparse: ")
     return message
+
+
+def selected(words: list[str]) -> dict:
+    """The blocks of the newest run of `smt`, fitted with `words`, by matrix."""
+    fit("--config", "smt.yaml", "--trainer.max_steps=1", *words)
+    run = sorted(Path("runs").glob("smt-*"))[-1]
+    (update,) = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["lit_sparse"]["updates"]
+    return {name: blocks["index"].tolist() for name, blocks in update["state"].items()}
+
+
+def test_select_writes_what_fit_would_choose_and_fit_reads_it(home, capsys, monkeypatch):
+    update = ["--model.updates.targets=[all]", "--model.updates.trainable_fraction=0.05"]
+    words = ["--config", "smt.yaml", "--model.base", "tiny", *DATA, *SMALL, *update]
+    assert cli.run(["select", *words, "--output", "new/blocks.json"]) == 0
+    found = json.loads(Path("new/blocks.json").read_text())
+    assert not Path("runs").exists()
+    assert "--model.updates.blocks new/blocks.json" in capsys.readouterr().out
+    blocks = {name: entry["index"] for name, entry in found.items()}
+    assert blocks == selected(update)
+    first = next(iter(found))
+    found[first]["index"] = found[first]["index"][:1]  # so that another choice would be seen
+    Path("blocks.json").write_text(json.dumps(found))
+    assert selected([*update, "--model.updates.blocks=blocks.json"]) == {**blocks, first: blocks[first][:1]}
+    again = refused(capsys, monkeypatch, "select", *words, "--output", "blocks.json")
+    assert again == "lit-sparse: blocks.json is there already; give --output another name, or remove it."
+    lora = ["--config", "lora.yaml", *words[2:-2]]
+    assert "select writes what one method selects before training, and PEFT has 0" in refused(
+        capsys, monkeypatch, "select", *lora
+    )
 
 
 def test_a_config_is_found_by_name(home):

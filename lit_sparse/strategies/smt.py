@@ -68,8 +68,8 @@ class SMT(UpdateStrategy):
     Args:
         blocks: How blocks are selected: `gradient` (largest gradients on the first training batches), `random`,
             `diagonal` (one block per row and column of a grid, arXiv 2506.03230), `slab` (one contiguous band of each
-            matrix, as in S2FT, arXiv 2412.06289), or a file: the checkpoints/last.ckpt of a run, for that run's blocks,
-            or JSON of the same form.
+            matrix, as in S2FT, arXiv 2412.06289), or a file: what `lit-sparse select` wrote, or the
+            checkpoints/last.ckpt of a run, for that run's blocks.
         trainable_fraction: Share of all weights of the model to train. All blocks lie in `targets`.
         num_blocks: Number of blocks to train, instead of trainable_fraction.
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
@@ -110,6 +110,7 @@ class SMT(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     attaches_to: ClassVar[Attaches] = "shards"
+    selects: ClassVar[bool] = True
     unsharded_reason: ClassVar[str] = "warmup: update trains all weights on one rank; set warmup to score_only"
 
     def __post_init__(self) -> None:
