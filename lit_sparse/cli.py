@@ -55,11 +55,14 @@ from lit_sparse.runs import (
 from lit_sparse.screen import shown, tidy
 from lit_sparse.whole import replace_text
 from lit_sparse.words import find_data, named_task, switched_on, unmeasured
+from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.report import report
 from lit_sparse_profiling.run_folders import next_folder
 
 RUNS = "runs"
+COMMAND_LINE = "command line"
+"""Phase of parsing, and of making the module, the data and the trainer that are asked for."""
 NOISE = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     "By default only one JsonargparseDeprecationWarning",
@@ -78,9 +81,11 @@ class CLI(LightningCLI):
 
     Attributes:
         command: The command line as it was given, for the record.
+        phases: What it does before the fit.
     """
 
     command: str | None = None
+    phases: Phases
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         read_whole_numbers_first(L.Trainer)
@@ -112,13 +117,17 @@ class CLI(LightningCLI):
             help="Name of the run; its folder is <name>-<n>. Default: the names of the method YAMLs.",
         )
         parser.add_argument(
-            "--profile", type=Plan, default=Plan(), help="The training steps that are measured, and how; false: none."
+            "--profile",
+            type=Plan,
+            default=Plan(examine=None, profiled=None),
+            help="The training steps that are measured, and how; false: none, nor samples unless a number is given.",
         )
         parser.add_argument(
             "--samples",
-            type=int,
-            default=2,
-            help="Number of held-out questions answered before and after training; 0: none.",
+            type=int | None,
+            default=None,
+            help="Number of held-out questions answered before and after training; 0: none. Null: two, if they and "
+            "`profile` take at most a tenth of the fit.",
         )
         parser.add_argument(
             "--checkpoint_steps",
@@ -133,7 +142,7 @@ class CLI(LightningCLI):
         config = self.config[str(self.subcommand)]
         check_trainer_words(config.trainer)
         for key in ("samples", "checkpoint_steps"):
-            if config[key] < 0:
+            if (config[key] or 0) < 0:
                 raise BadInput(f"{key} is {config[key]}; it must be 0 or more.")
         for key in ("callbacks", "logger"):
             config.trainer[key] = without_twins(as_plain(config.trainer[key]))
@@ -147,6 +156,8 @@ class CLI(LightningCLI):
             config.ckpt_path = str(self._checkpoint(config))
         if self.subcommand != "fit":
             return
+        if config.samples is None and config.profile.examine is False and config.profile.profiled == 0:
+            config.samples = 0
         self.turns = config.profile.turns  # belongs to this process, not to the configuration saved with the run
         config.profile.turns = None
         if config.ckpt_path is not None:
@@ -209,7 +220,7 @@ class CLI(LightningCLI):
                 "trainer.profiler is torch's, of which one can run: no steps are examined or profiled beside."
             )
             plan = dataclasses.replace(plan, examine=False, profiled=0)
-        recorder = Recorder(folder, plan, yaml.safe_load(text), samples, steps, text, self.command)
+        recorder = Recorder(folder, plan, yaml.safe_load(text), samples, steps, text, self.command, self.phases)
         callbacks = [*listed(config.callbacks), recorder, RankWatch()]
         more = any(isinstance(callback, Checkpoint) for callback in callbacks)  # the recorder keeps last.ckpt itself
         own = [RunCSV(folder), RunTensorBoard(folder)]
@@ -219,6 +230,7 @@ class CLI(LightningCLI):
             enable_checkpointing=more,
             default_root_dir=str(folder),
         )
+        recorder.listen(trainer)
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:  # torch's is half an hour
             strategy._timeout = TIMEOUT
@@ -228,6 +240,7 @@ class CLI(LightningCLI):
         """Train; a run that is refused before training has moved leaves nothing."""
         self.model.resume_from = arguments["ckpt_path"]
         start_fresh(self.trainer, arguments["ckpt_path"])
+        self.phases.end(COMMAND_LINE)
         try:
             self.trainer.fit(**{**arguments, "weights_only": True})  # a checkpoint is data, and runs no code
         finally:
@@ -497,8 +510,13 @@ RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 """Verbs with any number of positional arguments and an exit status."""
 
 
-def run(argv: Sequence[str]) -> int:
-    """Run the command in `argv` (without the program's name); return the exit status."""
+def run(argv: Sequence[str], phases: Phases | None = None) -> int:
+    """Run the command in `argv` (without the program's name); return the exit status.
+
+    Args:
+        argv: The command line.
+        phases: What came before, such as imports; a run's wall time includes it.
+    """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     tidy()
     if argv and argv[0] in RUN_VERBS:
@@ -511,7 +529,7 @@ def run(argv: Sequence[str]) -> int:
             options = [f"--{name}" for name in inspect.signature(verb).parameters]
             raise BadInput(explain(str(error), options, argv[0])) from error
         return 0
-    start(CLI, argv)
+    start(CLI, argv, phases)
     return 0
 
 
@@ -533,9 +551,10 @@ def quiet() -> Iterator[None]:
         log.setLevel(before)
 
 
-def start(cli: type[CLIKind], argv: Sequence[str]) -> CLIKind:
-    """Run a command line of LightningCLI's subcommands, and return it."""
-    CLI.command = shlex.join(["lit-sparse", *argv])
+def start(cli: type[CLIKind], argv: Sequence[str], phases: Phases | None = None) -> CLIKind:
+    """Run a command line of LightningCLI's subcommands, and return it. `phases` are those before it."""
+    CLI.command, CLI.phases = shlex.join(["lit-sparse", *argv]), phases or Phases()
+    CLI.phases.begin(COMMAND_LINE)
     words = unmeasured(find_configs(argv))
     task = named_task(words, read_documents(words))
     sys.argv[1:] = find_data(words, task)
@@ -560,10 +579,11 @@ def start(cli: type[CLIKind], argv: Sequence[str]) -> CLIKind:
 
 def main() -> None:
     """Run the command `lit-sparse`; an error that the user can fix is one sentence and status 2."""
+    phases = Phases.of_process()
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
     try:
-        sys.exit(run(sys.argv[1:]))
+        sys.exit(run(sys.argv[1:], phases))
     except Stopped as stopped:
         tell_once(str(stopped), "stopped")
         # Rank 0 has the run's status: Lightning kills it as soon as a rank that it started ends with another than 0.

@@ -22,6 +22,8 @@ SECTIONS = ("model", "data", "trainer", "profile")
 """Keys of a YAML whose values are mappings; `data` may be the name of a class too."""
 PARTS = {"model": ("updates",), "trainer": ("callbacks", "logger", "plugins")}
 """Lists that add to those of the YAMLs before. An empty list, null, true or false replaces them."""
+UNMEASURED = {"examine": False, "profiled": 0}
+"""What `profile: false` stands for: no step is measured that would be slower for it."""
 STACKING = "stacking"
 """The parser mode in which they do."""
 
@@ -159,9 +161,14 @@ def check_sections(word: str, document: dict[str, Any]) -> None:
 
 
 def load(text: str) -> Any:
-    """Load YAML, with interpolations such as ${model.lr}."""
+    """Load YAML, with interpolations such as ${model.lr}; `profile: false` as the keys that it stands for."""
     value = get_loader("yaml")(text)
-    return OmegaConf.to_object(OmegaConf.load(io.StringIO(text))) if isinstance(value, dict | list) else value
+    if not isinstance(value, dict | list):
+        return value
+    document = OmegaConf.to_object(OmegaConf.load(io.StringIO(text)))
+    if isinstance(document, dict) and isinstance(document.get("profile"), bool):
+        document["profile"] = {} if document["profile"] else dict(UNMEASURED)  # true is the default
+    return document
 
 
 def load_stacking(text: str) -> Any:

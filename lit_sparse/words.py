@@ -1,11 +1,13 @@
 """The words of a command line before they are parsed: what they imply is written out."""
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lit_sparse.configs import UNMEASURED
 from lit_sparse.data.sources import READERS
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:.+)?")
@@ -55,14 +57,14 @@ def switched_on(verb: Callable[..., Any], argv: Sequence[str]) -> list[str]:
 
 
 def unmeasured(argv: Sequence[str]) -> list[str]:
-    """Write `--profile false` in `argv` as the keys that leave out every measurement that slows a step down."""
+    """Write `--profile false` in `argv` as the keys that it stands for."""
     words, out = list(argv), []
     while words:
         word = words.pop(0)
         if word == "--profile" and words:
             word = f"--profile={words.pop(0)}"
         if word.lower() == "--profile=false":
-            out += ["--profile.examine=false", "--profile.profiled=0"]
+            out += [f"--profile.{key}={json.dumps(value)}" for key, value in UNMEASURED.items()]
         elif word.lower() != "--profile=true":  # the default
             out.append(word)
     return out

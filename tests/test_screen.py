@@ -17,8 +17,11 @@ import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 from rich.console import Console
 
-from lit_sparse import cli, screen
+from lit_sparse import cli, configs, screen
+from lit_sparse.errors import BadInput
 from lit_sparse.screen import Progress, clock
+from lit_sparse_profiling import walltime
+from lit_sparse_profiling.record import RunRecord
 from tests.test_runs import F
 
 QUIET = "--trainer.enable_progress_bar=false"
@@ -77,7 +80,14 @@ def test_a_log_has_plain_lines(home):
     assert [line for line in lines if re.fullmatch(r"step 1/10, train_loss \d\.\d+", line)]
     assert [line for line in lines if re.match(r"step 10/10, .* left, train_loss .*, heldout_loss \d", line)]
     assert "Loading tiny." in lines
-    assert not [line for line in lines if "are measured" in line or "seconds of examination" in line]
+    assert not [line for line in lines if "are measured" in line or "questions" in line]
+    (told,) = [line for line in lines if line.startswith("Wall time ")]
+    parts = walltime.parts(RunRecord.read("runs/lora-1/record.json"))
+    assert [*parts] == [
+        *("imports", "command line", "data", "model", "selection", "evaluation", "training", "saving", "other")
+    ]
+    assert min(parts.values()) >= 0
+    assert all(f"{name} {seconds:.1f}" in told for name, seconds in parts.items())
 
 
 def test_without_a_progress_bar_there_is_no_progress(home, capsys):
@@ -158,3 +168,27 @@ def test_a_clock(seconds, text):
 )
 def test_measuring_is_switched_off_in_a_word(words, written):
     assert cli.unmeasured(words) == written
+
+
+@pytest.mark.parametrize("how", [["--profile=false"], ["--config", "off.yaml"], ["--config={profile: off}"]])
+def test_without_measuring_no_step_is_slower(home, capsys, how):
+    """Nor are questions answered, unless their number is given; `report` tells where the time went."""
+    Path("off.yaml").write_text("profile: false\n")
+    words = [word for word in FIT if word != "--samples=0"]
+    for run, samples in (("lora-1", []), ("lora-2", ["--samples=1"])):
+        cli.run([*words, QUIET, "--run=lora", "--trainer.max_steps=4", *how, *samples])
+        record = RunRecord.read(f"runs/{run}/record.json")
+        assert (record.memory.held, record.kernels, len(record.samples)) == (None, None, len(samples))
+        assert record.throughput.steps == 2
+        assert "examination" not in walltime.parts(record)
+        assert ("samples" in walltime.parts(record)) == bool(samples)
+    capsys.readouterr()
+    cli.run(["report", "runs/lora-1"])
+    assert walltime.describe(RunRecord.read("runs/lora-1/record.json")) in capsys.readouterr().out.splitlines()
+
+
+def test_a_switch_in_a_yaml_is_read_as_its_keys():
+    assert configs.load("profile: true") == configs.load("profile: {}")
+    assert configs.load("profile: off") == {"profile": {"examine": False, "profiled": 0}}
+    with pytest.raises(BadInput, match="profile has keys of its own"):
+        configs.read_document("profile: 3\nmodel: {}")

@@ -12,11 +12,12 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
 
 from lit_sparse.refusals import understood
+from lit_sparse_profiling.budget import Budget
 from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan, Profiler
@@ -32,22 +33,39 @@ OOM = (
 """Messages of out-of-memory errors outside of the CUDA allocator, which torch raises as plain RuntimeErrors."""
 
 
+DATA, DATA_HOOKS = "data", ("prepare_data", "train_dataloader", "val_dataloader")
+"""Phase of preparing the data, and the hooks in it, beside a datamodule's `setup`."""
+
+
 class PhaseProfiler(LightningProfiler):
-    """Tells a `Profile` of events that callbacks do not see: ends of optimizer steps, and saving of checkpoints."""
+    """Tells a `Profile` of events that callbacks do not see: data, ends of optimizer steps, saving of checkpoints."""
 
     def __init__(self, profile: Profile) -> None:
         super().__init__()
         self.profile_ = profile
+        self._data: str | None = None  # the action that opened the phase
 
     def start(self, action_name: str) -> None:
         if action_name == "save_checkpoint":
             self.profile_.leave_training("saving")
+        elif self._data is None and is_data(action_name) and self.profile_.phases is not None:
+            self._data = action_name
+            self.profile_.phases.begin(DATA)
 
     def stop(self, action_name: str) -> None:
         if action_name == "save_checkpoint":
             self.profile_.return_to_training("saving")
+        elif action_name == self._data and self.profile_.phases is not None:
+            self._data = None
+            self.profile_.phases.end(DATA)
         elif action_name.rpartition(".")[2] == "optimizer_step":
             self.profile_.after_optimizer_step()
+
+
+def is_data(action: str) -> bool:
+    """Return whether an action that Lightning profiles prepares data. Fetching batches does not: it is training."""
+    hook = action.rpartition(".")[2]
+    return hook in DATA_HOOKS or (hook == "setup" and action.startswith("[LightningDataModule]"))
 
 
 class Profile(Callback):
@@ -61,12 +79,20 @@ class Profile(Callback):
         folder: Folder of the record; its name is the name of the run.
         plan: The steps of warm-up, examination, timing and profiling.
         settings: The configuration of the run, for the record.
+        phases: What came before the first fit, such as imports, which its wall time then includes; by default, a fit's
+            wall time begins with its setup.
     """
 
-    def __init__(self, folder: str | Path, plan: Plan | None = None, settings: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        plan: Plan | None = None,
+        settings: Mapping[str, Any] | None = None,
+        phases: Phases | None = None,
+    ) -> None:
         self.folder, self.plan, self.settings = Path(folder), plan or Plan(), dict(settings or {})
         self.profiler: Profiler | None = None
-        self.phases: Phases | None = None
+        self.phases = self._given = phases
         self._tokens = Tokens()
         self._step, self._ranks = 0, 1
         self._part: str | None = None
@@ -79,36 +105,44 @@ class Profile(Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        self.profiler, self.phases, self._nvml, self._notes = None, None, None, []
-        self._listen(trainer)
+        self.profiler, self._nvml, self._notes = None, None, []
         device = trainer.strategy.root_device
+        self._begin_phases(pl_module, device)
+        self.listen(trainer)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # starts CUDA: what the process holds now is its context
             self._nvml = open_nvml(device, self._notes)
             if self._nvml is not None:
                 self._nvml.mark_context()
 
-    def _listen(self, trainer: L.Trainer) -> None:
+    def _begin_phases(self, module: L.LightningModule, device: torch.device) -> None:
+        """Begin the phases of a fit, or go on with those given for the first one; share them with a module that can."""
+        self.phases, self._given = self._given or Phases(), None
+        self.phases.read(device)
+        if isinstance(getattr(module, "phases", None), Phases):
+            module.phases = self.phases
+
+    def listen(self, trainer: L.Trainer) -> None:
+        """Hear of what callbacks are not told. Called before the fit, it hears of the preparation of data, too."""
         own = trainer.profiler  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it in a function
         if isinstance(own, PassThroughProfiler):
             trainer.profiler = PhaseProfiler(self)  # pyright: ignore[reportAttributeAccessIssue]
         elif getattr(own, "profile_", None) is not self:  # the user's own stays
             self._notes.append(
-                f"The trainer has a {type(own).__name__} of its own, so that saving has no phase, nor the end of the "
-                "optimizer's step; leave trainer.profiler out for them."
+                f"The trainer has a {type(own).__name__} of its own, so that saving has no phase, nor have data and "
+                "the end of the optimizer's step; leave trainer.profiler out for them."
             )
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.phases = phases_of(pl_module) or Phases(trainer.strategy.root_device)
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        plan = self.plan_of(pl_module)
         self.profiler = Profiler(
             pl_module,
             trainer.optimizers[0] if trainer.optimizers else None,
-            self.plan_of(pl_module),
+            plan,
             device=pl_module.device,
             phases=self.phases,
             nvml=self._nvml,
+            budget=self.budget(trainer) if plan.limited else None,
             **self.about(pl_module),
         )
         self.profiler.notes += [note for note in self._notes if note not in self.profiler.notes]
@@ -117,6 +151,14 @@ class Profile(Callback):
         self._tokens, self._step, self._part = Tokens(), trainer.global_step, None
         self._ranks = trainer.world_size
         self._else = None if pl_module.automatic_optimization else "forward"
+
+    def budget(self, trainer: L.Trainer) -> Budget:
+        """Return the limit of what measuring takes, by the steps and the time that the fit still has."""
+        assert self.phases is not None
+        callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        timers = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+        seconds = min((left for left in timers if left is not None), default=float("inf"))
+        return Budget(self.phases, trainer.estimated_stepping_batches - trainer.global_step, seconds)
 
     def plan_of(self, module: L.LightningModule) -> Plan:
         """Return the plan; its trace goes to the run's folder, and only rank 0 writes one."""
@@ -239,20 +281,13 @@ class Profile(Callback):
         versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
         failed = fields.get("status", "ok") != "ok"
         measured = self.profiler.results(failed) if self.profiler is not None else {}
-        phases = phases_of(module) or self.phases
-        if not measured and phases is not None:
-            measured = {"phases": phases.to_list()}
+        if self.phases is not None:
+            measured |= {"phases": self.phases.to_list(), "seconds": self.phases.elapsed}
         if self._ranks > 1:
             measured["notes"] = [*measured.get("notes", []), note_of_one(self._ranks)]
         return RunRecord(
             name=self.folder.name, **{"versions": versions, "settings": self.settings, **measured, **fields}
         )
-
-
-def phases_of(module: L.LightningModule) -> Phases | None:
-    """Return the phases that a module keeps itself, if it does."""
-    phases = getattr(module, "phases", None)
-    return phases if isinstance(phases, Phases) else None
 
 
 def is_oom(exception: BaseException) -> bool:

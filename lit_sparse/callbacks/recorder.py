@@ -28,9 +28,11 @@ from lit_sparse.modules.checks import check_monitors
 from lit_sparse.optim import trainable
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse.whole import remove_drafts, replace_text
+from lit_sparse_profiling.budget import SHARE
 from lit_sparse_profiling.continued import continued
 from lit_sparse_profiling.documents import parse_as, spell_nonfinite
 from lit_sparse_profiling.ledger import ledger
+from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import RECORD
@@ -44,10 +46,12 @@ class Recorder(Profile):
         folder: The run's folder.
         plan: The steps of warm-up, examination, timing and profiling.
         settings: The run's configuration, for the record.
-        samples: Number of held-out questions that are answered before and after training.
+        samples: Number of held-out questions that are answered before and after training; None answers two if all
+            measuring, with them, is expected to take at most a tenth of the fit.
         checkpoint_steps: Optimizer steps from one last checkpoint to the next; 0 keeps none.
         config: Text of the run's config.yaml; None writes none.
         command: The command line, for the record.
+        phases: What came before the fit, as `Profile` has it.
 
     Attributes:
         moved: Whether this fit has taken a step.
@@ -59,12 +63,13 @@ class Recorder(Profile):
         folder: Path,
         plan: Plan | None = None,
         settings: Mapping[str, Any] | None = None,
-        samples: int = 2,
+        samples: int | None = 2,
         checkpoint_steps: int = CHECKPOINT_STEPS,
         config: str | None = None,
         command: str | None = None,
+        phases: Phases | None = None,
     ) -> None:
-        super().__init__(folder, plan, settings)
+        super().__init__(folder, plan, settings, phases)
         self.config, self.command = config, command
         self.moved = self._recorded = False
         self.earlier: RunRecord | None = None
@@ -93,7 +98,7 @@ class Recorder(Profile):
         if self.before:
             check_monitors(trainer, {*self.before, *pl_module.of_training, "step", "epoch"})
         if self.earlier is None:
-            self.samples.ask(trainer, pl_module, "before")
+            self.samples.ask(trainer, pl_module, "before", self.budget(trainer))
         super().on_train_start(trainer, pl_module)
         if trainer.global_step:
             self._note_state(trainer, pl_module)  # as restored from the checkpoint
@@ -104,11 +109,12 @@ class Recorder(Profile):
         """Say which steps will be slower since they are measured."""
         assert self.profiler is not None
         plan = self.profiler.plan
-        count = 2 * plan.examine + plan.profiled
+        count = len(plan.stages()) - plan.warmup
         first, end = trainer.global_step + plan.warmup + 1, trainer.estimated_stepping_batches
         if count and first <= end:
             steps = f"Steps {first} to {min(first + count - 1, end):.0f}"
-            rank_zero_info(f"{steps} are measured, and slower; --profile=false leaves that out.")
+            limit = f" What takes over {SHARE:.0%} of the fit is left out in any case." if plan.limited else ""
+            rank_zero_info(f"{steps} are measured, and slower; --profile=false leaves that out.{limit}")
 
     def _move(self, trainer: L.Trainer, step: int) -> None:
         """Begin to write in the folder, whose run is trained from the optimizer step `step` on."""

@@ -9,18 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_sparse_profiling import utilization
+from lit_sparse_profiling import utilization, walltime
 from lit_sparse_profiling.kernel_times import table as kernel_table
-from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES
 from lit_sparse_profiling.reconcile import findings
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import CEILINGS
+from lit_sparse_profiling.sections import INSTRUMENTED_PHASES
 
 
 def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:
     """Print what a fit changed and what it took as tables on the terminal."""
     console = console or Console()
     console.print(summary(record))
+    if told := walltime.describe(record):
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     if record.kernels is not None:
         console.print(kernel_table(record.kernels, rows=5))
     measured = filter(None, [utilization.describe(record)])
@@ -33,7 +34,7 @@ def print_summary(record: RunRecord, folder: Path, console: Console | None = Non
 
 
 def summary(record: RunRecord) -> Table:
-    """Return the table of scores before and after, sizes, speed, and seconds."""
+    """Return the table of scores before and after, sizes, speed, and memory."""
     table = Table(title=Text(f"{record.name}: what the fit changed, and what it took"))  # Text: a name is no markup
     table.add_column("")
     table.add_column("before", justify="right")
@@ -49,7 +50,7 @@ def summary(record: RunRecord) -> Table:
 
 
 def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
-    """Yield names and values of sizes, speed, and seconds of each phase, as text."""
+    """Yield names and values of sizes, speed, and peak memory of each phase, as text."""
     if record.model is not None:
         model = record.model
         yield "trainable", f"{model.trainable:,} of {model.parameters:,} ({model.trainable / model.parameters:.2%})"
@@ -62,10 +63,8 @@ def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
     if record.memory is not None and record.memory.peak_resident is not None:
         yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
     for phase in record.phases:
-        if phase.name in INSTRUMENTED_PHASES and phase.name not in (EXAMINATION, CEILINGS):
-            continue  # parts of the examination, whose seconds hold theirs
-        peak = "" if phase.peak_rss is None else f" (peak {phase.peak_rss / 2**30:.2f} GiB)"
-        yield f"seconds of {phase.name}", f"{phase.seconds:.1f}{peak}"
+        if phase.peak_rss is not None and phase.name not in INSTRUMENTED_PHASES:
+            yield f"in {phase.name}", f"{phase.peak_rss / 2**30:.2f} GiB"
 
 
 def answers(sample: Mapping[str, str]) -> Table:

@@ -24,7 +24,6 @@ from lit_sparse.modules.window import Window, sum_over_ranks
 from lit_sparse.optim import AdamW, match_by_name, total_norm
 from lit_sparse.ranks import all_reduce_mean, average_gradients, check_agreement
 from lit_sparse.strategies import UpdateStrategy
-from lit_sparse_profiling.phases import Phases
 
 
 class LitSparse(Resumable):
@@ -99,7 +98,6 @@ class LitSparse(Resumable):
 
     def setup(self, stage: str) -> None:
         if stage == "fit":
-            self.phases = Phases(self.device_to_be)
             check_trainer(self.trainer, self.updates)
             self._check_data_alike()
             if self.to_shard:

@@ -85,7 +85,7 @@ class BuiltModel(L.LightningModule, ABC):
         base_fingerprint: Hash of the base's weights.
         base_parameters: Number of the base's weights.
         trained: Names of what was trainable at any time.
-        phases: Time and peak memory of loading, selection and the phases of a step.
+        phases: Time and peak memory of loading, selection and the phases of a step; a `Profile` of a fit sets its own.
     """
 
     auto_class: ClassVar[Any]

@@ -23,6 +23,7 @@ def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
         later,
         created=earlier.created,
         command=earlier.command or later.command,
+        seconds=_sum(earlier.seconds, later.seconds),
         phases=joined_phases(earlier.phases, later.phases),
         memory=memory and replace(memory, peak_resident=_highest(*resident)),
         throughput=joined_throughput(earlier.throughput, later.throughput),
@@ -49,6 +50,7 @@ def joined_phase(earlier: Phase, later: Phase) -> Phase:
         later,
         seconds=earlier.seconds + later.seconds,
         calls=earlier.calls + later.calls,
+        own=_sum(earlier.own, later.own),
         **{name: _highest(getattr(earlier, name), getattr(later, name)) for name in peaks},
     )
 

@@ -18,10 +18,8 @@ from lit_sparse_profiling.ledger import categories, ledger, storages
 from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.sections import Allocator
+from lit_sparse_profiling.sections import EXAMINED, LEAD_IN, Allocator
 from lit_sparse_profiling.witness import alive_bytes
-
-EXAMINED, LEAD_IN = "examined step", "lead-in step"
 
 Subject = Callable[[], tuple[nn.Module, Optimizer | None, Any]]
 """Returns the model, its optimizer and the strategies' state, as they are now."""

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
 
+from lit_sparse_profiling.budget import CEILING, KERNELS, MEMORY, Budget, Cost
 from lit_sparse_profiling.ceilings import DTYPES, CeilingSeries
 from lit_sparse_profiling.devices import describe_device, resolve_index
-from lit_sparse_profiling.examination import EXAMINED, LEAD_IN, Examination
+from lit_sparse_profiling.examination import Examination
 from lit_sparse_profiling.kernel_times import KernelProfile, ceilings
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.memory import trim_heap
@@ -27,16 +28,14 @@ from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import CEILINGS, Kernels, Memory, Throughput
+from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, Kernels, Memory, Throughput
 from lit_sparse_profiling.stopwatch import count_tokens
 from lit_sparse_profiling.timed_steps import TimedSteps
 
 Stage = str
 """Purpose of a step: warm-up, lead-in, examined, kernels or timed. An interrupted step has lost its purpose."""
 INTERRUPTED: Stage = "interrupted"
-TRAINING, EXAMINATION = "training", "examination"
-INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, LEAD_IN, EXAMINED, "forward", "backward", "optimizer step")
-"""Phases whose resident memory includes the profiler's own instruments."""
+TRAINING = "training"
 GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
 EAGER = (
     "The model is compiled, but the examined step ran eagerly, since nothing sees into compiled code: FLOPs, and "
@@ -45,6 +44,10 @@ EAGER = (
 )
 INSTRUMENTS = {"lead-in": ("lead-in", "examined"), "kernels": ("kernels",)}
 """Stages that are given up with one of them."""
+COSTS = {"lead-in": MEMORY, "kernels": KERNELS}
+"""What the stages take that begin an instrument."""
+PROFILED = 2
+"""Steps in which kernels are timed."""
 MAX_ATTEMPTS = 5
 """Attempts at the steps of one kind before they are given up, if evaluation or saving interrupts each."""
 
@@ -55,8 +58,10 @@ class Plan:
 
     Args:
         warmup: Steps that do not count. Optimizer states are created in them, and kernels compiled and tuned.
-        examine: Count memory in the two steps that follow, by category and beside the allocator.
-        profiled: Steps after these in which each kernel (on a CPU, each op) is timed.
+        examine: Count memory in the two steps that follow, by category and beside the allocator. null, the default of
+            `lit-sparse fit`, counts it if all measuring, samples included, takes at most a tenth of the run.
+        profiled: Steps after these in which each kernel (on a CPU, each op) is timed. null, the default of
+            `lit-sparse fit`, times two on the same condition.
         trace: File for the Chrome trace of these steps; null writes none.
         timed: Number of timed steps after which to stop; null continues to the end of training.
         turns: Two file descriptors, "READ,WRITE", through which a bench interleaves this run's timed steps with those
@@ -67,8 +72,8 @@ class Plan:
     """
 
     warmup: int = 2
-    examine: bool = True
-    profiled: int = 2
+    examine: bool | None = True
+    profiled: int | None = PROFILED
     trace: str | None = None
     timed: int | None = None
     turns: str | None = None
@@ -80,8 +85,16 @@ class Plan:
 
     def stages(self) -> deque[Stage]:
         """Return the stages of the steps before the timed ones."""
-        memory = ["lead-in", "examined"] if self.examine else []
-        return deque(["warm-up"] * self.warmup + memory + ["kernels"] * self.profiled)
+        memory = [] if self.examine is False else ["lead-in", "examined"]
+        profiled = PROFILED if self.profiled is None else self.profiled
+        return deque(["warm-up"] * self.warmup + memory + ["kernels"] * profiled)
+
+    @property
+    def limited(self) -> tuple[Stage, ...]:
+        """The stages that are left out if they take too much of the run; none if steps are timed on purpose."""
+        if self.timed is not None:
+            return ()
+        return ("lead-in",) * (self.examine is None) + ("kernels",) * (self.profiled is None)
 
 
 class Profiler:
@@ -109,6 +122,7 @@ class Profiler:
         phases: Stop-watch to continue; a new one by default.
         nvml: Open sampler of the device. One that was opened before the first tensor knows the CUDA context's size.
         state: Returns the tensors that update strategies keep, for the ledger.
+        budget: Limits what the plan measures only where it takes little of the run; None sets no limit.
     """
 
     def __init__(
@@ -122,6 +136,7 @@ class Profiler:
         phases: Phases | None = None,
         nvml: NVML | None = None,
         state: Callable[[], Any] = lambda: None,
+        budget: Budget | None = None,
     ) -> None:
         first = next(model.parameters())
         self.model, self.optimizer, self.plan, self.state = model, optimizer, plan, state
@@ -131,6 +146,8 @@ class Profiler:
         self.notes: list[str] = []
         self.nvml = nvml or open_nvml(self.device, self.notes)
         self._stages = plan.stages()
+        self._budget, self._limited = budget, set(plan.limited) if budget is not None else set()
+        self._step_began: float | None = None
         self._stage: Stage | None = None
         self._phase: str | None = None
         self._attempts: dict[Stage, int] = {}
@@ -213,9 +230,10 @@ class Profiler:
         Only one torch.profiler can run. If another one does when this one's is due, the step is not instrumented, nor
         are those that would belong to it, and a note says so.
         """
+        self._skip_costly()
         self._skip_instruments()
         self._stage = stage = self._stages.popleft() if self._stages else "timed"
-        if stage == "timed" and self._profiled and self._ceilings.due:
+        if stage == "timed" and self._profiled and self._ceilings.due and self._affords(CEILING):
             self._measure_ceilings()
         self._enter_phase(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
         if stage == "lead-in":
@@ -295,11 +313,41 @@ class Profiler:
             needs = stage == "kernels" or (stage == "lead-in" and self.device.type != "cuda")
             if begun or not needs:
                 return
-            gone = INSTRUMENTS[stage]
-            self._stages = deque(other for other in self._stages if other not in gone)
-            self.notes.append(
-                f"{GIVE_UP_NOTES[gone[-1]]}: another torch.profiler was running, and only one can; profile without it."
-            )
+            self._leave_out(stage, "another torch.profiler was running, and only one can; profile without it.")
+
+    def _skip_costly(self) -> None:
+        """Take instruments out of the plan that would take too much of the run, now that a step's time is known."""
+        if self._budget is None:
+            return
+        self._time_warmup(self._budget)
+        self._budget.count_step()
+        while self._stages and self._stages[0] in self._limited:
+            stage = self._stages[0]
+            self._limited.remove(stage)
+            if self._budget.allows(COSTS[stage]):
+                return
+            key = "examine=true" if stage == "lead-in" else f"profiled={PROFILED}"
+            self._leave_out(stage, f"{self._budget.refusal(COSTS[stage])}; --profile.{key} does it nevertheless.")
+
+    def _affords(self, cost: Cost) -> bool:
+        return self._budget is None or self._budget.allows(cost)
+
+    def _time_warmup(self, budget: Budget) -> None:
+        """Take the time of the last step of the warm-up."""
+        warming = self._stages and self._stages[0] == "warm-up"
+        if not warming and self._step_began is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = self.phases.elapsed
+        if self._step_began is not None:
+            budget.step_seconds = now - self._step_began
+        self._step_began = now if warming else None
+
+    def _leave_out(self, stage: Stage, why: str) -> None:
+        gone = INSTRUMENTS[stage]
+        self._stages = deque(other for other in self._stages if other not in gone)
+        self.notes.append(f"{GIVE_UP_NOTES[gone[-1]]}: {why}")
 
     def _measure_ceilings(self) -> None:
         """Measure the device's ceilings between two steps, in a phase of its own and unseen by the driver's sampler."""
@@ -392,12 +440,14 @@ class Profiler:
         """Return the time of the profiled steps by kernel; None if there were none. Measures the device's ceilings."""
         if self._kernels is None or not self._profiled:
             return None
-        self._ceilings.measure()
+        with self.phases(CEILINGS):
+            self._ceilings.measure()
         best = self._ceilings.best
         try:
             if best is None:
                 raise RuntimeError(self._ceilings.failure)
-            found = self._kernels.kernels(self._examination.ops, best, self.dtype)
+            with self.phases(EXAMINATION):
+                found = self._kernels.kernels(self._examination.ops, best, self.dtype)
         except RuntimeError as error:
             # CUPTI needs a right that containers often lack, and the ceilings need 768 MiB that may be taken. Neither
             # may cost the rest of the record.
@@ -414,14 +464,16 @@ class Profiler:
         Args:
             failed: The run failed, and nothing may run on the device again: after an OOM, the ceilings would fail too.
         """
+        kernels = None if failed else self.kernels()  # first: its time is in the phases
         return {
             "device": describe_device(self.device),
+            "seconds": self.phases.elapsed,
             "phases": self.phases.to_list(),
             "ledger": ledger(self.model, self.optimizer, self.state()),
             "memory": self.memory(),
             "throughput": self.throughput(),
             "driver": self.nvml.result() if self.nvml is not None else None,
-            "kernels": None if failed else self.kernels(),
+            "kernels": kernels,
             "notes": [*self.notes, *self._further_notes()],
         }
 

@@ -46,6 +46,8 @@ class RunRecord:
         versions: Version by package name.
         updates: One `{"class": ..., "fields": {...}}` per update strategy.
         settings: Everything else that defines the run: batch size, length, precision, seed.
+        seconds: Wall time until the record was made, of the process, or of the fit since its setup if Python code began
+            it; `walltime.parts` says what it was spent on. None where it was not measured.
         states: Optimizer and strategy state after each change of the trainable set; empty if it never changes.
         outcome: Metrics before and after training: `{"before": {"loss": ...}, "after": {"loss": ...}}`.
         samples: Generated texts.
@@ -67,6 +69,7 @@ class RunRecord:
     model: ModelSize | None = None
     updates: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
     phases: list[Phase] = field(default_factory=list)
     ledger: Ledger | None = None
     memory: Memory | None = None

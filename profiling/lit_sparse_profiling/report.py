@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lit_sparse_profiling import utilization
+from lit_sparse_profiling import utilization, walltime
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
@@ -356,6 +356,8 @@ def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
         yield f"{record.name}: {record.status}: {record.reason}"
     if alone and record.states:
         yield describe_states(record.states)
+    if alone and (told := walltime.describe(record)):
+        yield told
     count = len(findings(record))
     if count and not alone:
         yield f"{record.name}: {count} of its memory figures are not as expected; report {file.parent} alone."

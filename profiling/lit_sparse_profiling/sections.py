@@ -8,8 +8,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Literal
 
+EXAMINATION = "examination"
+"""Phase of the instrumented steps, in which those below are nested."""
+LEAD_IN, EXAMINED = "lead-in step", "examined step"
 CEILINGS = "ceilings"
 """Phase in which the device's ceilings are measured: its memory is the profiler's, and no part of the run's peaks."""
+SAMPLES = "samples"
+"""Phase of answering questions before and after training."""
+INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, LEAD_IN, EXAMINED, "forward", "backward", "optimizer step")
+"""Phases whose time is the profiler's, and whose resident memory includes its instruments."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class Phase:
     Attributes:
         seconds: Total time of all calls.
         calls: Number of calls.
+        own: Those of the seconds in which no phase was open that began later: they add up over phases. None in records
+            of before they were kept.
         peak_rss: Highest resident memory of the process in any call. `Memory.method` says how it was read.
         peak_requested: Highest number of bytes requested from the CUDA allocator and not freed.
         peak_allocated: The same after the allocator's rounding.
@@ -69,6 +78,7 @@ class Phase:
     peak_requested: int | None = None
     peak_allocated: int | None = None
     peak_reserved: int | None = None
+    own: float | None = None
 
 
 # ---- memory

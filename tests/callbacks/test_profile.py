@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch._C._autograd import _profiler_enabled
@@ -26,7 +26,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling import phases, profiler, stopwatch
+from lit_sparse_profiling import phases, profiler, stopwatch, walltime
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.reconcile import findings, residue
@@ -343,6 +343,98 @@ def test_something_else_called_phases_is_left_alone(run: Path) -> None:
     module.phases = nn.ModuleList([nn.Linear(1, 1)])  # pyright: ignore[reportAttributeAccessIssue]
     trainer(1, Profile(run, Plan(0, False, 0))).fit(module, rows())
     assert "training" in calls(recorded(run))
+
+
+# ---- where the time goes
+
+
+class SlowData(L.LightningDataModule):
+    """Data that takes 3 s to prepare, 5 s to set up, and 7 s for each loader; 0.5 s to fetch a batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def prepare_data(self) -> None:
+        self.clock.pass_(3.0)
+
+    def setup(self, stage: str) -> None:
+        self.clock.pass_(5.0)
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        self.clock.pass_(0.5)
+        return batch
+
+    def train_dataloader(self) -> Any:
+        self.clock.pass_(7.0)
+        return rows()
+
+    def val_dataloader(self) -> Any:
+        self.clock.pass_(7.0)
+        return rows(1)
+
+
+def test_a_fits_time_adds_up(clock: Clock, run: Path) -> None:
+    begun = phases.Phases()
+    with begun("imports"):
+        clock.pass_(9.0)
+    clock.pass_(11.0)  # in no phase
+    profile = Profile(run, Plan(1, True, 0), phases=begun)
+    fit = trainer(8, profile, ModelCheckpoint(run, every_n_train_steps=4), limit_val_batches=1, val_check_interval=4)
+    profile.listen(fit)
+    fit.fit(Net(clock), datamodule=SlowData(clock))
+    record = recorded(run)
+    found = walltime.parts(record)
+    assert record.seconds == pytest.approx(clock.now)
+    assert found == {
+        **{"imports": 9.0, "data": 3.0 + 5.0 + 2 * 7.0, "evaluation": 2 * (10_000.0 + 0.5)},
+        **{"examination": 2 * (111.0 + 0.5), "training": 6 * 111.0 + 4 * 0.5, "saving": 2_000_000.0},
+        "other": 11.0 + 2 * 0.5,  # the batches fetched before the first step and after the first evaluation
+    }
+
+
+def test_a_second_fit_has_its_own_time(clock: Clock, run: Path) -> None:
+    begun = phases.Phases()
+    with begun("imports"):
+        clock.pass_(9.0)
+    profile = Profile(run, Plan(0, False, 0), phases=begun)
+    for imports in (9.0, 0.0):
+        trainer(2, profile).fit(Net(clock), rows())
+        assert recorded(run).seconds == imports + 222.0
+        assert walltime.parts(recorded(run)).get("imports", 0.0) == imports
+
+
+@pytest.mark.parametrize(
+    ("steps", "measured"), [(16, (False, False)), (45, (True, False)), (90, (True, True)), (300, (True, True))]
+)
+def test_measuring_takes_a_tenth_of_a_fit_by_default(
+    steps: int, measured: tuple[bool, bool], clock: Clock, run: Path
+) -> None:
+    fit = trainer(steps, Profile(run, Plan(2, None, None)))
+    fit.fit(Net(clock), rows(steps))
+    record = recorded(run)
+    assert (record.memory.held is not None, record.kernels is not None) == measured
+    assert walltime.parts(record).get("examination", 0.0) <= 0.1 * record.seconds
+    assert len(record.notes) == 2 - sum(measured)
+    if not measured[0]:
+        assert record.notes[0].endswith(
+            "takes about 335.0 s, and measuring at most 10% of the fit; --profile.examine=true does it nevertheless."
+        )
+
+
+def test_a_limit_of_time_limits_measuring_too(clock: Clock, run: Path) -> None:
+    timer = Timer({"seconds": 30})
+    trainer(300, Profile(run, Plan(2, None, None)), timer).fit(Net(clock), rows(300))
+    assert (recorded(run).memory.held, recorded(run).kernels) == (None, None)
+
+
+@pytest.mark.parametrize("plan", [Plan(2, True, 2), Plan(2, None, None, timed=3)], ids=["asked for", "a bench"])
+def test_what_is_asked_for_is_measured_whatever_it_takes(plan: Plan, clock: Clock, run: Path) -> None:
+    trainer(16, Profile(run, plan)).fit(Net(clock), rows())
+    record = recorded(run)
+    assert record.memory.held is not None
+    assert record.kernels is not None
+    assert record.notes == []
 
 
 # ---- failures

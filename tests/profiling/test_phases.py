@@ -1,6 +1,11 @@
 """Phases: what adds up, what nests, and that CUDA is read at the boundaries only."""
 
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +70,45 @@ def test_phases_may_overlap(clock: Clock) -> None:
     clock.now += 4
     measured.end("b")
     assert [(p.name, p.seconds) for p in measured.to_list()] == [("a", 3.0), ("b", 6.0)]
+
+
+def test_own_seconds_add_up(clock: Clock) -> None:
+    """Each moment belongs to the open phase that began last, however phases nest or overlap."""
+    measured = Phases()
+    clock.now += 1000  # in no phase
+    measured.begin("a")
+    clock.now += 1
+    measured.begin("b")
+    clock.now += 2
+    measured.begin("c")
+    clock.now += 4
+    measured.end("b")
+    clock.now += 8
+    assert (measured.own("c"), measured.own("a", "b"), measured.own("none")) == (12.0, 3.0, 0.0)
+    measured.end("c")
+    clock.now += 16
+    measured.end("a")
+    assert {p.name: p.own for p in measured.to_list()} == {"a": 17.0, "b": 2.0, "c": 12.0}
+    assert measured.elapsed == 1031.0
+
+
+def test_a_processs_phases_begin_with_it() -> None:
+    measured = Phases.of_process()
+    (imports,) = measured.to_list()
+    assert imports.name == "imports"
+    assert imports.own == imports.seconds <= measured.elapsed
+    script = (
+        "import time; begun = time.time(); time.sleep(0.3); from lit_sparse_profiling.phases import process_age; "
+        "print(process_age() >= time.time() - begun)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True" or not phases.STAT.exists()
+
+
+def test_a_system_that_does_not_tell_a_processs_begin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(phases, "STAT", tmp_path / "none")
+    assert 0 < phases.process_age() == pytest.approx(time.process_time(), abs=1.0)
 
 
 def test_a_phase_that_fails_is_counted(clock: Clock) -> None:
