@@ -40,7 +40,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.export import generate
 from lit_sparse.export.folder import export
 from lit_sparse.modules.sharding import TIMEOUT
-from lit_sparse.plan import Planned, plan
+from lit_sparse.plan import CARDS, Planned, card_of, plan
 from lit_sparse.refusals import check_trainer_words, explain, understood
 from lit_sparse.runs import (
     TASKS,
@@ -478,7 +478,16 @@ def list_strategies() -> None:
 def report_parser() -> argparse.ArgumentParser:
     """Return the command line of `report`."""
     parser = argparse.ArgumentParser(prog="lit-sparse report", description="Compare runs by their records.")
-    parser.add_argument("runs", nargs="+", help="run folders, folders of run folders, or files of records")
+    parser.add_argument(
+        "runs", nargs="+", help="run folders, folders of run folders, files of records, or results of PEFT's comparison"
+    )
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="write a page with figures, one HTML file, for offline use"
+    )
+    parser.add_argument("--card", metavar="GB", help="your card, for the page (default: the device of the runs)")
+    parser.add_argument(
+        "--peft_results", metavar="FOLDER", help="write the runs as results of PEFT's method comparison"
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--check", metavar="FILE", help="a baseline: no run may have become worse than in there")
     parser.add_argument("--tolerance", default="5%", help="by how much memory and speed may be worse (default 5%%)")
@@ -490,10 +499,13 @@ def compare(argv: Sequence[str]) -> int:
     """Run the verb `report`; return its exit status, 1 if a baseline's gate failed.
 
     Raises:
-        BadInput: if a path has no record, or a baseline cannot be read.
+        BadInput: if a path has no record, the card is not known, a baseline cannot be read, or a file cannot be
+            written.
     """
+    asked = report_parser().parse_args(argv)
+    asked.card = card_of(asked.card)
     try:
-        return report(**vars(report_parser().parse_args(argv)))
+        return report(**vars(asked), cards=CARDS, command=shlex.join(["lit-sparse", "report", *argv]))
     except ValueError as error:
         raise BadInput(str(error)) from error
 

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, which a terminal obeys, and those that turn the direction of a text around."""
+
+
+def printable(text: str) -> str:
+    """Return a text of a document with a mark in place of what a terminal or a browser would obey."""
+    return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def spell_nonfinite(value: Any) -> Any:

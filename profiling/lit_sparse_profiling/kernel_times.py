@@ -14,6 +14,7 @@ from torch._C._autograd import _profiler_enabled
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lit_sparse_profiling.ceilings import Ceilings, ceilings
+from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.events import OURS, Event, read, summarize
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.sections import Kernel, Kernels
@@ -158,7 +159,7 @@ def table(kernels: Kernels, rows: int = 10) -> Table:
         own = kernel.name.removeprefix("aten::") if on_cpu else shorten_name(kernel.name)
         name = ("* " if kernel.ours else "") + own
         labels = [name] if on_cpu else [name, kernel.op]
-        grid.add_row(*map(escape, labels), *_figures(kernels, kernel))
+        grid.add_row(*(escape(printable(label)) for label in labels), *_figures(kernels, kernel))
     return grid
 
 

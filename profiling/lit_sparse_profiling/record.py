@@ -145,7 +145,7 @@ class RunRecord:
         """
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a complete JSON document ({error}); repeat the run.") from error
         if not isinstance(document, dict) or "schema" not in document:
             raise ValueError(f"{path} is JSON but not a run record (it has no schema); give a run's record.json.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,22 +15,25 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_sparse_profiling import utilization, walltime
+from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
+from lit_sparse_profiling.page import write_page
+from lit_sparse_profiling.peft_export import write_results
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import (
+    UNREADABLE,
+    Row,
     Runs,
     device_kind,
-    method_name,
+    grouped,
     peak_memory,
     read_runs,
-    repetition_key,
     run_name,
 )
 from lit_sparse_profiling.sections import Large, StateBytes
 
-UNREADABLE = "unreadable"
 GIB = 2**30
 PIPE_WIDTH = 160
 """Characters per line if the output is not a terminal."""
@@ -42,8 +45,13 @@ def report(
     check: str | None = None,
     tolerance: str = "5%",
     save_baseline: str | None = None,
+    output: str | None = None,
+    cards: Mapping[int, int] | None = None,
+    card: int | None = None,
+    peft_results: str | None = None,
+    command: str = "",
 ) -> int:
-    """Print a table that compares runs, and check them against a baseline.
+    """Print a table that compares runs, or write a page of them, and check them against a baseline.
 
     Args:
         runs: Folders of runs, folders that hold such folders, or files of records.
@@ -51,17 +59,31 @@ def report(
         check: Baseline file to check the runs against.
         tolerance: Fraction by which memory and speed may be worse than the baseline's, such as 5% or 0.05.
         save_baseline: File in which to save these runs' figures as a baseline.
+        output: HTML file to write a page to, in place of the table.
+        cards: MiB by the GB under which a card is sold, which the page draws.
+        card: GB of the user's own card, one of `cards`; by default the records' device.
+        peft_results: Folder to write the runs to as results of PEFT's method comparison.
+        command: Command line, for the page's head.
 
     Returns:
         Exit status: 1 if the check failed, else 0.
 
     Raises:
-        ValueError: if a path has no record, or if the baseline or the tolerance cannot be read.
+        ValueError: if a path has no record, if the baseline or the tolerance cannot be read, or if a file cannot be
+            written.
     """
     allowed = parse_share(tolerance)
     read = read_runs([Path(run) for run in runs])
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
-    _print_runs(read, markdown, console)
+    if output is None or markdown:
+        _print_runs(read, markdown, console)
+    if output is not None:
+        write_page(read, Path(output), cards or {}, card, command)
+        _print(
+            console, f"Page of {len(read)} runs: {output} ({Path(output).stat().st_size / 1e6:.1f} MB, opens offline)"
+        )
+    if peft_results is not None:
+        _print(console, f"Results in PEFT's format: {write_results(read, Path(peft_results))} files in {peft_results}")
     passed = check is None or _print_gate(read, Path(check), allowed, console)
     if save_baseline is not None:
         _save(read, save_baseline, console)
@@ -72,18 +94,9 @@ def report(
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One run, or the repetitions of one; `records` is empty if the record cannot be read."""
-
-    label: str
-    status: str
-    records: list[RunRecord]
-
-
-@dataclass(frozen=True)
 class _Column:
     header: str
-    cell: Callable[[_Row], str]
+    cell: Callable[[Row], str]
     number: bool = True
 
 
@@ -108,19 +121,19 @@ def tables(runs: Runs, width: int) -> Iterator[Table]:
         yield _table("" if number else title, part, rows)
 
 
-def _width(column: _Column, rows: list[_Row]) -> int:
+def _width(column: _Column, rows: list[Row]) -> int:
     """Return the length of the longest word in a column; text wraps at spaces."""
     texts = [column.header, *map(column.cell, rows)]
     return max(len(word) for text in texts for word in [*text.split(), ""])
 
 
-def _table(title: str, columns: list[_Column], rows: list[_Row]) -> Table:
-    out = Table(title=Text(title), box=box.SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
+def _table(title: str, columns: list[_Column], rows: list[Row]) -> Table:
+    out = Table(title=Text(printable(title)), box=box.SIMPLE_HEAD, padding=0, show_edge=False, title_justify="left")
     for column in columns:
         justify = "right" if column.number else "left"
         out.add_column(Text(column.header), justify=justify, vertical="top", overflow="fold")
     for row in rows:
-        out.add_row(*(Text(column.cell(row)) for column in columns))
+        out.add_row(*(Text(printable(column.cell(row))) for column in columns))
     return out
 
 
@@ -133,8 +146,8 @@ def markdown(runs: Runs) -> str:
     return "\n".join([*([title, ""] if title else []), *(f"| {' | '.join(line)} |" for line in escaped)])
 
 
-def _layout(runs: Runs) -> tuple[str, list[_Column], list[_Row]]:
-    rows = _rows(runs)
+def _layout(runs: Runs) -> tuple[str, list[_Column], list[Row]]:
+    rows = grouped(runs)
     shared, told = [], []
     for column in (_Column("model", _models, number=False), _Column("device", _devices, number=False)):
         # A model or device that all runs share is in the title, and takes no column.
@@ -153,38 +166,15 @@ def _layout(runs: Runs) -> tuple[str, list[_Column], list[_Row]]:
     return ", ".join(shared), [column for column in columns if any(map(column.cell, rows))], rows
 
 
-def _rows(runs: Runs) -> list[_Row]:
-    groups: dict[str, list[tuple[Path, RunRecord | str]]] = {}
-    for file, record in runs:
-        key = str(file) if isinstance(record, str) else record.status + repetition_key(record)
-        groups.setdefault(key, []).append((file, record))
-    labels = [_label(group) for group in groups.values()]
-    return [
-        # One name in several folders, or with several settings: only the folder tells such runs apart.
-        _row(label if labels.count(label) == 1 else f"{label} in {group[0][0].parent}", group)
-        for label, group in zip(labels, groups.values(), strict=True)
-    ]
-
-
-def _label(group: Runs) -> str:
-    name = run_name(*group[0])
-    return name if len(group) == 1 else f"{method_name(name)}\n({len(group)} runs)"
-
-
-def _row(label: str, group: Runs) -> _Row:
-    records = [record for _, record in group if isinstance(record, RunRecord)]
-    return _Row(label, records[0].status if records else UNREADABLE, records)
-
-
-def _models(row: _Row) -> str:
+def _models(row: Row) -> str:
     return ", ".join(dict.fromkeys(record.model.base for record in row.records if record.model))
 
 
-def _devices(row: _Row) -> str:
+def _devices(row: Row) -> str:
     return ", ".join(dict.fromkeys(record.device.name for record in row.records if record.device))
 
 
-def _trainable(row: _Row) -> str:
+def _trainable(row: Row) -> str:
     models = [record.model for record in row.records if record.model]
     counts = _spread([model.trainable for model in models], ".0f")
     return counts and f"{counts}\n{_spread([model.trainable_share * 100 for model in models], '.2f')}%"
@@ -221,7 +211,7 @@ def _padded_rate(record: RunRecord) -> float | None:
 def _ratio(against: str) -> _Column:
     """Return the column of step times relative to the run `against`. Of repetitions, the last is shown."""
 
-    def cell(row: _Row) -> str:
+    def cell(row: Row) -> str:
         pairs = [record.pair for record in row.records if record.pair is not None and record.pair.against == against]
         return f"{pairs[-1].median:.3f}\n[{pairs[-1].low:.3f},\n{pairs[-1].high:.3f}]" if pairs else ""
 
@@ -273,7 +263,10 @@ def details(record: RunRecord) -> Table:
     if not any(line.name == "allocator requested" for line in lines):
         sentences.append("The allocator was not read in a step, so that nothing above is compared with it.")
     out = Table(
-        title=Text(f"{record.name}: where the memory went"), box=box.SIMPLE_HEAD, pad_edge=False, caption_style=""
+        title=Text(f"{printable(record.name)}: where the memory went"),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        caption_style="",
     )
     out.add_column("what", overflow="fold")
     out.add_column("bytes", justify="right", no_wrap=True)
@@ -284,7 +277,7 @@ def details(record: RunRecord) -> Table:
         out.add_row(*map(Text, cells), style="bold" if line.total else None, end_section=line.total)
     sentences = sentences or ["Nothing of note: the ledgers add up."]
     sentences += filter(None, [utilization.describe(record)])
-    out.caption = Text("\n".join(sentences), justify="left")
+    out.caption = Text(printable("\n".join(sentences)), justify="left")
     return out
 
 
@@ -295,7 +288,8 @@ def largest(tensors: list[Large]) -> Table:
         out.add_column(header, justify="right" if header == "size" else "left", overflow="fold")
     for one in tensors:
         shape = f"{one.dtype} {' x '.join(map(str, one.shape))}"
-        out.add_row(*map(Text, (format_bytes(one.bytes), one.category, shape, one.module, one.line)))
+        told = (format_bytes(one.bytes), one.category, shape, one.module, one.line)
+        out.add_row(*(Text(printable(text)) for text in told))
     return out
 
 
@@ -309,9 +303,9 @@ def share_map(share: dict[str, dict[str, float]]) -> Table:
     most = max((part for layer in share.values() for part in layer.values()), default=0.0)
     out = Table(title=Text("Trained share of each matrix"), box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("layer", *roles):
-        out.add_column(Text(header), justify="right", no_wrap=True)
+        out.add_column(Text(printable(header)), justify="right", no_wrap=True)
     for layer, parts in share.items():
-        out.add_row(Text(layer), *(_shade(parts.get(role, 0.0), most) for role in roles))
+        out.add_row(Text(printable(layer)), *(_shade(parts.get(role, 0.0), most) for role in roles))
     return out
 
 
@@ -390,4 +384,4 @@ def _save(runs: Runs, path: str, console: Console) -> None:
 
 def _print(console: Console, text: str) -> None:
     # No markup: paths and messages contain brackets. Soft wrap: a line that is copied or grepped must stay one line.
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(text), markup=False, highlight=False, soft_wrap=True)

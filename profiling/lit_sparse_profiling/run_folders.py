@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_sparse_profiling.peft_results import is_result, to_record
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import CEILINGS
 
 RECORD = "record.json"
 SEEDS = ("seed", "seed_everything")
+UNREADABLE = "unreadable"
+"""Status of a run whose record cannot be read."""
 Runs = Sequence[tuple[Path, RunRecord | str]]
 """Files of records, each with its record or with the sentence that says why it cannot be read."""
 
@@ -36,7 +40,8 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[Path, RunRecord | str]]:
     """Read the records under `paths`. A record that cannot be read is replaced by a sentence that says why.
 
     Args:
-        paths: Folders of runs, files of records, or folders that hold run folders up to two levels deep.
+        paths: Folders of runs, files of records, folders that hold run folders up to two levels deep, and results of
+            PEFT's method comparison, files or folders of them.
 
     Returns:
         Each file once, with its record or sentence.
@@ -59,6 +64,7 @@ def _record_files(path: Path) -> list[Path]:
     if (path / RECORD).is_file():
         return [path / RECORD]
     found = [*path.glob(f"*/{RECORD}"), *path.glob(f"*/*/{RECORD}")]
+    found += [file for file in path.glob("*.json") if is_result(_document(file))]
     if not found:
         raise ValueError(f"{path} was given, but there is no {RECORD} in it or two folders deep; give a run's folder.")
     return sorted(found, key=_natural_key)
@@ -71,10 +77,19 @@ def _natural_key(path: Path) -> list[str | int]:
 
 
 def _read(file: Path) -> RunRecord | str:
+    document = _document(file)
     try:
-        return RunRecord.read(file)
+        return to_record(document, file.stem) if is_result(document) else RunRecord.read(file)
     except (ValueError, OSError) as error:
         return str(error)
+
+
+def _document(file: Path) -> Any:
+    """Return the JSON in a file; None if it is none, of which `RunRecord.read` says why."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return None
 
 
 def run_name(file: Path, record: RunRecord | str) -> str:
@@ -97,6 +112,49 @@ def repetition_key(record: RunRecord) -> str:
     return json.dumps(
         [method_name(record.name), where, what, without(record.settings, SEEDS)], sort_keys=True, default=repr
     )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run, or the repetitions of one; `records` is empty if the record cannot be read.
+
+    Attributes:
+        label: Name that no other row has.
+        files: Files of the records.
+    """
+
+    label: str
+    status: str
+    records: list[RunRecord]
+    files: list[Path]
+
+
+def grouped(runs: Runs) -> list[Row]:
+    """Return the runs with repetitions together: same name (without its number), settings (without seeds) and status.
+
+    The order is that of the first run of each row.
+    """
+    groups: dict[str, list[tuple[Path, RunRecord | str]]] = {}
+    for file, record in runs:
+        key = str(file) if isinstance(record, str) else record.status + repetition_key(record)
+        groups.setdefault(key, []).append((file, record))
+    labels = [_label(group) for group in groups.values()]
+    return [
+        # One name in several folders, or with several settings: only the folder tells such runs apart.
+        _row(label if labels.count(label) == 1 else f"{label} in {group[0][0].parent}", group)
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
+
+
+def _label(group: Runs) -> str:
+    name = run_name(*group[0])
+    return name if len(group) == 1 else f"{method_name(name)}\n({len(group)} runs)"
+
+
+def _row(label: str, group: Runs) -> Row:
+    records = [record for _, record in group if isinstance(record, RunRecord)]
+    status = records[0].status if records else UNREADABLE
+    return Row(label, status, records, [file for file, _ in group])
 
 
 def without(settings: Any, names: Sequence[str]) -> Any:

@@ -1,0 +1,180 @@
+"""The figures of one run: its kernels, what its method chose, and its state from switch to switch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lit_sparse_profiling.drawing import BLUE, GREY, Figure, axes, bars, filled, merged, safe, unique, wrapped
+from lit_sparse_profiling.kernel_times import shorten_name
+from lit_sparse_profiling.memory_figures import PARTS
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Kernel, Kernels
+
+MOST_KERNELS = 15
+CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))
+"""Red, green and blue of matplotlib's scale of that name, made for colour-blind people."""
+CATEGORIES: Any = {"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}}
+
+
+def kernels(record: RunRecord) -> Figure | None:
+    """Return The slowest kernels of a step, coloured by how near they come to the device's ceiling."""
+    if record.kernels is None or not record.kernels.top:
+        return None
+    found, top = record.kernels, record.kernels.top[:MOST_KERNELS]
+    names = unique([wrapped(shorten_name(kernel.name, 60)) for kernel in top])
+    pairs = [(name, kernel, found.achieved(kernel)) for name, kernel in zip(names, top, strict=True)]
+    data = _kernel_bars(found, pairs)
+    layout = bars(len(top), "share of the step, %")
+    return Figure(
+        "kernels",
+        "Kernels of a step",
+        "The slowest kernels (on a CPU, ops) of a profiled step, and their share of it. Beside each is the share of "
+        "the device's ceiling that it reaches, measured in the same run: of the FLOP/s of a large matrix product or of "
+        "the B/s of a large copy, whichever is nearer. The brighter, the nearer; grey is unknown. In "
+        f"{found.gaps:.1%} of the step none ran.",
+        [data],
+        merged(layout, {"xaxis": {"range": [0, 1.7 * max(data["x"])]}}),
+    )
+
+
+def _kernel_bars(found: Kernels, pairs: Sequence[tuple[str, Kernel, Any]]) -> dict[str, Any]:
+    colours = [GREY if achieved is None else brightness(min(1, achieved[0])) for *_, achieved in pairs]
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "y": [name for name, *_ in pairs],
+        "x": [found.share(kernel) * 100 for _, kernel, _ in pairs],
+        "customdata": [
+            [safe(kernel.op), kernel.calls, kernel.seconds * 1e3, _achieved(achieved)] for _, kernel, achieved in pairs
+        ],
+        "text": [_achieved(achieved) for *_, achieved in pairs],
+        "textposition": "outside",
+        "textfont": {"color": "@ink", "size": 12},
+        "cliponaxis": False,
+        "marker": {"color": colours, "line": {"color": "@muted", "width": 0.5}},
+        "hovertemplate": (
+            "%{y}<br>op %{customdata[0]}: %{customdata[1]:.4g} calls, %{customdata[2]:.3f} ms, %{x:.1f} % of the step"
+            "<br>%{customdata[3]}<extra></extra>"
+        ),
+        "showlegend": False,
+    }
+
+
+def brightness(share: float) -> str:
+    """Return the colour of a share, 0 to 1, on Cividis' scale."""
+    at = share * (len(CIVIDIS) - 1)
+    low, high = CIVIDIS[math.floor(at)], CIVIDIS[math.ceil(at)]
+    return "#" + "".join(f"{round(a + (b - a) * (at % 1)):02x}" for a, b in zip(low, high, strict=True))
+
+
+def _achieved(achieved: tuple[float, str] | None) -> str:
+    """Return in words how near a kernel comes to the ceilings."""
+    if achieved is None:
+        return ""
+    return f"{achieved[0]:.0%} {achieved[1]}" if achieved[0] <= 1 else f"above {achieved[1]}"
+
+
+def chosen_share(record: RunRecord) -> Figure | None:
+    """Return a map of the trained share of each matrix, where a method chose blocks."""
+    share = next((s for update in record.updates if (s := chosen(update, "share"))), None)
+    if share is None:
+        return None
+    roles = sorted({role for layer in share.values() for role in layer})
+    return Figure(
+        "chosen",
+        "Where blocks were chosen",
+        "The share of each weight matrix that is trained: a column per decoder layer, a row per role. Empty cells have "
+        "no trained block.",
+        [
+            {
+                "type": "heatmap",
+                "x": [str(layer) for layer in share],
+                "y": [safe(role) for role in roles],
+                "z": [[layer.get(role, 0) * 100 or None for layer in share.values()] for role in roles],
+                "colorscale": "Cividis",
+                "reversescale": True,
+                "xgap": 1,
+                "ygap": 1,
+                "colorbar": {"title": {"text": "trained, %", "side": "right"}, "thickness": 12},
+                "hovertemplate": "layer %{x}, %{y}: %{z:.1f} % trained<extra></extra>",
+            }
+        ],
+        merged(axes("decoder layer", "matrix"), {"height": 150 + 34 * len(roles), **CATEGORIES}),
+    )
+
+
+def drawn_layers(record: RunRecord) -> Figure | None:
+    """Return a map of the layers that are trained from switch to switch, where a method draws them."""
+    draws = next((d for update in record.updates if (d := chosen(update, "draws"))), None)
+    if draws is None:
+        return None
+    layers = sorted({layer for drawn in draws.values() for layer in drawn})
+    every = list(range(max(layers) + 1)) if layers and all(isinstance(layer, int) for layer in layers) else layers
+    return Figure(
+        "draws",
+        "Which layers train when",
+        "The decoder layers that are drawn at each switch; a filled cell is trained from that step to the next switch.",
+        [
+            {
+                "type": "heatmap",
+                "x": [f"step {step}" for step in draws],
+                "y": [str(layer) for layer in every],
+                "z": [[1 if layer in drawn else None for drawn in draws.values()] for layer in every],
+                "colorscale": [[0, BLUE], [1, BLUE]],
+                "showscale": False,
+                "xgap": 1,
+                "ygap": 1,
+                "hovertemplate": "layer %{y} trains from %{x} on<extra></extra>",
+            }
+        ],
+        merged(axes("first step of the interval", "decoder layer"), {"height": 160 + 12 * len(every), **CATEGORIES}),
+    )
+
+
+def states(record: RunRecord) -> Figure | None:
+    """Return the bytes of state after each change of the trainable set."""
+    if not record.states:
+        return None
+    steps = [state.step for state in record.states]
+    parts = {
+        "optimizer state": [s.optimizer for s in record.states],
+        "strategy state": [s.strategy for s in record.states],
+    }
+    return Figure(
+        "states",
+        "State from switch to switch",
+        "Optimizer and strategy state after each change of what is trained. Where state of layers that left is dropped "
+        "the bars stay equal; where it is kept they grow. Strategy state may lie in host memory.",
+        [
+            {
+                "type": "bar",
+                "name": part,
+                "x": steps,
+                "y": [size / 2**20 for size in sizes],
+                "marker": filled(*PARTS[part]),
+                "hovertemplate": f"after step %{{x}}: {part} %{{y:.2f}} MiB<extra></extra>",
+            }
+            for part, sizes in parts.items()
+            if any(sizes)
+        ],
+        merged(axes("optimizer step", "state, MiB"), {"barmode": "stack", "xaxis": {"type": "category"}}),
+    )
+
+
+def chosen(update: Mapping[str, Any], key: str) -> dict[str, Any] | None:
+    """Return what an update of a record says that it chose, if it is a table; records come from anywhere."""
+    told = update.get("chosen")
+    found = told.get(key) if isinstance(told, dict) else None
+    kind = dict if key == "share" else list
+    return found if isinstance(found, dict) and found and all(isinstance(v, kind) for v in found.values()) else None
+
+
+OF_ONE: Sequence[tuple[str, Callable[[RunRecord], Figure | None], str]] = (
+    ("Kernels of a step", kernels, "profiled steps: --profile.profiled above 0"),
+    ("Where blocks were chosen", chosen_share, "a method that chooses blocks, such as smt.yaml"),
+    ("Which layers train when", drawn_layers, "a method that draws layers, such as lisa.yaml"),
+    ("State from switch to switch", states, "a method whose trained set changes, such as lisa.yaml"),
+)
+"""Figures of one run, likewise."""

@@ -1,0 +1,155 @@
+"""The figures by which runs are compared: one number each, with its unit and its better direction."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES
+from lit_sparse_profiling.reconcile import residue
+from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.run_folders import device_kind, peak_memory
+from lit_sparse_profiling.sections import CEILINGS, Phase
+
+GIB = 2**30
+UNTRAINED = ("general_loss", "text_loss")
+"""Losses of text that a run was not trained on, the first that it has: their rise is what it forgot."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run.
+
+    Attributes:
+        key: Its name in files.
+        title: Its name for readers, with the unit.
+        value: Reads it from a record; None if it was not measured.
+        better: Whether lower or higher is better; None if neither is.
+        digits: Digits after the point.
+    """
+
+    key: str
+    title: str
+    value: Callable[[RunRecord], float | None]
+    better: Literal["low", "high"] | None = None
+    digits: int = 2
+
+    def of(self, records: Sequence[RunRecord]) -> list[float]:
+        """Return the finite values of those records that have one."""
+        found = (self.value(record) for record in records)
+        return [value for value in found if value is not None and math.isfinite(value)]
+
+    def median(self, records: Sequence[RunRecord]) -> float | None:
+        """Return the median over the records that have the number; None if none has."""
+        values = self.of(records)
+        return statistics.median(values) if values else None
+
+
+def peak_gib(record: RunRecord) -> float | None:
+    """Return the memory peak in GiB: reserved on a GPU, resident on a CPU."""
+    peak = peak_memory(record, device_kind(record))
+    return None if peak is None else peak / GIB
+
+
+def loss_name(record: RunRecord) -> str | None:
+    """Return the name of the run's first metric that is a loss."""
+    names = [name for moment in ("after", "before") for name in record.outcome.get(moment, {})]
+    return next((name for name in names if name.endswith("loss")), None)
+
+
+def loss(record: RunRecord, moment: str = "after") -> float | None:
+    """Return the run's loss, in nats per token, after or before training."""
+    return record.outcome.get(moment, {}).get(str(loss_name(record)))
+
+
+def accuracy(record: RunRecord) -> float | None:
+    """Return the share of right answers or tokens after training, 0 to 1."""
+    after = record.outcome.get("after", {})
+    return next((value for name, value in after.items() if name.endswith(("accuracy", "zero_shot"))), None)
+
+
+def forgetting(record: RunRecord) -> float | None:
+    """Return the rise of the loss on text that was not trained on, in nats per token."""
+    before, after = (record.outcome.get(moment, {}) for moment in ("before", "after"))
+    if "forgetting" in after:  # of PEFT's comparison, which keeps the difference only
+        return after["forgetting"]
+    name = next((name for name in UNTRAINED if name in before and name in after), None)
+    return None if name is None or name == loss_name(record) else after[name] - before[name]
+
+
+def energy(record: RunRecord) -> float | None:
+    """Return kJ of the device per million tokens of the timed steps, without padding."""
+    throughput, joules = record.throughput, record.joules_per_step
+    if throughput is None or not throughput.tokens or joules is None:
+        return None
+    return joules * throughput.steps / throughput.tokens * 1e3  # J a token times 10^6, in kJ
+
+
+def whole_phases(record: RunRecord) -> list[Phase]:
+    """Return the phases that are part of no other: their seconds add up."""
+    nested = set(INSTRUMENTED_PHASES) - {EXAMINATION, CEILINGS}
+    return [phase for phase in record.phases if phase.name not in nested]
+
+
+def seconds(record: RunRecord) -> float | None:
+    """Return the seconds of all phases."""
+    return sum(phase.seconds for phase in whole_phases(record)) or None
+
+
+def tokens_per_second(record: RunRecord) -> float | None:
+    """Return tokens per second of the timed steps, without padding."""
+    return None if record.throughput is None else record.throughput.tokens_per_second
+
+
+def step_milliseconds(record: RunRecord) -> float | None:
+    """Return the median milliseconds of a timed step."""
+    step = None if record.throughput is None else record.throughput.median_step
+    return None if step is None else step * 1e3
+
+
+def predicted_peak(record: RunRecord) -> tuple[int, int] | None:
+    """Return the allocator's peak in bytes, predicted and measured, of the same step; None if one is unknown."""
+    predicted = getattr(record, "predicted", None)
+    allocator = None if record.memory is None else record.memory.allocator
+    if not isinstance(predicted, dict) or allocator is None:
+        return None
+    peak, measured = predicted.get("peak_bytes"), allocator.allocated or allocator.requested
+    return (int(peak), measured) if isinstance(peak, int | float) and peak > 0 and measured > 0 else None
+
+
+def prediction_error(record: RunRecord) -> float | None:
+    """Return how far the predicted peak is above the measured one, in percent."""
+    both = predicted_peak(record)
+    return None if both is None else (both[0] / both[1] - 1) * 100
+
+
+def percent(share: float | None) -> float | None:
+    """Return a fraction in percent."""
+    return None if share is None else share * 100
+
+
+PEAK = Measure("peak_memory_gib", "peak memory, GiB", peak_gib, "low")
+SPEED = Measure("tokens_per_second", "tokens/s", tokens_per_second, "high", 1)
+LOSS = Measure("loss_after", "loss after, nats/token", loss, "low", 3)
+FORGETTING = Measure("forgetting", "forgetting, nats/token", forgetting, "low", 3)
+ENERGY = Measure("energy_kj_per_million_tokens", "energy, kJ per million tokens", energy, "low", 1)
+MEASURES = (
+    PEAK,
+    SPEED,
+    Measure("step_ms", "median step, ms", step_milliseconds, "low", 1),
+    LOSS,
+    Measure("loss_before", "loss before, nats/token", lambda record: loss(record, "before"), None, 3),
+    Measure("accuracy", "accuracy after, %", lambda record: percent(accuracy(record)), "high", 1),
+    FORGETTING,
+    ENERGY,
+    Measure("trainable_percent", "trained, %", lambda r: percent(r.model and r.model.trainable_share), None, 3),
+    Measure("utilization_percent", "utilization, %", lambda record: percent(record.utilization), "high", 1),
+    Measure("residue_percent", "residue, %", lambda record: percent(residue(record)), None, 1),
+    Measure("prediction_error_percent", "prediction error, %", prediction_error, None, 1),
+    Measure("timed_steps", "timed steps", lambda r: r.throughput and float(r.throughput.steps), None, 0),
+    Measure("seconds", "whole run, s", seconds, "low", 0),
+)
+"""All of them, in the order of the table."""
