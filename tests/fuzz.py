@@ -227,6 +227,8 @@ def check(example: Example) -> bool:
 
 # ---- comparing them
 
+MEASURED = ("tokens_per_second", "peak_memory_gib")
+"""Columns of metrics.csv that are as the machine has it: no two fits agree on them."""
 KEPT = ("global_step", "epoch", "state_dict", "optimizer_states", "lr_schedulers", "lit_sparse")
 """Keys of checkpoints that must be equal, beside the loader's place."""
 
@@ -259,7 +261,8 @@ def metrics(run: Path, resumed: Sequence[int] = ()) -> dict[int, dict[str, str]]
         for row in csv.DictReader(file):
             step, evaluated = int(row["step"]), any(row[name] for name in row if name.startswith("heldout_"))
             if not (evaluated and step + 1 in resumed):
-                found.setdefault(step, {}).update({key: value for key, value in row.items() if value})
+                kept = {key: value for key, value in row.items() if value and key not in MEASURED}
+                found.setdefault(step, {}).update(kept)
     return found
 
 

@@ -23,7 +23,7 @@ from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan, Profiler
 from lit_sparse_profiling.ranks import combined, note_of_one
 from lit_sparse_profiling.record import RunRecord, Status
-from lit_sparse_profiling.stopwatch import Tokens, count_tokens
+from lit_sparse_profiling.stopwatch import Pace, Tokens, count_tokens
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
 OOM = (
@@ -75,6 +75,9 @@ class Profile(Callback):
     neither backward nor optimizer step counts as forward. A fit that fails or runs out of memory leaves a record too,
     with the measurements until then; one that is refused leaves none.
 
+    While the fit goes, every logger gets `tokens_per_second` (without padding) and `peak_memory_gib` (reserved on a
+    GPU, resident on a CPU), of this rank and since the step that was logged before.
+
     Args:
         folder: Folder of the record; its name is the name of the run.
         plan: The steps of warm-up, examination, timing and profiling.
@@ -93,7 +96,7 @@ class Profile(Callback):
         self.folder, self.plan, self.settings = Path(folder), plan or Plan(), dict(settings or {})
         self.profiler: Profiler | None = None
         self.phases = self._given = phases
-        self._tokens = Tokens()
+        self._tokens, self._pace = Tokens(), Pace()
         self._step, self._ranks = 0, 1
         self._part: str | None = None
         self._else: str | None = None
@@ -148,7 +151,7 @@ class Profile(Callback):
         self.profiler.notes += [note for note in self._notes if note not in self.profiler.notes]
         if len(trainer.optimizers) > 1:
             self.profiler.notes.append(f"The ledger has the first of {len(trainer.optimizers)} optimizers only.")
-        self._tokens, self._step, self._part = Tokens(), trainer.global_step, None
+        self._tokens, self._step, self._part, self._pace = Tokens(), trainer.global_step, None, Pace()
         self._ranks = trainer.world_size
         self._else = None if pl_module.automatic_optimization else "forward"
 
@@ -182,13 +185,27 @@ class Profile(Callback):
     ) -> None:
         assert self.profiler is not None
         self._turn_to(None)
-        self._tokens.add(count_tokens(batch))
+        counts = count_tokens(batch)
+        self._tokens.add(counts)
+        self._pace.add(counts)
         if trainer.global_step == self._step:  # more batches are accumulated
             return
         self.profiler.end_step(self._tokens.counts)
         self._tokens, self._step = Tokens(), trainer.global_step
+        self._log(trainer, pl_module)
         if self.profiler.done:
             trainer.should_stop = True
+
+    def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Log this rank's speed and memory since the step that was logged before, instrumented steps included."""
+        every = trainer.log_every_n_steps or 1  # pyright: ignore[reportAttributeAccessIssue] - set in a function
+        if not trainer.loggers or self.phases is None or trainer.global_step % every:
+            return
+        speed, peak = self._pace.lap(), self.phases.sample()
+        if speed is not None:
+            module.log("tokens_per_second", speed)
+        if peak is not None:
+            module.log("peak_memory_gib", peak / 2**30)
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         self._turn_to("backward")
@@ -252,6 +269,7 @@ class Profile(Callback):
 
     def leave_training(self, name: str) -> None:
         """Pause the measurement of steps, and begin the phase `name`."""
+        self._pace.pause()
         if self.profiler is not None:
             self.profiler.pause()
         if self.phases is not None:
@@ -263,6 +281,7 @@ class Profile(Callback):
             self.phases.end(name)
         if self.profiler is not None:
             self.profiler.resume()
+        self._pace.resume()
 
     def _turn_to(self, part: str | None) -> None:
         """Begin another part of the step, or none."""

@@ -86,6 +86,8 @@ class LitSparse(Resumable):
             "scored_tokens",
             "lr",
             "grad_norm",
+            "tokens_per_second",
+            "peak_memory_gib",
         }  # names of what is logged in training, which scores no evaluation
         self._window = Window()
         self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself

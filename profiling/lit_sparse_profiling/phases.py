@@ -105,6 +105,14 @@ class Phases:
         seconds = phase.seconds + now - self._begun.pop(name)
         self._phases[name] = replace(phase, seconds=seconds, calls=phase.calls + 1)
 
+    def sample(self) -> int | None:
+        """Return the memory peak since the last boundary or sample: reserved on a GPU, resident on a CPU.
+
+        It counts in the peaks of the open phases, and does not wait for the device.
+        """
+        peaks = self._read()
+        return peaks.peak_rss if self._cuda is None else peaks.peak_reserved
+
     def is_open(self, name: str) -> bool:
         """Return whether the phase has begun and not ended."""
         return name in self._begun
@@ -128,14 +136,18 @@ class Phases:
         if self._cuda is not None:
             torch.cuda.synchronize(self._cuda)
         now = perf_counter()
-        peaks = self._lap()
-        for name in self._begun:
-            self._phases[name] = _raise_peaks(self._phases[name], peaks)
+        self._read()
         for name in [*self._begun][-1:]:  # the innermost
             own = (self._phases[name].own or 0.0) + now - self._boundary_at
             self._phases[name] = replace(self._phases[name], own=own)
         self._boundary_at = now
         return now
+
+    def _read(self) -> _Peaks:
+        peaks = self._lap()
+        for name in self._begun:
+            self._phases[name] = _raise_peaks(self._phases[name], peaks)
+        return peaks
 
     def _lap(self) -> _Peaks:
         resident = self.memory.lap()

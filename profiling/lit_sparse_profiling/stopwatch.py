@@ -89,6 +89,33 @@ class Tokens:
         return int(real), int(self.padded)
 
 
+class Pace:
+    """Tokens per second since it was last asked, pauses left out. It does not wait for a device."""
+
+    def __init__(self) -> None:
+        self._tokens, self._begun = Tokens(), perf_counter()
+        self._paused: float | None = None
+
+    def add(self, counts: tuple[Tensor | int, int] | None) -> None:
+        """Add the counts of a batch, without and with padding; None if they are unknown."""
+        self._tokens.add(counts)
+
+    def pause(self) -> None:
+        """Stop the clock; do nothing if it has stopped."""
+        self._paused = self._paused or perf_counter()
+
+    def resume(self) -> None:
+        """Start the clock again; do nothing if it runs."""
+        if self._paused is not None:
+            self._begun, self._paused = self._begun + perf_counter() - self._paused, None
+
+    def lap(self) -> Tensor | float | None:
+        """Return tokens without padding per second, on the device that counts them, and begin anew; None if unknown."""
+        now, counts = perf_counter(), self._tokens.counts
+        seconds, self._begun, self._tokens = now - self._begun, now, Tokens()
+        return None if counts is None or seconds <= 0 else counts[0] / seconds
+
+
 NO_TOKENS = (
     "Tokens are unknown: a batch has no token_mask, attention_mask or input_ids to count them by, or its mask is not 1 "
     "for each token and 0 for padding in the shape of the input_ids (segment numbers, an additive or a 4-D mask); add "

@@ -1,5 +1,6 @@
 """Profile on LightningModules that do not know of it, and the records of fits that end early or fail."""
 
+import csv
 import dataclasses
 import gc
 import json
@@ -12,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, Timer
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from torch import nn
 from torch._C._autograd import _profiler_enabled
@@ -200,6 +202,21 @@ def test_two_lines_are_enough(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     assert (record.kernels.steps, record.throughput.steps) == (2, 3)
     assert record.ledger.optimizer > 2 * record.ledger.trainable
     assert {"torch", "lightning"} <= set(record.versions)
+
+
+def test_loggers_get_speed_and_memory_without_evaluation_and_saving(clock: Clock, run: Path, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, name="", version="")
+    saving = ModelCheckpoint(run, every_n_train_steps=3, save_top_k=-1)
+    options = {"logger": logger, "log_every_n_steps": 2, "limit_val_batches": 1, "val_check_interval": 3}
+    trainer(8, Profile(run, PLAN), saving, **options).fit(Net(clock), rows())
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [row for row in csv.DictReader(file) if row["tokens_per_second"]]
+    assert [int(row["step"]) for row in logged] == [1, 3, 5, 7]
+    tokens = [sum(LENGTHS[i % len(LENGTHS)] for i in (step - 1, step)) for step in (1, 3, 5, 7)]
+    assert [float(row["tokens_per_second"]) for row in logged] == pytest.approx([n / (2 * 111) for n in tokens])
+    peaks = [float(row["peak_memory_gib"]) * 2**30 for row in logged]
+    assert max(peaks) <= max(phase.peak_rss for phase in recorded(run).phases)  # a sample counts in its phase, too
+    assert min(peaks) > 2**20
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization")

@@ -85,6 +85,7 @@ def test_every_figure_is_drawn_and_fits_the_width_without_a_word_in_the_console(
         assert page.evaluate("[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.xtitle'))")
         wrong = page.evaluate(
             "[...document.querySelectorAll('.plot')].flatMap(p => Plotly.validate(p.data, p.layout) || [])"
+            ".filter(problem => problem.code !== 'dynamic')"  # of which plotly.js 3.0 tells where nothing is wrong
             ".map(problem => `${problem.path}: ${problem.msg}`)"
         )
         assert wrong == []
