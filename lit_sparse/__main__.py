@@ -16,7 +16,7 @@ VERBS = {
     "generate": "answer prompts with a run, beside its base, or chat",
     "bench": "measure memory, speed and energy of YAMLs, each in a fresh process",
     "plan": "predict the memory of several YAMLs on a GPU, in seconds, without the weights",
-    "report": "compare runs by their records",
+    "report": "compare runs: a table, or a page to send: lit-sparse report runs -o report.html",
     "list": "list the update strategies and the shipped YAMLs",
 }
 OTHERS = {

@@ -107,6 +107,8 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     with (run / "metrics.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file) if row["train_loss"]] == ["0", "1", "2", "3"]
     assert [path.name for path in run.glob("metrics*")] == ["metrics.csv"]
+    assert cli.run(["report", "runs", "-o", "page.html", "--card", "24"]) == 0
+    assert_page(Path("page.html").read_text(), run)
     told = [message for message in caplog.messages if message.startswith("Resuming with")]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
     assert told == ["Resuming with trainer.max_steps = 4; the run had 2."]
@@ -115,6 +117,35 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert [p.name for p in Path("runs").iterdir()] == ["smt-1"]
     fit("--config", "smt.yaml", "--trainer.max_steps=1")
     assert Path("runs/smt-2").is_dir()
+
+
+def assert_page(page: str, run: Path) -> None:
+    """Check that the page has the figures of a short fit with SMT on a CPU, and the command that makes it."""
+    assert "<code>lit-sparse report runs -o page.html --card 24</code>" in page
+    assert "card of 24 GB" in page
+    titles = {
+        *("Where the memory goes", "Where the time goes", "Loss during training", "Memory during training"),
+        "Where blocks were chosen",
+    }
+    assert {title for title in titles if f'"title":"{title}"' not in page} == set()
+    assert json.dumps(RunRecord.read(run / "record.json").command) in page
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--card", "23"], "--card 23 was asked for; the known sizes in GB are"),
+        (["-o", "nowhere/page.html"], "could not be written to nowhere/page.html"),
+        (["-o", "."], "which is a folder; name a file"),
+        (["--peft_results", "x", "-o", "page.html"], "none of these runs ended"),
+    ],
+)
+def test_a_page_that_cannot_be_written_is_a_sentence(home, words, sentence):
+    Path("runs/lora-1").mkdir(parents=True)
+    RunRecord(name="lora-1", status="failed", reason="stopped").write("runs/lora-1/record.json")
+    with pytest.raises(BadInput, match=re.escape(sentence)):
+        cli.run(["report", "runs", *words])
+    assert not Path("x").exists()
 
 
 @pytest.mark.parametrize("word", [["--data", "rows.jsonl"], ["--data=rows.jsonl"], ["--data=./rows.jsonl"]])
