@@ -65,7 +65,7 @@ def write_sharded(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         BadInput: on all ranks, if one cannot write; the checkpoint that was at `path` is there still.
     """
-    path = Path(os.path.realpath(path))
+    path = Path(_from_first(lambda: os.path.realpath(path)))  # only rank 0 knows the number of a new run
     tensors: dict[str, DTensor] = {}
     small = _separate(checkpoint, "", tensors)
     folder = path.parent / _from_first(lambda: _new_folder(path))
