@@ -136,7 +136,7 @@ def lean_cost(config: Config, samples: int) -> Line:
     module = module_of(config, updates=1)
     module.updates[0].attach(module.build(), no_probe, ALONE)
     recorder, seconds = RecordFisher(samples), list[float]()
-    recorder.attach(module.build(), lambda count: timed(losses(module, config, count), seconds), ALONE)
+    recorder.attach(module.build(), lambda count, weighed=True: timed(losses(module, config, count), seconds), ALONE)
     matrices = recorder.state_dict()["importance"]["matrices"]
     return fisher_line(module, seconds, [one["sums"] for one in matrices.values()])
 

@@ -180,7 +180,7 @@ class _Run:
         self.model = copy.deepcopy(base).train()
         self.updates = Updates(strategies)
         if saved is None:
-            self.updates.attach(self.model, lambda count: (self._loss(seed) for seed in range(count)))
+            self.updates.attach(self.model, lambda count, weighed=True: (self._loss(seed) for seed in range(count)))
         else:
             self.updates.restore(self.model, saved["updates"])
             self.model.load_state_dict(saved["values"], strict=False)

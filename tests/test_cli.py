@@ -341,13 +341,15 @@ def test_every_shipped_yaml_has_a_comment_for_each_key():
             )
 
 
-@pytest.mark.parametrize("asked", [Union[float, int, None], float | int | None])  # noqa: UP007  # noqa: UP007
+@pytest.mark.parametrize("asked", [Union[float, int, None], float | int | None])  # noqa: UP007
 def test_a_whole_number_is_no_share(asked):
     """`--trainer.limit_val_batches=1` is a batch, in whichever order the types were written down first."""
 
     class Limited:
-        def __init__(self, limit: asked = None, share: float = 1.0) -> None:
+        def __init__(self, limit=None, share: float = 1.0) -> None:
             self.limit = limit
+
+    Limited.__init__.__annotations__["limit"] = asked
 
     cli.read_whole_numbers_first(Limited)
     parser = jsonargparse.ArgumentParser()
