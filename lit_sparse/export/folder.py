@@ -1,16 +1,13 @@
 """Export a run as a plain Hugging Face folder, a small delta, or an adapter of PEFT."""
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from safetensors import SafetensorError
 
 from lit_sparse import demo
 from lit_sparse.data.encoding import load_named
@@ -19,6 +16,7 @@ from lit_sparse.export import hub
 from lit_sparse.export.adapter import write_adapter
 from lit_sparse.export.card import TAG, card, read_record
 from lit_sparse.export.compatibility import add_old_keys, copy_sentencepiece, make_loadable
+from lit_sparse.export.drafts import remove_leftovers, written
 from lit_sparse.export.generate import encoder_of
 from lit_sparse.export.merge import CastError, Merge, cast_error
 from lit_sparse.modules import CausalLM, LitSparse
@@ -75,6 +73,8 @@ def export(
     if private and push is None:
         raise BadInput("a private repository was asked for, but none to push to; give --push user/name.")
     target = output or run / OUTPUTS[to]
+    for path in (target, card_of(target)):
+        remove_leftovers(path)
     check_output(target, to, overwrite)
     if push is not None:
         hub.check_pushable(push, overwrite)
@@ -269,41 +269,3 @@ def check_card(path: Path, overwrite: bool) -> None:
             f"{path}, where the delta's model card is to stand, is there already; give --output another name, or "
             "remove it."
         )
-
-
-@contextmanager
-def written(output: Path) -> Iterator[Path]:
-    """Give a path to write at; it replaces `output` at the end, or is removed on an error.
-
-    Raises:
-        BadInput: if it cannot be written.
-    """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
-            yield Path(folder) / "new"
-            unveil(Path(folder))
-            replace(Path(folder) / "new", output, Path(folder) / "old")
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{output} could not be written ({error}); nothing was left there.") from error
-
-
-def unveil(folder: Path) -> None:
-    """Give all files in `folder` the mode of a new file here: safetensors writes such that only their owner reads."""
-    (folder / "plain").touch()
-    mode = (folder / "plain").stat().st_mode
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
-
-
-def replace(new: Path, output: Path, old: Path) -> None:
-    """Move `output` to `old` and `new` to `output`; on an error, move `old` back."""
-    if output.exists():  # a folder cannot be moved onto one that holds something
-        output.rename(old)
-    try:
-        new.rename(output)
-    except OSError:
-        if old.exists():
-            old.rename(output)
-        raise
