@@ -336,21 +336,6 @@ def test_nothing_is_left_behind(
     assert files(tmp_path) == before
 
 
-def test_earlier_export_is_put_back(smt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    output = export(smt.folder, output=tmp_path / "out")
-    before, rename = files(tmp_path), Path.rename
-
-    def fail_once(path: Path, target: Path) -> Path:
-        if path.name == "new":
-            raise PermissionError(13, "Permission denied")
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", fail_once)
-    with pytest.raises(BadInput, match="could not be written"):
-        export(smt.folder, output=output, overwrite=True)
-    assert files(tmp_path) == before
-
-
 def test_refuses_a_folder_that_would_load_otherwise(smt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = tiny_llm(seed=1)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", reader := Reader(other))
