@@ -1,6 +1,6 @@
 """The planner's error: what `lit-sparse plan` predicts, beside what the same training allocates on this CPU.
 
-`python -m benchmarks.planner` trains each method on tiny models of five families, in three shapes of batch, with and
+`python -m benchmarks.planner` trains each method on tiny models of seven families, in three shapes of batch, with and
 without activation checkpointing, through Lightning's own trainer. The measurement shares no code with the planner: it
 adds up the events of the CPU's allocator from the loading of the model on, phase by phase, and the ledger's exact bytes
 of weights, gradients and state. Configurations come in a fixed random order and are appended one by one to
@@ -30,8 +30,10 @@ from transformers import (
     LlamaConfig,
     Olmo2Config,
     OPTConfig,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from benchmarks.measurements import Line, read_lines
@@ -67,12 +69,25 @@ FAMILIES: dict[str, PreTrainedConfig] = {
         hidden_size=64, intermediate_size=160, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2
     ),
     "opt": OPTConfig(hidden_size=64, ffn_dim=192, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=64),
+    "phi": PhiConfig(hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4),
+    "qwen3": Qwen3Config(
+        hidden_size=64,
+        intermediate_size=144,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=24,
+    ),
 }
-"""Tiny models, by family."""
+"""Tiny models, by family; of the last two no test has any."""
 SHAPES = ((2, 64), (1, 200), (5, 33))
 """Rows of a batch, and tokens of each."""
+DRAWS = 6
+"""Trainable sets that a training goes through, where it changes: some of them begin at the lowest layer."""
 SHORT = ("--model.updates.interval=2",)
 """Options of methods that change what they train every so many steps: soon enough for a measurement."""
+CONFIGURATIONS, MEDIAN, WORST, CATEGORY, TOO_LITTLE = 200, 0.01, 0.03, 0.05, 0.01
+"""The marks: configurations, median and worst error of the peak, worst of a category, most that may be too little."""
 NEGLIGIBLE = 0.01
 """Share of the peak below which a category's error does not count."""
 
@@ -128,10 +143,14 @@ def predicted(case: Case, config: Path) -> Forecast:
 
 
 class Marks(L.Callback):
-    """Marks the phases of a training in the profile that runs, and takes the ledger where it is largest."""
+    """Marks the phases of a training in the profile that runs, and takes the ledger before each backward pass and step.
+
+    Attributes:
+        ledgers: Those before each backward pass, and those before each optimizer step.
+    """
 
     def __init__(self) -> None:
-        self.ledgers: dict[str, Ledger] = {}
+        self.ledgers: dict[str, list[Ledger]] = {"backward": [], "gradients": []}
 
     def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any, **named: Any) -> None:
         mark("forward")
@@ -148,7 +167,8 @@ class Marks(L.Callback):
         mark("between")
 
     def _take(self, name: str, trainer: L.Trainer, module: Any) -> None:
-        self.ledgers[name] = ledger(module, trainer.optimizers[0], [update.held() for update in module.updates])
+        held = ledger(module, trainer.optimizers[0], [update.held() for update in module.updates])
+        self.ledgers[name].append(held)
 
 
 def mark(phase: str) -> None:
@@ -168,7 +188,7 @@ def measured(case: Case, config: Path) -> Measured:
         mark("between")
 
     module.updates.attach = marked  # pyright: ignore[reportAttributeAccessIssue]
-    steps = max([2, *(2 * update.period for update in module.updates if update.period is not None)])
+    steps = max([2, *(DRAWS * update.period for update in module.updates if update.period is not None)])
     with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         warnings.simplefilter("ignore")
         mark("loading")
@@ -190,22 +210,23 @@ def measured(case: Case, config: Path) -> Measured:
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
     events = list(walk_events(profiled.profiler.kineto_results.experimental_event_tree()))
-    peaks, level = levels_of(events)
-    return Measured(peaks, categories_of(marks.ledgers, level))
+    peaks, levels = levels_of(events)
+    return Measured(peaks, categories_of(marks.ledgers, levels))
 
 
-def levels_of(events: Sequence[Any]) -> tuple[dict[str, int], int]:
-    """Return the peak of each phase in bytes, and the level at the beginning of the last backward pass."""
+def levels_of(events: Sequence[Any]) -> tuple[dict[str, int], list[int]]:
+    """Return the peak of each phase in bytes, and the level at the beginning of each backward pass."""
     begins = iter(sorted((e.start_time_ns, e.name[6:]) for e in events if e.name.startswith("phase ")))
     held: dict[int, int] = {}
     peaks: dict[str, int] = {}
-    level = before_backward = 0
+    levels: list[int] = []
+    level = 0
     phase, ahead = "", next(begins, None)
     for change in size_changes(events):
         while ahead is not None and ahead[0] <= change.when:
             phase, ahead = ahead[1], next(begins, None)
             peaks[phase] = max(peaks.get(phase, 0), level)
-            before_backward = level if phase == "backward" else before_backward
+            levels += [level] if phase == "backward" else []
         if change.size > 0:
             held[change.address] = change.size
             level += change.size
@@ -214,19 +235,19 @@ def levels_of(events: Sequence[Any]) -> tuple[dict[str, int], int]:
         if phase:
             peaks[phase] = max(peaks[phase], level)
     del peaks["between"]
-    return peaks, before_backward
+    return peaks, levels
 
 
-def categories_of(ledgers: dict[str, Ledger], before_backward: int) -> dict[str, int]:
-    """Return the bytes of each category, by the planner's names."""
-    kept, last = ledgers["backward"], ledgers["gradients"]
-    held = kept.trainable + kept.frozen + kept.buffers + kept.gradients + kept.optimizer + kept.strategy
+def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int]) -> dict[str, int]:
+    """Return the bytes of each category, by the planner's names, at the highest beginning of a backward pass."""
+    highest = max(range(len(levels)), key=lambda index: (levels[index], index))
+    kept, last = ledgers["backward"][highest], ledgers["gradients"][highest]
     return {
         "trained weights": kept.trainable,
         "frozen weights": kept.frozen,
         "gradients": last.gradients,
         "optimizer state": kept.optimizer,
-        "saved for backward": before_backward - held,
+        "saved for backward": levels[highest] - kept.total,
     }
 
 
@@ -262,6 +283,32 @@ def category_errors(line: Line) -> Iterator[float]:
             yield line["predicted_categories"][name] / size - 1
 
 
+def fits_wrongly(line: Line) -> bool:
+    """Return whether some card of memory would have been said to fit, and does not: too little was predicted."""
+    return error(line) < -TOO_LITTLE
+
+
+def missed(lines: Sequence[Line]) -> list[str]:
+    """Return a sentence for each mark that the measured configurations miss."""
+    errors = sorted(abs(error(line)) for line in lines)
+    categories = [line for line in lines if max(map(abs, category_errors(line)), default=0) > CATEGORY]
+    low = [line for line in lines if fits_wrongly(line)]
+    said = []
+    if len(lines) < CONFIGURATIONS:
+        said.append(f"{len(lines)} configurations are measured, of {CONFIGURATIONS}.")
+    if errors and errors[len(errors) // 2] > MEDIAN:
+        said.append(f"The median error is {errors[len(errors) // 2]:.2%}, above {MEDIAN:.0%}.")
+    said += [f"{named(line)}: the peak is off by {error(line):+.2%}." for line in lines if abs(error(line)) > WORST]
+    said += [f"{named(line)}: a category is off by more than {CATEGORY:.0%}." for line in categories]
+    said += [f"{named(line)}: {-error(line):.2%} too little is predicted." for line in low]
+    return said
+
+
+def named(line: Line) -> str:
+    """Return the configuration of a line, in words."""
+    return " ".join(str(line[name]) for name in Case._fields)
+
+
 def compare(case: Case, config: Path) -> Line:
     """Plan and measure a case.
 
@@ -279,13 +326,14 @@ def main() -> int:
     for name in ("lightning.pytorch", "lit_sparse"):
         logging.getLogger(name).setLevel(logging.ERROR)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--check", action="store_true", help="measure nothing; only say which marks are missed")
     asked = parser.parse_args()
     done = read_lines(asked.results, "python -m benchmarks.planner") if asked.results.exists() else []
     known = {json.dumps([line[name] for name in Case._fields]) for line in done}
     end = monotonic() + asked.minutes * 60
     with tempfile.TemporaryDirectory() as folder:
         configs = {family: config_in(Path(folder), family) for family in FAMILIES}
-        for case in cases():
+        for case in [] if asked.check else cases():
             if json.dumps(list(case)) in known or (asked.methods and case.method not in asked.methods):
                 continue
             if monotonic() > end:
@@ -296,9 +344,13 @@ def main() -> int:
                 print(*case, "refused:", refused, flush=True)
                 continue
             append(asked.results, [line])
+            done.append(line)
             worst = max(map(abs, category_errors(line)), default=0)
             print(*case, f"{error(line):+.2%}", f"categories {worst:.2%}", flush=True)
-    return 0
+    said = missed(done)
+    for sentence in said:
+        print(sentence)
+    return int(bool(said))
 
 
 if __name__ == "__main__":

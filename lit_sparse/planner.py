@@ -13,6 +13,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._library.custom_ops import CustomOpDef
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,8 @@ from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.building import HALF
 from lit_sparse.modules.loading import load_errors
 from lit_sparse.optim import AdamW, trainable
-from lit_sparse_kernels import block_adamw, master_adamw
+from lit_sparse.strategies import gmt, lisa
+from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
 from lit_sparse_profiling.caching import replay
 from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
 from lit_sparse_profiling.workspaces import cpu_workspace
@@ -57,6 +59,13 @@ VIEWS = {
 }
 """Ops that a plain head may use beside its product."""
 PRODUCTS = {"mm", "addmm", "bmm", "linear"}
+ON_CPU = {
+    value._opoverload: value._init_fn
+    for part in (block_delta, block_grad, glu_density, pack_columns)
+    for value in vars(part).values()
+    if isinstance(value, CustomOpDef)
+}
+"""What our own ops run on a CPU, by op: torch's ops, with temporaries that count."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
     Raises:
         BadInput: if there is no such base, the strategies refuse it, or they cannot be traced.
     """
-    begin, trace = perf_counter(), Trace(cpu_workspace if setting.device == "cpu" else None)
+    begin, trace = perf_counter(), Trace(cpu_workspace, ON_CPU) if setting.device == "cpu" else Trace()
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
     _check(module)
@@ -211,12 +220,32 @@ def choices_of(device: Device) -> Iterator[None]:
     """Make the choices of our own code, which depend on the device of tensors, those of `device`; tensors are fake."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "_apply", _convert))
+        stack.enter_context(patch.object(gmt, "selected", _narrowly))
+        stack.enter_context(patch.object(lisa.LISA, "_draw", _costliest))
         if device == "cuda":
             stack.enter_context(patch.object(loss, "chunk_tokens", _chunk_on_cuda))
             for kernel in (master_adamw, block_adamw):  # one launch, in place
                 stack.enter_context(patch.object(kernel, "on_host", lambda *_: None))
             stack.enter_context(CUDAAutocast())
         yield
+
+
+def _narrowly(bits: Tensor, mask: Tensor) -> Tensor:
+    """Return as many entries as a continuous distribution has within an eighth of an octave, or more."""
+    return bits.flatten()[: max(1, bits.numel() // 8)].clone()
+
+
+def _costliest(update: lisa.LISA, number: int) -> list[int]:
+    """Return the draw that takes the most, which a long training meets.
+
+    Those of the last layers have their gradients while most is saved. The lowest one, where the embeddings are frozen,
+    decides how far down the backward pass goes, and with it what is saved.
+    """
+    last = len(update._layers)
+    first = max(0, last - update.active_layers)
+    if update.train_embeddings:
+        return [*range(first, last)]
+    return [0, *range(first + 1, last)]
 
 
 _chunk = loss.chunk_tokens
@@ -297,9 +326,12 @@ def _recorded(trace: Trace, name: str, tensor: Tensor) -> Tensor:
 
 
 def steps_of(module: LitSparse) -> list[int]:
-    """Return the numbers of the steps to trace: the first, or those around the first change of the trainable set."""
-    periods = [update.period for update in module.updates if update.period is not None]
-    return [1] if not periods else [max(periods), max(periods) + 1]
+    """Return the numbers of the steps to trace: the first, or those around the first change of the trainable set.
+
+    Two come before the change: the second finds the state of the first, beside the gradients.
+    """
+    last = max((update.period for update in module.updates if update.period is not None), default=None)
+    return [1] if last is None else [*range(max(1, last - 1), last + 2)]
 
 
 def batch_of(module: LitSparse, setting: Setting) -> dict[str, Tensor]:

@@ -87,6 +87,7 @@ class Trace(TorchDispatchMode):
 
     Args:
         workspaces: Bytes that ops allocate for themselves; none by default.
+        composed: Functions of other ops, by the op that runs them; its own allocations are then theirs.
 
     Attributes:
         fake: The mode of the fake tensors.
@@ -96,7 +97,9 @@ class Trace(TorchDispatchMode):
         flops: Floating-point operations by phase, of torch's own formulas.
     """
 
-    def __init__(self, workspaces: Workspaces | None = None) -> None:
+    def __init__(
+        self, workspaces: Workspaces | None = None, composed: Mapping[Any, Callable[..., Any]] | None = None
+    ) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.events: list[int] = []
@@ -104,6 +107,7 @@ class Trace(TorchDispatchMode):
         self.marks: list[tuple[int, str]] = [(0, "loading")]
         self.flops: dict[str, int] = {}
         self._workspaces = workspaces or (lambda *_: 0)
+        self._composed = composed or {}
         self._alive: dict[int, tuple[Any, int]] = {}  # by id of a storage: weak reference, number of its block
         self._names: dict[nn.Module, str] = {}
         self._inside: list[str] = []
@@ -191,6 +195,9 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in self._composed:
+            with self:
+                return self._composed[func](*args, **kwargs)
         if isinstance(func, OpOverload) and torch.is_inference_mode_enabled():
             with self:  # composite ops come here whole
                 out = func.decompose(*args, **kwargs)

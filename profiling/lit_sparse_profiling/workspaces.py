@@ -11,11 +11,16 @@ from torch._ops import OpOverload
 
 aten = torch.ops.aten
 
+SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}
+"""Reductions that copy an operand of another dtype than their result's."""
+
 
 def cpu_workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """Return the bytes of a CPU kernel: copies of operands that have another dtype than the computation."""
     if func is aten.bincount.default:
         return 0 if args[0].dtype is torch.int64 else args[0].numel() * torch.int64.itemsize
+    if func in SUMS:
+        return 0 if args[0].dtype is out.dtype else args[0].numel() * out.itemsize
     if not isinstance(func, OpOverload) or torch.Tag.pointwise not in func.tags:
         return 0
     given = [tensor for tensor in args if isinstance(tensor, Tensor)]
