@@ -40,7 +40,9 @@ MEASURED = (
     "--checkpoint_steps=0",
 )
 """Options that reduce a fit to its training steps."""
-TIMED_ONLY = ("--profile.examine=false", "--profile.profiled=0")
+TOLD = ("Predicted peak of memory", "Memory is not predicted", "Warning: this will not fit")
+"""Beginnings of the lines that a fit says of its memory before its first step (`callbacks.prediction`)."""
+TIMED_ONLY = ("--profile.examine=false", "--profile.profiled=0", "--profile.predict=false")
 """Options of the run named by --against, of which only the times are used."""
 
 
@@ -177,12 +179,37 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
         task = progress.add_task("bench", total=len(plan))
         for turn in plan:
             progress.update(task, description=f"{turn.job.name} ({turn.number} of {repeat})")
-            done.append(turn.folder or execute(turn.job, root, limit, tick=progress.refresh))
+            relay = Relay(root / f"{turn.job.name}.log", progress)
+            done.append(turn.folder or execute(turn.job, root, limit, tick=relay.tick))
             progress.console.print(outcome(turn, done[-1]), highlight=False, markup=False)
             progress.advance(task)
     report([str(folder) for folder in done])
     console.print(f"The same again: lit-sparse report {root}", highlight=False, markup=False)
     return int(any(RunRecord.read(folder / "record.json").status == "failed" for folder in done))
+
+
+class Relay:
+    """Shows what a run says of its memory before its first step, as soon as it is in its log.
+
+    Args:
+        log: File that the run writes to.
+        progress: The progress bar above which lines are printed.
+    """
+
+    def __init__(self, log: Path, progress: Progress) -> None:
+        self.log, self.progress, self._read = log, progress, 0
+
+    def tick(self) -> None:
+        """Print new lines about predicted memory, and refresh the progress bar."""
+        if self.log.is_file():
+            with self.log.open("rb") as file:
+                file.seek(self._read)
+                whole = file.read().rpartition(b"\n")[0]
+            self._read += len(whole)
+            for line in whole.decode("utf-8", errors="replace").splitlines():
+                if line.startswith(TOLD):
+                    self.progress.console.print(f"{self.log.stem}: {line}", highlight=False, markup=False)
+        self.progress.refresh()
 
 
 def outcome(turn: Repeat, folder: Path) -> str:

@@ -22,8 +22,8 @@ SECTIONS = ("model", "data", "trainer", "profile")
 """Keys of a YAML whose values are mappings; `data` may be the name of a class too."""
 PARTS = {"model": ("updates",), "trainer": ("callbacks", "logger", "plugins")}
 """Lists that add to those of the YAMLs before. An empty list, null, true or false replaces them."""
-UNMEASURED = {"examine": False, "profiled": 0}
-"""What `profile: false` stands for: no step is measured that would be slower for it."""
+UNMEASURED = {"examine": False, "profiled": 0, "predict": False}
+"""What `profile: false` stands for: nothing is predicted, and no step measured that would be slower for it."""
 STACKING = "stacking"
 """The parser mode in which they do."""
 

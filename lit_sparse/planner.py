@@ -134,18 +134,21 @@ class Forecast:
         return self.setting.batch_size * self.setting.length * self.setting.micro_batches
 
 
-def forecast(name: str, module: LitSparse, setting: Setting) -> Forecast:
+def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | None = None) -> Forecast:
     """Trace two steps of `module` and return what they would take.
 
     Args:
         name: Name of the method.
         module: A module that was not used yet; only the configuration of its base is read.
         setting: The device, the batch, and what else matters.
+        seconds: Processor time that the trace may take; None for no limit.
 
     Raises:
         BadInput: if there is no such base, the strategies refuse it, or they cannot be traced.
+        Overdue: if the trace takes longer than `seconds`.
     """
-    begin, trace = perf_counter(), Trace(cpu_workspace, ON_CPU) if setting.device == "cpu" else Trace()
+    on_cpu = setting.device == "cpu"
+    begin, trace = perf_counter(), Trace(cpu_workspace if on_cpu else None, ON_CPU if on_cpu else None, seconds)
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
     _check(module)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_sparse import demo
+from lit_sparse.callbacks import prediction
 from lit_sparse.testing import tiny_llm
 
 ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
@@ -37,6 +38,12 @@ def make_home(name: str, model: PreTrainedModel) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(name)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+@pytest.fixture(autouse=True)
+def unpredicted(monkeypatch):
+    """Give predictions no time, of which hundreds of fits would take minutes; tests of them give it back."""
+    monkeypatch.setattr(prediction, "SECONDS", 0.0)
 
 
 @pytest.fixture

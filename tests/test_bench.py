@@ -1,5 +1,6 @@
 """The verb `bench`: its options and those of each fit, its comparisons, and real runs of tiny models."""
 
+import io
 import os
 import sys
 from collections.abc import Mapping
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
+from rich.progress import Progress
 
 from lit_sparse import bench as verb
 from lit_sparse import cli, configs
@@ -347,3 +350,19 @@ def test_methods_are_measured_side_by_side_and_only_what_is_missing_is_made(caps
         "faulty-1": "failed",
     }
     assert made["faulty-1"].reason == "RuntimeError: a bug in a strategy"
+
+
+def test_what_a_run_says_of_its_memory_is_shown_once_while_it_runs(tmp_path: Path) -> None:
+    log, out = tmp_path / "lora.log", io.StringIO()
+    relay = verb.Relay(log, Progress(console=Console(file=out, width=200), auto_refresh=False))
+    relay.tick()  # the run has written nothing yet
+    log.write_text("Seed set to 0\nPredicted peak of memory: 1.00 GiB of tensors\nWarning: this will")
+    relay.tick()
+    assert "lora: Predicted peak of memory: 1.00 GiB of tensors" in out.getvalue()
+    assert "Warning" not in out.getvalue()
+    with log.open("a") as file:
+        file.write(" not fit. 2 GiB are needed\nSeed set to 0\n")
+    relay.tick()
+    assert out.getvalue().count("lora: Predicted") == 1
+    assert "lora: Warning: this will not fit. 2 GiB are needed" in out.getvalue()
+    assert "Seed" not in out.getvalue()

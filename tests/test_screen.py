@@ -156,11 +156,14 @@ def test_a_clock(seconds, text):
     assert clock(seconds) == text
 
 
+UNMEASURED = ("--profile.examine=false", "--profile.profiled=0", "--profile.predict=false")
+
+
 @pytest.mark.parametrize(
     ("words", "written"),
     [
-        (["fit", "--profile", "false"], ["fit", "--profile.examine=false", "--profile.profiled=0"]),
-        (["fit", "--profile=False", "--x"], ["fit", "--profile.examine=false", "--profile.profiled=0", "--x"]),
+        (["fit", "--profile", "false"], ["fit", *UNMEASURED]),
+        (["fit", "--profile=False", "--x"], ["fit", *UNMEASURED, "--x"]),
         (["fit", "--profile", "true"], ["fit"]),
         (["fit", "--profile.warmup=1"], ["fit", "--profile.warmup=1"]),
         (["fit", "--profile"], ["fit", "--profile"]),

@@ -19,6 +19,7 @@ from peft import PeftConfig
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
 from lit_sparse.callbacks.forgetting import Forgetting
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
+from lit_sparse.callbacks.prediction import predict
 from lit_sparse.callbacks.profile import Profile
 from lit_sparse.callbacks.samples import Samples
 from lit_sparse.callbacks.summary import print_summary
@@ -36,7 +37,7 @@ from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import RECORD
-from lit_sparse_profiling.sections import ModelSize, StateBytes
+from lit_sparse_profiling.sections import ModelSize, Predicted, StateBytes
 
 
 class Recorder(Profile):
@@ -56,6 +57,7 @@ class Recorder(Profile):
     Attributes:
         moved: Whether this fit has taken a step.
         earlier: The record of the run up to the checkpoint that it goes on from, if it does.
+        predicted: The memory predicted before the first step; None if it was not.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Recorder(Profile):
         self.config, self.command = config, command
         self.moved = self._recorded = False
         self.earlier: RunRecord | None = None
+        self.predicted: Predicted | None = None
         self.samples = Samples(samples)
         self.checkpoint = LastCheckpoint(folder / "checkpoints", checkpoint_steps)
         self.before: dict[str, float] = {}
@@ -90,8 +93,13 @@ class Recorder(Profile):
                 "Forgetting comes after the Recorder, which would write the record before it has scored; list it first."
             )
         super().setup(trainer, pl_module, stage)
-        self.moved, self.earlier, self._recorded = False, None, False
+        self.moved, self.earlier, self.predicted, self._recorded = False, None, None, False
+        if stage == "fit" and self.plan.predict and self.settings and trainer.is_global_zero:
+            pl_module.before_loading = lambda: self._predict(trainer)
         self._goes_on = any((self.folder / name).is_file() for name in ("config.yaml", RECORD))
+
+    def _predict(self, trainer: L.Trainer) -> None:
+        self.predicted = predict(trainer, self.settings)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self._first_step = trainer.global_step
@@ -257,6 +265,7 @@ class Recorder(Profile):
             ],
             "outcome": self._outcome(trainer),
             "samples": self.samples.answers,
+            "predicted": self.predicted,
             "states": self.states,
         }
         if module.model is not None:

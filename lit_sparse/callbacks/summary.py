@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_sparse.callbacks.prediction import amount
 from lit_sparse_profiling import utilization, walltime
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.reconcile import findings
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import INSTRUMENTED_PHASES
+from lit_sparse_profiling.sections import INSTRUMENTED_PHASES, Predicted
 
 
 def print_summary(record: RunRecord, folder: Path, console: Console | None = None) -> None:
@@ -62,9 +63,30 @@ def totals(record: RunRecord) -> Iterator[tuple[str, str]]:
         )
     if record.memory is not None and record.memory.peak_resident is not None:
         yield "peak memory of the process", f"{record.memory.peak_resident / 2**30:.2f} GiB"
+    if record.predicted is not None:
+        yield "peak of tensors, predicted", predicted_peak(record.predicted)
+        if (measured := measured_peak(record)) is not None:
+            yield "peak of tensors, measured", measured
     for phase in record.phases:
         if phase.peak_rss is not None and phase.name not in INSTRUMENTED_PHASES:
             yield f"in {phase.name}", f"{phase.peak_rss / 2**30:.2f} GiB"
+
+
+def predicted_peak(predicted: Predicted) -> str:
+    """Return the predicted peak, and of which batch it is."""
+    return f"{amount(predicted.peak_bytes)} (at {predicted.batch_size} x {predicted.length} tokens)"
+
+
+def measured_peak(record: RunRecord) -> str | None:
+    """Return the measured peak: of the training on a GPU, of the examined step on a CPU; None if neither was."""
+    training = [phase.peak_requested for phase in record.phases if phase.name not in INSTRUMENTED_PHASES]
+    highest = max((peak for peak in training if peak), default=None)
+    if highest is not None:
+        return amount(highest)
+    memory = record.memory
+    if memory is None or memory.held is None:
+        return None
+    return f"{amount(memory.held.total)} (examined step, {memory.examined_positions} tokens)"
 
 
 def answers(sample: Mapping[str, str]) -> Table:

@@ -86,6 +86,7 @@ class BuiltModel(L.LightningModule, ABC):
         base_parameters: Number of the base's weights.
         trained: Names of what was trainable at any time.
         phases: Time and peak memory of loading, selection and the phases of a step; a `Profile` of a fit sets its own.
+        before_loading: Called once, when data and settings of a fit are checked and its model is not loaded yet.
     """
 
     auto_class: ClassVar[Any]
@@ -123,6 +124,7 @@ class BuiltModel(L.LightningModule, ABC):
         self.base_fingerprint, self.base_parameters = "", 0
         self.trained: set[str] = set()
         self.resume_from: Any = None
+        self.before_loading: Callable[[], None] = lambda: None
         self.phases = Phases()
         self._attached = False
         self._casts: list[RemovableHandle] = []  # of LayerNorms' inputs
@@ -160,6 +162,8 @@ class BuiltModel(L.LightningModule, ABC):
     # ---- building
 
     def configure_model(self) -> None:
+        announce, self.before_loading = self.before_loading, lambda: None
+        announce()
         with self.phases("loading"):
             self.build()
         self.check_data()

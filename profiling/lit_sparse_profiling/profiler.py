@@ -63,6 +63,7 @@ class Plan:
         profiled: Steps after these in which each kernel (on a CPU, each op) is timed. null, the default of
             `lit-sparse fit`, times two on the same condition.
         trace: File for the Chrome trace of these steps; null writes none.
+        predict: Before the first step, predict the memory that a fit of the command line takes.
         timed: Number of timed steps after which to stop; null continues to the end of training.
         turns: Two file descriptors, "READ,WRITE", through which a bench interleaves this run's timed steps with those
             of another run; null does not wait.
@@ -75,6 +76,7 @@ class Plan:
     examine: bool | None = True
     profiled: int | None = PROFILED
     trace: str | None = None
+    predict: bool = True
     timed: int | None = None
     turns: str | None = None
 

@@ -19,6 +19,7 @@ from lit_sparse_profiling.sections import (
     ModelSize,
     Pair,
     Phase,
+    Predicted,
     Rank,
     StateBytes,
     Throughput,
@@ -45,6 +46,7 @@ class RunRecord:
         command: The command line that began the run; None if no command did.
         versions: Version by package name.
         updates: One `{"class": ..., "fields": {...}}` per update strategy.
+        predicted: Memory that was predicted before the first step; None if it was not.
         settings: Everything else that defines the run: batch size, length, precision, seed.
         seconds: Wall time until the record was made, of the process, or of the fit since its setup if Python code began
             it; `walltime.parts` says what it was spent on. None where it was not measured.
@@ -70,6 +72,7 @@ class RunRecord:
     updates: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
+    predicted: Predicted | None = None
     phases: list[Phase] = field(default_factory=list)
     ledger: Ledger | None = None
     memory: Memory | None = None

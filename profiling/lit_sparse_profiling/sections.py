@@ -177,6 +177,38 @@ class Allocator:
 
 
 @dataclass(frozen=True)
+class Predicted:
+    """Memory that was predicted before the first step, for a step with the largest batch; bytes of one rank.
+
+    Attributes:
+        peak_bytes: Peak of the tensors, as they are requested from the allocator.
+        reserved_bytes: Peak of what CUDA's caching allocator holds from the driver; `peak_bytes` on a CPU.
+        needed_bytes: `reserved_bytes` and the CUDA context.
+        free_bytes: Memory of the device that was free when this was predicted.
+        phase: Phase of the peak.
+        categories: Bytes at the peak by category.
+        batch_size: Rows of the batch.
+        length: Tokens of each row.
+        seconds: Time that the prediction took.
+    """
+
+    peak_bytes: int
+    reserved_bytes: int
+    needed_bytes: int
+    free_bytes: int
+    phase: str
+    categories: dict[str, int]
+    batch_size: int
+    length: int
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has what is needed."""
+        return self.needed_bytes <= self.free_bytes
+
+
+@dataclass(frozen=True)
 class Memory:
     """Memory peaks of the run.
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import thread_time
 from typing import Any
 
 import torch
@@ -40,6 +41,10 @@ MANY = 2**40
 
 Workspaces = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
 """`workspaces(op, args, kwargs, out)` returns the bytes that the device's kernel allocates and frees within the op."""
+
+
+class Overdue(Exception):
+    """A trace takes longer than it may."""
 
 
 @dataclass(eq=False)
@@ -88,6 +93,10 @@ class Trace(TorchDispatchMode):
     Args:
         workspaces: Bytes that ops allocate for themselves; none by default.
         composed: Functions of other ops, by the op that runs them; its own allocations are then theirs.
+        seconds: Processor time that the trace may take, from now on; None for no limit.
+
+    Raises:
+        Overdue: in the first op after these seconds.
 
     Attributes:
         fake: The mode of the fake tensors.
@@ -98,9 +107,13 @@ class Trace(TorchDispatchMode):
     """
 
     def __init__(
-        self, workspaces: Workspaces | None = None, composed: Mapping[Any, Callable[..., Any]] | None = None
+        self,
+        workspaces: Workspaces | None = None,
+        composed: Mapping[Any, Callable[..., Any]] | None = None,
+        seconds: float | None = None,
     ) -> None:
         super().__init__()
+        self._end = None if seconds is None else thread_time() + seconds
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.events: list[int] = []
         self.blocks: list[Block] = []
@@ -195,6 +208,8 @@ class Trace(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._end is not None and thread_time() > self._end:
+            raise Overdue
         if func in self._composed:
             with self:
                 return self._composed[func](*args, **kwargs)

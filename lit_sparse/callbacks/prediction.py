@@ -1,0 +1,129 @@
+"""Say before a fit loads its model what memory it is predicted to take, and whether the device has as much."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import lightning as L
+import psutil
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_sparse.checkpoints import forked_rng
+from lit_sparse.data import TokenData
+from lit_sparse.data.loader import Loader
+from lit_sparse.errors import BadInput
+from lit_sparse.modules.sharding import FSDP2Strategy
+from lit_sparse.planner import CONTEXT, Forecast, Setting, forecast
+from lit_sparse.runs import build_module
+from lit_sparse_profiling.memory import trim_heap
+from lit_sparse_profiling.sections import Predicted
+from lit_sparse_profiling.trace import Overdue
+
+SECONDS = 5.0
+"""Processor seconds that a prediction may take; what takes longer is left to `lit-sparse plan`."""
+NAMED = 0.02
+"""Share of the peak below which a category is not told."""
+
+
+def predict(trainer: L.Trainer, settings: Mapping[str, Any]) -> Predicted | None:
+    """Say and return what a fit is predicted to take; say why not and return None if it cannot be predicted.
+
+    Args:
+        trainer: The trainer of the fit, whose data are set up.
+        settings: The configuration of the fit, of which another module is made.
+    """
+    try:
+        setting = setting_of(trainer)
+        with torch.device("cpu"), forked_rng(trainer.strategy.root_device):
+            found = forecast("", build_module(deepcopy(dict(settings))), setting, SECONDS)
+    except Overdue:
+        rank_zero_info(f"Memory is not predicted, which takes over {SECONDS:.0f} s here; lit-sparse plan does it.")
+        return None
+    except Exception as error:  # of any strategy's or model's own code: no reason not to train
+        reason = error if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
+        rank_zero_info(f"Memory is not predicted: {' '.join(str(reason).split())}")
+        return None
+    finally:
+        trim_heap()  # else what the trace has freed would count as the training's memory
+    predicted = section_of(found, free_bytes(trainer.strategy.root_device))
+    rank_zero_info(in_words(predicted, setting.device))
+    if not predicted.fits:
+        rank_zero_info(warning(predicted, found))
+    return predicted
+
+
+def setting_of(trainer: L.Trainer) -> Setting:
+    """Return what a fit trains with: its device and ranks, and the largest batch of its data.
+
+    Raises:
+        BadInput: if that is not known, or not traced.
+    """
+    if isinstance(trainer.strategy, FSDP2Strategy):
+        raise BadInput("trainer.strategy is fsdp2, which is not traced.")
+    loader = trainer.fit_loop._data_source.dataloader()
+    if not isinstance(trainer.datamodule, TokenData) or not isinstance(loader, Loader):  # pyright: ignore
+        raise BadInput("the size of its batches is known only as they come.")
+    lengths, multiple = loader.batches.lengths, trainer.datamodule.pad_to_multiple_of  # pyright: ignore
+    return Setting(
+        "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
+        min(loader.batches.batch_size, len(lengths)),
+        -(-int(lengths.max()) // multiple) * multiple,
+        trainer.accumulate_grad_batches,
+        trainer.gradient_clip_val,  # pyright: ignore[reportAttributeAccessIssue]
+        trainer.world_size,
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes of a device that nobody uses; of a GPU with this process's CUDA context counted as free."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    return torch.cuda.mem_get_info(device)[0] + CONTEXT
+
+
+def section_of(found: Forecast, free: int) -> Predicted:
+    """Return a forecast as a section of the record."""
+    return Predicted(
+        peak_bytes=found.allocated,
+        reserved_bytes=found.reserved,
+        needed_bytes=found.needed,
+        free_bytes=free,
+        phase=found.peak.phase,
+        categories=dict(found.peak.categories),
+        batch_size=found.setting.batch_size,
+        length=found.setting.length,
+        seconds=found.seconds,
+    )
+
+
+def in_words(predicted: Predicted, device: str) -> str:
+    """Return a prediction as a sentence."""
+    parts = sorted(predicted.categories.items(), key=lambda part: -part[1])
+    named = [f"{name} {amount(size)}" for name, size in parts if size > NAMED * predicted.peak_bytes]
+    reserved = ""
+    if device == "cuda":
+        reserved = f"; {amount(predicted.needed_bytes)} of the GPU, with what is reserved and its context"
+    return (
+        f"Predicted peak of memory: {amount(predicted.peak_bytes)} of tensors in {predicted.phase}, at "
+        f"{predicted.batch_size} x {predicted.length} tokens ({', '.join(named)}){reserved}."
+    )
+
+
+def warning(predicted: Predicted, found: Forecast) -> str:
+    """Return a warning that a training will not fit, with what to change."""
+    ways = [] if found.checkpointing else ["--model.activation_checkpointing=true"]
+    if predicted.batch_size > 1:
+        ways.append(f"--data.batch_size=1 --trainer.accumulate_grad_batches={predicted.batch_size}")
+    ways.append("a method that takes less (lit-sparse plan tells the memory of each)")
+    return (
+        f"Warning: this will not fit. {amount(predicted.needed_bytes)} are needed, and "
+        f"{amount(predicted.free_bytes)} are free; try {', or '.join(ways)}."
+    )
+
+
+def amount(size: int) -> str:
+    """Return bytes as text, in GiB, or in MiB below one."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

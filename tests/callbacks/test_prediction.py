@@ -1,0 +1,79 @@
+"""A fit says before it loads its model what memory it will take, and trains the same whether it does or not."""
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from lit_sparse import cli
+from lit_sparse.callbacks import prediction
+from lit_sparse_profiling.record import RunRecord
+
+F = [
+    *("--model.base", "tiny", "--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout=4"),
+    *("--data.max_length=16", "--data.batch_size=2", "--samples=0", "--trainer.accelerator=cpu"),
+    *("--trainer.max_steps=4", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"),
+    *("--profile.warmup=1", "--profile.profiled=0"),
+]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch, unpredicted):
+    monkeypatch.setattr(prediction, "SECONDS", 60.0)
+
+
+def fit(method: str, *words: str) -> RunRecord:
+    cli.run(["fit", "--config", f"{method}.yaml", *F, *words])
+    return RunRecord.read(max(Path("runs").glob(f"{method}-*/record.json")))
+
+
+@pytest.mark.parametrize("method", ["lora", "smt"])
+def test_what_is_said_first_is_what_is_measured_then(home, caplog, capsys, method):
+    record = fit(method)
+    said, loading = caplog.text.find("Predicted peak of memory"), caplog.text.find("Loading tiny")
+    assert 0 <= said < loading
+    assert "this will not fit" not in caplog.text
+    assert record.predicted is not None
+    assert record.memory is not None
+    assert record.memory.held is not None
+    assert record.predicted.peak_bytes == pytest.approx(record.memory.held.total, rel=0.05)
+    assert record.predicted.batch_size * record.predicted.length == record.memory.examined_positions
+    printed = capsys.readouterr().out
+    assert printed.index("peak of tensors, predicted") < printed.index("peak of tensors, measured")
+
+
+def test_what_will_not_fit_is_warned_of_with_what_to_change(home, caplog, monkeypatch):
+    monkeypatch.setattr(prediction, "free_bytes", lambda _: 300_000)
+    record = fit("lora")
+    assert record.predicted is not None
+    assert not record.predicted.fits
+    assert "Warning: this will not fit. 0.5 MiB are needed, and 0.3 MiB are free; try " in caplog.text
+    assert "--model.activation_checkpointing=true, or --data.batch_size=1" in caplog.text
+    assert "--trainer.accumulate_grad_batches=2" in caplog.text
+
+
+def test_what_takes_too_long_is_left_to_plan(home, caplog, monkeypatch):
+    monkeypatch.setattr(prediction, "SECONDS", 0.01)
+    assert fit("lora").predicted is None
+    assert "lit-sparse plan does it" in caplog.text
+
+
+def test_what_cannot_be_traced_is_said_and_trained(home, caplog, monkeypatch):
+    def broken(*_):
+        raise KeyError("a value of a tensor")
+
+    monkeypatch.setattr(prediction, "forecast", broken)
+    assert fit("lora").predicted is None
+    assert "Memory is not predicted: KeyError: 'a value of a tensor'" in caplog.text
+
+
+def test_training_is_the_same_without(home, caplog):
+    def losses(run: str) -> list[str]:
+        with Path("runs", run, "metrics.csv").open() as file:
+            return [row["train_loss"] for row in csv.DictReader(file) if row["train_loss"]]
+
+    fit("lora")
+    caplog.clear()
+    assert fit("lora", "--profile=false").predicted is None
+    assert "redicted" not in caplog.text
+    assert losses("lora-1") == losses("lora-2") != []
