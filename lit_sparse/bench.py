@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import lit_sparse_kernels
 import lit_sparse_profiling
 from lit_sparse.configs import configs_folder, found, methods
 from lit_sparse.errors import BadInput
+from lit_sparse_profiling.cooling import Cooling
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report
 from lit_sparse_profiling.runner import Job, Repeat, execute, hash_sources, plan_repeats
@@ -177,9 +179,12 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
         plan = plan_repeats(jobs, root, repeat)
         task = progress.add_task("bench", total=len(plan))
+        cooling = Cooling(partial(progress.console.print, highlight=False, markup=False))
         for turn in plan:
             progress.update(task, description=f"{turn.job.name} ({turn.number} of {repeat})")
             relay = Relay(root / f"{turn.job.name}.log", progress)
+            if turn.folder is None and turn.job.against is None:  # interleaved runs measure no energy
+                cooling.wait(progress.refresh)
             done.append(turn.folder or execute(turn.job, root, limit, tick=relay.tick))
             progress.console.print(outcome(turn, done[-1]), highlight=False, markup=False)
             progress.advance(task)

@@ -276,6 +276,26 @@ def test_a_run_beyond_the_limit_has_failed(capsys):
     assert "endless-1: failed it was stopped after " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("against", [None, "other"])
+def test_each_run_begins_cool_where_its_energy_counts(home, monkeypatch, against):
+    """Not before a run that was made earlier; interleaved runs have no energy."""
+    order: list[str] = []
+
+    def execute(job: Job, *_: object, **__: object) -> Path:
+        order.append(job.name)
+        folder = home / f"{job.name}-1"
+        folder.mkdir(exist_ok=True)
+        RunRecord(name=folder.name).write(folder / "record.json")
+        return folder
+
+    monkeypatch.setattr(verb.Cooling, "wait", lambda self, tick: order.append("cool"))
+    monkeypatch.setattr(verb, "execute", execute)
+    other = None if against is None else Job(against, [], {})
+    jobs = [Job(name, [name], {}, other) for name in ("a", "b")]
+    assert verb.run(jobs, home, 1, None) == 0
+    assert order == (["cool", "a", "cool", "b"] if against is None else ["a", "b"])
+
+
 def test_a_good_run_is_told_by_its_step(tmp_path):
     throughput = Throughput(tokens=None, padded_tokens=None, seconds=3.0, steps=2, median_step=1.25)
     RunRecord(name="x-1", throughput=throughput).write(tmp_path / "record.json")

@@ -48,6 +48,12 @@ class Windows:
         self.energy_seconds = (self.energy_seconds or 0.0) + seconds
         self._measured += 1
 
+    def open_seconds(self, now: float) -> float | None:
+        """Return for how long a window is open whose energy is counted; None if there is none."""
+        if self._begun is None or self._begun[1] is None:
+            return None
+        return now - self._begun[0]
+
     def add(self, watts: float | None) -> None:
         """Add a power sample; samples outside windows are ignored."""
         if self._begun is not None and watts is not None:

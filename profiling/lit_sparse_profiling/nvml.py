@@ -22,7 +22,7 @@ import pynvml
 import torch
 
 from lit_sparse_profiling.attribution import Shares
-from lit_sparse_profiling.energy import Windows
+from lit_sparse_profiling.energy import LONG_WINDOW, Windows
 from lit_sparse_profiling.nvml_device import NVMLDevice
 from lit_sparse_profiling.sections import Driver
 
@@ -211,6 +211,13 @@ class NVML:
         joules = self._query(self._device.joules)
         with self._lock:
             self._windows.end(perf_counter(), joules)
+
+    @property
+    def window_is_short(self) -> bool:
+        """True while a window is open in which energy is counted, and too short for the counter."""
+        with self._lock:
+            seconds = self._windows.open_seconds(perf_counter())
+        return seconds is not None and seconds < LONG_WINDOW and self._lost is None
 
     def result(self) -> Driver:
         """Return the figures so far, at any time."""

@@ -64,7 +64,8 @@ class Plan:
             `lit-sparse fit`, times two on the same condition.
         trace: File for the Chrome trace of these steps; null writes none.
         predict: Before the first step, predict the memory that a fit of the command line takes.
-        timed: Number of timed steps after which to stop; null continues to the end of training.
+        timed: Number of timed steps after which to stop, later where they took less than the 5 s that a GPU's energy
+            counter needs; null continues to the end of training.
         turns: Two file descriptors, "READ,WRITE", through which a bench interleaves this run's timed steps with those
             of another run; null does not wait.
 
@@ -156,6 +157,8 @@ class Profiler:
         self._interrupted = 0
         self._steps = TimedSteps(self.device, self.nvml, None if plan.turns is None else Turns(plan.turns))
         self._ceilings = CeilingSeries(lambda: ceilings(self.device, self.dtype))
+        self._begun = 0
+        self._examined_step: int | None = None
         self._examined: int | None = None
         self._led_in: int | None = None
         self._trainable: set[int] = set()
@@ -217,9 +220,10 @@ class Profiler:
 
     @property
     def done(self) -> bool:
-        """True once as many steps were timed as the plan requests."""
+        """True once as many steps were timed as the plan requests, and for long enough to count a GPU's energy."""
         planned = self._stages or self.in_step
-        return self.plan.timed is not None and not planned and self.timed >= self.plan.timed
+        enough = self.plan.timed is not None and self.timed >= self.plan.timed
+        return enough and not planned and not self._steps.window_is_short
 
     @property
     def in_step(self) -> bool:
@@ -235,7 +239,9 @@ class Profiler:
         self._skip_costly()
         self._skip_instruments()
         self._stage = stage = self._stages.popleft() if self._stages else "timed"
-        if stage == "timed" and self._profiled and self._ceilings.due and self._affords(CEILING):
+        self._begun += 1
+        due = stage == "timed" and self._profiled and self._ceilings.due
+        if due and self._affords(CEILING) and not self._steps.window_is_short:  # measuring ends the window
             self._measure_ceilings()
         self._enter_phase(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
         if stage == "lead-in":
@@ -258,6 +264,7 @@ class Profiler:
         if stage == "timed":
             self._steps.end(tokens)
         elif stage == "examined":
+            self._examined_step = self._begun
             self._examined = None if tokens is None else int(tokens[1])
             self._same_trainable = self._trainable == self._trainable_ids()
             self._examination.end()
@@ -433,6 +440,7 @@ class Profiler:
             allocator,
             outside=self._examination.outside,
             growth=self._steps.growth.per_step(),
+            examined_step=self._examined_step,
             examined_positions=self._examined,
             most_positions=self._steps.most_positions,
             largest=counter.largest(),

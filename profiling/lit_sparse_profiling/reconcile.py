@@ -124,8 +124,18 @@ def _counted(record: RunRecord) -> list[Line]:
         lines += [Line("temporaries", held.temporaries)]
         if held.before:
             lines += [Line(BEFORE, held.before, "tensors alive before the step, in no category")]
-        note = f"a step's peak, in its {held.phase}"
+        note = f"a step's peak, in its {held.phase}{_which(record.memory)}"
     return [*lines, Line("counted", _sum(lines), note, total=True)]
+
+
+def _which(memory: Memory | None) -> str:
+    """Return which step was examined, and how long it was beside the longest one."""
+    if memory is None or memory.examined_step is None:
+        return ""
+    examined, most = memory.examined_positions, memory.most_positions
+    length = "" if examined is None else f", of {examined:,} token positions"
+    longest = f" (the longest had {max(examined, most):,})" if examined is not None and most is not None else ""
+    return f": step {memory.examined_step}{length}{longest}"
 
 
 def _add_allocator(lines: list[Line], record: RunRecord) -> None:
@@ -133,13 +143,21 @@ def _add_allocator(lines: list[Line], record: RunRecord) -> None:
         return
     allocator = record.memory.allocator
     part = NOT_COUNTED if record.memory.held is None else RESIDUE
-    _append_total(lines, part, "allocator requested", allocator.requested, note=allocator.method)
+    note = allocator.method + _shift(allocator)
+    _append_total(lines, part, "allocator requested", allocator.requested, note=note)
     if allocator.allocated is not None:
         _append_total(lines, "rounding", "allocator allocated", allocator.allocated)
     if allocator.reserved is not None:
         split = allocator.inactive_split
         of_which = "" if split is None else f"of which {format_bytes(split)} are free parts of split segments"
         _append_total(lines, "cached or fragmented", "allocator reserved", allocator.reserved, part_note=of_which)
+
+
+def _shift(allocator: Allocator) -> str:
+    """Return by how much counting shifts the peak, if that was measured."""
+    if allocator.uncounted is None:
+        return ""
+    return f"; {format_bytes(allocator.uncounted)} in the step before, which nothing counted"
 
 
 def _add_process(lines: list[Line], record: RunRecord) -> None:

@@ -222,6 +222,7 @@ class Memory:
             numpy. Only on a CPU.
         growth: Bytes by which the memory in use grows from the end of one timed step to the next: on a GPU torch's, on
             a CPU the whole heap's. 0 if it does not keep growing, None if not measured.
+        examined_step: Number of the examined step, from 1, in the fit or the part of it that examined one.
         examined_positions: Token positions of the examined step, padding included.
         most_positions: Highest number of token positions of any step.
         largest: The largest tensors alive at the peak of the examined step, largest first.
@@ -234,6 +235,7 @@ class Memory:
     allocator: Allocator | None = None
     outside: int | None = None
     growth: float | None = None
+    examined_step: int | None = None
     examined_positions: int | None = None
     most_positions: int | None = None
     largest: list[Large] = field(default_factory=list)

@@ -24,7 +24,7 @@ class FakeNVML:
         compute, graphics, mps: Bytes by pid, as the driver lists them.
         unlisted: Bytes in use that no list tells.
         reserved: Bytes that the driver keeps for itself: in `used` of version 1 only.
-        milliwatts, millijoules, mhz: What the device says of them.
+        milliwatts, millijoules, mhz, degrees: What the device says of them.
         fails: Error codes by the name of the function that fails with them; "v2" is the second version of memory.
         calls: How often each function was called.
         open: How many times it was initialised and not shut down.
@@ -32,6 +32,7 @@ class FakeNVML:
     """
 
     NVML_CLOCK_SM = pynvml.NVML_CLOCK_SM
+    NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
     NVML_VALUE_NOT_AVAILABLE_ulonglong = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong
     nvmlMemory_v2 = pynvml.nvmlMemory_v2
     NVMLError = pynvml.NVMLError
@@ -48,7 +49,7 @@ class FakeNVML:
         self.mps: dict[int, int | None] = {}
         self.unlisted = 0
         self.reserved = 600 * MIB
-        self.milliwatts, self.millijoules, self.mhz = 70_000, 5_000_000, 1_410
+        self.milliwatts, self.millijoules, self.mhz, self.degrees = 70_000, 5_000_000, 1_410, 35
         self.fails: dict[str, int | Exception] = {}
         self.calls: Counter[str] = Counter()
         self.open = 0
@@ -72,6 +73,20 @@ class FakeNVML:
         if uuid not in (UUID, MIG_UUID):
             raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
         return HANDLE
+
+    def nvmlDeviceGetCount(self) -> int:
+        self._called("nvmlDeviceGetCount")
+        return 1
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> object:
+        self._called("nvmlDeviceGetHandleByIndex")
+        assert index == 0
+        return HANDLE
+
+    def nvmlDeviceGetTemperature(self, handle: object, sensor: int) -> int:
+        self._called("nvmlDeviceGetTemperature", handle)
+        assert sensor == pynvml.NVML_TEMPERATURE_GPU
+        return self.degrees
 
     def nvmlDeviceGetName(self, handle: object) -> str:
         self._called("nvmlDeviceGetName", handle)

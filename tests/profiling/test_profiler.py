@@ -875,6 +875,27 @@ def test_the_energy_of_steps_before_is_not_in_the_window(card: Card, fake: FakeN
     loop.record()
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(0.5, 10), (1.0, 5), (3.0, 3)])
+def test_a_bench_times_long_enough_for_the_energy_counter(
+    card: Card, fake: FakeNVML, monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int
+) -> None:
+    monkeypatch.setattr(nvml, "perf_counter", card.clock)
+    loop = Loop(Plan(warmup=0, examine=False, profiled=0, timed=3), device=CARD)
+    while not loop.profiler.done:
+        loop.step(card.clock.takes(seconds))
+    record = loop.record()
+    assert (record.throughput.steps, record.driver.energy_seconds) == (steps, steps * seconds)
+    assert not any("uncertain" in note for note in record.notes)
+
+
+def test_a_bench_without_a_counter_ends_after_its_steps(card: Card, fake: FakeNVML) -> None:
+    fake.fails["nvmlDeviceGetTotalEnergyConsumption"] = pynvml.NVML_ERROR_NOT_SUPPORTED
+    loop = Loop(Plan(warmup=0, examine=False, profiled=0, timed=3), device=CARD)
+    while not loop.profiler.done:
+        loop.step(card.clock.takes(0.5))
+    assert loop.record().throughput.steps == 3
+
+
 def test_steps_in_turns_have_no_energy(card: Card, fake: FakeNVML) -> None:
     (to_run, go), (answers, from_run) = os.pipe(), os.pipe()
     os.write(go, paired.GO * 2)

@@ -17,7 +17,7 @@ from lit_sparse_profiling import profiler, witness
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.memory import PER_PHASE, heap_in_use
 from lit_sparse_profiling.profiler import Plan, Profiler
-from lit_sparse_profiling.reconcile import OUTSIDE, PROCESS_RESIDUE, findings, reconcile, residue
+from lit_sparse_profiling.reconcile import OUTSIDE, PROCESS_RESIDUE, findings, format_bytes, reconcile, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.witness import Growth, holder
 
@@ -172,6 +172,8 @@ def test_a_longer_batch_than_the_examined_one_is_told() -> None:
     record = loop(8, lengths=iter([64] * 6 + [256, 64]))
     assert (record.memory.examined_positions, record.memory.most_positions) == (4 * 64, 4 * 256)
     assert "The examined step had 256 token positions, the longest 1,024" in said(record)
+    (note,) = [line.note for line in reconcile(record) if line.name == "counted"]
+    assert note.endswith(": step 4, of 256 token positions (the longest had 1,024)")
 
 
 def test_samples_of_a_long_run_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +218,8 @@ def test_the_shift_by_counting_is_measured_and_told() -> None:
     allocator = record.memory.allocator
     assert 6 * MIB < allocator.requested - allocator.uncounted <= 8 * MIB  # the peak was elsewhere in the step before
     assert "Counting shifts the peak by 7." in said(record)
+    told = f"; {format_bytes(allocator.uncounted)} in the step before, which nothing counted"
+    assert [line.note for line in reconcile(record) if line.name == "allocator requested"] == [allocator.method + told]
 
 
 def test_steps_of_other_lengths_are_not_compared() -> None:
