@@ -66,6 +66,7 @@ def joined_throughput(earlier: Throughput | None, later: Throughput | None) -> T
         padded_tokens=_sum(earlier.padded_tokens, later.padded_tokens),
         seconds=earlier.seconds + later.seconds,
         steps=earlier.steps + later.steps,
+        between=_sum(earlier.between, later.between),
         median_step=max(later, earlier, key=lambda part: part.steps).median_step,
         longest_step=_highest(earlier.longest_step, later.longest_step),
     )

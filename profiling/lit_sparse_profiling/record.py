@@ -107,11 +107,12 @@ class RunRecord:
 
     @property
     def joules_per_step(self) -> float | None:
-        """Energy of a timed step, from the windows whose energy was read; None if none was."""
+        """Energy of a timed step with the time after it, from the windows that were read; None if none was."""
         if self.driver is None or self.driver.joules is None or self.throughput is None:
             return None
-        measured = self.driver.energy_seconds or self.throughput.seconds
-        return self.driver.joules / measured * self.throughput.seconds / self.throughput.steps
+        windows = self.throughput.seconds + (self.throughput.between or 0.0)  # the energy is theirs
+        measured = self.driver.energy_seconds or windows
+        return self.driver.joules / measured * windows / self.throughput.steps
 
     def write(self, path: str | Path) -> None:
         """Write the record to `path` atomically: a reader sees the old document or the new one, never a part.

@@ -387,7 +387,7 @@ class Throughput:
     Attributes:
         tokens: Tokens without padding; None if a batch does not reveal them.
         padded_tokens: Token positions, padding included; None likewise.
-        seconds: Total time of the timed steps.
+        seconds: Total time of the timed steps, each from its batch at hand to the end of the optimizer's step.
         steps: Number of timed steps, without warm-up and examined steps.
         median_step: Median seconds of a step.
         longest_step: Longest seconds of a step.
@@ -399,6 +399,8 @@ class Throughput:
         uncounted: Calls of ops that multiply matrices and for which no formula is known, by name: `flops` lacks them.
         steps_per_second: Median rate of the timed steps, where a step counts as the fraction of the examined step that
             its token positions, padding included, are of that step's. None without a count of tokens.
+        between: Time between the timed steps, which is in no other figure: loading of data, logging, callbacks. None if
+            they were interleaved with another run's, and in records of before it was kept apart from `seconds`.
 
     Raises:
         ValueError: if `seconds` is not positive, or if `padded_tokens` is below `tokens`.
@@ -416,6 +418,7 @@ class Throughput:
     masked_recomputed: int = 0
     uncounted: dict[str, int] = field(default_factory=dict)
     steps_per_second: float | None = None
+    between: float | None = None
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:  # not `<= 0`: a NaN must be refused too

@@ -17,7 +17,11 @@ from lit_sparse_profiling.witness import Growth
 
 
 class TimedSteps:
-    """Times steps in windows, which `close` ends: nothing but steps may come between `begin` and the end of a window.
+    """Times steps in windows, which `close` ends.
+
+    A step is what comes between `begin` and `end`: from its batch at hand to the end of the optimizer's step, without
+    loading data, logging and callbacks, and the same if it is interleaved with another run's. What comes between the
+    steps of a window is kept beside.
 
     Args:
         device: Device of the steps.
@@ -35,6 +39,7 @@ class TimedSteps:
         # In turns a window is a step, too short for the counter, and the other run's energy is in it.
         self._nvml = nvml if turns is None else None
         self._watch, self._tokens = Stopwatch(device), Tokens()
+        self._is_step: list[bool] = []  # of each time of the watch, in order; the others are between steps
         self._positions: list[int | None] = []
         self.growth = Growth(device)
 
@@ -43,6 +48,7 @@ class TimedSteps:
         if self._turns is not None:
             self._turns.wait()  # before the stamp: waiting is not this run's time
         if self._watch.running:
+            self._stamp(is_step=False)
             return
         if self._nvml is not None:
             torch.cuda.synchronize(self._device)  # else the energy of steps before would be in the window
@@ -53,13 +59,22 @@ class TimedSteps:
         """End the step; `tokens` as in `Profiler.end_step`."""
         self._tokens.add(tokens)
         self._positions.append(None if tokens is None else int(tokens[1]))
-        self._watch.stamp()
+        self._stamp(is_step=True)
         self.count += 1
         self.growth.sample()
         if self._turns is not None:
             # A window per step: the other run's step comes next, and its time must not be in this run's window.
             self.close()
             self._turns.report(self._watch.seconds[-1])
+
+    def _stamp(self, is_step: bool) -> None:
+        self._is_step.append(is_step)
+        self._watch.stamp()
+
+    def _seconds(self, is_step: bool) -> list[float]:
+        """Return the seconds of each step in closed windows, or of each time between two."""
+        times = zip(self._watch.seconds, self._is_step, strict=False)  # those of an open window are not known yet
+        return [seconds for seconds, one in times if one is is_step]
 
     @property
     def window_is_short(self) -> bool:
@@ -85,7 +100,7 @@ class TimedSteps:
             ops: Count of the examined step's ops.
             examined: Token positions of the examined step; None if unknown.
         """
-        seconds = self._watch.seconds
+        seconds = self._seconds(is_step=True)
         if not seconds:
             return None
         counts = self._tokens.read()
@@ -96,6 +111,7 @@ class TimedSteps:
             steps=len(seconds),
             median_step=statistics.median(seconds),
             longest_step=max(seconds),
+            between=sum(self._seconds(is_step=False)) if self._turns is None else None,
         )
         return found if ops is None else _with_flops(found, ops, self._rate(seconds, examined))
 
@@ -114,7 +130,7 @@ class TimedSteps:
         found = [] if self._tokens.read() is not None else [NO_TOKENS]
         if self._turns is not None and self._device.type == "cuda":
             found.append("Energy was not measured: windows of one step, between another run's, are too short for it.")
-        if ops is not None and ops.flops and self._rate(self._watch.seconds, examined) is None:
+        if ops is not None and ops.flops and self._rate(self._seconds(is_step=True), examined) is None:
             found.append("The FLOPs of the examined step stand for those of all: without tokens, nothing scales them.")
         return found
 

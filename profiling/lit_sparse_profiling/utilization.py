@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import Kernels
 
+BETWEEN = 0.1
+"""Time between steps, as a fraction of the time of both, above which it is a finding."""
 QUIET = 0.8
 """Lowest measured ceiling as a fraction of the highest, below which the machine was not quiet."""
 
@@ -85,6 +87,13 @@ def findings(record: RunRecord) -> Iterator[str]:
     if throughput is not None and throughput.uncounted:
         names = ", ".join(f"{name} ({calls} calls)" for name, calls in sorted(throughput.uncounted.items()))
         yield f"FLOPs and utilization are too low: no formula is known for {names}."
+    if throughput is not None and throughput.between is not None:
+        whole = throughput.seconds + throughput.between
+        if throughput.between > BETWEEN * whole:
+            yield (
+                f"{throughput.between / whole:.0%} of the time of the timed steps went by between them, in loading of "
+                "data, logging and callbacks: tokens/s are without it."
+            )
     if record.kernels is not None:
         yield from _ceilings(record.kernels)
 

@@ -28,7 +28,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling import phases, profiler, stopwatch, walltime
+from lit_sparse_profiling import phases, profiler, stopwatch, utilization, walltime
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.reconcile import findings, residue
@@ -408,6 +408,25 @@ def test_a_fits_time_adds_up(clock: Clock, run: Path) -> None:
         **{"examination": 2 * (111.0 + 0.5), "training": 6 * 111.0 + 4 * 0.5, "saving": 2_000_000.0},
         "other": 11.0 + 2 * 0.5,  # the batches fetched before the first step and after the first evaluation
     }
+
+
+def test_a_step_is_without_what_comes_between(clock: Clock, run: Path) -> None:
+    """Batches are fetched between the steps; what follows the last one of a window is in none."""
+    trainer(9, Profile(run, Plan(2, False, 0))).fit(Net(clock), datamodule=SlowData(clock))
+    found = recorded(run).throughput
+    assert (found.seconds, found.median_step, found.steps, found.between) == (7 * 111.0, 111.0, 7, 6 * 0.5)
+    assert list(utilization.findings(recorded(run))) == []
+
+
+def test_a_fit_that_waits_for_its_data_is_told(clock: Clock, run: Path) -> None:
+    class Slower(SlowData):
+        def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+            self.clock.pass_(37.0)
+            return batch
+
+    trainer(9, Profile(run, Plan(2, False, 0))).fit(Net(clock), datamodule=Slower(clock))
+    (told,) = utilization.findings(recorded(run))
+    assert told.startswith("22% of the time of the timed steps went by between them")
 
 
 def test_a_second_fit_has_its_own_time(clock: Clock, run: Path) -> None:

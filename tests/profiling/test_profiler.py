@@ -7,6 +7,7 @@ import os
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -517,18 +518,35 @@ def test_of_a_compiled_model_the_record_says_what_ran_eagerly(wrapped: bool) -> 
 # ---- throughput
 
 
-def test_only_timed_steps_and_what_comes_between_them_take_time(clock: Clock) -> None:
+def test_only_timed_steps_take_time_and_what_comes_between_them_is_kept_apart(clock: Clock) -> None:
     loop = Loop(Plan(warmup=1, examine=False, profiled=1))
     for seconds in (100.0, 200.0, 1.0):
         loop.step(clock.takes(seconds))
-    clock.now += 0.5  # waiting for the next batch is the loop's
+    clock.now += 0.5  # waiting for the next batch is no step's
     loop.step(clock.takes(2.0))
     loop.profiler.pause()
     clock.now += 1000.0
     loop.step(clock.takes(4.0))
     found = loop.record().throughput
-    assert (found.seconds, found.steps, found.median_step, found.longest_step) == (7.5, 3, 2.5, 4.0)
-    assert (found.tokens, found.tokens_per_second) == (3 * TOKENS, 3 * TOKENS / 7.5)
+    assert (found.seconds, found.steps, found.median_step, found.longest_step) == (7.0, 3, 2.0, 4.0)
+    assert found.between == 0.5
+    assert (found.tokens, found.tokens_per_second) == (3 * TOKENS, 3 * TOKENS / 7.0)
+
+
+def test_a_step_in_turns_is_as_long_as_one_alone(clock: Clock) -> None:
+    (to_run, go), (answers, from_run) = os.pipe(), os.pipe()
+    os.write(go, paired.GO * 5)
+    found = []
+    for turns in (None, f"{to_run},{from_run}"):
+        loop = Loop(Plan(warmup=1, examine=False, profiled=0, turns=turns))
+        for seconds in (1.0, 2.0, 3.0, 4.0):
+            loop.step(clock.takes(seconds))
+            clock.now += 0.5  # loading, logging
+        found.append(loop.record().throughput)
+    assert replace(found[0], between=None) == found[1]
+    assert (found[0].between, found[0].median_step) == (1.0, 3.0)
+    for descriptor in (to_run, go, answers, from_run):
+        os.close(descriptor)
 
 
 def test_no_timed_step_is_no_throughput() -> None:
@@ -649,8 +667,8 @@ def test_more_steps_than_are_held_are_folded(steps: int, clock: Clock, monkeypat
         loop.step(clock.takes(2.0**number))
         clock.now += 0.5  # before the next
     found = loop.record().throughput
-    assert (found.steps, found.seconds) == (steps, 2.0**steps - 1 + 0.5 * (steps - 1))
-    assert found.longest_step == 2.0 ** (steps - 1) + (0.5 if steps > 1 else 0.0)
+    assert (found.steps, found.seconds, found.between) == (steps, 2.0**steps - 1, 0.5 * (steps - 1))
+    assert found.longest_step == 2.0 ** (steps - 1)
 
 
 # ---- what resides
