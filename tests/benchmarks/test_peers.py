@@ -321,7 +321,18 @@ def test_a_change_that_is_not_committed_is_marked(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     "name",
-    ["deft", "peers", "gpu", "gpu_methods", "host_time", "kernels", "lisa_costs", "overhead", "quality"],
+    [
+        "against_itself",
+        "deft",
+        "peers",
+        "gpu",
+        "gpu_methods",
+        "host_time",
+        "kernels",
+        "lisa_costs",
+        "overhead",
+        "quality",
+    ],
 )
 def test_it_runs_as_a_module(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
