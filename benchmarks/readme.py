@@ -226,15 +226,20 @@ def registers(results: Path) -> str:
 
 
 def overhead(results: Path) -> str:
-    """Return the overhead of the profiler on the steps that it times: a table for each device."""
+    """Return the overhead of the profiler on the steps that it times, and on whole fits, for each device."""
     command = "python -m benchmarks.overhead"
-    lines = newest(read_lines(results / "overhead.jsonl", command), key="device")
-    return "\n".join(f"{ratio(line)}\n{caption(command, [line])}" for line in lines.values())
+    lines = [
+        line | {"key": [line["device"], "fits" in line]} for line in read_lines(results / "overhead.jsonl", command)
+    ]
+    return "\n".join(f"{ratio(line)}\n{caption(command, [line])}" for line in newest(lines, key="key").values())
 
 
 def ratio(line: Line) -> str:
     low, high = (f"{line[name]:.3f}" for name in ("ratio_low", "ratio_high"))
     times = f"{line['ratio_median']:.3f} [{low}, {high}]"
+    if "fits" in line:
+        pairs = f"median of {line['rounds']} pairs, and its 95 % interval"
+        return f"Whole fits of 60 short steps take {times} times as long as with `--profile=false` ({pairs})."
     rounds = f"median of {line['rounds']} rounds in turn, and its 95 % interval"
     return f"Steps with the profiler take {times} times as long as without ({rounds})."
 
