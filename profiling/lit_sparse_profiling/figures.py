@@ -35,8 +35,9 @@ from lit_sparse_profiling.drawing import (
     one_line,
     safe,
 )
-from lit_sparse_profiling.measures import ENERGY, FORGETTING, GIB, LOSS, PEAK, SPEED, Measure, loss_name, whole_phases
+from lit_sparse_profiling.measures import ENERGY, FORGETTING, GIB, LOSS, PEAK, SPEED, Measure, loss_name, phase_seconds
 from lit_sparse_profiling.memory_figures import Cards, memory, predictions
+from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import Row
 
 METRICS = "metrics.csv"
@@ -174,35 +175,25 @@ def forgotten(rows: Sequence[Row], cards: Cards) -> Figure | None:
 
 def phases(rows: Sequence[Row], cards: Cards) -> Figure | None:
     """Return the seconds of each phase of a run, one after another."""
-    shown = [(row, whole_phases(row.records[0])) for row in rows if row.records]
-    shown = [(row, found) for row, found in shown if found][:MOST_BARS]
+    shown = [(row, found) for row in rows if row.records and (found := phase_seconds(row.records[0]))][:MOST_BARS]
     if not shown:
         return None
     names = labels([row for row, _ in shown])
-    order = list(dict.fromkeys(phase.name for _, found in shown for phase in found))
+    order = list(dict.fromkeys(name for _, found in shown for name in found))
     spare = cycle([colour for colour in COLOURS if colour not in PHASES.values()] or COLOURS)
-    data = []
-    for name in order:
-        found = [next((phase for phase in all_ if phase.name == name), None) for _, all_ in shown]
-        peaks = [None if phase is None else phase.peak_reserved or phase.peak_rss for phase in found]
-        data.append(
-            {
-                "type": "bar",
-                "orientation": "h",
-                "name": safe(name),
-                "y": names,
-                "x": [0 if phase is None else phase.seconds for phase in found],
-                "customdata": [
-                    [0 if phase is None else phase.calls, "?" if peak is None else f"{peak / GIB:.2f} GiB"]
-                    for phase, peak in zip(found, peaks, strict=True)
-                ],
-                "marker": filled(PHASES.get(name) or next(spare), "" if name in PHASES else "/"),
-                "hovertemplate": (
-                    f"%{{y}}<br>{safe(name)}: %{{x:.2f}} s in %{{customdata[0]}} calls<br>peak memory "
-                    "%{customdata[1]}<extra></extra>"
-                ),
-            }
-        )
+    data = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": safe(name),
+            "y": names,
+            "x": [found.get(name, 0) for _, found in shown],
+            "customdata": [_calls(row.records[0], name) for row, _ in shown],
+            "marker": filled(PHASES.get(name) or next(spare), "" if name in PHASES else "/"),
+            "hovertemplate": f"%{{y}}<br>{safe(name)}: %{{x:.2f}} s%{{customdata}}<extra></extra>",
+        }
+        for name in order
+    ]
     return Figure(
         "phases",
         "Where the time goes",
@@ -212,6 +203,15 @@ def phases(rows: Sequence[Row], cards: Cards) -> Figure | None:
         data,
         bars(len(shown), "time, s", barmode="stack"),
     )
+
+
+def _calls(record: RunRecord, name: str) -> str:
+    """Return in words how often a run was in a phase, and its memory then."""
+    phase = next((phase for phase in record.phases if phase.name == name), None)
+    if phase is None:
+        return ""
+    peak = phase.peak_reserved or phase.peak_rss
+    return f" in {phase.calls} calls" + ("" if peak is None else f"<br>peak memory {peak / GIB:.2f} GiB")
 
 
 def energies(rows: Sequence[Row], cards: Cards) -> Figure | None:

@@ -12,7 +12,7 @@ from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import device_kind, peak_memory
-from lit_sparse_profiling.sections import CEILINGS, Phase
+from lit_sparse_profiling.sections import CEILINGS
 
 GIB = 2**30
 UNTRAINED = ("general_loss", "text_loss")
@@ -88,15 +88,25 @@ def energy(record: RunRecord) -> float | None:
     return joules * throughput.steps / throughput.tokens * 1e3  # J a token times 10^6, in kJ
 
 
-def whole_phases(record: RunRecord) -> list[Phase]:
-    """Return the phases that are part of no other: their seconds add up."""
-    nested = set(INSTRUMENTED_PHASES) - {EXAMINATION, CEILINGS}
-    return [phase for phase in record.phases if phase.name not in nested]
+def phase_seconds(record: RunRecord) -> dict[str, float]:
+    """Return the seconds of each phase, in the order of their first begin; they add up.
+
+    Where a record has each phase's own seconds, without phases that began later, these are the ones. Else phases that
+    are part of another are left out. The parts of the examination are told as one.
+    """
+    parts = set(INSTRUMENTED_PHASES) - {EXAMINATION, CEILINGS}
+    owned = any(getattr(phase, "own", None) is not None for phase in record.phases)
+    found: dict[str, float] = {}
+    for phase in record.phases:
+        name = EXAMINATION if phase.name in parts else phase.name
+        if owned or phase.name not in parts:
+            found[name] = found.get(name, 0.0) + ((getattr(phase, "own", None) or 0.0) if owned else phase.seconds)
+    return found
 
 
 def seconds(record: RunRecord) -> float | None:
-    """Return the seconds of all phases."""
-    return sum(phase.seconds for phase in whole_phases(record)) or None
+    """Return the seconds of the whole run; of all phases where that was not measured."""
+    return getattr(record, "seconds", None) or sum(phase_seconds(record).values()) or None
 
 
 def tokens_per_second(record: RunRecord) -> float | None:
@@ -110,19 +120,20 @@ def step_milliseconds(record: RunRecord) -> float | None:
     return None if step is None else step * 1e3
 
 
-def predicted_peak(record: RunRecord) -> tuple[int, int] | None:
-    """Return the allocator's peak in bytes, predicted and measured, of the same step; None if one is unknown."""
-    predicted = getattr(record, "predicted", None)
+def predicted(record: RunRecord, what: Literal["peak", "reserved"] = "peak") -> tuple[int, int] | None:
+    """Return the allocator's peak, or what it reserved, in bytes: predicted, and measured; None if one is unknown."""
+    told = getattr(record, "predicted", None)
     allocator = None if record.memory is None else record.memory.allocator
-    if not isinstance(predicted, dict) or allocator is None:
+    if not isinstance(told, dict) or allocator is None:
         return None
-    peak, measured = predicted.get("peak_bytes"), allocator.allocated or allocator.requested
-    return (int(peak), measured) if isinstance(peak, int | float) and peak > 0 and measured > 0 else None
+    size = told.get(f"{what}_bytes")
+    measured = allocator.reserved if what == "reserved" else allocator.allocated or allocator.requested
+    return (int(size), measured) if isinstance(size, int | float) and size > 0 and measured else None
 
 
 def prediction_error(record: RunRecord) -> float | None:
     """Return how far the predicted peak is above the measured one, in percent."""
-    both = predicted_peak(record)
+    both = predicted(record)
     return None if both is None else (both[0] / both[1] - 1) * 100
 
 

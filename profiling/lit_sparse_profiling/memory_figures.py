@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lit_sparse_profiling.drawing import (
     BLUE,
@@ -29,7 +29,7 @@ from lit_sparse_profiling.drawing import (
     merged,
     safe,
 )
-from lit_sparse_profiling.measures import GIB, PEAK, peak_gib, predicted_peak
+from lit_sparse_profiling.measures import GIB, PEAK, peak_gib, predicted
 from lit_sparse_profiling.reconcile import (
     ALLOCATOR_UNKNOWN,
     BEFORE,
@@ -43,6 +43,7 @@ from lit_sparse_profiling.reconcile import (
     RESIDUE,
     reconcile,
 )
+from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import Row
 
 NEAR = 0.05
@@ -72,6 +73,10 @@ PARTS: Mapping[str, tuple[str, str]] = {
     "not broken down": (LIGHT, "/"),
 }
 """Colour and hatching of each part of the memory: what was measured as a difference is hatched."""
+
+
+PREDICTED: Mapping[str, Literal["peak", "reserved"]] = {"allocated": "peak", "reserved": "reserved"}
+LOOKS = {"allocated": (BLUE, "circle"), "reserved": (ORANGE, "square")}
 
 
 @dataclass(frozen=True)
@@ -196,39 +201,43 @@ def _card_lines(cards: Cards, most: float, least: float) -> dict[str, Any]:
 
 def predictions(rows: Sequence[Row], cards: Cards) -> Figure | None:
     """Return the predicted over the measured peaks."""
-    found = [(record, both) for row in rows for record in row.records if (both := predicted_peak(record)) is not None]
-    if not found:
+    records = [record for row in rows for record in row.records]
+    series = {
+        name: [(record, both) for record in records if (both := predicted(record, what)) is not None]
+        for name, what in PREDICTED.items()
+    }
+    sizes = [size / GIB for found in series.values() for _, both in found for size in both]
+    if not sizes:
         return None
-    low = min(min(both) for _, both in found) / GIB * 0.8
-    high = max(max(both) for _, both in found) / GIB * 1.25
+    line = {"x": [0.8 * min(sizes), 1.25 * max(sizes)], "y": [0.8 * min(sizes), 1.25 * max(sizes)]}
+    equal = {"type": "scatter", "mode": "lines", "line": {"color": "@muted", "dash": "dot"}, "hoverinfo": "skip"}
+    scale = {"xaxis": {"type": "log"}, "yaxis": {"type": "log"}}
     return Figure(
         "predicted",
         "Predicted against measured",
-        "The peak of the allocator as lit-sparse plan predicts it before the first step, and as it was. On the line "
-        "they are equal; below it the plan was too low.",
+        "The allocator's peak as predicted before the first step, and as it was; on a GPU also what it reserved. "
+        "On the dotted line they are equal; below it the prediction was too low.",
         [
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "x": [low, high],
-                "y": [low, high],
-                "line": {"color": "@muted", "dash": "dot"},
-                "showlegend": False,
-                "hoverinfo": "skip",
-            },
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "x": [both[1] / GIB for _, both in found],
-                "y": [both[0] / GIB for _, both in found],
-                "customdata": [[safe(record.name), (both[0] / both[1] - 1) * 100] for record, both in found],
-                "marker": {"color": BLUE, "size": 10, "line": {"color": "@paper", "width": 1}},
-                "hovertemplate": (
-                    "%{customdata[0]}<br>measured %{x:.3f} GiB, predicted %{y:.3f} GiB (%{customdata[1]:+.1f} %)"
-                    "<extra></extra>"
-                ),
-                "showlegend": False,
-            },
+            {**equal, **line, "showlegend": False},
+            *(_predicted(name, *look, series[name]) for name, look in LOOKS.items() if series[name]),
         ],
-        merged(axes("measured peak, GiB", "predicted peak, GiB"), {"xaxis": {"type": "log"}, "yaxis": {"type": "log"}}),
+        merged(axes("measured, GiB", "predicted, GiB"), scale),
     )
+
+
+def _predicted(
+    name: str, colour: str, symbol: str, found: Sequence[tuple[RunRecord, tuple[int, int]]]
+) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [measured / GIB for _, (_, measured) in found],
+        "y": [told / GIB for _, (told, _) in found],
+        "customdata": [[safe(record.name), (told / measured - 1) * 100] for record, (told, measured) in found],
+        "marker": {"color": colour, "symbol": symbol, "size": 10},
+        "hovertemplate": (
+            f"%{{customdata[0]}}, {name}<br>measured %{{x:.3f}} GiB, predicted %{{y:.3f}} GiB "
+            "(%{customdata[1]:+.1f} %)<extra></extra>"
+        ),
+    }

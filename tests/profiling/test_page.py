@@ -14,7 +14,7 @@ from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.drawing import safe
 from lit_sparse_profiling.figures import ACROSS, read_metrics, thinned, tradeoff
 from lit_sparse_profiling.figures_of_one import OF_ONE
-from lit_sparse_profiling.measures import ENERGY, FORGETTING, LOSS, PEAK, SPEED, whole_phases
+from lit_sparse_profiling.measures import ENERGY, FORGETTING, LOSS, PEAK, SPEED, phase_seconds
 from lit_sparse_profiling.memory_figures import Cards, memory, parts_of, predictions
 from lit_sparse_profiling.page import digest, render, script_of, write_page
 from lit_sparse_profiling.reconcile import RESIDUE, reconcile
@@ -151,18 +151,29 @@ def test_measures_are_the_records_figures() -> None:
     assert FORGETTING.value(record) == pytest.approx(0.21)
     # 500 J in each second, 1450 tokens a second: 500 / 1450 J a token.
     assert ENERGY.value(record) == pytest.approx(500 / 1450 * 1e3)
-    assert "forward" not in [phase.name for phase in whole_phases(record)]
-    assert {"imports", "polishing"} <= {phase.name for phase in whole_phases(record)}
+
+
+def test_seconds_of_phases_add_up_without_those_that_are_part_of_another() -> None:
+    record = gpu_record("full")
+    whole = {phase.name: phase.seconds for phase in record.phases if phase.name != "forward"}
+    assert phase_seconds(record) == whole
+    assert {"imports", "polishing", "examination"} <= whole.keys()
+    for phase in record.phases:  # as records have it that keep each phase's own seconds
+        object.__setattr__(phase, "own", phase.seconds / 2)
+    halves = {name: seconds / 2 for name, seconds in whole.items()}
+    assert phase_seconds(record) == {**halves, "examination": halves["examination"] + 1}  # of which forward is a part
 
 
 def test_a_prediction_in_the_record_is_compared_with_the_allocator() -> None:
     record = gpu_record("smt")
     object.__setattr__(
-        record, "predicted", {"peak_bytes": 1.1 * record.memory.allocator.allocated, "reserved_bytes": 1}
+        record, "predicted", {"peak_bytes": 1.1 * record.memory.allocator.allocated, "reserved_bytes": GIB}
     )
     assert measures.prediction_error(record) == pytest.approx(10)
     figure = predictions(rows_of(record), Cards({}))
-    assert figure.data[1]["y"][0] == pytest.approx(1.1 * figure.data[1]["x"][0])
+    allocated, reserved = figure.data[1:]
+    assert allocated["y"][0] == pytest.approx(1.1 * allocated["x"][0])
+    assert (reserved["x"], reserved["y"]) == ([record.memory.allocator.reserved / GIB], [1.0])
     for wrong in (None, [], {}, {"peak_bytes": "many"}, {"peak_bytes": 0}):
         object.__setattr__(record, "predicted", wrong)
         assert measures.prediction_error(record) is None
