@@ -117,8 +117,10 @@ def unique(names: Sequence[str]) -> list[str]:
 
 def wrapped(text: str) -> str:
     """Return a label in at most two lines, as Plotly's markup."""
-    lines = textwrap.wrap(text, LINE, max_lines=2, placeholder="…", break_on_hyphens=True) or [""]
-    return "<br>".join(map(safe, lines))
+    lines = textwrap.wrap(text, LINE) or [""]
+    if len(lines) > 2:
+        lines[1] = cut_label(f"{lines[1]} {lines[2]}", LINE)
+    return "<br>".join(map(safe, lines[:2]))
 
 
 def safe(text: str) -> str:

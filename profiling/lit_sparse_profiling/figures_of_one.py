@@ -23,7 +23,7 @@ def kernels(record: RunRecord) -> Figure | None:
     if record.kernels is None or not record.kernels.top:
         return None
     found, top = record.kernels, record.kernels.top[:MOST_KERNELS]
-    names = unique([wrapped(shorten_name(kernel.name, 60)) for kernel in top])
+    names = unique([wrapped(shorten_name(kernel.name, 60).removeprefix("aten::")) for kernel in top])
     pairs = [(name, kernel, found.achieved(kernel)) for name, kernel in zip(names, top, strict=True)]
     data = _kernel_bars(found, pairs)
     layout = bars(len(top), "share of the step, %")

@@ -74,7 +74,7 @@ def render(runs: Runs, cards: Mapping[int, int], own: int | None = None, command
         model: [row for row in rows if model_name(row) == model] for model in dict.fromkeys(map(model_name, rows))
     }
     readable = [(file, record) for file, record in runs if isinstance(record, RunRecord)]
-    text = files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
+    text = files("lit_sparse_profiling").joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     environment.filters["json"] = in_script
     plotly, code = get_plotlyjs(), script_of(text)

@@ -173,7 +173,10 @@ def test_two_are_compared_with_a_verdict(browser, file) -> None:
     page.select_option("#b", label="smt-1 (a/model-8b)")
     assert "Against full-1, smt-1 is better in peak memory (-63" in verdict.inner_text()
     assert "worse in loss after (+3.9 %)" in verdict.inner_text()
-    assert "no spread is known, so that 2 % counts as equal" in verdict.inner_text()
+    assert "no spread is known, so that 2 % (of forgetting, 0.01 nats) counts as equal" in verdict.inner_text()
+    cells = "row => [row.cells[0].textContent, row.cells[4].textContent]"
+    better = dict(page.evaluate(f"[...document.querySelectorAll('#differences tbody tr')].map({cells})"))
+    assert (better["tokens/s"], better["loss after, nats/token"], better["accuracy after, %"]) == ("B", "A", "equal")
     page.select_option("#b", label="galore-1 (a/model-8b)")
     assert "galore-1 ended as oom: there is no verdict." in verdict.inner_text()
     page.select_option("#b", label="smt-3 (b/small)")
