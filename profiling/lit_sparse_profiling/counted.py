@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
 from lit_sparse_profiling.origins import Origins, line
-from lit_sparse_profiling.sections import Held, Large, Ledger
+from lit_sparse_profiling.sections import Held, Large, Ledger, Level
 from lit_sparse_profiling.witness import alive, holder, storages_of
 
 SAVED, TEMPORARY, BATCH, GRADIENTS, BEFORE = "saved", "temporaries", "batch", "gradients", "before"
@@ -31,6 +32,8 @@ HELD_FLOOR = 2**20
 """Bytes from which a storage is sought among those from before the step: finding its holder takes time."""
 KEPT = 10
 """Number of the largest tensors that are told."""
+LEVELS = 100
+"""Moments of a step that are told."""
 UNNAMED_PHASE = "course"
 """The phase of a step until the caller sets another. It is written into records: its value cannot change."""
 Sizes = dict[str, int]
@@ -112,6 +115,9 @@ class Counter(TorchDispatchMode):
         self._blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._clock = self._peak_clock = 0
         self._large: list[_Block] = []
+        self._began = 0.0
+        self._first: Sizes = {}
+        self._changes: list[tuple[float, str, str, int]] = []
         self._origins, self._watching = Origins(model), ExitStack()
         self._name_weights(model)
         for category, members in {**categories(model, optimizer, strategy_state), BATCH: tensors(batch)}.items():
@@ -139,6 +145,8 @@ class Counter(TorchDispatchMode):
         super().__enter__()
         # Not in the constructor: a strategy's state may be copies that die with the constructor's arguments.
         self.start = self._total
+        self._began, self._first = perf_counter(), dict(self.now)
+        self._changes.clear()
         self._watching.enter_context(self._origins.watch())
         self._patch_resize()
         self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self), lambda saved: saved.tensor)
@@ -242,6 +250,7 @@ class Counter(TorchDispatchMode):
     def _adjust(self, block: _Block, size: int) -> None:
         self._total += size
         self.now[block.counted_as] = self.now.get(block.counted_as, 0) + size
+        self._changes.append((perf_counter(), self.phase, block.counted_as, size))
         self.saved_peak = max(self.saved_peak, self.saved)
         self._clock += 1
         if block.size >= LARGE:
@@ -268,3 +277,17 @@ class Counter(TorchDispatchMode):
             if category is not None:
                 found.append(Large(size, category, list(block.shape), block.dtype, block.module, block.line))
         return sorted(found, key=lambda one: -one.bytes)[:KEPT]
+
+    def levels(self) -> list[Level]:
+        """Return what was alive over the step: its beginning, then the highest moment of each equal part of it."""
+        if not self._changes:
+            return []
+        now, total = dict(self._first), sum(self._first.values())
+        span = max(self._changes[-1][0] - self._began, 1e-9)
+        highest: dict[int, tuple[int, Level]] = {-1: (total, Level(0.0, self._changes[0][1], dict(now)))}
+        for when, phase, category, size in self._changes:
+            now[category], total = now.get(category, 0) + size, total + size
+            part = min(int((when - self._began) / span * LEVELS), LEVELS - 1)
+            if part not in highest or total > highest[part][0]:
+                highest[part] = total, Level(round(when - self._began, 6), phase, dict(now))
+        return [level for _, level in highest.values()]

@@ -8,14 +8,74 @@ from typing import Any
 
 from lit_sparse_profiling.drawing import BLUE, GREY, Figure, axes, bars, filled, merged, safe, unique, wrapped
 from lit_sparse_profiling.kernel_times import shorten_name
+from lit_sparse_profiling.measures import GIB
 from lit_sparse_profiling.memory_figures import PARTS
+from lit_sparse_profiling.reconcile import BEFORE
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Kernel, Kernels
+from lit_sparse_profiling.sections import Kernel, Kernels, Level
 
 MOST_KERNELS = 15
+STEP_PHASES = ("forward", "backward", "optimizer step")
+CATEGORY_PARTS = {
+    "frozen": "frozen weights",
+    "trainable": "trainable weights",
+    "buffers": "buffers",
+    "optimizer": "optimizer state",
+    "strategy": "strategy state",
+    "before": BEFORE,
+    "batch": "batch",
+    "gradients": "gradients",
+    "saved": "saved for backward",
+    "temporaries": "temporaries",
+}
+"""Names of the categories of a level, those that change least in a step first."""
 CIVIDIS = ((0, 34, 78), (67, 78, 108), (125, 124, 120), (188, 175, 111), (254, 232, 56))
 """Red, green and blue of matplotlib's scale of that name, made for colour-blind people."""
 CATEGORIES: Any = {"xaxis": {"type": "category"}, "yaxis": {"type": "category", "autorange": "reversed"}}
+
+
+def step_course(record: RunRecord) -> Figure | None:
+    """Return the bytes alive over the examined step, by category."""
+    levels = [] if record.memory is None else record.memory.course
+    if not levels:
+        return None
+    times = [level.seconds * 1e3 for level in levels]
+    data = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "stackgroup": "alive",
+            "name": part,
+            "x": times,
+            "y": [level.held.get(category, 0) / GIB for level in levels],
+            "line": {"width": 0, "color": PARTS[part][0]},
+            "fillcolor": PARTS[part][0],
+            "hovertemplate": f"{part}: %{{y:.3f}} GiB<extra></extra>",
+        }
+        for category, part in CATEGORY_PARTS.items()
+        if any(level.held.get(category) for level in levels)
+    ]
+    return Figure(
+        "step",
+        "Memory within a step",
+        "What is alive in the examined step, counted tensor by tensor, from beginning to end; each point is the "
+        "highest moment of a hundredth of it. The step is slower than others, since it is counted.",
+        data,
+        merged(axes("time in the step, ms", "alive, GiB"), {"hovermode": "x unified", **_phase_marks(levels)}),
+    )
+
+
+def _phase_marks(levels: Sequence[Level]) -> dict[str, Any]:
+    """Return the layout of a line, and a name, where each phase of a step first begins."""
+    begun = {level.phase: level.seconds * 1e3 for level in reversed(levels) if level.phase in STEP_PHASES}
+    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "@muted", "dash": "dot", "width": 1}}
+    name = {"y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left", "showarrow": False}
+    return {
+        "shapes": [{**line, "x0": at, "x1": at} for at in begun.values()],
+        "annotations": [
+            {**name, "x": at, "text": phase, "font": {"color": "@muted", "size": 12}} for phase, at in begun.items()
+        ],
+    }
 
 
 def kernels(record: RunRecord) -> Figure | None:
@@ -172,6 +232,7 @@ def chosen(update: Mapping[str, Any], key: str) -> dict[str, Any] | None:
 
 
 OF_ONE: Sequence[tuple[str, Callable[[RunRecord], Figure | None], str]] = (
+    ("Memory within a step", step_course, "an examined step: --profile.examine true"),
     ("Kernels of a step", kernels, "profiled steps: --profile.profiled above 0"),
     ("Where blocks were chosen", chosen_share, "a method that chooses blocks, such as smt.yaml"),
     ("Which layers train when", drawn_layers, "a method that draws layers, such as lisa.yaml"),

@@ -444,6 +444,7 @@ class Profiler:
             examined_positions=self._examined,
             most_positions=self._steps.most_positions,
             largest=counter.largest(),
+            course=counter.levels(),
         )
 
     def kernels(self) -> Kernels | None:

@@ -151,6 +151,21 @@ class Large:
 
 
 @dataclass(frozen=True)
+class Level:
+    """Bytes alive at a moment of the examined step.
+
+    Attributes:
+        seconds: Time since the step began; the counting slows it down.
+        phase: Phase of the step, as in `Held`.
+        held: Bytes by category of `Held` or `Ledger`.
+    """
+
+    seconds: float
+    phase: str
+    held: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Allocator:
     """Figures of torch's allocator for the step that `Held` counts.
 
@@ -226,6 +241,8 @@ class Memory:
         examined_positions: Token positions of the examined step, padding included.
         most_positions: Highest number of token positions of any step.
         largest: The largest tensors alive at the peak of the examined step, largest first.
+        course: What was alive from the beginning of the examined step to its end, at the highest moment of each of at
+            most a hundred equal parts of it.
     """
 
     peak_resident: int | None
@@ -239,6 +256,7 @@ class Memory:
     examined_positions: int | None = None
     most_positions: int | None = None
     largest: list[Large] = field(default_factory=list)
+    course: list[Level] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

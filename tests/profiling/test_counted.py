@@ -50,6 +50,29 @@ def test_saved_bytes_are_those_of_the_formula() -> None:
     assert (saved.saved, saved.saved_peak) == (0, SAVED)
 
 
+def test_the_course_of_a_step_begins_with_what_is_there_and_reaches_its_peak() -> None:
+    net = linear_net()
+    held = torch.ones(1000)
+    with Counter(net) as counter:
+        counter.phase = "forward"
+        loss = net(torch.ones(ROWS, 3)).sum()
+        counter.phase = "backward"
+        loss.backward()
+        large = held * 2  # the highest moment is not the last
+        del large
+    levels = counter.levels()
+    totals = [sum(level.held.values()) for level in levels]
+    assert totals[0] == counter.start
+    assert max(totals) == sum(counter.peak.values()) > totals[0]
+    assert levels[0].held == {"trainable": (3 * 4 + 4 + 4 * 2 + 2) * F32}
+    assert max(level.held.get("saved", 0) for level in levels) == SAVED
+    assert levels[-1].held["gradients"] == levels[0].held["trainable"]
+    assert {level.phase for level in levels} >= {"forward", "backward"}
+    times = [level.seconds for level in levels]
+    assert times == sorted(times)
+    assert 2 < len(levels) <= 101
+
+
 def test_frozen_layers_save_no_input() -> None:
     net = linear_net()
     net[0].requires_grad_(False)
