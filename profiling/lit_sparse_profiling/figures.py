@@ -338,8 +338,8 @@ def memory_course(rows: Sequence[Row], cards: Cards) -> Figure | None:
         {"peak_memory_gib": "lines"},
         "course",
         "Memory during training",
-        "The highest memory since the point before: reserved by torch on a GPU, resident on a CPU. Flat is right; a "
-        "slope is a leak; a hump within the first steps is the profiler's examined step.",
+        "The highest memory since the point before: reserved by torch on a GPU, resident on a CPU. With batches of one "
+        "length it is level after the first steps, some of which are the profiler's; a steady rise is a leak.",
         "peak memory, GiB",
     )
 

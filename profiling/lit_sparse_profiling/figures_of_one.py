@@ -69,7 +69,7 @@ def _phase_marks(levels: Sequence[Level]) -> dict[str, Any]:
     """Return the layout of a line, and a name, where each phase of a step first begins."""
     begun = {level.phase: level.seconds * 1e3 for level in reversed(levels) if level.phase in STEP_PHASES}
     line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "@muted", "dash": "dot", "width": 1}}
-    name = {"y": 1, "yref": "paper", "yanchor": "bottom", "xanchor": "left", "showarrow": False}
+    name = {"y": 1, "yref": "paper", "yanchor": "top", "xanchor": "left", "textangle": -90, "showarrow": False}
     return {
         "shapes": [{**line, "x0": at, "x1": at} for at in begun.values()],
         "annotations": [
@@ -155,6 +155,7 @@ def chosen_share(record: RunRecord) -> Figure | None:
                 "z": [[layer.get(role, 0) * 100 or None for layer in share.values()] for role in roles],
                 "colorscale": "Cividis",
                 "reversescale": True,
+                "zmin": 0,
                 "xgap": 1,
                 "ygap": 1,
                 "colorbar": {"title": {"text": "trained, %", "side": "right"}, "thickness": 12},
