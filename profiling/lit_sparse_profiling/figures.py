@@ -21,6 +21,7 @@ from lit_sparse_profiling.drawing import (
     ORANGE,
     PINK,
     RED,
+    SAND,
     SKY,
     SYMBOLS,
     YELLOW,
@@ -39,6 +40,7 @@ from lit_sparse_profiling.measures import ENERGY, FORGETTING, GIB, LOSS, PEAK, S
 from lit_sparse_profiling.memory_figures import Cards, memory, predictions
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import Row
+from lit_sparse_profiling.walltime import OTHER
 
 METRICS = "metrics.csv"
 MOST_CURVES = 24
@@ -48,7 +50,9 @@ MOST_LABELS = 10
 """Points of a figure that have their name beside them: all if there are no more, else those that no other beats."""
 PHASES = {
     "imports": LIGHT,
+    "command line": SAND,
     "data": YELLOW,
+    "model": SKY,
     "loading": SKY,
     "selection": ORANGE,
     "samples": PINK,
@@ -58,6 +62,7 @@ PHASES = {
     "examination": GREY,
     "ceilings": "#5E5E5E",
     "saving": "#6A3D9A",
+    OTHER: "@muted",
 }
 """Colours of known phases; others take those that are left."""
 
@@ -197,9 +202,9 @@ def phases(rows: Sequence[Row], cards: Cards) -> Figure | None:
     return Figure(
         "phases",
         "Where the time goes",
-        "The phases of each run (of repetitions, of the first) in the order in which they first began. A phase's "
-        "seconds are those of all its calls together. Selection is what a method does before it trains; examination "
-        "and ceilings are the profiler's, and are not there with --profile=false.",
+        "What the wall time of each run (of repetitions, of the first) was spent on; other lies between the parts. "
+        "Selection is what a method does before it trains. Examination is the profiler's, and is not there with "
+        "--profile=false.",
         data,
         bars(len(shown), "time, s", barmode="stack"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lit_sparse_profiling.drawing import BLUE, GREY, Figure, axes, bars, filled, merged, safe, unique, wrapped
@@ -138,7 +138,7 @@ def _achieved(achieved: tuple[float, str] | None) -> str:
 
 def chosen_share(record: RunRecord) -> Figure | None:
     """Return a map of the trained share of each matrix, where a method chose blocks."""
-    share = next((s for update in record.updates if (s := chosen(update, "share"))), None)
+    share = chosen(record, "share")
     if share is None:
         return None
     roles = sorted({role for layer in share.values() for role in layer})
@@ -150,12 +150,13 @@ def chosen_share(record: RunRecord) -> Figure | None:
         [
             {
                 "type": "heatmap",
-                "x": [str(layer) for layer in share],
+                "x": [safe(layer) for layer in share],
                 "y": [safe(role) for role in roles],
                 "z": [[layer.get(role, 0) * 100 or None for layer in share.values()] for role in roles],
                 "colorscale": "Cividis",
                 "reversescale": True,
                 "zmin": 0,
+                "zmax": max(part for layer in share.values() for part in layer.values()) * 100,
                 "xgap": 1,
                 "ygap": 1,
                 "colorbar": {"title": {"text": "trained, %", "side": "right"}, "thickness": 12},
@@ -168,11 +169,11 @@ def chosen_share(record: RunRecord) -> Figure | None:
 
 def drawn_layers(record: RunRecord) -> Figure | None:
     """Return a map of the layers that are trained from switch to switch, where a method draws them."""
-    draws = next((d for update in record.updates if (d := chosen(update, "draws"))), None)
+    draws = chosen(record, "draws")
     if draws is None:
         return None
     layers = sorted({layer for drawn in draws.values() for layer in drawn})
-    every = list(range(max(layers) + 1)) if layers and all(isinstance(layer, int) for layer in layers) else layers
+    every = list(range(max(layers) + 1))
     return Figure(
         "draws",
         "Which layers train when",
@@ -180,7 +181,7 @@ def drawn_layers(record: RunRecord) -> Figure | None:
         [
             {
                 "type": "heatmap",
-                "x": [f"step {step}" for step in draws],
+                "x": [f"step {safe(step)}" for step in draws],
                 "y": [str(layer) for layer in every],
                 "z": [[1 if layer in drawn else None for drawn in draws.values()] for layer in every],
                 "colorscale": [[0, BLUE], [1, BLUE]],
@@ -224,12 +225,27 @@ def states(record: RunRecord) -> Figure | None:
     )
 
 
-def chosen(update: Mapping[str, Any], key: str) -> dict[str, Any] | None:
-    """Return what an update of a record says that it chose, if it is a table; records come from anywhere."""
-    told = update.get("chosen")
-    found = told.get(key) if isinstance(told, dict) else None
-    kind = dict if key == "share" else list
-    return found if isinstance(found, dict) and found and all(isinstance(v, kind) for v in found.values()) else None
+def chosen(record: RunRecord, key: str) -> dict[str, Any] | None:
+    """Return the first table that a method says it chose under `key`: shares of layers and roles, or layers by step.
+
+    Records come from anywhere: None if there is none in that form.
+    """
+    for update in record.updates:
+        told = update.get("chosen")
+        found = told.get(key) if isinstance(told, dict) else None
+        cells = [_cells(part, key) for part in found.values()] if isinstance(found, dict) else []
+        if isinstance(found, dict) and None not in cells and any(cells):
+            return found
+    return None
+
+
+def _cells(part: Any, key: str) -> list[float] | None:
+    """Return the numbers of a layer's shares or of the layers of a step; None if it has another form."""
+    if key == "share":
+        cells, kinds = list(part.values()) if isinstance(part, dict) else None, (int, float)
+    else:
+        cells, kinds = part, (int,)
+    return cells if isinstance(cells, list) and all(isinstance(cell, kinds) for cell in cells) else None
 
 
 OF_ONE: Sequence[tuple[str, Callable[[RunRecord], Figure | None], str]] = (

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lit_sparse_profiling.profiler import EXAMINATION, INSTRUMENTED_PHASES
+from lit_sparse_profiling import walltime
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import device_kind, peak_memory
-from lit_sparse_profiling.sections import CEILINGS
+from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES
 
 GIB = 2**30
 UNTRAINED = ("general_loss", "text_loss")
@@ -89,24 +89,17 @@ def energy(record: RunRecord) -> float | None:
 
 
 def phase_seconds(record: RunRecord) -> dict[str, float]:
-    """Return the seconds of each phase, in the order of their first begin; they add up.
+    """Return the seconds of each part of a run's wall time, in order; they add up.
 
-    Where a record has each phase's own seconds, without phases that began later, these are the ones. Else phases that
-    are part of another are left out. The parts of the examination are told as one.
+    Records of before the wall time was kept have the phases that are part of no other, in the order of their begin.
     """
-    parts = set(INSTRUMENTED_PHASES) - {EXAMINATION, CEILINGS}
-    owned = any(getattr(phase, "own", None) is not None for phase in record.phases)
-    found: dict[str, float] = {}
-    for phase in record.phases:
-        name = EXAMINATION if phase.name in parts else phase.name
-        if owned or phase.name not in parts:
-            found[name] = found.get(name, 0.0) + ((getattr(phase, "own", None) or 0.0) if owned else phase.seconds)
-    return found
+    nested = set(INSTRUMENTED_PHASES) - {EXAMINATION, CEILINGS}
+    return walltime.parts(record) or {phase.name: phase.seconds for phase in record.phases if phase.name not in nested}
 
 
 def seconds(record: RunRecord) -> float | None:
     """Return the seconds of the whole run; of all phases where that was not measured."""
-    return getattr(record, "seconds", None) or sum(phase_seconds(record).values()) or None
+    return record.seconds or sum(phase_seconds(record).values()) or None
 
 
 def tokens_per_second(record: RunRecord) -> float | None:

@@ -12,8 +12,8 @@ import pytest
 from lit_sparse_profiling import measures
 from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.drawing import safe
-from lit_sparse_profiling.figures import ACROSS, read_metrics, thinned, tradeoff
-from lit_sparse_profiling.figures_of_one import OF_ONE
+from lit_sparse_profiling.figures import ACROSS, phases, read_metrics, thinned, tradeoff
+from lit_sparse_profiling.figures_of_one import OF_ONE, chosen_share, drawn_layers
 from lit_sparse_profiling.measures import ENERGY, FORGETTING, LOSS, PEAK, SPEED, phase_seconds
 from lit_sparse_profiling.memory_figures import Cards, memory, parts_of, predictions
 from lit_sparse_profiling.page import digest, render, script_of, write_page
@@ -158,10 +158,13 @@ def test_seconds_of_phases_add_up_without_those_that_are_part_of_another() -> No
     whole = {phase.name: phase.seconds for phase in record.phases if phase.name != "forward"}
     assert phase_seconds(record) == whole
     assert {"imports", "polishing", "examination"} <= whole.keys()
-    for phase in record.phases:  # as records have it that keep each phase's own seconds
-        object.__setattr__(phase, "own", phase.seconds / 2)
-    halves = {name: seconds / 2 for name, seconds in whole.items()}
-    assert phase_seconds(record) == {**halves, "examination": halves["examination"] + 1}  # of which forward is a part
+    owned = [replace(phase, own=phase.seconds / 2) for phase in record.phases]
+    parts = phase_seconds(replace(record, phases=owned, seconds=100.0))
+    assert sum(parts.values()) == 100
+    assert parts["examination"] == whole["examination"] / 2 + 1  # of which forward is a part
+    assert parts["polishing"] == 1
+    figure = phases(rows_of(replace(record, phases=owned, seconds=100.0)), Cards({}))
+    assert {trace["name"]: trace["x"] for trace in figure.data}["other"] == [parts["other"]]
 
 
 def test_a_prediction_in_the_record_is_compared_with_the_allocator() -> None:
@@ -211,6 +214,19 @@ def test_hostile_texts_are_not_obeyed_by_a_terminal(tmp_path: Path, capsys: pyte
     assert "window.hacked" in printed
     assert "\x1b" not in printed
     assert "\u202e" not in printed
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *(None, [], "x", {"share": 1}, {"share": {}}, {"share": {"0": {}}}, {"share": {"0": {"q": "much"}}}),
+        *({"share": {"0": [1]}}, {"draws": {"1": "all"}}, {"draws": {"1": ["a"]}}, {"draws": {}}, {"draws": {"1": []}}),
+    ],
+)
+def test_a_choice_in_another_form_is_no_figure(told: Any) -> None:
+    record = replace(gpu_record("full"), updates=[{"class": "X", "chosen": told}, {}])
+    assert chosen_share(record) is None
+    assert drawn_layers(record) is None
 
 
 def test_plotly_takes_no_text_for_markup() -> None:
