@@ -40,12 +40,12 @@ from benchmarks.measurements import Line, read_lines
 from benchmarks.provenance import ROOT, of_device
 from benchmarks.turns import append
 from lit_sparse.cli import make_planned
-from lit_sparse.configs import methods
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.plan import fit_command
 from lit_sparse.planner import Forecast, Setting, forecast
+from lit_sparse.shipped import methods
 from lit_sparse_profiling.allocator import size_changes, walk_events
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.sections import Ledger

@@ -11,9 +11,8 @@ from typing import Any
 
 from docstring_parser import parse
 
-from lit_sparse import bench, callbacks, cli, data, strategies
+from lit_sparse import callbacks, cli, usage
 from lit_sparse.__main__ import VERBS
-from lit_sparse.export import generate
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import AdamW
 from lit_sparse_profiling.profiler import Plan
@@ -27,8 +26,8 @@ def configuration() -> str:
     parts = [
         section("model, with task: CausalLM", CausalLM),
         section("model, with task: Classifier", Classifier),
-        *(section(f"model.updates: {kind.__name__}", kind) for kind in public(strategies, strategies.UpdateStrategy)),
-        *(section(f"data: {kind.__name__}", kind) for kind in public(data, data.TokenData, data.Labelled)),
+        *(section(f"model.updates: {kind.__name__}", kind) for kind in by_name(usage.update_strategies())),
+        *(section(f"data: {kind.__name__}", kind) for kind in by_name(usage.data_modules())),
         *(
             section(f"trainer.callbacks: {name}", getattr(callbacks, name))
             for name in sorted(vars(callbacks))
@@ -40,14 +39,9 @@ def configuration() -> str:
     return "\n\n".join(parts)
 
 
-def public(module: Any, *bases: type) -> list[type]:
-    """Return the concrete classes of a package's `__all__` below `bases`, by name."""
-    kinds = [getattr(module, name) for name in module.__all__]
-    classes = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, bases)]
-    return sorted(
-        (kind for kind in classes if not any(kind is not one and issubclass(one, kind) for one in classes)),
-        key=lambda kind: kind.__name__,
-    )
+def by_name(kinds: Iterable[type]) -> list[type]:
+    """Return classes in the order of their names."""
+    return sorted(kinds, key=lambda kind: kind.__name__)
 
 
 def section(title: str, kind: type) -> str:
@@ -91,15 +85,10 @@ def default(kind: Any, parameter: inspect.Parameter) -> str:
 
 def command_line() -> str:
     """Return the verbs with their own options; those of fit and its like are the keys of a configuration."""
-    parts = [table(("verb", "what it does"), ((f"`{verb}`", what) for verb, what in VERBS.items()))]
+    rows = ((f"`{verb}`", one.what, f"`{one.example}`") for verb, one in VERBS.items())
+    parts = [table(("verb", "what it does", "for example"), rows)]
     parts += [f"## lit-sparse {verb}\n\n{function(call)}" for verb, call in cli.VERBS.items()]
-    parsers: dict[str, argparse.ArgumentParser] = {
-        "generate": generate.parser(),
-        "bench": bench.parser(),
-        "report": cli.report_parser(),
-        "select": cli.select_parser(),
-    }
-    parts += [f"## lit-sparse {verb}\n\n{options(parser)}" for verb, parser in parsers.items()]
+    parts += [f"## lit-sparse {verb}\n\n{options(parser())}" for verb, parser in cli.PARSERS.items()]
     return "\n\n".join(parts)
 
 

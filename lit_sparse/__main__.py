@@ -1,4 +1,4 @@
-"""The command `lit-sparse`. Help, version and misspelt verbs are answered before torch is imported."""
+"""The command `lit-sparse`. Help, version, list and misspelt verbs are answered before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,19 +6,62 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib.metadata import version
+from typing import NamedTuple
 
-VERBS = {
-    "fit": "train with update strategies: lit-sparse fit --config smt.yaml",
-    "select": "choose what a method trains, in a run of its own, and write it to a file for fit",
-    "validate": "score the held-out rows with a run's checkpoint",
-    "test": "answer the held-out questions with a run's checkpoint",
-    "export": "write a run as a Hugging Face folder, a PEFT adapter or a delta",
-    "generate": "answer prompts with a run, beside its base, or chat",
-    "bench": "measure memory, speed and energy of YAMLs, each in a fresh process",
-    "plan": "predict the memory of several YAMLs on a GPU, in seconds, without the weights",
-    "report": "compare runs: a table, or a page to send: lit-sparse report runs -o report.html",
-    "list": "list the update strategies and the shipped YAMLs",
+from lit_sparse.shipped import listing
+
+
+class Verb(NamedTuple):
+    """What a verb does, and a command to begin with."""
+
+    what: str
+    example: str
+
+
+GROUPS = {
+    "Choose": {
+        "list": Verb("list the methods: what each trains and costs, and where its page is", "lit-sparse list"),
+        "plan": Verb(
+            "predict the memory of methods on a GPU, in seconds, without the weights",
+            "lit-sparse plan smt.yaml lora.yaml --model.base NAME --card 24",
+        ),
+        "bench": Verb(
+            "measure memory, speed and energy of methods, each in a fresh process",
+            "lit-sparse bench smt.yaml lora.yaml --model.base NAME",
+        ),
+    },
+    "Train": {
+        "fit": Verb("train with one method or several", "lit-sparse fit --config smt.yaml --data rows.jsonl"),
+        "select": Verb(
+            "choose what a method trains, in a run of its own, and write it to a file for fit",
+            "lit-sparse select --config smt.yaml --output blocks.json",
+        ),
+        "validate": Verb(
+            "score the held-out rows with a run's checkpoint",
+            "lit-sparse validate --config runs/smt-1/config.yaml --ckpt_path runs/smt-1/checkpoints/last.ckpt",
+        ),
+        "test": Verb(
+            "answer the held-out questions with a run's checkpoint",
+            "lit-sparse test --config runs/smt-1/config.yaml --ckpt_path runs/smt-1/checkpoints/last.ckpt",
+        ),
+    },
+    "Use": {
+        "generate": Verb(
+            "answer prompts with a run, beside its base, or chat",
+            'lit-sparse generate runs/smt-1 "What is 12 times 7?" --base',
+        ),
+        "export": Verb(
+            "write a run as a Hugging Face folder, a PEFT adapter or a delta", "lit-sparse export runs/smt-1 --to hf"
+        ),
+        "report": Verb("compare runs: a table, or a page to send", "lit-sparse report runs -o report.html"),
+    },
+    "Shell": {
+        "completion": Verb(
+            "print a script that completes verbs, keys and YAMLs in bash or zsh", 'eval "$(lit-sparse completion bash)"'
+        ),
+    },
 }
+VERBS = {verb: one for verbs in GROUPS.values() for verb, one in verbs.items()}
 OTHERS = {
     "predict": "use lit-sparse generate to answer a prompt with a run, or lit-sparse test to answer the held-out rows.",
     "train": "did you mean fit?",
@@ -29,18 +72,17 @@ OTHERS = {
 
 
 def help_text() -> str:
-    """Return the verbs, with a line on each."""
+    """Return the verbs in groups, with what each does and an example."""
     width = max(map(len, VERBS))
-    lines = [f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()]
-    return "\n".join(
+    groups = []
+    for title, verbs in GROUPS.items():
+        lines = [f"  {verb:<{width}}  {one.what}\n  {'':<{width}}  $ {one.example}" for verb, one in verbs.items()]
+        groups.append("\n".join([title, *lines]))
+    return "\n\n".join(
         [
             "usage: lit-sparse VERB [options]",
-            "",
-            "Fine-tune language models while changing few of their weights,",
-            "and know what that costs.",
-            "",
-            *lines,
-            "",
+            "Fine-tune language models while changing few of their weights, and know what that costs.",
+            *groups,
             "lit-sparse VERB --help tells a verb's options; lit-sparse --version the version.",
         ]
     )
@@ -76,6 +118,9 @@ def main() -> None:
         meant = OTHERS.get(verb) or (f"did you mean {near[0]}?" if near else "lit-sparse --help lists them.")
         print(f"lit-sparse: there is no verb {verb!r}; {meant}", file=sys.stderr)
         sys.exit(2)
+    if sys.argv[1:] == ["list"]:
+        print(listing())
+        sys.exit(0)
     wait_passively()
     hush_torch()
     if sys.stderr.isatty():

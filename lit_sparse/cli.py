@@ -2,19 +2,16 @@
 
 import argparse
 import dataclasses
-import functools
 import inspect
 import json
 import logging
-import operator
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
 import lightning as L
@@ -28,19 +25,31 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.constants import default_pg_timeout
 
-import lit_sparse.data
-import lit_sparse.strategies
+from lit_sparse import usage
 from lit_sparse.bench import bench, take
+from lit_sparse.bench import parser as bench_parser
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, Stopped
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.rank_watch import RankWatch, rank_of_this, tell_once
 from lit_sparse.callbacks.recorder import Recorder
-from lit_sparse.configs import STACKED, STACKING, find_configs, methods, read_documents
+from lit_sparse.configs import (
+    STACKED,
+    STACKING,
+    Parser,
+    as_plain,
+    find_configs,
+    flat,
+    listed,
+    read_documents,
+    read_whole_numbers_first,
+    without_twins,
+)
 from lit_sparse.errors import BadInput
 from lit_sparse.export import generate
 from lit_sparse.export.folder import export
 from lit_sparse.modules.sharding import TIMEOUT
 from lit_sparse.plan import CARDS, Planned, card_of, plan
+from lit_sparse.plan import parser as plan_parser
 from lit_sparse.refusals import check_trainer_words, explain, understood
 from lit_sparse.runs import (
     TASKS,
@@ -53,6 +62,7 @@ from lit_sparse.runs import (
     task_class,
 )
 from lit_sparse.screen import shown, tidy
+from lit_sparse.shipped import listing
 from lit_sparse.whole import replace_text
 from lit_sparse.words import find_data, named_task, switched_on, unmeasured
 from lit_sparse_profiling.phases import Phases
@@ -272,18 +282,6 @@ class CLI(LightningCLI):
             self.validate(**arguments)
 
 
-def read_whole_numbers_first(kind: type) -> None:
-    """Let a whole number that is given for an argument `int | float` of a class be an int.
-
-    Lightning means batches by 1 and all of them by 1.0. Python keeps `Optional[Union[int, float]]` and its like with
-    float first under one key, so that the order in which libraries wrote them down decides which one a parser tries.
-    """
-    annotations = kind.__init__.__annotations__
-    for name, annotation in annotations.items():
-        if {int, float} <= set(kinds := get_args(annotation)):
-            annotations[name] = functools.reduce(operator.or_, sorted(kinds, key=lambda one: one is not int))
-
-
 CLIKind = TypeVar("CLIKind", bound=CLI)
 
 
@@ -394,30 +392,34 @@ def write_selection(state: Mapping[str, Any], path: Path) -> None:
         ) from error
 
 
+class Parsers(CLI):
+    """The command line as far as its parsers: nothing is parsed, and nothing made."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = {"subcommand": None}
+
+    def verb_parser(self) -> LightningArgumentParser:
+        """Return the parser of the verb that was given."""
+        return next(iter(self._subcommand_parsers.values()))
+
+    def _parse_ckpt_path(self) -> None:
+        """Look for no checkpoint."""
+
+    def _set_seed(self) -> None:
+        """Draw nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Make no run."""
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+
 def scores(evaluate: Callable[..., Any], arguments: dict[str, Any]) -> bool:
     """Evaluate; return whether there was anything to score."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Total length of `.*` across ranks is zero")
         return any(evaluate(**{**arguments, "weights_only": True}))  # a checkpoint is data, and runs no code
-
-
-def listed(parts: Any) -> list[Any]:
-    """Return one or several parts of a configuration as a list; a switch or None is none."""
-    return parts if isinstance(parts, list) else [] if parts is None or isinstance(parts, bool) else [parts]
-
-
-def as_plain(value: Any) -> Any:
-    """Replace enumerations and devices in a configuration, which are defaults of Timer and SWA, by what YAML holds."""
-    if isinstance(value, list):
-        return [as_plain(item) for item in value]
-    if isinstance(value, jsonargparse.Namespace):
-        return jsonargparse.Namespace(**{key: as_plain(item) for key, item in vars(value).items()})
-    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, torch.device) else value
-
-
-def without_twins(parts: Any) -> Any:
-    """Return parts of a configuration that several YAMLs may have named, each that is given twice alike only once."""
-    return [part for n, part in enumerate(parts) if part not in parts[:n]] if isinstance(parts, list) else parts
 
 
 def start_fresh(trainer: L.Trainer, checkpoint: str | None) -> None:
@@ -445,34 +447,6 @@ def tell_end(trainer: L.Trainer) -> None:
 def listed_callbacks(trainer: L.Trainer) -> list[L.Callback]:
     """Return the callbacks of a trainer."""
     return trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets them in a function
-
-
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested dict into one with dotted keys."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}.{name}".lstrip(".")).items()
-    }
-
-
-def list_strategies() -> None:
-    """List the update strategies, their claims and a line on each, and the shipped YAMLs."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("class", "claims", "what it does")
-    for name in lit_sparse.strategies.__all__:
-        kind = getattr(lit_sparse.strategies, name)
-        if (
-            isinstance(kind, type)
-            and issubclass(kind, lit_sparse.strategies.UpdateStrategy)
-            and kind is not lit_sparse.strategies.UpdateStrategy
-        ):
-            table.add_row(name, ", ".join(sorted(kind.claims)) or "-", (kind.__doc__ or "").strip().splitlines()[0])
-    console = Console()
-    console.print(table)
-    console.print("YAMLs: " + ", ".join(path.name for path in methods()))
 
 
 def report_parser() -> argparse.ArgumentParser:
@@ -510,7 +484,36 @@ def compare(argv: Sequence[str]) -> int:
         raise BadInput(str(error)) from error
 
 
-VERBS: dict[str, Callable[..., Any]] = {"export": export, "list": list_strategies}
+def list_methods() -> None:
+    """List the methods: what each trains and costs, and where its page is; and the YAMLs that stack on them."""
+    print(listing())
+
+
+def completion(shell: Literal["bash", "zsh"]) -> None:
+    """Print a script that completes verbs, their options and shipped YAMLs in a shell.
+
+    Args:
+        shell: The shell that reads it.
+    """
+    keys = usage.fit_words(start(Parsers, ["fit"]).verb_parser())
+    options: dict[str, Sequence[str]] = {"list": [], "completion": [], **dict.fromkeys(FIT_VERBS, keys)}
+    options["export"] = [f"--{name}" for name in inspect.signature(export).parameters if name != "run"]
+    options |= {verb: usage.option_words(parser()) for verb, parser in PARSERS.items()}
+    options["select"] = [*options["select"], *keys]
+    print(usage.completion(shell, options), end="")
+
+
+FIT_VERBS = ("fit", "validate", "test")
+"""Verbs of LightningCLI."""
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "bench": bench_parser,
+    "generate": generate.parser,
+    "plan": plan_parser,
+    "report": report_parser,
+    "select": select_parser,
+}
+"""Verbs that parse their words by themselves."""
+VERBS: dict[str, Callable[..., Any]] = {"export": export, "list": list_methods, "completion": completion}
 """Verbs whose options are the parameters of a function."""
 RUN_VERBS: dict[str, Callable[[Sequence[str]], int]] = {
     "bench": bench,
@@ -541,8 +544,21 @@ def run(argv: Sequence[str], phases: Phases | None = None) -> int:
             options = [f"--{name}" for name in inspect.signature(verb).parameters]
             raise BadInput(explain(str(error), options, argv[0])) from error
         return 0
+    if asked := {*usage.SHORT, usage.LONG} & set(argv):
+        print(help_of([word for word in argv if word not in asked], usage.LONG in asked))
+        return 0
     start(CLI, argv, phases)
     return 0
+
+
+def help_of(argv: Sequence[str], long: bool) -> str:
+    """Return the keys of a verb of LightningCLI: those that people set, or all."""
+    parser = start(Parsers, argv).verb_parser()
+    if long:
+        return usage.long_help(parser)
+    named = [word.removeprefix("--data=") for word in sys.argv if word.startswith("--data=")]
+    documents = read_documents(find_configs(argv)).values()
+    return usage.short_help(parser, argv[0], documents, named[-1] if named else "")
 
 
 def make_planned(argv: Sequence[str]) -> Planned:
@@ -585,6 +601,7 @@ def start(cli: type[CLIKind], argv: Sequence[str], phases: Phases | None = None)
         },
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        parser_class=Parser,
         save_config_callback=None,  # the recorder writes config.yaml, once training has moved
     )
 

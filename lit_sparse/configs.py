@@ -1,20 +1,25 @@
 """YAMLs: those that come with lit_sparse are found by name, each is checked, and lists in several of them add up."""
 
+import functools
 import io
-import sys
+import operator
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from enum import Enum
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+import torch
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import lit_sparse
 from lit_sparse.errors import BadInput
+from lit_sparse.shipped import configs_folder
 
 STACKED = ("trainers", "data", "models", "tasks")
 """Folders of configs/ whose YAMLs stack on a method's, so that runs are not named after them."""
@@ -26,17 +31,6 @@ UNMEASURED = {"examine": False, "profiled": 0, "predict": False}
 """What `profile: false` stands for: nothing is predicted, and no step measured that would be slower for it."""
 STACKING = "stacking"
 """The parser mode in which they do."""
-
-
-def configs_folder() -> Path:
-    """Return the folder of shipped YAMLs: beside the package in a checkout, or where the wheel installs them."""
-    checkout = Path(lit_sparse.__file__).parents[1] / "configs"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lit-sparse" / "configs"
-
-
-def methods() -> list[Path]:
-    """Return the YAML of each method, sorted by name."""
-    return sorted(configs_folder().glob("*.yaml"))
 
 
 def find_configs(argv: Sequence[str]) -> list[str]:
@@ -186,6 +180,77 @@ def load_stacking(text: str) -> Any:
 def adds(value: Any) -> bool:
     """Return whether a value is one or several parts, and not a switch or nothing."""
     return bool(value) and value is not True
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser; what it prints for --print_config has no null that means nothing."""
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if "skip_none" in kwargs:  # Lightning's word; jsonargparse warns its caller of the old name
+            kwargs["skip_unset"] = kwargs.pop("skip_none")
+        text = super().dump(*args, **kwargs)
+        printed = hasattr(getattr(self, "parent_parser", self), "print_config")
+        return self._without_nulls(text) if printed else text
+
+    def _without_nulls(self, text: str) -> str:
+        """Return a YAML without keys that are null, but for those that would not be null if they were left out."""
+        head = [line for line in text.splitlines(keepends=True) if line.startswith("#")]
+        tree = yaml.safe_load(text)
+        parsed = self.parse_object(pruned(tree, {}), _skip_validation=True)
+        again = yaml.safe_load(super().dump(parsed, skip_unset=False, skip_validation=True))
+        return "".join(head) + yaml.safe_dump(pruned(tree, again), sort_keys=False, allow_unicode=True)
+
+
+def pruned(tree: Any, others: Any) -> Any:
+    """Return a tree of dicts and lists without keys that are null in it, but for those that are not in `others`."""
+    if isinstance(tree, list):
+        parts = others if isinstance(others, list) else []
+        return [pruned(item, other) for item, other in zip_longest(tree, parts[: len(tree)])]
+    if not isinstance(tree, dict):
+        return tree
+    others = others if isinstance(others, dict) else {}
+    kept = {key: value for key, value in tree.items() if value is not None or others.get(key) is not None}
+    return {key: pruned(value, others.get(key)) for key, value in kept.items()}
+
+
+def read_whole_numbers_first(kind: type) -> None:
+    """Let a whole number that is given for an argument `int | float` of a class be an int.
+
+    Lightning means batches by 1 and all of them by 1.0. Python keeps `Optional[Union[int, float]]` and its like with
+    float first under one key, so that the order in which libraries wrote them down decides which one a parser tries.
+    """
+    annotations = kind.__init__.__annotations__
+    for name, annotation in annotations.items():
+        if {int, float} <= set(kinds := get_args(annotation)):
+            annotations[name] = functools.reduce(operator.or_, sorted(kinds, key=lambda one: one is not int))
+
+
+def listed(parts: Any) -> list[Any]:
+    """Return one or several parts of a configuration as a list; a switch or None is none."""
+    return parts if isinstance(parts, list) else [] if parts is None or isinstance(parts, bool) else [parts]
+
+
+def as_plain(value: Any) -> Any:
+    """Replace enumerations and devices in a configuration, which are defaults of Timer and SWA, by what YAML holds."""
+    if isinstance(value, list):
+        return [as_plain(item) for item in value]
+    if isinstance(value, Namespace):
+        return Namespace(**{key: as_plain(item) for key, item in vars(value).items()})
+    return value.value if isinstance(value, Enum) else str(value) if isinstance(value, torch.device) else value
+
+
+def without_twins(parts: Any) -> Any:
+    """Return parts of a configuration that several YAMLs may have named, each that is given twice alike only once."""
+    return [part for n, part in enumerate(parts) if part not in parts[:n]] if isinstance(parts, list) else parts
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Flatten a nested dict into one with dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value for name, child in tree.items() for key, value in flat(child, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 set_loader(STACKING, load_stacking, exceptions=(yaml.YAMLError,))

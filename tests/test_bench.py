@@ -12,15 +12,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from lit_sparse import bench as verb
-from lit_sparse import cli, configs
+from lit_sparse import cli
 from lit_sparse.errors import BadInput
+from lit_sparse.shipped import configs_folder
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.runner import Job, Repeat
 from lit_sparse_profiling.sections import Throughput
 
 ROOTS = [str(Path(verb.__file__).parents[1] / folder) for folder in ("", "kernels", "profiling")]
-SYNTHETIC = f"--config={configs.configs_folder()}/data/synthetic.yaml"
+SYNTHETIC = f"--config={configs_folder()}/data/synthetic.yaml"
 
 
 @pytest.fixture(autouse=True)
@@ -119,12 +120,12 @@ def test_help_is_the_bench_s_own(capsys):
 
 def test_without_yamls_all_that_come_along_are_compared(planned):
     jobs, root, repeat, limit = planned()
-    shipped = configs.configs_folder().glob("*.yaml")
+    shipped = configs_folder().glob("*.yaml")
     assert sorted(jobs) == sorted(path.stem for path in shipped)
     assert {"full", "lora", "smt"} <= set(jobs)
     assert (root, repeat, limit) == (Path("runs/bench"), 1, None)
     for name, job in jobs.items():
-        assert config_files(job) == [SYNTHETIC.partition("=")[2], str(configs.configs_folder() / f"{name}.yaml")]
+        assert config_files(job) == [SYNTHETIC.partition("=")[2], str(configs_folder() / f"{name}.yaml")]
 
 
 def test_a_job_is_a_fit_of_a_few_measured_steps(planned):
@@ -147,7 +148,7 @@ def test_joined_yamls_are_one_job_on_a_common_base(planned):
     jobs, *_ = planned(
         "mine.yaml+smt.yaml+./other.yaml", "mine.yaml", "--config", "trainers/demo.yaml", "-c", "base.yaml"
     )
-    shipped = configs.configs_folder()
+    shipped = configs_folder()
     common = [str(shipped / "trainers" / "demo.yaml"), "base.yaml"]
     assert list(jobs) == ["mine+smt+other", "mine"]
     assert config_files(jobs["mine+smt+other"]) == [*common, "mine.yaml", str(shipped / "smt.yaml"), "other.yaml"]

@@ -1,8 +1,12 @@
 """The command line: configs found by name, the files of a run, and errors in one sentence."""
 
+import contextlib
 import csv
+import io
 import json
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Union
@@ -13,9 +17,10 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
 
-from lit_sparse import cli, configs
+from lit_sparse import cli, configs, strategies
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
+from lit_sparse.shipped import configs_folder, methods
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 
@@ -79,7 +84,7 @@ def test_a_config_is_found_by_name(home):
     found = configs.find_configs(
         ["fit", "--config", "smt.yaml", "-c", "trainers/demo.yaml", "--config=lora.yaml", "--model.lr=1"]
     )
-    shipped = configs.configs_folder()
+    shipped = configs_folder()
     assert found == [
         "fit",
         "--config",
@@ -310,28 +315,136 @@ def test_a_killed_or_failed_run_says_so_in_its_record(home, monkeypatch):
     assert record.ledger.frozen > 0
 
 
+def helped(capsys, monkeypatch, *words: str) -> str:
+    """What the command prints for `words`, with status 0."""
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert not exit_.value.code
+    return capsys.readouterr().out
+
+
 def test_help_documents_every_field(home, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["lit-sparse", "fit", "--model.updates.help", "SMT"])
-    with pytest.raises(SystemExit):
-        cli.run(["fit", "--model.updates.help", "SMT"])
-    text = capsys.readouterr().out
-    assert "How blocks are selected" in text
-    with pytest.raises(SystemExit):
-        cli.run(["fit", "--help"])
-    text = capsys.readouterr().out
+    assert "How blocks are selected" in helped(capsys, monkeypatch, "fit", "--model.updates.help", "SMT")
+    text = helped(capsys, monkeypatch, "fit", "--help")
     for phrase in ("Peak learning rate", "Type of the frozen weights", "Name of the run", "Recompute activations"):
         assert phrase in text, phrase
 
 
-def test_list_names_every_strategy_and_yaml(home, capsys):
+@pytest.mark.parametrize(
+    ("words", "found", "missing"),
+    [
+        (["fit"], "--data.train --data.batch_size --trainer.max_steps --model.lr --help_all", "--trainer.plugins SMT"),
+        (
+            ["fit", "--config", "smt.yaml", "--data", "text.txt"],
+            "--model.updates.block_size data: Text",
+            "Instructions",
+        ),
+        (["fit", "--config", "lora.yaml", "--config", "data/labelled.yaml"], "data: Labelled PEFT", "--data.packing"),
+        (["test"], "--ckpt_path --data.heldout", "trainers/demo.yaml"),
+    ],
+)
+def test_help_is_short_and_has_the_keys_of_the_data_and_methods(home, capsys, monkeypatch, words, found, missing):
+    text = helped(capsys, monkeypatch, *words, "--help")
+    assert len(text.splitlines()) < 160
+    assert [word for word in found.split() if word not in text] == []
+    assert [word for word in missing.split() if word in text] == []
+
+
+def test_the_long_help_has_every_key(home, capsys, monkeypatch):
+    text = helped(capsys, monkeypatch, "fit", "--help_all")
+    options = cli.usage.fit_words(cli.start(cli.Parsers, ["fit"]).verb_parser())
+    shown = {"--data.tokenizer", "--help_all"}  # follows model.base; is this help
+    assert [word for word in options if not word.endswith(".help") and word not in shown and word not in text] == []
+    assert {"--trainer.plugins", "--data.packing", "--model.updates.block_size"} <= {*options}
+
+
+def test_list_tells_what_each_method_trains_costs_and_claims(home, capsys):
     cli.run(["list"])
     text = capsys.readouterr().out
-    for word in ("SMT", "PEFT", "modules, trainable", "smt.yaml", "full.yaml"):
-        assert word in text
+    for path in methods():
+        named = yaml.safe_load(path.read_text())["model"].get("updates+", [])
+        updates = [getattr(strategies, one["class_path"]) for one in named]
+        block = text.partition(f"\n{path.name}\n")[2].partition("\n\n")[0]
+        said = dict(re.findall(r"^    (\w+): +(\S.*)$", block, re.MULTILINE))
+        assert said["classes"] == (", ".join(one.__name__ for one in updates) or "none"), path
+        assert said["claims"] == (", ".join(sorted({word for one in updates for word in one.claims})) or "none"), path
+        page = Path(__file__).parents[1] / said["page"]
+        assert path.name in page.read_text() or "../choose-a-method.md" in page.read_text(), path
+        assert said["trains"]
+        assert said["costs"]
+    for path in configs_folder().rglob("*/*.yaml"):
+        assert f"{path.parent.name}/{path.name}" in text
+
+
+def test_a_printed_configuration_has_no_nulls_and_is_the_same_fit(home, capsys, monkeypatch):
+    words = [
+        "--config",
+        "lora.yaml",
+        "--config",
+        "deft.yaml",
+        "--model.base",
+        "tiny",
+        *DATA,
+        *SMALL,
+        "--trainer.max_steps=2",
+        "--trainer.default_root_dir",
+        "null",
+    ]
+    text = helped(capsys, monkeypatch, "fit", *words, "--print_config")
+    nulls = [line for line in text.splitlines() if line.endswith(": null")]
+    assert nulls == ["  default_root_dir: null"]  # which would be runs/ if it was left out
+    words[-1] = "runs"
+    Path("printed.yaml").write_text(helped(capsys, monkeypatch, "fit", *words, "--print_config"))
+    assert "null" not in Path("printed.yaml").read_text()
+    cli.run(["fit", *words, "--run", "given"])
+    cli.run(["fit", "--config", "printed.yaml", "--run", "printed"])
+    given, printed = (Path(f"runs/{name}-1") for name in ("given", "printed"))
+    told = [{**yaml.safe_load((run / "config.yaml").read_text()), "run": None} for run in (given, printed)]
+    assert told[0] == told[1]
+    losses = [[row["train_loss"] for row in csv.DictReader((run / "metrics.csv").open())] for run in (given, printed)]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def completing(tmp_path_factory):
+    """The script for bash, in a file."""
+    path = tmp_path_factory.mktemp("shell") / "lit-sparse"
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        cli.run(["completion", "bash"])
+    path.write_text(told.getvalue())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("line", "offered", "kept"),
+    [
+        ("lit-sparse ge", ["generate"], True),
+        ("lit-sparse ", ["fit", "plan", "completion"], False),
+        ("lit-sparse fit --config sm", ["smt.yaml"], True),
+        ("lit-sparse fit --config = trainers/f", ["trainers/fsdp2.yaml"], True),
+        ("lit-sparse fit --model.ba", ["--model.base"], True),
+        ("lit-sparse fit --config smt.yaml --data.ba", ["--data.batch_size"], True),
+        ("lit-sparse fit --model.updates.num_b", ["--model.updates.num_blocks"], True),
+        ("lit-sparse plan smt.yaml lo", ["lora.yaml"], True),
+        ("lit-sparse export runs/smt-1 --ov", ["--overwrite"], True),
+        ("lit-sparse report --mark", ["--markdown"], True),
+        ("lit-sparse report ru", [], True),  # paths are the shell's
+    ],
+)
+def test_a_shell_completes(completing, line, offered, kept):
+    words = line.split(" ")
+    script = (
+        f"source {completing}; COMP_WORDS=({' '.join(map(shlex.quote, words))}); COMP_CWORD={len(words) - 1}; "
+        '_lit_sparse; printf "%s\n" "${COMPREPLY[@]}"'
+    )
+    told = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert (told == offered) if kept else set(offered) < set(told)
 
 
 def test_every_shipped_yaml_has_a_comment_for_each_key():
-    for path in configs.configs_folder().rglob("*.yaml"):
+    for path in configs_folder().rglob("*.yaml"):
         yaml.safe_load(path.read_text())
         assert path.read_text().startswith("#"), path
         for line in path.read_text().splitlines():

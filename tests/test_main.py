@@ -31,12 +31,24 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 def test_help_names_every_verb_without_torch(words):
     found = run(*words)
     assert found.returncode == 0
-    assert all(f"  {verb} " in found.stdout for verb in VERBS)
+    assert all(f"  {verb} " in found.stdout and f"$ {one.example}" in found.stdout for verb, one in VERBS.items())
+    assert found.stdout.splitlines()[-1] == "False", "torch was imported"
+
+
+def test_methods_are_listed_without_torch():
+    found = run("list")
+    assert found.returncode == 0
+    assert "smt.yaml" in found.stdout
     assert found.stdout.splitlines()[-1] == "False", "torch was imported"
 
 
 def test_every_verb_is_one():
-    assert {*cli.VERBS, *cli.RUN_VERBS} < set(VERBS)
+    assert {*cli.VERBS, *cli.RUN_VERBS, *cli.FIT_VERBS} == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_example_is_of_its_verb(verb):
+    assert f"lit-sparse {verb}" in VERBS[verb].example
 
 
 def test_the_version_is_told():

@@ -6,8 +6,9 @@ import lightning as L
 import pytest
 import torch
 
-from lit_sparse import cli, configs
+from lit_sparse import cli
 from lit_sparse.errors import BadInput
+from lit_sparse.shipped import configs_folder
 from tests.test_cli import SMALL
 
 DATA = [
@@ -42,7 +43,7 @@ def fit(method: str, run: str, stop: int = 0, *words: str) -> list[tuple[float, 
     """Run `lit-sparse fit`, and return what each step was given."""
     Stop.seen = []
     call = ["--trainer.callbacks+=tests.test_resume.Stop", f"--trainer.callbacks.step={stop}"]
-    config = ["--config", str(configs.configs_folder() / f"{method}.yaml")]
+    config = ["--config", str(configs_folder() / f"{method}.yaml")]
     arguments = ["fit", *config, "--model.base", "tiny", *DATA, *SMALL, *call, "--run", run, *words]
     if stop:
         with pytest.raises(Cut):
