@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lit_sparse.errors import BadInput
 from lit_sparse.shipped import configs_folder
 
-STACKED = ("trainers", "data", "models", "tasks")
+STACKED = ("recipes", "trainers", "data", "models", "tasks")
 """Folders of configs/ whose YAMLs stack on a method's, so that runs are not named after them."""
 SECTIONS = ("model", "data", "trainer", "profile")
 """Keys of a YAML whose values are mappings; `data` may be the name of a class too."""
