@@ -5,7 +5,7 @@ BIN := .venv/bin
 BUILT := .venv/.built
 OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
 
-.PHONY: help demo test oldest check gpu bench quality fuzz readme docs assets format
+.PHONY: help demo test oldest check gpu bench quality fuzz readme docs dist assets format
 help:     ## list the targets
 	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile
 
@@ -46,6 +46,12 @@ readme: $(BUILT)     ## write the generated tables, pages and figures
 
 docs: $(BUILT)     ## build the documentation's site into docs/_build, warnings as errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build
+
+dist:     ## build the wheel and the source distribution into dist/, and check them as PyPI does
+	test -e .venv-dist || { $(PYTHON) -m venv .venv-dist && .venv-dist/bin/python -m pip install --quiet build twine; }
+	rm -rf dist build
+	.venv-dist/bin/python -m build --outdir dist .
+	.venv-dist/bin/python -m twine check --strict dist/*
 
 assets: $(BUILT)     ## bring the demo models and data into the cache
 	$(BIN)/python -c "from lit_sparse import demo as d; \

@@ -1,6 +1,7 @@
 """The wheel: its contents, and that it works without a checkout."""
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
@@ -128,6 +130,33 @@ def test_installed_wheel_is_not_the_checkout(installed: Path, tmp_path: Path) ->
 def test_installed_wheel_finds_configs_by_name(installed: Path, tmp_path: Path) -> None:
     shown = outside(installed, tmp_path, "-m", "lit_sparse", "fit", "--config", "smt.yaml", "--print_config")
     assert "SMT" in shown
+
+
+def test_installed_wheel_trains(installed: Path, home: Path) -> None:
+    command = ["fit", "--config", "smt.yaml", "--model.base", "tiny", "--data", "rows.jsonl", "--data.heldout", "4"]
+    few = ["--trainer.max_steps", "2", "--trainer.accelerator", "cpu", "--samples", "0", "--profile", "false"]
+    outside(installed, home, str(installed.parent / "lit-sparse"), *command, *few)
+    assert json.loads((home / "runs/smt-1/record.json").read_text())["status"] == "ok"
+
+
+def test_the_version_is_in_one_place(wheel: Path) -> None:
+    assert wheel.name.startswith(f"lit_sparse-{PROJECT['version']}-")
+    assert "dynamic" not in PROJECT
+    assert "version" not in yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    sources = [path.read_text() for path in (ROOT / "lit_sparse").rglob("*.py")]
+    assert not any(re.search(r"^__version__ =", source, re.MULTILINE) for source in sources)
+
+
+def test_the_forms_of_github_are_whole() -> None:
+    for path in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"):
+        form = yaml.safe_load(path.read_text())
+        assert path.name == "config.yml" or {"name", "description", "body"} <= form.keys()
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text())
+    commands = [step["run"] for step in release["jobs"]["build"]["steps"] if "run" in step]
+    targets = [target for command in commands for target in re.findall(r"^make (\w+)", command, re.MULTILINE)]
+    assert targets == ["dist", "test"]
+    assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in targets)
+    assert release["jobs"]["publish"]["permissions"] == {"id-token": "write"}  # trusted publishing
 
 
 def test_imports_are_declared() -> None:
