@@ -5,9 +5,9 @@ BIN := .venv/bin
 BUILT := .venv/.built
 OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
 
-.PHONY: help demo test oldest check gpu bench quality fuzz readme docs dist assets format
+.PHONY: help demo test oldest check gpu bench quality fuzz readme docs docs-run dist assets format
 help:     ## list the targets
-	@sed -n 's/^\([a-z]*\): .*## /make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' Makefile
 
 demo: $(BUILT)     ## fine-tune the demo model on the demo data, a few minutes on a laptop
 	$(BIN)/lit-sparse fit --config smt.yaml --config trainers/demo.yaml
@@ -52,6 +52,9 @@ dist:     ## build the wheel and the source distribution into dist/, and check t
 	rm -rf dist build
 	.venv-dist/bin/python -m build --outdir dist .
 	.venv-dist/bin/python -m twine check --strict dist/*
+
+docs-run: $(BUILT)     ## run every command of README.md and docs/ on tiny models
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_documented_commands.py $(ARGS)
 
 assets: $(BUILT)     ## bring the demo models and data into the cache
 	$(BIN)/python -c "from lit_sparse import demo as d; \
