@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from benchmarks.measurements import Line, newest, read_lines
 from benchmarks.ranking import newest_first, row_of
@@ -26,8 +27,22 @@ LABELS = {
     "lisa": "LISA",
 }
 MIB, GIB = 2**20, 2**30
-STYLE: Any = {"svg.fonttype": "none", "svg.hashsalt": "lit_sparse", "font.size": 9, "axes.grid": True}
-"""Settings that make the same file from the same measurements, on any machine."""
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, which are told apart with every kind of colour vision."""
+MARKERS = "osD^vP*"
+STYLE: Any = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "lit_sparse",
+    "savefig.facecolor": "white",
+    "font.size": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.4,
+    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+}
+"""Settings that make the same file from the same measurements, on any machine.
+
+Text is drawn as outlines: with a viewer's own font, labels were cut. The white ground keeps it readable on a dark page.
+"""
 
 
 def lisa_state(lines: Sequence[Line]) -> Figure:
@@ -52,17 +67,19 @@ def lisa_norms(lines: Sequence[Line]) -> Figure:
     """Draw the norms of each layer's weights, and of their change, by method."""
     arms = newest((line for line in lines if "norms" in line), key="norms")
     figure, (norms, changes) = _figure(2)
-    for line in arms.values():
+    for line, marker in zip(arms.values(), MARKERS, strict=False):
         names, label = [at["layer"] for at in line["layers"]], LABELS[line["norms"]]
-        places = range(len(names))
-        changes.semilogy(places, [at["change"] / at["norm"] for at in line["layers"]], ".-", label=label)
+        places, moved = range(len(names)), [at["change"] / at["norm"] for at in line["layers"]]
+        changes.plot(places, moved, f"{marker}-", markersize=3, label=label)
         if line["norms"] == "full":
-            norms.semilogy(places, [at["norm"] for at in line["layers"]], ".-", color="grey")
+            norms.plot(places, [at["norm"] for at in line["layers"]], "o-", markersize=3, color="black")
         _named(changes, names)
         _named(norms, names)
-    norms.set(ylabel="norm of the base's weights")
-    changes.set(ylabel="norm of the change / norm of the weights")
-    changes.legend()
+    norms.set(title="How large each layer is", ylabel="L2 norm of its weights", ylim=(0, None))
+    changes.set(title="How far a fit moves it", ylabel="L2 norm of the change,\nshare of that of the weights")
+    changes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    changes.set_ylim(0, None)
+    changes.legend(title="0 %: not trained")
     return figure
 
 
@@ -71,20 +88,37 @@ def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[flo
 
     Points without a gain, of runs that diverged, are in the table only.
     """
-    figure, axes = _figure(1)
-    for name, points in curves.items():
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axes = [figure.add_subplot()]
+    for (name, points), marker in zip(curves.items(), MARKERS, strict=False):
         curve = [(rose, fell) for rose, fell in points if statistics.fmean(fell) > 0]
         if not curve:
             continue
         rose, fell = zip(*curve, strict=True)
-        style, across, along = "o-" if len(curve) > 1 else "*", [*map(spread, rose)], [*map(spread, fell)]
+        style, across, along = f"{marker}-" if len(curve) > 1 else marker, [*map(spread, rose)], [*map(spread, fell)]
         x, y = ([*map(statistics.fmean, values)] for values in (rose, fell))
         axes[0].errorbar(x, y, along, across, style, label=name, capsize=2)
-    axes[0].set(xlabel="general loss, rise in nats a token", ylabel="domain loss, fall in nats a token")
-    axes[0].legend(fontsize="small")
+    seeds = max((len(rose) for points in curves.values() for rose, _ in points), default=0)
+    axes[0].set(
+        title=f"Up and to the left is better; mean and standard deviation of {seeds} seeds",
+        xlabel="forgotten: rise of the loss on general text, nats a token (less is better)",
+        ylabel="learnt: fall of the loss on the problems,\nnats a token (more is better)",
+    )
+    axes[0].title.set_fontsize("medium")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, [PENALTIES.get(label, label) for label in labels], fontsize="small", loc="outside right")
     return figure
 
 
+PENALTIES = {
+    "none": "no penalty, by learning rate",
+    "adaptive": "recorded importance,\nby strength",
+    "unweighted": "the same without\ncoefficients of layers",
+    "ewc": "EWC, by strength",
+    "l2sp": "L2-SP, by strength",
+    "kl": "KL to the base",
+}
+"""The methods of the study of forgetting, as its figure names them."""
 NAMED = {
     "smt_abs_mean": "SMT, blocks by gradient",
     "smt_diagonal": "SMT, diagonal blocks",
@@ -100,7 +134,7 @@ def cost(arms: Sequence[tuple[str, float, Sequence[float]]]) -> Figure:
     """Draw held-out loss over peak memory, a labelled point for each arm, with the spread over seeds."""
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for (name, peak, losses), marker in zip(arms, "osD^vP*", strict=False):
+    for (name, peak, losses), marker in zip(arms, MARKERS, strict=False):
         axes.errorbar(peak / GIB, statistics.fmean(losses), spread(losses), fmt=marker, capsize=3, label=NAMED[name])
     axes.set(
         xlabel="peak memory of the process, GiB (less is better)",
@@ -130,14 +164,16 @@ def spread(values: Sequence[float]) -> float:
 
 def _named(axes: Axes, names: Sequence[str]) -> None:
     """Label the axis of layers: every fifth decoder layer by number, other parts by name."""
+    said = {"embed_tokens": "embeddings", "norm": "final norm"}
     short = {name: name.removesuffix(".weight").rpartition(".")[2] for name in names}
-    ticks = [place for place, name in enumerate(names) if not name.isdigit() or int(name) % 5 == 0]
-    axes.set_xticks(ticks, [short[names[place]] for place in ticks], rotation=60)
-    axes.set_xlabel("layer")
+    ticks = [place for place, name in enumerate(names) if not name.isdigit() or (int(name) and int(name) % 5 == 0)]
+    labels = [said.get(short[names[place]], short[names[place]]) for place in ticks]
+    axes.set_xticks(ticks, labels, rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_xlabel("decoder layer, from the input to the output")
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(4.5 * columns, 3.2), layout="constrained")
+    figure = Figure(figsize=(4.5 * columns, 3.6), layout="constrained")
     return figure, [figure.add_subplot(1, columns, column + 1) for column in range(columns)]
 
 
