@@ -1,7 +1,9 @@
 """Run the Python that is shown to users: in docs/from-python.md, the bare loop and the notebook."""
 
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,33 @@ def test_the_bare_loop_learns_and_knows_no_lightning(home, capsys):
     losses = bare_loop.main("tiny", steps=12)
     assert losses[-1] < losses[0]
     assert "lightning" not in Path(bare_loop.__file__).read_text().replace("without Lightning", "")
+
+
+@pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")
+def test_the_notebook_of_two_methods_runs_in_its_small_form(home, monkeypatch):
+    notebook = json.loads((ROOT / "docs" / "notebooks" / "two_methods.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    code = "\n".join("".join(cell["source"]) for cell in cells)
+    for shown, tiny in (
+        ("STEPS = 16", "STEPS = 2"),
+        ('base="demo"', 'base="tiny"'),
+        ("Embedded(max_length=192", 'Instructions("rows.jsonl", tokenizer="tiny", max_length=16'),
+        ("import Embedded", "import Instructions"),
+    ):
+        assert shown in code
+        code = code.replace(shown, tiny)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    with warnings.catch_warnings():  # the notebook hides its own, and what Lightning tells
+        exec(compile(code, "two_methods.ipynb", "exec"), {})
+    log.setLevel(level)
+    assert {Path(f"tuned-{name}/config.json").is_file() for name in ("SMT", "LoRA")} == {True}
 
 
 @pytest.mark.filterwarnings("ignore:The '.*' does not have many workers")

@@ -159,6 +159,17 @@ def test_the_forms_of_github_are_whole() -> None:
     assert release["jobs"]["publish"]["permissions"] == {"id-token": "write"}  # trusted publishing
 
 
+def test_the_image_gets_what_the_wheel_is_built_from() -> None:
+    text = (ROOT / "Dockerfile").read_text()
+    copied = {name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for name in line.split()}
+    assert copied == {*SOURCES, "pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
+    assert all((ROOT / name).exists() for name in copied)
+    extra = re.findall(r"'\.\[(\w+)\]'", text)
+    assert {*extra} <= PROJECT["optional-dependencies"].keys()
+    assert 'ENTRYPOINT ["lit-sparse"]' in text
+    assert "lit-sparse" in PROJECT["scripts"]
+
+
 def test_imports_are_declared() -> None:
     """A package that only came along with another one goes when that one changes its mind."""
     owners = packages_distributions()
