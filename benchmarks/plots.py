@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.measurements import Line, newest, read_lines
@@ -37,7 +38,7 @@ STYLE: Any = {
     "font.size": 9,
     "axes.grid": True,
     "grid.alpha": 0.4,
-    "axes.prop_cycle": mpl.cycler(color=COLOURS),
+    "axes.prop_cycle": cycler(color=COLOURS),
 }
 """Settings that make the same file from the same measurements, on any machine.
 
@@ -106,7 +107,8 @@ def forgetting(curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[flo
     )
     axes[0].title.set_fontsize("medium")
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, [PENALTIES.get(label, label) for label in labels], fontsize="small", loc="outside right")
+    named = [PENALTIES.get(str(label), str(label)) for label in labels]
+    axes[0].legend(handles, named, fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     return figure
 
 

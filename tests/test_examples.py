@@ -71,9 +71,9 @@ def test_the_notebook_of_two_methods_runs_in_its_small_form(home, monkeypatch):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     code = "\n".join("".join(cell["source"]) for cell in cells)
     for shown, tiny in (
-        ("STEPS = 16", "STEPS = 2"),
+        ("STEPS = 8", "STEPS = 2"),
         ('base="demo"', 'base="tiny"'),
-        ("Embedded(max_length=192", 'Instructions("rows.jsonl", tokenizer="tiny", max_length=16'),
+        ("Embedded(max_length=128", 'Instructions("rows.jsonl", tokenizer="tiny", max_length=16'),
         ("import Embedded", "import Instructions"),
     ):
         assert shown in code
