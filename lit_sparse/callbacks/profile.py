@@ -123,7 +123,7 @@ class Profile(Callback):
         self.phases, self._given = self._given or Phases(), None
         self.phases.read(device)
         if isinstance(getattr(module, "phases", None), Phases):
-            module.phases = self.phases
+            module.phases = self.phases  # pyright: ignore[reportArgumentType]
 
     def listen(self, trainer: L.Trainer) -> None:
         """Hear of what callbacks are not told. Called before the fit, it hears of the preparation of data, too."""

@@ -391,7 +391,7 @@ class Profiler:
         if self._kernels is not None and not self._profiled:
             self._kernels.close()
             self._kernels, self._kernel_steps = None, 0
-            return ["kernels"] * self.plan.profiled
+            return ["kernels"] * (self.plan.profiled or 0)
         return []
 
     def _reschedule(self, again: list[Stage]) -> None:
