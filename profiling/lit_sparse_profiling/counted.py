@@ -7,7 +7,7 @@ allocator's peak has beyond this count was allocated inside operations, where no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -276,7 +276,7 @@ class Counter(TorchDispatchMode):
             )
             if category is not None:
                 found.append(Large(size, category, list(block.shape), block.dtype, block.module, block.line))
-        return sorted(found, key=lambda one: -one.bytes)[:KEPT]
+        return largest_of(found)
 
     def levels(self) -> list[Level]:
         """Return what was alive over the step: its beginning, then the highest moment of each equal part of it."""
@@ -291,3 +291,24 @@ class Counter(TorchDispatchMode):
             if part not in highest or total > highest[part][0]:
                 highest[part] = total, Level(round(when - self._began, 6), phase, dict(now))
         return [level for _, level in highest.values()]
+
+    def left(self) -> list[Large]:
+        """Return the largest storages that the step made, that are alive still and in no category, with who holds them.
+
+        Call it after the step.
+        """
+        found: dict[int, Large] = {}
+        for tensor in alive(self.device):
+            for storage in storages_of(tensor):
+                block = self._blocks.get(storage)
+                if block is not None and block.size and block.category is None and id(block) not in found:
+                    by = "a graph of autograd" if block.saves else holder(tensor)
+                    where = f"{block.line}, held by {by}".removeprefix(", ")
+                    shape = list(block.shape)
+                    found[id(block)] = Large(block.size, block.counted_as, shape, block.dtype, block.module, where)
+        return largest_of(found.values())
+
+
+def largest_of(found: Iterable[Large]) -> list[Large]:
+    """Return the largest, largest first."""
+    return sorted(found, key=lambda one: -one.bytes)[:KEPT]

@@ -18,7 +18,7 @@ from lit_sparse_profiling.ledger import categories, ledger, storages
 from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.sections import EXAMINED, LEAD_IN, Allocator
+from lit_sparse_profiling.sections import EXAMINED, LEAD_IN, Allocator, Large
 from lit_sparse_profiling.witness import alive_bytes
 
 Subject = Callable[[], tuple[nn.Module, Optimizer | None, Any]]
@@ -42,6 +42,7 @@ class Examination:
         ops: FLOPs and bytes of the step's ops; None before the step.
         allocator: The allocator's figures; None until the step has ended.
         ran_eagerly: True if the model is compiled, which nothing that counts ops can see into: it ran uncompiled.
+        left: The largest storages that the step left behind; empty until it has ended.
         outside: Resident bytes that were in no tensor before the lead-in; None on a GPU.
     """
 
@@ -49,6 +50,7 @@ class Examination:
         self.counter: Counter | None = None
         self.ops: OpCounts | None = None
         self.allocator: Allocator | None = None
+        self.left: list[Large] = []
         self.outside: int | None = None
         self.ran_eagerly = False
         self._frames = compiled_frames()
@@ -139,6 +141,7 @@ class Examination:
         if events is not None:
             events.stop()
         self._phases.end(EXAMINED)
+        self.left = self.counter.left()
         allocated, held = self._allocated_and_held()
         # State that the step created (gradients, moments) is in the ledger, so that its growth is not left behind.
         growth = held - self._before[1]

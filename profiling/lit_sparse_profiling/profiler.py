@@ -445,6 +445,7 @@ class Profiler:
             most_positions=self._steps.most_positions,
             largest=counter.largest(),
             course=counter.levels(),
+            left=self._examination.left,
         )
 
     def kernels(self) -> Kernels | None:

@@ -82,6 +82,7 @@ def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
     if record.memory is not None:
         sentences += _before(record.memory)
         if record.memory.allocator is not None:
+            sentences += _left_behind(record.memory, record.memory.allocator)
             sentences += _allocator(record.memory.allocator, limit)
             sentences += _observer(record.memory.allocator)
         sentences += _other_steps(record, record.memory, limit)
@@ -292,12 +293,19 @@ def _process_residue(size: int, peak: int, limit: float) -> Iterator[str]:
         )
 
 
+def _left_behind(memory: Memory, allocator: Allocator) -> Iterator[str]:
+    if allocator.left_behind <= max(LEAK_SHARE * allocator.requested, LEAK_FLOOR):
+        return
+    cause = ", such as a list of losses with their graphs; append loss.detach() instead."  # nothing was seen of it
+    if memory.left:
+        found = (f"{format_bytes(one.bytes)} of {one.module or 'the loop'} at {one.line}" for one in memory.left[:3])
+        cause = f": {'; '.join(found)}."
+        if "a graph of autograd" in cause:
+            cause += " A loss that is kept keeps its graph: keep loss.detach() instead."
+    yield f"Each step leaves {allocator.left_behind:,} bytes allocated that are in no category: a leak{cause}"
+
+
 def _allocator(allocator: Allocator, limit: float) -> Iterator[str]:
-    if allocator.left_behind > max(LEAK_SHARE * allocator.requested, LEAK_FLOOR):
-        yield (
-            f"Each step leaves {allocator.left_behind:,} bytes allocated that are in no category: a leak, such as a "
-            "list of losses with their graphs; append loss.detach() instead."
-        )
     split, reserved = allocator.inactive_split, allocator.reserved
     if split is not None and reserved is not None and split > limit * reserved:
         yield (

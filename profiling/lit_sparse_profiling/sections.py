@@ -243,6 +243,7 @@ class Memory:
         largest: The largest tensors alive at the peak of the examined step, largest first.
         course: What was alive from the beginning of the examined step to its end, at the highest moment of each of at
             most a hundred equal parts of it.
+        left: The largest tensors that the examined step made and left behind in no category, largest first.
     """
 
     peak_resident: int | None
@@ -257,6 +258,7 @@ class Memory:
     most_positions: int | None = None
     largest: list[Large] = field(default_factory=list)
     course: list[Level] = field(default_factory=list)
+    left: list[Large] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

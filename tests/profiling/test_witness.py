@@ -195,6 +195,39 @@ def test_the_heap_has_numpys_arrays() -> None:
     assert (heap_in_use() or 0) - before == pytest.approx(kept.nbytes, rel=0.01)
 
 
+class Keeper:
+    """A callback that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+
+def test_the_cause_of_a_leak_is_found_with_its_line_and_holder() -> None:
+    keeper = Keeper()
+    record = loop(5, lambda _: keeper.kept.append(torch.ones(2 * MIB)))
+    left = record.memory.left[0]
+    assert (left.bytes, left.shape) == (8 * MIB, [2 * MIB])
+    assert re.search(
+        r"a leak: 8\.00 MiB of the loop at test_witness\.py:\d+ in <lambda>, held by Keeper\.kept[.;]", said(record)
+    )
+
+
+def test_a_loss_that_is_kept_keeps_its_graph() -> None:
+    keeper = Keeper()
+
+    class Kept(Net):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            kept = super().forward(input_ids)
+            keeper.kept.append(kept)
+            return super().forward(input_ids)
+
+    record = loop(5, model=Kept())
+    assert record.memory.left[0].category == "saved"
+    assert re.search(
+        r"a leak: .* in forward, held by a graph of autograd.* keep loss\.detach\(\) instead", said(record)
+    )
+
+
 # ---- the observer
 
 
