@@ -89,8 +89,12 @@ class Plan:
     def stages(self) -> deque[Stage]:
         """Return the stages of the steps before the timed ones."""
         memory = [] if self.examine is False else ["lead-in", "examined"]
-        profiled = PROFILED if self.profiled is None else self.profiled
-        return deque(["warm-up"] * self.warmup + memory + ["kernels"] * profiled)
+        return deque(["warm-up"] * self.warmup + memory + self.kernel_stages)
+
+    @property
+    def kernel_stages(self) -> list[Stage]:
+        """The stages in which kernels are timed."""
+        return ["kernels"] * (PROFILED if self.profiled is None else self.profiled)
 
     @property
     def limited(self) -> tuple[Stage, ...]:
@@ -391,7 +395,7 @@ class Profiler:
         if self._kernels is not None and not self._profiled:
             self._kernels.close()
             self._kernels, self._kernel_steps = None, 0
-            return ["kernels"] * (self.plan.profiled or 0)
+            return self.plan.kernel_stages
         return []
 
     def _reschedule(self, again: list[Stage]) -> None:

@@ -549,6 +549,15 @@ def test_a_step_in_turns_is_as_long_as_one_alone(clock: Clock) -> None:
         os.close(descriptor)
 
 
+def test_kernels_that_were_interrupted_are_timed_anew_by_default(clock: Clock) -> None:
+    loop = Loop(Plan(warmup=0, examine=False, profiled=None))
+    loop.profiler.begin_step()
+    loop.profiler.pause()
+    loop.profiler.end_step()
+    loop.steps(3)
+    assert (loop.record().kernels.steps, loop.profiler.timed) == (2, 1)
+
+
 def test_no_timed_step_is_no_throughput() -> None:
     loop = Loop()
     loop.steps(5)
