@@ -1,4 +1,4 @@
-"""Run test cases in two processes, and pass their results through files."""
+"""Run test cases in two processes or more, and pass their results through files."""
 
 import json
 import os
@@ -18,8 +18,8 @@ LIMIT = 600
 """Seconds a pair may take: the longest takes about a hundred, and gloo itself waits for half an hour."""
 
 
-def run_pair(act: Callable[[Path, int], None], folder: Path) -> None:
-    """`act(folder, rank)` in two processes that Lightning takes for those of torchrun.
+def run_pair(act: Callable[[Path, int], None], folder: Path, ranks: int = 2) -> None:
+    """`act(folder, rank)` in two processes, or in `ranks`, that Lightning takes for those of torchrun.
 
     A process that dies of a signal is not a test that failed: in about one of ten runs of many FSDP2 fits on CPUs in
     one process, the allocator aborts it ("munmap_chunk(): invalid pointer"), for a reason that is not known yet. The
@@ -27,7 +27,7 @@ def run_pair(act: Callable[[Path, int], None], folder: Path) -> None:
     """
     before = set(folder.iterdir())
     try:
-        _spawn(act, folder)
+        _spawn(act, folder, ranks)
     except torch.multiprocessing.ProcessExitedException as crash:  # pyright: ignore[reportPrivateImportUsage]
         if crash.signal_name is None:
             raise
@@ -35,15 +35,15 @@ def run_pair(act: Callable[[Path, int], None], folder: Path) -> None:
         print(warned, file=sys.stderr, flush=True)
         for path in set(folder.iterdir()) - before:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _spawn(act, folder)
+        _spawn(act, folder, ranks)
 
 
-def _spawn(act: Callable[[Path, int], None], folder: Path) -> None:
+def _spawn(act: Callable[[Path, int], None], folder: Path, ranks: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     spawn = torch.multiprocessing.spawn  # pyright: ignore[reportPrivateImportUsage]
-    context = spawn(_begin, (act, folder, port), nprocs=2, join=False)
+    context = spawn(_begin, (act, folder, port, ranks), nprocs=ranks, join=False)
     deadline = time.monotonic() + LIMIT
     while not context.join(timeout=max(deadline - time.monotonic(), 0)):
         if time.monotonic() > deadline:
@@ -52,11 +52,11 @@ def _spawn(act: Callable[[Path, int], None], folder: Path) -> None:
             raise TimeoutError(f"the pair of processes had not ended after {LIMIT} s; they wait for one another")
 
 
-def _begin(rank: int, act: Callable[[Path, int], None], folder: Path, port: int) -> None:
+def _begin(rank: int, act: Callable[[Path, int], None], folder: Path, port: int, ranks: int) -> None:
     warnings.filterwarnings("ignore")  # of the processes' start; what they train is what counts
     torch.set_num_threads(1)
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
-    mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
     act(folder, rank)
     torch.distributed.destroy_process_group()
