@@ -72,6 +72,15 @@ def until(page: Any, condition: str) -> None:
     raise AssertionError(f"never true: {condition}")
 
 
+@pytest.fixture(scope="module")
+def page(browser: Any, file: Path) -> Iterator[Any]:
+    """The page on a desk, whose console says nothing whatever the tests do with it."""
+    page, told = opened(browser, file)
+    yield page
+    assert told == []
+    page.context.close()
+
+
 @pytest.mark.parametrize(("size", "scheme"), [(PHONE, "dark"), (DESK, "light")], ids=["phone", "desk"])
 def test_every_figure_is_drawn_and_fits_the_width_without_a_word_in_the_console(browser, file, size, scheme) -> None:
     page, told = opened(browser, file, size, scheme)
@@ -97,20 +106,16 @@ def test_every_figure_is_drawn_and_fits_the_width_without_a_word_in_the_console(
     page.context.close()
 
 
-def test_the_scheme_changes_with_the_reader_s_and_by_the_button(browser, file) -> None:
-    page, told = opened(browser, file)
+def test_the_scheme_changes_with_the_reader_s_and_by_the_button(page) -> None:
     colour = "getComputedStyle(document.querySelector('#figure-memory .xtitle')).fill"
     light = page.evaluate(colour)
     page.emulate_media(color_scheme="dark")
     until(page, f"{colour} !== '{light}'")
     page.click("#scheme")
     until(page, f"{colour} === '{light}'")
-    assert told == []
-    page.context.close()
 
 
-def test_hover_legend_sort_filter_and_downloads_work(browser, file, tmp_path) -> None:
-    page, told = opened(browser, file)
+def test_hover_legend_sort_filter_and_downloads_work(page, tmp_path) -> None:
     page.locator("#figure-memory").scroll_into_view_if_needed()
     page.locator("#figure-memory .barlayer .point path").first.hover(force=True)
     page.wait_for_selector("#figure-memory .hoverlayer text")
@@ -142,12 +147,9 @@ def test_hover_legend_sort_filter_and_downloads_work(browser, file, tmp_path) ->
         page.click("#json")
     download.value.save_as(tmp_path / "runs.json")
     assert json.loads((tmp_path / "runs.json").read_text())[1]["command"].endswith("--model.base a/model-8b")
-    assert told == []
-    page.context.close()
 
 
-def test_the_choice_answers_from_the_records(browser, file) -> None:
-    page, _ = opened(browser, file)
+def test_the_choice_answers_from_the_records(page) -> None:
     answer = page.locator("#answer")
     assert page.locator("#card option:checked").inner_text() == "NVIDIA H100 80GB HBM3: 79.6 GiB"
     assert "Take full-1: 1.020 nats/token" in answer.inner_text()  # the lowest loss, and it fits
@@ -159,15 +161,9 @@ def test_the_choice_answers_from_the_records(browser, file) -> None:
     assert "Take ia3-1: 0.010 nats/token" in answer.inner_text()
     page.select_option("#card", label="8 GB")
     assert "No run of this model answers that: did not end well: 1, more than the card has: 5." in answer.inner_text()
-    page.select_option("#model", label="b/small")
-    drawn(page)
-    assert "Take smt-3" in answer.inner_text() or "No run" in answer.inner_text()
-    assert page.locator("#across figure").count() < len(ACROSS)
-    page.context.close()
 
 
-def test_two_are_compared_with_a_verdict(browser, file) -> None:
-    page, _ = opened(browser, file)
+def test_two_are_compared_with_a_verdict(page) -> None:
     verdict = page.locator("#verdict")
     page.select_option("#a", label="full-1 (a/model-8b)")
     page.select_option("#b", label="smt-1 (a/model-8b)")
@@ -181,7 +177,6 @@ def test_two_are_compared_with_a_verdict(browser, file) -> None:
     assert "galore-1 ended as oom: there is no verdict." in verdict.inner_text()
     page.select_option("#b", label="smt-3 (b/small)")
     assert "They train different models" in verdict.inner_text()
-    page.context.close()
 
 
 def test_hostile_texts_run_nothing(browser, tmp_path) -> None:
@@ -189,10 +184,11 @@ def test_hostile_texts_run_nothing(browser, tmp_path) -> None:
     records = [hostile, gpu_record("smt"), replace(gpu_record("full"), model=replace(hostile.model, base=hostile.name))]
     write_page(read_runs([write_runs(tmp_path / "runs", *records)]), file, CARDS)
     page, told = opened(browser, file)
-    for select in ("#model", "#run", "#a", "#b"):
+    for select in ("#model", "#run"):
         for index in range(page.locator(f"{select} option").count()):
             page.select_option(select, index=index)
             drawn(page)
+    page.select_option("#b", index=0)
     assert page.evaluate("window.hacked") is None
     assert page.locator("img").count() == 0
     assert told == []
