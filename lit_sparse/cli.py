@@ -30,6 +30,7 @@ from lit_sparse.bench import bench, take
 from lit_sparse.bench import parser as bench_parser
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, Stopped
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
+from lit_sparse.callbacks.out_of_memory import asked_for, is_oom
 from lit_sparse.callbacks.rank_watch import RankWatch, rank_of_this, tell_once
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.configs import (
@@ -606,6 +607,16 @@ def start(cli: type[CLIKind], argv: Sequence[str], phases: Phases | None = None)
     )
 
 
+def in_full(error: BaseException) -> str:
+    """Return what is known of an out-of-memory error: of a fit, what was alive and what would have helped."""
+    if notes := getattr(error, "__notes__", None):
+        return "\n".join(notes)
+    return (
+        f"out of memory{asked_for(error)}; give smaller batches (--data.batch_size) or shorter texts, end other "
+        "programs on the device, or take another --device."
+    )
+
+
 def main() -> None:
     """Run the command `lit-sparse`; an error that the user can fix is one sentence and status 2."""
     phases = Phases.of_process()
@@ -619,10 +630,12 @@ def main() -> None:
         sys.exit(128 + stopped.number if rank_of_this() == 0 else 0)
     except Exception as error:
         told = understood(error)
-        if told is None:
+        if told is None and not is_oom(error):
             raise
-        sentence = " ".join(str(told).split())
-        tell_once(sentence)
+        if told is None:
+            tell_once(in_full(error), "out of memory")
+        else:
+            tell_once(" ".join(str(told).split()))
         sys.exit(2)
 
 

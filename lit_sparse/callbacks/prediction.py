@@ -63,18 +63,32 @@ def setting_of(trainer: L.Trainer) -> Setting:
     """
     if isinstance(trainer.strategy, FSDP2Strategy):
         raise BadInput("trainer.strategy is fsdp2, which is not traced.")
-    loader = trainer.fit_loop._data_source.dataloader()
-    if not isinstance(trainer.datamodule, TokenData) or not isinstance(loader, Loader):  # pyright: ignore
-        raise BadInput("the size of its batches is known only as they come.")
-    lengths, multiple = loader.batches.lengths, trainer.datamodule.pad_to_multiple_of  # pyright: ignore
+    rows, length = largest_batch(trainer)
     return Setting(
         "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
-        min(loader.batches.batch_size, len(lengths)),
-        -(-int(lengths.max()) // multiple) * multiple,
+        rows,
+        length,
         trainer.accumulate_grad_batches,
         trainer.gradient_clip_val,  # pyright: ignore[reportAttributeAccessIssue]
         trainer.world_size,
     )
+
+
+def largest_batch(trainer: L.Trainer) -> tuple[int, int]:
+    """Return the rows of the largest batch of the training data, and the tokens of its rows.
+
+    Raises:
+        BadInput: if the data do not tell.
+    """
+    data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue] - Lightning sets it in a function
+    loader = trainer.fit_loop._data_source.dataloader()
+    if isinstance(data, TokenData) and isinstance(loader, Loader):
+        lengths, multiple = loader.batches.lengths, data.pad_to_multiple_of
+        return min(loader.batches.batch_size, len(lengths)), -(-int(lengths.max()) // multiple) * multiple
+    sizes = getattr(data, "batch_size", None), getattr(data, "max_length", None)
+    if not all(isinstance(size, int) for size in sizes):
+        raise BadInput("the size of the batches is known only as they come.")
+    return sizes  # pyright: ignore[reportReturnType]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
 
+from lit_sparse.callbacks.out_of_memory import is_oom
 from lit_sparse.refusals import understood
 from lit_sparse_profiling.budget import Budget
 from lit_sparse_profiling.nvml import NVML, open_nvml
@@ -26,11 +27,6 @@ from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.stopwatch import Pace, Tokens, count_tokens
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
-OOM = (
-    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-)
-"""Messages of out-of-memory errors outside of the CUDA allocator, which torch raises as plain RuntimeErrors."""
 
 
 DATA, DATA_HOOKS = "data", ("prepare_data", "train_dataloader", "val_dataloader")
@@ -307,10 +303,3 @@ class Profile(Callback):
         return RunRecord(
             name=self.folder.name, **{"versions": versions, "settings": self.settings, **measured, **fields}
         )
-
-
-def is_oom(exception: BaseException) -> bool:
-    """Return true if the device or the host ran out of memory."""
-    if isinstance(exception, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(exception, RuntimeError) and any(text in str(exception) for text in OOM)

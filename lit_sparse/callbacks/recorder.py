@@ -19,6 +19,7 @@ from peft import PeftConfig
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
 from lit_sparse.callbacks.forgetting import Forgetting
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
+from lit_sparse.callbacks.out_of_memory import describe, is_oom
 from lit_sparse.callbacks.prediction import predict
 from lit_sparse.callbacks.profile import Profile
 from lit_sparse.callbacks.samples import Samples
@@ -199,6 +200,11 @@ class Recorder(Profile):
 
     def on_exception(self, trainer: L.Trainer, pl_module: LitSparse, exception: BaseException) -> None:  # pyright: ignore
         self.checkpoint.signals.ignore()
+        if trainer.state.fn == "fit" and is_oom(exception):  # before anything is freed
+            optimizer = trainer.optimizers[0] if trainer.optimizers else None
+            exception.add_note(describe(exception, pl_module, optimizer, trainer.global_step + 1))
+            if self.moved and self.checkpoint.path.is_file():
+                exception.add_note(f"The last checkpoint stays: go on from it with --ckpt_path {self.checkpoint.path}.")
         super().on_exception(trainer, pl_module, exception)
         if trainer.state.fn == "fit" and trainer.is_global_zero and self.leaves_record(exception):
             self._write_config()
