@@ -19,14 +19,14 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -76,7 +76,7 @@ def write_sharded(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 def _separate(value: Any, key: str, tensors: dict[str, DTensor]) -> Any:
     """Move the DTensors nested in dicts, lists and tuples to `tensors`, by key; meta tensors take their places."""
     if isinstance(value, DTensor):
-        tensors[key] = value.detach()
+        tensors[key] = cast(DTensor, value.detach())
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, dict):
         return {name: _separate(item, f"{key}/{name}", tensors) for name, item in value.items()}
@@ -97,9 +97,9 @@ def _write_folder(tensors: dict[str, DTensor], folder: Path, path: Path) -> dict
     """Write this rank's shards into `folder`; return the hashes of the files of all ranks, read back from the disk."""
     writer = _Writer(folder, sync_files=True)
     writer.fs = files = _HashedFiles()
-    problem: Exception | None = None
+    problem: BaseException | None = None
     try:
-        dcp.save(dict(tensors), storage_writer=writer)
+        dcp.save(dict(tensors), storage_writer=writer)  # pyright: ignore[reportPrivateImportUsage]
     except CheckpointException as error:  # on all ranks
         problem = next(iter(error.failures.values()))[0]
     found = _from_all({"hashes": {} if problem else files.hashes, "problem": str(problem or files.read_back() or "")})
@@ -146,7 +146,7 @@ def _from_all(own: Any) -> list[Any]:
     return found
 
 
-class _Writer(dcp.FileSystemWriter):
+class _Writer(FileSystemWriter):
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # else the folder's name today, a path, which it may not keep
 
@@ -267,7 +267,7 @@ def _load(wanted: dict[str, Tensor], folder: Path) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # each rank reads by itself
-            dcp.load(wanted, storage_reader=_Reader(folder), no_dist=True)
+            dcp.load(wanted, storage_reader=_Reader(folder), no_dist=True)  # pyright: ignore[reportPrivateImportUsage]
     except CheckpointException as error:  # which is no Exception
         reason = str(next(iter(error.failures.values()))[0]).rstrip(".")
         raise BadInput(f"the shards in {folder} cannot be read ({reason}); give another checkpoint.") from error
@@ -296,7 +296,7 @@ def _empty(like: Tensor, mesh: DeviceMesh | None) -> Tensor:
     return empty_dtensor(like.shape, dtype=like.dtype, device_mesh=mesh, placements=placements)
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **options: Any) -> Any:
         with (Path(self.path) / METADATA).open("rb") as file:
             return _Unpickler(file).load()

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lit_sparse.anatomy import classification_head, decoder_layers
 from lit_sparse.checkpoints import hash_of
@@ -226,7 +226,7 @@ def tensor_files(base: str) -> dict[str, str]:
     single, index = (cached_file(base, name, **options) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if single is None and index is None:
         raise Unreadable("it has no safetensors files")
-    files = [single] if single is not None else get_checkpoint_shard_files(base, index)[0]
+    files = [single] if single is not None else get_checkpoint_shard_files(base, index)[0] or []
     found: dict[str, str] = {}
     for file in files:
         with safe_open(file, "pt") as opened:

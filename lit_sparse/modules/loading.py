@@ -10,7 +10,8 @@ import torch
 from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from lit_sparse.anatomy import classification_head, is_quantized_linear
 from lit_sparse.demo import resolve
