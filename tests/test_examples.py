@@ -66,9 +66,6 @@ def test_the_bare_loop_learns_and_knows_no_lightning(home, capsys):
 def test_the_notebook_of_two_methods_runs_in_its_small_form(home, monkeypatch):
     notebook = json.loads((ROOT / "docs" / "notebooks" / "two_methods.ipynb").read_text())
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert not any(output["output_type"] == "error" for output in outputs)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     code = "\n".join("".join(cell["source"]) for cell in cells)
     for shown, tiny in (
         ("STEPS = 8", "STEPS = 2"),
