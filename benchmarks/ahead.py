@@ -26,7 +26,17 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks.provenance import ROOT, of_device
-from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
+from lit_sparse_kernels import (
+    add_noise,
+    block_adamw,
+    block_delta,
+    block_grad,
+    glu_density,
+    master_adamw,
+    momentum_noise,
+    pack_columns,
+    philox,
+)
 from lit_sparse_kernels.jit import Listed
 from lit_sparse_kernels.master_adamw import Item, Rule
 
@@ -230,7 +240,38 @@ def glu_densities(width: int, narrow: int, wide: int, size: int) -> Iterator[Cal
         yield lambda gate=gate, up=up, names=names: glu_density.launch_grad(gate, rows, gate, up, sharpness, *names)
 
 
+NOISES: list[tuple[torch.dtype, philox.Kind]] = [(torch.bfloat16, "rademacher"), (torch.float32, "gaussian")]
+
+
+def noises(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Of the embeddings of a batch's tokens."""
+    yield lambda: philox.launch(empty(TOKENS, dtype=torch.int64), width, 2**63 + 1, 7, kind="gaussian")
+
+
+def added_noises(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Of a layer's matrices, its norm and an odd shard, in bf16 and fp32."""
+    terms = [add_noise.Term(2**63 + 1, 1e-3), add_noise.Term(2, -1e-3)]
+    for dtype, kind in NOISES:
+        weights = [empty(*shape, dtype=dtype) for shape in ((wide, width), (narrow, width), (width,), (7,))]
+        pieces = [add_noise.Piece(one, one, number, 5 * number) for number, one in enumerate(weights)]
+        yield lambda p=pieces, k=kind: add_noise.launch(p, terms, 0.9, k, stochastic=True)
+
+
+def momentum_noises(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """With a curvature that is refreshed, and without one."""
+    rule, terms = momentum_noise.Rule(1e-4, 0.9, 0.99, 1.0, 1e-8, 0.9, (0.1,)), [add_noise.Term(2**63 + 1, 1e-3)]
+    for (dtype, kind), curved in zip(NOISES, (True, False), strict=True):
+        pieces = []
+        for shape in ((wide, width), (width,)):
+            weight, m, h = empty(*shape, dtype=dtype), *(empty(*shape, dtype=torch.float32) for _ in range(2))
+            pieces.append(momentum_noise.Piece(weight, m, h if curved else None, 1.0, 3))
+        yield lambda p=pieces, k=kind: momentum_noise.launch(p, terms, rule, k, stochastic=True)
+
+
 LAUNCHES = {
+    "row_noise": noises,
+    "add_noise": added_noises,
+    "momentum_noise": momentum_noises,
     "block_grad": block_grads,
     "block_adamw": block_adamws,
     "pack_columns": packings,

@@ -182,7 +182,7 @@ def addresses(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor
     return sent(rows, torch.int64, device)
 
 
-def sent(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
+def sent(rows: Sequence[Sequence[float]] | Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A small table on the device; the copy does not wait."""
     return torch.tensor(rows, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 

@@ -10,17 +10,31 @@ import sys
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
+from lit_sparse_kernels import (
+    add_noise,
+    block_adamw,
+    block_delta,
+    block_grad,
+    glu_density,
+    master_adamw,
+    momentum_noise,
+    pack_columns,
+    philox,
+)
 from lit_sparse_kernels.jit import Listed
 from tests.kernels import (
+    test_add_noise,
     test_block_adamw,
     test_block_delta,
     test_block_grad,
     test_glu_density,
     test_master_adamw,
+    test_momentum_noise,
     test_pack_columns,
 )
 from tests.kernels.numpys import mend_interpreter
+
+KINDS: tuple[philox.Kind, ...] = ("rademacher", "gaussian")
 
 
 def results(device: torch.device) -> list[Tensor]:
@@ -51,6 +65,21 @@ def results(device: torch.device) -> list[Tensor]:
         parts = [part._replace(item=moved(part.item, device)) for part in test_block_adamw.parts(*case)]
         block_adamw.launch(parts, test_master_adamw.RULE)
         made += [tensor for part in parts for tensor in part.item.moved()]
+    for first, count, seed, param in philox.CASES:
+        made += [philox.launch(torch.tensor([first], device=device), count, seed, param, 0, kind) for kind in KINDS]
+    for ranges, dtype, terms, kind in exact(add_noise.CASES):
+        pieces = [
+            piece._replace(out=piece.out.to(device), weight=piece.weight.to(device))
+            for piece in test_add_noise.pieces(ranges, dtype)
+        ]
+        add_noise.launch(pieces, test_add_noise.TERMS[:terms], 0.9, kind)
+        made += [piece.out for piece in pieces]
+    for ranges, dtype, terms, kind, curved in exact(momentum_noise.CASES):
+        given = test_momentum_noise.pieces(ranges, dtype, curved)
+        there = [momentum_noise.Piece(*(None if t is None else t.to(device) for t in p[:3]), *p[3:]) for p in given]  # pyright: ignore
+        rule = test_momentum_noise.RULE._replace(refresh=(0.3, 0.1)[:terms])
+        momentum_noise.launch(there, test_momentum_noise.TERMS[:terms], rule, kind)
+        made += [tensor for piece in there for tensor in piece[:3] if tensor is not None]
     return [tensor.cpu() for tensor in made]
 
 
