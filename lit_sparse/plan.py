@@ -161,15 +161,23 @@ def planned(name: str, make: Make, command: Sequence[str], device: str, card: in
 def largest_batch(first: Forecast, at: Callable[[int], Forecast], card: int) -> int:
     """Return the largest batch that fits a card, 0 if none does.
 
-    A second plan gives the slope in the batch size; the result is planned itself, and reduced until it fits.
+    A second plan gives the slope in the batch size. Segments of the allocator make it a rough one, so that a batch that
+    was found gives a better one, for another try. The result is planned itself, and reduced until it fits.
     """
     size, room = first.setting.batch_size, CARDS[card] * 2**20
-    second = at(2 * size)
-    slope = max(1.0, (second.needed - first.needed) / size)
-    guess = int(size + (room - first.needed) / slope)
-    while guess > 0 and at(guess).needed > room:
-        guess -= max(1, guess // 50)
-    return max(guess, 0)
+    known, best = at(2 * size), 0
+    for _ in range(2):
+        slope = max(1.0, (known.needed - first.needed) / (known.setting.batch_size - size))
+        guess = int(size + (room - first.needed) / slope)
+        while guess > best:
+            plan = at(guess)
+            if plan.needed <= room:
+                known, best = plan, guess
+                break
+            guess -= max(1, guess // 25)
+        if best <= size:
+            break
+    return best
 
 
 # ---- what is printed

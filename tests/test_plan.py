@@ -12,6 +12,7 @@ from lit_sparse import plan as planning
 from lit_sparse.cli import main, make_planned
 from lit_sparse.plan import CARDS, card_of, fit_command
 from lit_sparse.planner import Setting, forecast
+from lit_sparse_profiling.trace import Overdue
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -83,15 +84,16 @@ def test_a_ddp_rank_also_has_buckets_of_its_gradients(
     assert rank["allocated"] - alone["allocated"] == 4 * alone["trainable"]
 
 
-def test_the_largest_batch_fits_and_a_larger_one_does_not(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_batch_fits_and_a_larger_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CARDS, 8, 900)
-    command = fit_command("lora.yaml", [], [f"--model.base={base}", "--data.max_length=64"])
-    found = planning.planned("lora.yaml", make_planned, command, "cuda", 8)
+    LlamaConfig(**{**SIZES, "num_hidden_layers": 1}).save_pretrained(tmp_path)  # several plans, of a layer each
+    command = fit_command("full.yaml", [], [f"--model.base={tmp_path / 'config.json'}", "--data.max_length=64"])
+    found = planning.planned("full.yaml", make_planned, command, "cuda", 8)
     assert found.largest is not None
     assert found.largest > 4
 
     def needed(size: int) -> int:
-        return forecast("lora", make_planned(command).module, Setting("cuda", size, 64)).needed
+        return forecast("full", make_planned(command).module, Setting("cuda", size, 64)).needed
 
     assert needed(found.largest) <= 900 * 2**20 < needed(found.largest + max(4, found.largest // 10))
 
@@ -147,6 +149,12 @@ def test_bad_input_is_one_sentence(
     printed = capsys.readouterr().err.strip()
     assert said in printed.replace("\n", " ")
     assert printed.startswith("lit-sparse: ")
+
+
+def test_a_trace_ends_at_its_limit_of_time(base: str) -> None:
+    module = make_planned(fit_command("full.yaml", [], [f"--model.base={base}"])).module
+    with pytest.raises(Overdue):
+        forecast("full", module, Setting("cpu", 1, 16), seconds=0.0)
 
 
 def test_a_method_that_reads_values_is_refused_with_a_bound(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
