@@ -6,7 +6,7 @@ import os
 import sys
 from difflib import get_close_matches
 from importlib.metadata import version
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from lit_sparse.shipped import listing
 
@@ -104,23 +104,29 @@ def hush_torch() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
+def show(text: str) -> NoReturn:
+    """Print `text` and exit; a reader that leaves, such as `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it exits
+    sys.exit(0)
+
+
 def main() -> None:
     """Run the command; exit with status 2 if the verb is unknown."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if verb in ("-h", "--help"):
-        print(help_text())
-        sys.exit(0)
+        show(help_text())
     if verb == "--version":
-        print(f"lit-sparse {version('lit-sparse')}")
-        sys.exit(0)
+        show(f"lit-sparse {version('lit-sparse')}")
     if verb not in VERBS:
         near = get_close_matches(verb, VERBS, n=1)
         meant = OTHERS.get(verb) or (f"did you mean {near[0]}?" if near else "lit-sparse --help lists them.")
         print(f"lit-sparse: there is no verb {verb!r}; {meant}", file=sys.stderr)
         sys.exit(2)
     if sys.argv[1:] == ["list"]:
-        print(listing())
-        sys.exit(0)
+        show(listing())
     wait_passively()
     hush_torch()
     if sys.stderr.isatty():

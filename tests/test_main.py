@@ -80,3 +80,15 @@ def test_a_choice_of_the_user_holds(name, monkeypatch):
     monkeypatch.setenv(name, "7")
     wait_passively()
     assert os.environ.get("OMP_WAIT_POLICY") == ("7" if name == "OMP_WAIT_POLICY" else None)
+
+
+@pytest.mark.parametrize("word", ["--help", "list"])
+def test_a_reader_that_leaves_is_no_error(word):
+    reads, writes = os.pipe()
+    os.close(reads)
+    search = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "profiling"))
+    command = [sys.executable, "-m", "lit_sparse", word]
+    environment = {**os.environ, "PYTHONPATH": search}
+    found = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(writes)
+    assert (found.returncode, found.stderr) == (0, "")
