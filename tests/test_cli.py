@@ -269,7 +269,7 @@ def test_a_constructors_refusal_is_printed_as_it_stands(home, capsys, monkeypatc
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch):
-    def mistaken(argv):
+    def mistaken(argv, phases):
         try:
             raise BadInput("told elsewhere")
         except BadInput:

@@ -192,6 +192,6 @@ def test_without_measuring_no_step_is_slower(home, capsys, how):
 
 def test_a_switch_in_a_yaml_is_read_as_its_keys():
     assert configs.load("profile: true") == configs.load("profile: {}")
-    assert configs.load("profile: off") == {"profile": {"examine": False, "profiled": 0}}
+    assert configs.load("profile: off") == {"profile": {"examine": False, "profiled": 0, "predict": False}}
     with pytest.raises(BadInput, match="profile has keys of its own"):
         configs.read_document("profile: 3\nmodel: {}")

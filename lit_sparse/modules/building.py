@@ -222,7 +222,12 @@ class BuiltModel(L.LightningModule, ABC):
 
     def _attach(self) -> None:
         self._prepare()
-        self._attach_and_shard(lambda kinds: self.updates.attach(self.build(), self.probe, self._context, kinds))
+
+        def attach(kinds: Collection[Attaches]) -> None:
+            with self.phases("selection"):
+                self.updates.attach(self.build(), self.probe, self._context, kinds)
+
+        self._attach_and_shard(attach)
         self._after_attach()
 
     def _attach_and_shard(self, attach: Callable[[Collection[Attaches]], None]) -> None:
@@ -231,12 +236,12 @@ class BuiltModel(L.LightningModule, ABC):
         A hollow model is sharded and filled after those that need only shapes; one that was loaded whole is sharded
         here if a strategy asks for shards, else in the end.
         """
-        with self.phases("selection"), forked_rng(self.device_to_be):
-            if self._hollow is not None:
+        if self._hollow is not None:
+            with forked_rng(self.device_to_be):
                 attach(("shapes",))
         if self._hollow is not None or (self.to_shard and any(u.attaches_to == "shards" for u in self.updates)):
             self._shard()
-        with self.phases("selection"), forked_rng(self.device_to_be):
+        with forked_rng(self.device_to_be):
             attach(ATTACHES if self._hollow is None else ("either", "shards"))
         self._hollow = None
 

@@ -7,7 +7,7 @@ allocator's peak has beyond this count was allocated inside operations, where no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -32,6 +32,8 @@ HELD_FLOOR = 2**20
 """Bytes from which a storage is sought among those from before the step: finding its holder takes time."""
 KEPT = 10
 """Number of the largest tensors that are told."""
+HELD = 3
+"""Number of the largest tensors that a step leaves behind whose holders are sought."""
 LEVELS = 100
 """Moments of a step that are told."""
 UNNAMED_PHASE = "course"
@@ -276,7 +278,7 @@ class Counter(TorchDispatchMode):
             )
             if category is not None:
                 found.append(Large(size, category, list(block.shape), block.dtype, block.module, block.line))
-        return largest_of(found)
+        return sorted(found, key=lambda one: -one.bytes)[:KEPT]
 
     def levels(self) -> list[Level]:
         """Return what was alive over the step: its beginning, then the highest moment of each equal part of it."""
@@ -297,18 +299,17 @@ class Counter(TorchDispatchMode):
 
         Call it after the step.
         """
-        found: dict[int, Large] = {}
+        found: dict[int, tuple[Tensor, _Block]] = {}
         for tensor in alive(self.device):
             for storage in storages_of(tensor):
                 block = self._blocks.get(storage)
-                if block is not None and block.size and block.category is None and id(block) not in found:
-                    by = "a graph of autograd" if block.saves else holder(tensor)
-                    where = f"{block.line}, held by {by}".removeprefix(", ")
-                    shape = list(block.shape)
-                    found[id(block)] = Large(block.size, block.counted_as, shape, block.dtype, block.module, where)
-        return largest_of(found.values())
+                if block is not None and block.size and block.category is None:
+                    found.setdefault(id(block), (tensor, block))
+        largest = sorted(found.values(), key=lambda one: -one[1].size)[:HELD]  # a search takes a third of a second
+        return [self._with_holder(tensor, block) for tensor, block in largest]
 
-
-def largest_of(found: Iterable[Large]) -> list[Large]:
-    """Return the largest, largest first."""
-    return sorted(found, key=lambda one: -one.bytes)[:KEPT]
+    @staticmethod
+    def _with_holder(tensor: Tensor, block: _Block) -> Large:
+        by = "a graph of autograd" if block.saves else holder(tensor)
+        where = f"{block.line}, held by {by}".removeprefix(", ")
+        return Large(block.size, block.counted_as, list(block.shape), block.dtype, block.module, where)

@@ -17,6 +17,7 @@ from lit_sparse_profiling.sections import Kernel, Kernels
 
 OURS = (
     "lit_sparse",
+    "_add_noise_kernel",
     "_block_adamw_kernel",
     "_block_delta_kernel",
     "_block_grad_kernel",
@@ -24,6 +25,8 @@ OURS = (
     "_glu_density",
     "_join_parts_kernel",
     "_master_adamw_kernel",
+    "_momentum_noise_kernel",
+    "_noise_kernel",
 )
 """Prefixes of the names of this project's ops and kernels. Kernels too, since an optimizer launches them from no op."""
 

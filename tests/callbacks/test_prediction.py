@@ -13,7 +13,7 @@ F = [
     *("--model.base", "tiny", "--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout=4"),
     *("--data.max_length=16", "--data.batch_size=2", "--samples=0", "--trainer.accelerator=cpu"),
     *("--trainer.max_steps=4", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"),
-    *("--profile.warmup=1", "--profile.profiled=0"),
+    *("--profile.warmup=1", "--profile.examine=true", "--profile.profiled=0"),
 ]
 
 

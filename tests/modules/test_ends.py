@@ -51,7 +51,7 @@ def fitted(home: Path, request: pytest.FixtureRequest) -> Path:
     ]
     cli.run(["fit", "--config", "full.yaml", "--model.base", "base", "--model.lr=1e-2", "--trainer.accelerator=cpu",
              "--data", "Instructions", "--data.train=rows.jsonl", "--data.heldout=1", "--trainer.max_steps=30",
-             "--profile.examine=false", *quiet])  # fmt: skip
+             "--profile.examine=false", "--samples=2", *quiet])  # fmt: skip
     return Path("runs/full-1")
 
 

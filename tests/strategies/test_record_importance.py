@@ -230,9 +230,9 @@ def test_batches_of_several_samples_and_none_are_refused():
     ids = torch.arange(3, 11)[None]
     packed = {"input_ids": ids, "position_ids": torch.arange(4).repeat(2)[None], "labels": ids}
     with pytest.raises(BadInput, match=r"but a row packs several; set data\.packing to false"):
-        RecordFisher().attach(model, lambda steps: iter(model(**packed).loss for _ in range(steps)), ALONE)
+        RecordFisher().attach(model, lambda steps, weighed: iter(model(**packed).loss for _ in range(steps)), ALONE)
     with pytest.raises(BadInput, match=r"RecordFisher got no training data; set data\.train"):
-        RecordFisher().attach(model, lambda steps: iter(()), ALONE)
+        RecordFisher().attach(model, lambda steps, weighed: iter(()), ALONE)
 
 
 # ---- what goes together

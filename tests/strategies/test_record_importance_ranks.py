@@ -49,7 +49,7 @@ def fisher_of(seeds):
     """Return the Fisher of a sample of each of `seeds`."""
     model, recorder = tiny_llm(), RecordFisher(samples=len(seeds), targets=["q", "v"])
 
-    def losses(steps):
+    def losses(steps, weighed):
         for seed in seeds[:steps]:
             ids = torch.randint(3, 96, (1, 12), generator=torch.Generator().manual_seed(seed))
             yield torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
