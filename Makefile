@@ -13,13 +13,13 @@ demo: $(BUILT)     ## fine-tune the demo model on the demo data, a few minutes o
 	$(BIN)/lit-sparse fit --config smt.yaml --config trainers/demo.yaml
 
 test: $(BUILT)     ## all tests but the long campaigns, in as many processes as WORKERS says (2), each with one thread
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(WORKERS),2) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(WORKERS),2) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 oldest:     ## the tests with the oldest supported versions (make PYTHON=python3.12 oldest), in an environment of its own
 	test -e .venv-oldest || $(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --editable '.[dev]' --constraint constraints-oldest.txt
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -m "not slow" -n $(or $(WORKERS),2) --dist loadfile \
-	  -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
+	  --no-loadscope-reorder -W ignore::DeprecationWarning -W ignore::FutureWarning $(ARGS)
 
 check: $(BUILT)     ## style, format, types, the generated tables, and the documentation's links
 	$(BIN)/ruff check

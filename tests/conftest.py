@@ -15,8 +15,17 @@ from lit_sparse.testing import tiny_llm
 ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
 
 
+LONG = (
+    *("test_contract", "test_sharding", "test_fuzz", "test_bench", "test_anchors_sharded", "test_runs"),
+    *("test_many_ranks", "test_forgetting_study", "test_interpreter", "test_plan", "test_refusals", "test_readme"),
+    *("test_documented_commands", "test_ranks", "test_rank_watch", "test_quality", "test_recipes"),
+)
+"""Files that take longest. They come first, so that no process is left with one of them at the end."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests that need a device or assets that this machine does not have, with the reason."""
+    """Put long files first; skip tests that need a device or assets that this machine does not have, with the reason."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device"
