@@ -30,7 +30,7 @@ from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.building import HALF
 from lit_sparse.modules.loading import load_errors
 from lit_sparse.optim import AdamW, trainable
-from lit_sparse.strategies import gmt, lisa
+from lit_sparse.strategies import lisa
 from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
 from lit_sparse_profiling.caching import replay
 from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
@@ -223,7 +223,6 @@ def choices_of(device: Device) -> Iterator[None]:
     """Make the choices of our own code, which depend on the device of tensors, those of `device`; tensors are fake."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "_apply", _convert))
-        stack.enter_context(patch.object(gmt, "selected", _narrowly))
         stack.enter_context(patch.object(lisa.LISA, "_draw", _costliest))
         if device == "cuda":
             stack.enter_context(patch.object(loss, "chunk_tokens", _chunk_on_cuda))
@@ -231,11 +230,6 @@ def choices_of(device: Device) -> Iterator[None]:
                 stack.enter_context(patch.object(kernel, "on_host", lambda *_: None))
             stack.enter_context(CUDAAutocast())
         yield
-
-
-def _narrowly(bits: Tensor, mask: Tensor) -> Tensor:
-    """Return as many entries as a continuous distribution has within an eighth of an octave, or more."""
-    return bits.flatten()[: max(1, bits.numel() // 8)].clone()
 
 
 def _costliest(update: lisa.LISA, number: int) -> list[int]:

@@ -24,7 +24,7 @@ LONG = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put long files first; skip tests that need a device or assets that this machine does not have, with the reason."""
+    """Put long files first; skip tests that need a device or assets that this machine lacks, with the reason."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     reasons = {}
     if not torch.cuda.is_available():

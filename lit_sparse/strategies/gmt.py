@@ -170,13 +170,8 @@ def _thresholds(gradients: Sequence[Tensor], rows: Sequence[int], share: float) 
 def _counts(bits: Tensor, found: Tensor, shift: int, width: int) -> Tensor:
     """Count, by the `width` bits at `shift`, the entries whose higher bits are those found; (2^width,)."""
     if shift + width < 31:
-        bits = selected(bits, bits >> (shift + width) == found)
+        bits = bits[bits >> (shift + width) == found]
     return torch.bincount((bits >> shift & (2**width - 1)).flatten(), minlength=2**width)
-
-
-def selected(bits: Tensor, mask: Tensor) -> Tensor:
-    """Return the entries of a mask: few, if magnitudes are spread; the planner counts on that."""
-    return bits[mask]
 
 
 def _bits(gradient: Tensor) -> Tensor:
