@@ -1,4 +1,4 @@
-"""What the arms of a table of quality take: the peak memory of a short fit of each, in a process of its own.
+"""Memory of the arms of a table of quality: the peak memory of a short fit of each, in a process of its own.
 
 `python -m benchmarks.arm_memory` measures those of the README's figure and writes benchmarks/results/arm_memory.jsonl,
 one line an arm; done arms are not measured again. The peak is that of the whole process: loading, the choice of blocks,

@@ -294,7 +294,7 @@ COUNT = re.compile(
     r"\b\d+(?= (?:gate|up|down|modules|more|layers))|(?<=base layer )\d+|[\w.]+ \(\d+\)|\{'[^}]*\}"
     r"|(?<=model_type=)'\w+'"
 )
-"""What stands for one model in a refusal: its class, its modules, and their numbers."""
+"""Parts of a refusal that stand for one model: its class, its modules, and their numbers."""
 
 
 def families(task: str, results: Path) -> str:

@@ -1,4 +1,4 @@
-"""What an H100 cannot undercut: each op's FLOPs and bytes at the shapes of Llama models, by arithmetic.
+"""Bounds that an H100 cannot undercut: each op's FLOPs and bytes at the shapes of Llama models, by arithmetic.
 
 `python -m benchmarks.roofline` writes benchmarks/results/roofline.jsonl. Nothing is run: the time is that of the
 card's data sheet, the larger of FLOPs over the dense bf16 rate and bytes over the memory's.

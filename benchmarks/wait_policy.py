@@ -1,4 +1,4 @@
-"""What waiting costs: training steps with OpenMP's wait policies, on a quiet machine and beside a busy process.
+"""Cost of waiting: training steps with OpenMP's wait policies, on a quiet machine and beside a busy process.
 
 `python -m benchmarks.wait_policy` runs each policy in a process of its own, with all cores, in turns; a second process
 spins meanwhile in every other round. Prints the seconds of a step, and appends them to

@@ -12,7 +12,7 @@ from lit_sparse.shipped import listing
 
 
 class Verb(NamedTuple):
-    """What a verb does, and a command to begin with."""
+    """A verb: its purpose, and a command to begin with."""
 
     what: str
     example: str

@@ -28,7 +28,7 @@ SECTIONS = ("model", "data", "trainer", "profile")
 PARTS = {"model": ("updates",), "trainer": ("callbacks", "logger", "plugins")}
 """Lists that add to those of the YAMLs before. An empty list, null, true or false replaces them."""
 UNMEASURED = {"examine": False, "profiled": 0, "predict": False}
-"""What `profile: false` stands for: nothing is predicted, and no step measured that would be slower for it."""
+"""Keys that `profile: false` stands for: nothing is predicted, and no step measured that would be slower for it."""
 STACKING = "stacking"
 """The parser mode in which they do."""
 

@@ -37,7 +37,7 @@ from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
 from lit_sparse_profiling.workspaces import cpu_workspace
 
 SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
-"""What a model's configuration must give; families name them differently."""
+"""Sizes that a model's configuration must give; families name them differently."""
 Device = Literal["cuda", "cpu"]
 CONTEXT = 760 * 2**20
 """Bytes of a CUDA context with its kernels, beside the allocator: as measured on an H200 (benchmarks/results/gpu.jsonl,
@@ -65,12 +65,12 @@ ON_CPU = {
     for value in vars(part).values()
     if isinstance(value, CustomOpDef)
 }
-"""What our own ops run on a CPU, by op: torch's ops, with temporaries that count."""
+"""Functions that our own ops run on a CPU, by op: torch's ops, with temporaries that count."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is planned beside the module.
+    """Settings that a plan needs beside the module.
 
     Attributes:
         device: `cuda` or `cpu`: whose choices of dtype, kernels and chunks are followed.

@@ -1,4 +1,4 @@
-"""What a user sees while a command runs: log lines without noise, and the progress of a fit."""
+"""Log lines without noise, and the progress of a fit: the screen of a command while it runs."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import lit_sparse
 
 FACTS = ("trains", "costs", "claims", "page")
-"""What a method's YAML says below its first line, each in a comment of its own, as in `# trains: ...`."""
+"""Facts that a method's YAML says below its first line, each in a comment of its own, as in `# trains: ...`."""
 STACKS = {
     "recipes": "settings for a situation",
     "trainers": "devices, ranks, and the demo",

@@ -1,4 +1,4 @@
-"""What `lit-sparse VERB --help` and `--help_all` print of the keys of a fit, and the script that completes them."""
+"""Help texts of `lit-sparse VERB --help` and `--help_all` on the keys of a fit, and the script that completes them."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ complete -o default -F _lit_sparse lit-sparse
 )
 """Without a word of ours, the shell completes paths."""
 ZSH = "autoload -Uz compinit bashcompinit; whence compdef > /dev/null || compinit; bashcompinit"
-"""What zsh needs before it reads a script for bash."""
+"""Lines that let zsh read a script for bash."""
 
 
 def completion(shell: str, options: Mapping[str, Sequence[str]]) -> str:

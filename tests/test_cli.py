@@ -316,7 +316,7 @@ def test_a_killed_or_failed_run_says_so_in_its_record(home, monkeypatch):
 
 
 def helped(capsys, monkeypatch, *words: str) -> str:
-    """What the command prints for `words`, with status 0."""
+    """Return what the command prints for `words`, with status 0."""
     monkeypatch.setattr(sys, "argv", ["lit-sparse", *words])
     with pytest.raises(SystemExit) as exit_:
         cli.main()

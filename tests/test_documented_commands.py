@@ -34,7 +34,7 @@ CANNOT_RUN = {
     "--push": "needs an account on the Hub; tests/export/test_hub.py pushes to a stand-in",
     "trainers/fsdp2.yaml": "needs several GPUs; tests/modules/test_sharding.py trains on two CPU processes",
 }
-"""What a command has that cannot be run here, with the reason."""
+"""Words of commands that cannot be run here, with the reason."""
 ON_CPUS = "--trainer.accelerator cpu --trainer.devices 2"
 """FSDP2 that can be run, in processes of its own."""
 SHORT = [

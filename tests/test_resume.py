@@ -18,7 +18,7 @@ DATA = [
 
 
 class Cut(Exception):
-    """What stops a run from outside."""
+    """Stops a run from outside."""
 
 
 class Stop(L.Callback):

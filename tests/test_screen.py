@@ -1,4 +1,4 @@
-"""What a user sees: one line of progress on a terminal, plain lines in a log, and no noise in either."""
+"""The screen: one line of progress on a terminal, plain lines in a log, and no noise in either."""
 
 import fcntl
 import io

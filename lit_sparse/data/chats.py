@@ -22,7 +22,7 @@ TRIAL = tuple(Message(role, text) for role, text in zip(("user", "assistant") * 
 
 @dataclass(frozen=True)
 class Span:
-    """What is learnt of a text: the characters from `begin` to `body`, and what follows them through a closing token.
+    """Learnt part of a text: the characters from `begin` to `body`, and what follows them through a closing token.
 
     Attributes:
         closing: The closing token: the next `end` of the text, `any` added token right behind the body, or `none`.

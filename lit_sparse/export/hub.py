@@ -15,7 +15,7 @@ ANSWERS = {
     403: "the token may not write there; give a token with write access, or a name of your own",
     409: "there is one of that name already; give another name, or --overwrite to add a commit to it",
 }
-"""What the Hub's statuses mean for a push."""
+"""Meanings of the Hub's statuses for a push."""
 
 
 def check_pushable(name: str, overwrite: bool) -> None:

@@ -1,4 +1,4 @@
-"""What measuring may take of a run: a tenth of its wall time at most, as far as that can be told beforehand."""
+"""The limit of what measuring takes of a run: a tenth of its wall time, as far as that can be told beforehand."""
 
 from __future__ import annotations
 

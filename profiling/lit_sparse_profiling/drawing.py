@@ -1,4 +1,4 @@
-"""What the page's figures share: their form, which is the plain JSON that Plotly draws, colours, axes and labels.
+"""Shared parts of the page's figures: their form, which is the plain JSON that Plotly draws, colours, axes and labels.
 
 Colours that depend on the reader's scheme are written as "@ink", "@muted" and so on; the page fills them in.
 """
@@ -37,7 +37,7 @@ COMMON: dict[str, Any] = {
     "showlegend": False,  # the page has its own, which has room on a phone, too
     "hoverlabel": {"align": "left", "bgcolor": "@paper", "bordercolor": "@muted", "font": {"color": "@ink"}},
 }
-"""What all layouts share."""
+"""Keys of all layouts."""
 
 
 @dataclass(frozen=True)

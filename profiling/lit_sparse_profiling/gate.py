@@ -30,7 +30,7 @@ BASELINE_SCHEMA = 1
 IRRELEVANT = (*SEEDS, "default_root_dir", "turns")
 """Settings that may differ from the baseline's."""
 ABSENT = "nothing"
-"""What a message tells of a setting that one side does not have."""
+"""Word for a setting that one side does not have."""
 
 
 def parse_share(text: str) -> float:

@@ -45,7 +45,7 @@ EAGER = (
 INSTRUMENTS = {"lead-in": ("lead-in", "examined"), "kernels": ("kernels",)}
 """Stages that are given up with one of them."""
 COSTS = {"lead-in": MEMORY, "kernels": KERNELS}
-"""What the stages take that begin an instrument."""
+"""Costs of the stages that begin an instrument."""
 PROFILED = 2
 """Steps in which kernels are timed."""
 MAX_ATTEMPTS = 5

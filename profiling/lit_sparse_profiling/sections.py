@@ -219,7 +219,7 @@ class Predicted:
 
     @property
     def fits(self) -> bool:
-        """Whether the device has what is needed."""
+        """True if the device has what is needed."""
         return self.needed_bytes <= self.free_bytes
 
 
@@ -472,7 +472,7 @@ class Throughput:
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank of a run on several ranks measured.
+    """Measurements of one rank of a run on several ranks.
 
     Attributes:
         rank: Its number.

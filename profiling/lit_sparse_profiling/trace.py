@@ -37,7 +37,7 @@ LARGE = 2**20
 INNER = {"_run", "__torch_dispatch__", "_fn", "inner"}
 """Frames between an op and its caller."""
 MANY = 2**40
-"""What a real count is taken to be once an unknown one was added to it."""
+"""Value that a real count is taken to be once an unknown one was added to it."""
 
 Workspaces = Callable[[Any, Sequence[Any], Mapping[str, Any], Any], int]
 """`workspaces(op, args, kwargs, out)` returns the bytes that the device's kernel allocates and frees within the op."""

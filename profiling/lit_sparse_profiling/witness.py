@@ -1,4 +1,4 @@
-"""What the examined step alone cannot show: tensors that were there before it, and memory that grows over steps."""
+"""Evidence beyond the examined step: tensors that were there before it, and memory that grows over steps."""
 
 from __future__ import annotations
 

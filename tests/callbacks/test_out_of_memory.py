@@ -1,4 +1,4 @@
-"""What a fit says that runs out of memory, and what it leaves."""
+"""A fit that runs out of memory: its message, and what it leaves."""
 
 import os
 import subprocess

@@ -58,7 +58,7 @@ def ranks_of(folder: Path, *words: str) -> list[subprocess.CompletedProcess[str]
 
 
 def sentences(*ended: subprocess.CompletedProcess[str]) -> list[str]:
-    """What `lit-sparse` says on stderr, on any rank."""
+    """Return what `lit-sparse` says on stderr, on any rank."""
     lines = "\n".join(one.stderr for one in ended).splitlines()
     return [line for line in lines if line.startswith("lit-sparse: ")]
 

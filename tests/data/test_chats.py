@@ -1,4 +1,4 @@
-"""What is learnt under chat templates of all kinds, as text; what a template leaves out is named."""
+"""Learnt text under chat templates of all kinds; what a template leaves out is named."""
 
 from typing import Any
 

@@ -24,7 +24,7 @@ TOKEN = "hf_stand_in"
 
 @dataclass
 class Hub:
-    """What the stand-in knows and was told: repositories with their files, and the status it answers a path with."""
+    """State of the stand-in: repositories with their files, and the status it answers a path with."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)

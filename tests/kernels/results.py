@@ -1,4 +1,4 @@
-"""What kernels make of their CASES: `python -m tests.kernels.results FILE` keeps it for a GPU to be held against.
+"""Results of the kernels on their CASES: `python -m tests.kernels.results FILE` keeps it for a GPU to be held against.
 
 With TRITON_INTERPRET=1 it is the interpreter's. Cases with bf16 are left out, whose products and roundings the
 interpreter has wrong.

@@ -1,4 +1,4 @@
-"""What holds for all ops: the path a tensor takes, and that CPU tensors need no Triton."""
+"""Rules for all ops: the path a tensor takes, and that CPU tensors need no Triton."""
 
 import os
 import re

@@ -166,7 +166,7 @@ def looked(path: Path, batch: int, **options) -> torch.Tensor:
 
 @pytest.mark.parametrize("batch", [2, 1])
 def test_probed_batches_are_one_batch(batch, tmp_path):
-    """What strategies see before training is the gradient of all rows at once, too."""
+    """Strategies see the gradient of all rows at once before training, too."""
     whole, parts = looked(rows(tmp_path), 4), looked(rows(tmp_path), batch)
     assert (parts - whole).norm() < 1e-5 * whole.norm()
 

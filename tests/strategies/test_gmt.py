@@ -347,7 +347,7 @@ def sharded_masks(scope):
 
 
 def stepped(dtype, sharded):
-    """What parameters with the gradients above are after two steps, and what is logged."""
+    """Return parameters with the gradients above after two steps, and what is logged."""
     mesh = init_device_mesh("cpu", (2,)) if sharded else None
     place = (lambda value: distribute_tensor(value, mesh, [Shard(0)])) if sharded else (lambda value: value)
     parameters = [nn.Parameter(place(torch.ones(shape, dtype=dtype))) for shape in SHAPES]
