@@ -1,5 +1,6 @@
 """Skip tests that need a device or assets this machine lacks; a folder in which the command line finds all it needs."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of each later collection, of which the profiler makes several a record."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_home(name: str, model: PreTrainedModel) -> None:

@@ -119,8 +119,10 @@ def test_a_pair_has_both_effects_or_is_refused(pair):
     assert not refused or (refused.startswith(tuple(begins)) and "; " in refused), refused
 
 
-@pytest.mark.parametrize(("method", "kind"), PAIRS)
-@pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("method", "kind", "workers", "accumulate"),
+    [(*pair, 0, 1) for pair in PAIRS] + [(*pair, 2, 2) for pair in IN_TURN],
+)
 def test_resumed_is_straight(method, kind, folder, tmp_path, workers, accumulate):
     """Bit for bit, from the middle of an epoch, with dropout, clipping, workers and accumulation."""
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)

@@ -13,6 +13,7 @@ import torch
 from lit_sparse_profiling import memory, phases
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.sections import Phase
+from tests.profiling.pages import touch
 
 MIB = 2**20
 
@@ -145,14 +146,14 @@ def test_resident_peaks_belong_to_their_phase(by_name: Callable[[Phases], dict[s
     if measured.memory.method != memory.PER_PHASE:
         pytest.skip(f"this system cannot set the peak back: {measured.memory.method}")
     with measured("large"):
-        torch.ones(32 * MIB)
+        touch(128 * MIB)
     with measured("outer"):
         with measured("inner"):
-            torch.ones(16 * MIB)
+            touch(64 * MIB)
         with measured("after"):
-            torch.ones(1)
+            touch(1)
     with measured("large"):
-        torch.ones(1)
+        touch(1)
     peaks = {name: (phase.peak_rss or 0) / MIB for name, phase in by_name(measured).items()}
     assert peaks["large"] - peaks["after"] == pytest.approx(128, abs=8)
     assert peaks["inner"] - peaks["after"] == pytest.approx(64, abs=8)

@@ -30,6 +30,7 @@ from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
 from tests.profiling.fake_nvml import MIB, UUID, FakeNVML
+from tests.profiling.pages import touch
 
 ROWS, LENGTH, WIDTH = 4, 16, 64
 TOKENS = ROWS * LENGTH
@@ -686,7 +687,7 @@ def test_more_steps_than_are_held_are_folded(steps: int, clock: Clock, monkeypat
 
 def test_the_examinations_own_memory_is_not_the_runs() -> None:
     loop = Loop(Plan(1, True, 0))
-    loop.steps(3, lambda: torch.ones(64 * MIB) if tools()[1] else None)
+    loop.steps(3, lambda: touch(256 * MIB) if tools()[1] else None)
     loop.step()
     record = loop.record()
     peaks = {phase.name: phase.peak_rss for phase in record.phases}
