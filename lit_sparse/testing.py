@@ -134,7 +134,8 @@ def contract(
 
     The strategies' own optimizer and backward pass are used. Checks that:
 
-    - attaching does not change the model's outputs (unless `base` is `moved`);
+    - attaching does not change the model's outputs (unless `base` is `moved`, or the model `leaves` with an
+      `own_forward`);
     - training moves every trainable parameter while it is trainable, and no frozen one;
     - each strategy has an effect: training without it gives other weights, or it recorded importance;
     - training is deterministic for a seed, and a resumed training gives the same bits as a straight one;
@@ -250,11 +251,14 @@ class _Run:
 def _check_untrained(make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel) -> None:
     run = _Run(make(), base)
     updates, moved = run.updates, any(update.base == "moved" for update in run.updates)
-    if not moved:
+    own = any(update.leaves == "own_forward" for update in run.updates)
+    if not moved and not own:
         torch.testing.assert_close(_logits(run.model), _logits(base), msg="attaching changed what the model computes")
     updates.detach(run.model)
     exact = not any(update.base == "rewritten" for update in updates)
-    if not moved:
+    if own:
+        _check_kept(run.model, base)
+    elif not moved:
         _check_same(run.model, base, "attaching and detaching", 0 if exact else 1e-6)
 
 
@@ -309,6 +313,12 @@ def _check_same(model: PreTrainedModel, other: PreTrainedModel, what: str, toler
     for name, parameter in model.named_parameters():
         close = torch.allclose(parameter, theirs[name], rtol=0, atol=tolerance)
         assert close, f"{what} gave another {name}"
+
+
+def _check_kept(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    ours = dict(model.named_parameters())
+    for name, parameter in base.named_parameters():
+        assert torch.equal(ours[name], parameter), f"attaching gave another {name}"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

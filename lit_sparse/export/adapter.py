@@ -1,4 +1,4 @@
-"""Export a run's adapter as a PEFT folder, and check it by loading it again."""
+"""Export a run's adapter as a folder of PEFT's, or of its method's own, and check it by loading it again."""
 
 from pathlib import Path
 
@@ -8,21 +8,24 @@ from torch import Tensor, nn
 
 from lit_sparse.anatomy import classification_head, dummy_forward
 from lit_sparse.errors import BadInput
-from lit_sparse.export.merge import check_mergeable, differs
+from lit_sparse.export.merge import check_converged, differs
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_base
+from lit_sparse.strategies import MEFT
 
 LOAD_TOLERANCE = (1e-3, 1e-5)
 """Tolerated norm of the difference of logits after loading: shares of the change by training, and of the logits."""
 
 
 def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
-    """Write the adapter of `module` such that `peft.PeftModel.from_pretrained(base, folder)` computes the same.
+    """Write the adapter of `module` such that its loader, given the base and the folder, makes what computes the same.
+
+    PEFT's adapters are loaded by `peft.PeftModel.from_pretrained(base, folder)`, MEFT's by `MEFT.load(folder, base)`.
 
     Raises:
-        BadInput: if it trained no adapter, diverged, or PEFT would compute something else.
+        BadInput: if it trained no adapter, diverged, or the loader would compute something else.
     """
-    adapters = [update for update in module.updates if update.leaves == "adapter"]
+    adapters = [update for update in module.updates if update.leaves in ("adapter", "own_forward")]
     if not adapters:
         raise BadInput(
             f"an adapter of {run} was asked for, but {module.updates.names} trained none; export it with --to hf or "
@@ -33,7 +36,7 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
             f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; export it with "
             "--to hf."
         )
-    check_mergeable(module, run)
+    check_converged(module, run)
     adapters[0].save(folder)
     before, after = reloaded(module, folder)
     if differs(outputs(module, module.build()), after, before, LOAD_TOLERANCE):
@@ -47,6 +50,9 @@ def reloaded(module: LitSparse, folder: Path) -> tuple[Tensor, Tensor]:
     """Load the base of `module` anew; return its logits without and with the adapter in `folder`."""
     base = load_base(module.auto_class, module.base, module.frozen_dtype, module.attention, module.quantize)
     before = outputs(module, base)
+    if any(isinstance(update, MEFT) for update in module.updates):
+        MEFT.load(folder, base)
+        return before, outputs(module, base)
     return before, outputs(module, PeftModel.from_pretrained(base, folder))
 
 

@@ -73,7 +73,7 @@ def metadata(module: LitSparse, to: str, record: RunRecord | None) -> str:
     fields: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": relation if base else None,
-        "library_name": LIBRARIES[to],
+        "library_name": "lit-sparse" if to == "adapter" and has_own_forward(module) else LIBRARIES[to],
         "pipeline_tag": "text-generation" if isinstance(module, CausalLM) else "text-classification",
         "tags": [TAG, *dict.fromkeys(type(update).__name__.lower() for update in module.updates)],
         "datasets": [data] if record is not None and (data := dataset(record)) is not None else None,
@@ -138,6 +138,7 @@ def loading(module: LitSparse, to: str) -> str:
     embedded = module.base in (DEMO, MINILM)
     base = f"base = {auto}.from_pretrained({f'resolve({module.base!r})' if embedded else repr(module.base)})"
     fetched = ["from lit_sparse.demo import resolve"] if embedded else []
+    own = has_own_forward(module)
     code = {
         "hf": [
             f"from transformers import {auto}, AutoTokenizer",
@@ -147,11 +148,11 @@ def loading(module: LitSparse, to: str) -> str:
         ],
         "adapter": [
             *fetched,
-            "from peft import PeftModel",
+            "from lit_sparse.strategies import MEFT" if own else "from peft import PeftModel",
             f"from transformers import {auto}",
             "",
             base,
-            'model = PeftModel.from_pretrained(base, "FOLDER")',
+            'MEFT.load("FOLDER", base)' if own else 'model = PeftModel.from_pretrained(base, "FOLDER")',
         ],
         "delta": [
             *fetched,
@@ -163,8 +164,15 @@ def loading(module: LitSparse, to: str) -> str:
         ],
     }[to]
     where = {"delta": "`FILE` is the path of the delta"}.get(to, "`FOLDER` is this folder, or its name on the Hub")
-    least = "It needs lit-sparse" if to == "delta" else least_version(module.build().config)  # pyright: ignore
+    least = (
+        "It needs lit-sparse" if to == "delta" or (to == "adapter" and own) else least_version(module.build().config)
+    )  # pyright: ignore
     return "```python\n" + "\n".join(code) + f"\n```\n\n{where}. {least}."
+
+
+def has_own_forward(module: LitSparse) -> bool:
+    """Return true if what was trained works in a forward pass of the method's own only, which this project has."""
+    return any(update.leaves == "own_forward" for update in module.updates)
 
 
 def least_version(config: PreTrainedConfig) -> str:

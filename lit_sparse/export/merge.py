@@ -137,8 +137,18 @@ def check_mergeable(module: LitSparse, run: str) -> None:
         if update.leaves == "own_forward":
             raise BadInput(
                 f"{run} was trained with {type(update).__name__}, whose model has a forward of its own that neither a "
-                "Hugging Face folder nor a delta can hold; use it through lit_sparse.runs.load_run."
+                "Hugging Face folder nor a delta can hold; export it with --to adapter, or use it through "
+                "lit_sparse.runs.load_run."
             )
+    check_converged(module, run)
+
+
+def check_converged(module: LitSparse, run: str) -> None:
+    """Reject a run that diverged.
+
+    Raises:
+        BadInput: naming the parameter that is not finite.
+    """
     for name, parameter in trainable(module):
         if not parameter.isfinite().all():
             raise BadInput(f"{run} diverged: {name} is not finite; train it anew with a lower model.lr.")

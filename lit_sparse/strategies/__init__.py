@@ -6,6 +6,7 @@ from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrate
 from lit_sparse.strategies.gmt import GMT
 from lit_sparse.strategies.kl_to_base import KLToBase
 from lit_sparse.strategies.lisa import LISA
+from lit_sparse.strategies.meft import MEFT
 from lit_sparse.strategies.peft import PEFT
 from lit_sparse.strategies.record_importance import RecordFisher, RecordImportance
 from lit_sparse.strategies.smt import SMT
@@ -15,6 +16,7 @@ __all__ = [
     "GMT",
     "L2SP",
     "LISA",
+    "MEFT",
     "PEFT",
     "SMT",
     "ActivationDensity",

@@ -1,0 +1,411 @@
+"""MEFT: the reconstruction, its gradients, what is kept for the backward pass, what users run, and refusals."""
+
+import copy
+import json
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from lit_sparse import cli
+from lit_sparse.errors import BadInput
+from lit_sparse.export.folder import export
+from lit_sparse.optim import trainable
+from lit_sparse.reversible import stack
+from lit_sparse.reversible.coupling import Coupling, from_fixed, pack, to_fixed, unpack
+from lit_sparse.runs import load_run
+from lit_sparse.strategies import MEFT, Updates
+from lit_sparse.strategies.base import Context
+from lit_sparse.testing import next_token_cross_entropy, tiny_encoder, tiny_llm
+from tests.test_resume import fit
+
+IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+ANY_ERROR = 1e9
+WAYS = [
+    *({"variant": variant, "coupling": coupling} for variant in (1, 2, 3) for coupling in ("difference", "paper")),
+]
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="MEFT: coupling is paper")
+        yield
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return next_token_cross_entropy(model(input_ids=IDS).logits, IDS)
+
+
+def attached(model: PreTrainedModel, seed: int = 0, std: float = 0.3, **settings: Any) -> MEFT:
+    """Attach MEFT with adapters far from zero, so that every term counts."""
+    torch.manual_seed(seed)
+    strategy = MEFT(**{"checkpoint_every": None, "max_error": ANY_ERROR, **settings})
+    Updates([strategy]).attach(model, lambda steps, weighed=True: (loss_of(model) for _ in range(steps)))
+    for _, parameter in trainable(model):
+        nn.init.normal_(parameter, std=std)
+    return strategy
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss_of(model).backward()
+    return {name: parameter.grad.clone() for name, parameter in trainable(model) if parameter.grad is not None}
+
+
+def relative(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in a)
+
+
+# ---- fixed point
+
+
+@pytest.mark.parametrize("bits", range(8))
+def test_dropped_bits_are_packed_without_loss_or_waste(bits: int) -> None:
+    values = torch.randint(0, 2**bits, (3, 7, 5), generator=torch.Generator().manual_seed(bits))
+    packed = pack(values, bits)
+    assert packed.numel() == -(-values.numel() // 8) * bits
+    assert torch.equal(unpack(packed, bits, values.shape), values)
+
+
+@pytest.mark.parametrize("relative_", [True, False])
+@pytest.mark.parametrize("weight", [1.0, 0.5, 0.125])
+def test_a_step_in_fixed_point_gives_back_the_very_bits(weight: float, relative_: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    f, read, kept = (torch.randn(4, 9, generator=generator) * 100 for _ in range(3))
+    coupling, kept, read = Coupling(weight, relative_), to_fixed(kept), to_fixed(read)
+    out, dropped = coupling.couple_fixed(f, read, kept)
+    assert torch.equal(coupling.invert_fixed(f, read, out, dropped), kept)
+    exact = coupling.couple(f.double(), from_fixed(read, torch.float64), from_fixed(kept, torch.float64))
+    assert (from_fixed(out, torch.float64) - exact).abs().max() <= 2 * 2.0**-16
+
+
+# ---- the model
+
+
+def layer_of(model: Any, number: int, x: Tensor, part: str = "whole") -> Tensor:
+    """Compute a Llama layer, or a part of it, by its submodules, as the architecture is defined."""
+    layer, seq = model.model.layers[number], torch.arange(x.shape[1])[None]
+    rotary = model.model.rotary_emb(x, seq)
+    adapters = layer.meft
+    if part in ("whole", "attention"):
+        a = layer.self_attn(hidden_states=layer.input_layernorm(x), position_embeddings=rotary, attention_mask=None)[0]
+        x = x + a  # the adapter behind the output projection is a hook of it
+        if part == "attention":
+            return x
+    normed = layer.post_attention_layernorm(x)
+    mlp = layer.mlp
+    out = F.linear(mlp.act_fn(mlp.gate_proj(normed)) * F.linear(normed, mlp.up_proj.weight), mlp.down_proj.weight)
+    return x + out + adapters["parallel"](normed)
+
+
+def by_the_equations(model: Any, settings: MEFT) -> Tensor:
+    """Return the loss of a Llama by the equations of the paper's section 3.2 (and of the difference coupling)."""
+    w, r = settings.factor, settings.coupling == "difference"
+    x1 = x2 = model.model.embed_tokens(IDS)
+    layers = len(model.model.layers)
+    for number in range(layers):
+        adapters = dict(model.model.layers[number].meft.named_children())
+        second = adapters.get("second")
+        if settings.variant == 1:
+            y1 = layer_of(model, number, x2) + w * (x1 - r * x2)
+            y2 = x2 if second is None else second(y1) + x2
+            x1, x2 = y2, y1
+        elif settings.variant == 2:
+            assert second is not None
+            y1 = second(x2) + x1
+            y2 = layer_of(model, number, y1) + w * (x2 - r * y1)
+            x1, x2 = y2, y1
+        else:
+            y1 = layer_of(model, number, x2, "attention") + w * (x1 - r * x2)
+            y2 = layer_of(model, number, y1, "mlp") + w * (x2 - r * y1)
+            x1, x2 = y1, y2
+    h = (x1 + x2) / 2 if not r else x1 if settings.variant == 2 else x2
+    return next_token_cross_entropy(model.lm_head(model.model.norm(h)), IDS)
+
+
+@pytest.mark.parametrize("every", [None, 1, 2])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_the_loss_and_its_gradients_are_the_equations(way: dict[str, Any], every: int | None) -> None:
+    model = tiny_llm("llama").train().double()
+    strategy = attached(model, **way, checkpoint_every=every)
+    ours, got = loss_of(model), gradients(model)
+    model.zero_grad()
+    theirs = by_the_equations(model, strategy)
+    theirs.backward()
+    expected = {name: parameter.grad for name, parameter in trainable(model) if parameter.grad is not None}
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)  # Llama's norms are in fp32
+    assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_exact_gradients_are_those_of_stored_activations(way: dict[str, Any], kind: str, monkeypatch) -> None:
+    """Bit for bit: what is computed back is what was there, so that each layer's backward pass is the same."""
+    model = tiny_llm(kind).train()
+    strategy = attached(model, **way, exact=True)
+    assert strategy.describe() == {"reconstruction_error": 0.0}
+    got, seen = gradients(model), []
+    back = stack.Segment.back
+    monkeypatch.setattr(
+        stack.Segment, "back", lambda self, *args: (seen.append(step) or step for step in back(self, *args))
+    )
+    inputs: list[Tensor] = []
+    value = stack.Segment.value
+
+    def noted(self: Any, half: Any, call: Any, x: Tensor) -> Tensor:
+        inputs.append(x.detach().clone())
+        return value(self, half, call, x)
+
+    monkeypatch.setattr(stack.Segment, "value", noted)
+    again = gradients(model)
+    assert all(torch.equal(got[name], again[name]) for name in got)
+    forward, backward = inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]
+    assert len(forward) >= 5
+    assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_dropout_is_drawn_again(kind: str) -> None:
+    """With dropout, the gradient is that of finite differences with the same numbers drawn."""
+    model = tiny_llm(kind, dropout=0.3).train().double()
+    attached(model, checkpoint_every=2)
+    torch.manual_seed(3)
+    got, state = gradients(model), torch.get_rng_state()
+    name, parameter = next(iter(trainable(model)))
+    direction, step, losses = torch.randn_like(parameter), 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter += sign * step * direction
+            torch.manual_seed(3)
+            losses.append(loss_of(model))
+            parameter -= sign * step * direction
+    assert torch.equal(state, torch.get_rng_state())  # the recomputation leaves the generator as it was
+    slope = float(losses[0] - losses[1]) / (2 * step)
+    assert slope == pytest.approx(float((got[name] * direction).sum()), rel=1e-3)
+
+
+def test_at_the_start_the_model_is_about_the_base() -> None:
+    """With adapters at zero, the difference coupling is off by `factor` of a layer's update, and no more for depth."""
+    drifts = []
+    for factor in (0.5, 0.125, 1 / 128):
+        base = tiny_llm("llama").eval()
+        model = copy.deepcopy(base)
+        attached(model, factor=factor, std=0.0)
+        with torch.no_grad():
+            drifts.append(float((model(input_ids=IDS).logits - base(input_ids=IDS).logits).norm()))
+    assert drifts[2] < drifts[1] / 4 < drifts[0] / 8
+
+
+def test_a_trained_embedding_gets_its_gradient_too() -> None:
+    model = tiny_llm("llama").train().double()
+    attached(model)
+    model.get_input_embeddings().weight.requires_grad_(True)  # pyright: ignore
+    got = gradients(model)
+    model.zero_grad()
+    by_the_equations(model, MEFT(checkpoint_every=None)).backward()
+    expected = {name: parameter.grad for name, parameter in trainable(model) if parameter.grad is not None}
+    assert relative(got, expected) < 1e-5
+
+
+# ---- memory
+
+
+@dataclass(eq=False)
+class Kept:
+    """A tensor that a graph keeps for its backward pass."""
+
+    tensor: Tensor
+
+
+def bytes_kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
+    """Return the bytes that live graphs keep after `run`: each storage once, without parameters and buffers."""
+    alive: list[weakref.ref[Kept]] = []
+
+    def pack(tensor: Tensor) -> Kept:
+        kept = Kept(tensor.detach())  # an output with its graph would keep itself
+        alive.append(weakref.ref(kept))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        loss = run()
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {k.tensor.untyped_storage() for ref in alive if (k := ref()) is not None}
+    found = {storage.data_ptr(): storage.nbytes() for storage in kept if storage.data_ptr() not in own}
+    loss.backward()  # the graph lives until here
+    return sum(found.values())
+
+
+def deep_llama(depth: int) -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=depth, **sizes)).train()  # pyright: ignore
+
+
+def kept_bytes(depth: int, **settings: Any) -> int:
+    model = deep_llama(depth)
+    if settings:
+        attached(model, std=0.02, **settings)
+    ids = torch.randint(3, 96, (2, 64), generator=torch.Generator().manual_seed(0))
+    return bytes_kept(model, lambda: next_token_cross_entropy(model(input_ids=ids).logits, ids))
+
+
+def test_what_is_kept_hardly_grows_with_depth() -> None:
+    full = {depth: kept_bytes(depth) for depth in (4, 32)}
+    layer = (full[32] - full[4]) / 28
+    exact = {depth: kept_bytes(depth, exact=True) for depth in (4, 8, 16, 32)}
+    assert (exact[32] - exact[4]) / 28 < 0.05 * layer
+    assert (exact[16] - exact[8]) / 8 == pytest.approx((exact[32] - exact[16]) / 16, rel=0.01)
+    assert (exact[32] - exact[4]) / 28 == 2 * 64 * 32 * 3 / 8  # three bits a hidden unit and layer
+    assert exact[32] < 0.16 * full[32]  # the paper's 84 % less
+    every_4 = {depth: kept_bytes(depth, checkpoint_every=4) for depth in (4, 32)}
+    assert (every_4[32] - every_4[4]) / 28 == 2 * 64 * 32 * 2 * 4 / 4  # two fp32 streams every four layers
+
+
+# ---- what users run
+
+EXACT = ("--model.updates.exact", "true", "--model.updates.checkpoint_every", "null")
+
+
+def trained(run: str) -> dict[str, Tensor]:
+    module, _ = load_run(Path("runs") / run)
+    return {name: value.detach() for name, value in trainable(module.build())}
+
+
+@pytest.mark.parametrize("settings", [(), EXACT], ids=["segments", "exact"])
+def test_a_run_goes_on_in_mid_epoch_is_exported_and_generates(home: Path, settings: tuple[str, ...]) -> None:
+    fit("meft", "whole", 0, *settings)
+    fit("meft", "cut", 4, *settings, "--checkpoint_steps=4")
+    fit("meft", "cut", 0, *settings, "--ckpt_path=last")
+    whole, rest = trained("whole-1"), trained("cut-1")
+    assert whole.keys() == rest.keys()
+    assert all(torch.equal(value, whole[name]) for name, value in rest.items())
+    folder = export(Path("runs/cut-1"), "adapter")
+    assert 'MEFT.load("FOLDER", base)' in (folder / "README.md").read_text()
+    model = AutoModelForCausalLM.from_pretrained("tiny")
+    MEFT.load(folder, model)
+    ids, (module, _) = torch.tensor([[1, 5, 6, 4]]), load_run(Path("runs/cut-1"))
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=ids).logits, module.build().eval()(input_ids=ids).logits)
+    without_cache = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), without_cache)
+    cli.run(["generate", "runs/cut-1", "1 and 2"])
+    for other in ("hf", "delta"):
+        with pytest.raises(BadInput, match="export it with --to adapter"):
+            export(Path("runs/cut-1"), other)
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"variant": 4}, "variant is 4"),
+        ({"coupling": "none"}, "coupling none"),
+        ({"factor": 0.0}, "factor is 0"),
+        ({"bottleneck": 0}, "bottleneck is 0"),
+        ({"checkpoint_every": 0}, "checkpoint_every 0"),
+        ({"max_error": -1.0}, "max_error is -1"),
+        ({"exact": True}, "set checkpoint_every to null"),
+        ({"exact": True, "factor": 0.1, "checkpoint_every": None}, "such as 0.125"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(BadInput, match=sentence):
+        MEFT(**settings)
+
+
+def attach(model: PreTrainedModel, context: Context | None = None, **settings: Any) -> None:
+    MEFT(**settings).attach(
+        model, lambda steps, weighed=True: (loss_of(model) for _ in range(steps)), context or Context()
+    )
+
+
+def test_an_encoder_is_refused() -> None:
+    with pytest.raises(BadInput, match="BertForSequenceClassification is an encoder"):
+        attach(tiny_encoder())
+
+
+def test_checkpointing_beside_it_is_refused() -> None:
+    with pytest.raises(BadInput, match="activation_checkpointing to false"):
+        attach(tiny_llm("llama"), Context(checkpointing=True))
+
+
+def test_dropout_in_fixed_point_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"exact is on, but .* dropout"):
+        attach(tiny_llm("llama", dropout=0.1).train(), exact=True, checkpoint_every=None)
+
+
+def test_more_depth_than_the_coupling_bears_is_refused_with_its_error() -> None:
+    with pytest.raises(BadInput, match=r"from 24 layers above, .* error of \d.*; set checkpoint_every to 12 or less"):
+        attach(deep_llama(24), checkpoint_every=None)
+    attach(deep_llama(24), checkpoint_every=4)
+
+
+def test_a_model_that_works_between_its_layers_is_refused() -> None:
+    model = tiny_llm("llama").train()
+    attach(model)
+    layers: Any = model.model.layers  # pyright: ignore
+    own = layers[1].forward
+    layers[1].forward = lambda hidden, **kwargs: own(hidden * 1.0, **kwargs)
+    with pytest.raises(BadInput, match=r"does more between its layers .* \(before layer 1\)"):
+        loss_of(model)
+
+
+def test_layers_that_share_state_are_refused() -> None:
+    model = tiny_llm("llama").train()
+
+    class Shared(type(model.model.layers[0])):  # pyright: ignore
+        counted: list[int] = []
+
+        def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self.counted.append(1)
+            return super().forward(hidden_states, *args, **kwargs) + len(self.counted)
+
+    for layer in model.model.layers:  # pyright: ignore
+        layer.__class__ = Shared
+    with pytest.raises(BadInput, match="keeps state that other layers share"):
+        attach(model)
+
+
+def test_parallel_attention_and_mlp_are_no_variant_3() -> None:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
+    model = GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=96, **sizes)).train()  # pyright: ignore
+    with pytest.raises(BadInput, match="is not an attention and then an MLP"):
+        attach(model, variant=3)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"has no meft\.json"):
+        MEFT.load(tmp_path, tiny_llm("llama"))
+    model = tiny_llm("llama").train()
+    attached(model).save(tmp_path / "saved")
+    with pytest.raises(BadInput, match="for a model of other sizes"):
+        MEFT.load(tmp_path / "saved", tiny_llm("qwen2"))
+    (tmp_path / "saved" / "meft.json").write_text(json.dumps({"variant": 9}))
+    with pytest.raises(BadInput, match="variant is 9"):
+        MEFT.load(tmp_path / "saved", tiny_llm("llama"))
+
+
+def test_an_embedding_of_positions_that_trains_is_refused() -> None:
+    model = tiny_llm("llama").train()
+    attached(model)
+    scale = nn.Parameter(torch.ones(()))
+    rotary: Any = model.model.rotary_emb  # pyright: ignore
+    own = rotary.forward
+    rotary.forward = lambda *args, **kwargs: tuple(part * scale for part in own(*args, **kwargs))
+    with pytest.raises(BadInput, match="whose gradient MEFT would lose"):
+        loss_of(model)
