@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,11 @@ from lit_sparse.reversible.coupling import Coupling, from_fixed, to_fixed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What the model gives to a layer beside the hidden states: masks, positions, rotary tables."""
+
+NO_DROPOUT = (
+    "MEFT: exact is on, but the model's layers have dropout, and what they compute must repeat bit for bit; set their "
+    "dropout to 0 in the model's config.json, or exact: false and checkpoint_every: 1."
+)
 
 
 @dataclass(frozen=True)
@@ -226,10 +232,7 @@ class Segment:
         f = self.value(half, call, self.variable(read)).detach()
         past = Past(random=before if changed(before, random_state(read.device)) else None)
         if self.form.exact and past.random is not None:
-            raise BadInput(
-                "MEFT: exact is on, but the model's layers have dropout, and what they compute must repeat bit for "
-                "bit; set their dropout to 0 in the model's config.json, or exact: false."
-            )
+            raise BadInput(NO_DROPOUT)
         if self.form.exact:
             out, past.dropped = half.coupling.couple_fixed(f, read, kept)
         else:
@@ -272,9 +275,14 @@ class Segment:
                 yield half.coupling, x, f, layer.swap and number == 0, (kept, read)
 
     def error(self, kept: Tensor, read: Tensor) -> float:
-        """Return the relative error (norms) with which the first states are computed back from the last."""
+        """Return the relative error (norms) with which the first states are computed back from the last.
+
+        Of a planned training, whose tensors have no values, it is 0.
+        """
         assert self.ends is not None
-        *_, (*_, first) = self.back(*self.ends, self.past)
+        first = deque(self.back(*self.ends, self.past), maxlen=1)[0][-1]  # one step's graph at a time
+        if not has_values(kept):
+            return 0.0
         pairs = zip(first, (kept, read), strict=True)
         if self.form.exact:
             pairs = [(from_fixed(a, torch.float64), from_fixed(to_fixed(b), torch.float64)) for a, b in pairs]

@@ -33,7 +33,7 @@ from lit_sparse.anatomy import (
 )
 from lit_sparse.errors import BadInput
 from lit_sparse.reversible.coupling import Coupling
-from lit_sparse.reversible.stack import Call, Form, Half, ReversibleLayer, Stack
+from lit_sparse.reversible.stack import NO_DROPOUT, Call, Form, Half, ReversibleLayer, Stack
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
 
 CONFIG, WEIGHTS = "meft.json", "meft.safetensors"
@@ -62,11 +62,11 @@ class MEFT(UpdateStrategy):
         factor: Weight of the stream that is carried along, above 0 and at most 1; the paper's is 0.1. Smaller starts
             closer to the base, and loses more: a reconstruction multiplies errors by 1 / factor a layer (in variant 3
             by its square).
-        checkpoint_every: Store the streams every so many layers and compute back only in between; null stores the
-            last ones alone.
         exact: Streams in fixed point: the reconstruction is exact at any depth, and stores log2(1 / factor) bits a
             hidden unit and layer (twice that in variant 3). `factor` must be 1/2, 1/4, 1/8, ... It excludes
             `checkpoint_every`, and dropout within the layers.
+        checkpoint_every: With `exact: false`, store the streams every so many layers and compute back only in between;
+            null stores the last ones alone.
         max_error: Relative error of the reconstruction, measured on a batch before training, above which to refuse.
 
     Raises:
@@ -77,8 +77,8 @@ class MEFT(UpdateStrategy):
     bottleneck: int = 8
     coupling: Literal["difference", "paper"] = "difference"
     factor: float = 0.125
-    checkpoint_every: int | None = 4
-    exact: bool = False
+    checkpoint_every: int | None = None
+    exact: bool = True
     max_error: float = 0.01
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
@@ -127,9 +127,7 @@ class MEFT(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._place(model, context)
-        assert self._stack is not None
-        if all(has_values(parameter) for parameter in model.parameters()):
-            self._measure(model, probe)
+        self._measure(probe)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._place(model, context)
@@ -151,7 +149,10 @@ class MEFT(UpdateStrategy):
                 f"about {growth:g}; difference starts closer.",
                 stacklevel=2,
             )
-        layers, seen = decoder_layers(model), Seen.of(model)
+        layers = decoder_layers(model)
+        if self.exact and any(map(draws, {module for layer in layers for module in layer.modules()})):
+            raise BadInput(NO_DROPOUT)
+        seen = Seen.of(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for name in classification_head(model):
@@ -160,7 +161,7 @@ class MEFT(UpdateStrategy):
         result = "mean" if self.coupling == "paper" else "kept" if self.variant == 2 else "read"
         self._stack = Stack(made, Form(result, self.checkpoint_every, self.exact))
 
-    def _measure(self, model: nn.Module, probe: Probe) -> None:
+    def _measure(self, probe: Probe) -> None:
         """Measure the error of the reconstruction on a training batch.
 
         Raises:
@@ -179,7 +180,7 @@ class MEFT(UpdateStrategy):
             raise BadInput(
                 f"MEFT: computed back from {depth} layers above, hidden states have a relative error of "
                 f"{self._error:.2g}, and max_error is {self.max_error:g}: gradients would be noise; set "
-                f"checkpoint_every to {max(depth // 2, 1)} or less, or exact to true with checkpoint_every: null."
+                f"exact to true with checkpoint_every: null, or checkpoint_every to {max(depth // 2, 1)} or less."
             )
 
     def describe(self) -> dict[str, Any]:
@@ -308,6 +309,12 @@ class Seen:
                 "then; use lora.yaml with activation checkpointing."
             )
         return seen
+
+
+def draws(module: nn.Module) -> bool:
+    """Return true for a dropout that is on, or a module that calls one by a number of its own."""
+    rates = (getattr(module, name, 0) for name in ("p", "dropout", "attention_dropout", "activation_dropout"))
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -48,7 +48,7 @@ def loss_of(model: nn.Module) -> Tensor:
 def attached(model: PreTrainedModel, seed: int = 0, std: float = 0.3, **settings: Any) -> MEFT:
     """Attach MEFT with adapters far from zero, so that every term counts."""
     torch.manual_seed(seed)
-    strategy = MEFT(**{"checkpoint_every": None, "max_error": ANY_ERROR, **settings})
+    strategy = MEFT(**{"exact": False, "max_error": ANY_ERROR, **settings})
     Updates([strategy]).attach(model, lambda steps, weighed=True: (loss_of(model) for _ in range(steps)))
     for _, parameter in trainable(model):
         nn.init.normal_(parameter, std=std)
@@ -213,7 +213,7 @@ def test_a_trained_embedding_gets_its_gradient_too() -> None:
     model.get_input_embeddings().weight.requires_grad_(True)  # pyright: ignore
     got = gradients(model)
     model.zero_grad()
-    by_the_equations(model, MEFT(checkpoint_every=None)).backward()
+    by_the_equations(model, MEFT(exact=False)).backward()
     expected = {name: parameter.grad for name, parameter in trainable(model) if parameter.grad is not None}
     assert relative(got, expected) < 1e-5
 
@@ -274,7 +274,7 @@ def test_what_is_kept_hardly_grows_with_depth() -> None:
 
 # ---- what users run
 
-EXACT = ("--model.updates.exact", "true", "--model.updates.checkpoint_every", "null")
+SEGMENTS = ("--model.updates.exact=false", "--model.updates.checkpoint_every=1")
 
 
 def trained(run: str) -> dict[str, Tensor]:
@@ -282,7 +282,7 @@ def trained(run: str) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in trainable(module.build())}
 
 
-@pytest.mark.parametrize("settings", [(), EXACT], ids=["segments", "exact"])
+@pytest.mark.parametrize("settings", [(), SEGMENTS], ids=["exact", "segments"])
 def test_a_run_goes_on_in_mid_epoch_is_exported_and_generates(home: Path, settings: tuple[str, ...]) -> None:
     fit("meft", "whole", 0, *settings)
     fit("meft", "cut", 4, *settings, "--checkpoint_steps=4")
@@ -315,10 +315,10 @@ def test_a_run_goes_on_in_mid_epoch_is_exported_and_generates(home: Path, settin
         ({"coupling": "none"}, "coupling none"),
         ({"factor": 0.0}, "factor is 0"),
         ({"bottleneck": 0}, "bottleneck is 0"),
-        ({"checkpoint_every": 0}, "checkpoint_every 0"),
+        ({"checkpoint_every": 0, "exact": False}, "checkpoint_every 0"),
         ({"max_error": -1.0}, "max_error is -1"),
-        ({"exact": True}, "set checkpoint_every to null"),
-        ({"exact": True, "factor": 0.1, "checkpoint_every": None}, "such as 0.125"),
+        ({"checkpoint_every": 4}, "set checkpoint_every to null"),
+        ({"factor": 0.1}, "such as 0.125"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], sentence: str) -> None:
@@ -344,13 +344,14 @@ def test_checkpointing_beside_it_is_refused() -> None:
 
 def test_dropout_in_fixed_point_is_refused() -> None:
     with pytest.raises(BadInput, match=r"exact is on, but .* dropout"):
-        attach(tiny_llm("llama", dropout=0.1).train(), exact=True, checkpoint_every=None)
+        attach(tiny_llm("llama", dropout=0.1).train())
 
 
 def test_more_depth_than_the_coupling_bears_is_refused_with_its_error() -> None:
-    with pytest.raises(BadInput, match=r"from 24 layers above, .* error of \d.*; set checkpoint_every to 12 or less"):
-        attach(deep_llama(24), checkpoint_every=None)
-    attach(deep_llama(24), checkpoint_every=4)
+    with pytest.raises(BadInput, match=r"from 24 layers above, .* error of \d.* or checkpoint_every to 12 or less"):
+        attach(deep_llama(24), exact=False)
+    attach(deep_llama(24), exact=False, checkpoint_every=2)
+    attach(deep_llama(24))
 
 
 def test_a_model_that_works_between_its_layers_is_refused() -> None:
