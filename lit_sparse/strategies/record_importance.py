@@ -159,7 +159,8 @@ class RecordFisher(UpdateStrategy):
 
     Every batch must be one sample (data.batch_size=1): the square of a batch's mean gradient is too small by about the
     batch size. Dropout is off while recording. The run itself may have a single step. Each rank holds the full model
-    while recording, under FSDP2 too; the recorded matrices are then kept in host memory.
+    while recording, under FSDP2 too, whose averaged gradients would be of no single sample; beside SMT it holds its
+    shards, since the blocks are whole on every rank. The recorded matrices are then kept in host memory.
 
     Args:
         samples: Number of samples on each rank.

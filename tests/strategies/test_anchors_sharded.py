@@ -8,7 +8,7 @@ import torch
 
 from lit_sparse.modules import LitSparse
 from lit_sparse.testing import tiny_llm
-from tests.modules.test_sharding import ATOL, FULL, assert_alike, fit, keep, refusal, saved, saving
+from tests.modules.test_sharding import ATOL, FULL, SMT_FIELDS, assert_alike, fit, keep, refusal, saved, saving
 from tests.pair import attempt, result, run_pair
 from tests.test_contract import module
 
@@ -27,6 +27,7 @@ def recorder(**fields: object) -> dict:
     return {"class_path": "RecordImportance", "init_args": fields}
 
 
+BLOCKS = {"class_path": "SMT", "init_args": {**SMT_FIELDS, "blocks": "random"}}
 RECORDING: dict[str, tuple[str, list[dict]]] = {
     "product": ("llama", [lora(), recorder()]),
     "odd": ("llama", [lora(3, target_modules="all-linear"), recorder()]),  # shards of unlike sizes
@@ -36,6 +37,7 @@ RECORDING: dict[str, tuple[str, list[dict]]] = {
     "tied": ("qwen2", [recorder()]),  # and biases
     "transposed": ("gpt2", [recorder(targets=["qkv", "down"])]),
     "transposed product": ("gpt2", [lora(target_modules=["c_attn"]), recorder()]),
+    "blocks": ("llama", [BLOCKS, recorder()]),  # which every rank has whole
 }
 """The base of each kind of run that records, and its updates."""
 SETTINGS = {**FULL, "updates": []}
@@ -68,9 +70,13 @@ def small_steps(folder: Path) -> LitSparse:
     return module("full", folder / "llama", **BFLOAT16, updates=[recorder()])
 
 
-def fisher(folder: Path, adapter: bool, samples: int) -> LitSparse:
+FISHER: dict[str, list[dict]] = {"product": [lora()], "parameters": [], "blocks": [BLOCKS]}
+"""What trains beside RecordFisher. The model is sharded before it where SMT trains blocks, which are not."""
+
+
+def fisher(folder: Path, kind: str, samples: int) -> LitSparse:
     update = {"class_path": "RecordFisher", "init_args": {"samples": samples}}
-    return module("full", folder / "llama", **{**SETTINGS, "updates": [*([lora()] if adapter else []), update]})
+    return module("full", folder / "llama", **{**SETTINGS, "updates": [*FISHER[kind], update]})
 
 
 # ---- what runs in the two processes
@@ -83,8 +89,8 @@ def work(folder: Path, rank: int) -> None:
     for kind, how in HELD:
         attempt(folder, rank, f"{kind} {how}", lambda kind=kind, how=how: hold(folder, kind, how))
     attempt(folder, rank, "small", lambda: resumed(folder, "small", lambda: small_steps(folder)))
-    for adapter in (True, False):
-        attempt(folder, rank, f"fisher {adapter}", lambda adapter=adapter: look(folder, adapter))
+    for kind in FISHER:
+        attempt(folder, rank, f"fisher {kind}", lambda kind=kind: look(folder, kind))
     half = {"precision": "bfloat16"}
     attempt(folder, rank, "half", lambda: refusal(lambda: fit(holding(folder, "parameters", "adaptive", **half), True)))
 
@@ -110,8 +116,8 @@ def said_by(update) -> dict:
     return {**update.describe(), **{name: float(value) for name, value in update.logged().items()}}
 
 
-def look(folder: Path, adapter: bool) -> None:
-    keep(fit(fisher(folder, adapter, 16), True, 1, batch=2), folder / f"fisher {adapter}.ckpt")
+def look(folder: Path, kind: str) -> None:
+    keep(fit(fisher(folder, kind, 16), True, 1, batch=2), folder / f"fisher {kind}.ckpt")
 
 
 # ---- the tests
@@ -207,9 +213,9 @@ def test_gradients_in_bf16_which_lose_a_weak_penalty_are_refused(pair):
     assert result(pair, "half").startswith(sentence)
 
 
-@pytest.mark.parametrize("adapter", [True, False])
-def test_the_fisher_is_of_the_samples_of_all_processes(adapter, pair):
+@pytest.mark.parametrize("kind", FISHER)
+def test_the_fisher_is_of_the_samples_of_all_processes(kind, pair):
     """Each row once, in orders that depend on the number of processes."""
-    result(pair, f"fisher {adapter}")
-    keep(fit(fisher(pair, adapter, 32), False, 1, batch=1), pair / "fisher one.ckpt")
-    assert_recorded_alike(recorded(pair / f"fisher {adapter}.ckpt"), recorded(pair / "fisher one.ckpt"), 1e-5)
+    result(pair, f"fisher {kind}")
+    keep(fit(fisher(pair, kind, 32), False, 1, batch=1), pair / "fisher one.ckpt")
+    assert_recorded_alike(recorded(pair / f"fisher {kind}.ckpt"), recorded(pair / "fisher one.ckpt"), 1e-5)
