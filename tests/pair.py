@@ -64,7 +64,8 @@ def _begin(rank: int, act: Callable[[Path, int], None], folder: Path, port: int,
     mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
     act(folder, rank)
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def attempt(folder: Path, rank: int, name: str, act: Callable[[], Any]) -> None:

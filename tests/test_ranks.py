@@ -59,15 +59,14 @@ def chosen(seeds):
     return {name: blocks.index.tolist() for name, blocks in strategy.choice.items()}
 
 
-def choose(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def choose(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(chosen([10 * rank, 10 * rank + 1]), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_ranks_choose_the_same_blocks_of_all_data(tmp_path):
-    torch.multiprocessing.spawn(choose, (tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_pair(choose, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == second == chosen([0, 1, 10, 11])
     assert first != chosen([0, 1]), "the other rank's data must matter, or this proves nothing"

@@ -1,4 +1,4 @@
-"""Two processes record what one does. The file imports little, since each process imports it too."""
+"""Two processes record what one does."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from lit_sparse.optim import trainable
 from lit_sparse.strategies import PEFT, RecordFisher, RecordImportance, compose
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import tiny_llm
+from tests.pair import run_pair
 
 
 def mean_loss(model, seeds):
@@ -58,8 +59,7 @@ def fisher_of(seeds):
     return {name: one["sums"] for name, one in recorder.state_dict()["importance"]["matrices"].items()}
 
 
-def record(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def record(folder: Path, rank: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     sums = [sums_of(adapter, [rank], ranks=2) for adapter in (True, False)]
     torch.save([*sums, fisher_of([2 * rank, 2 * rank + 1])], folder / f"{rank}.pt")
@@ -67,7 +67,7 @@ def record(rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_record_what_one_does(tmp_path):
-    torch.multiprocessing.spawn(record, (tmp_path,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_pair(record, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for case, adapter in enumerate((True, False)):
         one, alone = sums_of(adapter, [0, 1]), sums_of(adapter, [0])
