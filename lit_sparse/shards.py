@@ -11,13 +11,17 @@ removed. So what the file names is whole at any time, also after a power cut, a 
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -65,12 +69,137 @@ def write_sharded(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     Raises:
         BadInput: on all ranks, if one cannot write; the checkpoint that was at `path` is there still.
     """
-    path = Path(_from_first(lambda: os.path.realpath(path)))  # only rank 0 knows the number of a new run
-    tensors: dict[str, DTensor] = {}
-    small = _separate(checkpoint, "", tensors)
-    folder = path.parent / _from_first(lambda: _new_folder(path))
-    hashes = _write_folder(tensors, folder, path)
-    _from_first(lambda: _finish(small, path, folder, hashes))
+    draft = _Draft.of(checkpoint, path)
+    draft.publish(lambda: dcp.save(draft.tensors, storage_writer=draft.writer))  # pyright: ignore[reportPrivateImportUsage]
+
+
+class BackgroundWriter:
+    """Writes sharded checkpoints as `write_sharded` does, but in a thread, while training goes on.
+
+    `write` returns once this rank's shards are copied to host memory. One checkpoint is written at a time. Every rank
+    of the process group must make the same calls.
+
+    Args:
+        timeout: Of a collective operation of the threads, which have a process group of their own (gloo).
+    """
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        self._timeout = timeout
+        self._group: dist.ProcessGroup | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
+
+    def write(self, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+        """Begin to write `checkpoint` to `path`, once the one before it is written.
+
+        Raises:
+            BadInput: on all ranks, if the one before it could not be written.
+        """
+        self.wait()
+        if self._thread is None:
+            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+        draft = _Draft.of(checkpoint, path, self._group)
+        draft.copy_small()
+        shards: Any = dcp.async_save(  # pyright: ignore[reportPrivateImportUsage]
+            draft.tensors, storage_writer=draft.writer, process_group=self._group
+        )
+        self._pending = self._thread.submit(draft.publish, shards.result)
+
+    def wait(self) -> None:
+        """Wait until what was begun is written.
+
+        Raises:
+            BadInput: on all ranks, if it could not be; the checkpoint that was there before is there still.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait as `wait` does, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            self._thread = None
+
+
+@dataclass
+class _Draft:
+    """A checkpoint that is being written.
+
+    Attributes:
+        path, folder: Where its file and its shards come to be.
+        small: The file's contents, with meta tensors in place of DTensors.
+        tensors: The DTensors by key.
+        writer: Writes this rank's shards into `folder`.
+        group: The process group of all ranks; None is the default one.
+    """
+
+    path: Path
+    folder: Path
+    small: dict[str, Any]
+    tensors: dict[str, Any]
+    writer: _Writer
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, checkpoint: Mapping[str, Any], path: str | Path, group: dist.ProcessGroup | None = None) -> _Draft:
+        """Make the folder of a new draft, on all ranks together."""
+        path = Path(_from_first(lambda: os.path.realpath(path)))  # only rank 0 knows the number of a new run
+        tensors: dict[str, DTensor] = {}
+        small = _separate(checkpoint, "", tensors)
+        folder = path.parent / _from_first(lambda: _new_folder(path))
+        return cls(path, folder, small, tensors, _Writer(folder), group)
+
+    def copy_small(self) -> None:
+        """Copy the tensors of the file, which training would change before they are written; rank 0 writes it."""
+        self.small = _copies(self.small) if dist.get_rank() == 0 else {}
+
+    def publish(self, write: Callable[[], Any]) -> None:
+        """Call `write`, read the shards of all ranks back, and let the file name them, on all ranks together.
+
+        Args:
+            write: Writes this rank's shards with `writer`, or waits until they are.
+
+        Raises:
+            BadInput: on all ranks, if one could not write.
+        """
+        hashes = self._write_folder(write)
+        _from_first(lambda: self._finish(hashes), self.group)
+
+    def _write_folder(self, write: Callable[[], Any]) -> dict[str, str]:
+        """Write this rank's shards; return the hashes of the files of all ranks, read back from the disk."""
+        problem: BaseException | None = None
+        try:
+            write()
+        except CheckpointException as error:  # on all ranks
+            problem = next(iter(error.failures.values()))[0]
+        files = self.writer.files
+        own = {"hashes": {} if problem else files.hashes, "problem": str(problem or files.read_back() or "")}
+        found = _from_all(own, self.group)
+        if all(not one["problem"] for one in found):
+            return {name: digest for one in found for name, digest in one["hashes"].items()}
+        if dist.get_rank() == 0:
+            shutil.rmtree(self.folder)
+        if problem is not None and not isinstance(problem, OSError):
+            raise problem
+        reason = next(one["problem"] for one in found if one["problem"])
+        raise not_written(self.path, problem if isinstance(problem, OSError) else OSError(errno.EIO, reason))
+
+    def _finish(self, hashes: dict[str, str]) -> None:
+        sync(self.folder)
+        sync(self.path.parent)
+        try:
+            write_whole({**self.small, KEY: {"folder": self.folder.name, "files": hashes}}, self.path)
+        except BadInput:
+            shutil.rmtree(self.folder)
+            raise
+        for other in folders_of(self.path):
+            if other != self.folder:
+                shutil.rmtree(other)
 
 
 def _separate(value: Any, key: str, tensors: dict[str, DTensor]) -> Any:
@@ -85,48 +214,27 @@ def _separate(value: Any, key: str, tensors: dict[str, DTensor]) -> Any:
     return value
 
 
+def _copies(value: Any) -> Any:
+    """Copy the tensors nested in dicts, lists and tuples to host memory."""
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {name: _copies(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copies(item) for item in value)
+    return value
+
+
 def _new_folder(path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_orphans(path.parent, path.name)
     taken = {folder.name for folder in folders_of(path)}
     name = next(name for n in range(len(taken) + 1) if (name := f"{path.name}{ENDING}{n}") not in taken)
     (path.parent / name).mkdir()
     return name
 
 
-def _write_folder(tensors: dict[str, DTensor], folder: Path, path: Path) -> dict[str, str]:
-    """Write this rank's shards into `folder`; return the hashes of the files of all ranks, read back from the disk."""
-    writer = _Writer(folder, sync_files=True)
-    writer.fs = files = _HashedFiles()
-    problem: BaseException | None = None
-    try:
-        dcp.save(dict(tensors), storage_writer=writer)  # pyright: ignore[reportPrivateImportUsage]
-    except CheckpointException as error:  # on all ranks
-        problem = next(iter(error.failures.values()))[0]
-    found = _from_all({"hashes": {} if problem else files.hashes, "problem": str(problem or files.read_back() or "")})
-    if all(not one["problem"] for one in found):
-        return {name: digest for one in found for name, digest in one["hashes"].items()}
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder)
-    if problem is not None and not isinstance(problem, OSError):
-        raise problem
-    reason = next(one["problem"] for one in found if one["problem"])
-    raise not_written(path, problem if isinstance(problem, OSError) else OSError(errno.EIO, reason))
-
-
-def _finish(small: dict[str, Any], path: Path, folder: Path, hashes: dict[str, str]) -> None:
-    sync(folder)
-    sync(path.parent)
-    try:
-        write_whole({**small, KEY: {"folder": folder.name, "files": hashes}}, path)
-    except BadInput:
-        shutil.rmtree(folder)
-        raise
-    for other in folders_of(path):
-        if other != folder:
-            shutil.rmtree(other)
-
-
-def _from_first(act: Any) -> Any:
+def _from_first(act: Any, group: dist.ProcessGroup | None = None) -> Any:
     """Return what `act` returns on rank 0, to all ranks; where it raises there, raise on all."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -134,19 +242,23 @@ def _from_first(act: Any) -> Any:
             outcome[0] = act()
         except (BadInput, OSError) as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
 
 
-def _from_all(own: Any) -> list[Any]:
+def _from_all(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
+    dist.all_gather_object(found, own, group=group)
     return found
 
 
 class _Writer(FileSystemWriter):
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, sync_files=True)
+        self.fs = self.files = _HashedFiles()
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # else the folder's name today, a path, which it may not keep
 
@@ -209,13 +321,36 @@ def _hash(file: BinaryIO) -> str:
 
 def folders_of(path: Path) -> list[Path]:
     """Return the folders with shards of the checkpoint at `path`, of which it names one."""
-    return [one for one in path.parent.glob(f"{path.name}{ENDING}*") if one.is_dir()]
+    return [one for one in path.parent.glob(f"{glob.escape(path.name)}{ENDING}*") if one.is_dir()]
 
 
 def remove_shards(path: Path) -> None:
     """Remove the shards of the checkpoint at `path`, once that is removed."""
     for folder in folders_of(path):
         shutil.rmtree(folder)
+
+
+def remove_orphans(folder: Path, name: str = "") -> None:
+    """Remove shards in `folder` that no checkpoint names: those of saves that were killed.
+
+    Args:
+        name: Of the checkpoint whose shards are looked at; all if not given.
+    """
+    for shards in folder.glob(f"{glob.escape(name) or '*'}{ENDING}*"):
+        if shards.is_dir() and not _is_named(shards):
+            shutil.rmtree(shards)
+
+
+def _is_named(shards: Path) -> bool:
+    """Return whether the checkpoint beside a folder of shards names it, or cannot be read to find out."""
+    file = shards.with_name(shards.name.rpartition(ENDING)[0])
+    if not file.is_file():
+        return False
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # damaged, or of another kind: not ours to judge
+        return True
+    return isinstance(checkpoint, dict) and checkpoint.get(KEY, {}).get("folder") == shards.name
 
 
 def check_shards(checkpoint: Mapping[str, Any], path: Path) -> None:

@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from lit_sparse import shards, whole
 from lit_sparse.checkpoints import read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
-from lit_sparse.shards import folders_of, write_sharded
+from lit_sparse.shards import BackgroundWriter, folders_of, remove_orphans, write_sharded
 from tests.test_whole import flip
 
 WEIGHT, MOMENT, BIAS = torch.arange(35.0).reshape(7, 5), torch.ones(7, 5).bfloat16(), torch.arange(3)
@@ -132,6 +134,64 @@ def test_what_reads_back_otherwise_is_no_checkpoint(file, one_rank, monkeypatch)
     with pytest.raises(BadInput, match="reads back otherwise than it was written; check the disk"):
         write_sharded(checkpoint(one_rank, 2), file)
     assert folders_of(file) == before
+
+
+@pytest.fixture
+def held(monkeypatch) -> threading.Event:
+    """Hold the thread that writes a checkpoint in the background, just before the file names the new shards."""
+    go, finish = threading.Event(), shards._Draft._finish
+
+    def wait(draft, hashes):
+        assert go.wait(60)
+        finish(draft, hashes)
+
+    monkeypatch.setattr(shards._Draft, "_finish", wait)
+    return go
+
+
+def test_in_the_background_values_are_those_of_the_save(one_rank, tmp_path, held):
+    writer, later = BackgroundWriter(), checkpoint(one_rank)
+    moving = [later["state_dict"]["model.a"].to_local(), BIAS.clone()]
+    later["state_dict"]["model.b"] = moving[1]
+    writer.write(later, tmp_path / "last.ckpt")
+    assert not (tmp_path / "last.ckpt").exists(), "the save did not come back while it is being written"
+    for tensor in moving:
+        tensor.add_(1)
+    held.set()
+    writer.write(checkpoint(one_rank, 3), tmp_path / "later.ckpt")  # waits for the one before it
+    found = read_checkpoint(tmp_path / "last.ckpt")["state_dict"]
+    assert torch.equal(found["model.a"], WEIGHT)
+    assert torch.equal(found["model.b"], BIAS)
+    writer.close()
+    assert torch.equal(read_checkpoint(tmp_path / "later.ckpt")["state_dict"]["model.a"], 3 * WEIGHT)
+    assert len(folders_of(tmp_path / "later.ckpt")) == 1
+
+
+def test_a_kill_in_the_background_leaves_the_one_before(file, one_rank, held, tmp_path):
+    before, writer = folders_of(file), BackgroundWriter()
+    writer.write(checkpoint(one_rank, 2), file)
+    shutil.copytree(tmp_path, tmp_path / "killed", ignore=shutil.ignore_patterns("meeting"))  # what a kill leaves
+    held.set()
+    writer.close()
+    assert torch.equal(read_checkpoint(file)["state_dict"]["model.a"], 2 * WEIGHT)
+    killed = tmp_path / "killed" / file.name
+    assert len(folders_of(killed)) == 2
+    assert torch.equal(read_checkpoint(killed)["state_dict"]["model.a"], WEIGHT)
+    remove_orphans(killed.parent)
+    assert [folder.name for folder in folders_of(killed)] == [folder.name for folder in before]
+    assert torch.equal(read_checkpoint(killed)["state_dict"]["model.a"], WEIGHT)
+
+
+def test_what_fails_in_the_background_is_told_at_the_next_save_and_at_the_end(file, one_rank, monkeypatch):
+    writer, before = BackgroundWriter(), folders_of(file)
+    monkeypatch.setattr(shards, "_hash", lambda opened: "another")
+    for begin in (lambda: writer.write(checkpoint(one_rank, 3), file), writer.close):
+        writer.write(checkpoint(one_rank, 2), file)
+        with pytest.raises(BadInput, match="reads back otherwise than it was written; check the disk"):
+            begin()
+    monkeypatch.undo()
+    assert folders_of(file) == before
+    assert torch.equal(read_checkpoint(file)["state_dict"]["model.a"], WEIGHT)
 
 
 def test_metadata_runs_no_code(file):

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning as L
 
+from lit_sparse.modules.sharding import FSDP2Strategy
+
 CHECKPOINT_STEPS = 100
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Signals after which a fit saves and ends: Ctrl-C, and what schedulers send before they kill."""
@@ -113,9 +115,11 @@ class LastCheckpoint:
         return self.every == 0 or self._saved == self._done
 
     def at_end(self, trainer: L.Trainer) -> None:
-        """Save the last step if it was not saved: training ended by a time limit, say."""
+        """Save the last step if it was not saved: training ended by a time limit, say. Wait until it is written."""
         if self.every and self._saved != trainer.global_step:
             self._save(trainer)
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.wait_until_saved()
 
     def _save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path, weights_only=False)  # by all ranks, which gather what is sharded

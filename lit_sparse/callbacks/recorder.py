@@ -28,6 +28,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.checks import check_monitors
 from lit_sparse.optim import trainable
+from lit_sparse.shards import remove_orphans
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse.whole import remove_drafts, replace_text
 from lit_sparse_profiling.budget import SHARE
@@ -131,6 +132,7 @@ class Recorder(Profile):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_drafts(self.folder)
+            remove_orphans(self.checkpoint.path.parent)
             self._write_config()
             for logger in trainer.loggers:
                 if isinstance(logger, RunCSV | RunTensorBoard):

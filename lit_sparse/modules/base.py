@@ -16,7 +16,7 @@ from lit_sparse.data.loader import Loader
 from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF, Precision
-from lit_sparse.modules.checks import check_callbacks, check_masters, check_sharding, check_trainer
+from lit_sparse.modules.checks import check_async_save, check_callbacks, check_masters, check_sharding, check_trainer
 from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
@@ -104,6 +104,7 @@ class LitSparse(Resumable):
             self._check_data_alike()
             if self.to_shard:
                 check_sharding(self.updates, {"quantize": self.quantize, "compile": self.compile_model})
+                check_async_save(self.trainer)
 
     def _check_data_alike(self) -> None:
         """Refuse ranks with other data or limits, before one of them waits in a batch that another does not have."""

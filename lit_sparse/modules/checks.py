@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import lightning as L
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
@@ -20,6 +21,7 @@ from lit_sparse.anatomy import embedded_tokens
 from lit_sparse.data import TokenData
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF
+from lit_sparse.modules.checkpoint_io import WholeCheckpoints, is_remote
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import AdamW
 from lit_sparse.strategies.base import UpdateStrategy
@@ -172,6 +174,24 @@ def check_sharding(updates: Sequence[UpdateStrategy], options: Mapping[str, Any]
                 f"trainer.strategy is fsdp2, which does not support model.{key}: {UNSHARDED[key]}; leave model.{key} "
                 "out, or set trainer.strategy to ddp, where each rank has the full model."
             )
+
+
+def check_async_save(trainer: L.Trainer) -> None:
+    """Refuse to write checkpoints in the background where one rank writes them.
+
+    Raises:
+        BadInput: if they go to a URL, or by a plugin of the user's.
+    """
+    strategy, root = trainer.strategy, trainer.default_root_dir
+    if not (isinstance(strategy, FSDP2Strategy) and strategy.async_save):
+        return
+    plugin = type(strategy.checkpoint_io)
+    if is_remote(root) or plugin not in (TorchCheckpointIO, WholeCheckpoints):
+        where = f"go to {root}" if is_remote(root) else f"are written by {plugin.__name__}"
+        raise BadInput(
+            f"trainer.strategy has async_save, which writes shards to a local folder, but checkpoints {where}; leave "
+            "async_save out."
+        )
 
 
 UNSHARDED = {

@@ -6,6 +6,7 @@ it computes. The parameters outside the decoder layers form one more unit.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cached_property
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.strategies.strategy import Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -24,7 +26,7 @@ from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints, is_remote
 from lit_sparse.optim import shard_like
-from lit_sparse.shards import write_sharded
+from lit_sparse.shards import BackgroundWriter, write_sharded
 
 NAME = "fsdp2"
 """The strategy's name for trainer.strategy."""
@@ -171,6 +173,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         replicas: Groups of ranks that each have the whole model, sharded within the group (HSDP): gradients are reduced
             within a group, then between groups. With as many as there are machines, weights are gathered within one.
         offload: Keep weights, gradients and optimizer state in host memory, where the optimizer steps.
+        async_save: Write checkpoints in the background: a save copies this rank's shards to host memory, and training
+            goes on while they are written. The next save and the end of the fit wait until they are.
         process_group_backend: As for Lightning's strategies; chosen by the device when not given.
         timeout: Timeout of a collective operation, 10 minutes by default.
 
@@ -182,6 +186,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self,
         replicas: int = 1,
         offload: bool = False,
+        async_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = TIMEOUT,
     ) -> None:
@@ -191,7 +196,8 @@ class FSDP2Strategy(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
-        self.replicas, self.offload = replicas, offload
+        self.replicas, self.offload, self.async_save = replicas, offload, async_save
+        self._writer = BackgroundWriter(timeout)
 
     def setup_environment(self) -> None:
         world = self.num_nodes * self.num_processes
@@ -250,10 +256,31 @@ class FSDP2Strategy(ModelParallelStrategy):
         for state in checkpoint.get("optimizer_states", []):  # absent if only weights are saved
             state["state"] = {key: _without_master(one) for key, one in state["state"].items()}
         if isinstance(self.checkpoint_io, WholeCheckpoints) and not is_remote(filepath):
-            write_sharded(checkpoint, filepath)
+            assert self.lightning_module is not None
+            running = self.lightning_module.trainer.state.status == TrainerStatus.RUNNING  # else nobody would wait
+            (self._writer.write if self.async_save and running else write_sharded)(checkpoint, filepath)
             return
         full = gather(checkpoint, keep=self.is_global_zero)
         Strategy.save_checkpoint(self, full, filepath, storage_options)
+
+    def wait_until_saved(self) -> None:
+        """Wait until the last checkpoint is written. Every rank must call it.
+
+        Raises:
+            BadInput: on all ranks, if it could not be; the one before it is there still.
+        """
+        self._writer.wait()
+
+    def teardown(self) -> None:
+        failure = sys.exception()  # of the fit that ends
+        try:
+            self._writer.close()
+        except Exception as error:
+            if failure is None:
+                raise
+            failure.add_note(f"The checkpoint that was being written is not: {error}")
+        finally:
+            super().teardown()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if isinstance(self.checkpoint_io, WholeCheckpoints):

@@ -1,9 +1,7 @@
 """FSDP2 on two processes: the weights of one process on the same rows, shard sizes, and checkpoints."""
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.families import FAMILIES
+from lit_sparse import cli
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.checkpoints import read_checkpoint
@@ -38,7 +37,6 @@ from tests.pair import attempt, result, run_pair
 from tests.test_contract import METHODS, module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
-ROOT = Path(__file__).parents[2]
 SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a sharded model"
 
 
@@ -183,6 +181,8 @@ KEPT: dict[str, dict] = {
     "blocks": {"updates": [{"class_path": "SMT", "init_args": SMT_FIELDS}], "precision": "bfloat16"},
 }
 """LISA's ways, and SMT, that are resumed after the third of six steps."""
+IN_BACKGROUND = ("keep", "blocks")
+"""Those of them whose checkpoints are written while training goes on."""
 RESUMED = [*((name, "llama") for name in KEPT), ("reset", "dropout"), ("bfloat16", "dropout")]
 
 
@@ -366,6 +366,8 @@ def resumed(folder: Path, rank: int) -> None:
             out = folder / f"{base} {name}"
             shorter, save = [Shortened(8)] if rank and base == "dropout" else [], saving(out)
             save["callbacks"] += shorter
+            if name in IN_BACKGROUND:
+                save["strategy"] = FSDP2Strategy(async_save=True, timeout=timedelta(seconds=60))
             straight = fit(lisa(folder, base, **options), True, 6, **save)
             straight.save_checkpoint(out / "straight.ckpt")
             again = fit(lisa(folder, base, **options), True, 6, out / "step=3.ckpt", seed=1, callbacks=shorter)
@@ -419,6 +421,22 @@ def detached(folder: Path, rank: int) -> str:
     return refusal(made.detach)
 
 
+def command_line(folder: Path, rank: int) -> None:
+    """Train by the command line, with checkpoints in the background."""
+    update = {"class_path": "LISA", "init_args": {"active_layers": 1, "interval": 2}}
+    rows = {"vocab_size": 96, "max_length": 12, "rows": 64, "heldout": 4, "batch_size": 2}
+    data = {"class_path": "lit_sparse.data.Synthetic", "init_args": rows}
+    with contextlib.chdir(folder):
+        if rank == 0:
+            small = {"model": {"base": "llama", "updates": [update]}, "data": data}
+            Path("small.yaml").write_text(yaml.safe_dump(small))
+        dist.barrier()
+        files = ["trainers/fsdp2.yaml", "small.yaml"]  # a list of updates would add to that of a method's YAML
+        words = [word for file in files for word in ("--config", file)] + ["--run", "lisa", "--profile.profiled", "0"]
+        way = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.async_save", "true"]
+        cli.run(["fit", *words, *way, "--trainer.accelerator", "cpu", "--trainer.devices", "2"])
+
+
 CASES: dict[str, Callable[[Path, int], object]] = {
     "ledger": ledger,
     "evaluated": evaluated,
@@ -430,6 +448,7 @@ CASES: dict[str, Callable[[Path, int], object]] = {
     "trainer": given_to_the_trainer,
     "sentences": sentences,
     "detached": detached,
+    "command line": command_line,
 }
 
 
@@ -641,17 +660,10 @@ def test_a_checkpoint_given_to_the_trainer_alone_resumes_too(pair):
     assert_alike(saved(pair / "llama reset" / "trainer.ckpt"), saved(pair / "llama reset" / "straight.ckpt"))
 
 
-def test_the_command_line_trains_and_exports(tmp_path):
-    tiny_llm("llama").save_pretrained(tmp_path / "tiny")
-    update = {"class_path": "LISA", "init_args": {"active_layers": 1, "interval": 2}}
-    rows = {"vocab_size": 96, "max_length": 12, "rows": 64, "heldout": 4, "batch_size": 2}
-    data = {"class_path": "lit_sparse.data.Synthetic", "init_args": rows}
-    small = {"model": {"base": str(tmp_path / "tiny"), "updates": [update]}, "data": data}
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
-    files = ["trainers/fsdp2.yaml", "small.yaml"]  # a list of updates would add to that of a method's YAML
-    words = [word for file in files for word in ("--config", file)] + ["--run", "lisa", "--profile.profiled", "0"]
-    lit_sparse(tmp_path, "fit", *words, "--trainer.accelerator", "cpu", "--trainer.devices", "2")
-    (run,) = (tmp_path / "runs").iterdir()
+def test_the_command_line_trains_and_exports(pair, monkeypatch):
+    result(pair, "command line")
+    monkeypatch.chdir(pair)
+    run = Path("runs") / "lisa-1"
     record = json.loads((run / "record.json").read_text())
     assert record["status"] == "ok"
     values = saved(run / "checkpoints" / "last.ckpt")["state_dict"]
@@ -661,15 +673,7 @@ def test_the_command_line_trains_and_exports(tmp_path):
     )
     assert record["model"]["trainable"] == trained
     assert record["ledger"]["trainable"] == 4 * trained // 2  # of the first process; every dimension is even
-    lit_sparse(tmp_path, "export", str(run), "--to", "hf")
+    cli.run(["export", str(run), "--to", "hf"])
     exported = load_file(run / "hf" / "model.safetensors")
     for name, value in values.items():
         assert torch.equal(exported[name.removeprefix("model.")], value), name
-
-
-def lit_sparse(folder: Path, *words: str) -> None:
-    paths = [str(ROOT / part) for part in ("", "kernels", "profiling")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lit_sparse", *words]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
