@@ -27,6 +27,7 @@ from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.configs import found
 from lit_sparse.export.merge import Merge
+from lit_sparse.modules.loading import load_base
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.runner import Job, hash_sources
 
@@ -99,13 +100,14 @@ def norms(into: Path) -> Iterator[Line]:
     for name, (yaml, rate) in TRAINED.items():
         folder = trained(name, yaml, rate, into / "norms")
         merge = Merge.of(folder)
+        base = load_base(merge.module.auto_class, merge.module.base, "auto", merge.module.attention)
         record = RunRecord.read(folder / "record.json")
         yield provenance("lisa", record) | {
             "norms": name,
             "lr": rate,
             "steps": STEPS,
             "after": record.outcome["after"],
-            "layers": moved(merge.base, merge.model),
+            "layers": moved(base, merge.model),
         }
 
 

@@ -64,19 +64,20 @@ def _samples(tensor: Tensor) -> Tensor:
 
 
 def read_checkpoint(
-    path: str | Path, keys: Collection[str] | None = None, mesh: DeviceMesh | None = None
+    path: str | Path, keys: Collection[str] | None = None, mesh: DeviceMesh | None = None, mapped: bool = False
 ) -> dict[str, Any]:
     """Read the checkpoint at `path` to the CPU; only tensors and plain values are unpickled.
 
     Args:
         keys, mesh: What is read of a sharded checkpoint, and how, as for `read_shards`.
+        mapped: Map the file into memory instead of reading it: what is not used takes none.
 
     Raises:
         BadInput: if there is none, it is damaged, or it is no checkpoint of a lit_sparse run.
     """
     check_whole(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
         raise BadInput(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: it is of another kind)."

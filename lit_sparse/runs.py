@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,17 @@ def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
     Raises:
         BadInput: if `folder` is no run, or has no checkpoint yet.
     """
+    module, config, checkpoint = open_run(folder)
+    restore_run(module, checkpoint, folder)
+    return module, config
+
+
+def open_run(folder: Path) -> tuple[LitSparse, dict[str, Any], dict[str, Any]]:
+    """Return the module of a run as it began, its configuration, and its last checkpoint for `restore_run`.
+
+    Raises:
+        BadInput: as `load_run` does.
+    """
     if not (folder / "config.yaml").is_file():
         raise BadInput(
             f"{folder} is not a run: it has no config.yaml; give a folder that lit-sparse fit wrote, such as "
@@ -103,16 +115,21 @@ def load_run(folder: Path) -> tuple[LitSparse, dict[str, Any]]:
         )
     config = read_config(folder / "config.yaml")
     module = build_module({**config, "model": {**config["model"], "compile": False}})
-    checkpoint = read_checkpoint(folder / LAST, ("lit_sparse",))
+    checkpoint = read_checkpoint(folder / LAST, ("lit_sparse",), mapped=True)
     if module.quantize is not None or module.base.endswith(".json"):
         # These weights were quantised or drawn in the run's precision; `auto` may mean another one on this machine.
         module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older checkpoints lack it
+    module.take_task(checkpoint)
+    return module, config, checkpoint
+
+
+def restore_run(module: LitSparse, checkpoint: Mapping[str, Any], folder: Path) -> None:
+    """Give the module of the run in `folder` what its checkpoint has, one tensor of a sharded one after the other."""
     module.restore(checkpoint)
     module.check_complete(checkpoint)
     for values in trained_values(checkpoint, folder / LAST):
         module.load_state_dict(values, strict=False)
     module.eval()
-    return module, config
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from lit_sparse.anatomy import classification_head, dummy_forward
 from lit_sparse.errors import BadInput
 from lit_sparse.export.merge import check_converged, differs
 from lit_sparse.modules import LitSparse
+from lit_sparse.modules.hollow import release
 from lit_sparse.modules.loading import load_base
 from lit_sparse.strategies import MEFT
 
@@ -21,6 +22,8 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
     """Write the adapter of `module` such that its loader, given the base and the folder, makes what computes the same.
 
     PEFT's adapters are loaded by `peft.PeftModel.from_pretrained(base, folder)`, MEFT's by `MEFT.load(folder, base)`.
+
+    The module's own weights are given up for the memory of those that are loaded again.
 
     Raises:
         BadInput: if it trained no adapter, diverged, or the loader would compute something else.
@@ -38,8 +41,10 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
         )
     check_converged(module, run)
     adapters[0].save(folder)
+    trained = outputs(module, module.build())
+    release(module.build())  # so that the model is never held twice
     before, after = reloaded(module, folder)
-    if differs(outputs(module, module.build()), after, before, LOAD_TOLERANCE):
+    if differs(trained, after, before, LOAD_TOLERANCE):
         raise BadInput(
             f"the adapter of {run} would not compute on its base what the run computed (its start rounded the base's "
             "weights); export it with --to hf."

@@ -1,5 +1,6 @@
 """Export a run as a plain Hugging Face folder, a small delta, or an adapter of PEFT."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -8,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lit_sparse import demo
 from lit_sparse.data.encoding import load_named
@@ -21,6 +23,7 @@ from lit_sparse.export.generate import encoder_of
 from lit_sparse.export.merge import CastError, Merge, cast_error
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import own_ends, set_ends
+from lit_sparse.modules.hollow import release
 from lit_sparse.runs import load_run
 
 MARK = "lit_sparse.json"
@@ -114,9 +117,9 @@ def export_adapter(run: Path, folder: Path, dtype: str) -> str:
     """Write the adapter of the run in the folder `run`, and the mark, to `folder`; return its card."""
     module, config = load_run(run)
     name = run.resolve().name
+    tell_end(module, config)
     write_adapter(module, name, folder)
     write_mark(folder, origin(name, module))
-    tell_end(module, config)
     return card(name, module, "adapter", read_record(run))
 
 
@@ -214,10 +217,12 @@ def write_mark(folder: Path, entries: dict[str, Any]) -> None:
 
 
 def check_loads(merge: Merge, folder: Path) -> None:
-    """Load the folder as users will, and compare every parameter.
+    """Load the folder as users will, and compare every parameter; the merged model is given up for the memory.
 
     save_pretrained does not notice weights that it ties or drops.
     """
+    wanted = {name: digest(p) for name, p in merge.model.named_parameters(remove_duplicate=False)}
+    release(merge.model)
     try:
         again = merge.module.auto_class.from_pretrained(folder, dtype="auto")
     except ValueError as error:  # Mllama's text model has a configuration that no Auto class knows
@@ -226,11 +231,18 @@ def check_loads(merge: Merge, folder: Path) -> None:
             f"({str(error).strip().splitlines()[0].rstrip('.')[:150]}); export it with --to delta."
         ) from error
     found = dict(again.named_parameters(remove_duplicate=False))
-    for name, parameter in merge.model.named_parameters(remove_duplicate=False):
-        if name not in found or not torch.equal(found[name].float(), parameter.float()):
+    for name, expected in wanted.items():
+        if name not in found or digest(found[name]) != expected:
             raise BadInput(
                 f"{merge.run} cannot be exported as a Hugging Face folder: {name} would not load again as it was saved."
             )
+
+
+def digest(parameter: Tensor) -> bytes:
+    """Return a hash of a parameter's shape and values, whatever its dtype."""
+    found = hashlib.sha256(repr(tuple(parameter.shape)).encode())
+    found.update(parameter.detach().float().contiguous().numpy().data)
+    return found.digest()
 
 
 # ---- files

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import dummy_forward, is_quantized, weight_matrix
@@ -15,28 +16,68 @@ from lit_sparse.blocks.grid import Blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.modules import LitSparse
-from lit_sparse.modules.loading import load_base
+from lit_sparse.modules.hollow import Hollow
+from lit_sparse.modules.loading import load_base, load_hollow
 from lit_sparse.optim import trainable
-from lit_sparse.runs import load_run
+from lit_sparse.runs import open_run, restore_run
 
 MERGE_TOLERANCE = (1e-2, 1e-5)
 """Tolerated norm of the difference of logits after merging: shares of the change by training, and of the logits.
 
 Rounding stays below both."""
 
+PART = 2**18
+"""Weights of which the error of a cast is measured at a time: it takes a few copies of them, some in fp64."""
 NOTABLE_LOSS = 0.1
 """If a cast loses more than this share of the change (RMS), the message advises float32."""
 
 
+class Base:
+    """The parameters of a run's base as its files have them, one at a time: the model is never held twice.
+
+    Args:
+        module: The run's module.
+
+    Attributes:
+        dtype: That of the base's files.
+        names: Names of the parameters; tied ones appear once.
+    """
+
+    def __init__(self, module: LitSparse) -> None:
+        # A bare configuration draws random weights, which are the run's only in the run's dtype.
+        dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
+        how = module.auto_class, module.base, dtype, module.attention
+        found = load_hollow(*how, module.config_options)
+        if isinstance(found, str):
+            rank_zero_info(f"The base is loaded whole, beside the merged model: {found}.")
+            found = Hollow(load_base(*how, config_options=module.config_options), lambda: iter(()))
+        self._hollow, self.dtype = found, found.model.dtype
+        self.names = frozenset(name for name, _ in found.model.named_parameters())
+        self._tied: dict[nn.Parameter, list[str]] = {}
+        for name, parameter in found.model.named_parameters(remove_duplicate=False):
+            self._tied.setdefault(parameter, []).append(name)
+
+    @property
+    def all_names(self) -> set[str]:
+        """All names of the parameters, those of tied ones too."""
+        return {name for names in self._tied.values() for name in names}
+
+    def values(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield each parameter's names, of which tied ones have several, and its value."""
+        parameters = dict(self._hollow.parameters())
+        for name, value in self._hollow.values():
+            yield self._tied[parameters[name]], value
+
+
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """A run's model, merged in fp32, beside its base.
+    """A run's model, merged in fp32, and its base.
 
     Attributes:
         run: Name of the run.
         module: The run's module, with its strategies detached.
         model: Its plain model, in fp32.
-        base: The base, in the dtype of its files.
+        base: The base's parameters, in the dtype of its files.
         choice: SMT's blocks by name of the linear layer or expert; empty without SMT.
         config: The run's configuration.
     """
@@ -44,7 +85,7 @@ class Merge:
     run: str
     module: LitSparse
     model: PreTrainedModel
-    base: PreTrainedModel
+    base: Base
     choice: Mapping[str, Blocks]
     config: Mapping[str, Any]
 
@@ -55,8 +96,7 @@ class Merge:
         Raises:
             BadInput: if it cannot be loaded, or what it trained cannot be merged.
         """
-        module, config = load_run(run)
-        check_mergeable(module, run.resolve().name)
+        module, config, checkpoint = open_run(run)
         if is_quantized(module.build()):
             adapter = any(update.leaves == "adapter" for update in module.updates)
             raise BadInput(
@@ -64,11 +104,12 @@ class Merge:
                 "merged without rounding away what it trained; "
                 + ("export it with --to adapter." if adapter else "use it through lit_sparse.runs.load_run.")
             )
+        adapts = any(update.leaves == "adapter" for update in module.updates)
+        before = dummy_forward(module.build()) if adapts else None
+        restore_run(module, checkpoint, run)
+        check_mergeable(module, run.resolve().name)
         choice = chosen_blocks(module.build())
-        # A bare configuration draws random weights, which are the run's only in the run's dtype.
-        dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
-        base = load_base(module.auto_class, module.base, dtype, module.attention, config_options=module.config_options)
-        return cls(run.resolve().name, module, merged(module, base), base, choice, config)
+        return cls(run.resolve().name, module, merged(module, before), Base(module), choice, config)
 
     @property
     def updates(self) -> list[str]:
@@ -81,14 +122,15 @@ class Merge:
         Raises:
             BadInput: if the model has a parameter that the base lacks.
         """
-        bases = dict(self.base.named_parameters(remove_duplicate=False))
-        for name, parameter in self.model.named_parameters():
-            if name not in bases:
-                raise BadInput(f"{self.run} left the model with a parameter {name} that its base lacks; use load_run.")
+        own = dict(self.model.named_parameters())
+        for name in own.keys() - self.base.all_names:
+            raise BadInput(f"{self.run} left the model with a parameter {name} that its base lacks; use load_run.")
+        for names, value in self.base.values():
             # Rounded as the run loaded the base: what its precision lost is no change by training.
-            before, after = bases[name].detach().to(self.module.frozen_dtype).float(), parameter.detach()
-            if not torch.equal(before, after):
-                yield name, before, after
+            before = value.to(self.module.frozen_dtype).float()
+            for name in names:
+                if name in own and not torch.equal(before, own[name]):
+                    yield name, before, own[name].detach()
 
     def delta(self) -> Delta:
         """Return what the run changed of its base.
@@ -96,10 +138,10 @@ class Merge:
         Raises:
             BadInput: if the merged model has other parameters than the base (a head that is no longer tied).
         """
-        names, base_names = ({name for name, _ in model.named_parameters()} for model in (self.model, self.base))
-        if names != base_names:
+        names = {name for name, _ in self.model.named_parameters()}
+        if odd := names ^ self.base.names:
             raise BadInput(
-                f"{self.run} left the model with other parameters than its base has ({min(names ^ base_names)}), which "
+                f"{self.run} left the model with other parameters than its base has ({min(odd)}), which "
                 "a delta cannot hold; export it with --to hf."
             )
         changes = tuple(one for change in self.changes() for one in self._split(*change))
@@ -154,18 +196,21 @@ def check_converged(module: LitSparse, run: str) -> None:
             raise BadInput(f"{run} diverged: {name} is not finite; train it anew with a lower model.lr.")
 
 
-def merged(module: LitSparse, base: PreTrainedModel) -> PreTrainedModel:
+def merged(module: LitSparse, base: Tensor | None) -> PreTrainedModel:
     """Detach the strategies of `module`; return its model in fp32.
+
+    Args:
+        base: Logits of the base for the dummy tokens, if the run trained an adapter.
 
     Raises:
         BadInput: if merging an adapter would change what the model computes (one on a tied head, for example).
     """
     model = module.build().float()  # before merging, so that the merge itself does not round
-    if all(update.leaves == "plain" for update in module.updates):
+    if base is None:
         return module.detach()
     before = dummy_forward(model)
     after = dummy_forward(module.detach())
-    if differs(before, after, dummy_forward(base)):
+    if differs(before, after, base.float()):
         raise BadInput(
             f"what {module.updates.names} trained cannot be merged into {module.base} without changing its outputs "
             "(are tied weights among what was adapted?); train other modules."
@@ -221,7 +266,8 @@ def cast_error(changes: Iterable[tuple[Tensor, Tensor]], dtype: torch.dtype) -> 
     """Measure the error of casting to `dtype`, given pairs of fp32 tensors before and after training."""
     count, undone, largest = 0, 0, 0.0
     squares = torch.zeros(3, dtype=torch.float64)  # of the errors, the weights, the changes
-    for before, after in changes:
+    parts = (pair for change in changes for pair in zip(*(one.flatten().split(PART) for one in change), strict=True))
+    for before, after in parts:
         moved = before != after
         if not moved.any():
             continue

@@ -159,6 +159,13 @@ class BuiltModel(L.LightningModule, ABC):
     def check_data(self) -> None:
         """Check the trainer's data against the model, once it is loaded and before anything is computed."""
 
+    def take_task(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take from a checkpoint what the task needs to build the model.
+
+        Raises:
+            BadInput: if the checkpoint is of another task.
+        """
+
     # ---- building
 
     def configure_model(self) -> None:
@@ -249,8 +256,9 @@ class BuiltModel(L.LightningModule, ABC):
         """Rebuild what the strategies made of the model, from a checkpoint of the same configuration.
 
         Raises:
-            BadInput: if the checkpoint is of another base or of other strategies.
+            BadInput: if the checkpoint is of another task, another base or other strategies.
         """
+        self.take_task(checkpoint)
         model, saved = self.build(), checkpoint["lit_sparse"]
 
         def restore(kinds: Collection[Attaches]) -> None:

@@ -52,10 +52,9 @@ class CausalLM(LitSparse):
             with self.autocast():  # what trains may be in another type than what does not
                 check_packing(self.build())
 
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+    def take_task(self, checkpoint: Mapping[str, Any]) -> None:
         if "classes" in checkpoint["lit_sparse"]:
             raise BadInput("the checkpoint is of another task than CausalLM; give the task of the run that wrote it.")
-        super().restore(checkpoint)
 
     # ---- loss
 

@@ -133,13 +133,12 @@ class Classifier(LitSparse):
         super().on_save_checkpoint(checkpoint)
         checkpoint["lit_sparse"]["classes"] = self.classes
 
-    def restore(self, checkpoint: Mapping[str, Any]) -> None:
+    def take_task(self, checkpoint: Mapping[str, Any]) -> None:
         if "classes" not in checkpoint["lit_sparse"]:
             raise BadInput("the checkpoint is of another task than Classifier; give the task of the run that wrote it.")
         kept = checkpoint["lit_sparse"]["classes"]
         if kept["labels"] is not None:
             self._set_classes("the checkpoint", **kept)
-        super().restore(checkpoint)
 
     # ---- loss
 

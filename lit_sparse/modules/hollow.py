@@ -68,6 +68,14 @@ class Hollow:
                 local_shard(own[name]).copy_(rows(start, start + len(part.values)))
         return hash_of(sorted(own.items()))
 
+    def values(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter's name in the plain model and its whole value, in the model's dtype, one at a time."""
+        left = dict(self.parameters())
+        for name, rows in self._source():
+            parameter = left.pop(name)
+            yield name, rows(0, len(parameter)).to(parameter.dtype)
+        yield from ((name, parameter.detach()) for name, parameter in left.items())  # a drawn head
+
 
 def build_hollow(auto_class: Any, config: Any, options: Mapping[str, Any]) -> PreTrainedModel:
     """Return a model of `config` with hollow parameters on the CPU, and with its buffers.
@@ -93,6 +101,12 @@ def hollow(parameter: nn.Parameter) -> nn.Parameter:
     """Return a parameter like `parameter`, on the CPU and without memory."""
     zeros = torch.zeros((), dtype=parameter.dtype, device="cpu").expand(parameter.shape)
     return nn.Parameter(zeros, requires_grad=parameter.requires_grad)
+
+
+def release(model: nn.Module) -> None:
+    """Make the parameters of `model` hollow, which frees their memory."""
+    for parameter in model.parameters():
+        parameter.data = hollow(parameter).data
 
 
 @contextmanager
@@ -193,6 +207,8 @@ def file_values(model: PreTrainedModel, base: str) -> tuple[Source, list[str]]:
     """
     if model.dtype != torch.float32 and getattr(model, "_keep_in_fp32_modules_strict", None):
         raise Unreadable("transformers keeps some of its modules in float32")
+    if bare := [name for name, parameter in model.named_parameters() if not parameter.ndim]:
+        raise Unreadable(f"{bare[0]} has no rows")
     files = tensor_files(base)
     places = {own: (files[name], name) for own, name in names_in_files(model, files).items()}
     _check_shapes(model, places)
@@ -232,6 +248,21 @@ def tensor_files(base: str) -> dict[str, str]:
         with safe_open(file, "pt") as opened:
             found |= dict.fromkeys(opened.keys(), str(file))
     return found
+
+
+def dtype_in_files(base: str) -> torch.dtype:
+    """Return the dtype of the first tensor of floating-point numbers in the files of `base`, as `tensor_files` has it.
+
+    Raises:
+        Unreadable: if there is none.
+    """
+    for name, file in tensor_files(base).items():
+        with safe_open(file, "pt") as opened:
+            part = opened.get_slice(name)
+            dtype = part[:0].dtype if part.get_shape() else opened.get_tensor(name).dtype
+        if dtype.is_floating_point:
+            return dtype
+    raise Unreadable("it has no weights")
 
 
 def names_in_files(model: PreTrainedModel, found: Mapping[str, Any]) -> dict[str, str]:

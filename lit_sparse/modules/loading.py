@@ -22,6 +22,7 @@ from lit_sparse.modules.hollow import (
     build_hollow,
     draw_units,
     drawn_values,
+    dtype_in_files,
     file_values,
     initialize,
 )
@@ -83,11 +84,11 @@ def load_base(
 def load_hollow(
     auto_class: Any,
     base: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     attention: str | None,
     config_options: Mapping[str, Any] | None = None,
 ) -> Hollow | str:
-    """Return the model that `base` names without its weights, of which each rank then reads or draws its shards.
+    """Return the model that `base` names without its weights, which are then read or drawn part by part.
 
     The arguments are those of `load_base`, and so are the weights.
 
@@ -97,15 +98,14 @@ def load_hollow(
     Raises:
         BadInput: if there is no such model.
     """
-    options: dict[str, Any] = {"dtype": dtype}
-    if attention is not None:
-        options["attn_implementation"] = attention
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     with load_errors(base, attention):
         config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False, **(config_options or {}))
-        model = build_hollow(auto_class, config, options)
-        if base.endswith(".json"):
-            return Hollow(model, drawn_values(auto_class, config, options))
         try:
+            options["dtype"] = (config.dtype or dtype_in_files(resolve(base))) if dtype == "auto" else dtype
+            model = build_hollow(auto_class, config, options)
+            if base.endswith(".json"):
+                return Hollow(model, drawn_values(auto_class, config, options))
             source, missing = file_values(model, resolve(base))
         except Unreadable as reason:
             return str(reason)
