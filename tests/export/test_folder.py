@@ -1,6 +1,8 @@
 """An exported folder computes what the run computed, and a failed export leaves nothing behind."""
 
+import gc
 import json
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,11 @@ import pytest
 import torch
 import yaml
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lit_sparse.errors import BadInput
 from lit_sparse.export import folder as exporting
@@ -21,7 +26,9 @@ from lit_sparse.export.folder import MARK, export
 from lit_sparse.export.merge import CastError, cast_error
 from lit_sparse.modules import LitSparse
 from lit_sparse.runs import LAST, build_module, load_run
+from lit_sparse.shards import write_sharded
 from lit_sparse.testing import TINY, tiny_llm
+from lit_sparse_profiling.memory import heap_in_use
 
 pytestmark = [
     # PEFT reads an attribute that transformers renamed, is given by jsonargparse what it has as default, and is told
@@ -354,3 +361,62 @@ class Reader:
     def __call__(self, source: Any, **options: Any) -> Any:
         self.asked = Path(source).name == "new"
         return self.other if self.asked else self.load(source, **options)
+
+
+# ---- memory
+
+
+class Taken:
+    """Within the context, note the most memory of tensors: what the C allocator gave, and pages of mapped files."""
+
+    def __enter__(self) -> "Taken":
+        gc.collect()
+        self._ended, self.most, self._before = threading.Event(), 0, self._now()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.003):
+            self.most = max(self.most, self._now() - self._before)
+
+    @staticmethod
+    def _now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (mapped,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
+        return (heap_in_use() or 0) + mapped
+
+
+def shard(run: Run) -> None:
+    """Replace the run's checkpoint by a sharded one, of one rank."""
+    checkpoint = torch.load(run.folder / LAST, weights_only=True)
+    dist.init_process_group("gloo", init_method=f"file://{run.folder / 'meeting'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        state = checkpoint["state_dict"].items()
+        checkpoint["state_dict"] = {name: distribute_tensor(value, mesh, [Shard(0)]) for name, value in state}
+        write_sharded(checkpoint, run.folder / LAST)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.skipif(heap_in_use() is None, reason="needs glibc's mallinfo2")
+@pytest.mark.parametrize("method", ["full", "lora", "delta"])
+def test_the_model_is_never_held_twice(method: str, tmp_path: Path) -> None:
+    """At most: the merged model in fp32, the base's file (half of it) while transformers reads that, and a tensor."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 2048}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, dtype="bfloat16")).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
+    smt = {"class_path": "SMT", "init_args": {**SMT["init_args"], "mode": "delta"}}
+    updates = {"full": [], "lora": lora(target_modules="all-linear"), "delta": [smt]}[method]
+    run = make_run(tmp_path, "llama", updates)
+    shard(run)
+    for to in ("hf", "delta", "adapter") if method == "lora" else ("hf", "delta"):
+        with Taken() as taken:
+            export(run.folder, to)  # pyright: ignore[reportArgumentType]
+        assert sum(sizes) < taken.most < 1.5 * sum(sizes) + max(sizes), to
