@@ -134,9 +134,16 @@ class LitSparse(Resumable):
     def weighed_loss(self, batch: Mapping[str, Tensor], micro_batches: int) -> Tensor:
         """Return the loss of a batch with the strategies' penalties, weighed for its accumulation window."""
         with self.autocast():
-            loss, output, hits = self.compute(self.graded_loss, batch)
-            penalized = self.updates.penalized(loss, batch, output)
+            loss, penalized, hits = self.compute(self._penalized_loss, batch)
         return self._window.weigh(loss, penalized, self.scored_count(batch), hits, micro_batches)
+
+    def _penalized_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a batch's mean loss without and with the strategies' penalties, and its right predictions.
+
+        Call it through `compute`: penalties use the model too.
+        """
+        loss, output, hits = self.graded_loss(batch)
+        return loss, self.updates.penalized(loss, batch, output), hits
 
     def on_train_start(self) -> None:
         """Resume exactly: the loader at its position, learning rates at what this run's schedule says.
@@ -294,8 +301,8 @@ class LitSparse(Resumable):
             parts = []
             for batch in self._batches:
                 with self.autocast():
-                    mean, output, right = self.compute(self.graded_loss, batch)
-                    penalized, count = self.updates.penalized(mean, batch, output), self.scored_count(batch)
+                    _, penalized, right = self.compute(self._penalized_loss, batch)
+                    count = self.scored_count(batch)
                 parts.append(torch.stack([penalized.float() * count, count.float(), right.float()]))
             total, tokens, right = all_reduce_mean(torch.stack(parts).sum(0))
             accuracies.append(right / tokens)

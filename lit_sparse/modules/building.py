@@ -240,16 +240,17 @@ class BuiltModel(L.LightningModule, ABC):
     def _attach_and_shard(self, attach: Callable[[Collection[Attaches]], None]) -> None:
         """Call `attach` with the kinds of strategies (`attaches_to`) that see the model as it is then.
 
-        A hollow model is sharded and filled after those that need only shapes; one that was loaded whole is sharded
-        here if a strategy asks for shards, else in the end.
+        The model is sharded, and filled if it is hollow, after those that need only shapes; one that was loaded whole
+        is sharded here if a strategy asks for shards, else in the end.
         """
-        if self._hollow is not None:
+        left = ATTACHES
+        if self._hollow is not None or (self.to_shard and any(u.attaches_to == "shards" for u in self.updates)):
+            left = [kind for kind in ATTACHES if kind != "shapes"]
             with forked_rng(self.device_to_be):
                 attach(("shapes",))
-        if self._hollow is not None or (self.to_shard and any(u.attaches_to == "shards" for u in self.updates)):
             self._shard()
         with forked_rng(self.device_to_be):
-            attach(ATTACHES if self._hollow is None else ("either", "shards"))
+            attach(left)
         self._hollow = None
 
     def restore(self, checkpoint: Mapping[str, Any]) -> None:
@@ -284,7 +285,8 @@ class BuiltModel(L.LightningModule, ABC):
     @property
     def _context(self) -> Context:
         units = tuple(decoder_layers(self.build())) if self.to_shard else ()
-        return Context(checkpointing=self.activation_checkpointing, units=units, compute=self._compute_in_precision)
+        shard = self._shard_copy if self.to_shard else None
+        return Context((), self.activation_checkpointing, units, self._compute_in_precision, shard)
 
     def _prepare(self) -> None:
         """Prepare the model for strategies: move it to its device, where they keep copies, and set training mode."""
@@ -341,6 +343,17 @@ class BuiltModel(L.LightningModule, ABC):
         if self._hollow is not None:
             with self.phases("loading"):
                 self.base_fingerprint = self._hollow.fill()
+
+    def _shard_copy(self, model: nn.Module) -> Callable[..., Any]:
+        """Shard a frozen copy of the base, made before the model itself was sharded; return how to compute with it."""
+        assert isinstance(self.trainer.strategy, FSDP2Strategy)
+        assert isinstance(model, PreTrainedModel)
+        hollow = None if self._hollow is None else self._hollow.of_copy(model)
+        sharded = self.trainer.strategy.shard(model)
+        if hollow is not None:
+            with self.phases("loading"):
+                hollow.fill()
+        return sharded.compute
 
     def _compute_in_precision(self, function: Callable[..., Any], *args: Any) -> Any:
         with self.autocast():  # weights may be of several dtypes

@@ -50,6 +50,10 @@ class Hollow:
         owners = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in model.named_parameters()}
         self._owners = {name: (module, name.rpartition(".")[2]) for name, module in owners.items()}
 
+    def of_copy(self, model: PreTrainedModel) -> Hollow:
+        """Return a copy of the plain model, hollow too, that gets the same values."""
+        return Hollow(model, self._source)
+
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Return the base's parameters as they are now, by the names that they had in the plain model."""
         return [(name, module.get_parameter(own)) for name, (module, own) in self._owners.items()]

@@ -57,12 +57,15 @@ class Context:
         compute: `compute(function, *args)` returns `function(*args)`, which may use the model: run its forward pass
             through this, in the training's precision, since its parameters may be of several dtypes, and sharded
             already (`attaches_to`).
+        shard: Shards a frozen copy of the model over ranks and gives it the base's values; returns what `compute` is
+            for it. None where the model is not sharded.
     """
 
     siblings: tuple[UpdateStrategy, ...] = ()
     checkpointing: bool = False
     units: tuple[nn.Module, ...] = ()
     compute: Callable[..., Any] = call
+    shard: Callable[[nn.Module], Callable[..., Any]] | None = None
 
 
 ALONE = Context()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -22,7 +23,9 @@ from lit_sparse.anatomy import backbone, is_quantized_linear, model_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.loss import CHUNK_LOGITS
 from lit_sparse.mlp_density import token_mask
-from lit_sparse.strategies.base import BaseWeights, Context, Need, Probe, UpdateStrategy
+from lit_sparse.optim import local_shard
+from lit_sparse.ranks import all_reduce_mean
+from lit_sparse.strategies.base import Attaches, BaseWeights, Context, Need, Probe, UpdateStrategy, call
 
 
 @dataclasses.dataclass
@@ -32,7 +35,8 @@ class KLToBase(UpdateStrategy):
     The penalty is weight * T^2 * KL(base || model) of the next-token distribution at temperature T, in nats per token,
     averaged over all tokens that are not padding, prompts included. The base runs on every batch too, without a graph
     (2.4 times the step time of LoRA alone, `python -m benchmarks.forgetting_study --only cost`). It shares frozen
-    weights with the model: stacked on LoRA it needs no memory for weights, on full fine-tuning a full copy.
+    weights with the model: stacked on LoRA it needs no memory for weights, on full fine-tuning a full copy. Under FSDP2
+    it has a copy of its own in any case, sharded as the model is, whose weights are gathered once more for each batch.
 
     Args:
         weight: Factor of the penalty in the loss. At 0 the base is not run.
@@ -45,10 +49,8 @@ class KLToBase(UpdateStrategy):
     base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"base"})
     attaches_first: ClassVar[bool] = True
-    unsharded_reason: ClassVar[str] = (
-        "it runs the base on the model's own weights, outside of the layers for which FSDP2 gathers them; use L2SP, "
-        "which keeps the weights near the base's"
-    )
+    supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "shapes"
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
@@ -66,7 +68,7 @@ class KLToBase(UpdateStrategy):
                 "out."
             )
         if self.weight:  # before any sibling attaches (`attaches_first`), so that the copy has the base's own modules
-            self._base = FrozenBase(model, context.siblings)
+            self._base = FrozenBase(model, context.siblings, context.shard)
 
     def penalty(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
         if self._base is None:
@@ -76,7 +78,7 @@ class KLToBase(UpdateStrategy):
         return self.weight * divergence
 
     def logged(self) -> dict[str, Tensor]:
-        return {"kl_to_base": torch.stack(self._divergences).mean()} if self._divergences else {}
+        return {"kl_to_base": all_reduce_mean(torch.stack(self._divergences).mean())} if self._divergences else {}
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> bool:
         self._divergences.clear()
@@ -92,28 +94,36 @@ class KLToBase(UpdateStrategy):
         return () if self._base is None else self._base.copies
 
     def describe(self) -> dict[str, Any]:
-        """Return the bytes of the base's weights that are copied, since training changes the model's own."""
-        return {"bytes": sum(copy.nbytes for copy in self.held())}
+        """Return the bytes of the base's weights that this rank has copies of, since training changes the model's."""
+        return {"bytes": sum(local_shard(copy).nbytes for copy in self.held())}
 
 
 class FrozenBase:
     """Keep the model as it was before training, while `model` is trained.
 
     The modules are copies, but the weights are shared. A weight is copied, in its original dtype, just before it first
-    trains, or before a checkpoint overwrites it.
+    trains, or before a checkpoint overwrites it. Of a model that will be sharded all weights are copied, and sharded.
 
     Args:
         model: The model before any strategy changed its modules.
         siblings: The other strategies of the run: what they write (`written`) is copied too.
+        shard: Shards the copy and returns how to compute with it (`Context.shard`); None if the model is not sharded.
 
     Attributes:
         model: The base.
         copies: The weights that were copied.
     """
 
-    def __init__(self, model: PreTrainedModel, siblings: Sequence[UpdateStrategy]) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        siblings: Sequence[UpdateStrategy],
+        shard: Callable[[nn.Module], Callable[..., Any]] | None = None,
+    ) -> None:
         self._model, self._siblings = model, siblings
         shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+        if shard is not None:
+            shared = {key: nn.Parameter(own.detach(), requires_grad=False) for key, own in shared.items()}
         for module in filter(is_quantized_linear, model.modules()):  # these hold bitsandbytes' scales of the weights
             shared |= {id(own): own for name in ("state", "quant_state") if (own := getattr(module, name, None))}
         self.model = copy.deepcopy(model, shared).eval()  # `shared` is deepcopy's memo: what is in it is not copied
@@ -126,6 +136,10 @@ class FrozenBase:
         self._dtypes = {parameter: parameter.dtype for parameter in self._places}
         self._loading: RemovableHandle = model.register_load_state_dict_pre_hook(self._before_loading)
         self.copies: list[nn.Parameter] = []
+        self._compute: Callable[..., Any] = call
+        if shard is not None:
+            self._compute = shard(self.model)
+            self._places, self.copies = {}, list(self.model.parameters())
 
     def close(self) -> None:
         """Remove the hook from the model."""
@@ -163,21 +177,30 @@ class FrozenBase:
         """
         self._copy_trained()
         for own in self.copies:
-            own.data = own.data.to(kept.device)  # Lightning moves the model, and does not know of the copies
+            if not isinstance(own, DTensor):  # Lightning moves the model, and does not know of the copies
+                own.data = own.data.to(kept.device)
         if "logits" in output:  # a loop that calls the whole model; CausalLM computes hidden states only
             with torch.no_grad():
-                theirs = self.model(**inputs).logits
-            return kl(output.logits[kept], theirs[kept], temperature) / kept.sum().clamp(min=1)
+                theirs = self._compute(lambda: self.model(**inputs).logits[kept])
+            return kl(output.logits[kept], theirs, temperature) / kept.sum().clamp(min=1)
         with torch.no_grad():
-            theirs = backbone(self.model)(**inputs).last_hidden_state[kept]
-        ours, heads = output.last_hidden_state[kept], (self._model, self.model)
-        mine, base = (model.get_output_embeddings() for model in heads)
+            theirs, base = self._compute(self._hidden_and_head, inputs, kept)
+        ours, mine = output.last_hidden_state[kept], self._model.get_output_embeddings()
         size = max(1, CHUNK_LOGITS // base.weight.shape[0])  # pyright: ignore
         total = ours.new_zeros((), dtype=torch.float32)
         for own, their in zip(ours.split(size), theirs.split(size), strict=True):
             parts = own, their, mine, base, temperature  # logits are recomputed in the backward pass
             total = total + checkpoint(kl_of_hidden, *parts, use_reentrant=False, preserve_rng_state=False)
         return total / kept.sum().clamp(min=1)
+
+    def _hidden_and_head(self, inputs: dict[str, Any], kept: Tensor) -> tuple[Tensor, nn.Module]:
+        """Return the base's last hidden states of the tokens that count, (T, H), and its head.
+
+        A sharded head is copied while it is gathered, which it no longer is in the backward pass.
+        """
+        hidden, head = backbone(self.model)(**inputs).last_hidden_state[kept], self.model.get_output_embeddings()
+        assert head is not None
+        return hidden, head if self._compute is call else copy.deepcopy(head)
 
 
 def kl_of_hidden(ours: Tensor, theirs: Tensor, mine: nn.Module, base: nn.Module, temperature: float) -> Tensor:

@@ -114,6 +114,9 @@ def saving(folder: Path) -> dict:
     return {"callbacks": [checkpoint], "enable_checkpointing": True}
 
 
+CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
+
+
 # ---- what both ways are trained with
 
 
@@ -126,8 +129,7 @@ def of_kind(kind: str) -> Callable[[Path, bool], L.Trainer]:
 
 
 def clipped(folder: Path, sharded: bool) -> L.Trainer:
-    options = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
-    return fit(lisa(folder), sharded, 4, **options)
+    return fit(lisa(folder), sharded, 4, **CLIPPED)
 
 
 def recomputed(folder: Path, sharded: bool) -> L.Trainer:
@@ -151,6 +153,17 @@ def grouped(folder: Path, sharded: bool) -> L.Trainer:
     return fit(smt(folder, updates=updates), sharded, gradient_clip_val=0.05, **way)
 
 
+def kept_to_base(folder: Path, sharded: bool, weight: float = 1.0) -> L.Trainer:
+    """Predictions of a model with a tied head are kept to the base's, of which each rank has shards too."""
+    updates = [{"class_path": "KLToBase", "init_args": {"weight": weight}}]
+    return fit(module("full", folder / "qwen2", **FULL, updates=updates), sharded, 4, **CLIPPED)
+
+
+def blocks_kept_to_base(folder: Path, sharded: bool) -> L.Trainer:
+    updates = [{"class_path": "SMT", "init_args": SMT_FIELDS}, {"class_path": "KLToBase"}]
+    return fit(smt(folder, updates=updates, activation_checkpointing=True), sharded)
+
+
 def masked_in_groups(folder: Path, sharded: bool) -> L.Trainer:
     way = {"strategy": FSDP2Strategy(replicas=2, timeout=timedelta(seconds=60))} if sharded else {}
     return fit(module("gmt", folder / "llama", **FULL), sharded, 2, **way)
@@ -172,6 +185,8 @@ SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     "blocks in groups": grouped,
     "masks in groups": masked_in_groups,
     "offloaded": offloaded,
+    "kept to the base": kept_to_base,
+    "blocks kept to the base": blocks_kept_to_base,
 }
 KEPT: dict[str, dict] = {
     "reset": {},
@@ -521,6 +536,13 @@ def test_two_processes_train_what_one_does_on_their_rows(name, pair):
     assert_alike(got, wanted, ATOL)
     assert base.keys() >= got["state_dict"].keys()
     assert not any(isinstance(value, DTensor) for value in got["state_dict"].values())
+
+
+def test_predictions_are_kept_to_the_base(pair):
+    result(pair, "kept to the base")
+    free = kept_to_base(pair, False, weight=0.0).lightning_module.state_dict()
+    kept = saved(pair / "kept to the base.ckpt")["state_dict"]
+    assert max(float((value - free[name]).abs().max()) for name, value in kept.items()) > 100 * ATOL
 
 
 def test_every_yaml_is_sharded_or_refused(pair):
