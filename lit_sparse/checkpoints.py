@@ -64,13 +64,18 @@ def _samples(tensor: Tensor) -> Tensor:
 
 
 def read_checkpoint(
-    path: str | Path, keys: Collection[str] | None = None, mesh: DeviceMesh | None = None, mapped: bool = False
+    path: str | Path,
+    keys: Collection[str] | None = None,
+    mesh: DeviceMesh | None = None,
+    mapped: bool = False,
+    together: bool = False,
 ) -> dict[str, Any]:
     """Read the checkpoint at `path` to the CPU; only tensors and plain values are unpickled.
 
     Args:
         keys, mesh: What is read of a sharded checkpoint, and how, as for `read_shards`.
         mapped: Map the file into memory instead of reading it: what is not used takes none.
+        together: Every rank of the process group calls it: each checks a part of the shards' files.
 
     Raises:
         BadInput: if there is none, it is damaged, or it is no checkpoint of a lit_sparse run.
@@ -84,7 +89,7 @@ def read_checkpoint(
         ) from error
     if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
         raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")
-    check_shards(checkpoint, Path(path))
+    check_shards(checkpoint, Path(path), together)
     return read_shards(checkpoint, path, keys, mesh)
 
 

@@ -248,7 +248,7 @@ def _from_first(act: Any, group: dist.ProcessGroup | None = None) -> Any:
     return outcome[0]
 
 
-def _from_all(own: Any, group: dist.ProcessGroup | None) -> list[Any]:
+def _from_all(own: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own, group=group)
     return found
@@ -353,26 +353,36 @@ def _is_named(shards: Path) -> bool:
     return isinstance(checkpoint, dict) and checkpoint.get(KEY, {}).get("folder") == shards.name
 
 
-def check_shards(checkpoint: Mapping[str, Any], path: Path) -> None:
+def check_shards(checkpoint: Mapping[str, Any], path: Path, together: bool = False) -> None:
     """Check the files of a checkpoint's shards against their hashes; one without shards is fine.
+
+    Args:
+        together: Every rank of the process group calls it, and each reads its part of the files; it raises on all.
 
     Raises:
         BadInput: naming the first that is missing or has other contents.
     """
     if KEY not in checkpoint:
         return
-    folder = path.parent / checkpoint[KEY]["folder"]
-    for name, digest in checkpoint[KEY]["files"].items():
-        try:
-            with (folder / name).open("rb") as file:
-                wrong = None if _hash(file) == digest else "its hash is not that of its contents"
-        except OSError as error:
-            wrong = error.strerror or str(error)
-        if wrong is not None:
-            raise BadInput(
-                f"{path} is damaged: of its shards in {folder.name}/, {name} is not as it was written ({wrong}); give "
-                "another checkpoint, or a copy of it with that folder beside it."
-            )
+    folder, files = path.parent / checkpoint[KEY]["folder"], list(checkpoint[KEY]["files"].items())
+    own = files[dist.get_rank() :: dist.get_world_size()] if together else files
+    wrong = next(((name, why) for name, digest in own if (why := _difference(folder / name, digest))), None)
+    if together:
+        wrong = next((one for one in _from_all(wrong) if one is not None), None)
+    if wrong is not None:
+        raise BadInput(
+            f"{path} is damaged: of its shards in {folder.name}/, {wrong[0]} is not as it was written ({wrong[1]}); "
+            "give another checkpoint, or a copy of it with that folder beside it."
+        )
+
+
+def _difference(file: Path, digest: str) -> str | None:
+    """Return why a file is not the one that was hashed, None if it is."""
+    try:
+        with file.open("rb") as opened:
+            return None if _hash(opened) == digest else "its hash is not that of its contents"
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 # ---- reading

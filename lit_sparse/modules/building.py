@@ -179,7 +179,9 @@ class BuiltModel(L.LightningModule, ABC):
         with torch.device("cpu"):  # Lightning has made its own device the default one, where draws would be others
             if self.resume_from is not None:
                 rank_zero_info(f"Restoring {self.resume_from}.")
-                self.restore(read_checkpoint(self.resume_from, ("lit_sparse",), self._mesh_of_states))
+                together = self.trainer.world_size > 1
+                mesh = self._mesh_of_states
+                self.restore(read_checkpoint(self.resume_from, ("lit_sparse",), mesh, together=together))
             else:
                 self._attach()
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -34,7 +35,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             return super().load_checkpoint(path, *args, **options)
         check_whole(path)
         checkpoint = super().load_checkpoint(path, *args, **options)
-        check_shards(checkpoint, Path(path))
+        check_shards(checkpoint, Path(path), together=dist.is_available() and dist.is_initialized())
         return read_shards(checkpoint, path, mesh=self.mesh)
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.checkpoints import read_checkpoint
@@ -23,7 +24,7 @@ from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.ledger import ledger
-from tests.modules.test_sharding import ATOL, FULL, lisa, smt
+from tests.modules.test_sharding import ATOL, FULL, lisa, refusal, smt
 from tests.pair import attempt, result, run_pair
 from tests.test_contract import module
 
@@ -36,6 +37,8 @@ KINDS = {
 """Collectives by the name of torch's op."""
 SCALARS = 64
 """All-reduces of at most that many bytes are of losses, tokens and norms."""
+
+SIZES = {"vocab_size": 96, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
 
 MADE: dict[str, Callable[[Path], LitSparse]] = {
     **{name: lambda folder, name=name: module(name, folder / "llama", **FULL) for name in ("full", "lora", "l2sp")},
@@ -98,12 +101,15 @@ def work(folder: Path, rank: int) -> None:
 
     for name in MADE:
         attempt(folder, rank, name, lambda name=name: train(name))
+    attempt(folder, rank, "rows", lambda: refusal(lambda: fit(module("full", folder / "two", **FULL), RANKS)))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("four")
     tiny_llm("llama").save_pretrained(folder / "llama")
+    two = LlamaConfig(**dict.fromkeys(("hidden_size", "intermediate_size", "head_dim"), 2), **SIZES)
+    LlamaForCausalLM(two).save_pretrained(folder / "two")
     run_pair(work, folder, RANKS)
     return folder
 
@@ -164,6 +170,14 @@ def test_a_step_sends_what_the_formula_says(name, four, alone):
         assert size == sum(p.nbytes for p in blocks) + 4 * len(blocks)  # and whether each has a gradient
     elif name != "gmt":  # which counts entries by their magnitude
         assert not large
+
+
+def test_more_ranks_than_rows_are_refused(four):
+    wanted = (
+        "BadInput: trainer.strategy is fsdp2, which shards rows over 4 ranks, but no matrix of layer 0 has more than"
+    )
+    for rank in range(RANKS):
+        assert result(four, "rows", rank).startswith(f"{wanted} 2 rows; train on at most 2 ranks")
 
 
 def test_a_run_of_four_ranks_goes_on_on_one(four):

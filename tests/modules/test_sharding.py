@@ -1,7 +1,11 @@
 """FSDP2 on two processes: the weights of one process on the same rows, shard sizes, and checkpoints."""
 
 import contextlib
+import io
 import json
+import re
+import shutil
+import signal
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,9 +23,12 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.families import FAMILIES
-from lit_sparse import cli
+from lit_sparse import cli, shards
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.blocks.linear import BlockLinear
+from lit_sparse.callbacks.checkpointing import Stopped
+from lit_sparse.callbacks.rank_watch import tell_once
+from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.data import Synthetic
 from lit_sparse.data.encoding import Example
@@ -31,10 +38,15 @@ from lit_sparse.loss import IGNORED
 from lit_sparse.modules import CausalLM, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.optim import trainable
+from lit_sparse.shards import check_shards, folders_of
 from lit_sparse.strategies import LISA, SMT
 from lit_sparse.testing import tiny_llm
+from lit_sparse.whole import write_whole
+from lit_sparse_profiling.profiler import Plan
 from tests.pair import attempt, result, run_pair
 from tests.test_contract import METHODS, module
+from tests.test_ranks import Signalled
+from tests.test_whole import flip
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
 SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a sharded model"
@@ -92,6 +104,7 @@ def fit(
     seed: int = 0,
     batch: int = ROWS,
     unlike: bool = False,
+    data_rows: int = 32,
     **options,
 ):
     """Train on two processes or on one, on the same rows, `batch` per step; return the trainer."""
@@ -100,7 +113,9 @@ def fit(
     defaults = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     fixed = {"enable_model_summary": False, "accelerator": "cpu", "max_steps": steps, "use_distributed_sampler": False}
     trainer = L.Trainer(**{**fixed, **defaults, **strategy, **options})
-    rows = Synthetic(vocab_size=96, max_length=12, rows=32, heldout=2, batch_size=batch // 2 if sharded else batch)
+    rows = Synthetic(
+        vocab_size=96, max_length=12, rows=data_rows, heldout=2, batch_size=batch // 2 if sharded else batch
+    )
     if unlike:
         rows.train_rows = Unlike(32, 12, 96, 0)
     made.resume_from = ckpt_path
@@ -418,8 +433,75 @@ def sentences(folder: Path, rank: int) -> dict[str, str]:
         "bf16": lambda: fit(lisa(folder, precision="bfloat16", optimizer=sgd), True),
         "plain": lambda: fit(lisa(folder), True, strategy=plain),
         "mixed": lambda: fit(CausalLM(mixed, precision="bfloat16"), True),
+        "data": lambda: fit(lisa(folder), True, data_rows=32 + 4 * rank),
     }
     return {name: refusal(wish) for name, wish in wishes.items()}
+
+
+def checkpoints(folder: Path, rank: int) -> dict[str, str]:
+    """Return the error message of each checkpoint that cannot be gone on from."""
+    good, bad = folder / "llama reset" / "step=3.ckpt", folder / "bad"
+    if rank == 0:
+        bad.mkdir()
+        for kind in ("flipped", "missing"):
+            shutil.copy(good, bad / f"{kind}.ckpt")
+            shards = folders_of(good)[0]
+            copied = bad / f"{kind}.ckpt.shards-0"
+            shutil.copytree(shards, copied)
+            checkpoint = torch.load(bad / f"{kind}.ckpt", weights_only=True)
+            checkpoint["shards"]["folder"] = copied.name
+            write_whole(checkpoint, bad / f"{kind}.ckpt")
+        flip(bad / "flipped.ckpt.shards-0" / "__1_0.distcp", 100)
+        (bad / "missing.ckpt.shards-0" / "__0_0.distcp").unlink()
+    dist.barrier()
+    wishes = {
+        "flipped": lambda: fit(lisa(folder), True, 6, bad / "flipped.ckpt"),
+        "missing": lambda: fit(lisa(folder), True, 6, bad / "missing.ckpt"),
+        "another base": lambda: fit(lisa(folder, "qwen2"), True, 6, good),
+        "another method": lambda: fit(smt(folder), True, 6, good),
+    }
+    return {name: refusal(wish) for name, wish in wishes.items()}
+
+
+def read_together(folder: Path, rank: int) -> list[str]:
+    """Return the files of a checkpoint's shards that this rank hashes when a fit goes on from it."""
+    seen: list[str] = []
+    plain = shards._hash
+
+    def noting(file) -> str:
+        seen.append(Path(file.name).name)
+        return plain(file)
+
+    shards._hash = noting
+    try:
+        path = folder / "llama reset" / "step=3.ckpt"
+        check_shards(torch.load(path, weights_only=True), path, together=True)
+    finally:
+        shards._hash = plain
+    return seen
+
+
+def told(folder: Path, rank: int) -> dict[str, bool]:
+    """Return which of the error messages this rank prints."""
+    found = {}
+    for case in ("sentences", "checkpoints"):
+        for name, message in result(folder, case, rank).items():
+            with contextlib.redirect_stderr(io.StringIO()) as printed:
+                tell_once(f"{name}: {message}")
+            found[name] = bool(printed.getvalue())
+    return found
+
+
+def signalled(folder: Path, rank: int) -> list:
+    """Send rank 1 a signal in its second step; return how the fit of this rank ends, and what it has saved."""
+    recorder = Recorder(folder / "signalled-1", Plan(profiled=0), {}, 0, 100)
+    callbacks = [Signalled(signal.SIGUSR1), recorder] if rank else [recorder]
+    way = {"strategy": FSDP2Strategy(async_save=True, timeout=timedelta(seconds=60)), "callbacks": callbacks}
+    try:
+        fit(lisa(folder), True, 4, **way)
+    except Stopped as stopped:
+        return [str(stopped), (folder / "signalled-1" / "checkpoints" / "last.ckpt").is_file()]
+    return []
 
 
 def refusal(wish: Callable[[], object]) -> str:
@@ -462,6 +544,10 @@ CASES: dict[str, Callable[[Path, int], object]] = {
     "resumed": resumed,
     "trainer": given_to_the_trainer,
     "sentences": sentences,
+    "checkpoints": checkpoints,
+    "together": read_together,
+    "told": told,
+    "signalled": signalled,
     "detached": detached,
     "command line": command_line,
 }
@@ -561,10 +647,47 @@ def test_every_yaml_is_sharded_or_refused(pair):
         ("bf16", "BadInput: model.optimizer is torch.optim.sgd.SGD, which keeps no fp32 masters, but under fsdp2"),
         ("mixed", "BadInput: trainer.strategy is fsdp2, which cannot train parameters of several dtypes in one layer"),
         ("plain", "BadInput: trainer.strategy is ModelParallelStrategy, which does not support update strategies"),
+        ("data", "BadInput: ranks differ in the number of training batches: rank 0 has 8, rank 1 has 9; give every"),
     ],
 )
 def test_unsupported_settings_are_refused(name, sentence, pair):
     assert result(pair, "sentences")[name].startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("flipped", r"flipped\.ckpt is damaged: of its shards in .*, __1_0\.distcp is not as it was .*its hash is not"),
+        ("missing", r"missing\.ckpt is damaged: of its shards in .*, __0_0\.distcp is not as it was .*No such file"),
+        ("another base", "the checkpoint was trained on another base than"),
+        ("another method", r"the checkpoint was trained with \['LISA'\], this run has \['SMT'\]; give the config"),
+    ],
+)
+def test_checkpoints_that_do_not_fit_are_refused_on_both_ranks(name, sentence, pair):
+    first, second = (result(pair, "checkpoints", rank)[name] for rank in range(2))
+    assert first == second
+    assert re.match(rf"BadInput: .*{sentence}", first), first
+
+
+def test_each_sentence_is_told_once(pair):
+    first, second = (result(pair, "told", rank) for rank in range(2))
+    assert first.keys() == second.keys()
+    assert all(first[name] + second[name] == 1 for name in first)
+
+
+def test_each_rank_hashes_a_part_of_the_shards(pair):
+    first, second = (result(pair, "together", rank) for rank in range(2))
+    assert sorted(first + second) == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+    assert first
+    assert second
+
+
+def test_a_signal_to_one_rank_saves_and_ends_both(pair):
+    for rank in range(2):
+        sentence, saved_too = result(pair, "signalled", rank)
+        assert sentence.startswith("SIGUSR1 stopped the fit after step 2; go on with --ckpt_path")
+        assert saved_too
+    assert saved(pair / "signalled-1" / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
 def test_more_ranks_than_rows_are_refused():
