@@ -97,7 +97,7 @@ class BackgroundWriter:
         """
         self.wait()
         if self._thread is None:
-            self._group = dist.new_group(backend="gloo", timeout=self._timeout)
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._timeout))
             self._thread = ThreadPoolExecutor(1, "checkpoint")
         draft = _Draft.of(checkpoint, path, self._group)
         draft.copy_small()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 
 from lit_sparse.modules.sharding import FSDP2Strategy
 
@@ -56,6 +57,15 @@ class StopSignals:
         self._before = {}
 
 
+def first_of_all(received: int | None) -> int:
+    """Return the first signal that any rank received; every rank must call it, and one must have received one."""
+    found = [received]
+    if dist.is_available() and dist.is_initialized():
+        found: list[int | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, received)
+    return next(number for number in found if number is not None)
+
+
 class LastCheckpoint:
     """Keeps `last.ckpt` up to date, and ends a fit that is asked to end.
 
@@ -95,7 +105,7 @@ class LastCheckpoint:
         received = self.signals.received
         if trainer.strategy.reduce_boolean_decision(received is not None, all=False):
             self.at_end(trainer)
-            self._stopping = signal.SIGTERM if received is None else received
+            self._stopping = first_of_all(received)
 
     def leave(self, trainer: L.Trainer) -> None:
         """End a fit that was asked to end and is saved. Not at the end of a batch, which is logged only later.

@@ -245,7 +245,7 @@ class BuiltModel(L.LightningModule, ABC):
         The model is sharded, and filled if it is hollow, after those that need only shapes; one that was loaded whole
         is sharded here if a strategy asks for shards, else in the end.
         """
-        left = ATTACHES
+        left: Collection[Attaches] = ATTACHES
         if self._hollow is not None or (self.to_shard and any(u.attaches_to == "shards" for u in self.updates)):
             left = [kind for kind in ATTACHES if kind != "shapes"]
             with forked_rng(self.device_to_be):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from peft import (
     GloraConfig,
     IA3Config,
@@ -26,6 +27,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -69,9 +71,7 @@ class PEFT(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     leaves: ClassVar[Leaves] = "adapter"
-    unsharded_reason: ClassVar[str] = (
-        "VeLoRA takes its projections from the first batch, which differs between ranks; use lora.yaml"
-    )
+    supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name, start = type(self.config).__name__, str(getattr(self.config, "init_lora_weights", "")).lower()
@@ -92,6 +92,7 @@ class PEFT(UpdateStrategy):
         self._placed = self.config  # with the names of the layers that all-linear stands for
         self._wrapper: PeftModel | None = None
         self._start: dict[str, Factors] = {}
+        self._aligned = False  # whether ranks have the same VeLoRA projections
 
     @property
     def splits_base(self) -> bool:
@@ -108,11 +109,6 @@ class PEFT(UpdateStrategy):
         if self.splits_base or (self.trains_biases and self.start_from is not None):
             return "rewritten"
         return "trained" if self.trains_biases else "kept"
-
-    @property
-    def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """False for VeLoRA only: its projections come from the first batch, which differs between ranks."""
-        return getattr(self.config, "velora_config", None) is None
 
     @property
     def attaches_to(self) -> Attaches:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -163,6 +159,16 @@ class PEFT(UpdateStrategy):
             device = layers[name].get_base_layer().weight.device
             self._start[name] = {key: value.to(device) for key, value in factors.items()}
             subtract(layers[name], self._start[name])
+
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        """Give all ranks rank 0's VeLoRA projections, which each took from its own first batch."""
+        if self._aligned or not (dist.is_available() and dist.is_initialized()):
+            return
+        assert self._wrapper is not None
+        for module in self._wrapper.modules():
+            for projection in getattr(module, "lora_velora_embed", {}).values():
+                dist.broadcast(projection, 0)
+        self._aligned = True
 
     def detach(self, model: nn.Module) -> None:
         if self._wrapper is not None:

@@ -190,7 +190,7 @@ def offloaded(folder: Path, sharded: bool) -> L.Trainer:
 
 
 SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
-    **{method: by_method(method) for method in METHODS if method not in REFUSED},
+    **{method: by_method(method) for method in METHODS if method not in {*REFUSED, "velora"}},
     **{kind: of_kind(kind) for kind in ("qwen2", "gpt2")},  # tied heads
     "drawn": of_kind("drawn/config.json"),
     "clipped": clipped,
@@ -481,6 +481,12 @@ def read_together(folder: Path, rank: int) -> list[str]:
     return seen
 
 
+def projected(folder: Path, rank: int) -> None:
+    """Train VeLoRA, whose projections are of the first batch, on replicas and on shards."""
+    for name, way in {"ddp": {"strategy": "ddp"}, "shards": {}}.items():
+        keep(fit(module("velora", folder / "llama", **FULL), True, 4, **way), folder / f"velora {name}.ckpt")
+
+
 def told(folder: Path, rank: int) -> dict[str, bool]:
     """Return which of the error messages this rank prints."""
     found = {}
@@ -547,6 +553,7 @@ CASES: dict[str, Callable[[Path, int], object]] = {
     "checkpoints": checkpoints,
     "together": read_together,
     "told": told,
+    "velora": projected,
     "signalled": signalled,
     "detached": detached,
     "command line": command_line,
@@ -622,6 +629,17 @@ def test_two_processes_train_what_one_does_on_their_rows(name, pair):
     assert_alike(got, wanted, ATOL)
     assert base.keys() >= got["state_dict"].keys()
     assert not any(isinstance(value, DTensor) for value in got["state_dict"].values())
+
+
+def test_velora_trains_what_replicas_do(pair):
+    """Not what one process does, of whose first batch rank 0 has a half."""
+    result(pair, "velora")
+    got, wanted = (saved(pair / f"velora {name}.ckpt") for name in ("shards", "ddp"))
+    assert_alike(got, wanted, ATOL)
+    fixed, same = (one["lit_sparse"]["updates"][0]["state"]["fixed"] for one in (got, wanted))
+    assert fixed
+    for name, value in same.items():
+        torch.testing.assert_close(fixed[name], value, rtol=0, atol=1e-6)
 
 
 def test_predictions_are_kept_to_the_base(pair):
