@@ -195,7 +195,8 @@ def check_async_save(trainer: L.Trainer) -> None:
 
 
 UNSHARDED = {
-    "quantize": "bitsandbytes packs several weights into a byte, with scales beside them, which cannot be cut by rows",
+    "quantize": "bitsandbytes packs several weights into a byte, with scales beside them, which cannot be cut by rows "
+    "(of a bf16 base, shards on four ranks take 4 bits a weight too)",
     "compile": "it makes one graph of layers between which FSDP2 gathers and frees their weights",
 }
 """Keys of the module that do not work on a sharded model, with the reason."""
