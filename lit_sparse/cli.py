@@ -177,7 +177,7 @@ class CLI(LightningCLI):
                 self._tell_differences(self.folder / "config.yaml")
 
     def _run_name(self, config: Any) -> str:
-        paths = [Path(str(path)) for path in config.config or []]
+        paths = [Path(str(path)) for path in config.config or [] if path is not None]  # None: given as text
         methods = [path.stem for path in paths if path.parent.name not in STACKED]
         return "+".join(methods) or "run"
 

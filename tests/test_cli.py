@@ -98,6 +98,13 @@ def test_a_config_is_found_by_name(home):
     assert configs.find_configs(["fit", "--config", "smt.yaml"]) == ["fit", "--config", "smt.yaml"]
 
 
+def test_a_config_given_as_text_names_no_run(home, caplog):
+    fit("--config", "lora.yaml", "--config", "{trainer: {max_steps: 4}}", "--samples=0", "--profile.examine=null")
+    assert Path("runs/lora-1/record.json").is_file()
+    told = "Steps 1 to 2 are measured, and slower, if that takes at most 10% of the fit; --profile=false leaves that out."
+    assert told in caplog.messages
+
+
 def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     fit("--config", "smt.yaml", "--trainer.max_steps=2")
     run = Path("runs/smt-1")

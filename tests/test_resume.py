@@ -1,5 +1,6 @@
 """Resuming with the settings of the command line: what users run, stopped anywhere, goes on as if it had not been."""
 
+import csv
 from pathlib import Path
 
 import lightning as L
@@ -9,6 +10,7 @@ import torch
 from lit_sparse import cli
 from lit_sparse.errors import BadInput
 from lit_sparse.shipped import configs_folder
+from lit_sparse_profiling.record import RunRecord
 from tests.test_cli import SMALL
 
 DATA = [
@@ -26,12 +28,17 @@ class Stop(L.Callback):
 
     Args:
         step: After which; 0 never.
+        evaluating: Stop it in the evaluation after that step.
     """
 
     seen: list[tuple[float, list[int]]] = []
 
-    def __init__(self, step: int = 0) -> None:
-        self.step = step
+    def __init__(self, step: int = 0, evaluating: bool = False) -> None:
+        self.step, self.evaluating = step, evaluating
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.evaluating and trainer.global_step == self.step:
+            raise Cut
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if self.step and trainer.global_step >= self.step:  # here, when the step's checkpoint is written
@@ -92,3 +99,53 @@ def test_the_learning_rate_is_that_of_this_runs_schedule(home):
     fit("lora", "other", 4, "--model.lr=0.01", *limits, "--checkpoint_steps=4")
     again = fit("lora", "other", 0, "--model.lr=0.02", *limits, "--ckpt_path=last")
     assert [lr for lr, _ in again] == pytest.approx([0.01, 0.0075, 0.005, 0.0025]), "a rate given now wins"
+
+
+def scores(run: str) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, without what is measured."""
+    measured = ("tokens_per_second", "peak_memory_gib")
+    with open(Path("runs") / run / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in measured} for row in csv.DictReader(file)]
+
+
+def outcome(run: str) -> dict[str, dict[str, float]]:
+    record = RunRecord.read(Path("runs") / run / "record.json")
+    assert record.status == "ok"
+    return record.outcome
+
+
+LIMITS = ("--trainer.max_epochs=2", "--trainer.val_check_interval=4")
+
+
+@pytest.mark.parametrize("stop", [4, 10])  # within an epoch, and after its last batch
+def test_an_evaluation_that_was_cut_off_runs_before_the_next_step(home, stop):
+    every = f"--trainer.val_check_interval={stop}"
+    fit("lora", "straight", 0, *LIMITS, every)
+    fit("lora", "cut", stop, *LIMITS, every, f"--checkpoint_steps={stop}", "--trainer.callbacks.evaluating=true")
+    fit("lora", "cut", 0, *LIMITS, every, "--ckpt_path=last")
+    assert scores("cut-1") == scores("straight-1")
+    assert outcome("cut-1") == outcome("straight-1")
+
+
+@pytest.mark.parametrize("limit", ["--trainer.max_steps=6", "--trainer.max_epochs=1"])
+def test_the_evaluation_after_the_last_step_is_made_up_for(home, capsys, limit):
+    fit("lora", "straight", 0, *LIMITS, limit)
+    fit("lora", "cut", 10 if "epochs" in limit else 6, *LIMITS, limit, "--trainer.callbacks.evaluating=true")
+    checkpoint = Path("runs/cut-1/checkpoints/last.ckpt")
+    before = checkpoint.read_bytes()
+    assert fit("lora", "cut", 0, *LIMITS, limit, "--ckpt_path=last") == []
+    assert scores("cut-1") == scores("straight-1")
+    assert outcome("cut-1") == outcome("straight-1")
+    assert checkpoint.read_bytes() == before
+    kept = Path("runs/cut-1/record.json").read_bytes()
+    fit("lora", "cut", 0, *LIMITS, limit, "--ckpt_path=last")
+    assert "Nothing was left to do" in capsys.readouterr().err
+    assert Path("runs/cut-1/record.json").read_bytes() == kept
+
+
+def test_an_evaluation_that_was_made_is_in_the_scores_once(home):
+    """The fit ends before the next checkpoint: callbacks such as EarlyStopping have to see the scores again."""
+    fit("lora", "straight", 0, *LIMITS)
+    fit("lora", "cut", 6, *LIMITS, "--checkpoint_steps=4")
+    fit("lora", "cut", 0, *LIMITS, "--ckpt_path=last")
+    assert scores("cut-1") == scores("straight-1")

@@ -82,7 +82,8 @@ class LastCheckpoint:
 
     def begin(self, trainer: L.Trainer) -> None:
         """Listen for signals; call it when training starts."""
-        self._saved, self._done, self._stopping = -1, trainer.global_step, None
+        self._done, self._stopping = trainer.global_step, None
+        self._saved = trainer.global_step if self.path.is_file() else -1  # a run that goes on has this step
         self.signals.listen()
 
     def after_batch(self, trainer: L.Trainer) -> None:

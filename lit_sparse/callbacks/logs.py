@@ -26,13 +26,20 @@ class Rows(ExperimentWriter):
         super().__init__(log_dir)
         self.held = True
 
-    def go_on(self, step: int) -> None:
-        """Write from now on, after the rows of the steps before `step`: those after it are trained again."""
+    def go_on(self, step: int, evaluated: bool) -> None:
+        """Write from now on, after the rows of the steps before `step`: those after it are trained again.
+
+        Args:
+            step: The optimizer step that the run goes on from.
+            evaluated: Whether the evaluation after the step before is kept; False if it is run again.
+        """
         path = Path(self.metrics_file_path)
         if path.is_file():
             text = path.read_text()
             table = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))  # a kill may have torn the last row
             rows = [row for row in table if int(row["step"]) < step]
+            if not evaluated:
+                rows = [row for row in rows if int(row["step"]) < step - 1 or row.get("train_loss")]
             self.metrics_keys = list(table.fieldnames or [])
             self._replace(rows)
         self.held = False
@@ -72,9 +79,9 @@ class RunCSV(CSVLogger):
             self._experiment = Rows(self.log_dir)
         return self._experiment  # pyright: ignore[reportReturnType]
 
-    def go_on(self, step: int) -> None:
-        """Write from now on; what the file has of steps from `step` on is dropped."""
-        self.experiment.go_on(step)
+    def go_on(self, step: int, evaluated: bool) -> None:
+        """Write from now on; what the file has of steps from `step` on, or is evaluated again, is dropped."""
+        self.experiment.go_on(step, evaluated)
 
 
 class RunTensorBoard(TensorBoardLogger):
@@ -89,7 +96,7 @@ class RunTensorBoard(TensorBoardLogger):
     def experiment(self) -> Any:
         return NoExperiment() if self.held else super().experiment
 
-    def go_on(self, step: int) -> None:
+    def go_on(self, step: int, evaluated: bool) -> None:
         """Write from now on; TensorBoard hides what it has of steps from `step` on."""
         self.held = False
         self._kwargs |= {"purge_step": step} if step else {}

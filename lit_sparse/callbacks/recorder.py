@@ -57,7 +57,7 @@ class Recorder(Profile):
         phases: What came before the fit, as `Profile` has it.
 
     Attributes:
-        moved: Whether this fit has taken a step.
+        moved: Whether this fit has taken a step, or run an evaluation that its checkpoint owed.
         earlier: The record of the run up to the checkpoint that it goes on from, if it does.
         predicted: The memory predicted before the first step; None if it was not.
     """
@@ -123,11 +123,14 @@ class Recorder(Profile):
         first, end = trainer.global_step + plan.warmup + 1, trainer.estimated_stepping_batches
         if count and first <= end:
             steps = f"Steps {first} to {min(first + count - 1, end):.0f}"
-            limit = f" What takes over {SHARE:.0%} of the fit is left out in any case." if plan.limited else ""
-            rank_zero_info(f"{steps} are measured, and slower; --profile=false leaves that out.{limit}")
+            if plan.limited:  # what a step takes, and with it what the fit does, is known after the warm-up only
+                told = f"{steps} are measured, and slower, if that takes at most {SHARE:.0%} of the fit"
+            else:
+                told = f"{steps} are measured, and slower"
+            rank_zero_info(f"{told}; --profile=false leaves that out.")
 
-    def _move(self, trainer: L.Trainer, step: int) -> None:
-        """Begin to write in the folder, whose run is trained from the optimizer step `step` on."""
+    def _move(self, trainer: L.Trainer, evaluated: bool = True) -> None:
+        """Begin to write in the folder, whose run goes on from this fit's first step; `evaluated`: as `Rows` has it."""
         self.moved = True
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -136,7 +139,7 @@ class Recorder(Profile):
             self._write_config()
             for logger in trainer.loggers:
                 if isinstance(logger, RunCSV | RunTensorBoard):
-                    logger.go_on(step)
+                    logger.go_on(self._first_step, evaluated)
                 else:
                     logger.log_hyperparams(dict(self.settings))
 
@@ -175,6 +178,8 @@ class Recorder(Profile):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self.checkpoint.leave(trainer)
+        if pl_module.owed is not None and not self.moved:
+            self._move(trainer, evaluated=False)
         super().on_validation_start(trainer, pl_module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
@@ -195,10 +200,10 @@ class Recorder(Profile):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._note_state(trainer, pl_module)
         if not self.moved and trainer.global_step > self._first_step:
-            self._move(trainer, self._first_step)
-        self.checkpoint.after_batch(trainer)
+            self._move(trainer)
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True  # so that Lightning evaluates once more, also in mid-epoch
+        self.checkpoint.after_batch(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: LitSparse, exception: BaseException) -> None:  # pyright: ignore
         self.checkpoint.signals.ignore()
@@ -241,6 +246,8 @@ class Recorder(Profile):
         earlier = parse_as(json.loads(text), RunRecord, "the record in the checkpoint")
         if earlier.name == self.folder.name:  # else it is another run that goes on from its checkpoint
             self.earlier = self._at_its_end(earlier)
+            if self.earlier.status == "ok":  # the run ended, with the evaluation after its last step
+                pl_module.owed = None
             self.samples.answers = self.earlier.samples
 
     def _at_its_end(self, saved: RunRecord) -> RunRecord:

@@ -18,6 +18,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF, Precision
 from lit_sparse.modules.checks import check_async_save, check_callbacks, check_masters, check_sharding, check_trainer
 from lit_sparse.modules.loading import Quantization
+from lit_sparse.modules.owed import settle
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.modules.window import Window, sum_over_ranks
@@ -146,7 +147,7 @@ class LitSparse(Resumable):
         return loss, self.updates.penalized(loss, batch, output), hits
 
     def on_train_start(self) -> None:
-        """Resume exactly: the loader at its position, learning rates at what this run's schedule says.
+        """Resume exactly: the loader at its position, learning rates at what this run's schedule says, scores complete.
 
         Lightning builds the loader before the position arrives if the schedule has to know how many batches there are,
         and the optimizer comes back with the rate of the schedule that it was saved with.
@@ -165,6 +166,9 @@ class LitSparse(Resumable):
                 for group, base, course in rates:
                     group["initial_lr"], group["lr"] = base, base * course(scheduler.last_epoch)
                 scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        if self.owed is not None:
+            settle(self.trainer, self.owed)
+            self.owed = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)

@@ -13,6 +13,7 @@ from lit_sparse.checkpoints import alike, get_rng, set_rng
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import BuiltModel, Masters
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
+from lit_sparse.modules.owed import owed, run_though_done
 
 
 class Resumable(BuiltModel):
@@ -21,12 +22,14 @@ class Resumable(BuiltModel):
     Attributes:
         full_checkpoints: Whether checkpoints hold all weights instead of what was trained.
         resume_from: The checkpoint that the model is built from in place of a fresh start.
+        owed: The evaluation that was due when the checkpoint was saved; None if none was, or once it has run.
     """
 
     def __init__(self, *args: Any, full_checkpoints: bool, **options: Any) -> None:
         super().__init__(*args, **options)
         self.full_checkpoints = full_checkpoints
         self.resume_from: str | Path | None = None
+        self.owed: dict[str, int] | None = None
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.tokens_seen = torch.zeros((), dtype=torch.int64)  # scored tokens of all steps
         self._moved = False  # whether what trains has other values than it began with
@@ -54,7 +57,8 @@ class Resumable(BuiltModel):
             "precision": str(self.frozen_dtype).removeprefix("torch."),
             "updates": self.updates.state_dict(),
             "tokens_seen": int(self.tokens_seen),
-            "rng": get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
+            "rng": self._rng or get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
+            "owed": None if self._trainer is None else owed(self.trainer),
         }
 
     # ---- resuming
@@ -69,6 +73,9 @@ class Resumable(BuiltModel):
         self.check_complete(checkpoint)
         self._moved, self._rng = True, checkpoint["lit_sparse"]["rng"]
         self.tokens_seen = torch.tensor(checkpoint["lit_sparse"].get("tokens_seen", 0))  # older checkpoints lack it
+        self.owed = checkpoint["lit_sparse"].get("owed")
+        if self.owed is not None and self.trainer.state.fn == "fit":
+            run_though_done(self.trainer, self)
 
     def _fits(self, saved: Mapping[str, Any], names: Collection[str]) -> bool:
         """Return whether loading a checkpoint's values over the present ones leaves nothing of another training."""
