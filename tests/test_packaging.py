@@ -1,9 +1,12 @@
 """The wheel: its contents, and that it works without a checkout."""
 
 import ast
+import email
+import email.policy
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +24,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 SOURCES = ("lit_sparse", "kernels", "profiling", "configs")
+REPOSITORY = "someone/lit_sparse"
 PACKAGES = {"lit_sparse", "lit_sparse_kernels", "lit_sparse_profiling"}
 
 
@@ -30,9 +34,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in SOURCES:
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy / name)
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(copy))
+    with pytest.MonkeyPatch.context() as patch:  # as in a workflow that releases
+        patch.setenv("GITHUB_REPOSITORY", REPOSITORY)
+        patch.setenv("GITHUB_REF_NAME", "v0.1.0")
+        pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(copy))
     return next(out.glob("*.whl"))
 
 
@@ -122,6 +129,27 @@ def test_wheel_installs_the_command_and_the_licence(wheel: Path) -> None:
         assert "lit-sparse = lit_sparse.__main__:main" in archive.read(entries[0]).decode()
 
 
+def test_the_description_on_pypi_has_links_that_lead_to_files(wheel: Path) -> None:
+    with ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = email.message_from_bytes(archive.read(name), policy=email.policy.default)
+    assert metadata["Project-URL"] == f"Source, https://github.com/{REPOSITORY}"
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    places = (f"https://github.com/{REPOSITORY}/blob/v0.1.0/", f"https://raw.githubusercontent.com/{REPOSITORY}/v0.1.0/")
+    targets = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
+    ours = [target.removeprefix(place) for target in targets for place in places if target.startswith(place)]
+    assert len(ours) == len(re.findall(r"\]\((?!http)", (ROOT / "README.md").read_text())) > 10
+    assert all((ROOT / path.partition("#")[0]).exists() for path in ours)
+    assert all(target.startswith("https://") for target in targets)
+
+
+def test_the_description_of_a_build_of_ones_own_has_no_dead_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    monkeypatch.setattr("setuptools.setup", dict)
+    text = runpy.run_path(str(ROOT / "setup.py"))["absolute"]("![a](b.svg)[c\nd](e.md#f) [g](https://h.org)", "", "HEAD")
+    assert text == "c\nd [g](https://h.org)"
+
+
 def test_installed_wheel_is_not_the_checkout(installed: Path, tmp_path: Path) -> None:
     where = outside(installed, tmp_path, "-c", "import lit_sparse; print(lit_sparse.__file__)")
     assert Path(where.strip()).is_relative_to(installed.parents[1])
@@ -141,7 +169,7 @@ def test_installed_wheel_trains(installed: Path, home: Path) -> None:
 
 def test_the_version_is_in_one_place(wheel: Path) -> None:
     assert wheel.name.startswith(f"lit_sparse-{PROJECT['version']}-")
-    assert "dynamic" not in PROJECT
+    assert "version" not in PROJECT["dynamic"]
     assert "version" not in yaml.safe_load((ROOT / "CITATION.cff").read_text())
     sources = [path.read_text() for path in (ROOT / "lit_sparse").rglob("*.py")]
     assert not any(re.search(r"^__version__ =", source, re.MULTILINE) for source in sources)
@@ -162,7 +190,7 @@ def test_the_forms_of_github_are_whole() -> None:
 def test_the_image_gets_what_the_wheel_is_built_from() -> None:
     text = (ROOT / "Dockerfile").read_text()
     copied = {name for line in re.findall(r"^COPY (.+) \S+$", text, re.MULTILINE) for name in line.split()}
-    assert copied == {*SOURCES, "pyproject.toml", "README.md", "LICENSE", "constraints.txt"}
+    assert copied == {*SOURCES, "pyproject.toml", "setup.py", "README.md", "LICENSE", "constraints.txt"}
     assert all((ROOT / name).exists() for name in copied)
     extra = re.findall(r"'\.\[(\w+)\]'", text)
     assert {*extra} <= PROJECT["optional-dependencies"].keys()
