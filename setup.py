@@ -1,7 +1,7 @@
 """The description on PyPI: README.md with links into the repository, since relative ones lead nowhere there.
 
-All else is in pyproject.toml. The repository and its tag are those of the variables that GitHub's workflows have; without
-them, as in a build of one's own, links are left out and their texts stay.
+All else is in pyproject.toml. Variables of GitHub's workflows name the repository and its tag; without them, as in a
+build of one's own, the texts of links stay and the links are left out.
 """
 
 import os

@@ -16,12 +16,14 @@ import pytest
 import torch
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
+from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_sparse import cli, configs, strategies
+from lit_sparse import cli, configs, strategies, usage
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.shipped import configs_folder, methods
 from lit_sparse.testing import tiny_llm
+from lit_sparse.words import find_data
 from lit_sparse_profiling.record import RunRecord
 
 SMALL = [
@@ -101,7 +103,9 @@ def test_a_config_is_found_by_name(home):
 def test_a_config_given_as_text_names_no_run(home, caplog):
     fit("--config", "lora.yaml", "--config", "{trainer: {max_steps: 4}}", "--samples=0", "--profile.examine=null")
     assert Path("runs/lora-1/record.json").is_file()
-    told = "Steps 1 to 2 are measured, and slower, if that takes at most 10% of the fit; --profile=false leaves that out."
+    told = (
+        "Steps 1 to 2 are measured, and slower, if that takes at most 10% of the fit; --profile=false leaves that out."
+    )
     assert told in caplog.messages
 
 
@@ -171,7 +175,7 @@ def test_own_data_is_one_word(home, word):
 
 def test_data_are_read_by_what_fits_them():
     def data(*words, task=None):
-        return cli.find_data(["fit", *words], task)[1:]
+        return find_data(["fit", *words], task)[1:]
 
     for name in ("rows.jsonl", "a/b.JSON", "/a b/c.csv", "a.parquet", "openai/gsm8k", "openai/gsm8k:test[:9]"):
         assert data("--data", name) == ["--data=lit_sparse.data.Instructions", f"--data.train={name}"]
@@ -224,7 +228,7 @@ def test_callbacks_of_a_yaml_stand_beside_the_recorder(home):
 def test_yamls_compose_in_either_order(home):
     Path("other.yaml").write_text("model:\n  updates+:\n    - class_path: tests.test_cli.Nothing\n")
     for files in (["smt.yaml", "lora.yaml"], ["lora.yaml", "smt.yaml"]):
-        parser = cli.LightningArgumentParser(parser_mode="omegaconf", exit_on_error=False)
+        parser = LightningArgumentParser(parser_mode="omegaconf", exit_on_error=False)
         parser.add_argument("--config", action=ActionConfigFile)
         parser.add_class_arguments(CausalLM, "model")
         words = configs.find_configs([word for file in files for word in ("--config", file)])
@@ -360,7 +364,7 @@ def test_help_is_short_and_has_the_keys_of_the_data_and_methods(home, capsys, mo
 
 def test_the_long_help_has_every_key(home, capsys, monkeypatch):
     text = helped(capsys, monkeypatch, "fit", "--help_all")
-    options = cli.usage.fit_words(cli.start(cli.Parsers, ["fit"]).verb_parser())
+    options = usage.fit_words(cli.start(cli.Parsers, ["fit"]).verb_parser())
     shown = {"--data.tokenizer", "--help_all"}  # follows model.base; is this help
     assert [word for word in options if not word.endswith(".help") and word not in shown and word not in text] == []
     assert {"--trainer.plugins", "--data.packing", "--model.updates.block_size"} <= {*options}
@@ -473,7 +477,7 @@ def test_a_whole_number_is_no_share(asked):
 
     Limited.__init__.__annotations__["limit"] = asked
 
-    cli.read_whole_numbers_first(Limited)
+    configs.read_whole_numbers_first(Limited)
     parser = jsonargparse.ArgumentParser()
     parser.add_class_arguments(Limited)
     for word, kind in (("1", int), ("1.0", float), ("0.25", float)):

@@ -135,7 +135,10 @@ def test_the_description_on_pypi_has_links_that_lead_to_files(wheel: Path) -> No
         metadata = email.message_from_bytes(archive.read(name), policy=email.policy.default)
     assert metadata["Project-URL"] == f"Source, https://github.com/{REPOSITORY}"
     assert metadata["Description-Content-Type"] == "text/markdown"
-    places = (f"https://github.com/{REPOSITORY}/blob/v0.1.0/", f"https://raw.githubusercontent.com/{REPOSITORY}/v0.1.0/")
+    places = (
+        f"https://github.com/{REPOSITORY}/blob/v0.1.0/",
+        f"https://raw.githubusercontent.com/{REPOSITORY}/v0.1.0/",
+    )
     targets = re.findall(r"\]\(([^)]+)\)", metadata.get_payload())
     ours = [target.removeprefix(place) for target in targets for place in places if target.startswith(place)]
     assert len(ours) == len(re.findall(r"\]\((?!http)", (ROOT / "README.md").read_text())) > 10
@@ -146,7 +149,9 @@ def test_the_description_on_pypi_has_links_that_lead_to_files(wheel: Path) -> No
 def test_the_description_of_a_build_of_ones_own_has_no_dead_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
     monkeypatch.setattr("setuptools.setup", dict)
-    text = runpy.run_path(str(ROOT / "setup.py"))["absolute"]("![a](b.svg)[c\nd](e.md#f) [g](https://h.org)", "", "HEAD")
+    text = runpy.run_path(str(ROOT / "setup.py"))["absolute"](
+        "![a](b.svg)[c\nd](e.md#f) [g](https://h.org)", "", "HEAD"
+    )
     assert text == "c\nd [g](https://h.org)"
 
 

@@ -127,18 +127,19 @@ def test_an_evaluation_that_was_cut_off_runs_before_the_next_step(home, stop):
     assert outcome("cut-1") == outcome("straight-1")
 
 
-@pytest.mark.parametrize("limit", ["--trainer.max_steps=6", "--trainer.max_epochs=1"])
-def test_the_evaluation_after_the_last_step_is_made_up_for(home, capsys, limit):
-    fit("lora", "straight", 0, *LIMITS, limit)
-    fit("lora", "cut", 10 if "epochs" in limit else 6, *LIMITS, limit, "--trainer.callbacks.evaluating=true")
+@pytest.mark.parametrize(("last", "limit"), [(6, "--trainer.max_steps=6"), (10, "--trainer.val_check_interval=5")])
+def test_the_evaluation_after_the_last_step_is_made_up_for(home, capsys, last, limit):
+    words = ("--trainer.val_check_interval=4", limit)  # of one epoch
+    fit("lora", "straight", 0, *words)
+    fit("lora", "cut", last, *words, "--trainer.callbacks.evaluating=true")
     checkpoint = Path("runs/cut-1/checkpoints/last.ckpt")
     before = checkpoint.read_bytes()
-    assert fit("lora", "cut", 0, *LIMITS, limit, "--ckpt_path=last") == []
+    assert fit("lora", "cut", 0, *words, "--ckpt_path=last") == []
     assert scores("cut-1") == scores("straight-1")
     assert outcome("cut-1") == outcome("straight-1")
     assert checkpoint.read_bytes() == before
     kept = Path("runs/cut-1/record.json").read_bytes()
-    fit("lora", "cut", 0, *LIMITS, limit, "--ckpt_path=last")
+    fit("lora", "cut", 0, *words, "--ckpt_path=last")
     assert "Nothing was left to do" in capsys.readouterr().err
     assert Path("runs/cut-1/record.json").read_bytes() == kept
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from lit_sparse import cli, configs, screen
 from lit_sparse.errors import BadInput
 from lit_sparse.screen import Progress, clock
+from lit_sparse.words import unmeasured
 from lit_sparse_profiling import walltime
 from lit_sparse_profiling.record import RunRecord
 from tests.test_runs import F
@@ -170,7 +171,7 @@ UNMEASURED = ("--profile.examine=false", "--profile.profiled=0", "--profile.pred
     ],
 )
 def test_measuring_is_switched_off_in_a_word(words, written):
-    assert cli.unmeasured(words) == written
+    assert unmeasured(words) == written
 
 
 @pytest.mark.parametrize("how", [["--profile=false"], ["--config", "off.yaml"], ["--config={profile: off}"]])

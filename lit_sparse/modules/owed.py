@@ -1,7 +1,7 @@
 """An evaluation that is due when a checkpoint is saved: a fit that goes on from there runs it first.
 
-Checkpoints are saved at the end of a training batch, before the evaluation that follows, since that may take longer than
-many steps. Lightning takes such an evaluation for done when it resumes.
+Checkpoints are saved at the end of a training batch, before the evaluation that follows, which may take as long as many
+steps. Lightning takes such an evaluation for done when it resumes.
 """
 
 from __future__ import annotations
