@@ -414,6 +414,13 @@ def command_line(_results: Path) -> str:
     return reference.command_line()
 
 
+def short_help(verb: str) -> str:
+    """Return the help of a verb as the package ships it."""
+    from lit_sparse.parsers import help_of
+
+    return help_of([verb], long=False) + "\n"
+
+
 def planner(results: Path) -> str:
     """Return the planner's error beside measured trainings: its median and worst, and the worst ten."""
     command = "python -m benchmarks.planner"
@@ -453,8 +460,8 @@ BLOCKS |= {
 
 
 def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Rewrite README.md and the pages of docs/ in the checkout `root`, or check them; return the exit status."""
-    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md and docs/.")
+    """Rewrite README.md, docs/ and help texts in the checkout `root`, or check them; return the exit status."""
+    parser = argparse.ArgumentParser(description="Rewrite the generated tables of README.md and docs/, and help texts.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is not up to date")
     check = parser.parse_args(arguments).check
     paths = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
@@ -467,7 +474,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    changed = [path for path in paths if new[path] != old[path]]
+    for path in sorted((root / "lit_sparse" / "short_help").glob("*.txt")):
+        old[path], new[path] = path.read_text(encoding="utf-8"), short_help(path.stem)
+    changed = [path for path in new if new[path] != old[path]]
     if check and changed:
         names = ", ".join(path.relative_to(root).as_posix() for path in changed)
         print(f"Not what benchmarks/results say: {names}; run `python benchmarks/readme.py`.", file=sys.stderr)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from typing import NamedTuple, NoReturn
 
-from lit_sparse.shipped import listing
+from lit_sparse.shipped import listing, short_help
 
 
 class Verb(NamedTuple):
@@ -127,6 +127,8 @@ def main() -> None:
         sys.exit(2)
     if sys.argv[1:] == ["list"]:
         show(listing())
+    if sys.argv[2:] in (["-h"], ["--help"]) and (text := short_help(verb)):
+        show(text)
     wait_passively()
     hush_torch()
     if sys.stderr.isatty():

@@ -28,7 +28,7 @@ from lit_sparse.planning import make_planned
 from lit_sparse.refusals import explain, understood
 from lit_sparse.screen import tidy
 from lit_sparse.selecting import select, select_parser
-from lit_sparse.shipped import listing
+from lit_sparse.shipped import laid_out, listing
 from lit_sparse.words import switched_on
 from lit_sparse_profiling.phases import Phases
 
@@ -106,7 +106,9 @@ def run(argv: Sequence[str], phases: Phases | None = None) -> int:
             raise BadInput(explain(str(error), options, argv[0])) from error
         return 0
     if asked := {*usage.SHORT, usage.LONG} & set(argv):
-        print(help_of([word for word in argv if word not in asked], usage.LONG in asked))
+        long = usage.LONG in asked
+        text = help_of([word for word in argv if word not in asked], long)
+        print(text if long else laid_out(text))
         return 0
     start(CLI, argv, phases)
     return 0

@@ -35,7 +35,7 @@ class Parsers(CLI):
 
 
 def help_of(argv: Sequence[str], long: bool) -> str:
-    """Return the keys of a verb of LightningCLI: those that people set, or all."""
+    """Return the keys of a verb of LightningCLI: those that people set, each in a line, or all."""
     parser = start(Parsers, argv).verb_parser()
     if long:
         return usage.long_help(parser)

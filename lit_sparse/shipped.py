@@ -1,4 +1,4 @@
-"""The YAMLs that come with lit_sparse, and what each method says of itself; without torch, so that `list` is quick."""
+"""YAMLs and help texts that come with lit_sparse; without torch, so that `list` and `fit --help` are quick."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ STACKS = {
 }
 """Folders of YAMLs that stack on a method's or follow one, with what they are for."""
 NARROWEST = 60
+COLUMN = 34
+"""Characters of the column of keys in a help text."""
 
 
 class Method(NamedTuple):
@@ -86,6 +88,23 @@ def listing() -> str:
             lines += wrapped(first_sentence(path), width, f"    {folder}/{path.name}  ", 4)
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def short_help(verb: str) -> str | None:
+    """Return the help of a verb whose keys are those of a fit, as `make readme` wrote it; None for any other verb."""
+    path = Path(lit_sparse.__file__).parent / "short_help" / f"{verb}.txt"
+    return laid_out(path.read_text(encoding="utf-8").rstrip("\n")) if path.is_file() else None
+
+
+def laid_out(text: str) -> str:
+    """Return a help text with its keys, of a line each, wrapped to the terminal's width, from 80 to 120 characters."""
+    width = max(80, min(shutil.get_terminal_size().columns, 120))
+    lines: list[str] = []
+    for line in text.split("\n"):
+        key = line.startswith("  --")
+        indent = " " * COLUMN
+        lines += textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False) if key else [line]
+    return "\n".join(lines)
 
 
 def wrapped(text: str, width: int, head: str, more: int | None = None) -> list[str]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -14,7 +12,7 @@ from typing import Any
 import jsonargparse
 
 from lit_sparse import data, strategies
-from lit_sparse.shipped import configs_folder
+from lit_sparse.shipped import COLUMN, configs_folder, laid_out
 
 SHORT, LONG = ("-h", "--help"), "--help_all"
 EXAMPLES = {
@@ -37,14 +35,12 @@ KEYS = {
 """The keys that people set, by their headings; those of data and of the methods named stand between."""
 LINKED = "tokenizer"
 """The key of data that follows `model.base`."""
-COLUMN = 34
-"""Characters of the column of keys."""
 
 
 def short_help(
     parser: argparse.ArgumentParser, verb: str, documents: Iterable[Mapping[str, Any]], data_name: str
 ) -> str:
-    """Return the keys of a verb that people set, each with a sentence and its default.
+    """Return the keys of a verb that people set, each in a line with a sentence and its default.
 
     Args:
         parser: The verb's parser.
@@ -56,9 +52,10 @@ def short_help(
     parts = [
         f"usage: lit-sparse {verb} --config YAML [--config YAML ...] [--KEY VALUE ...]",
         "\n".join(f"  {example}" for example in EXAMPLES[verb]),
-        "--config takes a YAML's path, or its name among the shipped ones (lit-sparse list). Several stack from left\n"
-        "to right, and keys override them; --print_config prints the result. Below are the keys that are set most\n"
-        f"often; lit-sparse {verb} --help_all has all, lit-sparse VERB --help those of another verb.",
+        "--config takes a YAML's path, or its name among the shipped ones (lit-sparse\n"
+        "list). Several stack from left to right, and keys override them; --print_config\n"
+        "prints the result. Below are the keys that are set most often; lit-sparse\n"
+        f"{verb} --help_all has all, lit-sparse VERB --help those of another verb.",
     ]
     documents = list(documents)
     for title, keys in KEYS.items():
@@ -71,7 +68,7 @@ def short_help(
 
 def long_help(parser: argparse.ArgumentParser) -> str:
     """Return every key of a verb, with those of all methods and data modules."""
-    return "\n\n".join([parser.format_help(), *(keys_of(kind, prefix) for kind, prefix in with_prefixes())])
+    return "\n\n".join([parser.format_help(), *(laid_out(keys_of(kind, prefix)) for kind, prefix in with_prefixes())])
 
 
 def update_strategies() -> list[type]:
@@ -126,7 +123,6 @@ def keys_of(kind: type, prefix: str) -> str:
 
 def section(title: str, actions: Iterable[argparse.Action]) -> str:
     """Return a heading with a line for each option below it: its first sentence and its default."""
-    width = max(80, min(shutil.get_terminal_size().columns, 120))
     lines = [title]
     for action in actions:
         if action.dest.endswith(".help"):
@@ -134,8 +130,7 @@ def section(title: str, actions: Iterable[argparse.Action]) -> str:
         text = re.split(r"(?<=[.;])\s+(?=[A-Z`])", " ".join((action.help or "").split()))[0]
         head = f"  --{action.dest}"
         head += " " * max(2, COLUMN - len(head))
-        told = f"{text} {default(action)}".replace("%%", "%").strip()
-        lines += textwrap.wrap(head + told, width, subsequent_indent=" " * COLUMN, break_on_hyphens=False)
+        lines.append(head + f"{text} {default(action)}".replace("%%", "%").strip())
     return "\n".join(lines)
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from lit_sparse import cli
 from lit_sparse.__main__ import VERBS, wait_passively
+from lit_sparse.parsers import help_of
+from lit_sparse.shipped import laid_out
 
 ROOT = Path(__file__).parents[1]
 WATCHED = """
@@ -40,6 +42,17 @@ def test_methods_are_listed_without_torch():
     assert found.returncode == 0
     assert "smt.yaml" in found.stdout
     assert found.stdout.splitlines()[-1] == "False", "torch was imported"
+
+
+@pytest.mark.parametrize("verb", cli.FIT_VERBS)
+def test_the_help_of_a_fit_is_the_parsers_without_torch(verb, monkeypatch):
+    found = run(verb, "--help")
+    assert found.returncode == 0
+    *lines, torch = found.stdout.splitlines()
+    assert torch == "False", "torch was imported"
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", verb])
+    assert "\n".join(lines) == laid_out(help_of([verb], long=False)), "run python benchmarks/readme.py"
+    assert all(len(line) <= 80 for line in lines if not line.startswith("  lit-sparse "))
 
 
 def test_every_verb_is_one():

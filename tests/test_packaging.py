@@ -108,7 +108,7 @@ def test_wheel_holds_every_file_of_the_source(wheel: Path) -> None:
     with ZipFile(wheel) as archive:
         packed = {re.sub(r"^[^/]*\.data/data/share/lit-sparse/", "", name) for name in archive.namelist()}
     roots = {"lit_sparse": ROOT, "kernels": ROOT / "kernels", "profiling": ROOT / "profiling", "configs": ROOT}
-    kept = {".py", ".yaml", ".html", ".typed"}
+    kept = {".py", ".yaml", ".html", ".txt", ".typed"}
     files = {
         path.relative_to(root).as_posix()
         for folder, root in roots.items()
