@@ -12,7 +12,7 @@ from lit_sparse import plan as planning
 from lit_sparse.cli import main, make_planned
 from lit_sparse.plan import CARDS, card_of, fit_command
 from lit_sparse.planner import Setting, forecast
-from lit_sparse_profiling.trace import Overdue
+from lit_sparse_profiling.trace import Overdue, Trace
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -155,6 +155,16 @@ def test_a_trace_ends_at_its_limit_of_time(base: str) -> None:
     module = make_planned(fit_command("full.yaml", [], [f"--model.base={base}"])).module
     with pytest.raises(Overdue):
         forecast("full", module, Setting("cpu", 1, 16), seconds=0.0)
+
+
+def test_a_trace_that_is_over_its_time_ends_in_no_question_for_a_device():
+    """Within TensorIterator, where C++ asks for it, an exception ends the process with SIGABRT."""
+    trace = Trace(seconds=0.0)
+    fake = trace.empty(torch.zeros(2))
+    with trace:
+        assert torch.ops.prim.device.default(fake).type == "cpu"
+        with pytest.raises(Overdue):
+            fake + fake
 
 
 def test_a_method_that_reads_values_is_refused_with_a_bound(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
