@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -75,12 +76,20 @@ def test_the_notebook_of_two_methods_runs_in_its_small_form(home, monkeypatch):
     ):
         assert shown in code
         code = code.replace(shown, tiny)
+    assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+    assert all(output.get("name") != "stderr" for output in outputs)
     monkeypatch.setenv("MPLBACKEND", "agg")
     log = logging.getLogger("lightning.pytorch")
     level = log.level
     with warnings.catch_warnings():  # the notebook hides its own, and what Lightning tells
-        exec(compile(code, "two_methods.ipynb", "exec"), {})
+        names = {}
+        exec(compile(code, "two_methods.ipynb", "exec"), names)
+    transformers.utils.logging.enable_progress_bar()
     log.setLevel(level)
+    shares = names["tasks"]["SMT"].updates[0].describe()["share"]
+    assert {n: row for n, row in enumerate(names["image"]) if any(row)}.keys() == {int(layer) for layer in shares}
     assert {Path(f"tuned-{name}/config.json").is_file() for name in ("SMT", "LoRA")} == {True}
 
 
