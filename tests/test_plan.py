@@ -164,7 +164,7 @@ def test_a_trace_that_is_over_its_time_ends_in_no_question_for_a_device():
     with trace:
         assert torch.ops.prim.device.default(fake).type == "cpu"
         with pytest.raises(Overdue):
-            fake + fake
+            _ = fake + fake
 
 
 def test_a_method_that_reads_values_is_refused_with_a_bound(base: str, monkeypatch: pytest.MonkeyPatch) -> None:

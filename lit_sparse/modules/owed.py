@@ -15,7 +15,8 @@ def owed(trainer: L.Trainer) -> dict[str, int] | None:
     """Return where an evaluation follows the training batch that ends, for its checkpoint; None if none does."""
     fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     progress = loop.batch_progress.current
-    at_end = progress.processed == progress.completed + 1  # of a batch, in the hooks that may save
+    # At the end of a batch, in the hooks that may save:
+    at_end = progress.processed == progress.completed + 1  # pyright: ignore[reportAttributeAccessIssue]
     if not at_end or fit._data_fetcher is None or not loop._should_check_val_fx(fit._data_fetcher):
         return None
     return {"epoch": trainer.current_epoch, "logged_steps": loop._batches_that_stepped}
