@@ -4,7 +4,8 @@
 without activation checkpointing, through Lightning's own trainer. The measurement shares no code with the planner: it
 adds up the events of the CPU's allocator from the loading of the model on, phase by phase, and the ledger's exact bytes
 of weights, gradients and state. Configurations come in a fixed random order and are appended one by one to
-benchmarks/results/planner.jsonl, so that a run may be stopped at any time and goes on with what is missing.
+benchmarks/results/planner.jsonl, so that a run may be stopped at any time and goes on with what is missing. After
+them, two ranks train together, under DDP and under FSDP2, and one rank is compared.
 """
 
 from __future__ import annotations
@@ -12,18 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import random
+import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from time import monotonic
-from typing import Any, NamedTuple
+from time import monotonic, sleep
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
     GPT2Config,
@@ -42,7 +47,8 @@ from benchmarks.turns import append
 from lit_sparse.cli import make_planned
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import LitSparse
+from lit_sparse.modules import LitSparse, hollow
+from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.plan import fit_command
 from lit_sparse.planner import Forecast, Setting, forecast
 from lit_sparse.shipped import methods
@@ -88,8 +94,18 @@ SHORT = ("--model.updates.interval=2",)
 """Options of methods that change what they train every so many steps: soon enough for a measurement."""
 CONFIGURATIONS, MEDIAN, WORST, CATEGORY, TOO_LITTLE = 200, 0.01, 0.03, 0.05, 0.01
 """The marks: configurations, median and worst error of the peak, worst of a category, most that may be too little."""
+PAIR, PAIRED = 2, ("llama", "gpt2", "qwen3")
+"""Ranks that train together, and the families that they train."""
+AT_ONCE = 12
+"""Trainings that one pair of processes does."""
+OF_RANKS = ("DDP buckets", "gathered weights", "temporaries")
+"""Categories beside what is saved that two ranks hold at the beginning of a backward pass."""
 NEGLIGIBLE = 0.01
 """Share of the peak below which a category's error does not count."""
+
+
+Way = Literal["one", "ddp", "fsdp2"]
+"""One process, or two with DDP or FSDP2."""
 
 
 class Case(NamedTuple):
@@ -100,6 +116,13 @@ class Case(NamedTuple):
     batch_size: int
     length: int
     checkpointing: bool
+    way: Way = "one"
+
+    @property
+    def setting(self) -> Setting:
+        """What the planner is told of it."""
+        count = 1 if self.way == "one" else PAIR
+        return Setting("cpu", self.batch_size, self.length, ranks=count, sharded=self.way == "fsdp2")
 
 
 class Measured(NamedTuple):
@@ -116,6 +139,17 @@ def cases() -> list[Case]:
         for path, family, shape, checkpointing in product(methods(), FAMILIES, SHAPES, (False, True))
     ]
     random.Random(0).shuffle(found)
+    return found
+
+
+def cases_of_pairs() -> list[Case]:
+    """Return the configurations of two ranks, in a fixed random order."""
+    ways: tuple[Way, ...] = ("ddp", "fsdp2")
+    found = [
+        Case(path.stem, family, *SHAPES[0], checkpointing, way)
+        for path, family, checkpointing, way in product(methods(), PAIRED, (False, True), ways)
+    ]
+    random.Random(1).shuffle(found)
     return found
 
 
@@ -136,7 +170,7 @@ def module_of(case: Case, config: Path) -> LitSparse:
 
 def predicted(case: Case, config: Path) -> Forecast:
     """Plan the training of a case on a CPU."""
-    return forecast(case.method, module_of(case, config), Setting("cpu", case.batch_size, case.length))
+    return forecast(case.method, module_of(case, config), case.setting)
 
 
 # ---- the measurement
@@ -203,8 +237,10 @@ def measured(case: Case, config: Path) -> Measured:
             enable_model_summary=False,
             use_distributed_sampler=False,
             limit_val_batches=0,
+            num_sanity_val_steps=0,
+            **options_of(case.way),
         )
-        rows = (steps + 8) * case.batch_size
+        rows = (steps + 8) * case.batch_size * case.setting.ranks
         data = Synthetic(vocab_size=VOCABULARY, max_length=case.length, batch_size=case.batch_size, rows=rows)
         trainer.fit(module, datamodule=data)
     assert profiled.profiler is not None
@@ -212,6 +248,73 @@ def measured(case: Case, config: Path) -> Measured:
     events = list(walk_events(profiled.profiler.kineto_results.experimental_event_tree()))
     peaks, levels = levels_of(events)
     return Measured(peaks, categories_of(marks.ledgers, levels))
+
+
+def options_of(way: Way) -> dict[str, Any]:
+    """Return the trainer's options."""
+    if way == "one":
+        return {}
+    return {"devices": PAIR, "strategy": FSDP2Strategy() if way == "fsdp2" else "ddp"}
+
+
+def measured_by_pair(cases: Sequence[Case], configs: dict[str, Path]) -> list[Measured | str]:
+    """Train cases in two processes; return what rank 0 measured of each, or why it was refused."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        spawn = torch.multiprocessing.spawn  # pyright: ignore[reportPrivateImportUsage]
+        spawn(work, (cases, configs, Path(folder), port), nprocs=PAIR)
+        found = [json.loads((Path(folder) / f"{number}.json").read_text()) for number in range(len(cases))]
+    return [one if isinstance(one, str) else Measured(*one) for one in found]
+
+
+def work(rank: int, cases: Sequence[Case], configs: dict[str, Path], folder: Path, port: int) -> None:
+    """Train cases as one of two ranks; rank 0 writes what it measured."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench", "GROUP_RANK": 0}
+    mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PAIR, "LOCAL_WORLD_SIZE": PAIR}
+    os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
+    dist.all_reduce = reduce
+    hollow.hash_of = lambda named: ""  # it gathers every weight while loading, by gloo's own copies
+    setattr(_fsdp_collectives.DefaultAllGather, "__call__", gather)  # noqa: B010 - a method
+    setattr(_fsdp_collectives.DefaultReduceScatter, "__call__", scatter)  # noqa: B010
+    for number, case in enumerate(cases):
+        try:
+            found: Any = measured(case, configs[case.family])
+        except BadInput as refused:
+            found = str(refused)
+        if rank == 0:
+            (folder / f"{number}.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+SETTLE = 0.002
+"""Seconds after which gloo's thread has let go of a tensor: what it frees itself, the profiler misses."""
+all_reduce = dist.all_reduce
+
+
+def reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    """Sum over ranks in place, by gloo."""
+    all_reduce(tensor, *args, **kwargs)
+    sleep(SETTLE)
+
+
+def gather(self: Any, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **options: Any) -> None:
+    """Gather shards as a sum in place: gloo's own gather makes copies in its thread, which NCCL does not."""
+    mine = output_tensor.view(-1, input_tensor.numel())[dist.get_rank()]
+    values = input_tensor.clone()
+    output_tensor.zero_()
+    mine.copy_(values)
+    del values
+    reduce(output_tensor, group=options["group"])
+
+
+def scatter(self: Any, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **options: Any) -> None:
+    """Sum over ranks in place, and keep this rank's shard."""
+    reduce(input_tensor, group=options["group"], op=options["op"])
+    output_tensor.copy_(input_tensor.view(-1, output_tensor.numel())[dist.get_rank()])
 
 
 def levels_of(events: Sequence[Any]) -> tuple[dict[str, int], list[int]]:
@@ -242,12 +345,12 @@ def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int]) -> di
     """Return the bytes of each category, by the planner's names, at the highest beginning of a backward pass."""
     highest = max(range(len(levels)), key=lambda index: (levels[index], index))
     kept, last = ledgers["backward"][highest], ledgers["gradients"][highest]
+    known = {"trained weights": last.trainable, "frozen weights": last.frozen, "optimizer state": kept.optimizer}
+    beside = kept.buffers + kept.strategy + kept.gradients
     return {
-        "trained weights": kept.trainable,
-        "frozen weights": kept.frozen,
+        **known,  # weights as they are between passes: under FSDP2 the ledger before a backward pass meets whole ones
         "gradients": last.gradients,
-        "optimizer state": kept.optimizer,
-        "saved for backward": levels[highest] - kept.total,
+        "saved for backward": levels[highest] - sum(known.values()) - beside,
     }
 
 
@@ -257,8 +360,10 @@ def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int]) -> di
 def line_of(case: Case, plan: Forecast, real: Measured) -> Line:
     """Return what was predicted and what was measured, in bytes."""
     assert plan.kept is not None
+    beside = sum(plan.kept.categories.get(name, 0) for name in OF_RANKS) if case.way != "one" else 0
     ours = {
         **{name: plan.kept.categories.get(name, 0) for name in real.categories},
+        "saved for backward": plan.kept.categories.get("saved for backward", 0) + beside,
         "gradients": plan.phases["optimizer step"].categories.get("gradients", 0),
     }
     return {
@@ -306,16 +411,30 @@ def missed(lines: Sequence[Line]) -> list[str]:
 
 def named(line: Line) -> str:
     """Return the configuration of a line, in words."""
-    return " ".join(str(line[name]) for name in Case._fields)
+    return " ".join(map(str, case_of(line)))
 
 
-def compare(case: Case, config: Path) -> Line:
-    """Plan and measure a case.
+def case_of(line: Line) -> Case:
+    """Return the configuration of a line; those without `way` are of one process."""
+    return Case(*(line[name] for name in Case._fields if name in line))
 
-    Raises:
-        BadInput: if the method refuses the model.
-    """
-    return line_of(case, predicted(case, config), measured(case, config))
+
+def measure(asked: Sequence[Case], configs: dict[str, Path]) -> Iterator[tuple[Case, Line | str]]:
+    """Yield each case with its line, or with why it was refused; those of two ranks are trained by one pair."""
+    pairs = measured_by_pair(asked, configs) if asked[0].way != "one" else None
+    for number, case in enumerate(asked):
+        try:
+            plan = predicted(case, configs[case.family])
+            real = measured(case, configs[case.family]) if pairs is None else pairs[number]
+            yield case, real if isinstance(real, str) else line_of(case, plan, real)
+        except BadInput as refused:
+            yield case, str(refused)
+
+
+def groups(cases: Sequence[Case]) -> Iterator[Sequence[Case]]:
+    """Yield as many cases as one pair of processes trains."""
+    for start in range(0, len(cases), AT_ONCE):
+        yield cases[start : start + AT_ONCE]
 
 
 def main() -> int:
@@ -323,30 +442,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="stop after so many (default 60)")
     parser.add_argument("--methods", nargs="+", help="only these (default all)")
+    parser.add_argument("--pairs", action="store_true", help="only the configurations of two ranks")
     for name in ("lightning.pytorch", "lit_sparse"):
         logging.getLogger(name).setLevel(logging.ERROR)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--check", action="store_true", help="measure nothing; only say which marks are missed")
     asked = parser.parse_args()
     done = read_lines(asked.results, "python -m benchmarks.planner") if asked.results.exists() else []
-    known = {json.dumps([line[name] for name in Case._fields]) for line in done}
+    known = {case_of(line) for line in done}
     end = monotonic() + asked.minutes * 60
+
+    def missing(cases: Sequence[Case]) -> list[Case]:
+        return [case for case in cases if case not in known and case.method in (asked.methods or [case.method])]
+
+    alone = [] if asked.pairs else missing(cases())
+    todo = [[case] for case in alone] + [*groups(missing(cases_of_pairs()))]
     with tempfile.TemporaryDirectory() as folder:
         configs = {family: config_in(Path(folder), family) for family in FAMILIES}
-        for case in [] if asked.check else cases():
-            if json.dumps(list(case)) in known or (asked.methods and case.method not in asked.methods):
-                continue
+        for some in [] if asked.check else todo:
             if monotonic() > end:
                 break
-            try:
-                line = compare(case, configs[case.family])
-            except BadInput as refused:
-                print(*case, "refused:", refused, flush=True)
-                continue
-            append(asked.results, [line])
-            done.append(line)
-            worst = max(map(abs, category_errors(line)), default=0)
-            print(*case, f"{error(line):+.2%}", f"categories {worst:.2%}", flush=True)
+            for case, line in measure(some, configs):
+                if isinstance(line, str):
+                    print(*case, "refused:", line, flush=True)
+                    continue
+                append(asked.results, [line])
+                done.append(line)
+                worst = max(map(abs, category_errors(line)), default=0)
+                print(*case, f"{error(line):+.2%}", f"categories {worst:.2%}", flush=True)
     said = missed(done)
     for sentence in said:
         print(sentence)

@@ -40,6 +40,7 @@ class Planned(NamedTuple):
     clip: float | None
     ranks: int
     sharded: bool
+    replicas: int = 1
 
 
 Make = Callable[[Sequence[str]], Planned]
@@ -139,11 +140,6 @@ def planned(name: str, make: Make, command: Sequence[str], device: str, card: in
 
     def at(batch_size: int | None) -> Forecast:
         made = make(command)
-        if made.sharded:
-            raise BadInput(
-                "trainer.strategy is fsdp2, which plan does not trace yet; plan with --trainer.strategy ddp for a "
-                "bound: each rank holds less than that."
-            )
         setting = Setting(
             "cpu" if device == "cpu" else "cuda",
             batch_size or made.batch_size,
@@ -151,6 +147,8 @@ def planned(name: str, make: Make, command: Sequence[str], device: str, card: in
             made.accumulate,
             made.clip,
             made.ranks,
+            made.sharded,
+            made.replicas,
         )
         return forecast(stem, made.module, setting)
 
@@ -190,7 +188,7 @@ def show(console: Console, found: Sequence[Found], tflops: float | None) -> None
     about = (
         f"Predicted for {setting.device}, {setting.batch_size} x {setting.length} tokens"
         + (f" x {setting.micro_batches} micro-batches" if setting.micro_batches > 1 else "")
-        + (f", {setting.ranks} ranks of DDP" if setting.ranks > 1 else "")
+        + (f", {setting.ranks} ranks of {'FSDP2' if setting.sharded else 'DDP'}" if setting.ranks > 1 else "")
         + f"; {first.parameters / 1e6:,.1f} M weights. Sizes in GiB of one rank."
     )
     console.print(about, highlight=False, markup=False)

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from lit_sparse import loss
+from lit_sparse import loss, pretended
 from lit_sparse.anatomy import dummy_forward
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
@@ -28,8 +29,11 @@ from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.building import HALF
+from lit_sparse.modules.checks import check_sharding
+from lit_sparse.modules.hollow import Hollow
 from lit_sparse.modules.loading import load_errors
 from lit_sparse.optim import AdamW, trainable
+from lit_sparse.ranks import average_gradients
 from lit_sparse.strategies import lisa
 from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
 from lit_sparse_profiling.caching import replay
@@ -78,7 +82,9 @@ class Setting:
         length: Tokens of each row.
         micro_batches: Batches of an optimizer step.
         clip: Whether gradients are clipped by their norm.
-        ranks: Processes of data-parallel training (DDP).
+        ranks: Processes of data-parallel training.
+        sharded: Whether they shard the model (FSDP2), or each have all of it (DDP).
+        replicas: Groups of ranks that each have the whole model, sharded within the group (HSDP).
     """
 
     device: Device = "cuda"
@@ -87,6 +93,8 @@ class Setting:
     micro_batches: int = 1
     clip: float | None = None
     ranks: int = 1
+    sharded: bool = False
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -151,7 +159,7 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
     begin, trace = perf_counter(), Trace(cpu_workspace if on_cpu else None, ON_CPU if on_cpu else None, seconds)
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
-    _check(module)
+    _check(module, setting)
     with choices_of(setting.device), gc_paused():
         try:
             trace_training(module, batch_of(module, setting), trace, setting)
@@ -181,12 +189,14 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
     )
 
 
-def _check(module: LitSparse) -> None:
-    """Refuse what is not traced.
+def _check(module: LitSparse, setting: Setting) -> None:
+    """Refuse what is not traced, and what a fit would refuse.
 
     Raises:
         BadInput: naming the key to leave out.
     """
+    if setting.sharded:
+        check_sharding(module.updates, {"quantize": module.quantize, "compile": module.compile_model})
     if module.quantize is not None:
         raise BadInput(
             f"model.quantize is {module.quantize}, which plan does not trace; leave it out for a bound: a quantised "
@@ -277,12 +287,18 @@ def _in_fp32(tensor: Tensor) -> Tensor:
 
 def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace, setting: Setting) -> Optimizer:
     """Run loading, selection and steps of `module` under `trace`, and one more step as a repetition of the last."""
-    with trace, ExitStack() as stack:
+    with ExitStack() as stack:
+        if setting.ranks > 1 or setting.sharded:
+            stack.enter_context(pretended.ranks(setting.ranks))
+        if setting.sharded:
+            mesh = pretended.mesh_of(setting.ranks, setting.replicas)
+            stack.enter_context(pretended.sharding(module, mesh, trace))
+        stack.enter_context(trace)
         if setting.device == "cpu":  # activation checkpointing keeps one for each layer; on a GPU they are on the host
             stack.enter_context(
                 patch.object(torch, "get_rng_state", lambda: _recorded(trace, "rng state", rng_state()))
             )
-        _load(module, trace)
+        _load(module, trace, setting)
         model = module.build()
         batch = dict(batch)
         trace.add("batch", batch.values())
@@ -291,13 +307,14 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
         stack.enter_context(trace.naming(model))
         trace.phase("selection")
         module._prepare()
-        module.updates.attach(model, _probe_of(module, batch), module._context)
+        probe = _probe_of(module, batch)
+        module._attach_and_shard(lambda kinds: module.updates.attach(model, probe, module._context, kinds))
         module._after_attach()
         stack.enter_context(trace.naming(model))
         optimizer = module.updates.optimizer(module.lr, module.make_optimizer)
         if setting.device == "cuda":
             _take_foreach(optimizer)
-        if setting.ranks > 1:  # DDP reduces gradients in buckets of its own
+        if setting.ranks > 1 and not _averages(module, setting):  # DDP reduces gradients in buckets of its own
             size = sum(parameter.numel() * parameter.itemsize for _, parameter in trainable(model))
             trace.label("DDP buckets", [("buckets", buckets := trace.fake_bytes(size))])
             stack.callback(lambda: buckets)
@@ -312,6 +329,11 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
             _step(module, optimizer, step, batch, setting, trace)
         trace.repeat(since)
     return optimizer
+
+
+def _averages(module: LitSparse, setting: Setting) -> bool:
+    """Return whether the host averages gradients over ranks: those beside a sharded model, or of a set that changes."""
+    return setting.sharded or (setting.ranks > 1 and any(update.period is not None for update in module.updates))
 
 
 rng_state = torch.get_rng_state
@@ -344,20 +366,26 @@ def batch_of(module: LitSparse, setting: Setting) -> dict[str, Tensor]:
 # ---- the model
 
 
-def _load(module: LitSparse, trace: Trace) -> None:
-    """Give `module` its base model with fake weights."""
+def _load(module: LitSparse, trace: Trace, setting: Setting) -> None:
+    """Give `module` its base model with fake weights.
+
+    A model to be sharded has memory for its shards only; on a CPU only if no strategy has to see it whole before.
+    """
     model = meta_model(module)
+    hollow = setting.sharded and (setting.device == "cuda" or pretended.fits_hollow(module))
+    shape = pretended.hollow_like if hollow else Tensor.detach
     made: dict[Tensor, Tensor] = {}
     for part in model.modules():
         for name, value in list(part._parameters.items()):
             if value is not None:
                 if value not in made:
-                    made[value] = nn.Parameter(trace.empty(value.detach()), requires_grad=value.requires_grad)
+                    made[value] = nn.Parameter(trace.empty(shape(value)), requires_grad=value.requires_grad)
                 part._parameters[name] = made[value]  # pyright: ignore[reportArgumentType]
         for name, value in list(part._buffers.items()):
             if value is not None:
                 part._buffers[name] = made.setdefault(value, trace.empty(value))
     module.model = model
+    module._hollow = Hollow(model, lambda: iter(())) if setting.sharded and pretended.fits_hollow(module) else None
     module.base_parameters = sum(parameter.numel() for parameter in model.parameters())
     if isinstance(module, CausalLM):
         module._head_is_plain = head_is_plain(model)
@@ -441,7 +469,7 @@ def _probe_of(module: LitSparse, batch: Mapping[str, Tensor]) -> Any:
     def probe(steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
         for _ in range(min(steps, count)):
             with module.autocast():
-                yield module.loss(batch)[0]
+                yield module.compute(module.loss, batch)[0]
 
     return probe
 
@@ -469,6 +497,8 @@ def _step(
             loss = module.weighed_loss(batch, micro_batches)
             trace.phase("backward")
             loss.backward()
+        if _averages(module, setting):
+            average_gradients(parameter for _, parameter in updates.named if not isinstance(parameter, DTensor))
         scale = module._window.close(micro_batches)[-1]
         if scale is not None:
             updates.scale_gradients(scale)

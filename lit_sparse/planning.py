@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from lit_sparse.errors import BadInput
 from lit_sparse.fitting import CLI, start
 from lit_sparse.plan import Planned
 
@@ -22,19 +23,41 @@ class Planning(CLI):
         """Run nothing."""
 
     def planned(self) -> Planned:
-        """Return the module, and what else decides its memory."""
+        """Return the module, and what else decides its memory.
+
+        Raises:
+            BadInput: if the ranks keep what they shard in host memory, or are no whole groups.
+        """
         config, data = self.config["fit"], self.datamodule
         trainer = config.trainer
-        devices = int(trainer.devices) if str(trainer.devices).isdigit() else 1
+        ranks = devices_of(trainer.devices) * trainer.num_nodes
+        options = getattr(trainer.strategy, "init_args", {})
+        replicas = options.get("replicas", 1)
+        if options.get("offload"):
+            raise BadInput(
+                "trainer.strategy has offload, whose host memory plan does not trace; leave it out for a bound: a GPU "
+                "then holds its shards, too."
+            )
+        if replicas < 1 or ranks % replicas:
+            raise BadInput(f"trainer.strategy has replicas {replicas}, which do not divide {ranks} ranks; give a divisor.")
         return Planned(
             module=self.model,  # pyright: ignore[reportArgumentType]
             batch_size=getattr(data, "batch_size", 1),
             length=getattr(data, "max_length", 512),
             accumulate=trainer.accumulate_grad_batches,
             clip=trainer.gradient_clip_val,
-            ranks=max(1, devices) * trainer.num_nodes,
+            ranks=ranks,
             sharded="fsdp" in str(trainer.strategy).lower(),
+            replicas=replicas,
         )
+
+
+def devices_of(asked: Any) -> int:
+    """Return the number of devices of a machine that `trainer.devices` asks for; 1 where only that machine knows."""
+    numbers = asked if isinstance(asked, list) else str(asked).strip("[] ").split(",")
+    if len(numbers) > 1:
+        return len([number for number in numbers if str(number).strip()])
+    return max(1, int(numbers[0])) if str(numbers[0]).strip().isdigit() else 1
 
 
 def make_planned(argv: Sequence[str]) -> Planned:

@@ -25,6 +25,11 @@ SIZES: dict[str, Any] = {
 }
 
 
+LAYER = (64 * 64, 64 * 32, 64 * 32, 64 * 64, *[64 * 160] * 3, 64, 64)
+"""Weights of a decoder layer: attention's four, the MLP's three, two norms."""
+SHARDED = ["full.yaml", "--trainer.strategy=lit_sparse.modules.sharding.FSDP2Strategy"]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("llama")
@@ -84,6 +89,27 @@ def test_a_ddp_rank_also_has_buckets_of_its_gradients(
     assert rank["allocated"] - alone["allocated"] == 4 * alone["trainable"]
 
 
+def test_a_rank_of_fsdp2_has_its_shards_and_one_unit_whole(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    common = ["full.yaml", "--model.base", base, "--device", "cpu", "--data.max_length", "32"]
+    (alone,) = plans(monkeypatch, tmp_path, *common)
+    ranks = ["--trainer.strategy", "fsdp2", "--trainer.devices", "4"]
+    (rank,) = plans(monkeypatch, tmp_path, *common, *ranks)
+    assert rank["setting"]["ranks"] == 4
+    weights = 4 * alone["trainable"]
+    step = rank["phases"]["optimizer step"]["categories"]
+    assert step["trained weights"] == step["gradients"] == weights / 4
+    assert weights / 2 <= step["optimizer state"] < weights / 2 + 4096
+    gathered = [rank["phases"][phase]["categories"]["gathered weights"] for phase in ("forward", "backward")]
+    outside = weights - 4 * (4 * sum(LAYER))  # which stays whole until the backward pass has ended
+    assert all(size in (outside, outside + 4 * sum(LAYER)) for size in gathered)
+    # HSDP: two groups of two ranks, each of which holds a half.
+    spread = ["--trainer.strategy.init_args.replicas=2", "--trainer.devices=[0,1,2,3]"]
+    (group,) = plans(monkeypatch, tmp_path, *SHARDED, *common[1:], *spread)
+    assert group["phases"]["optimizer step"]["categories"]["gradients"] == weights / 2
+
+
 def test_the_largest_batch_fits_and_a_larger_one_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CARDS, 8, 900)
     LlamaConfig(**{**SIZES, "num_hidden_layers": 1}).save_pretrained(tmp_path)  # several plans, of a layer each
@@ -129,7 +155,9 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["full.yaml", "--model.base", "/nowhere/at/all"], "no model could be loaded from '/nowhere/at/all'"),
         (["lora.yaml", "--model.quantize", "nf4"], "model.quantize is nf4, which plan does not trace"),
         (["lora.yaml", "--model.compile", "true"], "model.compile is set"),
-        (["full.yaml", "--trainer.strategy", "fsdp2"], "trainer.strategy is fsdp2, which plan does not trace yet"),
+        (["kl_to_base.yaml", "--trainer.strategy", "fsdp2"], "trainer.strategy is fsdp2, but KLToBase"),
+        ([*SHARDED, "--trainer.strategy.offload=true"], "trainer.strategy has offload, whose host memory plan does"),
+        ([*SHARDED, "--trainer.strategy.replicas=2"], "replicas 2, which do not divide 1 ranks; give a divisor"),
         (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written"),
     ],
 )

@@ -61,8 +61,10 @@ def setting_of(trainer: L.Trainer) -> Setting:
     Raises:
         BadInput: if that is not known, or not traced.
     """
-    if isinstance(trainer.strategy, FSDP2Strategy):
-        raise BadInput("trainer.strategy is fsdp2, which is not traced.")
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, FSDP2Strategy)
+    if sharded and strategy.offload:
+        raise BadInput("trainer.strategy has offload, whose host memory is not traced.")
     rows, length = largest_batch(trainer)
     return Setting(
         "cuda" if trainer.strategy.root_device.type == "cuda" else "cpu",
@@ -71,6 +73,8 @@ def setting_of(trainer: L.Trainer) -> Setting:
         trainer.accumulate_grad_batches,
         trainer.gradient_clip_val,  # pyright: ignore[reportAttributeAccessIssue]
         trainer.world_size,
+        sharded,
+        strategy.replicas if sharded else 1,
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -145,6 +146,13 @@ class Trace(TorchDispatchMode):
         """Record tensors that were made outside."""
         self._note(op, list(tensors))
 
+    def drop(self, tensor: Tensor) -> None:
+        """Record that the storage of a tensor is given back while the tensor lives on, as FSDP does."""
+        for storage in untyped_storages(tensor):
+            known = self._alive.get(id(storage))
+            if known is not None and known[0]() is storage:
+                self._free(id(storage), known[1])
+
     def phase(self, name: str) -> None:
         """Begin the phase `name`."""
         self.marks.append((len(self.events), name))
@@ -211,6 +219,8 @@ class Trace(TorchDispatchMode):
         # C++ also asks for a fake tensor's device where it cannot pass on an exception, and would abort the process.
         if self._end is not None and func is not torch.ops.prim.device.default and thread_time() > self._end:
             raise Overdue
+        if DTensor in types:
+            return NotImplemented  # its own rules come first, and then its shards here
         if func in self._composed:
             with self:
                 return self._composed[func](*args, **kwargs)
