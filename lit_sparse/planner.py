@@ -307,7 +307,7 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
         stack.enter_context(trace.naming(model))
         trace.phase("selection")
         module._prepare()
-        probe = _probe_of(module, batch)
+        probe = _probe_of(module, batch, trace, setting.device)
         module._attach_and_shard(lambda kinds: module.updates.attach(model, probe, module._context, kinds))
         module._after_attach()
         stack.enter_context(trace.naming(model))
@@ -463,13 +463,19 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     return len(added) == 1 and added[0] in PRODUCTS
 
 
-def _probe_of(module: LitSparse, batch: Mapping[str, Tensor]) -> Any:
+def _probe_of(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace, device: Device) -> Any:
     count = 2 if any(update.base == "moved" for update in module.updates) else 1
+    size = sum(tensor.nbytes for tensor in batch.values())
 
     def probe(steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
+        read = []
+        if weighed and device == "cpu":  # the host reads all batches before, to weigh them; on a GPU it has one
+            read = [trace.fake_bytes(size) for _ in range(steps)]
+            trace.label("batch", [("batches of the selection", one) for one in read])
         for _ in range(min(steps, count)):
             with module.autocast():
                 yield module.compute(module.loss, batch)[0]
+        del read
 
     return probe
 
