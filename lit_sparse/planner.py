@@ -469,8 +469,8 @@ def _probe_of(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace, devi
 
     def probe(steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
         read = []
-        if weighed and device == "cpu":  # the host reads all batches before, to weigh them; on a GPU it has one
-            read = [trace.fake_bytes(size) for _ in range(steps)]
+        if weighed and device == "cpu":  # the host reads all of them before, to weigh them; a GPU has one
+            read = [trace.fake_bytes(size) for _ in range(steps - 1)]
             trace.label("batch", [("batches of the selection", one) for one in read])
         for _ in range(min(steps, count)):
             with module.autocast():

@@ -168,10 +168,12 @@ def _thresholds(gradients: Sequence[Tensor], rows: Sequence[int], share: float) 
 
 
 def _counts(bits: Tensor, found: Tensor, shift: int, width: int) -> Tensor:
-    """Count, by the `width` bits at `shift`, the entries whose higher bits are those found; (2^width,)."""
-    if shift + width < 31:
-        bits = bits[bits >> (shift + width) == found]
-    return torch.bincount((bits >> shift & (2**width - 1)).flatten(), minlength=2**width)
+    """Count, by the `width` bits at `shift`, the entries whose higher bits are those found; (2^width,).
+
+    All others count in a bin below and one above: to select entries first would take memory that depends on values.
+    """
+    digit = (bits >> shift).sub_(found * 2**width).clamp_(-1, 2**width).add_(1)
+    return torch.bincount(digit.flatten(), minlength=2**width + 2)[1:-1]
 
 
 def _bits(gradient: Tensor) -> Tensor:

@@ -17,13 +17,12 @@ SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim
 
 def cpu_workspace(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> int:
     """Return the bytes of a CPU kernel: copies of operands that have another dtype than the computation."""
-    if func is aten.bincount.default:
-        return 0 if args[0].dtype is torch.int64 else args[0].numel() * torch.int64.itemsize
     if func in SUMS:
         return 0 if args[0].dtype is out.dtype else args[0].numel() * out.itemsize
     if not isinstance(func, OpOverload) or torch.Tag.pointwise not in func.tags:
         return 0
-    given = [tensor for tensor in args if isinstance(tensor, Tensor)]
+    operands = args[1:] if func is aten.where.self else args  # a condition is read as it is
+    given = [tensor for tensor in operands if isinstance(tensor, Tensor)]
     dtypes = {tensor.dtype for tensor in given if tensor.ndim}
     if len(dtypes) < 2 or func is aten._to_copy.default:
         return 0

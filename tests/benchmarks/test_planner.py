@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planner import Case, config_in, error, line_of, measured_by_pair, predicted
+from benchmarks.planner import Case, config_in, error, line_of, measured, measured_by_pair, predicted
 
 PAIRS = [
     Case("full", "gpt2", 2, 48, True, "fsdp2"),
@@ -20,3 +20,13 @@ def test_two_ranks_allocate_what_is_planned_of_one(tmp_path: Path) -> None:
         assert not isinstance(real, str), real
         line = line_of(case, predicted(case, configs[case.family]), real)
         assert error(line) == pytest.approx(0, abs=0.01), (case, line)
+
+
+@pytest.mark.parametrize(
+    "case", [Case("gmt", "opt", 1, 100, False), Case("smt", "phi", 5, 33, False)], ids=lambda case: case.method
+)
+def test_thresholds_and_a_selection_take_what_is_planned(case: Case, tmp_path: Path) -> None:
+    """GMT counts many zeros in the gradients of ReLUs; SMT's batches are read before the first is scored."""
+    config = config_in(tmp_path, case.family)
+    line = line_of(case, predicted(case, config), measured(case, config))
+    assert error(line) == pytest.approx(0, abs=0.002)
