@@ -28,9 +28,12 @@ from typing import Any, Literal, NamedTuple
 import lightning as L
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
     Olmo2Config,
@@ -51,9 +54,10 @@ from lit_sparse.modules import LitSparse, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.plan import fit_command
 from lit_sparse.planner import Forecast, Setting, forecast
+from lit_sparse.quantized_plan import scales_of
 from lit_sparse.shipped import methods
 from lit_sparse_profiling.allocator import size_changes, walk_events
-from lit_sparse_profiling.ledger import ledger
+from lit_sparse_profiling.ledger import ledger, storages
 from lit_sparse_profiling.sections import Ledger
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.jsonl"
@@ -104,8 +108,9 @@ NEGLIGIBLE = 0.01
 """Share of the peak below which a category's error does not count."""
 
 
-Way = Literal["one", "ddp", "fsdp2"]
-"""One process, or two with DDP or FSDP2."""
+Way = Literal["one", "ddp", "fsdp2", "nf4", "compiled"]
+"""One process, with its base in 4 bits or compiled too, or two with DDP or FSDP2."""
+ALONE = ("one", "nf4", "compiled")
 
 
 class Case(NamedTuple):
@@ -121,7 +126,7 @@ class Case(NamedTuple):
     @property
     def setting(self) -> Setting:
         """What the planner is told of it."""
-        count = 1 if self.way == "one" else PAIR
+        count = 1 if self.way in ALONE else PAIR
         return Setting("cpu", self.batch_size, self.length, ranks=count, sharded=self.way == "fsdp2")
 
 
@@ -164,8 +169,21 @@ def config_in(folder: Path, family: str) -> Path:
 def module_of(case: Case, config: Path) -> LitSparse:
     """Return the module that `fit` would train."""
     options = [f"--model.base={config}", f"--model.activation_checkpointing={str(case.checkpointing).lower()}"]
-    more = SHORT if case.method.startswith("lisa") else ()
+    if case.way == "nf4":
+        options += [f"--model.base={weights_of(config)}", "--model.quantize=nf4"]
+    more = (*(SHORT if case.method.startswith("lisa") else ()), *OPTIONS.get(case.way, ()))
     return make_planned([*fit_command(f"{case.method}.yaml", [], options), *more]).module
+
+
+OPTIONS = {"compiled": ("--model.compile=true",)}
+
+
+def weights_of(config: Path) -> Path:
+    """Return a folder with random weights of a configuration: only weights can be quantised."""
+    folder = config.parent.with_name(f"{config.parent.name}-weights")
+    if not folder.exists():
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config)).save_pretrained(folder)
+    return folder
 
 
 def predicted(case: Case, config: Path) -> Forecast:
@@ -222,6 +240,9 @@ def measured(case: Case, config: Path) -> Measured:
         mark("between")
 
     module.updates.attach = marked  # pyright: ignore[reportAttributeAccessIssue]
+    before, scales = 0, 0
+    if case.way == "nf4":  # threads load and pack it, and the profiler misses what they free
+        before, scales = bytes_of(module.build())
     steps = max([2, *(DRAWS * update.period for update in module.updates if update.period is not None)])
     with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         warnings.simplefilter("ignore")
@@ -246,13 +267,21 @@ def measured(case: Case, config: Path) -> Measured:
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
     events = list(walk_events(profiled.profiler.kineto_results.experimental_event_tree()))
-    peaks, levels = levels_of(events)
-    return Measured(peaks, categories_of(marks.ledgers, levels))
+    peaks, levels = levels_of(events, before)
+    return Measured(peaks, categories_of(marks.ledgers, levels, scales))
+
+
+def bytes_of(model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of a quantised model, and those of them that are scales, which no parameter has."""
+    whole = [*model.parameters(), *model.buffers()]
+    scales = [part for weight in model.parameters() if hasattr(weight, "quant_state") for part in scales_of(weight)]
+    sizes = {storage: size for tensor in [*whole, *scales] for storage, size in storages(tensor)}
+    return sum(sizes.values()), sum(tensor.nbytes for tensor in scales)
 
 
 def options_of(way: Way) -> dict[str, Any]:
     """Return the trainer's options."""
-    if way == "one":
+    if way in ALONE:
         return {}
     return {"devices": PAIR, "strategy": FSDP2Strategy() if way == "fsdp2" else "ddp"}
 
@@ -317,13 +346,16 @@ def scatter(self: Any, output_tensor: torch.Tensor, input_tensor: torch.Tensor, 
     output_tensor.copy_(input_tensor.view(-1, output_tensor.numel())[dist.get_rank()])
 
 
-def levels_of(events: Sequence[Any]) -> tuple[dict[str, int], list[int]]:
-    """Return the peak of each phase in bytes, and the level at the beginning of each backward pass."""
+def levels_of(events: Sequence[Any], level: int = 0) -> tuple[dict[str, int], list[int]]:
+    """Return the peak of each phase in bytes, and the level at the beginning of each backward pass.
+
+    Args:
+        level: Bytes that are there before.
+    """
     begins = iter(sorted((e.start_time_ns, e.name[6:]) for e in events if e.name.startswith("phase ")))
     held: dict[int, int] = {}
     peaks: dict[str, int] = {}
     levels: list[int] = []
-    level = 0
     phase, ahead = "", next(begins, None)
     for change in size_changes(events):
         while ahead is not None and ahead[0] <= change.when:
@@ -341,11 +373,11 @@ def levels_of(events: Sequence[Any]) -> tuple[dict[str, int], list[int]]:
     return peaks, levels
 
 
-def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int]) -> dict[str, int]:
+def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int], scales: int) -> dict[str, int]:
     """Return the bytes of each category, by the planner's names, at the highest beginning of a backward pass."""
     highest = max(range(len(levels)), key=lambda index: (levels[index], index))
     kept, last = ledgers["backward"][highest], ledgers["gradients"][highest]
-    known = {"trained weights": last.trainable, "frozen weights": last.frozen, "optimizer state": kept.optimizer}
+    known = {"trained weights": last.trainable, "frozen weights": last.frozen + scales, "optimizer state": kept.optimizer}
     beside = kept.buffers + kept.strategy + kept.gradients
     return {
         **known,  # weights as they are between passes: under FSDP2 the ledger before a backward pass meets whole ones
@@ -360,7 +392,7 @@ def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int]) -> di
 def line_of(case: Case, plan: Forecast, real: Measured) -> Line:
     """Return what was predicted and what was measured, in bytes."""
     assert plan.kept is not None
-    beside = sum(plan.kept.categories.get(name, 0) for name in OF_RANKS) if case.way != "one" else 0
+    beside = sum(plan.kept.categories.get(name, 0) for name in OF_RANKS) if case.setting.ranks > 1 else 0
     ours = {
         **{name: plan.kept.categories.get(name, 0) for name in real.categories},
         "saved for backward": plan.kept.categories.get("saved for backward", 0) + beside,
@@ -421,7 +453,7 @@ def case_of(line: Line) -> Case:
 
 def measure(asked: Sequence[Case], configs: dict[str, Path]) -> Iterator[tuple[Case, Line | str]]:
     """Yield each case with its line, or with why it was refused; those of two ranks are trained by one pair."""
-    pairs = measured_by_pair(asked, configs) if asked[0].way != "one" else None
+    pairs = measured_by_pair(asked, configs) if asked[0].setting.ranks > 1 else None
     for number, case in enumerate(asked):
         try:
             plan = predicted(case, configs[case.family])

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
@@ -21,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from lit_sparse import loss, pretended
-from lit_sparse.anatomy import dummy_forward
+from lit_sparse import loss, pretended, quantized_plan
+from lit_sparse.anatomy import dummy_forward, weights_in
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.demo import resolve
@@ -112,6 +113,7 @@ class Forecast:
         flops: Floating-point operations of an optimizer step.
         seconds: Seconds of the trace.
         checkpointing: Whether activations are recomputed layer by layer.
+        compiled: Whether the model is to be compiled; it is traced as it is.
     """
 
     name: str
@@ -125,6 +127,7 @@ class Forecast:
     flops: int
     seconds: float
     checkpointing: bool = False
+    compiled: bool = False
 
     @property
     def peak(self) -> Moment:
@@ -156,10 +159,12 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
         Overdue: if the trace takes longer than `seconds`.
     """
     on_cpu = setting.device == "cpu"
-    begin, trace = perf_counter(), Trace(cpu_workspace if on_cpu else None, ON_CPU if on_cpu else None, seconds)
+    composed = {**(ON_CPU if on_cpu else {}), **(quantized_plan.composed() if module.quantize else {})}
+    begin, trace = perf_counter(), Trace(cpu_workspace if on_cpu else None, composed, seconds)
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
     _check(module, setting)
+    compiled, module.compile_model = module.compile_model, False
     with choices_of(setting.device), gc_paused():
         try:
             trace_training(module, batch_of(module, setting), trace, setting)
@@ -186,6 +191,7 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
         sum(flops for phase, flops in trace.flops.items() if phase != "selection") // steps,
         perf_counter() - begin,
         module.activation_checkpointing,
+        compiled,
     )
 
 
@@ -197,13 +203,11 @@ def _check(module: LitSparse, setting: Setting) -> None:
     """
     if setting.sharded:
         check_sharding(module.updates, {"quantize": module.quantize, "compile": module.compile_model})
-    if module.quantize is not None:
+    if module.quantize == "int8":
         raise BadInput(
-            f"model.quantize is {module.quantize}, which plan does not trace; leave it out for a bound: a quantised "
-            "base takes less."
+            "model.quantize is int8, where what is kept of a batch depends on values; plan with nf4 for a figure that "
+            "is lower by about half a byte for each weight, or without for a bound: a quantised base takes less."
         )
-    if module.compile_model:
-        raise BadInput("model.compile is set, and plan does not trace a compiled model; leave it out.")
 
 
 def _untraced(module: LitSparse, error: Exception) -> str:
@@ -372,12 +376,15 @@ def _load(module: LitSparse, trace: Trace, setting: Setting) -> None:
     A model to be sharded has memory for its shards only; on a CPU only if no strategy has to see it whole before.
     """
     model = meta_model(module)
+    if module.quantize is not None:
+        quantized_plan.quantize_shapes(model, module.quantize, module.frozen_dtype)
+        quantized_plan.pack(model, module.frozen_dtype, trace)
     hollow = setting.sharded and (setting.device == "cuda" or pretended.fits_hollow(module))
     shape = pretended.hollow_like if hollow else Tensor.detach
     made: dict[Tensor, Tensor] = {}
     for part in model.modules():
         for name, value in list(part._parameters.items()):
-            if value is not None:
+            if value is not None and not isinstance(value, FakeTensor):
                 if value not in made:
                     made[value] = nn.Parameter(trace.empty(shape(value)), requires_grad=value.requires_grad)
                 part._parameters[name] = made[value]  # pyright: ignore[reportArgumentType]
@@ -386,7 +393,7 @@ def _load(module: LitSparse, trace: Trace, setting: Setting) -> None:
                 part._buffers[name] = made.setdefault(value, trace.empty(value))
     module.model = model
     module._hollow = Hollow(model, lambda: iter(())) if setting.sharded and pretended.fits_hollow(module) else None
-    module.base_parameters = sum(parameter.numel() for parameter in model.parameters())
+    module.base_parameters = sum(weights_in(parameter) for parameter in model.parameters())
     if isinstance(module, CausalLM):
         module._head_is_plain = head_is_plain(model)
 
