@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -409,8 +410,8 @@ def dummy_forward(model: nn.Module, field: str = "logits", compute: Callable[...
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Return false for a tensor of a planned training, which has a shape only."""
-    return not isinstance(tensor, FakeTensor)
+    """Return false for a tensor of a planned training, or a DTensor of them, which have a shape only."""
+    return not isinstance(tensor.to_local() if isinstance(tensor, DTensor) else tensor, FakeTensor)
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -25,6 +25,10 @@ UTILISATION = 0.4
 GIB = 2**30
 SMALLEST_SHOWN = 1e-4
 """Share of the peak below which a category has no line."""
+COMPILED = (
+    "model.compile is set: weights, gradients and state are those of the compiled model; what is saved and temporary is "
+    "of the model as it is, an estimate and no bound."
+)
 WIDTH = 150
 """Characters of a line where there is no terminal."""
 OWN = ("--device", "--card", "--json", "--largest", "--tflops", "--config", "-c", "-h", "--help")
@@ -192,6 +196,8 @@ def show(console: Console, found: Sequence[Found], tflops: float | None) -> None
         + f"; {first.parameters / 1e6:,.1f} M weights. Sizes in GiB of one rank."
     )
     console.print(about, highlight=False, markup=False)
+    if any(one.forecast.compiled for one in found):
+        console.print(COMPILED, highlight=False, markup=False)
     table = Table(
         "method", *["trains", "allocated", "reserved", "with context"], "peak in", "weights", "state", "saved"
     )

@@ -137,6 +137,32 @@ def test_it_says_what_is_alive_and_which_lever_would_make_it_fit(
     assert "us/token, estimated" in printed
 
 
+def test_a_compiled_model_is_planned_as_it_is_and_says_so(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["lora.yaml", "--model.base", base, "--data.max_length", "32", "--device", "cpu"]
+    (plain,) = plans(monkeypatch, tmp_path, *common)
+    assert "model.compile" not in capsys.readouterr().out
+    (compiled,) = plans(monkeypatch, tmp_path, *common, "--model.compile", "true")
+    assert "an estimate and no bound" in capsys.readouterr().out
+    assert compiled["compiled"]
+    assert compiled["allocated"] == plain["allocated"]
+
+
+def test_a_base_in_4_bits_has_half_a_byte_and_its_scales_for_each_weight(
+    base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    common = ["lora.yaml", "--model.base", base, "--data.max_length", "32"]
+    (plain,) = plans(monkeypatch, tmp_path, *common)
+    (packed,) = plans(monkeypatch, tmp_path, *common, "--model.quantize", "nf4")
+    assert packed["parameters"] == plain["parameters"]
+    linear, layers = sum(LAYER) - 128, 4  # all but the norms
+    rest = plain["parameters"] - layers * linear
+    size = packed["phases"]["optimizer step"]["categories"]["frozen weights"]
+    assert size == pytest.approx(2 * rest + layers * linear * (1 / 2 + 1 / 64 + 4 / 64 / 256), abs=28 * 1200)
+
+
 def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     common = ["--model.base", base, "--device", "cpu", "--data.max_length", "32", "--data.batch_size", "1"]
     lora, both = plans(monkeypatch, tmp_path, "lora.yaml", "lora.yaml+deft.yaml", *common)
@@ -153,8 +179,7 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["nothing.yaml"], "there is no nothing.yaml"),
         (["full.yaml", "--model.base", "BARE"], "gives no hidden_size and no num_hidden_layers and no vocab_size"),
         (["full.yaml", "--model.base", "/nowhere/at/all"], "no model could be loaded from '/nowhere/at/all'"),
-        (["lora.yaml", "--model.quantize", "nf4"], "model.quantize is nf4, which plan does not trace"),
-        (["lora.yaml", "--model.compile", "true"], "model.compile is set"),
+        (["lora.yaml", "--model.quantize", "int8"], "model.quantize is int8, where what is kept of a batch depends"),
         (["kl_to_base.yaml", "--trainer.strategy", "fsdp2"], "trainer.strategy is fsdp2, but KLToBase"),
         ([*SHARDED, "--trainer.strategy.offload=true"], "trainer.strategy has offload, whose host memory plan does"),
         ([*SHARDED, "--trainer.strategy.replicas=2"], "replicas 2, which do not divide 1 ranks; give a divisor"),
