@@ -19,7 +19,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from time import monotonic, sleep
@@ -102,7 +102,7 @@ PAIR, PAIRED = 2, ("llama", "gpt2", "qwen3")
 """Ranks that train together, and the families that they train."""
 AT_ONCE = 12
 """Trainings that one pair of processes does."""
-OF_RANKS = ("DDP buckets", "gathered weights", "temporaries")
+OF_RANKS = ("DDP buckets", "gathered weights")
 """Categories beside what is saved that two ranks hold at the beginning of a backward pass."""
 NEGLIGIBLE = 0.01
 """Share of the peak below which a category's error does not count."""
@@ -377,7 +377,11 @@ def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int], scale
     """Return the bytes of each category, by the planner's names, at the highest beginning of a backward pass."""
     highest = max(range(len(levels)), key=lambda index: (levels[index], index))
     kept, last = ledgers["backward"][highest], ledgers["gradients"][highest]
-    known = {"trained weights": last.trainable, "frozen weights": last.frozen + scales, "optimizer state": kept.optimizer}
+    known = {
+        "trained weights": last.trainable,
+        "frozen weights": last.frozen + scales,
+        "optimizer state": kept.optimizer,
+    }
     beside = kept.buffers + kept.strategy + kept.gradients
     return {
         **known,  # weights as they are between passes: under FSDP2 the ledger before a backward pass meets whole ones

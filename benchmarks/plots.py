@@ -164,6 +164,33 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else math.nan
 
 
+WAYS = {"one": "one rank", "ddp": "two ranks, DDP", "fsdp2": "two ranks, FSDP2", "nf4": "base in 4 bits"}
+"""How the planner's configurations train, by name in the measurements."""
+
+
+def planner(lines: Sequence[Line]) -> Figure:
+    """Draw the predicted peak of each configuration against the measured one, and its error."""
+    figure, axes = _figure(2)
+    for way, name in WAYS.items():
+        found = [line for line in lines if line.get("way", "one") == way]
+        real = [line["measured"]["peak"] / MIB for line in found]
+        ours = [line["predicted"]["peak"] / MIB for line in found]
+        errors = [100 * (a / b - 1) for a, b in zip(ours, real, strict=True)]
+        if found:
+            axes[0].plot(real, ours, ".", label=f"{name} ({len(found)})")
+            axes[1].plot(real, errors, ".", label=name)
+    ends = [
+        min(line["measured"]["peak"] for line in lines) / MIB,
+        max(line["measured"]["peak"] for line in lines) / MIB,
+    ]
+    axes[0].plot(ends, ends, color="grey", linestyle=":", zorder=0, label="equal")
+    axes[0].set(xlabel="peak measured, MiB", ylabel="peak predicted, MiB", xscale="log", yscale="log")
+    axes[1].axhline(0, color="grey", linestyle=":", zorder=0)
+    axes[1].set(xlabel="peak measured, MiB", ylabel="error, % (above 0: too much predicted)", xscale="log")
+    axes[0].legend(loc="upper left")
+    return figure
+
+
 def _named(axes: Axes, names: Sequence[str]) -> None:
     """Label the axis of layers: every fifth decoder layer by number, other parts by name."""
     said = {"embed_tokens": "embeddings", "norm": "final norm"}
@@ -186,6 +213,7 @@ def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
         "lisa_state": (lisa_state, [line for line in found if "policy" in line]),
         "lisa_norms": (lisa_norms, [line for line in found if "norms" in line]),
         "cost": (cost, arms_of(lines_of(results / "arm_memory.jsonl"), results / "quality.jsonl")),
+        "planner": (planner, lines_of(results / "planner.jsonl")),
         "forgetting": (forgetting, changes(results / "forgetting.jsonl")),
     }
     into.mkdir(parents=True, exist_ok=True)

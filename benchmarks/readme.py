@@ -438,12 +438,13 @@ def planner(results: Path) -> str:
             f"{line['method']}, {line['family']}",
             f"{line['batch_size']} x {line['length']}",
             "yes" if line["checkpointing"] else "no",
+            line.get("way", "one"),
             *(f"{line[kind]['peak'] / 2**20:.3f}" for kind in ("predicted", "measured")),
             f"{line['predicted']['peak'] / line['measured']['peak'] - 1:+.2%}",
         ]
         for line in worst
     ]
-    head = ["method, family", "batch", "checkpointing", "predicted, MiB", "measured, MiB", "error"]
+    head = ["method, family", "batch", "checkpointing", "ranks", "predicted, MiB", "measured, MiB", "error"]
     return f"{about}\n\n{table(head, rows)}\n\n{caption(command, lines)}"
 
 

@@ -26,8 +26,8 @@ GIB = 2**30
 SMALLEST_SHOWN = 1e-4
 """Share of the peak below which a category has no line."""
 COMPILED = (
-    "model.compile is set: weights, gradients and state are those of the compiled model; what is saved and temporary is "
-    "of the model as it is, an estimate and no bound."
+    "model.compile is set: weights, gradients and state are exact; what is saved and temporary is that of the model as it "
+    "is, an estimate and no bound."
 )
 WIDTH = 150
 """Characters of a line where there is no terminal."""
@@ -197,7 +197,7 @@ def show(console: Console, found: Sequence[Found], tflops: float | None) -> None
     )
     console.print(about, highlight=False, markup=False)
     if any(one.forecast.compiled for one in found):
-        console.print(COMPILED, highlight=False, markup=False)
+        console.print(COMPILED, highlight=False, markup=False, soft_wrap=True)
     table = Table(
         "method", *["trains", "allocated", "reserved", "with context"], "peak in", "weights", "state", "saved"
     )

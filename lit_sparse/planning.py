@@ -39,7 +39,9 @@ class Planning(CLI):
                 "then holds its shards, too."
             )
         if replicas < 1 or ranks % replicas:
-            raise BadInput(f"trainer.strategy has replicas {replicas}, which do not divide {ranks} ranks; give a divisor.")
+            raise BadInput(
+                f"trainer.strategy has replicas {replicas}, which do not divide {ranks} ranks; give a divisor."
+            )
         return Planned(
             module=self.model,  # pyright: ignore[reportArgumentType]
             batch_size=getattr(data, "batch_size", 1),

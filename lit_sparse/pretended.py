@@ -78,6 +78,7 @@ def sharding(module: LitSparse, mesh: DeviceMesh, trace: Trace) -> Iterator[None
 
     given, taken = _fsdp_param.alloc_storage, _fsdp_param.free_storage
     made = _fsdp_param.FSDPParam.init_all_gather_outputs
+
     def shapes(self: Any, schema: Any) -> Any:
         with _disable_current_modes():  # it makes fake tensors of its own, of the whole
             return propagated(self, schema)
@@ -103,5 +104,3 @@ def hollow_like(tensor: Tensor) -> Tensor:
 def fits_hollow(module: LitSparse) -> bool:
     """Return whether each rank reads only its shards of the base, since no strategy has to see all of it."""
     return all(update.attaches_to != "whole" for update in module.updates)
-
-

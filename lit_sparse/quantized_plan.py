@@ -40,7 +40,9 @@ def pack(model: nn.Module, dtype: torch.dtype, trace: Trace) -> None:
         if is_quantized_linear(layer):
             layer.weight = packed(layer, dtype, trace)
             layer.support_avx512bf16_for_cpu = False
-            trace.label("frozen weights", [(f"{name}.weight", tensor) for tensor in (layer.weight, *scales_of(layer.weight))])
+            trace.label(
+                "frozen weights", [(f"{name}.weight", tensor) for tensor in (layer.weight, *scales_of(layer.weight))]
+            )
 
 
 def packed(layer: nn.Module, dtype: torch.dtype, trace: Trace) -> nn.Parameter:
@@ -56,7 +58,10 @@ def packed(layer: nn.Module, dtype: torch.dtype, trace: Trace) -> nn.Parameter:
         return trace.empty(torch.empty(size, dtype=kind, device="meta"))
 
     outer = QuantState(
-        made(math.ceil(blocks / OUTER), torch.float32), blocksize=OUTER, code=made(256, torch.float32), dtype=torch.float32
+        made(math.ceil(blocks / OUTER), torch.float32),
+        blocksize=OUTER,
+        code=made(256, torch.float32),
+        dtype=torch.float32,
     )
     state = QuantState(
         absmax=made(blocks, torch.uint8),

@@ -124,6 +124,7 @@ class FrozenBase:
         shared: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
         if shard is not None:
             shared = {key: nn.Parameter(own.detach(), requires_grad=False) for key, own in shared.items()}
+        shared |= {id(buffer): buffer for buffer in model.buffers()}
         for module in filter(is_quantized_linear, model.modules()):  # these hold bitsandbytes' scales of the weights
             shared |= {id(own): own for name in ("state", "quant_state") if (own := getattr(module, name, None))}
         self.model = copy.deepcopy(model, shared).eval()  # `shared` is deepcopy's memo: what is in it is not copied
