@@ -448,7 +448,35 @@ def planner(results: Path) -> str:
     return f"{about}\n\n{table(head, rows)}\n\n{caption(command, lines)}"
 
 
+def published(results: Path) -> str:
+    """Return published memory beside what is planned for a GPU."""
+    command = "python -m benchmarks.published"
+    lines = read_lines(results / "published.jsonl", command)
+    rows = [
+        [
+            line["source"],
+            f"{line['model']}, {line['name']}",
+            f"{line['batch_size']} x {line['length']}",
+            f"{line['published']:.1f}",
+            *(f"{line[name] / 1e9:.1f}" for name in ("allocated", "needed")),
+            line["difference"],
+        ]
+        for line in lines
+    ]
+    head = [
+        "table",
+        "model, method",
+        "planned batch",
+        "published, GB",
+        "allocated, GB",
+        "with context, GB",
+        "differs in",
+    ]
+    return f"{table(head, rows)}\n\n{caption(command, lines)}"
+
+
 BLOCKS["planner"] = planner
+BLOCKS["published"] = published
 BLOCKS["methods"] = methods
 BLOCKS["configuration"] = configuration
 BLOCKS["command_line"] = command_line

@@ -26,8 +26,8 @@ GIB = 2**30
 SMALLEST_SHOWN = 1e-4
 """Share of the peak below which a category has no line."""
 COMPILED = (
-    "model.compile is set: weights, gradients and state are exact; what is saved and temporary is that of the model as it "
-    "is, an estimate and no bound."
+    "model.compile is set: weights, gradients and state are exact; what is saved and temporary is that of the model as "
+    "it is, an estimate and no bound."
 )
 WIDTH = 150
 """Characters of a line where there is no terminal."""

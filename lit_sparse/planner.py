@@ -32,7 +32,7 @@ from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.building import HALF
 from lit_sparse.modules.checks import check_sharding
 from lit_sparse.modules.hollow import Hollow
-from lit_sparse.modules.loading import load_errors
+from lit_sparse.modules.loading import load_errors, quantization
 from lit_sparse.optim import AdamW, trainable
 from lit_sparse.ranks import average_gradients
 from lit_sparse.strategies import lisa
@@ -159,11 +159,11 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
         Overdue: if the trace takes longer than `seconds`.
     """
     on_cpu = setting.device == "cpu"
+    _check(module, setting)
     composed = {**(ON_CPU if on_cpu else {}), **(quantized_plan.composed() if module.quantize else {})}
     begin, trace = perf_counter(), Trace(cpu_workspace if on_cpu else None, composed, seconds)
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
-    _check(module, setting)
     compiled, module.compile_model = module.compile_model, False
     with choices_of(setting.device), gc_paused():
         try:
@@ -201,6 +201,8 @@ def _check(module: LitSparse, setting: Setting) -> None:
     Raises:
         BadInput: naming the key to leave out.
     """
+    if module.quantize == "nf4":
+        quantization("", module.quantize, torch.float32)  # refuses without bitsandbytes
     if setting.sharded:
         check_sharding(module.updates, {"quantize": module.quantize, "compile": module.compile_model})
     if module.quantize == "int8":
