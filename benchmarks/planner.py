@@ -204,12 +204,18 @@ class Marks(L.Callback):
     def __init__(self) -> None:
         self.ledgers: dict[str, list[Ledger]] = {"backward": [], "gradients": []}
 
-    def on_train_batch_start(self, trainer: L.Trainer, *arguments: Any, **named: Any) -> None:
-        mark("forward")
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *arguments: Any, **named: Any) -> None:
+        if pl_module.updates.backward == "none":  # all is in the optimizer step, and nothing is kept for it
+            self._take("backward", trainer, pl_module)
+            self._take("gradients", trainer, pl_module)
+            mark("optimizer step")
+        else:
+            mark("forward")
 
-    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
-        self._take("backward", trainer, pl_module)
-        mark("backward")
+    def on_before_backward(self, trainer: L.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
+        if pl_module.updates.backward != "none":
+            self._take("backward", trainer, pl_module)
+            mark("backward")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         self._take("gradients", trainer, pl_module)
@@ -349,19 +355,21 @@ def scatter(self: Any, output_tensor: torch.Tensor, input_tensor: torch.Tensor, 
 def levels_of(events: Sequence[Any], level: int = 0) -> tuple[dict[str, int], list[int]]:
     """Return the peak of each phase in bytes, and the level at the beginning of each backward pass.
 
+    Without any, it is the level at the beginning of each optimizer step.
+
     Args:
         level: Bytes that are there before.
     """
     begins = iter(sorted((e.start_time_ns, e.name[6:]) for e in events if e.name.startswith("phase ")))
     held: dict[int, int] = {}
     peaks: dict[str, int] = {}
-    levels: list[int] = []
+    levels: dict[str, list[int]] = {}
     phase, ahead = "", next(begins, None)
     for change in size_changes(events):
         while ahead is not None and ahead[0] <= change.when:
             phase, ahead = ahead[1], next(begins, None)
             peaks[phase] = max(peaks.get(phase, 0), level)
-            levels += [level] if phase == "backward" else []
+            levels.setdefault(phase, []).append(level)
         if change.size > 0:
             held[change.address] = change.size
             level += change.size
@@ -370,7 +378,7 @@ def levels_of(events: Sequence[Any], level: int = 0) -> tuple[dict[str, int], li
         if phase:
             peaks[phase] = max(peaks[phase], level)
     del peaks["between"]
-    return peaks, levels
+    return peaks, levels.get("backward", levels["optimizer step"])
 
 
 def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int], scales: int) -> dict[str, int]:
@@ -395,7 +403,6 @@ def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int], scale
 
 def line_of(case: Case, plan: Forecast, real: Measured) -> Line:
     """Return what was predicted and what was measured, in bytes."""
-    assert plan.kept is not None
     beside = sum(plan.kept.categories.get(name, 0) for name in OF_RANKS) if case.setting.ranks > 1 else 0
     ours = {
         **{name: plan.kept.categories.get(name, 0) for name in real.categories},

@@ -40,9 +40,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, with_graph: bool
     ) -> tuple[Tensor, Tensor]:
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        # torch says that a trainable head needs its gradient also where it makes no graph.
+        want_hidden, want_weight, want_bias = (with_graph and wanted for wanted in ctx.needs_input_grad[:3])
         count = (labels_T != IGNORED).sum().clamp_min(1)
         loss = hidden_TH.new_zeros((), dtype=torch.float32)
         hits = torch.zeros_like(count)
@@ -79,7 +80,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype)
         d_weight = None if d_weight is None else (d_weight * (d_loss / count)).to(ctx.weight_dtype)
         d_bias = None if d_bias is None else (d_bias * (d_loss / count)).to(ctx.weight_dtype)
-        return d_hidden, d_weight, d_bias, None
+        return d_hidden, d_weight, d_bias, None, None
 
 
 def _parts(tokens: int, weight_VH: Tensor) -> list[slice]:
@@ -142,7 +143,8 @@ def next_token_loss_and_hits(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scored: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The same loss, and the number of labelled tokens that were the likeliest of all, an int64 scalar."""
-    return _ChunkedCrossEntropy.apply(*_flat(hidden, weight, bias, labels, scored))  # pyright: ignore[reportReturnType]
+    flat = _flat(hidden, weight, bias, labels, scored)
+    return _ChunkedCrossEntropy.apply(*flat, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -162,6 +164,13 @@ def next_token_scores(
         nlls.append(nll)
         hits.append((logits.argmax(-1) == target) & kept)
     return _placed(torch.cat(nlls), scored, shape), _placed(torch.cat(hits), scored, shape)
+
+
+@torch.no_grad()
+def likeliest_tokens(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Return the token with the largest logit for each hidden state, (T,) int64."""
+    parts = _parts(len(hidden_TH), weight_VH)
+    return torch.cat([F.linear(hidden_TH[part], weight_VH, bias_V).argmax(-1) for part in parts])
 
 
 def _placed(values: Tensor, scored: Tensor | None, shape: tuple[int, int]) -> Tensor:

@@ -31,12 +31,24 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.building import HALF
 from lit_sparse.modules.checks import check_sharding
+from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.modules.hollow import Hollow
 from lit_sparse.modules.loading import load_errors, quantization
 from lit_sparse.optim import AdamW, trainable
 from lit_sparse.ranks import average_gradients
 from lit_sparse.strategies import lisa
-from lit_sparse_kernels import block_adamw, block_delta, block_grad, glu_density, master_adamw, pack_columns
+from lit_sparse.zeroth_order.perturbed import CHUNK
+from lit_sparse_kernels import (
+    add_noise,
+    block_adamw,
+    block_delta,
+    block_grad,
+    glu_density,
+    master_adamw,
+    momentum_noise,
+    pack_columns,
+    philox,
+)
 from lit_sparse_profiling.caching import replay
 from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
 from lit_sparse_profiling.workspaces import cpu_workspace
@@ -109,7 +121,7 @@ class Forecast:
         allocated: Peak of the allocator, as tensors request it.
         reserved: Peak of the segments that CUDA's caching allocator takes; `allocated` on a CPU.
         phases: Highest moment of each phase.
-        kept: The moment before the last backward pass.
+        kept: The moment before the last backward pass, or before the last step of a method without one.
         flops: Floating-point operations of an optimizer step.
         seconds: Seconds of the trace.
         checkpointing: Whether activations are recomputed layer by layer.
@@ -123,7 +135,7 @@ class Forecast:
     allocated: int
     reserved: int
     phases: Mapping[str, Moment]
-    kept: Moment | None
+    kept: Moment
     flops: int
     seconds: float
     checkpointing: bool = False
@@ -171,8 +183,8 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
         except RuntimeError as error:
             raise BadInput(_untraced(module, error)) from error
     phases = trace.peaks()
-    turns = [start for start, phase in trace.marks if phase == BOUNDARY]
-    kept = trace.moment("forward", turns[-1] - 1) if turns else None
+    turn = BOUNDARY if module.updates.backward != "none" else "optimizer step"
+    kept = trace.moment("forward", max(start for start, phase in trace.marks if phase == turn) - 1)
     allocated = max(moment.bytes for moment in phases.values())
     reserved = allocated
     if setting.device == "cuda":
@@ -242,8 +254,10 @@ def choices_of(device: Device) -> Iterator[None]:
         stack.enter_context(patch.object(lisa.LISA, "_draw", _costliest))
         if device == "cuda":
             stack.enter_context(patch.object(loss, "chunk_tokens", _chunk_on_cuda))
-            for kernel in (master_adamw, block_adamw):  # one launch, in place
+            for kernel in (master_adamw, block_adamw, add_noise, momentum_noise):  # one launch, in place
                 stack.enter_context(patch.object(kernel, "on_host", lambda *_: None))
+            stack.enter_context(patch.object(philox, "on_host", _noise_on_cuda))
+            stack.enter_context(patch.dict(CHUNK, cpu=CHUNK["cuda"]))
             stack.enter_context(CUDAAutocast())
         yield
 
@@ -266,6 +280,10 @@ _chunk = loss.chunk_tokens
 
 def _chunk_on_cuda(vocabulary: int, device: torch.device) -> int:
     return _chunk(vocabulary, torch.device("cuda"))
+
+
+def _noise_on_cuda(firsts_R: Tensor, width: int, *_: Any) -> Tensor:
+    return firsts_R.new_empty(len(firsts_R), width, dtype=torch.float32)
 
 
 IN_FP32 = {
@@ -320,7 +338,8 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
         optimizer = module.updates.optimizer(module.lr, module.make_optimizer)
         if setting.device == "cuda":
             _take_foreach(optimizer)
-        if setting.ranks > 1 and not _averages(module, setting):  # DDP reduces gradients in buckets of its own
+        reduces = setting.ranks > 1 and module.updates.backward != "none"
+        if reduces and not _averages(module, setting):  # DDP reduces gradients in buckets of its own
             size = sum(parameter.numel() * parameter.itemsize for _, parameter in trainable(model))
             trace.label("DDP buckets", [("buckets", buckets := trace.fake_bytes(size))])
             stack.callback(lambda: buckets)
@@ -500,9 +519,8 @@ def _step(
     if updates.backward == "none":
         trace.phase("optimizer step")
         updates.before_step(step, optimizer)
-        module._batches = [batch] * micro_batches
         with torch.no_grad():
-            optimizer.step(lambda: module.loss(batch)[0])  # pyright: ignore[reportArgumentType, reportCallIssue]
+            optimizer.step(WindowLoss(module, [batch] * micro_batches))  # pyright: ignore[reportArgumentType, reportCallIssue]
     else:
         if updates.backward == "fused":
             updates.before_step(step, optimizer)

@@ -1,4 +1,4 @@
-"""Means over ranks, and what they must agree on; a single process keeps its value."""
+"""Sums and means over ranks, and what they must agree on; a single process keeps its value."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,14 +15,20 @@ BUCKET_BYTES = 32 * 2**20
 """Gradients that are reduced together: long messages use the links fully, short ones keep the copy small."""
 
 
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Replace `tensor` by its mean over all ranks, in place, and return it.
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its sum over all ranks, in place, and return it.
 
     Every rank must call it, and every rank gets the same bits.
     """
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
+    return tensor
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Replace `tensor` by its mean over all ranks, as `all_reduce_sum` does, and return it."""
+    if dist.is_available() and dist.is_initialized():
+        all_reduce_sum(tensor).div_(dist.get_world_size())
     return tensor
 
 

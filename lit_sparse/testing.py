@@ -173,6 +173,28 @@ def _with_biases(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+class _Loss:
+    """The loss of a batch with penalties; `of_rows` is for methods that ask for single examples' too."""
+
+    def __init__(self, model: PreTrainedModel, updates: Updates, ids: Tensor) -> None:
+        self._model, self._updates, self._ids = model, updates, ids
+
+    def __call__(self) -> Tensor:
+        return self._graded()[0]
+
+    def of_rows(self) -> tuple[Tensor, Tensor]:
+        """Return the loss, and the mean loss of each row without penalties, (B,)."""
+        loss, logits = self._graded()
+        rows = zip(logits.split(1), self._ids.split(1), strict=True)
+        return loss, torch.stack([next_token_cross_entropy(*row) for row in rows])
+
+    def _graded(self) -> tuple[Tensor, Tensor]:
+        batch = {"input_ids": self._ids}
+        output = self._model(**batch)
+        loss = next_token_cross_entropy(output.logits, self._ids)
+        return self._updates.penalized(loss, batch, output), output.logits
+
+
 class _Run:
     """Train a copy of `base`, and check each step."""
 
@@ -181,7 +203,7 @@ class _Run:
         self.model = copy.deepcopy(base).train()
         self.updates = Updates(strategies)
         if saved is None:
-            self.updates.attach(self.model, lambda count, weighed=True: (self._loss(seed) for seed in range(count)))
+            self.updates.attach(self.model, lambda count, weighed=True: (self._loss(seed)() for seed in range(count)))
         else:
             self.updates.restore(self.model, saved["updates"])
             self.model.load_state_dict(saved["values"], strict=False)
@@ -194,11 +216,8 @@ class _Run:
         self._anything_moved = False
         self._moved: set[str] = set()  # names of parameters that have moved since they became trainable
 
-    def _loss(self, seed: int) -> Tensor:
-        batch = {"input_ids": _batch(seed)}
-        output = self.model(**batch)
-        loss = next_token_cross_entropy(output.logits, batch["input_ids"])
-        return self.updates.penalized(loss, batch, output)
+    def _loss(self, seed: int) -> _Loss:
+        return _Loss(self.model, self.updates, _batch(seed))
 
     def train(self, steps: int) -> None:
         for step in range(self.done + 1, self.done + steps + 1):
@@ -206,7 +225,7 @@ class _Run:
             self.trained |= set(named)
             written = {id(parameter) for parameter in self.updates.written()}
             before = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-            self.updates.step(step, self.optimizer, lambda seed=step: self._loss(seed))
+            self.updates.step(step, self.optimizer, self._loss(step))
             self._note(named, written, before)
         self.done += steps
 

@@ -22,6 +22,7 @@ from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module
 from lit_sparse.shipped import configs_folder
 from lit_sparse.testing import TINY, contract, tiny_llm
+from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
@@ -32,6 +33,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # the resumed runs save nothing
 ]
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
+VARIANTS = {"fzoo", "helene_lora", "lezo", "mezo_lora"}
+"""Methods whose strategies stand in other files, too: they are tried on one model, and in no pair."""
 
 
 def module(method: str, base: object, **options: object) -> LitSparse:
@@ -59,9 +62,9 @@ def refusal(method: str, kind: str) -> str | None:
     return None
 
 
-PAIRS = [(method, kind) for method in METHODS for kind in TINY]
 IN_TURN = [(method, [*TINY][number % len(TINY)]) for number, method in enumerate(METHODS)]
 """Each method on one of the models, for what hardly depends on the model and takes seconds."""
+PAIRS = [(method, kind) for method in METHODS for kind in TINY if method not in VARIANTS or (method, kind) in IN_TURN]
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +110,7 @@ def test_contract(method, kind):
     contract(lambda: module(method, "unused").updates, kind)
 
 
-@pytest.mark.parametrize("pair", ["+".join(pair) for pair in combinations(METHODS, 2)])
+@pytest.mark.parametrize("pair", ["+".join(pair) for pair in combinations(sorted({*METHODS} - VARIANTS), 2)])
 def test_a_pair_has_both_effects_or_is_refused(pair):
     """The contract sees the effect of each strategy; a refusal names both strategies and a way out."""
     refused = ""
@@ -120,6 +123,13 @@ def test_a_pair_has_both_effects_or_is_refused(pair):
     assert not refused or (refused.startswith(tuple(begins)) and "; " in refused), refused
 
 
+def over_gradients(task: LitSparse, accumulate: int = 1) -> dict[str, object]:
+    """The trainer's options for gradients, where there are any."""
+    if task.updates.backward == "none":
+        return {}
+    return {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
+
+
 @pytest.mark.parametrize(
     ("method", "kind", "workers", "accumulate"),
     [(*pair, 0, 1) for pair in PAIRS] + [(*pair, 2, 2) for pair in IN_TURN],
@@ -127,9 +137,9 @@ def test_a_pair_has_both_effects_or_is_refused(pair):
 def test_resumed_is_straight(method, kind, folder, tmp_path, workers, accumulate):
     """Bit for bit, from the middle of an epoch, with dropout, clipping, workers and accumulation."""
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=2, save_top_k=-1)
-    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
     L.seed_everything(0)
     straight = module(method, folder)
+    options = {"num_sanity_val_steps": 0, **over_gradients(straight, accumulate)}
     trainer(5, callbacks=[checkpoint], enable_checkpointing=True, **options).fit(
         straight, datamodule=data(num_workers=workers)
     )
@@ -149,8 +159,8 @@ def test_on_a_gpu_it_trains_in_bf16_and_goes_on(method, tmp_path):
     """With a validation first, and clipped; resumed between two switches of what trains."""
     tiny_llm("llama").save_pretrained(tmp_path / "base")
     checkpoint = ModelCheckpoint(tmp_path / "ckpt", filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    options = {"accelerator": "cuda", "devices": 1, "gradient_clip_val": 1.0, "num_sanity_val_steps": -1}
     straight, resumed = (module(method, tmp_path / "base", lr=1e-2) for _ in range(2))
+    options = {"accelerator": "cuda", "devices": 1, "num_sanity_val_steps": -1, **over_gradients(straight)}
     trainer(5, callbacks=[checkpoint], enable_checkpointing=True, **options).fit(straight, datamodule=data())
     ckpt = resumed.resume_from = tmp_path / "ckpt" / "step=3.ckpt"
     trainer(5, **options).fit(resumed, datamodule=data(), ckpt_path=ckpt)
@@ -170,7 +180,7 @@ def test_a_detached_bf16_model_has_one_dtype(method, kind, folder):
     model = task.detach()
     assert not any(module._forward_pre_hooks for module in model.modules())
     own = any(f"model.{name}" in task.trained for name, _ in model.named_parameters())  # what trained is still there
-    wanted = torch.float32 if own else torch.bfloat16
+    wanted = torch.float32 if own and task.updates.masters else torch.bfloat16
     assert {parameter.dtype for parameter in model.parameters()} == {wanted}
     with torch.no_grad(), evaluating(model):
         assert model(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
@@ -245,6 +255,7 @@ def test_a_fit_writes_a_record_and_a_small_checkpoint(method, kind, folder, tmp_
     run = tmp_path / "run-1"
     run.mkdir()
     model = module(method, folder)
+    trim_heap()  # what an earlier test left to malloc would be taken for the warm-up's
     recorder = Recorder(run, Plan(warmup=1, profiled=1))  # and two examined ones, before three that are timed
     steps = 7 + max((update.period or 0 for update in model.updates), default=0)
     limits = {"num_sanity_val_steps": -1, "val_check_interval": 7}
@@ -259,7 +270,8 @@ def test_a_fit_writes_a_record_and_a_small_checkpoint(method, kind, folder, tmp_
     assert record.kernels.top
     sizes = [parameter.numel() * parameter.element_size() for _, parameter in trainable(model.build())]
     assert record.ledger.trainable == sum(sizes)
-    assert record.ledger.optimizer >= 2 * sum(sizes)
+    moments = record.ledger.optimizer >= 2 * sum(sizes)
+    assert moments or model.updates.backward == "none"
     assert set(record.outcome) == {"before", "after"}
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == model.trained >= {f"model.{name}" for name, _ in trainable(model.build())}
@@ -288,6 +300,10 @@ def test_bf16_keeps_what_is_trained_in_fp32(method, kind, folder):
     model = module(method, folder, precision="bfloat16", activation_checkpointing=method == "lisa")
     trainer(3, val_check_interval=2).fit(model, datamodule=data())
     parameters = list(model.build().parameters())
+    if not model.updates.masters:  # forward-only methods hold no second copy; PEFT makes its adapters in fp32
+        assert {p.dtype for p in parameters if p.requires_grad} <= {torch.float32, torch.bfloat16}
+        assert all(p.isfinite().all() for p in parameters)
+        return
     assert {p.dtype for p in parameters if p.requires_grad} == {torch.float32}
     assert {p.dtype for p in parameters if not p.requires_grad} <= {torch.bfloat16}
 

@@ -69,6 +69,7 @@ CASES = [
     for method, extra in {"lora": (), "smt": (), "lisa": (), "full": ()}.items()
     for stop, words in ((4, extra), (3, (*extra, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2")))
 ]
+CASES += [("mezo", 3, ("--trainer.max_epochs=2", "--model.updates.momentum=0.5"))]
 
 
 @pytest.mark.parametrize(("method", "stop", "words"), CASES)

@@ -314,14 +314,20 @@ def fields_of(update: UpdateStrategy) -> dict[str, Any]:
     """Return the fields of a strategy as plain values, for a record."""
     if not dataclasses.is_dataclass(update):
         return {}
-    values = {field.name: getattr(update, field.name) for field in dataclasses.fields(update)}
-    return {name: plain(value.to_dict() if isinstance(value, PeftConfig) else value) for name, value in values.items()}
+    return {field.name: plain(getattr(update, field.name)) for field in dataclasses.fields(update)}
 
 
 def plain(value: Any) -> Any:
-    """Replace sets by sorted lists: PEFT turns lists of modules into sets, which JSON cannot hold."""
+    """Return a value as JSON can hold it: a list for a set, fields for a dataclass, a name for another object."""
+    if isinstance(value, PeftConfig):
+        value = value.to_dict()  # with lists of modules turned into sets
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        named = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        value = {"class": type(value).__name__, **named}
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, set | frozenset):
         return sorted(value)
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else type(value).__name__

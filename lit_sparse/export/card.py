@@ -25,7 +25,7 @@ HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 TAG = "lit-sparse"
 """The Hub's tag of all exports."""
 
-LIBRARIES = {"hf": "transformers", "adapter": "peft", "delta": "lit-sparse"}
+LIBRARIES = {"hf": "transformers", "adapter": "peft", "delta": "lit-sparse", "seedlog": "lit-sparse"}
 
 
 def read_record(run: Path) -> RunRecord | None:
@@ -48,7 +48,7 @@ def card(run: str, module: LitSparse, to: str, record: RunRecord | None, note: s
     Args:
         run: Name of the run.
         module: The run's module.
-        to: `hf`, `delta` or `adapter`.
+        to: `hf`, `delta`, `adapter` or `seedlog`.
         record: The run's record. What it lacks is left out.
         note: A sentence on the weights, such as the error of a cast.
     """
@@ -127,7 +127,12 @@ def data_arguments(record: RunRecord) -> dict[str, Any]:
 def about(module: LitSparse, to: str) -> str:
     """Return the paragraph that says what was made of which base."""
     methods = " and ".join(type(update).__name__ for update in module.updates) or "full fine-tuning"
-    what = {"hf": "The whole model", "adapter": "An adapter", "delta": "The difference from its base"}[to]
+    what = {
+        "hf": "The whole model",
+        "adapter": "An adapter",
+        "delta": "The difference from its base",
+        "seedlog": "The steps of a training, to be taken again on its base",
+    }[to]
     named = f"[{module.base}](https://huggingface.co/{module.base})" if on_hub(module.base) else f"`{module.base}`"
     return f"{what}: {named}, fine-tuned by {methods}, with lit-sparse."
 
@@ -162,11 +167,18 @@ def loading(module: LitSparse, to: str) -> str:
             base,
             'Delta.load("FILE").apply(base)',
         ],
+        "seedlog": [
+            *fetched,
+            "from lit_sparse.export.seedlog import SeedLog",
+            f"from transformers import {auto}",
+            "",
+            base,
+            'SeedLog.load("FILE").apply(base)',
+        ],
     }[to]
-    where = {"delta": "`FILE` is the path of the delta"}.get(to, "`FOLDER` is this folder, or its name on the Hub")
-    least = (
-        "It needs lit-sparse" if to == "delta" or (to == "adapter" and own) else least_version(module.build().config)
-    )  # pyright: ignore
+    file = LIBRARIES[to] == "lit-sparse"
+    where = "`FILE` is the path of the file" if file else "`FOLDER` is this folder, or its name on the Hub"
+    least = "It needs lit-sparse" if file or (own and to == "adapter") else least_version(module.build().config)  # pyright: ignore
     return "```python\n" + "\n".join(code) + f"\n```\n\n{where}. {least}."
 
 

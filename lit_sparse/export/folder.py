@@ -21,6 +21,7 @@ from lit_sparse.export.compatibility import add_old_keys, copy_sentencepiece, ma
 from lit_sparse.export.drafts import remove_leftovers, written
 from lit_sparse.export.generate import encoder_of
 from lit_sparse.export.merge import CastError, Merge, cast_error
+from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import own_ends, set_ends
 from lit_sparse.modules.hollow import release
@@ -32,8 +33,11 @@ MARK = "lit_sparse.json"
 CARD = "README.md"
 """The model card of an exported folder, and of a repository on the Hub."""
 
-OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter"}
+OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter", "seedlog": "seedlog.safetensors"}
 """Default names of exports in the run's folder."""
+
+FILES = {"delta": "delta", "seedlog": "seed log"}
+"""Exports that are one file, as they are called."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -43,7 +47,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def export(
     run: Path,
-    to: Literal["hf", "delta", "adapter"] = "hf",
+    to: Literal["hf", "delta", "adapter", "seedlog"] = "hf",
     output: Path | None = None,
     dtype: Literal["base", "float32", "bfloat16"] = "base",
     overwrite: bool = False,
@@ -55,8 +59,10 @@ def export(
     Args:
         run: The run's folder, such as runs/smt-1.
         to: `hf` is the whole model with the tokenizer; `delta` one file with the difference from the base; `adapter` a
-            folder for peft.PeftModel.from_pretrained(base, folder).
-        output: Where to; `hf`, `delta.safetensors` or `adapter` in the run's folder when not given.
+            folder for peft.PeftModel.from_pretrained(base, folder); `seedlog` one file of kilobytes, from which a run
+            without a backward pass (MeZO) is made again.
+        output: Where to; `hf`, `delta.safetensors`, `adapter` or `seedlog.safetensors` in the run's folder when not
+            given.
         dtype: Dtype of the weights of `hf`; `base` is that of the base's files. Deltas and adapters are float32.
         overwrite: Replace an earlier export.
         push: Name of a repository on the Hugging Face Hub (user/name) to put the export into as well.
@@ -81,12 +87,12 @@ def export(
     check_output(target, to, overwrite)
     if push is not None:
         hub.check_pushable(push, overwrite)
-    write = {"hf": export_folder, "delta": export_delta, "adapter": export_adapter}[to]
+    write = {"hf": export_folder, "delta": export_delta, "adapter": export_adapter, "seedlog": export_seedlog}[to]
     with written(target) as draft:
         text = write(run, draft, dtype)
         if push is not None:
             hub.create(push, private)
-        if to == "delta":
+        if to in FILES:
             with written(card_of(target)) as beside:
                 beside.write_text(text, encoding="utf-8")
         else:
@@ -121,6 +127,14 @@ def export_adapter(run: Path, folder: Path, dtype: str) -> str:
     write_adapter(module, name, folder)
     write_mark(folder, origin(name, module))
     return card(name, module, "adapter", read_record(run))
+
+
+def export_seedlog(run: Path, file: Path, dtype: str) -> str:
+    """Write the seed log of the run in the folder `run` to `file`; return its card."""
+    module, config = load_run(run)
+    SeedLog.of(module, config).save(file)
+    tell_end(module, config)
+    return card(run.resolve().name, module, "seedlog", read_record(run))
 
 
 def push_export(name: str, target: Path, run: str) -> None:
@@ -254,11 +268,11 @@ def check_output(output: Path, to: str, overwrite: bool) -> None:
     Raises:
         BadInput: if something is there that is not an earlier export, or is one and `overwrite` is false.
     """
-    if to == "delta" and output.is_dir():
-        raise BadInput(f"{output} is a folder, but a delta is one file; give --output a file's name.")
-    if to != "delta" and output.is_file():
+    if to in FILES and output.is_dir():
+        raise BadInput(f"{output} is a folder, but a {FILES[to]} is one file; give --output a file's name.")
+    if to not in FILES and output.is_file():
         raise BadInput(f"{output} is a file, but --to {to} writes a folder; give --output another name.")
-    if to == "delta":
+    if to in FILES:
         check_card(card_of(output), overwrite)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -278,6 +292,6 @@ def check_card(path: Path, overwrite: bool) -> None:
     """
     if path.exists() and not (overwrite and path.is_file() and f"- {TAG}\n" in path.read_text(encoding="utf-8")):
         raise BadInput(
-            f"{path}, where the delta's model card is to stand, is there already; give --output another name, or "
+            f"{path}, where the file's model card is to stand, is there already; give --output another name, or "
             "remove it."
         )

@@ -17,13 +17,14 @@ from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import HALF, Precision
 from lit_sparse.modules.checks import check_async_save, check_callbacks, check_masters, check_sharding, check_trainer
+from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.owed import settle
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, factor
 from lit_sparse.modules.window import Window, sum_over_ranks
 from lit_sparse.optim import AdamW, match_by_name, total_norm
-from lit_sparse.ranks import all_reduce_mean, average_gradients, check_agreement
+from lit_sparse.ranks import average_gradients, check_agreement
 from lit_sparse.strategies import UpdateStrategy
 
 
@@ -206,10 +207,14 @@ class LitSparse(Resumable):
         """True under DDP with a trainable set that changes: DDP would reduce what is trainable when it starts."""
         return isinstance(self.trainer.strategy, DDPStrategy) and any(u.period is not None for u in self.updates)
 
+    @property
+    def _has_no_gradients(self) -> bool:
+        return self.updates.backward == "none"
+
     def configure_model(self) -> None:
         super().configure_model()
-        if self._follows_trainable_set:
-            # The module is not wrapped, and its gradients are averaged by `_average_replicated`.
+        if self._follows_trainable_set or (isinstance(self.trainer.strategy, DDPStrategy) and self._has_no_gradients):
+            # The module is not wrapped. Its gradients are averaged by `_average_replicated`, if there are any.
             self.trainer.strategy.configure_ddp = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
     def _close_window(self) -> None:
@@ -265,8 +270,8 @@ class LitSparse(Resumable):
 
     def _before_step(self, optimizer: Optimizer) -> None:
         numbers = self.updates.before_step(self.global_step + 1, optimizer)
-        self.of_training |= numbers.keys()
-        self.log_dict(dict(numbers))
+        if self.updates.backward != "none":
+            self._log_numbers(numbers)
         self.log("lr", optimizer.param_groups[0]["lr"])
         every = self.trainer.log_every_n_steps or 1  # pyright: ignore[reportAttributeAccessIssue]
         step = self.global_step + 1
@@ -274,6 +279,10 @@ class LitSparse(Resumable):
             step % every == 0 or step == self.trainer.max_steps
         ):  # steps that are logged: it is a pass over all gradients
             self._log_norm()
+
+    def _log_numbers(self, numbers: Mapping[str, Tensor]) -> None:
+        self.of_training |= numbers.keys()
+        self.log_dict(dict(numbers))
 
     def _log_norm(self) -> None:
         grads = [parameter.grad for _, parameter in self.updates.named if parameter.grad is not None]
@@ -298,24 +307,13 @@ class LitSparse(Resumable):
         plain.zero_grad()  # Lightning does it after the next forward only, which gradients need not live through
 
     def _step_without_graph(self, optimizer: Optimizer, closure: Callable[[], Any]) -> None:
-        """Give the method a loss of all batches since the last step, averaged over ranks, to call as it likes."""
-        accuracies: list[Tensor] = []  # of each loss that the method asks for
-
-        def loss() -> Tensor:
-            parts = []
-            for batch in self._batches:
-                with self.autocast():
-                    _, penalized, right = self.compute(self._penalized_loss, batch)
-                    count = self.scored_count(batch)
-                parts.append(torch.stack([penalized.float() * count, count.float(), right.float()]))
-            total, tokens, right = all_reduce_mean(torch.stack(parts).sum(0))
-            accuracies.append(right / tokens)
-            return total / tokens
-
+        """Give the method the loss of all batches since the last step, to compute as often as it likes."""
+        loss = WindowLoss(self, self._batches)
         with torch.no_grad():
             value = optimizer.step(loss)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._value = torch.as_tensor(value, device=self.device)
+        self._log_numbers(self.updates.logged())
         self._count_tokens(sum_over_ranks(torch.stack([self.scored_count(batch) for batch in self._batches]).sum()))
         self._batches.clear()
-        self._log_scores(self._value, accuracies[-1])
+        self._log_scores(self._value, loss.accuracy)
         closure()  # Lightning takes the step's result from it

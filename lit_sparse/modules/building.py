@@ -144,6 +144,20 @@ class BuiltModel(L.LightningModule, ABC):
         return self.graded_loss(batch)[:2]
 
     @abstractmethod
+    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
+        """Return the likeliest token (or class) at each of the `scored_count` places, the labels, and the output.
+
+        The first two are (N,) int64; the output is the model's, for penalties.
+        """
+
+    @abstractmethod
+    def row_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """Return the summed loss of each row, (B,) fp32, its scored tokens, (B,), right predictions, and the output.
+
+        As `graded_loss`, but told apart by row, and without a graph.
+        """
+
+    @abstractmethod
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the number of tokens (or rows) of a batch over which `loss` is the mean, an integer scalar."""
 

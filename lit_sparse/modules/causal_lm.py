@@ -15,7 +15,7 @@ from lit_sparse.anatomy import backbone, dummy_forward, evaluating, is_linear, i
 from lit_sparse.data import Labelled, Synthetic, TokenData, final_number
 from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
-from lit_sparse.loss import IGNORED, next_token_loss_and_hits, next_token_scores
+from lit_sparse.loss import IGNORED, likeliest_tokens, next_token_loss_and_hits, next_token_scores
 from lit_sparse.modules.base import LitSparse
 from lit_sparse.modules.checks import check_tokens
 from lit_sparse.modules.ends import set_ends
@@ -73,19 +73,37 @@ class CausalLM(LitSparse):
         )
         return loss, output, hits
 
+    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
+        inputs, scored = model_inputs(batch), batch["labels"][:, 1:] != IGNORED
+        wanted = batch["labels"][:, 1:][scored]
+        if not self.head_is_plain:
+            output = self.build()(**inputs)
+            return output.logits[:, :-1][scored].argmax(-1), wanted, output
+        output = backbone(self.build())(**inputs)
+        return likeliest_tokens(output.last_hidden_state[:, :-1][scored], *self.head), wanted, output
+
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != IGNORED).sum()
 
-    @torch.no_grad()
+    def row_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        nll, hits, output = self._scores(batch)
+        return nll.sum(1), (batch["labels"][:, 1:] != IGNORED).sum(1), hits.sum(), output
+
     def scores(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Per-token nll (B, S-1) fp32, 0 where no label, and whether the label was the likeliest token, bool."""
+        return self._scores(batch)[:2]
+
+    @torch.no_grad()
+    def _scores(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
         inputs = model_inputs(batch)
         if not self.head_is_plain:
-            logits, labels = self.build()(**inputs).logits[:, :-1].float(), batch["labels"][:, 1:]
+            output = self.build()(**inputs)
+            logits, labels = output.logits[:, :-1].float(), batch["labels"][:, 1:]
             nll = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-            return nll, (logits.argmax(-1) == labels) & (labels != IGNORED)
-        hidden = backbone(self.build())(**inputs).last_hidden_state
-        return next_token_scores(hidden, *self.head, batch["labels"], batch.get("scored"))
+            return nll, (logits.argmax(-1) == labels) & (labels != IGNORED), output
+        output = backbone(self.build())(**inputs)
+        nll, hits = next_token_scores(output.last_hidden_state, *self.head, batch["labels"], batch.get("scored"))
+        return nll, hits, output
 
     @property
     def head(self) -> tuple[Tensor, Tensor | None]:

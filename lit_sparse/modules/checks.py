@@ -140,6 +140,11 @@ def check_gradients_live(trainer: L.Trainer, update: UpdateStrategy) -> None:
     Raises:
         BadInput: naming the setting.
     """
+    if trainer.accumulate_grad_batches > 1 and update.accumulates:
+        raise BadInput(
+            f"{type(update).__name__} accumulates by itself, without gradients, so trainer.accumulate_grad_batches is "
+            "not for it; give data.batch_size the rows of a step, and micro_batch those of a forward pass."
+        )
     settings = {
         "accumulate_grad_batches": trainer.accumulate_grad_batches > 1 and update.backward == "fused",
         "gradient_clip_val": bool(trainer.gradient_clip_val) and update.backward != "autograd",

@@ -147,6 +147,16 @@ class Classifier(LitSparse):
         hits = (output.logits.argmax(-1) == batch["labels"]).sum()
         return F.cross_entropy(output.logits.float(), batch["labels"]), output, hits
 
+    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
+        output = self.build()(**{name: batch[name] for name in INPUTS if name in batch}, use_cache=False)
+        return output.logits.argmax(-1), batch["labels"], output
+
+    def row_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
+        output = self.build()(**{name: batch[name] for name in INPUTS if name in batch}, use_cache=False)
+        hits = (output.logits.argmax(-1) == batch["labels"]).sum()
+        losses = F.cross_entropy(output.logits.float(), batch["labels"], reduction="none")
+        return losses, torch.ones_like(batch["labels"]), hits, output
+
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return torch.tensor(len(batch["labels"]), device=batch["labels"].device)
 

@@ -4,9 +4,11 @@ from lit_sparse.strategies.activation_density import ActivationDensity
 from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
 from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy, compose
 from lit_sparse.strategies.gmt import GMT
+from lit_sparse.strategies.helene import HELENE
 from lit_sparse.strategies.kl_to_base import KLToBase
 from lit_sparse.strategies.lisa import LISA
 from lit_sparse.strategies.meft import MEFT
+from lit_sparse.strategies.mezo import MeZO
 from lit_sparse.strategies.peft import PEFT
 from lit_sparse.strategies.record_importance import RecordFisher, RecordImportance
 from lit_sparse.strategies.smt import SMT
@@ -14,6 +16,7 @@ from lit_sparse.strategies.updates import Updates
 
 __all__ = [
     "GMT",
+    "HELENE",
     "L2SP",
     "LISA",
     "MEFT",
@@ -24,6 +27,7 @@ __all__ = [
     "Claim",
     "Context",
     "KLToBase",
+    "MeZO",
     "Need",
     "Probe",
     "RecordFisher",

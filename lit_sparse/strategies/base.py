@@ -104,6 +104,10 @@ class UpdateStrategy(ABC):
         gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
             them. The strategies of a run are called in that order, after those that attach first. A mask holds for the
             gradient that it was computed of; what another strategy adds later may enter masked entries.
+        accumulates: Whether a forward-only method takes a batch some rows at a time (`rows_at_once`) instead of
+            accumulating over batches.
+        objective: What a forward-only method minimizes: the `loss`, `accuracy` (its distance from 1), or a metric of
+            torchmetrics over labels and the likeliest classes or tokens.
         masters: Whether what trains is kept in fp32 while the frozen weights are in bf16. Forward-only methods, which
             must not hold a second copy, opt out.
     """
@@ -119,6 +123,8 @@ class UpdateStrategy(ABC):
     attaches_to: ClassVar[Attaches] = "whole"
     selects: ClassVar[bool] = False
     gradients: ClassVar[Gradients] = "ignores"
+    accumulates: ClassVar[bool] = False
+    objective: Any = "loss"
     masters: ClassVar[bool] = True
 
     @property
@@ -140,6 +146,11 @@ class UpdateStrategy(ABC):
 
         Memory and speed are measured after the first change.
         """
+        return None
+
+    @property
+    def rows_at_once(self) -> int | None:
+        """Rows of a forward pass of a forward-only method, which accumulates by itself; None is the whole batch."""
         return None
 
     def describe(self) -> dict[str, Any]:
@@ -210,7 +221,7 @@ class UpdateStrategy(ABC):
         return False
 
     def logged(self) -> Mapping[str, Tensor]:
-        """Return numbers for the log, by name; asked for after `before_step`.
+        """Return numbers for the log, by name; asked for after `before_step`, or after a forward-only step.
 
         Names begin with the method's, so that they are unique in a run. They are scalars, the same on all ranks.
         """

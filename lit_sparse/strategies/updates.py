@@ -70,6 +70,16 @@ class Updates(Sequence[UpdateStrategy]):
         return own[0] if own else "autograd"
 
     @property
+    def rows_at_once(self) -> int | None:
+        """Rows of a forward pass of a forward-only method; None is the whole batch."""
+        return min((rows for strategy in self if (rows := strategy.rows_at_once) is not None), default=None)
+
+    @property
+    def objective(self) -> Any:
+        """What a forward-only method minimizes: `loss`, `accuracy` or a metric."""
+        return next((strategy.objective for strategy in self if strategy.backward == "none"), "loss")
+
+    @property
     def masters(self) -> bool:
         """True if what trains is kept in fp32."""
         return all(strategy.masters for strategy in self)
@@ -218,11 +228,13 @@ class Updates(Sequence[UpdateStrategy]):
         for strategy in self:
             for group in optimizer.param_groups:
                 group["lr"] *= strategy.lr_factor(step)
-        logged: dict[str, Tensor] = {}
         for strategy in self:
             strategy.before_step(step, optimizer)
-            logged |= strategy.logged()
-        return logged
+        return self.logged()
+
+    def logged(self) -> dict[str, Tensor]:
+        """Return the strategies' numbers for the log, by name."""
+        return {name: value for strategy in self for name, value in strategy.logged().items()}
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         """Call the hooks after optimizer step `step`, the last strategy first, and give back the learning rates.

@@ -21,6 +21,8 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.families import FAMILIES
 from lit_sparse import cli, shards
@@ -68,6 +70,12 @@ ATOL = 2e-6
 1e-8 apart; times the slope of the update, three to six steps, and two for the weight's own rounding."""
 
 FULL = {"lr": 1e-2, "warmup_steps": 0, "optimizer": SMOOTH}
+FORWARDS = {"mezo", "lezo", "mezo_lora", "fzoo"}
+"""Methods without a backward pass, which bring their optimizer."""
+ELSEWHERE = {"fzoo", "helene", "helene_lora", "mezo_lora"}
+"""Variants of methods that are here, and those whose two ranks are in a test of their own."""
+FORWARD = {"lr": 1e-4, "warmup_steps": 0}
+"""Their slopes are differences of losses, divided by 2e-3: an order of summation is 1e-4 of a slope."""
 LISA_FIELDS = {"sampler": "cyclic", "active_layers": 1, "interval": 2}
 SMT_FIELDS = {"trainable_fraction": 0.05, "block_size": [10, 8], "targets": ["all"], "selection_batches": 2}
 """Blocks of ten rows: matrices of 32 rows are cut into shards of 16, within blocks and beside ragged ones."""
@@ -136,7 +144,8 @@ CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 
 
 def by_method(method: str) -> Callable[[Path, bool], L.Trainer]:
-    return lambda folder, sharded: fit(module(method, folder / "llama", **FULL), sharded)
+    options = FORWARD if method in FORWARDS else FULL
+    return lambda folder, sharded: fit(module(method, folder / "llama", **options), sharded)
 
 
 def of_kind(kind: str) -> Callable[[Path, bool], L.Trainer]:
@@ -190,7 +199,7 @@ def offloaded(folder: Path, sharded: bool) -> L.Trainer:
 
 
 SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
-    **{method: by_method(method) for method in METHODS if method not in {*REFUSED, "velora"}},
+    **{method: by_method(method) for method in METHODS if method not in {*REFUSED, *ELSEWHERE, "velora"}},
     **{kind: of_kind(kind) for kind in ("qwen2", "gpt2")},  # tied heads
     "drawn": of_kind("drawn/config.json"),
     "clipped": clipped,
@@ -349,6 +358,37 @@ def reduced(made) -> list[str]:
     finally:
         setattr(torch.distributed, name, plain)
     return dtypes
+
+
+class Collectives(TorchDispatchMode, Callback):
+    """Record the kind of each collective of a step, and the bytes that it is about."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.sent: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func).startswith("c10d"):
+            sizes = [one.nbytes for one in tree_leaves(args) if isinstance(one, torch.Tensor)]
+            self.sent.append((str(func), max(sizes, default=0)))
+        return func(*args, **(kwargs or {}))
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.sent.clear()
+        self.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.__exit__(None, None, None)
+
+
+def scalars(folder: Path, rank: int) -> dict:
+    """Train by forward passes; return what a step sends under FSDP2 and DDP, and DDP's weights."""
+    shards, copies = Collectives(), Collectives()
+    fit(module("mezo", folder / "llama", **FORWARD), True, callbacks=[shards])
+    made = module("mezo", folder / "llama", **FORWARD)
+    fit(made, False, batch=ROWS // 2, strategy="ddp", devices=2, callbacks=[copies])
+    torch.save({name: p.detach() for name, p in made.named_parameters()}, folder / f"ddp-{rank}.pt")
+    return {"fsdp2": shards.sent, "ddp": copies.sent}
 
 
 def read(folder: Path, rank: int) -> dict:
@@ -557,6 +597,7 @@ CASES: dict[str, Callable[[Path, int], object]] = {
     "signalled": signalled,
     "detached": detached,
     "command line": command_line,
+    "scalars": scalars,
 }
 
 
@@ -617,6 +658,27 @@ def assert_alike(got: dict, wanted: dict, atol: float = 0.0) -> None:
         assert ours[name].keys() == one.keys()
         for key, value in one.items():
             torch.testing.assert_close(ours[name][key], value, rtol=0, atol=atol)
+
+
+def test_only_scalars_cross_ranks_without_a_backward_pass(pair):
+    """A loss is three fp32 numbers; two of them and the scored tokens are a step. FSDP2 gathers weights twice."""
+    sent = result(pair, "scalars")
+    assert sent == result(pair, "scalars", 1)
+    assert [size for kind, size in sent["ddp"]] == [12, 12, 8]
+    reduced = [size for kind, size in sent["fsdp2"] if "allgather" not in kind]
+    assert reduced == [12, 12, 8]
+    gathered = sum(size for kind, size in sent["fsdp2"] if "allgather" in kind)
+    assert gathered == 2 * sum(p.nbytes for p in tiny_llm("llama").parameters())
+
+
+def test_ranks_under_ddp_train_what_one_does_without_a_backward_pass(pair):
+    result(pair, "scalars")
+    made = module("mezo", pair / "llama", **FORWARD)
+    fit(made, False)
+    first, second = (torch.load(pair / f"ddp-{rank}.pt") for rank in (0, 1))
+    for name, p in made.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], p.detach(), rtol=0, atol=ATOL)
 
 
 @pytest.mark.parametrize("name", SAME)

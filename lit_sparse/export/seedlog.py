@@ -1,0 +1,152 @@
+"""Seed logs: a run without a backward pass as the numbers that its steps came to, from which it is made again.
+
+A step of MeZO is a function of the seed, the step's number, the learning rate and a slope for each direction; the
+directions are made anew from the seed (`lit_sparse_kernels.philox`). So a run is its configuration and 8 bytes for the
+rate and for each slope of a step: 16 KB for 1,000 steps, whatever the model's size. With Rademacher noise the weights
+are those of the run to the bit, on another device, too.
+
+The file is a safetensors file with one tensor, `log` (steps, 1 + queries) float64: the learning rate and the slopes,
+NaN where a step was skipped. Its metadata has one key, FORMAT, with a JSON object: version, base, the base's
+fingerprint, the dtype of the weights, the strategies as in YAML, and a checksum of everything.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from jsonargparse import Namespace
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_sparse.checkpoints import fingerprint
+from lit_sparse.errors import BadInput
+from lit_sparse.export.delta import checksum
+from lit_sparse.modules import LitSparse
+from lit_sparse.runs import build_module
+from lit_sparse.strategies import MeZO, Updates
+from lit_sparse.zeroth_order.optimizer import Recorded
+
+FORMAT, VERSION = "lit_sparse.seedlog", 1
+
+
+@dataclass(frozen=True, eq=False)
+class SeedLog:
+    """A run of forward passes as its seeds and numbers.
+
+    Attributes:
+        base: The base's name.
+        base_fingerprint: Its fingerprint, of names, shapes and values of all parameters.
+        dtype: Dtype of the weights that were trained, as in `float32`.
+        updates: The strategies, as in a run's configuration.
+        log: (steps, 1 + queries) float64.
+    """
+
+    base: str
+    base_fingerprint: str
+    dtype: str
+    updates: list[Any]
+    log: Tensor
+
+    @classmethod
+    def of(cls, module: LitSparse, config: dict[str, Any]) -> Self:
+        """Return the log of a run that `lit_sparse.runs.load_run` returned.
+
+        Raises:
+            BadInput: if gradients trained it, or it started from random adapters.
+        """
+        mezo = next((update for update in module.updates if isinstance(update, MeZO)), None)
+        if mezo is None:
+            forward_only = module.updates.backward == "none"
+            reason = "keeps no log" if forward_only else "trains through gradients, which a seed does not give"
+            raise BadInput(f"a seed log was asked for, but {module.updates.names} {reason}; export it with --to delta.")
+        if any("modules" in update.claims for update in module.updates):
+            raise BadInput(
+                f"a seed log was asked for, but {module.updates.names} began with an adapter drawn at random, which a "
+                "base does not give; export it with --to adapter."
+            )
+        dtype = next(p.dtype for _, p in module.updates.named)
+        updates = [plain(update) for update in config["model"]["updates"]]
+        return cls(module.base, module.base_fingerprint, str(dtype).removeprefix("torch."), updates, mezo.log)
+
+    def save(self, path: str | Path) -> None:
+        """Write the log as one safetensors file."""
+        names = ("base", "base_fingerprint", "dtype", "updates")
+        header = {"version": VERSION, **{name: getattr(self, name) for name in names}}
+        signed = header | {"sha256": checksum(header, {"log": self.log})}
+        save_file({"log": self.log}, path, {FORMAT: json.dumps(signed)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read the log in the file at `path`.
+
+        Raises:
+            BadInput: if there is none, it is of another kind or version, or it is damaged.
+        """
+        if not Path(path).is_file():
+            raise BadInput(f"there is no seed log at {path}; give a file that lit-sparse export --to seedlog wrote.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+                log = file.get_tensor("log")
+        except (SafetensorError, ValueError) as error:
+            raise BadInput(
+                f"{path} cannot be read as a seed log ({error}): it is truncated, or of another kind."
+            ) from error
+        if header.pop("sha256", None) != checksum(header, {"log": log}):
+            raise BadInput(f"{path} is damaged: its contents do not match its checksum; export the run again.")
+        if header.pop("version") != VERSION:
+            raise BadInput(f"{path} is a seed log of another version than {VERSION}; export the run again.")
+        return cls(**header, log=log)
+
+    def replay(self, model: nn.Module) -> tuple[Updates, Optimizer]:
+        """Take the run's steps on its base, in place; return strategies and optimizer, with which a loop can go on.
+
+        The next step is number `len(log) + 1`.
+
+        Raises:
+            BadInput: if the model is not the base, or its weights have another dtype; it is unchanged.
+        """
+        self._check(model)
+        updates = build_module({"model": {"updates": self.updates}}).updates.fresh()
+        updates.attach(model)
+        optimizer = updates.optimizer(0.0)
+        for step, (lr, *slopes) in enumerate(self.log.tolist(), 1):
+            updates.before_step(step, optimizer)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step(Recorded(slopes))  # pyright: ignore[reportArgumentType, reportCallIssue]
+            if updates.after_step(step, optimizer):
+                updates.regroup(optimizer)
+        return updates, optimizer
+
+    def apply(self, model: nn.Module) -> None:
+        """Make the run's model of its base, in place.
+
+        Raises:
+            BadInput: as `replay`.
+        """
+        updates, _ = self.replay(model)
+        updates.detach(model)
+
+    def _check(self, model: nn.Module) -> None:
+        found = fingerprint(model)
+        if found != self.base_fingerprint:
+            raise BadInput(
+                f"the seed log was made of {self.base} (fingerprint {self.base_fingerprint[:12]}), this model has "
+                f"other weights, or parameters of other names (fingerprint {found[:12]}); replay it on the unchanged "
+                f"{self.base}."
+            )
+        other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {self.dtype}
+        if other:
+            raise BadInput(
+                f"the seed log is of weights in {self.dtype}, which this model has in {', '.join(sorted(other))}; load "
+                f"it with dtype=torch.{self.dtype}."
+            )
+
+
+def plain(value: Any) -> Any:
+    """Return a part of a configuration as dicts, which JSON can hold."""
+    return value.as_dict() if isinstance(value, Namespace) else value

@@ -1,0 +1,117 @@
+"""The loss that methods without a backward pass train on: of a step's batches, on all ranks, as often as they ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lit_sparse.errors import BadInput
+from lit_sparse.modules.building import BuiltModel
+from lit_sparse.ranks import all_reduce_mean
+
+
+class WindowLoss:
+    """Computes what a forward-only method minimizes, without a graph: the same number on all ranks.
+
+    A call is a forward pass of the step's batches, some rows at a time (`rows_at_once`). Ranks exchange three numbers.
+
+    Args:
+        task: The module whose model trains, with its strategies attached.
+        batches: Of the step.
+
+    Attributes:
+        accuracy: Share of right predictions in the last call.
+    """
+
+    def __init__(self, task: BuiltModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self._task, self._batches = task, batches
+        self.accuracy = torch.zeros(())
+
+    def __call__(self) -> Tensor:
+        """Return the loss with penalties, over all scored tokens; or 1 - the objective, with penalties; fp32 scalar."""
+        objective = self._task.updates.objective
+        if isinstance(objective, Metric):
+            objective.to(self._task.device).reset()
+        loss = self._mean([self._sums(batch, objective) for batch in self._parts()])
+        return loss + lost(objective) if isinstance(objective, Metric) else loss
+
+    def of_rows(self) -> tuple[Tensor, Tensor]:
+        """Return the loss with penalties, and from the same passes the mean loss of each row of this rank's, (N,) fp32.
+
+        Penalties are not in the rows' losses, and rows without a scored token are left out.
+        """
+        found = [self._row_losses(batch) for batch in self._parts()]
+        return self._mean([sums for sums, _ in found]), torch.cat([rows for _, rows in found])
+
+    def _mean(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the loss of all ranks' scored tokens, of sums over those of this one; see `_sums`."""
+        total, tokens, right = all_reduce_mean(torch.stack([*parts]).sum(0))
+        tokens = tokens.clamp(min=torch.finfo(tokens.dtype).tiny)  # a mean over ranks, below 1 only where it is 0
+        self.accuracy = right / tokens
+        return total / tokens
+
+    def _parts(self) -> Iterator[Mapping[str, Tensor]]:
+        for batch in self._batches:
+            yield from split_rows(batch, self._task.updates.rows_at_once)
+
+    def _sums(self, batch: Mapping[str, Tensor], objective: Any) -> Tensor:
+        """Return sums over scored tokens: of losses with penalties, of tokens, of right ones; (3,) fp32."""
+        with self._task.autocast():
+            return self._task.compute(self._sums_of, batch, objective)  # also for penalties, which use the model
+
+    def _sums_of(self, batch: Mapping[str, Tensor], objective: Any) -> Tensor:
+        task, count = self._task, self._task.scored_count(batch)
+        if isinstance(objective, Metric):
+            predicted, wanted, output = task.predictions(batch)
+            objective.update(predicted, wanted)
+            loss, right = torch.zeros((), device=count.device), (predicted == wanted).sum()
+        else:
+            loss, output, right = task.graded_loss(batch)
+            loss = 1 - right / count.clamp(min=1) if objective == "accuracy" else loss
+        penalized = task.updates.penalized(loss, batch, output)
+        return torch.stack([penalized.float() * count, count.float(), right.float()])
+
+    def _row_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with self._task.autocast():
+            return self._task.compute(self._row_losses_of, batch)
+
+    def _row_losses_of(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        total_B, count_B, right, output = self._task.row_losses(batch)
+        count, scored_B = count_B.sum(), count_B > 0
+        penalized = self._task.updates.penalized(total_B.sum() / count.clamp(min=1), batch, output)
+        return torch.stack([penalized.float() * count, count.float(), right.float()]), (total_B / count_B)[scored_B]
+
+
+def lost(metric: Metric) -> Tensor:
+    """Return 1 - the metric, or the metric where lower is better: a scalar, the same on all ranks.
+
+    Raises:
+        BadInput: if it is not one number.
+    """
+    value = metric.compute()
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise BadInput(
+            f"the objective {type(metric).__name__} returns {found}, but a step needs one number to compare; give the "
+            "metric an average (for torchmetrics' classification, average: macro)."
+        )
+    value = value.float().reshape(())
+    return 1 - value if metric.higher_is_better else value
+
+
+def split_rows(batch: Mapping[str, Any], rows: int | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the batch, some rows at a time; None is all at once.
+
+    What a batch has beside its rows are the places of its scored tokens (`scored`), which only save time: left out.
+    """
+    count = len(batch["labels"])
+    if rows is None or rows >= count:
+        yield batch
+        return
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        yield {key: value[part] for key, value in batch.items() if key != "scored" and len(value) == count}

@@ -1,0 +1,19 @@
+"""The bytes that a step of MeZO moves, and the pairs that its benchmark times."""
+
+import torch
+
+from benchmarks.zeroth_order import bytes_moved, ratios
+from lit_sparse.testing import tiny_llm
+
+IDS = torch.arange(3, 15).view(2, 6)
+
+
+def test_a_step_moves_at_most_six_times_the_weights():
+    """Each of two passes reads and writes them once, and the update does; of the embedding only the batch's rows."""
+    assert 5 < bytes_moved(tiny_llm(), IDS) <= 6
+
+
+def test_steps_and_forward_passes_are_timed_in_turn():
+    found = ratios(tiny_llm(), IDS, "rademacher", 3)
+    assert len(found) == 3
+    assert all(ratio > 1 for ratio in found)
