@@ -39,7 +39,7 @@ def pack(model: nn.Module, dtype: torch.dtype, trace: Trace) -> None:
     for name, layer in model.named_modules():
         if is_quantized_linear(layer):
             layer.weight = packed(layer, dtype, trace)
-            layer.support_avx512bf16_for_cpu = False
+            layer.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
             trace.label(
                 "frozen weights", [(f"{name}.weight", tensor) for tensor in (layer.weight, *scales_of(layer.weight))]
             )
@@ -47,7 +47,7 @@ def pack(model: nn.Module, dtype: torch.dtype, trace: Trace) -> None:
 
 def packed(layer: nn.Module, dtype: torch.dtype, trace: Trace) -> nn.Parameter:
     """Return the weight of a quantised layer in 4 bits: two weights a byte, and scales in two levels."""
-    from bitsandbytes.functional import QuantState  # an extra
+    from bitsandbytes.functional import QuantState  # pyright: ignore[reportMissingImports] - an extra
 
     meta = layer.weight
     assert isinstance(meta, Tensor)
