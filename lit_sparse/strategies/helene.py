@@ -43,7 +43,7 @@ from lit_sparse.optim import local_shard, trainable
 from lit_sparse.strategies.base import Backward, BaseWeights, Claim, Context, Need, Probe, UpdateStrategy
 from lit_sparse.zeroth_order.curvature import Curvature, Estimate, Layers, RowLosses, layers_of, squared_slopes
 from lit_sparse.zeroth_order.directions import Dense, Part
-from lit_sparse.zeroth_order.optimizer import Closure, ForwardOnly, Losses, Skips, finite, named_errors
+from lit_sparse.zeroth_order.optimizer import Closure, ForwardOnly, Losses, Recorded, Skips, finite, named_errors
 from lit_sparse.zeroth_order.perturbed import Place, Rows, check_model, places_of
 from lit_sparse.zeroth_order.quantile import quantiles
 from lit_sparse_kernels import momentum_noise
@@ -182,7 +182,8 @@ class HELENE(UpdateStrategy):
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         self._step = step
 
-    def _take(self, closure: Closure) -> Tensor:
+    def _take(self, closure: Closure | Recorded) -> Tensor:
+        assert not isinstance(closure, Recorded), "HELENE writes no seed log"
         assert self._model is not None
         assert self._optimizer is not None
         parts = self._optimizer.parts(self._places)
