@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
+from transformers import PreTrainedModel
 
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import Sharded
@@ -63,6 +64,9 @@ def sharding(module: LitSparse, mesh: DeviceMesh, trace: Trace) -> Iterator[None
     def shard(self: LitSparse) -> None:
         self._sharded = (Sharded(self.build(), mesh),)
 
+    def shard_copy(self: LitSparse, model: PreTrainedModel) -> Callable[..., Any]:
+        return Sharded(model, mesh).compute
+
     def allocate(tensor: Tensor) -> None:
         given(tensor)
         trace.add("all gather", [tensor])
@@ -88,6 +92,7 @@ def sharding(module: LitSparse, mesh: DeviceMesh, trace: Trace) -> Iterator[None
         patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", shapes),
         patch.object(type(module), "to_shard", True),
         patch.object(type(module), "_shard", shard),
+        patch.object(type(module), "_shard_copy", shard_copy),
         patch.object(_fsdp_param, "alloc_storage", allocate),
         patch.object(_fsdp_param_group, "alloc_storage", allocate),
         patch.object(_fsdp_param, "free_storage", release),

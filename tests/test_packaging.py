@@ -146,6 +146,7 @@ def test_the_description_on_pypi_has_links_that_lead_to_files(wheel: Path) -> No
     assert all(target.startswith("https://") for target in targets)
 
 
+@pytest.mark.filterwarnings("ignore:The distutils package is deprecated")  # setuptools' own import
 def test_the_description_of_a_build_of_ones_own_has_no_dead_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
     monkeypatch.setattr("setuptools.setup", dict)

@@ -218,7 +218,7 @@ def test_options_override_yamls_that_come_after_them(home):
         (["export", "runs/x", "--too", "hf"], "there is no key too"),
         (["export", "--to", "hf"], "run is missing; lit-sparse export --help"),
         (["generate", "runs/x"], "no prompt was given; give one or several"),
-        (["export", "runs/x", "--to", "gguf"], "to is gguf; it must be hf, delta or adapter"),
+        (["export", "runs/x", "--to", "gguf"], "to is gguf; it must be hf, delta, adapter or seedlog"),
         (["validate", *DATA, "--trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
     ],
 )

@@ -61,11 +61,11 @@ def test_a_run_goes_on_where_it_was_cut_off(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(families, "cells", cells)
     monkeypatch.setattr(families, "quiet", lambda: None)  # it silences the whole process
-    given = ["Llama", "BERT", "--methods", "lora", "ia3", "kl_to_base", "--results", str(tmp_path / "families.jsonl")]
+    given = ["Llama", "BERT", "--methods", "lora", "ia3", "meft", "--results", str(tmp_path / "families.jsonl")]
     assert families.main(given) == 1  # one failed
     first, tried[:] = list(tried), []
     assert ("Llama", "lora", 2) in first
-    assert ("Llama", "kl_to_base", 2) not in first  # it does not claim to shard
+    assert ("Llama", "meft", 2) not in first  # it does not claim to shard
     assert families.main(given) == 1
     assert {name for _, name, _ in tried} == {"ia3"}
     with pytest.raises(SystemExit):
