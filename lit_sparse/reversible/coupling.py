@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 FRACTION_BITS = 14
-"""Bits of a fixed-point number behind the point: steps of 6e-5 in a hidden state, and a range of 131,072 either way."""
+"""Bits of a fixed-point number behind the point: steps of 6e-5 in a hidden state."""
+LIMIT = 2**16
+"""Largest number that fixed point bears: half its range, so that a sum that wraps around is above it, too."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,13 @@ def to_fixed(x: Tensor) -> Tensor:
     """Return floating-point `x` in fixed point (int32), rounded."""
     wide = x if x.dtype == torch.float64 else x.float()
     return (wide * 2**FRACTION_BITS).round_().int()
+
+
+def fits(x: Tensor) -> Tensor:
+    """Return whether all of `x`, in floating or fixed point, is a number within LIMIT: a bool scalar, on its device."""
+    limit = LIMIT if x.is_floating_point() else LIMIT * 2**FRACTION_BITS
+    least, most = x.aminmax()  # not a number if one of `x` is not
+    return (least > -limit) & (most < limit)
 
 
 def from_fixed(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,10 +1,13 @@
-"""Decoder layers of any model as the reversible steps of MEFT (arXiv 2306.00477, section 3.2), with their adapters."""
+"""Decoder layers of any model as the reversible steps of MEFT (arXiv 2306.00477, section 3.2), with their adapters.
+
+What is put into the model are partials of functions here: a copy of the model has copies of their modules.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from lit_sparse.anatomy import MLP, decoder_layers, dummy_forward, evaluating, has_values, role
 from lit_sparse.errors import BadInput
 from lit_sparse.reversible.coupling import Coupling
-from lit_sparse.reversible.stack import Call, Half, ReversibleLayer
+from lit_sparse.reversible.stack import Call, Function, Half, ReversibleLayer
 
 STD = 0.02
 """Standard deviation of the adapters' matrices at the start (the authors')."""
@@ -156,19 +159,23 @@ def reversible(recipe: Recipe, model: nn.Module, layer: nn.Module, mlp: MLP, see
         return ReversibleLayer(layer, (Half(parts[0], weighed), Half(parts[1], weighed)), False, seen.outputs[layer])
     if ends:
         return ReversibleLayer(layer, (Half(whole, weighed),), False, seen.outputs[layer])
-    adapter = Half(lambda x, call: own["second"](x), plain)
+    adapter = Half(partial(_run_adapter, own["second"]), plain)
     halves = (Half(whole, weighed), adapter) if recipe.variant == 1 else (adapter, Half(whole, weighed))
     return ReversibleLayer(layer, halves, True, seen.outputs[layer])
 
 
-def alone(layer: nn.Module, seen: Seen) -> Callable[[Tensor, Call], Tensor]:
+def _run_adapter(adapter: nn.Module, x: Tensor, _call: Call) -> Tensor:
+    return adapter(x)
+
+
+def alone(layer: nn.Module, seen: Seen) -> Function:
     """Return the function that gives a layer's hidden states, whatever takes the place of its `forward` later."""
+    return partial(_run_alone, layer, seen.outputs[layer])
 
-    def function(x: Tensor, call: Call) -> Tensor:
-        out = type(layer).forward(layer, x, *call[0], **call[1])
-        return out[0] if seen.outputs[layer] else out  # pyright: ignore[reportReturnType]
 
-    return function
+def _run_alone(layer: nn.Module, outputs: int, x: Tensor, call: Call) -> Tensor:
+    out = type(layer).forward(layer, x, *call[0], **call[1])
+    return out[0] if outputs else out  # pyright: ignore[reportReturnType]
 
 
 def check_same(got: Tensor, expected: Tensor, layer: nn.Module, why: str) -> None:
@@ -180,9 +187,7 @@ def check_same(got: Tensor, expected: Tensor, layer: nn.Module, why: str) -> Non
         )
 
 
-def halves_of(
-    model: nn.Module, layer: nn.Module, mlp: MLP, seen: Seen
-) -> tuple[Callable[[Tensor, Call], Tensor], Callable[[Tensor, Call], Tensor]]:
+def halves_of(model: nn.Module, layer: nn.Module, mlp: MLP, seen: Seen) -> tuple[Function, Function]:
     """Return the layer's attention and its MLP, each with its norm and residual, as functions of hidden states.
 
     Each is the whole layer with the other part giving zeros: the layer's own code says where norms and residuals are.
@@ -193,33 +198,27 @@ def halves_of(
             f"MEFT: variant is 3, but attention and MLP of {type(layer).__name__} are not a module each; take "
             "variant 1."
         )
-    whole, silent = alone(layer, seen), set[nn.Module]()
-
-    def without(module: nn.Module) -> Callable[[Tensor, Call], Tensor]:
-        def function(x: Tensor, call: Call) -> Tensor:
-            silent.add(module)
-            try:
-                return whole(x, call)
-            finally:
-                silent.discard(module)
-
-        return function
-
+    silent = set[nn.Module]()
     for module in (attention, mlp.module):
-        silence(module, silent, seen.outputs[module])
-    return without(mlp.module), without(attention)
+        module.forward = partial(_run_unless, silent, module, seen.outputs[module])
+    whole = alone(layer, seen)
+    return partial(_run_without, mlp.module, silent, whole), partial(_run_without, attention, silent, whole)
 
 
-def silence(module: nn.Module, silent: set[nn.Module], outputs: int) -> None:
-    """Let `module` give zeros of the shape of what it reads, while it is in `silent`."""
+def _run_without(module: nn.Module, silent: set[nn.Module], whole: Function, x: Tensor, call: Call) -> Tensor:
+    silent.add(module)
+    try:
+        return whole(x, call)
+    finally:
+        silent.discard(module)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if module not in silent:
-            return type(module).forward(module, *args, **kwargs)
-        zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-        return (zeros, *[None] * (outputs - 1)) if outputs else zeros
 
-    module.forward = forward
+def _run_unless(silent: set[nn.Module], module: nn.Module, outputs: int, *args: Any, **kwargs: Any) -> Any:
+    """Run `module`; while it is in `silent`, give zeros of the shape of what it reads."""
+    if module not in silent:
+        return type(module).forward(module, *args, **kwargs)
+    zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+    return (zeros, *[None] * (outputs - 1)) if outputs else zeros
 
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
@@ -242,18 +241,25 @@ def put_after(layer: nn.Module, attention: nn.Module, adapter: nn.Module) -> Non
             f"MEFT: variant is 3, but the attention of {type(layer).__name__} has {len(found)} output projections "
             "where one is needed; take variant 1."
         )
-    found[0].register_forward_hook(lambda module, args, out: out + adapter(out))
+    found[0].register_forward_hook(partial(_add_after, adapter))
+
+
+def _add_after(adapter: nn.Module, _module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+    return out + adapter(out)
 
 
 def put_beside(up: nn.Module, down: nn.Module, adapter: nn.Module) -> None:
     """Add to what `down` gives what `adapter` makes of the input of `up`: an adapter parallel to the MLP."""
     inputs: list[Tensor] = []
+    up.register_forward_hook(partial(_keep, inputs))
+    down.register_forward_hook(partial(_add_beside, inputs, adapter))
 
-    def keep(_module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
-        inputs[:] = args[:1]
 
-    def add(_module: nn.Module, _args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return out + adapter(inputs.pop())
+def _keep(inputs: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
+    inputs[:] = args[:1]
 
-    up.register_forward_hook(keep)
-    down.register_forward_hook(add)
+
+def _add_beside(
+    inputs: list[Tensor], adapter: nn.Module, _module: nn.Module, _args: tuple[Tensor, ...], out: Tensor
+) -> Tensor:
+    return out + adapter(inputs.pop())

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import Cache
 
 from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
-from lit_sparse.reversible.coupling import Coupling, from_fixed, to_fixed
+from lit_sparse.reversible.coupling import Coupling, fits, from_fixed, to_fixed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What the model gives to a layer beside the hidden states: masks, positions, rotary tables."""
+
+Function = Callable[[Tensor, Call], Tensor]
+"""A layer, or a part of it: hidden states (B, S, H) from hidden states and a call."""
 
 NO_DROPOUT = (
     "MEFT: exact is on, but the model's layers have dropout, and what they compute must repeat bit for bit; set their "
@@ -34,7 +40,7 @@ class Half:
         coupling: How the kept stream enters.
     """
 
-    function: Callable[[Tensor, Call], Tensor]
+    function: Function
     coupling: Coupling
 
 
@@ -100,34 +106,32 @@ class Stack:
         self._calls: list[Call] = []
         self._hidden: Tensor | None = None
         for number, layer in enumerate(self.layers):
-            layer.module.forward = self._deferred(number)
+            layer.module.forward = partial(self._defer, number)  # a copy of the model has a copy of the stack
 
-    def _deferred(self, number: int) -> Callable[..., Any]:
+    def _defer(self, number: int, /, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the `forward` of a layer."""
         outputs = self.layers[number].outputs
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if number == 0:
-                self._hidden, self._calls = hidden, []
-            if hidden is not self._hidden or len(self._calls) != number:
-                self._hidden, self._calls = None, []
-                raise BadInput(
-                    f"the model does more between its layers than to call one after the other (before layer {number}), "
-                    "so that they cannot be run backwards; train it without MEFT, for example with lora.yaml and "
-                    "activation checkpointing."
-                )
-            self._calls.append((args, kwargs))
-            if number == len(self.layers) - 1:
-                calls, self._hidden, self._calls = self._calls, None, []
-                hidden = self.run(hidden, calls)
-            return (hidden, *[None] * (outputs - 1)) if outputs else hidden
-
-        return forward
+        hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        if number == 0:
+            self._hidden, self._calls = hidden, []
+        if hidden is not self._hidden or len(self._calls) != number:
+            self._hidden, self._calls = None, []
+            raise BadInput(
+                f"the model does more between its layers than to call one after the other (before layer {number}), "
+                "so that they cannot be run backwards; train it without MEFT, for example with lora.yaml and "
+                "activation checkpointing."
+            )
+        self._calls.append((args, kwargs))
+        if number == len(self.layers) - 1:
+            calls, self._hidden, self._calls = self._calls, None, []
+            hidden = self.run(hidden, calls)
+        return (hidden, *[None] * (outputs - 1)) if outputs else hidden
 
     def run(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
         """Return the last hidden states (B, S, H), from the first ones and each layer's call."""
         trains = torch.is_grad_enabled()
         if trains:
+            check_caches(calls)
             calls = [without_cache(call) for call in calls]
             check_constants(calls)
         dtype = hidden.dtype
@@ -156,6 +160,17 @@ def without_cache(call: Call) -> Call:
     kept = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     off = {"use_cache": False} if "use_cache" in kwargs else {}
     return tuple(None if isinstance(value, Cache) else value for value in args), kept | off
+
+
+def check_caches(calls: Sequence[Call]) -> None:
+    """Refuse to go on from key-value caches with gradients on, and mark those that a forward pass will leave empty."""
+    for cache in {value for args, kwargs in calls for value in (*args, *kwargs.values()) if isinstance(value, Cache)}:
+        if hasattr(cache, "left_empty") or cache.get_seq_length():
+            raise BadInput(
+                "MEFT: the model goes on from cached keys and values with gradients on, where it neither reads nor "
+                "writes them; call it within torch.no_grad(), or give it the whole sequence."
+            )
+        cache.left_empty = True  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_constants(calls: Sequence[Call]) -> None:
@@ -199,6 +214,8 @@ class Segment:
         dtype: The dtype of hidden states within the layers; streams are in fp32 (fp64 for fp64).
         autocast: The casts of the forward pass.
         past: For each step, what it must know to run again.
+        ends: The last states.
+        fits: Whether all states were numbers that fixed point bears; its results are no numbers otherwise.
     """
 
     layers: Sequence[ReversibleLayer]
@@ -208,11 +225,13 @@ class Segment:
     autocast: Autocast
     past: list[Past] = field(default_factory=list)
     ends: tuple[Tensor, Tensor] | None = None
+    fits: Tensor | None = None
 
     def forward(self, kept: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
         """Return the streams (B, S, H) after the layers."""
         dtype = kept.dtype
         if self.form.exact:
+            self.fits = fits(kept) & fits(read)
             kept, read = to_fixed(kept), to_fixed(read)
         for layer, call in zip(self.layers, self.calls, strict=True):
             for half in layer.halves:
@@ -220,13 +239,16 @@ class Segment:
             if layer.swap:
                 kept, read = read, kept
         self.ends = kept, read
-        return (from_fixed(kept, dtype), from_fixed(read, dtype)) if self.form.exact else (kept, read)
+        if self.fits is None:
+            return kept, read
+        nan = torch.where(self.fits, 0.0, torch.nan)  # what does not fit would come out as any number
+        return from_fixed(kept, dtype).add_(nan), from_fixed(read, dtype).add_(nan)
 
     def _step(self, half: Half, call: Call, read: Tensor, kept: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             f = self.value(half, call, read)
             return (
-                half.coupling.couple_fixed(f, read, kept)[0] if self.form.exact else half.coupling.couple(f, read, kept)
+                self._couple_fixed(half, f, read, kept)[0] if self.form.exact else half.coupling.couple(f, read, kept)
             )
         before = random_state(read.device)
         f = self.value(half, call, self.variable(read)).detach()
@@ -234,11 +256,17 @@ class Segment:
         if self.form.exact and past.random is not None:
             raise BadInput(NO_DROPOUT)
         if self.form.exact:
-            out, past.dropped = half.coupling.couple_fixed(f, read, kept)
+            out, past.dropped = self._couple_fixed(half, f, read, kept)
         else:
             out = half.coupling.couple(f, read, kept)
         self.past.append(past)
         return out
+
+    def _couple_fixed(self, half: Half, f: Tensor, read: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        out, dropped = half.coupling.couple_fixed(f, read, kept)
+        assert self.fits is not None
+        self.fits = self.fits & fits(f) & fits(out)
+        return out, dropped
 
     def variable(self, read: Tensor) -> Tensor:
         """Return what a step's function reads, in the layers' dtype, as the start of a graph."""
@@ -277,16 +305,18 @@ class Segment:
     def error(self, kept: Tensor, read: Tensor) -> float:
         """Return the relative error (norms) with which the first states are computed back from the last.
 
-        Of a planned training, whose tensors have no values, it is 0.
+        It is no number if they do not fit into fixed point; of a planned training, whose tensors have no values, 0.
         """
         assert self.ends is not None
         first = deque(self.back(*self.ends, self.past), maxlen=1)[0][-1]  # one step's graph at a time
         if not has_values(kept):
             return 0.0
+        if self.fits is not None and not self.fits:
+            return math.nan
         pairs = zip(first, (kept, read), strict=True)
         if self.form.exact:
             pairs = [(from_fixed(a, torch.float64), from_fixed(to_fixed(b), torch.float64)) for a, b in pairs]
-        return max(float(((a - b).norm() / b.norm()).detach()) for a, b in pairs)
+        return float(torch.stack([((a - b).norm() / b.norm()).detach() for a, b in pairs]).max())  # also a nan
 
 
 class Reversible(torch.autograd.Function):
@@ -308,6 +338,7 @@ class Reversible(torch.autograd.Function):
         return ends
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:
         segment: Segment = ctx.segment
         kept, read, *dropped = ctx.saved_tensors

@@ -25,7 +25,7 @@ from lit_sparse.anatomy import (
     mlps,
 )
 from lit_sparse.errors import BadInput
-from lit_sparse.reversible.coupling import Coupling
+from lit_sparse.reversible.coupling import LIMIT, Coupling
 from lit_sparse.reversible.layers import Recipe, Seen, adapters_of, check_model, draws, reversible
 from lit_sparse.reversible.stack import NO_DROPOUT, Form, Stack
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
@@ -164,16 +164,23 @@ class MEFT(UpdateStrategy):
         try:
             for _ in probe(1):
                 pass
-            self._error = max(self._stack.errors, default=0.0)
+            self._error = float(torch.tensor(self._stack.errors).max())  # also a nan
         finally:
             self._stack.errors = None
-        if not self._error <= self.max_error:
-            depth = self.checkpoint_every or len(self._stack.layers)
+        if self._error <= self.max_error:
+            return
+        if self.exact:
             raise BadInput(
-                f"MEFT: computed back from {depth} layers above, hidden states have a relative error of "
-                f"{self._error:.2g}, and max_error is {self.max_error:g}: gradients would be noise; set "
-                f"exact to true with checkpoint_every: null, or checkpoint_every to {max(depth // 2, 1)} or less."
+                f"MEFT: exact is on, but on a training batch hidden states are not within {LIMIT:,} either way, which "
+                "is what fixed point holds; set exact: false and checkpoint_every: 1."
             )
+        depth = self.checkpoint_every or len(self._stack.layers)
+        less = f", or checkpoint_every to {depth // 2} or less" if depth > 1 else ""
+        raise BadInput(
+            f"MEFT: computed back from {depth} layers above, hidden states have a relative error of {self._error:.2g}, "
+            f"and max_error is {self.max_error:g}: gradients would be noise; set exact to true with checkpoint_every: "
+            f"null{less}."
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return the relative error of the reconstruction that was measured before training (0 if exact)."""

@@ -20,7 +20,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.optim import trainable
 from lit_sparse.reversible import stack
-from lit_sparse.reversible.coupling import Coupling, from_fixed, pack, to_fixed, unpack
+from lit_sparse.reversible.coupling import LIMIT, Coupling, fits, from_fixed, pack, to_fixed, unpack
 from lit_sparse.runs import load_run
 from lit_sparse.strategies import MEFT, Updates
 from lit_sparse.strategies.base import Context
@@ -410,3 +410,80 @@ def test_an_embedding_of_positions_that_trains_is_refused() -> None:
     rotary.forward = lambda *args, **kwargs: tuple(part * scale for part in own(*args, **kwargs))
     with pytest.raises(BadInput, match="whose gradient MEFT would lose"):
         loss_of(model)
+
+
+# ---- states beyond what fixed point holds, and graphs used otherwise
+
+
+@pytest.mark.parametrize("value", [1e9, float("nan")])
+def test_states_that_fixed_point_does_not_hold_give_no_number(value: float) -> None:
+    """A loss that has diverged must not look like any other."""
+    model = tiny_llm("llama").train()
+    attached(model, exact=True)
+    model.model.layers[1].meft["parallel"].up.bias.data.fill_(value)  # pyright: ignore
+    assert loss_of(model).isnan()
+    with torch.no_grad():
+        assert loss_of(model).isnan()
+
+
+def test_a_base_whose_states_fixed_point_does_not_hold_is_refused() -> None:
+    model = tiny_llm("llama").train()
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e12  # pyright: ignore
+    with pytest.raises(BadInput, match=r"hidden states are not within 65,536 .* exact: false and checkpoint_every: 1"):
+        attach(model)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.125])
+def test_a_sum_that_wraps_around_does_not_fit(weight: float) -> None:
+    most = torch.tensor([LIMIT - 1.0])
+    for read, kept in ((-most, most), (most, -most), (most, most)):
+        coupling = Coupling(weight, relative=True)
+        for f in (most, -most):
+            exact = coupling.couple(f, read, kept)
+            assert fits(coupling.couple_fixed(f, to_fixed(read), to_fixed(kept))[0]) == (exact.abs() < LIMIT)
+
+
+def test_a_graph_is_used_again_as_torch_has_it() -> None:
+    model = tiny_llm("llama").train()
+    attached(model, exact=True)
+    loss = loss_of(model)
+    loss.backward(retain_graph=True)
+    once = {name: parameter.grad.clone() for name, parameter in trainable(model) if parameter.grad is not None}
+    loss.backward()
+    assert all(torch.equal(p.grad, 2 * once[name]) for name, p in trainable(model) if p.grad is not None)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    found = torch.autograd.grad(loss_of(model), [p for _, p in trainable(model)], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        found[0].sum().backward()
+
+
+def test_going_on_from_a_cache_with_gradients_on_is_refused() -> None:
+    model = tiny_llm("llama")
+    attached(model, exact=True)
+    model.eval()
+    cache = model(input_ids=IDS[:, :6]).past_key_values
+    with pytest.raises(BadInput, match=r"with gradients on, .* within torch.no_grad\(\)"):
+        model(input_ids=IDS[:, 6:], past_key_values=cache)
+    with torch.no_grad():
+        cache, whole = model(input_ids=IDS[:, :6]).past_key_values, model(input_ids=IDS).logits[:, 6:]
+        torch.testing.assert_close(model(input_ids=IDS[:, 6:], past_key_values=cache).logits, whole)
+        cache = model(input_ids=IDS[:, :6]).past_key_values
+    with pytest.raises(BadInput, match="with gradients on"):
+        model(input_ids=IDS[:, 6:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3])
+def test_a_copy_of_the_model_has_layers_of_its_own(variant: int, tmp_path: Path) -> None:
+    """As averages of weights make one, or `torch.save(model)`."""
+    model = tiny_llm("llama").train()
+    attached(model, variant=variant, exact=True)
+    torch.save(model, tmp_path / "model.pt")
+    expected, before = gradients(model), loss_of(model)
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        got = gradients(other)
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+        for _, parameter in trainable(other):
+            nn.init.zeros_(parameter)
+        assert not torch.equal(loss_of(other), before)
+        assert torch.equal(loss_of(model), before)
