@@ -32,6 +32,15 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest_of_ranks(value: float) -> float:
+    """Return the largest `value` of all ranks, not a number if one is none. Every rank must call it."""
+    found: list[Any] = [value]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        found *= dist.get_world_size()
+        dist.all_gather_object(found, value)
+    return float(torch.tensor(found, dtype=torch.float64).max())
+
+
 def check_agreement(values: Mapping[str, Any]) -> None:
     """Refuse to go on where ranks differ in what must be the same: they would train apart, or wait for one another.
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from lit_sparse.optim import AdamW, trainable
 from lit_sparse.ranks import average_gradients
 from lit_sparse.runs import build_module
 from lit_sparse.shipped import configs_folder
-from lit_sparse.strategies import LISA, SMT
-from lit_sparse.strategies.base import ALONE
+from lit_sparse.strategies import LISA, MEFT, SMT
+from lit_sparse.strategies.base import ALONE, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Cyclic
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.profiler import Plan
@@ -85,7 +86,8 @@ def replicas(folder: Path, rank: int) -> None:
     for method in METHODS:
         attempt(folder, rank, method, lambda method=method: replica(folder, method))
     attempt(folder, rank, "averages", lambda: averages(rank))
-    attempt(folder, rank, "switching", lambda: switching(folder, True))
+    for name in COMPARED:
+        attempt(folder, rank, f"{name} compared", lambda name=name: compared(folder, name, True))
     attempt(folder, rank, "signals", lambda: signals(folder, rank))
     attempt(folder, rank, "disagreements", lambda: disagreements(folder, rank))
 
@@ -154,9 +156,19 @@ def averages(rank: int) -> list:
     return [None if parameter.grad is None else parameter.grad.flatten().tolist() for parameter in parameters]
 
 
-def switching(folder: Path, replicated: bool) -> dict[str, list[float]]:
-    """LISA that switches every step, with accumulation and clipping; return the weights."""
-    update = LISA(active_layers=1, interval=1, sampler="cyclic")
+COMPARED: dict[str, Callable[[], UpdateStrategy]] = {
+    "lisa": partial(LISA, active_layers=1, interval=1, sampler="cyclic"),
+    "meft": MEFT,
+    "meft in segments": partial(MEFT, exact=False, checkpoint_every=2, variant=3),
+}
+"""Methods whose two replicas are held to one process: a trainable set that changes every step; a backward pass of its
+own."""
+
+
+def compared(folder: Path, name: str, replicated: bool) -> dict[str, list[float]]:
+    """Train with accumulation and clipping; return the weights."""
+    torch.manual_seed(0)  # of adapters
+    update = COMPARED[name]()
     smooth = partial(AdamW, eps=1e-3)  # its update is a smooth function of the gradient, of a slope up to lr / eps
     module = CausalLM(str(folder / "base"), [update], lr=1e-2, optimizer=smooth, warmup_steps=0)
     trainer = L.Trainer(
@@ -255,14 +267,15 @@ def test_buckets_hold_every_parameter_once_in_order(monkeypatch):
     assert all(one is other for one, other in zip(flat, parameters, strict=True))
 
 
-def test_replicas_whose_trainable_set_changes_train_what_one_process_does(pair):
-    first, second = (result(pair, "switching", rank) for rank in range(2))
+@pytest.mark.parametrize("name", COMPARED)
+def test_two_replicas_train_what_one_process_does(name, pair):
+    first, second = (result(pair, f"{name} compared", rank) for rank in range(2))
     assert first == second
-    alone, start = switching(pair, False), dict(tiny_llm("llama").named_parameters())
-    moved = {name for name, value in start.items() if not torch.equal(torch.tensor(alone[name]), value.flatten())}
-    assert len({name.split(".")[2] for name in moved if ".layers." in name}) == 3, "not every layer was switched to"
-    for name, value in alone.items():  # entries are below 0.1, so that orders of summation are 1e-8 apart
-        torch.testing.assert_close(torch.tensor(first[name]), torch.tensor(value), rtol=0, atol=2e-6)
+    alone, start = compared(pair, name, False), dict(tiny_llm("llama").named_parameters())
+    moved = {key for key, own in alone.items() if key not in start or own != start[key].flatten().tolist()}
+    assert len({key.split(".")[2] for key in moved if ".layers." in key}) == 3, "not every layer was trained"
+    for key, value in alone.items():  # entries are below 0.1, so that orders of summation are 1e-8 apart
+        torch.testing.assert_close(torch.tensor(first[key]), torch.tensor(value), rtol=0, atol=2e-6)
 
 
 def test_the_weights_of_replicas_tell_methods_apart(pair):

@@ -25,6 +25,7 @@ from lit_sparse.anatomy import (
     mlps,
 )
 from lit_sparse.errors import BadInput
+from lit_sparse.ranks import largest_of_ranks
 from lit_sparse.reversible.coupling import LIMIT, Coupling
 from lit_sparse.reversible.layers import Recipe, Seen, adapters_of, check_model, draws, reversible
 from lit_sparse.reversible.stack import NO_DROPOUT, Form, Stack
@@ -154,7 +155,7 @@ class MEFT(UpdateStrategy):
         self._stack = Stack(made, Form(result, self.checkpoint_every, self.exact))
 
     def _measure(self, probe: Probe) -> None:
-        """Measure the error of the reconstruction on a training batch.
+        """Measure the error of the reconstruction on a training batch, the worst of all ranks' batches.
 
         Raises:
             BadInput: if it is above `max_error`.
@@ -164,7 +165,7 @@ class MEFT(UpdateStrategy):
         try:
             for _ in probe(1):
                 pass
-            self._error = float(torch.tensor(self._stack.errors).max())  # also a nan
+            self._error = largest_of_ranks(float(torch.tensor(self._stack.errors).max()))  # also a nan
         finally:
             self._stack.errors = None
         if self._error <= self.max_error:
