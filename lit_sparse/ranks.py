@@ -1,7 +1,9 @@
 """Sums and means over ranks, and what they must agree on; a single process keeps its value."""
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,13 +34,13 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def largest_of_ranks(value: float) -> float:
-    """Return the largest `value` of all ranks, not a number if one is none. Every rank must call it."""
-    found: list[Any] = [value]
+def largest_of_ranks(values: Sequence[float]) -> float:
+    """Return the largest of the `values` of all ranks, not a number if one is none. Every rank must call it."""
+    found: list[Any] = [values]
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         found *= dist.get_world_size()
-        dist.all_gather_object(found, value)
-    return float(torch.tensor(found, dtype=torch.float64).max())
+        dist.all_gather_object(found, values)
+    return max(chain.from_iterable(found), key=lambda value: (math.isnan(value), value))
 
 
 def check_agreement(values: Mapping[str, Any]) -> None:

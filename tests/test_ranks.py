@@ -1,6 +1,7 @@
 """Two processes select the same blocks, from both ranks' data, and train to the same weights."""
 
 import hashlib
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, trainable
-from lit_sparse.ranks import average_gradients
+from lit_sparse.ranks import average_gradients, largest_of_ranks
 from lit_sparse.runs import build_module
 from lit_sparse.shipped import configs_folder
 from lit_sparse.strategies import LISA, MEFT, SMT
@@ -255,6 +256,11 @@ def test_a_signal_to_one_rank_saves_and_ends_all(number, pair):
         assert step == 2
         assert saved
         assert sentence.startswith(f"{number} stopped the fit after step 2; go on with --ckpt_path")
+
+
+def test_what_is_no_number_is_the_largest() -> None:
+    assert largest_of_ranks([0.5, 2.0, 1.0]) == 2
+    assert math.isnan(largest_of_ranks([0.5, math.nan, 1.0]))
 
 
 def test_buckets_hold_every_parameter_once_in_order(monkeypatch):

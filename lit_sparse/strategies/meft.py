@@ -165,7 +165,7 @@ class MEFT(UpdateStrategy):
         try:
             for _ in probe(1):
                 pass
-            self._error = largest_of_ranks(float(torch.tensor(self._stack.errors).max()))  # also a nan
+            self._error = largest_of_ranks([0.0, *self._stack.errors])
         finally:
             self._stack.errors = None
         if self._error <= self.max_error:
