@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lit_sparse.anatomy import classification_head, dummy_forward
 from lit_sparse.errors import BadInput
+from lit_sparse.export.card import has_own_forward
 from lit_sparse.export.merge import check_converged, differs
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.hollow import release
@@ -34,10 +35,10 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
             f"an adapter of {run} was asked for, but {module.updates.names} trained none; export it with --to hf or "
             "--to delta."
         )
+    other = "use it through lit_sparse.runs.load_run" if has_own_forward(module) else "export it with --to hf"
     if classification_head(module.build()):
         raise BadInput(
-            f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; export it with "
-            "--to hf."
+            f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; {other}."
         )
     check_converged(module, run)
     adapters[0].save(folder)
@@ -47,7 +48,7 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
     if differs(trained, after, before, LOAD_TOLERANCE):
         raise BadInput(
             f"the adapter of {run} would not compute on its base what the run computed (its start rounded the base's "
-            "weights); export it with --to hf."
+            f"weights); {other}."
         )
 
 

@@ -27,7 +27,7 @@ from lit_sparse.anatomy import (
 from lit_sparse.errors import BadInput
 from lit_sparse.ranks import largest_of_ranks
 from lit_sparse.reversible.coupling import LIMIT, Coupling
-from lit_sparse.reversible.layers import Recipe, Seen, adapters_of, check_model, draws, reversible
+from lit_sparse.reversible.decoder import Recipe, Seen, adapters_of, check_model, draws, reversible
 from lit_sparse.reversible.stack import NO_DROPOUT, Form, Stack
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
 
@@ -126,7 +126,11 @@ class MEFT(UpdateStrategy):
         self._error = state["error"]
 
     def _place(self, model: nn.Module, context: Context) -> None:
-        assert isinstance(model, PreTrainedModel)
+        if not isinstance(model, PreTrainedModel) or any(name.endswith(".meft") for name, _ in model.named_modules()):
+            raise BadInput(
+                f"MEFT: the {type(model).__name__} is not a model of transformers without adapters; give the base by "
+                "itself, newly loaded."
+            )
         check_model(model)
         if context.checkpointing:
             raise BadInput(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -399,6 +400,14 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "saved" / "meft.json").write_text(json.dumps({"variant": 9}))
     with pytest.raises(BadInput, match="variant is 9"):
         MEFT.load(tmp_path / "saved", tiny_llm("llama"))
+
+
+def test_a_base_that_has_adapters_is_refused(tmp_path: Path) -> None:
+    model = tiny_llm("llama").train()
+    attached(model).save(tmp_path / "saved")
+    for other in (model, get_peft_model(tiny_llm("llama"), LoraConfig(target_modules=["q_proj"]))):
+        with pytest.raises(BadInput, match="is not a model of transformers without adapters"):
+            MEFT.load(tmp_path / "saved", other)  # pyright: ignore[reportArgumentType]
 
 
 def test_an_embedding_of_positions_that_trains_is_refused() -> None:
