@@ -339,7 +339,7 @@ class Reversible(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Any) -> Any:
+    def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         segment: Segment = ctx.segment
         kept, read, *dropped = ctx.saved_tensors
         past = [Past(d, r) for d, r in zip(dropped or [None] * len(ctx.random), ctx.random, strict=True)]
