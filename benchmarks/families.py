@@ -45,16 +45,18 @@ from transformers import (
 
 from benchmarks.measurements import read_lines
 from benchmarks.provenance import commit, where
-from lit_sparse.anatomy import dummy_forward
+from lit_sparse.anatomy import classification_head, dummy_forward
 from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
+from lit_sparse.export.card import has_own_forward
 from lit_sparse.export.folder import export
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module, load_run
 from lit_sparse.shipped import configs_folder
+from lit_sparse.strategies import MEFT
 from lit_sparse_profiling.devices import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "families.jsonl"
@@ -348,7 +350,7 @@ class Cell:
         return {"trained_share": trained / module.base_parameters}
 
     def export(self) -> dict[str, Any]:
-        """Export the run as a Hugging Face folder, and compare logits with the run's.
+        """Export the run as a Hugging Face folder, or as its method's own, and compare logits with the run's.
 
         Raises:
             AssertionError: if they differ by more than rounding, or training changed nothing.
@@ -356,12 +358,20 @@ class Cell:
         module, _ = load_run(self.run)
         ours = dummy_forward(module.build())
         with redirect_stdout(io.StringIO()):
-            again = module.auto_class.from_pretrained(export(self.run, "hf"))
+            again = self.exported(module)
         base = module.auto_class.from_pretrained(self.base)
         error, change = (float((dummy_forward(one) - ours).abs().max() / ours.abs().max()) for one in (again, base))
         assert error <= TOLERANCE, f"the export's logits differ by {error:.1e}"
         assert change > error, "training did not change the logits"
         return {"error": error, "change": change}
+
+    def exported(self, module: LitSparse) -> PreTrainedModel:
+        """Return the model that users load from the run's export."""
+        if not has_own_forward(module) or classification_head(module.build()):  # refused, in the second case
+            return module.auto_class.from_pretrained(export(self.run, "hf"))
+        base = module.auto_class.from_pretrained(self.base)
+        MEFT.load(export(self.run, "adapter"), base)
+        return base
 
     def sharded(self, ranks: int) -> L.Trainer:
         """Train three steps of two rows each with fsdp2 on this and other ranks, or on one device if `ranks` is 1."""
