@@ -14,15 +14,22 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from lit_sparse import cli
 from lit_sparse.errors import BadInput
+from lit_sparse.export.adapter import write_adapter
 from lit_sparse.export.folder import export
 from lit_sparse.optim import trainable
 from lit_sparse.reversible import stack
 from lit_sparse.reversible.coupling import LIMIT, Coupling, fits, from_fixed, pack, to_fixed, unpack
-from lit_sparse.runs import load_run
+from lit_sparse.runs import build_module, load_run
 from lit_sparse.strategies import MEFT, Updates
 from lit_sparse.strategies.base import Context
 from lit_sparse.testing import next_token_cross_entropy, tiny_encoder, tiny_llm
@@ -307,6 +314,17 @@ def test_a_run_goes_on_in_mid_epoch_is_exported_and_generates(home: Path, settin
 
 
 # ---- refusals
+
+
+def test_an_adapter_beside_a_trained_head_names_a_way_that_exists(tmp_path: Path) -> None:
+    config = tiny_llm("llama").config
+    config.num_labels = 3
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")  # pyright: ignore[reportArgumentType]
+    keys = {"base": str(tmp_path / "base"), "updates": [{"class_path": "MEFT"}]}
+    module = build_module({"task": "Classifier", "model": keys})
+    with pytest.raises(BadInput, match=r"head was trained too, .* use it through lit_sparse\.runs\.load_run"):
+        write_adapter(module, "run-1", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize(
