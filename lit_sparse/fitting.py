@@ -160,6 +160,11 @@ class CLI(LightningCLI):
         """
         if config.ckpt_path == "last":
             return last_checkpoint(self.root, config.run)
+        if Path(config.ckpt_path).suffix == ".safetensors":
+            raise BadInput(
+                f"--ckpt_path is {config.ckpt_path}, which is an export and no checkpoint; give checkpoints/last.ckpt of a "
+                "run. A seed log is taken again in Python: SeedLog.load(FILE).replay(base)."
+            )
         if not Path(config.ckpt_path).is_file() and "://" not in config.ckpt_path:
             raise BadInput(
                 f"--ckpt_path {config.ckpt_path} was asked for, but there is no such file; give a checkpoint's path, "

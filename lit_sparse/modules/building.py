@@ -309,7 +309,10 @@ class BuiltModel(L.LightningModule, ABC):
         model = self.build()
         if self._trainer is not None and not self.to_shard:  # which moves one layer after the other
             model.to(self.device_to_be)  # pyright: ignore[reportArgumentType]
-        if self.activation_checkpointing:
+        if self.activation_checkpointing and self.updates.backward == "none":
+            (method,) = [type(update).__name__ for update in self.updates if update.backward == "none"]
+            rank_zero_info(f"model.activation_checkpointing has no effect: {method} computes losses without a graph.")
+        elif self.activation_checkpointing:
             checkpoint_activations(model)
         model.train()
 

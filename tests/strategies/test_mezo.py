@@ -371,10 +371,12 @@ def test_settings_of_gradients_are_refused_and_leave_nothing(home, capsys, monke
 # ---- whole runs
 
 
-def test_a_run_trains_exports_and_writes_a_record(home, capsys):
+def test_a_run_trains_exports_and_writes_a_record(home, capsys, caplog):
     metric = ["--model.updates.objective=torchmetrics.classification.MulticlassAccuracy"]
     metric += ["--model.updates.objective.num_classes=96", "--model.updates.objective.average=micro"]
-    fit("--config", "mezo_lora.yaml", "--trainer.max_steps=4", "--model.lr=0.01", "--run", "zo", *metric)
+    idle = "--model.activation_checkpointing=true"
+    fit("--config", "mezo_lora.yaml", "--trainer.max_steps=4", "--model.lr=0.01", "--run", "zo", idle, *metric)
+    assert "model.activation_checkpointing has no effect: MeZO computes losses without a graph." in caplog.text
     record = json.loads(Path("runs/zo-1/record.json").read_text())
     assert record["status"] == "ok"
     assert record["updates"][1]["chosen"] == {"forwards_per_step": 2, "skipped_steps": 0}
