@@ -162,8 +162,8 @@ class CLI(LightningCLI):
             return last_checkpoint(self.root, config.run)
         if Path(config.ckpt_path).suffix == ".safetensors":
             raise BadInput(
-                f"--ckpt_path is {config.ckpt_path}, which is an export and no checkpoint; give checkpoints/last.ckpt of "
-                "a run. A seed log is taken again in Python: SeedLog.load(FILE).replay(base)."
+                f"--ckpt_path is {config.ckpt_path}, an export and no checkpoint; give checkpoints/last.ckpt of a run. "
+                "A seed log is taken again in Python: SeedLog.load(FILE).replay(base)."
             )
         if not Path(config.ckpt_path).is_file() and "://" not in config.ckpt_path:
             raise BadInput(
