@@ -187,6 +187,9 @@ def planner(lines: Sequence[Line]) -> Figure:
     axes[0].set(xlabel="peak measured, MiB", ylabel="peak predicted, MiB", xscale="log", yscale="log")
     axes[1].axhline(0, color="grey", linestyle=":", zorder=0)
     axes[1].set(xlabel="peak measured, MiB", ylabel="error, % (above 0: too much predicted)", xscale="log")
+    for axis in (axes[0].xaxis, axes[1].xaxis, axes[0].yaxis):
+        axis.set_ticks([2, 3, 5, 10], ["2", "3", "5", "10"])
+        axis.set_ticks([], minor=True)
     axes[0].legend(loc="upper left")
     return figure
 
