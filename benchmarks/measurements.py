@@ -45,12 +45,16 @@ def newest(lines: Iterable[Line], key: str) -> dict[str, Line]:
     return found
 
 
-def caption(command: str, lines: Sequence[Line]) -> str:
-    """Return a caption: the command, and every device, date, commit and version among the lines."""
+def caption(command: str, lines: Sequence[Line], verb: str = "Measured") -> str:
+    """Return a caption: the command, and every device, date, commit and version among the lines.
+
+    Args:
+        verb: What the command did.
+    """
     versions = {f"{name} {version}" for line in lines for name, version in line["versions"].items()}
     devices, dates, commits = (sorted({line[key] for line in lines}) for key in ("device", "date", "commit"))
     facts = [" and ".join(devices), *sorted(versions), " and ".join(dates), f"commit {', '.join(commits)}"]
-    return f"Measured by `{command}` on {', '.join(facts)}; table by `python benchmarks/readme.py`."
+    return f"{verb} by `{command}` on {', '.join(facts)}; table by `python benchmarks/readme.py`."
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

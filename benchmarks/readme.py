@@ -472,7 +472,7 @@ def published(results: Path) -> str:
         "with context, GB",
         "differs in",
     ]
-    return f"{table(head, rows)}\n\n{caption(command, lines)}"
+    return f"{table(head, rows)}\n\n{caption(command, lines, 'Planned')}"
 
 
 BLOCKS["planner"] = planner
