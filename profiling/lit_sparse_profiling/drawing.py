@@ -31,6 +31,7 @@ COMMON: dict[str, Any] = {
     "margin": {"l": 10, "r": 24, "t": 30, "b": 50},
     "xaxis": AXIS,
     "yaxis": AXIS,
+    "modebar": {"bgcolor": "rgba(0,0,0,0)"},
     "font": {"color": "@ink", "size": 13, "family": "system-ui, sans-serif"},
     "paper_bgcolor": "rgba(0,0,0,0)",
     "plot_bgcolor": "rgba(0,0,0,0)",

@@ -123,7 +123,7 @@ def memory(rows: Sequence[Row], cards: Cards) -> Figure | None:
         "between two measurements: the residue is what the allocator gave out beyond the count, and is small when the "
         f"count is right. Dotted lines are the sizes of cards sold with {sold} GB; the thick one is your own.{more}",
         data,
-        merged(bars(len(shown), "memory at the peak, GiB", barmode="relative", top=78), lines),
+        merged(bars(len(shown), "memory at the peak, GiB", barmode="relative", top=108), lines),
     )
 
 
