@@ -16,6 +16,7 @@ import venv
 from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from zipfile import ZipFile
 
 import pytest
@@ -146,10 +147,10 @@ def test_the_description_on_pypi_has_links_that_lead_to_files(wheel: Path) -> No
     assert all(target.startswith("https://") for target in targets)
 
 
-@pytest.mark.filterwarnings("ignore:The distutils package is deprecated")  # setuptools' own import
 def test_the_description_of_a_build_of_ones_own_has_no_dead_links(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
-    monkeypatch.setattr("setuptools.setup", dict)
+    # In its place, since setuptools cannot be imported where something has imported the standard library's distutils.
+    monkeypatch.setitem(sys.modules, "setuptools", SimpleNamespace(setup=dict))
     text = runpy.run_path(str(ROOT / "setup.py"))["absolute"](
         "![a](b.svg)[c\nd](e.md#f) [g](https://h.org)", "", "HEAD"
     )

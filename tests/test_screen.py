@@ -68,7 +68,6 @@ def test_a_terminal_of_80_columns_shows_one_line_of_progress(home):
     told = (
         "Steps 3 to 6 are measured, and slower, if that takes at most 10% of the fit; --profile=false leaves that out."
     )
-    told += "--profile=false leaves that out."
     assert told in written.replace("\r\n", " ").replace("\n", " ")
 
 

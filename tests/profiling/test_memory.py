@@ -7,19 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from lit_sparse_profiling import memory
 from lit_sparse_profiling.memory import ResidentMemory, trim_heap
+from tests.profiling.pages import new_pages
 
 MIB = 2**20
 BLOCK = 64 * MIB
 SLACK = 8 * MIB
 
 
-def allocate() -> torch.Tensor:
-    """Allocate BLOCK bytes and touch all pages."""
-    return torch.ones(BLOCK // 4)
+def allocate() -> mmap.mmap:
+    """Return BLOCK bytes of pages that are new to the process."""
+    return new_pages(BLOCK)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_current_follows_what_is_allocated(resident: ResidentMemory) -> None:
     assert before is not None
     assert after is not None
     assert after - before == pytest.approx(BLOCK, abs=SLACK)
-    assert block.numel() == BLOCK // 4
+    assert len(block) == BLOCK
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
@@ -104,7 +104,7 @@ def test_a_process_does_not_inherit_the_peak_of_the_one_that_started_it(
     root = Path(memory.__file__).parents[1]
     child = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert int(child.stdout) < BLOCK
-    assert block.numel() == BLOCK // 4
+    assert len(block) == BLOCK
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
