@@ -153,9 +153,7 @@ def reversible(recipe: Recipe, model: nn.Module, layer: nn.Module, mlp: MLP, see
     put_beside(model.get_submodule(mlp.up), model.get_submodule(mlp.down), own["parallel"])
     weighed, plain = Coupling(recipe.factor, recipe.relative), Coupling(1.0, relative=False)
     if parts is not None:
-        attention = attention_of(layer)
-        assert attention is not None
-        put_after(layer, attention, own["second"])
+        put_after(layer, own["second"])
         return ReversibleLayer(layer, (Half(parts[0], weighed), Half(parts[1], weighed)), False, seen.outputs[layer])
     if ends:
         return ReversibleLayer(layer, (Half(whole, weighed),), False, seen.outputs[layer])
@@ -229,12 +227,14 @@ def attention_of(layer: nn.Module) -> nn.Module | None:
     return layer.get_submodule(parents.pop()) if len(parents) == 1 else None
 
 
-def put_after(layer: nn.Module, attention: nn.Module, adapter: nn.Module) -> None:
+def put_after(layer: nn.Module, adapter: nn.Module) -> None:
     """Add to the attention's output projection what `adapter` makes of its output.
 
     Raises:
         BadInput: if the attention has no such projection.
     """
+    attention = attention_of(layer)
+    assert attention is not None, "halves_of refuses such a layer"
     found = [module for name, module in attention.named_modules() if name and role(f"attn.{name}") == "o"]
     if len(found) != 1:
         raise BadInput(

@@ -345,12 +345,12 @@ class Reversible(torch.autograd.Function):
         past = [Past(d, r) for d, r in zip(dropped or [None] * len(ctx.random), ctx.random, strict=True)]
         d_kept, d_read = gradients
         found: dict[nn.Parameter, Tensor] = {}
+        trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]
         with torch.enable_grad():
             for coupling, x, f, swapped, _ in segment.back(kept, read, past):
                 if swapped:
                     d_kept, d_read = d_read, d_kept
                 d_out = d_read
-                trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]
                 d_x, *own = torch.autograd.grad(f, (x, *trained), d_out.to(f.dtype), allow_unused=True)
                 for parameter, gradient in zip(trained, own, strict=True):
                     if gradient is not None:

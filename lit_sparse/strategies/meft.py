@@ -19,11 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import (
-    classification_head,
-    decoder_layers,
-    mlps,
-)
+from lit_sparse.anatomy import classification_head, decoder_layers, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.ranks import largest_of_ranks
 from lit_sparse.reversible.coupling import LIMIT, Coupling
