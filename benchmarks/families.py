@@ -55,7 +55,7 @@ from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module, load_run
-from lit_sparse.shipped import configs_folder
+from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.strategies import MEFT
 from lit_sparse_profiling.devices import describe_device
 

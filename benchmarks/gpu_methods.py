@@ -20,7 +20,7 @@ from time import monotonic
 from benchmarks.measurements import Line
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.turns import append, measure, newest, pair_line
-from lit_sparse.bench import TIMED_ONLY, job, parser
+from lit_sparse.commands.bench import TIMED_ONLY, job, parser
 from lit_sparse_profiling.paired import PairedRun, compare_rounds, dependence, rounds_of
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import Pair, RunRecord

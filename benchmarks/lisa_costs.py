@@ -25,7 +25,7 @@ from benchmarks.quality import QUIET, checkpointed, fitted
 from benchmarks.trials import digest
 from benchmarks.turns import append, lines_of, measure, newest
 from lit_sparse.anatomy import decoder_layers
-from lit_sparse.configs import found
+from lit_sparse.commands.configs import found
 from lit_sparse.export.merge import Merge
 from lit_sparse.modules.loading import load_base
 from lit_sparse_profiling.record import RunRecord

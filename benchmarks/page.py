@@ -14,7 +14,7 @@ from time import perf_counter
 
 from playwright.sync_api import sync_playwright
 
-from lit_sparse.plan import CARDS
+from lit_sparse.commands.plan import CARDS
 from lit_sparse_profiling.page import write_page
 from lit_sparse_profiling.run_folders import read_runs
 

@@ -52,10 +52,10 @@ from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy
-from lit_sparse.plan import fit_command
-from lit_sparse.planner import Forecast, Setting, forecast
-from lit_sparse.quantized_plan import scales_of
-from lit_sparse.shipped import methods
+from lit_sparse.commands.plan import fit_command
+from lit_sparse.planning.forecast import Forecast, Setting, forecast
+from lit_sparse.planning.quantized import scales_of
+from lit_sparse.commands.shipped import methods
 from lit_sparse_profiling.allocator import size_changes, walk_events
 from lit_sparse_profiling.ledger import ledger, storages
 from lit_sparse_profiling.sections import Ledger

@@ -19,8 +19,8 @@ from benchmarks.measurements import Line, read_lines
 from benchmarks.provenance import ROOT, of_device
 from benchmarks.turns import append
 from lit_sparse.cli import make_planned
-from lit_sparse.plan import fit_command
-from lit_sparse.planner import Setting, forecast
+from lit_sparse.commands.plan import fit_command
+from lit_sparse.planning.forecast import Setting, forecast
 
 RESULTS = ROOT / "benchmarks" / "results" / "published.jsonl"
 COMMAND = "python -m benchmarks.published"

@@ -416,7 +416,7 @@ def command_line(_results: Path) -> str:
 
 def short_help(verb: str) -> str:
     """Return the help of a verb as the package ships it."""
-    from lit_sparse.parsers import help_of
+    from lit_sparse.commands.parsers import help_of
 
     return help_of([verb], long=False) + "\n"
 
@@ -503,7 +503,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 1
-    for path in sorted((root / "lit_sparse" / "short_help").glob("*.txt")):
+    for path in sorted((root / "lit_sparse" / "commands" / "short_help").glob("*.txt")):
         old[path], new[path] = path.read_text(encoding="utf-8"), short_help(path.stem)
     changed = [path for path in new if new[path] != old[path]]
     if check and changed:

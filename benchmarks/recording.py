@@ -25,7 +25,7 @@ from benchmarks.quality import written
 from benchmarks.ranking import Results
 from benchmarks.trials import Config, digest, filled
 from benchmarks.turns import pair_line
-from lit_sparse.bench import bench
+from lit_sparse.commands.bench import bench
 from lit_sparse.data import Instructions
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM

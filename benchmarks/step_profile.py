@@ -73,7 +73,7 @@ def activities() -> list[ProfilerActivity]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit for as many steps as are measured."""
-    from lit_sparse.bench import MEASURED, TIMED_ONLY
+    from lit_sparse.commands.bench import MEASURED, TIMED_ONLY
     from lit_sparse.cli import run
 
     method, *passed = sys.argv[1:] if arguments is None else arguments

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 import lit_sparse.strategies
-from lit_sparse.configs import found
+from lit_sparse.commands.configs import found
 from lit_sparse.errors import BadInput
 
 TABLES = Path(__file__).parent / "quality"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.measurements import Line
 from benchmarks.provenance import provenance
-from lit_sparse.bench import bench
+from lit_sparse.commands.bench import bench
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import method_name, read_runs, run_name
 from lit_sparse_profiling.sections import Pair

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from importlib.metadata import version
 from typing import NamedTuple, NoReturn
 
-from lit_sparse.shipped import listing, short_help
+from lit_sparse.commands.shipped import listing, short_help
 
 
 class Verb(NamedTuple):

@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 from lit_sparse import cli
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
-from lit_sparse.shipped import methods
+from lit_sparse.commands.shipped import methods
 from lit_sparse.testing import tiny_llm
 from tests.conftest import make_home
 

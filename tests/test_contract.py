@@ -20,7 +20,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module
-from lit_sparse.shipped import configs_folder
+from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.profiler import Plan

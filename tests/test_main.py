@@ -9,8 +9,8 @@ import pytest
 
 from lit_sparse import cli
 from lit_sparse.__main__ import VERBS, wait_passively
-from lit_sparse.parsers import help_of
-from lit_sparse.shipped import laid_out
+from lit_sparse.commands.parsers import help_of
+from lit_sparse.commands.shipped import laid_out
 
 ROOT = Path(__file__).parents[1]
 WATCHED = """

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_sparse import bench, cli, plan
-from lit_sparse.configs import find_configs
+from lit_sparse import cli
+from lit_sparse.commands import bench, plan
+from lit_sparse.commands.configs import find_configs
 from lit_sparse.export import generate
 
 ROOT = Path(__file__).parents[1]

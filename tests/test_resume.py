@@ -9,7 +9,7 @@ import torch
 
 from lit_sparse import cli
 from lit_sparse.errors import BadInput
-from lit_sparse.shipped import configs_folder
+from lit_sparse.commands.shipped import configs_folder
 from lit_sparse_profiling.record import RunRecord
 from tests.test_cli import SMALL
 

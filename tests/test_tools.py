@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lit_sparse import cli
 from lit_sparse_profiling.record import RunRecord
-from tests.test_refusals import refused
+from tests.commands.test_refusals import refused
 from tests.test_runs import F, step_of
 
 RUN = Path("runs/lora-1")

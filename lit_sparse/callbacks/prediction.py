@@ -16,7 +16,7 @@ from lit_sparse.data import TokenData
 from lit_sparse.data.loader import Loader
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.sharding import FSDP2Strategy
-from lit_sparse.planner import CONTEXT, Forecast, Setting, forecast
+from lit_sparse.planning.forecast import CONTEXT, Forecast, Setting, forecast
 from lit_sparse.runs import build_module
 from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.sections import Predicted

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import deft, readme, trials
 from benchmarks.trials import read_table, read_yaml
-from lit_sparse.bench import OWN, existing, parser, take
+from lit_sparse.commands.bench import OWN, existing, parser, take
 from lit_sparse.strategies import ActivationDensity
 
 ABOUT = {"commit": "abc", "date": "2026-11-22", "device": "a CPU", "versions": {"torch": "2.13.0"}}

@@ -19,7 +19,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.optim import trainable
-from lit_sparse.planner import Setting, forecast
+from lit_sparse.planning.forecast import Setting, forecast
 from lit_sparse.strategies import HELENE, LISA, PEFT, MeZO, Updates, UpdateStrategy
 from lit_sparse.strategies.helene import annealed
 from lit_sparse.testing import contract, next_token_cross_entropy, tiny_encoder, tiny_llm

@@ -1,9 +1,7 @@
-"""Refusals of jsonargparse, Lightning and the operating system, told in a sentence with what to do."""
+"""What jsonargparse and Lightning's trainer refuse, told in a sentence with what to do."""
 
-import errno
 import importlib
 import inspect
-import linecache
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
@@ -41,8 +38,6 @@ WANTED = {
     "NoneType": "null",
 }
 CLASS_PATH = r"class_path[ =]'([\w.]+)'"
-LIBRARIES = {"lightning": "Lightning", "wandb": "wandb", "mlflow": "MLflow", "comet_ml": "Comet"}
-"""Packages whose own refusals are the user's to heed, with their names."""
 FILES_OF_DATA = {"Instructions": "data/instructions.yaml", "Text": "data/text.yaml", "Labelled": "data/labelled.yaml"}
 LEAST: dict[str, tuple[float, str]] = {
     "accumulate_grad_batches": (1, "but a step needs a batch; give 1 or more"),
@@ -53,8 +48,6 @@ LEAST: dict[str, tuple[float, str]] = {
     "log_every_n_steps": (1, "but it is a number of steps; give 1 or more, or trainer.logger=false"),
 }
 """Keys of `trainer` with the least number that makes sense, and why."""
-OF_THE_SYSTEM = ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EISDIR", "ENOTDIR", "ENAMETOOLONG", "EMFILE")
-"""Errors of the operating system that the user can do something about."""
 
 
 # ---- jsonargparse
@@ -200,51 +193,7 @@ def fields_of(kind: type) -> list[str]:
     return [name for name in dict.fromkeys(found) if name not in ("args", "kwargs", "self", "options", "host")]
 
 
-# ---- Lightning and the operating system
-
-
-def understood(error: BaseException) -> BadInput | None:
-    """Return `error`, or one that it was raised from, as an error of the user's; None if it is ours.
-
-    Those are `BadInput`, what Lightning raises itself (and not what it runs into), values that the profiler refuses,
-    and the operating system's refusals.
-    """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, BadInput):
-            return cause
-        if isinstance(cause, OSError) and errno.errorcode.get(cause.errno or 0) in OF_THE_SYSTEM:
-            place = f"{cause.filename}: " if cause.filename is not None else ""
-            return BadInput(
-                f"{place}{cause.strerror}; make room or give another path, then go on from the last checkpoint."
-            )
-        library = "lightning" if isinstance(cause, MisconfigurationException) else raised_by(cause)
-        if library in LIBRARIES:
-            return BadInput(in_a_sentence(LIBRARIES[library], cause))
-        if library == "lit_sparse_profiling" and isinstance(cause, ValueError):  # which knows no BadInput
-            return BadInput(str(cause))
-        cause = cause.__cause__
-    return None
-
-
-def raised_by(error: BaseException) -> str | None:
-    """Return the name of the package whose statement `raise` raised `error`; None if no such statement did."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return None
-    code = traceback.tb_frame.f_code
-    line = linecache.getline(code.co_filename, traceback.tb_lineno).strip()
-    return str(traceback.tb_frame.f_globals.get("__name__")).partition(".")[0] if line.startswith("raise ") else None
-
-
-def in_a_sentence(library: str, error: BaseException) -> str:
-    """Return what a library refuses, and the command that installs a package which it lacks."""
-    text = " ".join(str(error).split())
-    if found := re.search(r"pip install (?:-U )?'?([\w.\[\]-]+)", text):
-        return f"the package {found[1]} is needed and not installed; run pip install {found[1]}."
-    return f"{library} refuses this: {text}"
+# ---- Lightning's trainer
 
 
 def check_trainer_words(trainer: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_sparse.configs import UNMEASURED
+from lit_sparse.commands.configs import UNMEASURED
 from lit_sparse.data.sources import READERS
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:.+)?")

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 
 from lit_sparse.errors import BadInput
-from lit_sparse.plan import CARDS, card_of
+from lit_sparse.commands.plan import CARDS, card_of
 from lit_sparse_profiling.report import report
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_sparse import usage
-from lit_sparse.configs import find_configs, read_documents
-from lit_sparse.fitting import CLI, start
+from lit_sparse.commands import usage
+from lit_sparse.commands.configs import find_configs, read_documents
+from lit_sparse.commands.fit import CLI, start
 
 
 class Parsers(CLI):

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_sparse import cli
 from lit_sparse.callbacks.checkpointing import LastCheckpoint
-from lit_sparse.refusals import understood
+from lit_sparse.library_errors import understood
 from tests.test_runs import F
 
 DATA = F[: F.index("--samples=0")]

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from lit_sparse.errors import BadInput
-from lit_sparse.fitting import CLI, start
-from lit_sparse.plan import Planned
+from lit_sparse.commands.fit import CLI, start
+from lit_sparse.commands.plan import Planned
 
 
 class Planning(CLI):

@@ -92,7 +92,7 @@ def listing() -> str:
 
 def short_help(verb: str) -> str | None:
     """Return the help of a verb whose keys are those of a fit, as `make readme` wrote it; None for any other verb."""
-    path = Path(lit_sparse.__file__).parent / "short_help" / f"{verb}.txt"
+    path = Path(__file__).parent / "short_help" / f"{verb}.txt"
     return laid_out(path.read_text(encoding="utf-8").rstrip("\n")) if path.is_file() else None
 
 

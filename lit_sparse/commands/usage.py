@@ -12,7 +12,7 @@ from typing import Any
 import jsonargparse
 
 from lit_sparse import data, strategies
-from lit_sparse.shipped import COLUMN, configs_folder, laid_out
+from lit_sparse.commands.shipped import COLUMN, configs_folder, laid_out
 
 SHORT, LONG = ("-h", "--help"), "--help_all"
 EXAMPLES = {

@@ -17,10 +17,11 @@ import pytest
 from lightning.pytorch.callbacks import TQDMProgressBar
 from rich.console import Console
 
-from lit_sparse import cli, configs, screen
+from lit_sparse import cli
+from lit_sparse.commands import configs, screen
 from lit_sparse.errors import BadInput
-from lit_sparse.screen import Progress, clock
-from lit_sparse.words import unmeasured
+from lit_sparse.commands.screen import Progress, clock
+from lit_sparse.commands.words import unmeasured
 from lit_sparse_profiling import walltime
 from lit_sparse_profiling.record import RunRecord
 from tests.test_runs import F

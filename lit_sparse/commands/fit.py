@@ -22,7 +22,7 @@ from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.rank_watch import RankWatch
 from lit_sparse.callbacks.recorder import Recorder
-from lit_sparse.configs import (
+from lit_sparse.commands.configs import (
     STACKED,
     STACKING,
     Parser,
@@ -36,7 +36,7 @@ from lit_sparse.configs import (
 )
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.sharding import TIMEOUT
-from lit_sparse.refusals import check_trainer_words, explain
+from lit_sparse.commands.refusals import check_trainer_words, explain
 from lit_sparse.runs import (
     TASKS,
     check_name,
@@ -47,8 +47,8 @@ from lit_sparse.runs import (
     remove_unused,
     task_class,
 )
-from lit_sparse.screen import shown
-from lit_sparse.words import find_data, named_task, unmeasured
+from lit_sparse.commands.screen import shown
+from lit_sparse.commands.words import find_data, named_task, unmeasured
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.run_folders import next_folder

@@ -11,16 +11,16 @@ import yaml
 from rich.console import Console
 from rich.progress import Progress
 
-from lit_sparse import bench as verb
+from lit_sparse.commands import bench as verb
 from lit_sparse import cli
 from lit_sparse.errors import BadInput
-from lit_sparse.shipped import configs_folder
+from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.runner import Job, Repeat
 from lit_sparse_profiling.sections import Throughput
 
-ROOTS = [str(Path(verb.__file__).parents[1] / folder) for folder in ("", "kernels", "profiling")]
+ROOTS = [str(Path(verb.__file__).parents[2] / folder) for folder in ("", "kernels", "profiling")]
 SYNTHETIC = f"--config={configs_folder()}/data/synthetic.yaml"
 
 
