@@ -45,8 +45,10 @@ from transformers import (
 
 from benchmarks.measurements import read_lines
 from benchmarks.provenance import commit, where
-from lit_sparse.anatomy import classification_head, dummy_forward
+from lit_sparse.anatomy import classification_head
+from lit_sparse.calls import dummy_forward
 from lit_sparse.checkpoints import LAST, read_checkpoint
+from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.export.card import has_own_forward
@@ -55,7 +57,6 @@ from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module, load_run
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.strategies import MEFT
 from lit_sparse_profiling.devices import describe_device
 

@@ -48,14 +48,14 @@ from benchmarks.measurements import Line, read_lines
 from benchmarks.provenance import ROOT, of_device
 from benchmarks.turns import append
 from lit_sparse.cli import make_planned
+from lit_sparse.commands.plan import fit_command
+from lit_sparse.commands.shipped import methods
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy
-from lit_sparse.commands.plan import fit_command
 from lit_sparse.planning.forecast import Forecast, Setting, forecast
 from lit_sparse.planning.quantized import scales_of
-from lit_sparse.commands.shipped import methods
 from lit_sparse_profiling.allocator import size_changes, walk_events
 from lit_sparse_profiling.ledger import ledger, storages
 from lit_sparse_profiling.sections import Ledger

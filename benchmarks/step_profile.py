@@ -73,8 +73,8 @@ def activities() -> list[ProfilerActivity]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Fit for as many steps as are measured."""
-    from lit_sparse.commands.bench import MEASURED, TIMED_ONLY
     from lit_sparse.cli import run
+    from lit_sparse.commands.bench import MEASURED, TIMED_ONLY
 
     method, *passed = sys.argv[1:] if arguments is None else arguments
     steps = WARM + PLAIN + LISTED + TRACED

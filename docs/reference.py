@@ -12,8 +12,8 @@ from typing import Any
 from docstring_parser import parse
 
 from lit_sparse import callbacks, cli
-from lit_sparse.commands import usage
 from lit_sparse.__main__ import VERBS
+from lit_sparse.commands import usage
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import AdamW
 from lit_sparse_profiling.profiler import Plan

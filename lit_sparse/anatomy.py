@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lit_sparse.calls import uncalled
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import device_of
 
 ROLES = {
     "q": ("q_proj", "query", "query_proj", "q_lin", "wq", "q_a_proj", "q_b_proj"),
@@ -326,89 +325,6 @@ def matrix(linear: nn.Linear | Conv1D) -> Tensor:
     return linear.weight.t() if isinstance(linear, Conv1D) else linear.weight
 
 
-def uncalled(model: nn.Module, names: Iterable[str], compute: Callable[..., Any] | None = None) -> set[str]:
-    """Return those of the linear layers `names` whose weight the model reads without calling the layer.
-
-    Mamba's dt_proj is one. Whatever replaces such a layer would have no effect. They are those that a forward pass over
-    a few dummy tokens does not call, although it calls the module that holds them; an expert that no token reaches is
-    not called either.
-
-    Args:
-        compute: As for `dummy_forward`.
-    """
-    called: set[nn.Module] = set()
-    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    watched = {*parents.values(), *(model.get_submodule(name) for name in parents)}
-    hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in watched]
-    try:
-        if hooks:
-            dummy_forward(model, compute=compute)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name for name, parent in parents.items() if parent in called and model.get_submodule(name) not in called}
-
-
-def shared_inputs(model: nn.Module, names: Iterable[str], compute: Callable[..., Any] | None = None) -> list[list[str]]:
-    """Group the named modules by the input tensor that they read (q, k and v of a layer read one, for example).
-
-    A forward pass over a few dummy tokens finds them, so that nothing is assumed about the model's structure.
-
-    Args:
-        compute: As for `dummy_forward`.
-    """
-    seen: dict[int, tuple[Tensor, list[str]]] = {}  # holds the tensor: once freed, its id could be reused
-
-    def watcher(name: str):
-        def watch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.setdefault(id(args[0]), (args[0], []))[1].append(name)
-
-        return watch
-
-    hooks = [model.get_submodule(name).register_forward_pre_hook(watcher(name)) for name in names]
-    try:
-        dummy_forward(model, "logits", compute)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    groups = [group for _, group in seen.values()]
-    missing = set(names) - {name for group in groups for name in group}
-    return groups + [[name] for name in sorted(missing)]
-
-
-def unreached_layers(model: nn.Module, compute: Callable[..., Any] | None = None) -> list[int]:
-    """Return the numbers of the decoder layers that text does not reach: Mllama's cross-attention needs an image.
-
-    Args:
-        compute: As for `dummy_forward`.
-    """
-    called: set[nn.Module] = set()
-    layers = decoder_layers(model)
-    hooks = [layer.register_forward_pre_hook(lambda layer, args: called.add(layer)) for layer in layers]
-    try:
-        dummy_forward(model, compute=compute)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [number for number, layer in enumerate(layers) if layer not in called]
-
-
-def dummy_forward(model: nn.Module, field: str = "logits", compute: Callable[..., Any] | None = None) -> Tensor:
-    """Return a field of the output for three dummy tokens, (1, 3, ...), in evaluation mode and without a graph.
-
-    The last token is the end of the text for an encoder-decoder model: BART and T5 classify there.
-
-    Args:
-        compute: Runs a function that uses the model, where its parameters are sharded or of several dtypes; None calls
-            it.
-    """
-    device, config = device_of(next(model.parameters())), model.config
-    last = config.eos_token_id if config.is_encoder_decoder else 3  # pyright: ignore
-    inputs = {"input_ids": torch.tensor([[1, 2, last]], device=device), "use_cache": False}
-    with torch.no_grad(), evaluating(model):
-        return (model(**inputs) if compute is None else compute(partial(model, **inputs)))[field]
-
-
 def has_values(tensor: Tensor) -> bool:
     """Return false for a tensor of a planned training, or a DTensor of them, which have a shape only."""
     return not isinstance(tensor.to_local() if isinstance(tensor, DTensor) else tensor, FakeTensor)
@@ -418,18 +334,6 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the entries of a batch that the model reads, with the key-value cache off."""
     names = ("input_ids", "attention_mask", "position_ids")
     return {name: batch[name] for name in names if name in batch} | {"use_cache": False}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Set evaluation mode for the duration of a `with` block, then restore the mode of each module."""
-    was = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in was.items():
-            module.training = training
 
 
 def weight_count(model: nn.Module) -> int:

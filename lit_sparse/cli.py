@@ -10,27 +10,27 @@ from typing import Any, Literal
 import jsonargparse
 from jsonargparse import auto_cli, set_parsing_settings
 
-from lit_sparse.commands import usage
-from lit_sparse.commands.bench import bench
-from lit_sparse.commands.bench import parser as bench_parser
 from lit_sparse.callbacks.checkpointing import Stopped
 from lit_sparse.callbacks.out_of_memory import asked_for, is_oom
 from lit_sparse.callbacks.rank_watch import rank_of_this, tell_once
-from lit_sparse.commands.report import compare, report_parser
-from lit_sparse.errors import BadInput
-from lit_sparse.export import generate
-from lit_sparse.export.folder import export
+from lit_sparse.commands import usage
+from lit_sparse.commands.bench import bench
+from lit_sparse.commands.bench import parser as bench_parser
 from lit_sparse.commands.fit import CLI, start
 from lit_sparse.commands.parsers import Parsers, help_of
 from lit_sparse.commands.plan import parser as plan_parser
 from lit_sparse.commands.plan import plan
 from lit_sparse.commands.planned import make_planned
 from lit_sparse.commands.refusals import explain
-from lit_sparse.library_errors import understood
+from lit_sparse.commands.report import compare, report_parser
 from lit_sparse.commands.screen import tidy
 from lit_sparse.commands.select import select, select_parser
 from lit_sparse.commands.shipped import laid_out, listing
 from lit_sparse.commands.words import switched_on
+from lit_sparse.errors import BadInput
+from lit_sparse.export import generate
+from lit_sparse.export.folder import export
+from lit_sparse.library_errors import understood
 from lit_sparse_profiling.phases import Phases
 
 NOISE = (

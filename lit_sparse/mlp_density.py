@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_sparse.anatomy import MLP, dummy_forward, has_values
+from lit_sparse.anatomy import MLP, has_values
+from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
 from lit_sparse_kernels.glu_density import ACTS, activation, glu_density, glu_density_grad
 

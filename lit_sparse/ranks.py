@@ -17,6 +17,11 @@ BUCKET_BYTES = 32 * 2**20
 """Gradients that are reduced together: long messages use the links fully, short ones keep the copy small."""
 
 
+def world_size() -> int:
+    """Return the number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Replace `tensor` by its sum over all ranks, in place, and return it.
 
@@ -37,8 +42,8 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 def largest_of_ranks(values: Sequence[float]) -> float:
     """Return the largest of the `values` of all ranks, not a number if one is none. Every rank must call it."""
     found: list[Any] = [values]
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        found *= dist.get_world_size()
+    if world_size() > 1:
+        found *= world_size()
         dist.all_gather_object(found, values)
     return max(chain.from_iterable(found), key=lambda value: (math.isnan(value), value))
 
@@ -54,9 +59,9 @@ def check_agreement(values: Mapping[str, Any]) -> None:
     Raises:
         BadInput: on all ranks alike, naming the first key and the first rank that differs from rank 0.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size() == 1:
         return
-    found: list[Any] = [None] * dist.get_world_size()
+    found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, dict(values))
     for key, first in found[0].items():
         for rank, other in enumerate(found):
@@ -97,7 +102,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
     One all-reduce for each bucket. A parameter that has no gradient on any rank has none afterwards. Every rank must
     call it with the same parameters in the same order.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if world_size() == 1:
         return
     for bucket in _buckets(parameters):
         grads = [parameter.grad for parameter in bucket]
@@ -106,7 +111,7 @@ def average_gradients(parameters: Iterable[Tensor]) -> None:
         flat = torch.cat([here, *(value.flatten() for value in values)])
         dist.all_reduce(flat)
         found, flat = flat.split([len(bucket), len(flat) - len(bucket)])
-        means = (flat / dist.get_world_size()).split([value.numel() for value in values])
+        means = (flat / world_size()).split([value.numel() for value in values])
         for n, (parameter, value, mean) in enumerate(zip(bucket, values, means, strict=True)):
             if parameter.grad is not None or found[n] > 0:  # read, and waited for, only on a rank that lacks it
                 parameter.grad = value.copy_(mean.view_as(value))

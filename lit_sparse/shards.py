@@ -12,32 +12,31 @@ from __future__ import annotations
 
 import errno
 import glob
-import hashlib
 import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
 from lit_sparse.errors import BadInput
-from lit_sparse.whole import CHUNK, not_written, sync, write_whole
+from lit_sparse.hashed_files import HashedFiles, sha256_of
+from lit_sparse.whole import not_written, sync, write_whole
 
 KEY = "shards"
 """Entry of a checkpoint: the name of the folder beside it, and the SHA-256 of each of its files."""
@@ -257,63 +256,10 @@ def _from_all(own: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
 class _Writer(FileSystemWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, sync_files=True)
-        self.fs = self.files = _HashedFiles()
+        self.fs = self.files = HashedFiles()
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # else the folder's name today, a path, which it may not keep
-
-
-class _HashedFiles(FileSystem):
-    """Files of torch.distributed.checkpoint, hashed as they are written."""
-
-    def __init__(self) -> None:
-        self.hashes: dict[str, str] = {}
-        self._paths: dict[str, Path] = {}
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with Path(path).open(mode) as file:
-            stream = _Stream(file)  # pyright: ignore[reportArgumentType]
-            yield stream
-        self._note(Path(path), stream.hash.hexdigest())
-
-    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
-        super().rename(path, new_path)
-        self._note(Path(new_path), self.hashes.pop(Path(path).name))
-
-    def _note(self, path: Path, digest: str) -> None:
-        self.hashes[path.name], self._paths[path.name] = digest, path
-
-    def read_back(self) -> str | None:
-        """Return what is wrong with the files on the disk, None if they are as they were written."""
-        for name, digest in self.hashes.items():
-            with self._paths[name].open("rb") as file:
-                if hasattr(os, "posix_fadvise"):  # so that the disk is read, and not what is cached of the write
-                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                if _hash(file) != digest:
-                    return f"{name} reads back otherwise than it was written; check the disk"
-        return None
-
-
-class _Stream:
-    """A file that is written from its beginning to its end, and hashed on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.hash = file, hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.hash.update(data)
-        return self._file.write(data)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-def _hash(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 # ---- files
@@ -380,7 +326,7 @@ def _difference(file: Path, digest: str) -> str | None:
     """Return why a file is not the one that was hashed, None if it is."""
     try:
         with file.open("rb") as opened:
-            return None if _hash(opened) == digest else "its hash is not that of its contents"
+            return None if sha256_of(opened) == digest else "its hash is not that of its contents"
     except OSError as error:
         return error.strerror or str(error)
 

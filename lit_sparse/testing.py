@@ -20,7 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lit_sparse.anatomy import evaluating
+from lit_sparse.calls import evaluating
 from lit_sparse.optim import match_by_name, trainable
 from lit_sparse.strategies import Updates, UpdateStrategy
 

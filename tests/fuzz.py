@@ -34,9 +34,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from lit_sparse import cli
+from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
-from lit_sparse.commands.shipped import methods
 from lit_sparse.testing import tiny_llm
 from tests.conftest import make_home
 

@@ -9,17 +9,16 @@ from benchmarks.families import FAMILIES
 from lit_sparse.anatomy import (
     backbone,
     decoder_layers,
-    dummy_forward,
     experts,
     is_linear,
     linears,
     role,
     target_linears,
-    uncalled,
     unread_by_text,
     weight_count,
     weight_matrix,
 )
+from lit_sparse.calls import dummy_forward, uncalled
 from lit_sparse.errors import BadInput
 
 

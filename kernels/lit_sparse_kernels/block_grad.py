@@ -248,14 +248,8 @@ def _launch(
         _block_grad_kernel,
         (tiles * splits,),
         device,
-        *dys,
-        packed_TP,
-        table_N4,
-        out_Nhw,
-        parts,
-        tokens,
-        steps,
-        splits,
+        *(*dys, packed_TP, table_N4, out_Nhw, parts),
+        *(tokens, steps, splits),
         *(dy.shape[1] for dy in (*dys, packed_TP)),
         *(dy.stride(0) for dy in (*dys, packed_TP)),
         K=plan.k,
@@ -377,11 +371,7 @@ def _checked(dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, siz
 
 
 def block_grad(
-    dys_TO: Sequence[Tensor],
-    packed_TP: Tensor,
-    blocks_N3: Tensor,
-    size: Sequence[int],
-    into_Nhw: Tensor | None = None,
+    dys_TO: Sequence[Tensor], packed_TP: Tensor, blocks_N3: Tensor, size: Sequence[int], into_Nhw: Tensor | None = None
 ) -> Tensor:
     """Gradients of the blocks, accumulated in fp32 (fp64 for fp64 input).
 

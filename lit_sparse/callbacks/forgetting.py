@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lit_sparse import demo
-from lit_sparse.anatomy import evaluating
+from lit_sparse.calls import evaluating
 from lit_sparse.checkpoints import forked_rng
 from lit_sparse.data import TokenData
 from lit_sparse.data.collate import Choices, Padded, Padding, ScoredChoices

@@ -34,9 +34,11 @@ from lit_sparse.commands.configs import (
     read_whole_numbers_first,
     without_twins,
 )
+from lit_sparse.commands.refusals import check_trainer_words, explain
+from lit_sparse.commands.screen import shown
+from lit_sparse.commands.words import find_data, named_task, unmeasured
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.sharding import TIMEOUT
-from lit_sparse.commands.refusals import check_trainer_words, explain
 from lit_sparse.runs import (
     TASKS,
     check_name,
@@ -47,8 +49,6 @@ from lit_sparse.runs import (
     remove_unused,
     task_class,
 )
-from lit_sparse.commands.screen import shown
-from lit_sparse.commands.words import find_data, named_task, unmeasured
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.run_folders import next_folder

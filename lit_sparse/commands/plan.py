@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_sparse.commands.bench import existing, has_data, take
+from lit_sparse.commands.shipped import configs_folder, methods
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.planning.forecast import Forecast, Setting, forecast
-from lit_sparse.commands.shipped import configs_folder, methods
 
 CARDS = {8: 8188, 12: 12282, 16: 15360, 24: 23028, 40: 40448, 48: 46068, 80: 81251, 141: 143771}
 """MiB that the driver reports for cards sold with that many GB; of several cards the least (T4, A10G, A40, A100)."""

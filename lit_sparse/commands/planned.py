@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from lit_sparse.errors import BadInput
 from lit_sparse.commands.fit import CLI, start
 from lit_sparse.commands.plan import Planned
+from lit_sparse.errors import BadInput
 
 
 class Planning(CLI):

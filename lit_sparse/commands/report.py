@@ -4,8 +4,8 @@ import argparse
 import shlex
 from collections.abc import Sequence
 
-from lit_sparse.errors import BadInput
 from lit_sparse.commands.plan import CARDS, card_of
+from lit_sparse.errors import BadInput
 from lit_sparse_profiling.report import report
 
 

@@ -11,10 +11,10 @@ import lightning as L
 import torch
 from lightning.pytorch.cli import LightningCLI
 
-from lit_sparse.commands.bench import take
 from lit_sparse.callbacks.rank_watch import RankWatch
-from lit_sparse.errors import BadInput
+from lit_sparse.commands.bench import take
 from lit_sparse.commands.fit import CLI, start
+from lit_sparse.errors import BadInput
 from lit_sparse.whole import replace_text
 
 

@@ -6,7 +6,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from lit_sparse.anatomy import classification_head, dummy_forward
+from lit_sparse.anatomy import classification_head
+from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
 from lit_sparse.export.card import has_own_forward
 from lit_sparse.export.merge import check_converged, differs

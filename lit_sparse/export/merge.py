@@ -10,9 +10,10 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import dummy_forward, is_quantized, weight_matrix
+from lit_sparse.anatomy import is_quantized, weight_matrix
 from lit_sparse.blocks.experts import chosen_blocks
 from lit_sparse.blocks.grid import Blocks
+from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
 from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta
 from lit_sparse.modules import LitSparse

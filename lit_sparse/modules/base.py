@@ -1,6 +1,6 @@
 """The host: a LightningModule that trains a Hugging Face model with update strategies, and knows no method's name."""
 
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,22 +10,33 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from lit_sparse.data.loader import Loader
 from lit_sparse.demo import DEMO
 from lit_sparse.errors import BadInput
-from lit_sparse.modules.building import HALF, Precision
-from lit_sparse.modules.checks import check_async_save, check_callbacks, check_masters, check_sharding, check_trainer
+from lit_sparse.modules.checks import (
+    check_async_save,
+    check_callbacks,
+    check_data_alike,
+    check_masters,
+    check_sharding,
+    check_trainer,
+    check_updates_alike,
+)
 from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.modules.loading import Quantization
-from lit_sparse.modules.owed import settle
+from lit_sparse.modules.precision import HALF, Precision
 from lit_sparse.modules.resume import Resumable
-from lit_sparse.modules.schedule import Schedule, factor
-from lit_sparse.modules.window import Window, sum_over_ranks
+from lit_sparse.modules.schedule import Schedule, scheduler_of
+from lit_sparse.modules.window import Window
 from lit_sparse.optim import AdamW, match_by_name, total_norm
-from lit_sparse.ranks import average_gradients, check_agreement
+from lit_sparse.ranks import all_reduce_sum, average_gradients
 from lit_sparse.strategies import UpdateStrategy
+
+LOGGED = (
+    *("train_loss", "train_accuracy", "scored_tokens", "lr", "grad_norm"),
+    *("tokens_per_second", "peak_memory_gib"),
+)
+"""Names of what is logged in training, and is no score of an evaluation."""
 
 
 class LitSparse(Resumable):
@@ -82,15 +93,7 @@ class LitSparse(Resumable):
         self.lr, self.make_optimizer = lr, optimizer
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
-        self.of_training = {
-            "train_loss",
-            "train_accuracy",
-            "scored_tokens",
-            "lr",
-            "grad_norm",
-            "tokens_per_second",
-            "peak_memory_gib",
-        }  # names of what is logged in training, which scores no evaluation
+        self.of_training = {*LOGGED}
         self._window = Window()
         self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself
         self._value = torch.zeros(())  # its last loss
@@ -103,24 +106,10 @@ class LitSparse(Resumable):
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_trainer(self.trainer, self.updates)
-            self._check_data_alike()
+            check_data_alike(self.trainer)
             if self.to_shard:
                 check_sharding(self.updates, {"quantize": self.quantize, "compile": self.compile_model})
                 check_async_save(self.trainer)
-
-    def _check_data_alike(self) -> None:
-        """Refuse ranks with other data or limits, before one of them waits in a batch that another does not have."""
-        if self.trainer.world_size == 1:
-            return
-        trainer, loader = self.trainer, self.trainer.fit_loop._data_source.dataloader()
-        limits = f"max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs}"
-        check_agreement(
-            {
-                "the number of training batches": len(loader) if isinstance(loader, Sized) else "an unknown number",
-                "the order of the rows": loader.batches.fingerprint()[:12] if isinstance(loader, Loader) else "unknown",
-                "the trainer": f"{limits}, accumulate_grad_batches {trainer.accumulate_grad_batches}",
-            }
-        )
 
     def on_fit_start(self) -> None:
         trained, all_weights = sum(p.numel() for _, p in self.updates.named), self.base_parameters
@@ -146,30 +135,6 @@ class LitSparse(Resumable):
         """
         loss, output, hits = self.graded_loss(batch)
         return loss, self.updates.penalized(loss, batch, output), hits
-
-    def on_train_start(self) -> None:
-        """Resume exactly: the loader at its position, learning rates at what this run's schedule says, scores complete.
-
-        Lightning builds the loader before the position arrives if the schedule has to know how many batches there are,
-        and the optimizer comes back with the rate of the schedule that it was saved with.
-        """
-        loop = self.trainer.fit_loop
-        loop._load_combined_loader_states()
-        if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
-            # Saved after an epoch's last batch. Lightning has counted that epoch as finished, but takes the next one
-            # for the rest of it, and never counts it: a second resume would train an epoch too many.
-            loop.reset_restart_stage()
-        for config in self.trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if isinstance(scheduler, LambdaLR):
-                scheduler.base_lrs = list(self._base_lrs)
-                rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-                for group, base, course in rates:
-                    group["initial_lr"], group["lr"] = base, base * course(scheduler.last_epoch)
-                scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
-        if self.owed is not None:
-            settle(self.trainer, self.owed)
-            self.owed = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
@@ -207,13 +172,10 @@ class LitSparse(Resumable):
         """True under DDP with a trainable set that changes: DDP would reduce what is trainable when it starts."""
         return isinstance(self.trainer.strategy, DDPStrategy) and any(u.period is not None for u in self.updates)
 
-    @property
-    def _has_no_gradients(self) -> bool:
-        return self.updates.backward == "none"
-
     def configure_model(self) -> None:
         super().configure_model()
-        if self._follows_trainable_set or (isinstance(self.trainer.strategy, DDPStrategy) and self._has_no_gradients):
+        forward_only = isinstance(self.trainer.strategy, DDPStrategy) and self.updates.backward == "none"
+        if self._follows_trainable_set or forward_only:
             # The module is not wrapped. Its gradients are averaged by `_average_replicated`, if there are any.
             self.trainer.strategy.configure_ddp = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -245,14 +207,7 @@ class LitSparse(Resumable):
         if self.updates.masters:
             check_masters(optimizer)
         match_by_name(optimizer)
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf") and 0 < self.warmup_steps < 1:
-            raise BadInput(
-                f"model.warmup_steps is {self.warmup_steps}, a share of all steps, but the trainer's limit is none of "
-                "steps or epochs; give warmup_steps as a number of steps, or set trainer.max_steps."
-            )
-        warmup = self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total if self.warmup_steps else 0
-        scheduler = LambdaLR(optimizer, lambda step: factor(self.schedule, step, int(warmup), total))
+        scheduler = scheduler_of(optimizer, self.schedule, self.warmup_steps, self.trainer.estimated_stepping_batches)
         self._base_lrs = list(scheduler.base_lrs)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -275,9 +230,7 @@ class LitSparse(Resumable):
         self.log("lr", optimizer.param_groups[0]["lr"])
         every = self.trainer.log_every_n_steps or 1  # pyright: ignore[reportAttributeAccessIssue]
         step = self.global_step + 1
-        if (
-            step % every == 0 or step == self.trainer.max_steps
-        ):  # steps that are logged: it is a pass over all gradients
+        if step % every == 0 or step == self.trainer.max_steps:  # one that is logged: it is a pass over all gradients
             self._log_norm()
 
     def _log_numbers(self, numbers: Mapping[str, Tensor]) -> None:
@@ -303,7 +256,7 @@ class LitSparse(Resumable):
             self._upcast()
             self.updates.regroup(plain)
             self.note_trained()
-            self.check_updates_alike()
+            check_updates_alike(self.updates, self.base_fingerprint)
         plain.zero_grad()  # Lightning does it after the next forward only, which gradients need not live through
 
     def _step_without_graph(self, optimizer: Optimizer, closure: Callable[[], Any]) -> None:
@@ -313,7 +266,7 @@ class LitSparse(Resumable):
             value = optimizer.step(loss)  # pyright: ignore[reportArgumentType, reportCallIssue]
         self._value = torch.as_tensor(value, device=self.device)
         self._log_numbers(self.updates.logged())
-        self._count_tokens(sum_over_ranks(torch.stack([self.scored_count(batch) for batch in self._batches]).sum()))
+        self._count_tokens(all_reduce_sum(torch.stack([self.scored_count(batch) for batch in self._batches]).sum()))
         self._batches.clear()
         self._log_scores(self._value, loss.accuracy)
         closure()  # Lightning takes the step's result from it

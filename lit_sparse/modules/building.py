@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, repeat
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -18,61 +18,17 @@ from transformers import PreTrainedModel
 from lit_sparse.anatomy import backbone, decoder_layers, is_quantized, unread_by_text, weights_in
 from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.checks import check_updates_alike
 from lit_sparse.modules.hollow import Hollow
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base, load_hollow
+from lit_sparse.modules.precision import DTYPES, Masters, Precision, cast_norm_inputs
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
-from lit_sparse.modules.window import sum_over_ranks
 from lit_sparse.optim import trainable
-from lit_sparse.ranks import check_agreement, digest_of
+from lit_sparse.ranks import all_reduce_sum
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
 from lit_sparse.strategies.base import Attaches
 from lit_sparse.strategies.updates import ATTACHES
 from lit_sparse_profiling.phases import Phases
-
-Precision = Literal["auto", "float32", "bfloat16"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-HALF = (torch.bfloat16, torch.float16)
-
-
-class Masters:
-    """Upcasts what trains to fp32, where updates at a small learning rate are not lost to rounding."""
-
-    def __init__(self) -> None:
-        self._dtypes: dict[nn.Parameter, torch.dtype] = {}
-
-    def __contains__(self, parameter: nn.Parameter) -> bool:
-        return parameter in self._dtypes
-
-    def upcast(self, model: nn.Module) -> None:
-        """Upcast the trainable parameters of `model`; those that are frozen again get their dtype back."""
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.dtype in HALF:
-                self._dtypes[parameter] = parameter.dtype
-                parameter.data = parameter.data.float()
-            elif not parameter.requires_grad and parameter in self._dtypes:
-                parameter.data = parameter.data.to(self._dtypes.pop(parameter))
-
-    def restore(self) -> None:
-        """Give every parameter its own dtype back."""
-        for parameter, dtype in self._dtypes.items():
-            parameter.data = parameter.data.to(dtype)
-        self._dtypes.clear()
-
-
-def cast_norm_inputs(model: nn.Module) -> list[RemovableHandle]:
-    """Let each LayerNorm cast its input to its own dtype where that is of less precision; return the hooks.
-
-    With embeddings that train in fp32 the hidden states are fp32, in which torch computes a LayerNorm with bf16 weights
-    on a GPU, through autocast, but not on a CPU.
-    """
-
-    def cast(norm: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        weight, x = norm.weight, args[0]
-        narrower = isinstance(weight, Tensor) and weight.dtype in HALF and x.dtype not in HALF
-        return (x.to(weight.dtype), *args[1:]) if narrower and x.device.type == "cpu" else None  # pyright: ignore
-
-    norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-    return [norm.register_forward_pre_hook(cast) for norm in norms]
 
 
 class BuiltModel(L.LightningModule, ABC):
@@ -329,7 +285,8 @@ class BuiltModel(L.LightningModule, ABC):
         if self.compile_model:
             self._compile()
         self.note_trained()
-        self.check_updates_alike()
+        if self._trainer is not None:
+            check_updates_alike(self.updates, self.base_fingerprint)
         if self.to_shard:
             if not self._sharded:
                 self._shard()
@@ -418,32 +375,15 @@ class BuiltModel(L.LightningModule, ABC):
         """Yield each batch with its number of scored tokens, over their mean of all batches on all ranks."""
         read = [(batch, int(self.scored_count(batch))) for batch in batches]
         totals = torch.tensor([sum(count for _, count in read), len(read)], device=self.device_to_be)
-        tokens, number = sum_over_ranks(totals).tolist()
+        tokens, number = all_reduce_sum(totals).tolist()
         for batch, count in read:
             yield batch, count * number / max(tokens, 1)
 
-    def check_updates_alike(self) -> None:
-        """Refuse ranks that train other weights than rank 0, or chose others: each would wait for the others."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return
-        names = self.updates.names
-        trained = [(name, tuple(parameter.shape)) for name, parameter in self.updates.named]
-        check_agreement(
-            {
-                "the base model": self.base_fingerprint[:12],
-                f"what {names} selected or drew": digest_of(self.updates.state_dict()),
-                f"what is trained with {names}": digest_of(trained),
-            }
-        )
-
     def note_trained(self) -> None:
         """Remember the names of what is trainable now, or of all weights where frozen ones were moved."""
-        named = self.build().named_parameters() if self._moves_all else trainable(self.build())
+        moved = any(update.base == "moved" for update in self.updates)
+        named = self.build().named_parameters() if moved else trainable(self.build())
         self.trained |= {f"model.{name}" for name, _ in named}
-
-    @property
-    def _moves_all(self) -> bool:
-        return any(update.base == "moved" for update in self.updates)
 
     def take_off(self) -> PreTrainedModel:
         """Detach the strategies and return the plain model."""

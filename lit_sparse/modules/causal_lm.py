@@ -11,7 +11,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from transformers import AutoModelForCausalLM
 
-from lit_sparse.anatomy import backbone, dummy_forward, evaluating, is_linear, is_quantized_linear, model_inputs
+from lit_sparse.anatomy import backbone, is_linear, is_quantized_linear, model_inputs
+from lit_sparse.calls import dummy_forward, evaluating
 from lit_sparse.data import Labelled, Synthetic, TokenData, final_number
 from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput

@@ -1,6 +1,6 @@
 """Refuse incompatible trainer, strategy and optimizer settings."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Sized
 from typing import Any
 
 import lightning as L
@@ -19,11 +19,14 @@ from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import embedded_tokens
 from lit_sparse.data import TokenData
+from lit_sparse.data.loader import Loader
 from lit_sparse.errors import BadInput
-from lit_sparse.modules.building import HALF
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints, is_remote
+from lit_sparse.modules.precision import HALF
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import AdamW
+from lit_sparse.ranks import check_agreement, digest_of, world_size
+from lit_sparse.strategies import Updates
 from lit_sparse.strategies.base import UpdateStrategy
 
 
@@ -47,6 +50,46 @@ def check_tokens(model: PreTrainedModel, data: TokenData) -> None:
                 f"the longest of the {name} rows has {longest} tokens, but the model has {positions} positions "
                 f"(max_position_embeddings); set data.max_length to {positions} or less."
             )
+
+
+def check_data_alike(trainer: L.Trainer) -> None:
+    """Refuse ranks with other data or limits, before one of them waits in a batch that another does not have.
+
+    Raises:
+        BadInput: naming what differs.
+    """
+    if trainer.world_size == 1:
+        return
+    loader = trainer.fit_loop._data_source.dataloader()
+    limits = f"max_steps {trainer.max_steps}, max_epochs {trainer.max_epochs}"
+    check_agreement(
+        {
+            "the number of training batches": len(loader) if isinstance(loader, Sized) else "an unknown number",
+            "the order of the rows": loader.batches.fingerprint()[:12] if isinstance(loader, Loader) else "unknown",
+            "the trainer": f"{limits}, accumulate_grad_batches {trainer.accumulate_grad_batches}",
+        }
+    )
+
+
+def check_updates_alike(updates: Updates, base: str) -> None:
+    """Refuse ranks that train other weights than rank 0, or chose others: each would wait for the others.
+
+    Args:
+        base: Hash of the base's weights.
+
+    Raises:
+        BadInput: naming what differs.
+    """
+    if world_size() == 1:  # and nothing to hash for
+        return
+    trained = [(name, tuple(parameter.shape)) for name, parameter in updates.named]
+    check_agreement(
+        {
+            "the base model": base[:12],
+            f"what {updates.names} selected or drew": digest_of(updates.state_dict()),
+            f"what is trained with {updates.names}": digest_of(trained),
+        }
+    )
 
 
 def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
+from torch.optim.lr_scheduler import LambdaLR
 
 from lit_sparse.anatomy import is_quantized
 from lit_sparse.checkpoints import alike, get_rng, set_rng
 from lit_sparse.errors import BadInput
-from lit_sparse.modules.building import BuiltModel, Masters
+from lit_sparse.modules.building import BuiltModel
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
-from lit_sparse.modules.owed import owed, run_though_done
+from lit_sparse.modules.owed import owed, run_though_done, settle
+from lit_sparse.modules.precision import Masters
 
 
 class Resumable(BuiltModel):
@@ -130,6 +132,30 @@ class Resumable(BuiltModel):
                     + (f"one of {shape}" if shape is not None else "has no such parameter")
                     + "; give the configuration of the run that wrote it, or an undamaged checkpoint."
                 )
+
+    def on_train_start(self) -> None:
+        """Resume exactly: the loader at its position, learning rates at what this run's schedule says, scores complete.
+
+        Lightning builds the loader before the position arrives if the schedule has to know how many batches there are,
+        and the optimizer comes back with the rate of the schedule that it was saved with.
+        """
+        loop = self.trainer.fit_loop
+        loop._load_combined_loader_states()
+        if loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
+            # Saved after an epoch's last batch. Lightning has counted that epoch as finished, but takes the next one
+            # for the rest of it, and never counts it: a second resume would train an epoch too many.
+            loop.reset_restart_stage()
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if isinstance(scheduler, LambdaLR):
+                scheduler.base_lrs = list(self._base_lrs)
+                rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+                for group, base, course in rates:
+                    group["initial_lr"], group["lr"] = base, base * course(scheduler.last_epoch)
+                scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+        if self.owed is not None:
+            settle(self.trainer, self.owed)
+            self.owed = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self._rng is not None:  # only now: making the loaders' iterators draws random numbers too

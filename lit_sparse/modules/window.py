@@ -1,8 +1,9 @@
 """The accumulation window: one loss for all batches of an optimizer step, on all ranks."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+
+from lit_sparse.ranks import all_reduce_sum, world_size
 
 
 class Window:
@@ -44,25 +45,13 @@ class Window:
             None leaves them.
         """
         assert self._sums is not None, "the window has no batch"
-        loss, tokens, hits = sum_over_ranks(self._sums)
+        loss, tokens, hits = all_reduce_sum(self._sums)
         self._sums = None
         tokens = tokens.clamp(min=1)
-        scale = None if micro_batches == 1 else _world() * micro_batches / tokens
+        scale = None if micro_batches == 1 else world_size() * micro_batches / tokens
         return loss / tokens, hits / tokens, tokens, scale
 
 
 def weighed_by_rank(loss: Tensor, count: Tensor) -> Tensor:
     """Return the mean loss of `count` scored tokens, weighed: its mean over ranks is that of all ranks' tokens."""
-    return loss if _world() == 1 else loss * (count * _world() / sum_over_ranks(count.float())).to(loss.dtype)
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Return the sum over ranks."""
-    if _world() > 1:
-        values = values.clone()
-        dist.all_reduce(values)
-    return values
+    return loss if world_size() == 1 else loss * (count * world_size() / all_reduce_sum(count.float())).to(loss.dtype)

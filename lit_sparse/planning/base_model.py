@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from lit_sparse.anatomy import dummy_forward, weights_in
+from lit_sparse.anatomy import weights_in
+from lit_sparse.calls import dummy_forward
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse

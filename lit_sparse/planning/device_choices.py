@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lit_sparse import loss
-from lit_sparse.modules.building import HALF
+from lit_sparse.modules.precision import HALF
 from lit_sparse.strategies import lisa
 from lit_sparse.zeroth_order.perturbed import CHUNK
 from lit_sparse_kernels import (

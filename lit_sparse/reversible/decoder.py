@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from lit_sparse.anatomy import MLP, decoder_layers, dummy_forward, evaluating, has_values, role
+from lit_sparse.anatomy import MLP, decoder_layers, has_values, role
+from lit_sparse.calls import dummy_forward, evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse.reversible.coupling import Coupling
 from lit_sparse.reversible.stack import Call, Function, Half, ReversibleLayer

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_sparse.anatomy import decoder_layers, unreached_layers
+from lit_sparse.anatomy import decoder_layers
+from lit_sparse.calls import unreached
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import drop_state, local_shard, shard_like, sum_over_shards
 from lit_sparse.ranks import all_reduce_mean
@@ -90,9 +91,9 @@ class LISA(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._find(model)
-        if unreached := unreached_layers(model, context.compute):
+        if missed := unreached(model, decoder_layers(model), context.compute):
             raise BadInput(
-                f"LISA: decoder layer {unreached[0]} of {type(model).__name__} takes no part in a forward pass over "
+                f"LISA: decoder layer {missed[0]} of {type(model).__name__} takes no part in a forward pass over "
                 "text, so drawing it would train nothing; use another method, such as lora.yaml."
             )
         model.requires_grad_(False)  # the probe needs gradients of the decoder layers only

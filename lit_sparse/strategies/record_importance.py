@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_sparse.anatomy import decoder_layers, evaluating
+from lit_sparse.anatomy import decoder_layers
+from lit_sparse.calls import evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse.importance.matrices import (
     DenseGradient,

@@ -16,8 +16,7 @@ gradient and reduces it to the blocks, one tensor at a time: see `lit_sparse.blo
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,18 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import (
-    Experts,
-    matrix,
-    replace,
-    role,
-    shared_inputs,
-    target_experts,
-    target_linears,
-    weight_count,
-)
+from lit_sparse.anatomy import Experts, replace, role, weight_count
 from lit_sparse.blocks.experts import BlockExperts, Choice
 from lit_sparse.blocks.grid import Blocks, Size, automatic_size, check_choice, grid, read_choice
 from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput
@@ -50,6 +39,8 @@ from lit_sparse.blocks.selection import (
     top_blocks,
     within_columns,
 )
+from lit_sparse.blocks.targets import Targets, shape_of, trained_share
+from lit_sparse.calls import shared_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, device_of
 from lit_sparse.strategies.base import ALONE, Attaches, Claim, Context, Need, Probe, UpdateStrategy
@@ -229,7 +220,7 @@ class SMT(UpdateStrategy):
 
     # ---- selection
 
-    def _select(self, model: nn.Module, targets: "Targets", probe: Probe) -> dict[str, Blocks]:
+    def _select(self, model: nn.Module, targets: Targets, probe: Probe) -> dict[str, Blocks]:
         matrices = targets.shapes
         weights = self.trainable_fraction * weight_count(model)
         if self.blocks == "diagonal":
@@ -279,7 +270,7 @@ class SMT(UpdateStrategy):
         return wanted
 
     def _score(
-        self, model: nn.Module, targets: "Targets", matrices: Mapping[str, Tensor], size: Size, probe: Probe
+        self, model: nn.Module, targets: Targets, matrices: Mapping[str, Tensor], size: Size, probe: Probe
     ) -> dict[str, Tensor]:
         self._count(
             model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values())
@@ -297,7 +288,7 @@ class SMT(UpdateStrategy):
             model.requires_grad_(False)
         return scores
 
-    def _score_weights(self, targets: "Targets", sheet: ScoreSheet, probe: Probe) -> None:
+    def _score_weights(self, targets: Targets, sheet: ScoreSheet, probe: Probe) -> None:
         """Score the gradients of the target weights, each freed as soon as it is scored.
 
         Under FSDP2 they are averaged over ranks and sharded: each rank scores its part of the mean gradient.
@@ -306,7 +297,7 @@ class SMT(UpdateStrategy):
         for loss in probe(self.selection_batches):
             loss.backward()
 
-    def _score_outputs(self, model: nn.Module, targets: "Targets", sheet: ScoreSheet, probe: Probe) -> None:
+    def _score_outputs(self, model: nn.Module, targets: Targets, sheet: ScoreSheet, probe: Probe) -> None:
         """Score weights that cannot have a gradient (quantised), from each layer's input and its output's gradient."""
         for name, linear in targets.linears.items():
             sheet.watch_layer(name, linear)
@@ -321,7 +312,7 @@ class SMT(UpdateStrategy):
             for hook in hooks:
                 hook.remove()
 
-    def _fine_tune(self, model: nn.Module, targets: "Targets", sheet: ScoreSheet, probe: Probe) -> None:
+    def _fine_tune(self, model: nn.Module, targets: Targets, sheet: ScoreSheet, probe: Probe) -> None:
         """Score the unclipped gradients of a full fine-tuning (the authors' warm-up); AdamW, one step per batch."""
         if any(parameter.dtype != torch.float32 for parameter in model.parameters()):
             raise BadInput(
@@ -341,7 +332,7 @@ class SMT(UpdateStrategy):
 
     # ---- the swap
 
-    def _swap(self, model: nn.Module, choice: Mapping[str, Blocks], targets: "Targets") -> None:
+    def _swap(self, model: nn.Module, choice: Mapping[str, Blocks], targets: Targets) -> None:
         shapes = targets.shapes
         self._groups, self._share = [], trained_share(choice, shapes)
         self._swap_fused(model, choice, targets.fused)
@@ -377,79 +368,3 @@ class SMT(UpdateStrategy):
         )
         replace(model, name, linear)
         self._swapped[name] = original, linear
-
-
-def shape_of(linear: nn.Module) -> Tensor:
-    """Return a meta tensor of the layer's shape (out, in). A quantised weight itself is packed into another shape."""
-    if isinstance(linear, nn.Linear):
-        return torch.empty(linear.out_features, linear.in_features, device="meta")
-    return torch.empty(matrix(linear).shape, device="meta")  # pyright: ignore[reportArgumentType]
-
-
-@dataclasses.dataclass(frozen=True)
-class Targets:
-    """The linear layers and the fused experts in which blocks may lie, by name."""
-
-    linears: Mapping[str, nn.Linear | Conv1D]
-    fused: Mapping[str, Experts]
-
-    @classmethod
-    def of(cls, model: nn.Module, targets: Sequence[str], compute: Callable[..., Any]) -> "Targets":
-        """Return those that `targets` name.
-
-        Args:
-            compute: Runs a function that uses the model, whose parameters may be sharded.
-
-        Raises:
-            BadInput: if there are none, or if fused experts among them are sharded.
-        """
-        fused = target_experts(model, targets)
-        if sharded := [name for name, tensor in fused.items() if isinstance(tensor.parameter, DTensor)]:
-            raise BadInput(
-                f"trainer.strategy is fsdp2, but SMT trains no blocks of sharded fused experts, such as {sharded[0]}; "
-                "give targets without them, or set trainer.strategy to ddp, where each rank has the full model."
-            )
-        return cls(target_linears(model, targets, compute), fused)
-
-    @property
-    def shapes(self) -> dict[str, Tensor]:
-        """Meta tensors of the shape (out, in) of each matrix, by name of the linear layer or expert."""
-        out = {name: shape_of(linear) for name, linear in self.linears.items()}
-        for name, tensor in self.fused.items():
-            shape = tensor.matrix(0).detach().to("meta")
-            out |= {f"{name}[{number}]": shape for number in range(len(tensor.parameter))}
-        return out
-
-    def watch(self, sheet: ScoreSheet, keep: bool) -> None:
-        """Make the weights trainable, and let `sheet` score their gradients."""
-        for name, linear in self.linears.items():
-            linear.get_parameter("weight").requires_grad_(True)
-            sheet.watch_weight(name, linear.get_parameter("weight"), isinstance(linear, Conv1D), keep)
-        self.watch_fused(sheet, keep)
-
-    def watch_fused(self, sheet: ScoreSheet, keep: bool) -> None:
-        """Do so with the fused experts only."""
-        for name, tensor in self.fused.items():
-            tensor.parameter.requires_grad_(True)
-            sheet.watch_experts(name, tensor, keep)
-
-
-def trained_share(choice: Mapping[str, Blocks], shapes: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Return the trained share of each role's matrices that have blocks, by the number of their decoder layer.
-
-    Args:
-        choice: The trained blocks, by name of the linear layer or expert.
-        shapes: Tensors of the shape (out, in) of each matrix that may have blocks. Experts without any count too.
-    """
-    trained: dict[tuple[str, str], int] = {}
-    weights: dict[tuple[str, str], int] = {}
-    fused = {name.partition("[")[0] for name in choice if "[" in name}
-    for name in (name for name in shapes if name in choice or name.partition("[")[0] in fused):
-        number = re.search(r"\.(\d+)\.", name)
-        place = number[1] if number else "", role(name)
-        trained[place] = trained.get(place, 0) + (choice[name].numel(shapes[name]) if name in choice else 0)
-        weights[place] = weights.get(place, 0) + shapes[name].numel()
-    out: dict[str, dict[str, float]] = {}
-    for (layer, what), count in trained.items():
-        out.setdefault(layer, {})[what] = count / weights[layer, what]
-    return out

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks.families import FAMILIES, Cell
-from lit_sparse.anatomy import dummy_forward, experts, weight_count, weight_matrix
+from lit_sparse.anatomy import experts, weight_count, weight_matrix
 from lit_sparse.blocks.experts import BlockExperts, chosen_blocks
+from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
 from lit_sparse.export.delta import Delta
 from lit_sparse.export.folder import export

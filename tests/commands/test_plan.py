@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lit_sparse.commands import plan as planning
 from lit_sparse.cli import main, make_planned
+from lit_sparse.commands import plan as planning
 from lit_sparse.commands.plan import CARDS, card_of, fit_command
 from lit_sparse.planning.forecast import Setting, forecast
 from lit_sparse_profiling.trace import Overdue, Trace

@@ -19,9 +19,9 @@ from rich.console import Console
 
 from lit_sparse import cli
 from lit_sparse.commands import configs, screen
-from lit_sparse.errors import BadInput
 from lit_sparse.commands.screen import Progress, clock
 from lit_sparse.commands.words import unmeasured
+from lit_sparse.errors import BadInput
 from lit_sparse_profiling import walltime
 from lit_sparse_profiling.record import RunRecord
 from tests.test_runs import F

@@ -1,197 +1,23 @@
-"""The default optimizer, and the optimizer plumbing that strategies and the host share."""
+"""AdamW with fp32 state, and with fp32 masters of what trains in fewer bits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.optim import Optimizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lit_sparse.errors import BadInput
+from lit_sparse.optim.sharded import local_shard, total_norm
 from lit_sparse_kernels.adamw_arguments import Rule, same_layout
 from lit_sparse_kernels.block_adamw import block_adamw
 from lit_sparse_kernels.master_adamw import master_adamw
 
 CLIP_EPS = 1e-6
 """The epsilon that `torch.nn.utils.clip_grad_norm_` adds to the norm before it divides by it."""
-
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Return the trainable parameters of `model` with their names, in the model's order; tied ones appear once."""
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def parameter_groups(named: NamedParameters) -> list[dict[str, Any]]:
-    """Return two parameter groups: with weight decay, and without (biases and norms).
-
-    These have fewer than two dimensions, but for the biases of fused experts, which are recognised by their name.
-
-    A group may be empty. Both are always returned, so that `regroup` can fill either one later. The group with decay
-    sets no `weight_decay`: it takes the optimizer's own.
-    """
-    named = list(named)
-    plain = [(name, p) for name, p in named if p.ndim < 2 or name.endswith("bias")]
-    decayed = [(name, p) for name, p in named if p.ndim >= 2 and not name.endswith("bias")]
-    return [_group(decayed), {**_group(plain), "weight_decay": 0.0}]
-
-
-def _group(named: Sequence[tuple[str, nn.Parameter]]) -> dict[str, Any]:
-    return {"params": [parameter for _, parameter in named], "param_names": [name for name, _ in named]}
-
-
-def regroup(optimizer: Optimizer, named: NamedParameters) -> None:
-    """Make `optimizer` train exactly `named`, in that order. Parameters that are removed lose their optimizer state.
-
-    The groups themselves stay, because learning-rate schedulers hold references to them.
-
-    Args:
-        optimizer: An optimizer whose groups were made by `parameter_groups`.
-        named: The trainable parameters with their names.
-    """
-    for group, wanted in zip(optimizer.param_groups, parameter_groups(named), strict=True):
-        group["params"], group["param_names"] = wanted["params"], wanted["param_names"]
-    kept = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    drop_state(optimizer, [parameter for parameter in optimizer.state if parameter not in kept])
-
-
-def drop_state(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
-    """Drop the optimizer state and the gradients of `parameters`."""
-    for parameter in parameters:
-        optimizer.state.pop(parameter, None)
-        parameter.grad = None
-
-
-def shard_like(value: Any, parameter: Tensor) -> Any:
-    """Return the shard of a full tensor, with the mesh and placements of `parameter`; a DTensor.
-
-    No communication: every rank must hold the full tensor. Values that are not plain tensors of `parameter`'s shape are
-    returned unchanged, and so is every value if `parameter` is not sharded.
-    """
-    plain = torch.is_tensor(value) and not isinstance(value, DTensor)
-    if not plain or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def full_tensor(tensor: Any) -> Tensor:
-    """Gather a DTensor: every rank must call it, and gets the full value. Return any other tensor unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local_shard(tensor: Tensor) -> Tensor:
-    """Return this rank's shard of a DTensor, without communication. Return any other tensor unchanged."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@dataclass(frozen=True)
-class Part:
-    """This rank's part of a tensor.
-
-    Attributes:
-        values: The part, in the memory of the tensor; empty on ranks beyond the last row.
-        start: Row and column of its first entry within the tensor, and 0 for a column that it lacks.
-    """
-
-    values: Tensor
-    start: tuple[int, int]
-
-
-def part_of(tensor: Tensor) -> Part:
-    """Return this rank's part of `tensor`; all of it, unless that is a DTensor."""
-    start = [0, 0]
-    if isinstance(tensor, DTensor):
-        for axis, placement in enumerate(tensor.placements):
-            if isinstance(placement, Shard):  # chunks as torch.chunk makes them: the last ones may be smaller or empty
-                side, mesh = tensor.shape[placement.dim], tensor.device_mesh
-                start[placement.dim] = min(side, -(-side // mesh.size(axis)) * mesh.get_local_rank(axis))
-    return Part(local_shard(tensor.detach()), (start[0], start[1]))
-
-
-def sum_over_shards(values: Tensor, tensor: Tensor) -> Tensor:
-    """Return the sum of `values` over the ranks with the shards of `tensor`, on the device that they compute on.
-
-    Where several ranks have the same shard (HSDP), each group of ranks that has the whole adds up its own. Unless
-    `tensor` is a DTensor, `values` are returned unchanged. Every rank must call it.
-    """
-    if not isinstance(tensor, DTensor):
-        return values
-    mesh = tensor.device_mesh
-    kinds = [Partial() if isinstance(placement, Shard) else Replicate() for placement in tensor.placements]
-    return DTensor.from_local(values.to(mesh.device_type), mesh, kinds).full_tensor()
-
-
-def device_of(tensor: Tensor) -> torch.device:
-    """Return the device that computes with `tensor`: of a DTensor whose shards are in host memory, that of its mesh."""
-    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
-
-
-def sum_scalars(scalars: Sequence[Tensor]) -> Tensor:
-    """Return the sum of `scalars`, some of which may be DTensors, such as the sum of the entries of a DTensor.
-
-    All DTensors must have the same mesh and placements: they are added up locally first and reduced together, in one
-    collective instead of one each.
-    """
-    sharded = [scalar for scalar in scalars if isinstance(scalar, DTensor)]
-    terms = [scalar for scalar in scalars if not isinstance(scalar, DTensor)]
-    if sharded:
-        local = torch.stack([local_shard(scalar) for scalar in sharded]).sum()
-        terms.append(full_tensor(DTensor.from_local(local, sharded[0].device_mesh, sharded[0].placements)))
-    return torch.stack(terms).sum()
-
-
-def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """Return the norm of all gradients together, an fp32 scalar, the same on all ranks.
-
-    Some may be DTensors, and the others the same on all ranks. Every rank must call it.
-    """
-    kinds = [[g for g in grads if isinstance(g, DTensor)], [g for g in grads if not isinstance(g, DTensor)]]
-    # Of bf16 gradients a norm is a bf16 number.
-    norms = [full_tensor(torch.nn.utils.get_total_norm(kind)).float() for kind in kinds if kind]
-    if len(norms) == 1:
-        return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[-1].device) for norm in norms]))
-
-
-def match_by_name(optimizer: Optimizer) -> Optimizer:
-    """Make `optimizer` load its state by parameter name instead of by position, and return it.
-
-    torch matches by position, which fails as soon as a strategy trains other parameters than at the time of saving.
-
-    `optimizer.load_state_dict` then raises:
-        BadInput: if the state belongs to other parameters than those of the optimizer.
-    """
-    optimizer.register_load_state_dict_pre_hook(_reorder)
-    return optimizer
-
-
-def _reorder(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    position = {
-        name: index
-        for group in state["param_groups"]
-        for name, index in zip(group["param_names"], group["params"], strict=True)
-    }
-    wanted = [name for group in optimizer.param_groups for name in group["param_names"]]
-    if set(wanted) != set(position):
-        differing = sorted(set(wanted) ^ set(position))
-        raise BadInput(
-            f"the checkpoint has the optimizer state of {len(position)} parameters, but the model trains "
-            f"{len(wanted)}; the first that differs is {differing[0]}. Resume with the configuration of the run that "
-            "wrote it."
-        )
-    groups = [
-        {**saved, "params": [position[name] for name in group["param_names"]], "param_names": group["param_names"]}
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
-    ]
-    return {**state, "param_groups": groups}
-
-
-# ---- AdamW
 
 
 @dataclass(frozen=True)
