@@ -19,7 +19,7 @@ from time import perf_counter
 import numpy as np
 
 from lit_sparse_profiling.paired import PairedRun, Turns, compare_rounds, interleave
-from lit_sparse_profiling.sections import Pair
+from lit_sparse_profiling.speed_sections import Pair
 
 SHARE = 0.93
 """Least share of pairs whose interval holds 1."""

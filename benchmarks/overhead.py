@@ -28,9 +28,9 @@ from lit_sparse.data import Synthetic
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import SMT
 from lit_sparse_profiling.paired import PairedRun, Turns, compare_rounds, interleave
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Pair
+from lit_sparse_profiling.speed_sections import Pair
+from lit_sparse_profiling.step_plan import Plan
 
 RESULTS = ROOT / "benchmarks" / "results" / "overhead.jsonl"
 WARMUP = 8

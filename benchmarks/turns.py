@@ -12,7 +12,7 @@ from benchmarks.provenance import provenance
 from lit_sparse.commands.bench import bench
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import method_name, read_runs, run_name
-from lit_sparse_profiling.sections import Pair
+from lit_sparse_profiling.speed_sections import Pair
 
 FLOOR = "floor"
 """The mode that trains nothing: its only trained weight is a placeholder, and is not counted."""

@@ -16,7 +16,7 @@ from lit_sparse.__main__ import VERBS
 from lit_sparse.commands import usage
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import AdamW
-from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.step_plan import Plan
 
 PATHS = re.compile(r"\b(?:[a-z_]\w*\.)+(?=[A-Za-z_])")
 """Module paths in the text of an annotation."""

@@ -23,9 +23,9 @@ from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.memory import trim_heap
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from tests.modules.words import word_tokenizer
 
 pytestmark = [

@@ -29,7 +29,7 @@ from lit_sparse.strategies import LISA, MEFT, SMT
 from lit_sparse.strategies.base import ALONE, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Cyclic
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.step_plan import Plan
 from tests.pair import attempt, result, run_pair
 
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))

@@ -21,9 +21,10 @@ from lit_sparse.library_errors import understood
 from lit_sparse_profiling.budget import Budget
 from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.profiler import Plan, Profiler
+from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.ranks import combined, note_of_one
 from lit_sparse_profiling.record import RunRecord, Status
+from lit_sparse_profiling.step_plan import Plan
 from lit_sparse_profiling.stopwatch import Pace, Tokens, count_tokens
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")

@@ -36,10 +36,10 @@ from lit_sparse_profiling.continued import continued
 from lit_sparse_profiling.documents import parse_as, spell_nonfinite
 from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import RECORD
 from lit_sparse_profiling.sections import ModelSize, Predicted, StateBytes
+from lit_sparse_profiling.step_plan import Plan
 
 
 class Recorder(Profile):

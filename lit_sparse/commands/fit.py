@@ -50,8 +50,8 @@ from lit_sparse.runs import (
     task_class,
 )
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.run_folders import next_folder
+from lit_sparse_profiling.step_plan import Plan
 
 RUNS = "runs"
 COMMAND_LINE = "command line"

@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Driver, Phase, StateBytes, Throughput
+from lit_sparse_profiling.sections import Driver, Phase, StateBytes
+from lit_sparse_profiling.speed_sections import Throughput
 
 
 def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:

@@ -13,7 +13,7 @@ from torch._C._autograd import DeviceType
 
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.opcounts import OpCounts
-from lit_sparse_profiling.sections import Kernel, Kernels
+from lit_sparse_profiling.speed_sections import Kernel, Kernels
 
 OURS = (
     "lit_sparse",

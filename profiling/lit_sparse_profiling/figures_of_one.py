@@ -12,7 +12,8 @@ from lit_sparse_profiling.measures import GIB
 from lit_sparse_profiling.memory_figures import PARTS
 from lit_sparse_profiling.reconcile import BEFORE
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Kernel, Kernels, Level
+from lit_sparse_profiling.sections import Level
+from lit_sparse_profiling.speed_sections import Kernel, Kernels
 
 MOST_KERNELS = 15
 STEP_PHASES = ("forward", "backward", "optimizer step")

@@ -17,7 +17,7 @@ from lit_sparse_profiling.ceilings import Ceilings, ceilings
 from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.events import OURS, Event, read, summarize
 from lit_sparse_profiling.opcounts import OpCounts
-from lit_sparse_profiling.sections import Kernel, Kernels
+from lit_sparse_profiling.speed_sections import Kernel, Kernels
 
 __all__ = ["Ceilings", "KernelProfile", "OpCounts", "ceilings", "table"]
 

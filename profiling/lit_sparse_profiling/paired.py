@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lit_sparse_profiling.sections import Pair
+from lit_sparse_profiling.speed_sections import Pair
 
 READY, GO = b"r", b"g"
 SECONDS = struct.Struct("d")

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lit_sparse_profiling.record import RunRecord, Status
-from lit_sparse_profiling.sections import Device, ModelSize, Phase, Throughput
+from lit_sparse_profiling.sections import Device, ModelSize, Phase
+from lit_sparse_profiling.speed_sections import Throughput
 
 PARTS = ("run_info", "train_info", "meta_info")
 STATUSES: Mapping[str, Status] = {"success": "ok", "canceled": "failed", "failed": "failed"}

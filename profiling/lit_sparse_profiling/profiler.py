@@ -7,7 +7,7 @@ import platform
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
 
-from lit_sparse_profiling.budget import CEILING, KERNELS, MEMORY, Budget, Cost
+from lit_sparse_profiling.budget import CEILING, Budget, Cost
 from lit_sparse_profiling.ceilings import DTYPES, CeilingSeries
 from lit_sparse_profiling.devices import describe_device, resolve_index
 from lit_sparse_profiling.examination import Examination
@@ -28,13 +28,12 @@ from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, Kernels, Memory, Throughput
+from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, Memory
+from lit_sparse_profiling.speed_sections import Kernels, Throughput
+from lit_sparse_profiling.step_plan import COSTS, INSTRUMENTS, INTERRUPTED, PROFILED, Plan, Stage
 from lit_sparse_profiling.stopwatch import count_tokens
 from lit_sparse_profiling.timed_steps import TimedSteps
 
-Stage = str
-"""Purpose of a step: warm-up, lead-in, examined, kernels or timed. An interrupted step has lost its purpose."""
-INTERRUPTED: Stage = "interrupted"
 TRAINING = "training"
 GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
 EAGER = (
@@ -42,66 +41,8 @@ EAGER = (
     "memory by category and at its peak, are of the eager step. Times, energy, kernels and the peaks of other phases "
     "are those of compiled steps."
 )
-INSTRUMENTS = {"lead-in": ("lead-in", "examined"), "kernels": ("kernels",)}
-"""Stages that are given up with one of them."""
-COSTS = {"lead-in": MEMORY, "kernels": KERNELS}
-"""Costs of the stages that begin an instrument."""
-PROFILED = 2
-"""Steps in which kernels are timed."""
 MAX_ATTEMPTS = 5
 """Attempts at the steps of one kind before they are given up, if evaluation or saving interrupts each."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The purpose of each step of a loop: warm-up, memory, kernels. The steps that follow are timed.
-
-    Args:
-        warmup: Steps that do not count. Optimizer states are created in them, and kernels compiled and tuned.
-        examine: Count memory in the two steps that follow, by category and beside the allocator. null, the default of
-            `lit-sparse fit`, counts it if all measuring, samples included, takes at most a tenth of the run.
-        profiled: Steps after these in which each kernel (on a CPU, each op) is timed. null, the default of
-            `lit-sparse fit`, times two on the same condition.
-        trace: File for the Chrome trace of these steps; null writes none.
-        predict: Before the first step, predict the memory that a fit of the command line takes.
-        timed: Number of timed steps after which to stop, later where they took less than the 5 s that a GPU's energy
-            counter needs; null continues to the end of training.
-        turns: Two file descriptors, "READ,WRITE", through which a bench interleaves this run's timed steps with those
-            of another run; null does not wait.
-
-    Raises:
-        ValueError: if a number is negative.
-    """
-
-    warmup: int = 2
-    examine: bool | None = True
-    profiled: int | None = PROFILED
-    trace: str | None = None
-    predict: bool = True
-    timed: int | None = None
-    turns: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("warmup", "profiled", "timed"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"profile.{name} is {getattr(self, name)}; it must be 0 or more.")
-
-    def stages(self) -> deque[Stage]:
-        """Return the stages of the steps before the timed ones."""
-        memory = [] if self.examine is False else ["lead-in", "examined"]
-        return deque(["warm-up"] * self.warmup + memory + self.kernel_stages)
-
-    @property
-    def kernel_stages(self) -> list[Stage]:
-        """The stages in which kernels are timed."""
-        return ["kernels"] * (PROFILED if self.profiled is None else self.profiled)
-
-    @property
-    def limited(self) -> tuple[Stage, ...]:
-        """The stages that are left out if they take too much of the run; none if steps are timed on purpose."""
-        if self.timed is not None:
-            return ()
-        return ("lead-in",) * (self.examine is None) + ("kernels",) * (self.profiled is None)
 
 
 class Profiler:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import device_kind, peak_memory
-from lit_sparse_profiling.sections import Driver, Phase, Rank, Throughput
+from lit_sparse_profiling.sections import Driver, Phase
+from lit_sparse_profiling.speed_sections import Rank, Throughput
 
 
 def note_of_one(ranks: int) -> str:

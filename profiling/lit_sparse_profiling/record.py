@@ -10,20 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from lit_sparse_profiling.documents import parse_as, spell_nonfinite
-from lit_sparse_profiling.sections import (
-    Device,
-    Driver,
-    Kernels,
-    Ledger,
-    Memory,
-    ModelSize,
-    Pair,
-    Phase,
-    Predicted,
-    Rank,
-    StateBytes,
-    Throughput,
-)
+from lit_sparse_profiling.sections import Device, Driver, Ledger, Memory, ModelSize, Phase, Predicted, StateBytes
+from lit_sparse_profiling.speed_sections import Kernels, Pair, Rank, Throughput
 
 SCHEMA = 1
 """Incremented when records of the previous version can no longer be read. A new field with a default leaves it."""

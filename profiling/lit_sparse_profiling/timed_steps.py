@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_sparse_profiling.nvml import NVML
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.paired import Turns
-from lit_sparse_profiling.sections import Throughput
+from lit_sparse_profiling.speed_sections import Throughput
 from lit_sparse_profiling.stopwatch import NO_TOKENS, Stopwatch, Tokens
 from lit_sparse_profiling.witness import Growth
 

@@ -7,7 +7,6 @@ training. Where a value of a fake tensor itself is read, it is unknown: see `Tra
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from lit_sparse_profiling.ledger import untyped_storages
 from lit_sparse_profiling.opcounts import bound, flops_of
+from lit_sparse_profiling.traced_ops import accumulated, is_mask, name_of, written_real
 
 aten = torch.ops.aten
 
@@ -35,8 +35,6 @@ BOUNDARY = "backward"
 
 LARGE = 2**20
 """Elements of a permutation above which it is not drawn."""
-INNER = {"_run", "__torch_dispatch__", "_fn", "inner"}
-"""Frames between an op and its caller."""
 MANY = 2**40
 """Value that a real count is taken to be once an unknown one was added to it."""
 
@@ -404,51 +402,3 @@ class Trace(TorchDispatchMode):
                 if phase not in best or levels[event] > best[phase][0]:
                     best[phase] = levels[event], event
         return {phase: self.moment(phase, event) for phase, (_, event) in best.items()}
-
-
-def name_of(func: Any) -> str:
-    """Return the name of an op without its namespace: `mm`."""
-    return func.overloadpacket.__name__ if isinstance(func, OpOverload) else str(func)
-
-
-def is_mask(index: Any) -> bool:
-    """Return whether an index selects by truth values that are unknown."""
-    return isinstance(index, FakeTensor) and index.dtype is torch.bool
-
-
-def accumulated(args: Sequence[Any]) -> Tensor | None:
-    """Return the operand of an addition that autograd's engine would overwrite with the sum; None if it would not.
-
-    The engine adds up the gradients of a tensor that is used twice. It does so in place where it has the last reference
-    to one of them (`can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp), but never within a dispatch mode.
-    """
-    if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1 or not isinstance(args[1], Tensor):
-        return None
-    caller = sys._getframe(1)
-    while caller is not None and caller.f_code.co_name in INNER:
-        caller = caller.f_back
-    if caller is None or caller.f_code.co_name != "_engine_run_backward":  # Python code of a backward pass adds
-        return None
-    one, other = args[:2]
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return None
-    return next((tensor for tensor in (one, other) if is_last_reference(tensor)), None)
-
-
-def is_last_reference(tensor: Tensor) -> bool:
-    """Return whether the storage of a tensor that was passed to a dispatch mode has no other owner."""
-    dense = tensor.is_contiguous() or tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-    return dense and torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == 2  # the tensor and Python
-
-
-def written_real(func: Any, args: Sequence[Any]) -> bool:
-    """Return whether an op would write unknown values into a real tensor."""
-    if (
-        not isinstance(func, OpOverload)
-        or not args
-        or not isinstance(args[0], Tensor)
-        or isinstance(args[0], FakeTensor)
-    ):
-        return False
-    alias = func._schema.arguments[0].alias_info
-    return alias is not None and alias.is_write

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Kernels
+from lit_sparse_profiling.speed_sections import Kernels
 
 BETWEEN = 0.1
 """Time between steps, as a fraction of the time of both, above which it is a finding."""

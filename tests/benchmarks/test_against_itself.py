@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import against_itself
-from lit_sparse_profiling.sections import Pair
+from lit_sparse_profiling.speed_sections import Pair
 
 
 def test_pairs_of_real_processes_leave_a_line_for_each_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,8 @@ from lit_sparse.data import sources
 from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Device, Ledger, ModelSize, Pair, Throughput
+from lit_sparse_profiling.sections import Device, Ledger, ModelSize
+from lit_sparse_profiling.speed_sections import Pair, Throughput
 from tests.modules.words import word_tokenizer
 
 STACK = {"device": "cpu", "torch": "2.13.0"}

@@ -18,19 +18,8 @@ from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import (
-    Allocator,
-    Device,
-    Driver,
-    Held,
-    Kernels,
-    Ledger,
-    Memory,
-    ModelSize,
-    Pair,
-    Phase,
-    Throughput,
-)
+from lit_sparse_profiling.sections import Allocator, Device, Driver, Held, Ledger, Memory, ModelSize, Phase
+from lit_sparse_profiling.speed_sections import Kernels, Pair, Throughput
 
 VERSIONS = {"torch": "2.13.0", "transformers": "5.23.0", "peft": "0.21.2", "python": "3.11"}
 PEERS = peers.PEERS

@@ -10,8 +10,8 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import ActivationDensity
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from tests.test_contract import data, trainer
 
 

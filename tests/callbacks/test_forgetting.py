@@ -15,8 +15,8 @@ from lit_sparse.data import Instructions, Labelled, Text
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.testing import tiny_encoder, tiny_llm
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from tests.modules.words import word_tokenizer
 
 PASSAGES = [{"text": f"w{n % 19} red w{n % 5} green w{n % 7}" + " blue" * (n % 4)} for n in range(30)]

@@ -30,9 +30,9 @@ from lit_sparse.strategies import UpdateStrategy
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling import phases, profiler, stopwatch, utilization, walltime
 from lit_sparse_profiling.ceilings import Ceilings
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 
 PLAN = Plan(warmup=1, profiled=2)
 BEFORE = 5

@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_sparse.callbacks import Profile
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.ranks import note_of_one
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from tests.pair import attempt, result, run_pair
 
 STEPS, WIDTH = 3, 8

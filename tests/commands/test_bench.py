@@ -18,7 +18,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.runner import Job, Repeat
-from lit_sparse_profiling.sections import Throughput
+from lit_sparse_profiling.speed_sections import Throughput
 
 ROOTS = [str(Path(verb.__file__).parents[2] / folder) for folder in ("", "kernels", "profiling")]
 SYNTHETIC = f"--config={configs_folder()}/data/synthetic.yaml"

@@ -25,8 +25,8 @@ from lit_sparse.optim import trainable
 from lit_sparse.runs import build_module, load_run
 from lit_sparse.strategies import LISA, PEFT
 from lit_sparse.testing import tiny_encoder, tiny_llm
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from tests.modules.words import word_tokenizer
 
 HEAD = {f"{name}.{kind}" for name in ("classifier", "bert.pooler.dense") for kind in ("weight", "bias")}

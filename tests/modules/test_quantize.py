@@ -30,8 +30,8 @@ from lit_sparse.runs import LAST
 from lit_sparse.strategies import PEFT, SMT, KLToBase
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, tiny_encoder, tiny_llm
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from tests.export.test_folder import logits, lora, make_run
 from tests.test_contract import data, module, trained, trainer
 

@@ -44,7 +44,7 @@ from lit_sparse.shards import check_shards, folders_of
 from lit_sparse.strategies import LISA, SMT
 from lit_sparse.testing import tiny_llm
 from lit_sparse.whole import write_whole
-from lit_sparse_profiling.profiler import Plan
+from lit_sparse_profiling.step_plan import Plan
 from tests.pair import attempt, result, run_pair
 from tests.test_contract import METHODS, module
 from tests.test_ranks import Signalled

@@ -9,8 +9,6 @@ from lit_sparse_profiling.sections import (
     Device,
     Driver,
     Held,
-    Kernel,
-    Kernels,
     Large,
     Ledger,
     Level,
@@ -18,8 +16,8 @@ from lit_sparse_profiling.sections import (
     ModelSize,
     Phase,
     StateBytes,
-    Throughput,
 )
+from lit_sparse_profiling.speed_sections import Kernel, Kernels, Throughput
 
 GIB = 2**30
 HOSTILE = '</script><script>window.hacked = 1</script><img src=x onerror="window.hacked = 1">\x1b[31m%{x}\u202e&amp;'

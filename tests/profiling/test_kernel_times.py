@@ -22,7 +22,7 @@ from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.events import OURS, Event, busy_nanoseconds, read, summarize
 from lit_sparse_profiling.kernel_times import WINDOW, KernelProfile, shorten_name, table
 from lit_sparse_profiling.opcounts import OpCount, OpCounts
-from lit_sparse_profiling.sections import Kernel, Kernels
+from lit_sparse_profiling.speed_sections import Kernel, Kernels
 
 CPU = torch.device("cpu")
 BEST = Ceilings(flops=1e12, bytes=1e11)

@@ -15,7 +15,7 @@ from lit_sparse_profiling import nvml as sampler
 from lit_sparse_profiling.nvml import NVML, NVMLMissing, device_uuid
 from lit_sparse_profiling.nvml_device import COMPUTE
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Throughput
+from lit_sparse_profiling.speed_sections import Throughput
 from tests.profiling.fake_nvml import HANDLE, MIB, MIG_UUID, UUID, FakeNVML
 
 OURS = os.getpid()

@@ -25,9 +25,10 @@ from lit_sparse_profiling import nvml, paired, phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.counted import UNNAMED_PHASE
 from lit_sparse_profiling.nvml import NVML, open_nvml
-from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Plan, Profiler
+from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Profiler
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
 from tests.profiling.fake_nvml import MIB, UUID, FakeNVML
 from tests.profiling.pages import touch

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from lit_sparse_profiling.ranks import combined, note_of_one
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Device, Driver, Memory, Phase, Rank, Throughput
+from lit_sparse_profiling.sections import Device, Driver, Memory, Phase
+from lit_sparse_profiling.speed_sections import Rank, Throughput
 
 DRIVER = Driver("a GPU", "GPU-0", "580", False, "v2", "own pid", 9, 8, 1, 2, 5, joules=100.0, watts=50.0)
 FIRST = RunRecord(

@@ -10,7 +10,8 @@ import torch
 
 from lit_sparse_profiling import devices
 from lit_sparse_profiling.record import SCHEMA, RunRecord
-from lit_sparse_profiling.sections import Device, Ledger, Memory, ModelSize, Phase, Throughput
+from lit_sparse_profiling.sections import Device, Ledger, Memory, ModelSize, Phase
+from lit_sparse_profiling.speed_sections import Throughput
 
 FULL = RunRecord(
     name="smt-1",

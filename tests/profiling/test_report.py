@@ -22,16 +22,14 @@ from lit_sparse_profiling.sections import (
     Device,
     Driver,
     Held,
-    Kernels,
     Large,
     Ledger,
     Memory,
     ModelSize,
-    Pair,
     Phase,
     StateBytes,
-    Throughput,
 )
+from lit_sparse_profiling.speed_sections import Kernels, Pair, Throughput
 
 GIB = 2**30
 CPU = RunRecord(

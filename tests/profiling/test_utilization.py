@@ -15,9 +15,11 @@ from lit_sparse_profiling import ceilings as ceilings_module
 from lit_sparse_profiling import profiler, stopwatch, timed_steps, utilization
 from lit_sparse_profiling.ceilings import Ceilings, CeilingSeries
 from lit_sparse_profiling.opcounts import OpCounts
-from lit_sparse_profiling.profiler import Plan, Profiler
+from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import CEILINGS, Kernel, Kernels, Throughput
+from lit_sparse_profiling.sections import CEILINGS
+from lit_sparse_profiling.speed_sections import Kernel, Kernels, Throughput
+from lit_sparse_profiling.step_plan import Plan
 
 KERNELS = Kernels(2, 1.0, 0.1, "float32", flops_ceiling=1e12, bytes_ceiling=1e11, count=1, top=[])
 STEP = Throughput(

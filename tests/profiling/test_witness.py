@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from lit_sparse_profiling import profiler, witness
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.memory import PER_PHASE, heap_in_use
-from lit_sparse_profiling.profiler import Plan, Profiler
+from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.reconcile import OUTSIDE, PROCESS_RESIDUE, findings, format_bytes, reconcile, residue
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from lit_sparse_profiling.witness import Growth, holder
 from tests.profiling.pages import touch
 

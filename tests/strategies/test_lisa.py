@@ -20,8 +20,8 @@ from lit_sparse.strategies import LISA, SMT, Updates, compose
 from lit_sparse.strategies.base import ALONE, Claim, UpdateStrategy, no_probe
 from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, draw_weighted
 from lit_sparse.testing import TINY, contract, tiny_llm
-from lit_sparse_profiling.profiler import Plan
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.step_plan import Plan
 from tests.strategies.test_smt import loss_of, probe_of
 from tests.test_contract import data, trainer
 
