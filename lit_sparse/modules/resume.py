@@ -36,6 +36,7 @@ class Resumable(BuiltModel):
         self.tokens_seen = torch.zeros((), dtype=torch.int64)  # scored tokens of all steps
         self._moved = False  # whether what trains has other values than it began with
         self._rng: Any = None
+        self._base_lrs: list[Any] = []  # of the optimizer's groups, once they are made
 
     @property
     def classes(self) -> Any:
