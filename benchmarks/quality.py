@@ -27,6 +27,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from benchmarks import race
 from benchmarks.measurements import Line, table
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score
@@ -191,6 +192,8 @@ class Runner:
         folder = self._fit(trial)
         record, seconds = RunRecord.read(folder / "record.json"), time.monotonic() - begun
         line = fit_line(trial, record, self.results.stack, seconds, self.bench)
+        if self.made.race is not None:
+            line |= race.measured(record, folder, trial.config)
         self.results.append(line)
         self.say(f"{trial.name}: held-out loss {score(line):.4f} in {seconds:.0f} s, {folder}")
         self._discard_beaten(trial)

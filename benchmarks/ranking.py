@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.measurements import Line, caption, parsed, table
+from benchmarks import race
+from benchmarks.measurements import Line, caption, parsed, table, ties
 from benchmarks.trials import Arm, Config, Table, Trial, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.documents import spell_nonfinite
@@ -203,14 +204,6 @@ def judge(group: Sequence[Row]) -> None:
             row.remarks.append(f"unequal: {row.trained / group[0].trained - 1:+.1%} weights beside {group[0].arm.name}")
 
 
-def ties(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Return true if the means differ by at most the larger standard deviation; false if one is unknown."""
-    if min(len(ours), len(theirs)) < 2 or not all(map(math.isfinite, [*ours, *theirs])):
-        return False
-    spread = max(statistics.stdev(ours), statistics.stdev(theirs))
-    return abs(statistics.fmean(ours) - statistics.fmean(theirs)) <= spread
-
-
 def missing(made: Table, row: Row) -> Iterator[str]:
     """Yield remarks on what the row lacks."""
     if not row.fits:
@@ -256,7 +249,7 @@ def beside(base: Row, row: Row, name: str) -> str:
 
 def head(made: Table) -> list[str]:
     """Return the table's columns."""
-    return [*HEAD, *map(in_words, made.also), *TAIL]
+    return [*HEAD, *map(in_words, made.also), *(race.HEAD if made.race else ()), *TAIL]
 
 
 def in_words(name: str) -> str:
@@ -268,20 +261,39 @@ def cells(made: Table, results: Results) -> list[list[str]]:
     """Return the table's rows as strings, the untrained base first."""
     of_seeds = [results.before(made.trial(made.arms[0], made.arms[0].rates[0], seed)) or {} for seed in made.seeds]
     scores = [mean_spread([float(one[name]) for one in of_seeds if name in one]) for name in (SCORE, TEXT, *made.also)]
-    arms = [row_cells(row, made.also) for row in rows(made, results)]
-    return [["untrained", "", "0", "-", *scores, "-", "-", ""], *arms]
+    found = rows(made, results)
+    extra = [[] for _ in found]
+    if made.race is not None:
+        steps = race.steps_of(made.race, fits_of(found), start(made, results))
+        extra = [race.cells(row.fits, steps[row.arm.name]) for row in found]
+    arms = [row_cells(row, made.also, more) for row, more in zip(found, extra, strict=True)]
+    blank = ["-"] * len(race.HEAD) if made.race is not None else []
+    return [["untrained", "", "0", "-", *scores, *blank, "-", "-", ""], *arms]
 
 
-def row_cells(row: Row, also: Sequence[str]) -> list[str]:
+def fits_of(found: Sequence[Row]) -> dict[str, list[Line]]:
+    """Return the trainings of each arm at its best learning rate."""
+    return {row.arm.name: row.fits for row in found}
+
+
+def start(made: Table, results: Results) -> float:
+    """Return the mean held-out loss of the untrained base; NaN if it is unknown."""
+    before = [results.before(made.trial(made.arms[0], made.arms[0].rates[0], seed)) for seed in made.seeds]
+    losses = [float(one[SCORE]) for one in before if one and SCORE in one]
+    return statistics.fmean(losses) if losses else math.nan
+
+
+def row_cells(row: Row, also: Sequence[str], extra: Sequence[str]) -> list[str]:
     named = [row.arm.name, row.arm.group or "reference"]
     if row.best is None:
-        return [*named, *["-"] * (5 + len(also)), "0", "; ".join(row.remarks)]
+        return [*named, *["-"] * (5 + len(also) + len(extra)), "0", "; ".join(row.remarks)]
     return [
         *named,
         f"{row.trained:,} ({row.fits[0]['trainable_share']:.2%})",
         rate(row),
         mean_spread(row.losses),
         *(mean_spread(outcomes(row.fits, name)) for name in (TEXT, *also)),
+        *extra,
         right_answers(row.tests),
         str(len(row.fits)),
         "; ".join(row.remarks),
@@ -350,7 +362,8 @@ def notes(made: Table, results: Results) -> str:
         f"over seeds; the learning rate has the lowest held-out loss with seed {made.seeds[0]}. A tie with the best of "
         "a group: the means differ by no more than the larger of the two standard deviations."
     )
-    return " ".join([about, *unknown(made, lines), *comparison(made, results)])
+    raced = race.told(made.race, fits_of(rows(made, results)), start(made, results)) if made.race else ()
+    return " ".join([about, *unknown(made, lines), *comparison(made, results), *raced])
 
 
 def unknown(made: Table, lines: Sequence[Line]) -> Iterator[str]:

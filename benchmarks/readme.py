@@ -394,10 +394,15 @@ def methods(_results: Path) -> str:
         changed = {"kept": "no", "trained": "yes", "rewritten": "yes, from the start", "moved": "yes, from the start"}
         bases = [update.base for update in updates if "trainable" in update.claims] or ["trained"]
         sharded = all(update.supports_sharding for update in updates)
-        period = next((f"every {u.period} steps" for u in updates if u.period is not None), "no")
+        period = next((every(u.period) for u in updates if u.period is not None), "no")
         rows.append([f"`{path.name}`", what, changed[bases[0]], period, "yes" if sharded else "no"])
     head = ["YAML", "what it does", "base weights change", "trainable set changes", "FSDP2"]
     return table(head, rows).replace("---:", "---")  # words, not figures
+
+
+def every(steps: int) -> str:
+    """Return an interval in words."""
+    return "every step" if steps == 1 else f"every {steps} steps"
 
 
 def configuration(_results: Path) -> str:

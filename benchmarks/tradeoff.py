@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.curves import Curve, Study, at_best, belonging, read_study
-from benchmarks.measurements import Line, caption, newest, table
-from benchmarks.ranking import SCORE, Results, end_of, mean_spread, newest_first, ties
+from benchmarks.measurements import Line, caption, newest, table, ties
+from benchmarks.ranking import SCORE, Results, end_of, mean_spread, newest_first
 from benchmarks.recording import EXTRAPOLATED, PENALTY, costs
 
 COMMAND = "python -m benchmarks.forgetting_study"

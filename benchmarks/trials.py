@@ -24,8 +24,9 @@ TABLES = Path(__file__).parent / "quality"
 SEEDS = (0, 1, 2)
 SEED = "${seed}"
 """Placeholder of the trial's seed, for updates that draw without a `seed` of their own, such as PEFT's SHiRA."""
-TABLE_KEYS = {"title", "workload", "test", "seeds", "arms", "also", "against", "reduce"}
-ARM_KEYS = {"updates", "method", "lr", "group"}
+TABLE_KEYS = {"title", "workload", "test", "seeds", "arms", "also", "against", "reduce", "race"}
+ARM_KEYS = {"updates", "method", "model", "lr", "group"}
+RACE_KEYS = {"every", "to", "whole", "without"}
 Config = dict[str, Any]
 
 
@@ -79,6 +80,23 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Race:
+    """How soon the arms of a table reach a loss.
+
+    Attributes:
+        every: Optimizer steps between validations.
+        to: The arm whose final held-out loss is to be reached.
+        whole: An arm of which others lack a part, or None.
+        without: What each of those lacks, or has in its place, by the names of the arms.
+    """
+
+    every: int
+    to: str
+    whole: str | None
+    without: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Table:
     """A comparison of arms, with everything else equal.
 
@@ -89,6 +107,7 @@ class Table:
         also: Further outcomes of a fit's record to show.
         against: Name of the arm that the others are compared with, or None.
         reduce: The outcomes among `also` that the others should reduce, at the quality of `against`.
+        race: How soon arms reach a loss, or None.
     """
 
     name: str
@@ -100,6 +119,7 @@ class Table:
     also: tuple[str, ...] = ()
     against: str | None = None
     reduce: tuple[str, ...] = ()
+    race: Race | None = None
 
     @property
     def steps(self) -> int:
@@ -151,16 +171,18 @@ def table_of(
     also, less = (_outcomes(document, key, str(path)) for key in ("also", "reduce"))
     if not isinstance(document["arms"], dict) or not document["arms"]:
         raise BadInput(f"{path}: `arms` names no arm; give each a name, its updates and its learning rates.")
+    raced = _race(document, str(path))
     return Table(
         path.stem,
         str(document["title"]),
-        _workload(read_yaml(file), steps, str(file)),
+        _workload(read_yaml(file), steps, str(file), raced),
         test,
         _seeds(seeds, str(path)),
         tuple(_arm(arm, body, f"{path}: arm {arm}") for arm, body in document["arms"].items()),
         also,
         _against(document, also, less, str(path)),
         less,
+        raced,
     )
 
 
@@ -221,15 +243,34 @@ def _against(document: Config, also: Sequence[str], less: Sequence[str], where: 
     return str(against)
 
 
-def _workload(config: Config, steps: int | None, where: str) -> Config:
-    """Return the configuration that all trials share; it validates once, at the end of training."""
+def _race(document: Config, where: str) -> Race | None:
+    body, arms = document.get("race"), [str(arm) for arm in document["arms"]]
+    if body is None:
+        return None
+    if not isinstance(body, dict):
+        raise BadInput(f"{where}: `race` is {body!r}; give it every, to, and the parts of an arm.")
+    _known(body, RACE_KEYS, {"every", "to"}, f"{where}: race")
+    without = body.get("without") or {}
+    named = [body["to"], *([body["whole"]] if "whole" in body else []), *without]
+    if unknown := [str(name) for name in named if str(name) not in arms]:
+        raise BadInput(f"{where}: race names the arm {unknown[0]}; give one of {', '.join(arms)}.")
+    if type(body["every"]) is not int or body["every"] < 1:
+        raise BadInput(f"{where}: race.every is {body['every']!r}; give the steps between validations, 1 or more.")
+    if without and "whole" not in body:
+        raise BadInput(f"{where}: race has without, but no whole; name the arm that has all parts.")
+    return Race(body["every"], str(body["to"]), body.get("whole"), {str(k): str(v) for k, v in without.items()})
+
+
+def _workload(config: Config, steps: int | None, where: str, race: Race | None) -> Config:
+    """Return the configuration that all trials share; it validates at the end of training, and on the way of a race."""
     data, trainer = config.get("data"), dict(config.get("trainer") or {})
     if not isinstance(data, dict) or "class_path" not in data:
         raise BadInput(f"{where} has no data.class_path; say what is learnt, such as lit_sparse.data.Embedded.")
     steps = trainer.get("max_steps") if steps is None else steps
     if type(steps) is not int or steps < 1:
         raise BadInput(f"{where}: trainer.max_steps is {steps}; give the optimizer steps of a trial, 1 or more.")
-    every = steps * trainer.get("accumulate_grad_batches", 1)
+    between = steps if race is None else math.gcd(race.every, steps)
+    every = between * trainer.get("accumulate_grad_batches", 1)
     ends = {"max_steps": steps, "max_epochs": -1, "val_check_interval": every, "check_val_every_n_epoch": None}
     return merged({"model": {}, **config}, {"trainer": {**trainer, **ends}})
 
@@ -245,6 +286,7 @@ def _arm(name: Any, body: Any, where: str) -> Arm:
     model = {"updates": body["updates"]} if "updates" in body else _method(body["method"])
     if not isinstance(model.get("updates", []), list):
         raise BadInput(f"{where}: `updates` is {model['updates']!r}; give a list, [] for full fine-tuning.")
+    model = merged(model, body.get("model") or {})
     group = body.get("group")
     return Arm(str(name), model, _rates(body["lr"], where), None if group is None else str(group))
 

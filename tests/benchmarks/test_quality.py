@@ -315,7 +315,7 @@ def test_means_spread_ties_and_ends_of_the_sweep(write: Write) -> None:
     ],
 )
 def test_a_tie_is_within_the_larger_spread(ours: list[float], theirs: list[float], tie: bool) -> None:
-    assert ranking.ties(ours, theirs) is tie
+    assert measurements.ties(ours, theirs) is tie
 
 
 def test_unequal_counts_are_named(write: Write) -> None:
@@ -417,6 +417,16 @@ BAD = {
     ),
     "reduce beside nothing": ({"also": ["density"], "reduce": ["density"]}, "`against` is None"),
     "beside an arm, but what": ({"against": "lora"}, r"`reduce` is \[\]"),
+    "a race to no arm": (
+        {"race": {"every": 5, "to": "mezo"}},
+        "race names the arm mezo; give one of random, lora, full",
+    ),
+    "a race without validations": ({"race": {"every": 0, "to": "lora"}}, "race.every is 0; give the steps between"),
+    "parts of no arm": (
+        {"race": {"every": 5, "to": "lora", "without": {"full": "LoRA"}}},
+        "race has without, but no whole",
+    ),
+    "a race that is none": ({"race": 5}, "`race` is 5"),
 }
 
 
