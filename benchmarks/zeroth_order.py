@@ -1,9 +1,11 @@
-"""MeZO's step beside two forward passes of the same batch, and the bytes that it moves.
+"""What a step of MeZO costs beside forward passes of the same batch: time, the bytes that it moves, and memory.
 
 `python -m benchmarks.zeroth_order` takes interleaved pairs of a step (of all weights, in the model's dtype) and two
 plain forward passes without a graph, for each kind of noise, and prints the median of the ratio with the range of its
-middle half. Bytes are of the weights that perturbations and the update read and write, in units of the weights' own
-bytes; what the forward passes read anyway does not count. It times: run it on a quiet machine.
+middle half. On LoRA it takes pairs of two losses in one pass (`probes_at_once: 2`) and plain inference of as many rows,
+and prints the throughput a loss. Bytes moved are of the weights that perturbations and the update read and write, in
+units of the weights' own bytes; what the forward passes read anyway does not count. Memory is the highest level of the
+allocator's events in a step, beside that of plain inference; a CPU's only. It times: run it on a quiet machine.
 """
 
 from __future__ import annotations
@@ -11,18 +13,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from peft import LoraConfig
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from lit_sparse.demo import DEMO, resolve
 from lit_sparse.loss import next_token_loss
-from lit_sparse.strategies import MeZO, Updates
+from lit_sparse.modules import CausalLM
+from lit_sparse.modules.forward_only import WindowLoss, repeated
+from lit_sparse.strategies import HELENE, PEFT, MeZO, Updates, UpdateStrategy
 from lit_sparse.zeroth_order.directions import Dense, Part
-from lit_sparse.zeroth_order.perturbed import Place, Rows
+from lit_sparse.zeroth_order.optimizer import Losses
+from lit_sparse.zeroth_order.perturbed import Make, Place, Rows
 from lit_sparse_kernels.add_noise import Term
 
 WARM = 2
@@ -33,6 +40,9 @@ WARM = 2
 class Counted(Dense):
     """Dense directions that add up the bytes of weights that they read and write.
 
+    Rows that an embedding gathers for tokens do not count: a plain pass reads them once, as this does, and what it
+    writes are activations, to which the noise is added in place.
+
     Attributes:
         moved: Bytes so far.
     """
@@ -41,7 +51,8 @@ class Counted(Dense):
 
     def perturb(self, weight: Tensor, place: Place, rows: Rows, seed: int, scale: float) -> Tensor:
         out = super().perturb(weight, place, rows, seed, scale)
-        self.moved += weight.nbytes + out.nbytes
+        if isinstance(rows, slice):
+            self.moved += weight.nbytes + out.nbytes
         return out
 
     def move(self, parts: Sequence[Part], terms: Sequence[Term], lr: float, momentum: float) -> None:
@@ -93,6 +104,82 @@ def ratios(model: nn.Module, ids: Tensor, kind: str, pairs: int) -> list[float]:
     return found[WARM:]
 
 
+def throughputs(task: CausalLM, batch: Mapping[str, Tensor], count: int, pairs: int) -> list[float]:
+    """Return the throughput a loss of `count` losses in one pass over that of plain inference of as many rows."""
+    model, direction = task.build(), Dense()
+    together = Losses(model, WindowLoss(task, [batch]), count)
+    plain, found = WindowLoss(task, [repeated(batch, count)]), list[float]()
+
+    def beside(scale: float) -> Make:
+        return lambda weight, place, rows: direction.perturb(weight, place, rows, 1, scale)
+
+    makes = [beside(1e-2 * (-1) ** number) for number in range(count)]
+    with torch.no_grad():
+        for _ in range(WARM + pairs):
+            ours = seconds(batch["labels"].device, lambda: together.of(makes))
+            found.append(seconds(batch["labels"].device, plain) / ours)
+    return found[WARM:]
+
+
+def highest(act: Callable[[], object]) -> int:
+    """Return the most bytes that `act` has from the CPU's allocator at a time, beside those that were there."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
+        act()
+    events = [event for event in traced.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        most = max(most, level)
+    return most
+
+
+@dataclass
+class Peaks:
+    """Bytes of a step of a method, and of inference of the same batch.
+
+    Attributes:
+        weights: Of all weights.
+        state: Of the optimizer's state.
+        step: The most that a step has beside them.
+        inference: The most that a plain pass has beside the weights.
+        trained: Number of trained weights.
+    """
+
+    weights: int
+    state: int
+    step: int
+    inference: int
+    trained: int
+
+    @property
+    def ratio(self) -> float:
+        """The whole of a step over the whole of inference."""
+        return (self.weights + self.state + self.step) / (self.weights + self.inference)
+
+
+def peaks(task: CausalLM, batch: Mapping[str, Tensor]) -> Peaks:
+    """Measure the third step of a module whose strategies are not attached yet; the first makes the state."""
+    loss = WindowLoss(task, [batch])
+    task.updates.attach(task.build())
+    optimizer = task.updates.optimizer(1e-6)
+    with torch.no_grad():
+        for step in (1, 2, 3):
+            task.updates.before_step(step, optimizer)
+            if step < 3:
+                optimizer.step(loss)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        plain = highest(loss)
+        taken = highest(lambda: optimizer.step(loss))  # pyright: ignore[reportArgumentType, reportCallIssue]
+    weights = sum(p.nbytes for p in task.build().parameters())
+    state = sum(value.nbytes for one in optimizer.state.values() for value in one.values())
+    return Peaks(weights, state, taken, plain, sum(p.numel() for _, p in task.updates.named))
+
+
+def adapted(base: str, dtype: str, *updates: UpdateStrategy) -> CausalLM:
+    """Return a module with LoRA of rank 8 on all linear layers, beside the given strategies."""
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    return CausalLM(base, [PEFT(config), *updates], precision=dtype)  # pyright: ignore[reportArgumentType]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -110,6 +197,25 @@ def main() -> None:
     for kind in ("rademacher", "gaussian"):
         low, middle, high = statistics.quantiles(ratios(model, ids, kind, asked.pairs), n=4)
         print(f"{kind}: a step takes {middle:.3f} [{low:.3f}, {high:.3f}] times two forward passes")
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    task = adapted(asked.base, asked.dtype, MeZO())
+    task.build().to(asked.device).eval()
+    task.updates.attach(task.build())
+    low, middle, high = statistics.quantiles(throughputs(task, batch, 2, asked.pairs), n=4)
+    print(f"LoRA, two losses in one pass: {middle:.3f} [{low:.3f}, {high:.3f}] of the throughput of plain inference")
+    if asked.device == "cpu":
+        for name, made in {
+            "MeZO": CausalLM(asked.base, [MeZO()], precision=asked.dtype),
+            "MeZO on LoRA": adapted(asked.base, asked.dtype, MeZO()),
+            "HELENE on LoRA": adapted(asked.base, asked.dtype, HELENE(refresh_every=1)),
+            "HELENE": CausalLM(asked.base, [HELENE(refresh_every=1)], precision=asked.dtype),
+            "HELENE, h: tensor": CausalLM(asked.base, [HELENE(refresh_every=1, h="tensor")], precision=asked.dtype),
+        }.items():
+            found = peaks(made, batch)
+            each = found.state / found.trained
+            print(
+                f"{name}: {found.ratio:.3f} times inference's memory, with {each:.0f} bytes a trained weight of state"
+            )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from lit_sparse.commands.refusals import check_trainer_words, explain
 from lit_sparse.commands.screen import shown
 from lit_sparse.commands.words import find_data, named_task, unmeasured
 from lit_sparse.errors import BadInput
+from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules.sharding import TIMEOUT
 from lit_sparse.runs import (
     TASKS,
@@ -134,6 +135,9 @@ class CLI(LightningCLI):
             config.trainer.max_epochs = 1 if config.trainer.max_steps == -1 else -1
         config.run = config.run or self._run_name(config)
         check_name(config.run)
+        self.seed_log = self._seed_log(config.ckpt_path)
+        if self.seed_log is not None:
+            config.ckpt_path = None
         if config.ckpt_path is not None:
             config.ckpt_path = str(self._checkpoint(config))
         if self.subcommand != "fit":
@@ -152,6 +156,21 @@ class CLI(LightningCLI):
         methods = [path.stem for path in paths if path.parent.name not in STACKED]
         return "+".join(methods) or "run"
 
+    def _seed_log(self, path: str | None) -> SeedLog | None:
+        """Return the seed log at `path`, from which a fit goes on as from a checkpoint; None for other files.
+
+        Raises:
+            BadInput: for other exports, and for other verbs.
+        """
+        if path is None or Path(path).suffix != ".safetensors":
+            return None
+        if self.subcommand != "fit":
+            raise BadInput(
+                f"--ckpt_path is {path}, an export and no checkpoint; fit goes on from a seed log, and "
+                f"{self.subcommand} takes checkpoints/last.ckpt of a run."
+            )
+        return SeedLog.load(path)
+
     def _checkpoint(self, config: Any) -> Path:
         """Return the file that --ckpt_path names.
 
@@ -160,11 +179,6 @@ class CLI(LightningCLI):
         """
         if config.ckpt_path == "last":
             return last_checkpoint(self.root, config.run)
-        if Path(config.ckpt_path).suffix == ".safetensors":
-            raise BadInput(
-                f"--ckpt_path is {config.ckpt_path}, an export and no checkpoint; give checkpoints/last.ckpt of a run. "
-                "A seed log is taken again in Python: SeedLog.load(FILE).replay(base)."
-            )
         if not Path(config.ckpt_path).is_file() and "://" not in config.ckpt_path:
             raise BadInput(
                 f"--ckpt_path {config.ckpt_path} was asked for, but there is no such file; give a checkpoint's path, "
@@ -225,7 +239,7 @@ class CLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train; a run that is refused before training has moved leaves nothing."""
-        self.model.resume_from = arguments["ckpt_path"]
+        self.model.resume_from, self.model.seed_log = arguments["ckpt_path"], self.seed_log
         start_fresh(self.trainer, arguments["ckpt_path"])
         self.phases.end(COMMAND_LINE)
         try:

@@ -60,7 +60,7 @@ def export(
         run: The run's folder, such as runs/smt-1.
         to: `hf` is the whole model with the tokenizer; `delta` one file with the difference from the base; `adapter` a
             folder for peft.PeftModel.from_pretrained(base, folder); `seedlog` one file of kilobytes, from which a run
-            without a backward pass (MeZO) is made again.
+            without a backward pass (MeZO, HELENE) is made again.
         output: Where to; `hf`, `delta.safetensors`, `adapter` or `seedlog.safetensors` in the run's folder when not
             given.
         dtype: Dtype of the weights of `hf`; `base` is that of the base's files. Deltas and adapters are float32.

@@ -1,20 +1,22 @@
 """Seed logs: a run without a backward pass as the numbers that its steps came to, from which it is made again.
 
-A step of MeZO is a function of the seed, the step's number, the learning rate and a slope for each direction; the
-directions are made anew from the seed (`lit_sparse_kernels.philox`). So a run is its configuration and 8 bytes for the
-rate and for each slope of a step: 16 KB for 1,000 steps, whatever the model's size. With Rademacher noise the weights
-are those of the run to the bit, on another device, too.
+A step of MeZO is a function of the seed, the step's number, the learning rate and a slope for each direction; HELENE's
+also of the estimates of the curvature. The directions are made anew from the seed (`lit_sparse_kernels.philox`). So a
+run is its configuration and 8 bytes for the rate and for each number of a step: 16 KB for 1,000 steps of MeZO, whatever
+the model's size. With Rademacher noise the weights are those of the run to the bit, on another device, too.
 
-The file is a safetensors file with one tensor, `log` (steps, 1 + queries) float64: the learning rate and the slopes,
-NaN where a step was skipped. Its metadata has one key, FORMAT, with a JSON object: version, base, the base's
-fingerprint, the dtype of the weights, the strategies as in YAML, and a checksum of everything.
+The file is a safetensors file with one tensor, `log` (steps, 1 + numbers) float64: the learning rate and the numbers of
+each step, NaN where it was skipped, or has fewer than others. Its metadata has one key, FORMAT, with a JSON object:
+version, base, the base's fingerprint, the dtype of the weights, the strategies as in YAML, and a checksum of it all.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from jsonargparse import Namespace
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,8 +28,8 @@ from lit_sparse.errors import BadInput
 from lit_sparse.export.delta import checksum
 from lit_sparse.modules import LitSparse
 from lit_sparse.runs import build_module
-from lit_sparse.strategies import MeZO, Updates
-from lit_sparse.zeroth_order.optimizer import Recorded
+from lit_sparse.strategies import Updates
+from lit_sparse.zeroth_order.method import ForwardOnlyMethod, take_again
 
 FORMAT, VERSION = "lit_sparse.seedlog", 1
 
@@ -41,7 +43,7 @@ class SeedLog:
         base_fingerprint: Its fingerprint, of names, shapes and values of all parameters.
         dtype: Dtype of the weights that were trained, as in `float32`.
         updates: The strategies, as in a run's configuration.
-        log: (steps, 1 + queries) float64.
+        log: (steps, 1 + numbers) float64.
     """
 
     base: str
@@ -57,19 +59,25 @@ class SeedLog:
         Raises:
             BadInput: if gradients trained it, or it started from random adapters.
         """
-        mezo = next((update for update in module.updates if isinstance(update, MeZO)), None)
-        if mezo is None:
-            forward_only = module.updates.backward == "none"
-            reason = "keeps no log" if forward_only else "trains through gradients, which a seed does not give"
-            raise BadInput(f"a seed log was asked for, but {module.updates.names} {reason}; export it with --to delta.")
+        method = next((update for update in module.updates if isinstance(update, ForwardOnlyMethod)), None)
+        if method is None:
+            raise BadInput(
+                f"a seed log was asked for, but {module.updates.names} trains through gradients, which a seed does not "
+                "give; export it with --to delta."
+            )
         if any("modules" in update.claims for update in module.updates):
             raise BadInput(
                 f"a seed log was asked for, but {module.updates.names} began with an adapter drawn at random, which a "
                 "base does not give; export it with --to adapter."
             )
+        if method.tape.changed:
+            raise BadInput(
+                f"a seed log was asked for, but earlier steps of this run had other settings ({method.tape.changed}), "
+                "which one log cannot tell; export it with --to delta."
+            )
         dtype = next(p.dtype for _, p in module.updates.named)
         updates = [plain(update) for update in config["model"]["updates"]]
-        return cls(module.base, module.base_fingerprint, str(dtype).removeprefix("torch."), updates, mezo.log)
+        return cls(module.base, module.base_fingerprint, str(dtype).removeprefix("torch."), updates, method.tape.log)
 
     def save(self, path: str | Path) -> None:
         """Write the log as one safetensors file."""
@@ -89,12 +97,17 @@ class SeedLog:
             raise BadInput(f"there is no seed log at {path}; give a file that lit-sparse export --to seedlog wrote.")
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
-                log = file.get_tensor("log")
+                header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+                log = None if header is None else file.get_tensor("log")
         except (SafetensorError, ValueError) as error:
             raise BadInput(
                 f"{path} cannot be read as a seed log ({error}): it is truncated, or of another kind."
             ) from error
+        if log is None:
+            raise BadInput(
+                f"{path} is a safetensors file, but no seed log; give one that lit-sparse export --to seedlog wrote, "
+                "or a checkpoint."
+            )
         if header.pop("sha256", None) != checksum(header, {"log": log}):
             raise BadInput(f"{path} is damaged: its contents do not match its checksum; export the run again.")
         if header.pop("version") != VERSION:
@@ -109,17 +122,11 @@ class SeedLog:
         Raises:
             BadInput: if the model is not the base, or its weights have another dtype; it is unchanged.
         """
-        self._check(model)
-        updates = build_module({"model": {"updates": self.updates}}).updates.fresh()
+        self.check(fingerprint(model), {p.dtype for p in model.parameters()})
+        updates = self.strategies()
         updates.attach(model)
         optimizer = updates.optimizer(0.0)
-        for step, (lr, *slopes) in enumerate(self.log.tolist(), 1):
-            updates.before_step(step, optimizer)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step(Recorded(slopes))  # pyright: ignore[reportArgumentType, reportCallIssue]
-            if updates.after_step(step, optimizer):
-                updates.regroup(optimizer)
+        take_again(updates, optimizer, self.log)
         return updates, optimizer
 
     def apply(self, model: nn.Module) -> None:
@@ -131,15 +138,27 @@ class SeedLog:
         updates, _ = self.replay(model)
         updates.detach(model)
 
-    def _check(self, model: nn.Module) -> None:
-        found = fingerprint(model)
+    def strategies(self) -> Updates:
+        """Return the run's strategies as they were before its first step."""
+        return build_module({"model": {"updates": self.updates}}).updates.fresh()
+
+    def check(self, found: str, dtypes: Collection[torch.dtype]) -> None:
+        """Refuse a model that is not the base of the run.
+
+        Args:
+            found: The model's fingerprint.
+            dtypes: Those of its weights.
+
+        Raises:
+            BadInput: saying what differs.
+        """
         if found != self.base_fingerprint:
             raise BadInput(
                 f"the seed log was made of {self.base} (fingerprint {self.base_fingerprint[:12]}), this model has "
                 f"other weights, or parameters of other names (fingerprint {found[:12]}); replay it on the unchanged "
                 f"{self.base}."
             )
-        other = {str(p.dtype).removeprefix("torch.") for p in model.parameters()} - {self.dtype}
+        other = {str(dtype).removeprefix("torch.") for dtype in dtypes} - {self.dtype}
         if other:
             raise BadInput(
                 f"the seed log is of weights in {self.dtype}, which this model has in {', '.join(sorted(other))}; load "

@@ -1,7 +1,7 @@
 """The host: a LightningModule that trains a Hugging Face model with update strategies, and knows no method's name."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -25,12 +25,16 @@ from lit_sparse.modules.checks import (
 from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.precision import HALF, Precision
+from lit_sparse.modules.replay import go_on_from
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, scheduler_of
 from lit_sparse.modules.window import Window
 from lit_sparse.optim import AdamW, match_by_name, total_norm
 from lit_sparse.ranks import all_reduce_sum, average_gradients
 from lit_sparse.strategies import UpdateStrategy
+
+if TYPE_CHECKING:
+    from lit_sparse.export.seedlog import SeedLog
 
 LOGGED = (
     *("train_loss", "train_accuracy", "scored_tokens", "lr", "grad_norm"),
@@ -60,6 +64,9 @@ class LitSparse(Resumable):
         full_checkpoints: Save all weights in checkpoints instead of what was trained.
         quantize: Keep the linear layers of the frozen base in 4 bits (`nf4`, with quantised scales) or 8 (`int8`)
             through bitsandbytes; for adapters only, which leave the base as it is.
+
+    Attributes:
+        seed_log: A log whose steps a fit takes again on the base before its own; None for a fit of its own.
     """
 
     def __init__(
@@ -97,6 +104,7 @@ class LitSparse(Resumable):
         self._window = Window()
         self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself
         self._value = torch.zeros(())  # its last loss
+        self.seed_log: SeedLog | None = None
 
     def configure_callbacks(self) -> list[Any]:
         if self.trainer.state.fn == "fit":
@@ -121,6 +129,9 @@ class LitSparse(Resumable):
         if not self.updates.masters:
             trained = f"what is trained stays in {frozen}"
         rank_zero_info(f"Frozen weights and computation are in {frozen}, {trained}.")
+        if self.seed_log is not None:
+            go_on_from(self.seed_log, self)
+            self._moved = True
 
     def weighed_loss(self, batch: Mapping[str, Tensor], micro_batches: int) -> Tensor:
         """Return the loss of a batch with the strategies' penalties, weighed for its accumulation window."""
@@ -253,11 +264,15 @@ class LitSparse(Resumable):
         self._moved = True
         # Here, since later hooks come after the checkpoint is written; global_step rises after this one.
         if self.updates.after_step(step, plain):
-            self._upcast()
-            self.updates.regroup(plain)
-            self.note_trained()
-            check_updates_alike(self.updates, self.base_fingerprint)
+            self.follow_trainable_set(plain)
         plain.zero_grad()  # Lightning does it after the next forward only, which gradients need not live through
+
+    def follow_trainable_set(self, optimizer: Optimizer) -> None:
+        """Give the optimizer what trains now, after `Updates.after_step` returned true."""
+        self._upcast()
+        self.updates.regroup(optimizer)
+        self.note_trained()
+        check_updates_alike(self.updates, self.base_fingerprint)
 
     def _step_without_graph(self, optimizer: Optimizer, closure: Callable[[], Any]) -> None:
         """Give the method the loss of all batches since the last step, to compute as often as it likes."""

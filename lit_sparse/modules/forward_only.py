@@ -12,6 +12,8 @@ from torchmetrics import Metric
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import BuiltModel
 from lit_sparse.ranks import all_reduce_mean
+from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse.zeroth_order.together import Together
 
 
 class WindowLoss:
@@ -47,11 +49,29 @@ class WindowLoss:
         found = [self._row_losses(batch) for batch in self._parts()]
         return self._mean([sums for sums, _ in found]), torch.cat([rows for _, rows in found])
 
+    def of_probes(self, probes: Together) -> tuple[Tensor, Tensor]:
+        """Return the losses of copies of the batches (n,), and those of this rank's rows (n, N); fp32.
+
+        Args:
+            probes: The copies, whose context this is called in.
+
+        Raises:
+            BadInput: if there is a penalty, which is of a whole batch.
+        """
+        penalizing = [type(u).__name__ for u in self._task.updates if type(u).penalty is not UpdateStrategy.penalty]
+        if penalizing:
+            raise BadInput(
+                f"probes_at_once is {probes.count}, but the penalty of {penalizing[0]} is of one batch at a time; set "
+                "it to 1."
+            )
+        found = [self._probe_losses(batch, probes) for batch in self._parts()]
+        return self._mean([sums for sums, _ in found]), torch.cat([rows for _, rows in found], 1)
+
     def _mean(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the loss of all ranks' scored tokens, of sums over those of this one; see `_sums`."""
-        total, tokens, right = all_reduce_mean(torch.stack([*parts]).sum(0))
+        """Return the losses of all ranks' scored tokens, of sums over those of this one; see `_sums`."""
+        total, tokens, right = all_reduce_mean(torch.stack([*parts]).sum(0)).unbind(-1)
         tokens = tokens.clamp(min=torch.finfo(tokens.dtype).tiny)  # a mean over ranks, below 1 only where it is 0
-        self.accuracy = right / tokens
+        self.accuracy = (right / tokens).mean()
         return total / tokens
 
     def _parts(self) -> Iterator[Mapping[str, Tensor]]:
@@ -85,6 +105,18 @@ class WindowLoss:
         penalized = self._task.updates.penalized(total_B.sum() / count.clamp(min=1), batch, output)
         return torch.stack([penalized.float() * count, count.float(), right.float()]), (total_B / count_B)[scored_B]
 
+    def _probe_losses(self, batch: Mapping[str, Tensor], probes: Together) -> tuple[Tensor, Tensor]:
+        probes.rows = len(batch["labels"])
+        with self._task.autocast():
+            return self._task.compute(self._probe_losses_of, repeated(batch, probes.count), probes.count)
+
+    def _probe_losses_of(self, batch: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """Return sums for each copy as `_sums` does, (n, 3), and the mean losses of its rows with a scored token."""
+        total_B, tokens_B, right, _ = self._task.row_losses(batch)
+        total, tokens = total_B.view(count, -1), tokens_B.view(count, -1)
+        sums = torch.stack([total.sum(1), tokens.sum(1).float(), (right.float() / count).expand(count)], 1)
+        return sums, (total / tokens)[:, tokens[0] > 0]
+
 
 def lost(metric: Metric) -> Tensor:
     """Return 1 - the metric, or the metric where lower is better: a scalar, the same on all ranks.
@@ -101,6 +133,16 @@ def lost(metric: Metric) -> Tensor:
         )
     value = value.float().reshape(())
     return 1 - value if metric.higher_is_better else value
+
+
+def repeated(batch: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return a batch whose rows are those of `batch`, so many times over; without the places of scored tokens."""
+    rows = len(batch["labels"])
+    return {
+        key: value.repeat(count, *[1] * (value.ndim - 1))
+        for key, value in batch.items()
+        if key != "scored" and len(value) == rows
+    }
 
 
 def split_rows(batch: Mapping[str, Any], rows: int | None) -> Iterator[Mapping[str, Any]]:

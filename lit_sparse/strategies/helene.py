@@ -32,19 +32,26 @@ Choices of ours, since no setting is known, or since the published one does not 
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import local_shard, trainable
-from lit_sparse.strategies.base import Backward, BaseWeights, Claim, Context, Need, Probe, UpdateStrategy
-from lit_sparse.zeroth_order.curvature import Curvature, Estimate, Layers, RowLosses, layers_of, squared_slopes
+from lit_sparse.optim import local_shard
+from lit_sparse.strategies.base import Context, Need, UpdateStrategy
+from lit_sparse.zeroth_order.curvature import Curvature, Estimate, Layers, layers_of, squared_slopes
 from lit_sparse.zeroth_order.directions import Dense, Part
-from lit_sparse.zeroth_order.optimizer import Closure, ForwardOnly, Losses, Recorded, Skips, finite, named_errors
-from lit_sparse.zeroth_order.perturbed import Place, Rows, check_model, places_of
+from lit_sparse.zeroth_order.method import (
+    MEASURING,
+    ForwardOnlyMethod,
+    check_above_zero,
+    check_at_least,
+    check_one_of,
+)
+from lit_sparse.zeroth_order.optimizer import Losses
+from lit_sparse.zeroth_order.perturbed import Make, Place, Rows
 from lit_sparse.zeroth_order.quantile import quantiles
 from lit_sparse_kernels import momentum_noise
 from lit_sparse_kernels.add_noise import Term
@@ -52,10 +59,14 @@ from lit_sparse_kernels.philox import Kind, step_seed
 
 CALIBRATION = 100
 """Steps whose estimates are the unit of curvature where gamma is not given."""
+Curved = Literal["scalar", "layer", "tensor"]
+Floors = Literal["const", "theory", "quantile"]
+KINDS: dict[str, Any] = {"h": Curved, "gnb": Estimate, "floors": Floors, "direction": Kind}
+"""Settings that are one of a few words."""
 
 
 @dataclasses.dataclass
-class HELENE(UpdateStrategy):
+class HELENE(ForwardOnlyMethod, UpdateStrategy):
     """Train by forward passes, with annealed momentum and a floored curvature (HELENE, arXiv 2411.10696).
 
     It trains whatever the stacked method makes trainable; all weights if used alone.
@@ -79,6 +90,8 @@ class HELENE(UpdateStrategy):
         direction: `rademacher` (signs) or `gaussian` (the paper's).
         weight_decay: Decoupled weight decay of matrices.
         micro_batch: Rows of a forward pass; null is the whole batch. Losses are of the whole batch in any case.
+        probes_at_once: Losses that one forward pass computes, on so many copies of the rows; 2 saves time on an
+            adapter, and takes twice inference's memory for activations.
         max_skipped: Steps in a row that may be skipped since a loss is not finite, before the run ends.
         seed: Seed of the directions.
     """
@@ -88,48 +101,35 @@ class HELENE(UpdateStrategy):
     beta2: float = 0.99
     refresh_every: int = 10
     anneal_steps: int | None = 1000
-    h: Literal["scalar", "layer", "tensor"] = "scalar"
+    h: Curved = "scalar"
     gnb: Estimate = "examples"
-    floors: Literal["const", "theory", "quantile"] = "const"
+    floors: Floors = "const"
     floor: float = 0.5
     gamma: float | None = None
     eps: float = 1e-8
     direction: Kind = "rademacher"
     weight_decay: float = 0.0
     micro_batch: int | None = None
+    probes_at_once: int = 1
     max_skipped: int = 10
     seed: int = 0
 
-    claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer", "backward"})
-    backward: ClassVar[Backward] = "none"
-    base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"fixed_set"})
-    accumulates: ClassVar[bool] = True
-    masters: ClassVar[bool] = False
     supports_sharding: ClassVar[bool] = True
+    measuring: ClassVar[frozenset[str]] = MEASURING | {"gnb"}
 
     def __post_init__(self) -> None:
         self._check()
-        self._model: nn.Module | None = None
-        self._optimizer: ForwardOnly | None = None
-        self._places: dict[Tensor, Place] = {}
+        self._prepare()
         self._layers = Layers([], {})
         self._dense = Dense(self.direction)
-        self._step = 0
-        self._skips = Skips("HELENE", self.max_skipped)
         self._curvature = Curvature(self.beta2)
-        self._numbers: dict[str, Tensor] = {}
 
     def _check(self) -> None:
         least = {"refresh_every": 1, "anneal_steps": 1, "max_skipped": 0, "weight_decay": 0, "eps": 0, "micro_batch": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise BadInput(f"HELENE: {name} is {value}; it must be at least {bound}.")
-        for name in ("epsilon", "gamma"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise BadInput(f"HELENE: {name} is {value}; it must be above 0.")
+        check_at_least(self, {**least, "probes_at_once": 1})
+        check_above_zero(self, "epsilon", "gamma")
+        check_one_of(self, {name: get_args(kind) for name, kind in KINDS.items()})
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"HELENE: {name} is {getattr(self, name)}; it must be from 0 to below 1.")
@@ -142,103 +142,79 @@ class HELENE(UpdateStrategy):
             wanted = "between 0 and 1, which quantile" if self.floors == "quantile" else "above 0"
             raise BadInput(f"HELENE: floor is {self.floor}, with floors {self.floors}; it must be {wanted}.")
 
-    @property
-    def rows_at_once(self) -> int | None:
-        return self.micro_batch
-
     # ---- preparing
 
-    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._model = model
-
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
-        self._model = model
         for name in ("h", "floors"):
             if state[name] != getattr(self, name):
                 raise BadInput(
                     f"HELENE: {name} is {getattr(self, name)}, but the checkpoint was written with {state[name]}, "
                     f"whose curvature is kept in another way; set {name} to {state[name]}."
                 )
-        self._skips.total, self._skips.row = state["skipped"]
+        super().restore(model, state, context)
         self._curvature.load(state["curvature"])
 
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
-        fields = ["momentum", "curvature"] if self.h == "tensor" else ["momentum"]
-        self._optimizer = ForwardOnly(groups, lr, self.weight_decay, fields, self._take)
-        return self._optimizer
+    @property
+    def _fields(self) -> list[str]:
+        return ["momentum", "curvature"] if self.h == "tensor" else ["momentum"]
 
     def regrouped(self, optimizer: Optimizer) -> None:
-        assert self._model is not None, "attach or restore it first"
-        check_model(self._model, "HELENE")
-        names = places_of(self._model)
-        self._places = {p: names[name] for name, p in trainable(self._model)}
+        super().regrouped(optimizer)
+        assert self._model is not None
         self._layers = layers_of(self._model, apart=self.h == "layer" or self.floors != "const")
-
-    def detach(self, model: nn.Module) -> None:
-        self._model, self._optimizer, self._places = None, None, {}
 
     # ---- a step
 
-    def before_step(self, step: int, optimizer: Optimizer) -> None:
-        self._step = step
+    @property
+    def _refreshes(self) -> bool:
+        return not self._curvature.refreshes or (self._step - 1) % self.refresh_every == 0
 
-    def _take(self, closure: Closure | Recorded) -> Tensor:
-        assert not isinstance(closure, Recorded), "HELENE writes no seed log"
-        assert self._model is not None
-        assert self._optimizer is not None
-        parts = self._optimizer.parts(self._places)
-        refreshed = not self._curvature.refreshes or (self._step - 1) % self.refresh_every == 0
-        with named_errors("HELENE"):
-            rows = RowLosses(closure) if refreshed else None
-            losses = Losses(self._model, rows or closure)
-            slope, loss, estimates = self._probe(losses, rows)
-            if rows is not None and self.h == "layer":
-                estimates = [s for n in range(len(self._layers.sizes)) for s in self._probe(losses, rows, n)[2]]
-        if finite([slope, *estimates]):
-            self._move(parts, slope, estimates)
-            self._skips.go_on()
-        else:
-            self._skips.skip()
-        self._numbers = {
-            "helene_slope": loss.new_tensor(abs(slope)),
-            "helene_curvature": loss.new_tensor(self._curvature.mean),
-            "helene_skipped": loss.new_tensor(float(self._skips.total)),
-        }
-        return loss
+    @property
+    def _count(self) -> int:
+        estimates = len(self._layers.sizes) if self.h == "layer" else 1
+        return 1 + estimates * self._refreshes
 
-    def _probe(
-        self, losses: Losses, rows: RowLosses | None, layer: int | None = None
-    ) -> tuple[float, Tensor, list[float]]:
-        """Measure along a direction of all weights, or of a layer's.
+    def _measure(self, losses: Losses) -> tuple[list[float], Tensor]:
+        """Return the slope along the step's direction and, where the curvature is refreshed, its estimates."""
+        if not self._refreshes:
+            above, below = losses.of(self._sides(None))
+            return [self._slope(above, below)], torch.stack([above, below]).mean()
+        slope, estimate, loss = self._probe(losses, None)
+        if self.h != "layer":
+            return [slope, estimate], loss
+        return [slope, *(self._probe(losses, layer)[1] for layer in range(len(self._layers.sizes)))], loss
 
-        Returns:
-            The slope, the mean loss of both sides, and with `rows` the estimate of the curvature.
-        """
+    def _probe(self, losses: Losses, layer: int | None) -> tuple[float, float, Tensor]:
+        """Return the slope along a direction (of a layer's weights, or all), the estimate, and the sides' mean loss."""
+        (above, above_N), (below, below_N) = losses.of_rows(self._sides(layer))
+        slope, slopes_N = self._slope(above, below), (above_N.double() - below_N.double()) / (2 * self.epsilon)
+        return slope, squared_slopes(slopes_N, slope, self.gnb), torch.stack([above, below]).mean()
+
+    def _slope(self, above: Tensor, below: Tensor) -> float:
+        return (float(above) - float(below)) / (2 * self.epsilon)
+
+    def _sides(self, layer: int | None) -> list[Make]:
+        """Return both perturbations along a direction of all weights, or of a layer's."""
         seed = self._seed_of(0 if layer is None else 1 + layer)
 
-        def beside(scale: float) -> tuple[Tensor, Tensor | None]:
+        def beside(scale: float) -> Make:
             def make(weight: Tensor, place: Place, at: Rows) -> Tensor:
                 if layer is not None and self._layers.of[place.number] != layer:
                     return weight
                 return self._dense.perturb(weight, place, at, seed, scale)
 
-            return losses.beside(make), None if rows is None else rows.last
+            return make
 
-        (above, above_N), (below, below_N) = beside(self.epsilon), beside(-self.epsilon)
-        slope, estimates = (float(above) - float(below)) / (2 * self.epsilon), list[float]()
-        if above_N is not None and below_N is not None:
-            slopes_N = (above_N.double() - below_N.double()) / (2 * self.epsilon)
-            estimates = [squared_slopes(slopes_N, slope, self.gnb)]
-        return slope, torch.stack([above, below]).mean(), estimates
+        return [beside(self.epsilon), beside(-self.epsilon)]
 
     def _seed_of(self, query: int) -> int:
         return step_seed(self.seed, self._step, query)
 
-    def _move(self, parts: Sequence[Part], slope: float, estimates: Sequence[float]) -> None:
+    def _move(self, parts: Sequence[Part], numbers: Sequence[float], lr: float) -> None:
         """Take the step in one pass over the weights; in two where floors are quantiles of what the first refreshes."""
-        assert self._optimizer is not None
+        slope, *estimates = numbers
         curvature, terms = self._curvature, [Term(self._seed_of(0), annealed(self, self._step) * slope)]
-        rule = momentum_noise.Rule(self._optimizer.param_groups[0]["lr"], self.beta1)
+        rule = momentum_noise.Rule(lr, self.beta1)
         if estimates:
             curvature.refresh(estimates, calibrate=self._step <= CALIBRATION)
             if self.h == "tensor":
@@ -283,15 +259,14 @@ class HELENE(UpdateStrategy):
         here = self._curvature.values[layer if self.h == "layer" else 0]
         return 1 / (max(rule.gamma * here, floor) + rule.eps)
 
-    def logged(self) -> Mapping[str, Tensor]:
-        """Return the size of the last step's slope, the mean curvature, and the number of skipped steps."""
-        return self._numbers
+    def _to_show(self, numbers: Sequence[float]) -> dict[str, float]:
+        return {"slope": abs(numbers[0]), "curvature": self._curvature.mean}
 
     # ---- what is kept
 
     def state_dict(self) -> dict[str, Any]:
-        skipped = [self._skips.total, self._skips.row]
-        return {"h": self.h, "floors": self.floors, "skipped": skipped, "curvature": self._curvature.saved()}
+        kept = {"h": self.h, "floors": self.floors, "curvature": self._curvature.saved()}
+        return {**super().state_dict(), **kept}
 
     def describe(self) -> dict[str, Any]:
         """Return the forward passes of a step, the factor of the curvature, and how many steps were skipped."""

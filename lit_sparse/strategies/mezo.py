@@ -24,25 +24,31 @@ Choices of ours:
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from torchmetrics import Metric
 
 from lit_sparse.errors import BadInput
-from lit_sparse.strategies.base import Backward, BaseWeights, Claim, Context, Probe, UpdateStrategy
-from lit_sparse.zeroth_order.directions import Direction, direction_of
-from lit_sparse.zeroth_order.optimizer import Closure, ForwardOnly, Losses, Recorded, Skips, finite, named_errors
-from lit_sparse.zeroth_order.perturbed import Place, Rows, check_model, places_of
+from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse.zeroth_order.directions import Direction, Part, direction_of
+from lit_sparse.zeroth_order.method import (
+    MEASURING,
+    ForwardOnlyMethod,
+    check_above_zero,
+    check_at_least,
+    check_one_of,
+)
+from lit_sparse.zeroth_order.optimizer import Losses
+from lit_sparse.zeroth_order.perturbed import Make
 from lit_sparse_kernels.add_noise import Term
 from lit_sparse_kernels.philox import step_seed
 
 
 @dataclasses.dataclass
-class MeZO(UpdateStrategy):
+class MeZO(ForwardOnlyMethod, UpdateStrategy):
     """Train with forward passes only, in the memory of inference (MeZO, arXiv 2305.17333).
 
     It trains whatever the stacked method makes trainable; all weights if used alone.
@@ -63,6 +69,8 @@ class MeZO(UpdateStrategy):
             no gradient, but batches large enough that the number moves. In a loop of your own it is what your loss
             function returns.
         micro_batch: Rows of a forward pass; null is the whole batch. Losses are of the whole batch in any case.
+        probes_at_once: Losses that one forward pass computes, on so many copies of the rows; above 1 it saves time on
+            an adapter, and takes so many times inference's memory for activations.
         max_skipped: Steps in a row that may be skipped since a loss is not finite, before the run ends.
         seed: Seed of the directions.
     """
@@ -74,27 +82,27 @@ class MeZO(UpdateStrategy):
     direction: str | Direction = "rademacher"
     momentum: float = 0.0
     weight_decay: float = 0.0
-    objective: Literal["loss", "accuracy"] | Metric = "loss"
+    objective: str | Metric = "loss"
     micro_batch: int | None = None
+    probes_at_once: int = 1
     max_skipped: int = 10
     seed: int = 0
 
-    claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer", "backward"})
-    backward: ClassVar[Backward] = "none"
-    base: ClassVar[BaseWeights] = "kept"
-    accumulates: ClassVar[bool] = True
-    masters: ClassVar[bool] = False
+    measuring: ClassVar[frozenset[str]] = MEASURING | {"sides", "scale", "objective"}
 
     def __post_init__(self) -> None:
-        for name, least in (("queries", 1), ("max_skipped", 0), ("weight_decay", 0), ("micro_batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise BadInput(f"MeZO: {name} is {value}; it must be at least {least}.")
-        if not (self.epsilon > 0 and math.isfinite(self.epsilon)):
-            raise BadInput(f"MeZO: epsilon is {self.epsilon}; it must be above 0.")
+        least = {"queries": 1, "max_skipped": 0, "weight_decay": 0, "micro_batch": 1, "probes_at_once": 1}
+        check_at_least(self, least)
+        check_above_zero(self, "epsilon")
+        check_one_of(self, {"sides": ("two", "one"), "scale": ("epsilon", "deviation")})
         if not 0 <= self.momentum < 1:
             raise BadInput(f"MeZO: momentum is {self.momentum}; it must be from 0 to below 1.")
         check_objective(self.objective)
+        if self.probes_at_once > 1 and (isinstance(self.objective, Metric) or self.objective != "loss"):
+            raise BadInput(
+                f"MeZO: probes_at_once is {self.probes_at_once}, but only losses are computed together; set it to 1, "
+                "or objective to loss."
+            )
         self._direction = direction_of(self.direction) if isinstance(self.direction, str) else self.direction
         name = type(self._direction).__name__
         if self.scale == "deviation" and (self.sides, self.queries > 1) != ("one", True):
@@ -106,13 +114,7 @@ class MeZO(UpdateStrategy):
             raise BadInput(f"MeZO: momentum is {self.momentum}, which {name} directions do not have; leave it out.")
         if self.queries > 1 and not self._direction.supports_queries:
             raise BadInput(f"MeZO: queries is {self.queries}, but {name} directions take one a step; set it to 1.")
-        self._model: nn.Module | None = None
-        self._places: dict[Tensor, Place] = {}
-        self._optimizer: ForwardOnly | None = None
-        self._step = 0
-        self._skips = Skips("MeZO", self.max_skipped)
-        self._numbers: dict[str, Tensor] = {}
-        self._log: list[list[float]] = []  # of each step: the learning rate, and the slopes
+        self._prepare()
 
     @property
     def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -123,99 +125,44 @@ class MeZO(UpdateStrategy):
         return f"{type(self._direction).__name__} directions need all of the weights' past steps on each rank"
 
     @property
-    def rows_at_once(self) -> int | None:
-        return self.micro_batch
-
-    # ---- preparing
-
-    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._model = model
-
-    def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
-        self._model = model
-        self._skips.total, self._skips.row = state["skipped"]
-        self._log = state["log"].tolist()
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
-        fields = ["momentum"] if self.momentum or self._direction.needs_mean else []
-        self._optimizer = ForwardOnly(groups, lr, self.weight_decay, fields, self._take)
-        return self._optimizer
-
-    def regrouped(self, optimizer: Optimizer) -> None:
-        assert self._model is not None, "attach or restore it first"
-        check_model(self._model, "MeZO")
-        names = places_of(self._model)
-        self._places = {p: names[name] for name, p in self._model.named_parameters() if p.requires_grad}
-
-    def detach(self, model: nn.Module) -> None:
-        self._model, self._optimizer, self._places = None, None, {}
+    def _fields(self) -> list[str]:
+        return ["momentum"] if self.momentum or self._direction.needs_mean else []
 
     # ---- a step
 
-    def before_step(self, step: int, optimizer: Optimizer) -> None:
-        self._step = step
+    @property
+    def _count(self) -> int:
+        return self.queries
 
-    def _take(self, closure: Closure | Recorded) -> Tensor:
-        assert self._model is not None
-        assert self._optimizer is not None
-        parts = self._optimizer.parts(self._places)
+    @property
+    def _seeds(self) -> list[int]:
+        return [step_seed(self.seed, self._step, query) for query in range(self.queries)]
+
+    def _begin(self, parts: Sequence[Part]) -> None:
         self._direction.begin(self._step, self.seed, parts)
-        seeds = [step_seed(self.seed, self._step, query) for query in range(self.queries)]
-        if isinstance(closure, Recorded):
-            slopes, loss = closure.slopes, torch.tensor(math.nan)
-        else:
-            with named_errors("MeZO"):
-                slopes, loss = self._slopes(Losses(self._model, closure), seeds)
-        lr = self._optimizer.param_groups[0]["lr"]
-        self._log.append([lr, *slopes] if finite(slopes) else [lr, *[math.nan] * len(slopes)])
-        if finite(slopes):
-            terms = [Term(seed, slope / self.queries) for seed, slope in zip(seeds, slopes, strict=True)]
-            self._direction.move(parts, terms, lr, self.momentum)
-            self._skips.go_on()
-        else:
-            self._skips.skip()
-        self._note(slopes, loss)
-        return loss
 
-    def _slopes(self, losses: Losses, seeds: Sequence[int]) -> tuple[list[float], Tensor]:
-        """Return the loss's slope along each direction, and the loss of the step; slopes may be no finite numbers."""
+    def _measure(self, losses: Losses) -> tuple[list[float], Tensor]:
+        """Return the loss's slope along each direction, and the mean loss of both sides, or that at the weights."""
 
-        def beside(seed: int, scale: float) -> Tensor:
-            def make(weight: Tensor, place: Place, rows: Rows) -> Tensor:
-                return self._direction.perturb(weight, place, rows, seed, scale)
-
-            return losses.beside(make)
+        def beside(seed: int, scale: float) -> Make:
+            return lambda weight, place, rows: self._direction.perturb(weight, place, rows, seed, scale)
 
         if self.sides == "two":
-            pairs = [(beside(seed, self.epsilon), beside(seed, -self.epsilon)) for seed in seeds]
-            numbers = [(float(above), float(below)) for above, below in pairs]
-            slopes = [(above - below) / (2 * self.epsilon) for above, below in numbers]
-            return slopes, torch.stack([loss for pair in pairs for loss in pair]).mean()
-        here = losses.plain()
-        values = [beside(seed, self.epsilon) for seed in seeds]
-        level, numbers = float(here), [float(value) for value in values]
+            found = losses.of([beside(seed, sign * self.epsilon) for seed in self._seeds for sign in (1, -1)])
+            numbers = [float(loss) for loss in found]
+            pairs = zip(numbers[::2], numbers[1::2], strict=True)
+            return [(above - below) / (2 * self.epsilon) for above, below in pairs], torch.stack(found).mean()
+        here, *others = losses.of([None, *(beside(seed, self.epsilon) for seed in self._seeds)])
+        level, numbers = float(here), [float(loss) for loss in others]
         spread = self.epsilon if self.scale == "epsilon" else deviation(numbers)
         return [(number - level) / spread if spread else 0.0 for number in numbers], here
 
-    def _note(self, slopes: Sequence[float], loss: Tensor) -> None:
-        self._numbers = {
-            "mezo_slope": loss.new_tensor(sum(map(abs, slopes)) / len(slopes)),
-            "mezo_skipped": loss.new_tensor(float(self._skips.total)),
-        }
+    def _move(self, parts: Sequence[Part], numbers: Sequence[float], lr: float) -> None:
+        terms = [Term(seed, slope / self.queries) for seed, slope in zip(self._seeds, numbers, strict=True)]
+        self._direction.move(parts, terms, lr, self.momentum)
 
-    def logged(self) -> Mapping[str, Tensor]:
-        """Return the mean size of the last step's slopes, and the number of skipped steps."""
-        return self._numbers
-
-    # ---- what is kept
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"skipped": [self._skips.total, self._skips.row], "log": self.log}
-
-    @property
-    def log(self) -> Tensor:
-        """Learning rate and slopes of each step so far, NaN where it was skipped: (steps, 1 + queries) float64."""
-        return torch.tensor(self._log, dtype=torch.float64).view(-1, 1 + self.queries)
+    def _to_show(self, numbers: Sequence[float]) -> dict[str, float]:
+        return {"slope": sum(map(abs, numbers)) / len(numbers)}
 
     def describe(self) -> dict[str, Any]:
         """Return the forward passes of a step, and how many steps were skipped."""
@@ -242,4 +189,7 @@ def check_objective(objective: Any) -> None:
                 "metric that does (its higher_is_better)."
             )
     elif objective not in ("loss", "accuracy"):
-        raise BadInput(f"MeZO: objective is {objective!r}; give loss, accuracy, or a metric of torchmetrics.")
+        raise BadInput(
+            f"MeZO: objective is {objective!r}; give loss, accuracy, or a metric of torchmetrics by its class, such as "
+            "torchmetrics.classification.MulticlassF1Score with num_classes and average: macro."
+        )

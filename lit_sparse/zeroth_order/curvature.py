@@ -14,41 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_sparse.anatomy import decoder_layers
-from lit_sparse.errors import BadInput
 from lit_sparse.ranks import all_reduce_sum
 from lit_sparse.zeroth_order.directions import Part
-from lit_sparse.zeroth_order.optimizer import Closure
 from lit_sparse.zeroth_order.perturbed import places_of
 
 Estimate = Literal["examples", "batch"]
-
-
-class RowLosses:
-    """A closure that keeps the losses of single examples.
-
-    Args:
-        closure: Computes the loss of a step, and has `of_rows`, which returns it with the mean loss of each of this
-            rank's rows, (N,), from the same forward pass (see `lit_sparse.modules.forward_only.WindowLoss`).
-
-    Attributes:
-        last: The rows' losses in the last call.
-
-    Raises:
-        BadInput: if it has no `of_rows`.
-    """
-
-    def __init__(self, closure: Closure) -> None:
-        if not hasattr(closure, "of_rows"):
-            raise BadInput(
-                "the curvature is estimated from the losses of single examples, but the given loss function returns "
-                "their mean only; give an object that also has of_rows(), as modules.forward_only.WindowLoss."
-            )
-        self._of_rows = closure.of_rows  # pyright: ignore[reportFunctionMemberAccess]
-        self.last = torch.empty(0)
-
-    def __call__(self) -> Tensor:
-        loss, self.last = self._of_rows()
-        return loss
 
 
 def squared_slopes(slopes_N: Tensor, slope: float, how: Estimate) -> float:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import local_shard
-from lit_sparse.zeroth_order.perturbed import Place, Rows
+from lit_sparse.zeroth_order.perturbed import CHUNK, Place, Rows
 from lit_sparse_kernels import add_noise, momentum_noise
 from lit_sparse_kernels.add_noise import Term
 from lit_sparse_kernels.philox import LEFT, RIGHT, Kind, row_noise, step_seed
@@ -50,6 +50,18 @@ class Part:
     def rows(self) -> slice:
         """Its rows in the full parameter."""
         return slice(self.row, self.row + (len(self.tensor) if self.tensor.ndim else 1))
+
+
+def by_rows(part: Part) -> Iterator[Part]:
+    """Yield a part some rows at a time, so that what is computed of it is no copy of an embedding."""
+    if not part.tensor.ndim:
+        yield part
+        return
+    step = max(1, CHUNK.get(part.tensor.device.type, CHUNK["cuda"]) // max(1, part.place.width))
+    for start in range(0, len(part.tensor), step):
+        rows = slice(start, start + step)
+        state = {name: local_shard(value)[rows] for name, value in part.state.items()}
+        yield replace(part, tensor=part.tensor[rows], row=part.row + start, state=state)
 
 
 class Direction(ABC):
@@ -171,11 +183,13 @@ class LowRank(Direction):
     def move(self, parts: Sequence[Part], terms: Sequence[Term], lr: float, momentum: float) -> None:
         self._dense.move([part for part in parts if len(part.place.shape) != 2], terms, lr, 0.0)
         for part in (part for part in parts if len(part.place.shape) == 2):
-            left = torch.zeros(len(part.tensor), self.rank, device=part.tensor.device)
-            for seed, scale in terms:
-                left.add_(self._left(part.place, part.rows, seed, left.device), alpha=scale / self.rank)
-            product = left @ self._right(part.place, left.device).t()
-            part.tensor.copy_(round_to(part.tensor.float() * part.keep - lr * product, part, terms[0].seed))
+            right = self._right(part.place, part.tensor.device)
+            for piece in by_rows(part):
+                left = torch.zeros(len(piece.tensor), self.rank, device=right.device)
+                for seed, scale in terms:
+                    left.add_(self._left(piece.place, piece.rows, seed, left.device), alpha=scale / self.rank)
+                moved = piece.tensor.float() * piece.keep - lr * (left @ right.t())
+                piece.tensor.copy_(round_to(moved, piece, terms[0].seed))
 
 
 @dataclass
@@ -229,9 +243,9 @@ class Cone(Direction):
 
     def move(self, parts: Sequence[Part], terms: Sequence[Term], lr: float, momentum: float) -> None:
         ((seed, slope),) = terms
-        for part in parts:
+        for part in (piece for whole in parts for piece in by_rows(whole)):
             piece = _moment_piece(part)
-            before = _moment(part).clone()
+            before = piece.momentum.clone()
             rule = momentum_noise.Rule(lr * slope, self._along, part.keep)  # the mean becomes z
             momentum_noise.momentum_noise([piece], [Term(seed, self._across)], rule, "rademacher", True)
             piece.momentum.mul_((1 - self._decay) * slope).add_(before, alpha=self._decay)

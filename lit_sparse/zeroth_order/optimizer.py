@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.optim import part_of
 from lit_sparse.zeroth_order.directions import Part
 from lit_sparse.zeroth_order.perturbed import Make, Perturbed, Place, places_of
+from lit_sparse.zeroth_order.together import RandomState, Together, random_state, set_random_state
 
 Closure = Callable[[], Tensor]
 """Returns the loss of the step's batch, a scalar that is the same on all ranks."""
@@ -24,11 +25,24 @@ class Recorded:
     """Stands for the closure of a step that is taken again from a log.
 
     Args:
-        slopes: The loss's slope along each direction; NaN where the step was skipped.
+        numbers: What was measured in the step; NaN where it was skipped.
     """
 
-    def __init__(self, slopes: Sequence[float]) -> None:
-        self.slopes = list(slopes)
+    def __init__(self, numbers: Sequence[float]) -> None:
+        self._numbers = list(numbers)
+
+    def first(self, count: int) -> list[float]:
+        """Return as many numbers as a step has: others in the log have more.
+
+        Raises:
+            BadInput: if there are fewer.
+        """
+        if len(self._numbers) < count:
+            raise BadInput(
+                f"a step has {count} numbers with these settings, but the log has {len(self._numbers)} of each; take "
+                "the settings of the run that wrote it."
+            )
+        return self._numbers[:count]
 
 
 class ForwardOnly(Optimizer):
@@ -104,43 +118,73 @@ class Losses:
     Args:
         model: The model.
         closure: Returns the loss of the step's batch.
+        at_once: Losses that a forward pass computes. More than one need a closure that has `of_probes`, as
+            `lit_sparse.modules.forward_only.WindowLoss`.
     """
 
-    def __init__(self, model: nn.Module, closure: Closure) -> None:
-        self._model, self._closure = model, closure
-        self._random: tuple[Tensor, Tensor | None] | None = None
+    def __init__(self, model: nn.Module, closure: Closure, at_once: int = 1) -> None:
+        self._model, self._closure, self._at_once = model, closure, at_once
+        self._random: RandomState | None = None
         self._places = places_of(model)
+        if at_once > 1 and not hasattr(closure, "of_probes"):
+            raise BadInput(
+                f"probes_at_once is {at_once}, but the given loss function takes one batch at a time; set it to 1, or "
+                "give an object that also has of_probes(), as modules.forward_only.WindowLoss."
+            )
 
-    def plain(self) -> Tensor:
-        """Return the loss at the weights."""
+    def of(self, makes: Sequence[Make | None]) -> list[Tensor]:
+        """Return the loss at the weights as each of `makes` perturbs them; None leaves them."""
+        return [loss for loss, _ in self._each(makes, rows=False)]
+
+    def of_rows(self, makes: Sequence[Make | None]) -> list[tuple[Tensor, Tensor]]:
+        """Return the same, each with the losses of this rank's rows (N,), from the same passes.
+
+        Raises:
+            BadInput: if the closure does not know them.
+        """
+        if not hasattr(self._closure, "of_rows"):
+            raise BadInput(
+                "the curvature is estimated from the losses of single examples, but the given loss function returns "
+                "their mean only; give an object that also has of_rows(), as modules.forward_only.WindowLoss."
+            )
+        return self._each(makes, rows=True)
+
+    def _each(self, makes: Sequence[Make | None], rows: bool) -> list[tuple[Tensor, Tensor]]:
+        found: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(makes), self._at_once):
+            some = makes[start : start + self._at_once]
+            found += [self._one(some[0], rows)] if len(some) == 1 else self._together(some)
+        return found
+
+    def _one(self, make: Make | None, rows: bool) -> tuple[Tensor, Tensor]:
         self._replay_random()
-        loss = self._closure()
+        mode = None if make is None else Perturbed(self._model, self._places, make)
+        with mode or nullcontext():
+            loss, of_rows = self._closure.of_rows() if rows else (self._closure(), torch.empty(0))  # pyright: ignore[reportFunctionMemberAccess]
         if loss.numel() != 1:
             raise BadInput(
                 f"the objective is a tensor of shape {tuple(loss.shape)}, but a step compares single numbers; return "
                 "its mean."
             )
-        return loss.detach().reshape(())
+        if mode is not None:
+            check_read(mode.read, self._places)
+        return loss.detach().reshape(()), of_rows
 
-    def beside(self, make: Make) -> Tensor:
-        """Return the loss at weights as `make` perturbs them."""
-        mode = Perturbed(self._model, self._places, make)
+    def _together(self, makes: Sequence[Make | None]) -> list[tuple[Tensor, Tensor]]:
+        self._replay_random()
+        mode = Together(self._model, self._places, makes)
         with mode:
-            loss = self.plain()
+            losses, rows = self._closure.of_probes(mode)  # pyright: ignore[reportFunctionMemberAccess]
         check_read(mode.read, self._places)
-        return loss
+        return list(zip(losses.detach(), rows, strict=True))
 
     def _replay_random(self) -> None:
         """Give each forward pass the random state that the first one had."""
         device = next(self._model.parameters()).device
         if self._random is None:
-            there = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-            self._random = torch.get_rng_state(), there
-            return
-        here, there = self._random
-        torch.set_rng_state(here)
-        if there is not None:
-            torch.cuda.set_rng_state(there, device)
+            self._random = random_state(device)
+        else:
+            set_random_state(self._random, device)
 
 
 def check_read(read: set[str], places: Mapping[str, Place]) -> None:

@@ -91,8 +91,17 @@ class Perturbed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _reads_nothing(func) or not any(self._is_perturbed(value) for value in _tensors(args, kwargs)):
-            return func(*args, **kwargs)
+        return self.apply(func, args, kwargs) if self.perturbs(func, args, kwargs) else func(*args, **kwargs)
+
+    def perturbs(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Return whether a call reads a weight that is perturbed."""
+        if _reads_nothing(func):
+            return False
+        read = args[1:] if _writes_first(func) else args
+        return any(self._is_perturbed(value) for value in _tensors(read, kwargs))
+
+    def apply(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Return what a call gives with perturbed weights."""
         if func.__name__ in CASTS and (same := func(*args, **kwargs)) is args[0]:
             return same  # a cast to the dtype that it has; what reads it later comes by here
         rule = RULES.get(func)
@@ -114,12 +123,14 @@ class Perturbed(TorchFunctionMode):
 
     def place(self, weight: Any) -> Place | None:
         """Return the place of a weight that is perturbed, and note that it is read; None for any other value."""
-        if not isinstance(weight, Tensor) or not self._is_perturbed(weight):
+        if (name := self.name(weight)) is None:
             return None
-        name = self._known[weight]
-        assert name is not None
         self.read.add(name)
         return self._places[name]
+
+    def name(self, value: Any) -> str | None:
+        """Return the name of a weight that is perturbed; None for any other value."""
+        return self._known[value] if isinstance(value, Tensor) and self._is_perturbed(value) else None
 
     def rows(self, weight: Tensor, place: Place, rows: Rows) -> Tensor:
         """Return rows of a weight, perturbed."""
@@ -138,11 +149,15 @@ class Perturbed(TorchFunctionMode):
 
 
 def _reads_nothing(func: Any) -> bool:
-    """Return whether a function asks for a shape or the like, or writes: neither sees a perturbation."""
+    """Return whether a function asks for a shape or the like, which sees no perturbation."""
     name = func.__name__
-    if name == "__get__":
-        return func not in READS
-    return name in METADATA or (name.endswith("_") and not name.endswith("__"))
+    return func not in READS if name == "__get__" else name in METADATA
+
+
+def _writes_first(func: Any) -> bool:
+    """Return whether a function writes to its first argument, of which it gets no perturbed copy then."""
+    name = func.__name__
+    return name.endswith("_") and not name.endswith("__")
 
 
 READS = [getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data", "real")]
@@ -231,10 +246,52 @@ def _item(mode: Perturbed, weight: Tensor, index: Any) -> Tensor | None:
     return found if isinstance(index, slice) else found[0]
 
 
+# ---- norms
+
+
+def _in_fp32(mode: Perturbed, weight: Any) -> Tensor | None:
+    """Return a bf16 vector perturbed in fp32; None for any other value.
+
+    A norm's weights are near 1, where bf16 has steps of 2^-7: of a perturbation of 1e-3, four in five would be lost.
+    """
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or weight.dtype != torch.bfloat16:
+        return None
+    place = mode.place(weight)
+    return None if place is None else mode.rows(weight.detach().float(), place, slice(0, len(weight)))
+
+
+def _mul(mode: Perturbed, one: Any, other: Any) -> Tensor | None:
+    first = _in_fp32(mode, one)
+    fine, x = (first, other) if first is not None else (_in_fp32(mode, other), one)
+    if fine is None or mode.name(x) is not None:
+        return None
+    return (fine * x).to(torch.result_type(one, other))
+
+
+def _layer_norm(
+    mode: Perturbed, x: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor | None:
+    fine = _in_fp32(mode, weight)
+    if fine is None:
+        return None
+    dtype = F.layer_norm(x[:0], shape, weight, bias, eps).dtype  # autocast may make it fp32
+    offset = _in_fp32(mode, bias) if mode.name(bias) is not None else None if bias is None else bias.float()
+    return F.layer_norm(x.float(), shape, fine, offset, eps).to(dtype)
+
+
+def _float(mode: Perturbed, weight: Tensor, *_: Any, **__: Any) -> Tensor | None:
+    return _in_fp32(mode, weight)
+
+
 RULES: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     F.embedding: _embedding,
     Tensor.__getitem__: _item,
+    Tensor.__mul__: _mul,
+    Tensor.mul: _mul,
+    torch.mul: _mul,
+    F.layer_norm: _layer_norm,
+    Tensor.float: _float,
 }
-"""Operations that read a large weight by its rows; None leaves it to perturb the whole."""
+"""Operations that read a large weight by its rows, or a norm's in fp32; None leaves it to perturb the whole."""

@@ -219,7 +219,7 @@ def test_options_override_yamls_that_come_after_them(home):
         (["export", "--to", "hf"], "run is missing; lit-sparse export --help"),
         (["generate", "runs/x"], "no prompt was given; give one or several"),
         (["export", "runs/x", "--to", "gguf"], "to is gguf; it must be hf, delta, adapter or seedlog"),
-        (["fit", *F, "--ckpt_path", "runs/x/seedlog.safetensors"], "an export and no checkpoint; give checkpo"),
+        (["fit", *F, "--ckpt_path", "runs/x/seedlog.safetensors"], "there is no seed log at runs/x/seedlog.safet"),
         (["validate", *DATA, "--trainer.max_stepz=3"], "did you mean trainer.max_steps?"),
     ],
 )

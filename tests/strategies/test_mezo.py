@@ -326,7 +326,7 @@ def test_contract(options):
         ({"scale": "deviation"}, "so set sides to one and queries to 2 or more."),
         ({"direction": "low_rank", "momentum": 0.5}, "momentum is 0.5, which LowRank directions do not have"),
         ({"direction": "cone", "queries": 2}, "queries is 2, but Cone directions take one a step; set it to 1."),
-        ({"objective": "f1"}, "objective is 'f1'; give loss, accuracy, or a metric of torchmetrics."),
+        ({"objective": "f1"}, "objective is 'f1'; give loss, accuracy, or a metric of torchmetrics by its class,"),
     ],
 )
 def test_settings_that_are_none_are_refused(options, sentence):
