@@ -62,6 +62,16 @@ class Hashed:
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def sign(path: Path) -> None:
+    """Append the hash of the zip archive at `path` to it, and wait until the disk has it."""
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        file.seek(0, os.SEEK_END)
+        file.write(MARK + digest.hexdigest().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_whole(checkpoint: Any, path: str | Path) -> None:
     """Write a checkpoint to `path`. What was there stays until the new file was read back and found whole.
 

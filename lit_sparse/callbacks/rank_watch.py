@@ -15,6 +15,8 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lit_sparse_profiling.documents import printable
+
 BEAT = 2.0
 """Seconds between two signs of life of a rank."""
 SILENCE = 20.0
@@ -138,4 +140,4 @@ def tell_once(sentence: str, what: str | None = None) -> None:
     else:
         told = int(os.environ.get("LOCAL_RANK", "0")) > 0
     if not told:
-        print(f"lit-sparse: {sentence}", file=sys.stderr)
+        print(f"lit-sparse: {printable(sentence)}", file=sys.stderr)  # it may quote a file

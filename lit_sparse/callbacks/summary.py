@@ -11,6 +11,7 @@ from rich.text import Text
 
 from lit_sparse.callbacks.prediction import amount
 from lit_sparse_profiling import utilization, walltime
+from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.reconcile import findings
 from lit_sparse_profiling.record import RunRecord
@@ -94,5 +95,5 @@ def answers(sample: Mapping[str, str]) -> Table:
     table = Table(show_header=False)
     for key in ("prompt", "reference", "before", "after"):
         if key in sample:
-            table.add_row(key, Text(sample[key]))  # Text: nothing in it is markup
+            table.add_row(key, Text(printable(sample[key])))  # Text: nothing in it is markup
     return table

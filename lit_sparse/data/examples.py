@@ -17,6 +17,7 @@ from lit_sparse.data.rows import IGNORED, parse
 from lit_sparse.data.sources import Row, locate_errors, row_digest
 from lit_sparse.demo import cache_folder
 from lit_sparse.errors import BadInput
+from lit_sparse.whole import damage, sign
 
 Overlong = Literal["drop", "truncate"]
 
@@ -76,6 +77,7 @@ class Examples(Dataset[Example]):
             with draft.open("xb") as file:
                 arrays = {"ids": self.ids, "labels": self.labels, "starts": self.starts}
                 np.savez(file, **arrays, dropped=np.int64(self.dropped), cut=np.int64(self.cut))
+            sign(draft)
             os.replace(draft, path)
         finally:
             draft.unlink(missing_ok=True)
@@ -102,7 +104,10 @@ def load_or_make(settings: Sequence[object], make: Callable[[], Examples], rows:
     key = hashlib.sha256(json.dumps([CACHE_VERSION, *settings]).encode()).hexdigest()
     path = cache_folder() / "tokens" / f"{key}.npz"
     if path.is_file():
-        return Examples.load(path)
+        found = damage(path)
+        if found is None:
+            return Examples.load(path)
+        rank_zero_info(f"{path} is damaged ({found}); it is made again.")
     rank_zero_info(f"Tokenising {rows:,} rows, once, into {path.parent}.")
     examples = make()
     try:

@@ -116,6 +116,30 @@ class Batches(Sampler[list[int]]):
         return hashlib.sha256(self.lengths.tobytes() + settings.encode()).hexdigest()
 
 
+class Named(Dataset[Any]):
+    """Rows of which one that cannot be read is named by its place.
+
+    Args:
+        rows: A dataset with a length.
+        what: What the rows are for, such as `training`.
+    """
+
+    def __init__(self, rows: Any, what: str) -> None:
+        self.rows, self.what = rows, what
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.rows[index]
+        except Exception as error:
+            raise BadInput(
+                f"row {index + 1} of the {len(self)} {self.what} rows cannot be read ({type(error).__name__}: "
+                f"{error}); correct or remove it, and go on from the last checkpoint."
+            ) from error
+
+
 class Loader(DataLoader[Any]):
     """Training loader whose position is saved in checkpoints and restored from them.
 
@@ -138,7 +162,7 @@ class Loader(DataLoader[Any]):
         self, dataset: Dataset[Any], batches: Batches, collate: Collate, workers: int = 0, epoch: int = 0
     ) -> None:
         super().__init__(
-            dataset,
+            Named(dataset, "training"),
             batch_sampler=batches,
             collate_fn=collate,
             num_workers=workers,
@@ -154,9 +178,12 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.batches.start = self.position
-        for batch in super().__iter__():
-            self.position += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.position += 1
+                yield batch
+        except BadInput as error:  # of a worker: torch puts its traceback before the sentence
+            raise BadInput(str(error).strip().rpartition("BadInput: ")[2]) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches yielded in it, and a hash of the order that they refer to."""
@@ -217,7 +244,7 @@ def evaluation_loader(
     count = min(-(-most // batch_size), least)  # a rank with fewer rows has smaller batches, not fewer
     batches = [part.tolist() for part in np.array_split(order[rank::world], count)]
     return DataLoader(
-        dataset,
+        Named(dataset, "evaluation"),
         batch_sampler=batches,  # pyright: ignore[reportArgumentType]
         collate_fn=collate,
         num_workers=workers,

@@ -16,6 +16,7 @@ from lit_sparse.demo import DEMO, MINILM
 from lit_sparse.errors import BadInput
 from lit_sparse.export.compatibility import OLDEST, READ_BY_OLDEST
 from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse_profiling.documents import plain_markdown, printable
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import RECORD
 
@@ -54,7 +55,7 @@ def card(run: str, module: LitSparse, to: str, record: RunRecord | None, note: s
     """
     sections = [
         f"---\n{metadata(module, to, record)}\n---",
-        f"# {run}",
+        f"# {plain_markdown(run)}",
         about(module, to) + (f"\n\n{note}" if note else ""),
         "## How to load\n\n" + loading(module, to),
     ]
@@ -200,9 +201,12 @@ def least_version(config: PreTrainedConfig) -> str:
 def results(record: RunRecord) -> str:
     """Return the table of scores before and after, and of costs; "" if the record has neither."""
     before, after = (record.outcome.get(moment, {}) for moment in ("before", "after"))
-    rows = [[name.replace("_", " "), *map(number, (before.get(name), after.get(name)))] for name in {**after, **before}]
+    rows = [
+        [plain_markdown(name.replace("_", " ")), *map(number, (before.get(name), after.get(name)))]
+        for name in {**after, **before}
+    ]
     scores = ["| | before | after |", "| --- | --- | --- |", *("| " + " | ".join(row) + " |" for row in rows)]
-    costs = [f"- {name}: {value}" for name, value in figures(record)]
+    costs = [f"- {name}: {plain_markdown(value)}" for name, value in figures(record)]
     parts = (["\n".join(scores)] if rows else []) + (["\n".join(costs)] if costs else [])
     return "\n\n".join(["## Results", *parts]) if parts else ""
 
@@ -233,10 +237,17 @@ def training(record: RunRecord) -> str:
     """Return how the run was trained: its command, settings and versions."""
     parts = ["## Training"]
     if record.command is not None:
-        parts.append(f"```sh\n{record.command}\n```")
+        parts.append(fenced("sh", record.command))
     settings = {key: record.settings[key] for key in ("model", "data") if record.settings.get(key)}
     if settings:
-        parts.append(f"```yaml\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()}\n```")
+        parts.append(fenced("yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip()))
     if record.versions:
-        parts.append("Versions: " + ", ".join(f"{name} {version}" for name, version in record.versions.items()) + ".")
+        named = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+        parts.append(f"Versions: {plain_markdown(named)}.")
     return "\n\n".join(parts) if len(parts) > 1 else ""
+
+
+def fenced(language: str, text: str) -> str:
+    """Return a block of code, with a fence that the text itself does not end."""
+    ticks = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return f"{ticks}{language}\n{printable(text)}\n{ticks}"

@@ -236,9 +236,9 @@ def contents(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read as a delta ({error}): it is truncated, or of another kind.") from error
-    if header is None:
+    if not isinstance(header, dict):
         raise BadInput(f"{path} is a safetensors file, but no delta; give one that lit-sparse export --to delta wrote.")
     if header.get("version") != VERSION:
         raise BadInput(
@@ -247,7 +247,58 @@ def contents(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         )
     if header.pop("sha256", None) != checksum(header, tensors):
         raise BadInput(f"{path} is damaged: its contents do not match its checksum; export the run again.")
+    if (odd := oddity(header, tensors)) is not None:
+        raise BadInput(f"{path} is no delta that lit-sparse export wrote: {odd}; export the run again.")
     return header, tensors
+
+
+def oddity(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
+    """Return what a delta's header or tensors have that `Delta.save` does not write, None if there is nothing.
+
+    A checksum tells damage; whoever writes a file can compute it too.
+    """
+    kinds = {"version": int, "base": str, "base_fingerprint": str, "updates": list, "block_sizes": dict}
+    if header.keys() != kinds.keys():
+        return f"its header has the keys {', '.join(sorted(header))}"
+    for key, kind in kinds.items():
+        if type(header[key]) is not kind:
+            return f"its {key} is {header[key]!r:.40}"
+    if not all(isinstance(name, str) for name in header["updates"]):
+        return "its updates are no names"
+    for name, size in header["block_sizes"].items():
+        if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+            return f"the block size of {name} is {size!r:.40}"
+    blocks = {f"{part}/{name}" for name in header["block_sizes"] for part in ("index", "values")}
+    whole = {key for key in tensors if key.startswith("whole/")}
+    if other := blocks ^ (tensors.keys() - whole):
+        return f"{min(other)} is {'not there' if min(other) in blocks else 'a tensor that belongs to nothing'}"
+    if twice := {key.removeprefix("whole/") for key in whole} & set(map(owner_of, header["block_sizes"])):
+        return f"{min(twice)} is changed twice"
+    return next(filter(None, (odd_tensor(key, value) for key, value in sorted(tensors.items()))), None) or next(
+        filter(None, (odd_blocks(name, size, tensors) for name, size in header["block_sizes"].items())), None
+    )
+
+
+def owner_of(matrix: str) -> str:
+    """Return the name of the parameter that holds the weight of a linear layer, or the matrix of an expert."""
+    fused, _, number = matrix.partition("[")
+    return fused if number else f"{matrix}.weight"
+
+
+def odd_tensor(key: str, value: Tensor) -> str | None:
+    """Return what is wrong with the dtype or the values of a tensor of a delta; None if nothing is."""
+    dtype = torch.int32 if key.startswith("index/") else torch.float32
+    if value.dtype != dtype:
+        return f"{key} is {value.dtype}, and not {dtype}"
+    return None if value.isfinite().all() else f"{key} is not finite"
+
+
+def odd_blocks(name: str, size: list[int], tensors: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with the places or the shape of a layer's blocks; None if nothing is."""
+    index, values = tensors[f"index/{name}"], tensors[f"values/{name}"]
+    if index.ndim != 2 or index.shape[1] != 2 or values.shape != (len(index), *size):
+        return f"the blocks of {name} have the shapes {tuple(index.shape)} and {tuple(values.shape)}"
+    return None if len(index.unique(dim=0)) == len(index) else f"a block of {name} is there twice"
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

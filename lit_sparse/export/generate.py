@@ -19,6 +19,7 @@ from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import set_ends
 from lit_sparse.runs import build_module, load_run
 from lit_sparse.whole import replace_text
+from lit_sparse_profiling.documents import printable
 
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -96,11 +97,11 @@ def generate(
 def show(prompt: str, answers: Mapping[str, str], many: bool) -> None:
     """Print the answers to a prompt by the models' names; the prompt too if there are others."""
     if many:
-        print(f">>> {prompt}")
+        print(printable(f">>> {prompt}"))
     if len(answers) == 1:
-        print(*answers.values())
+        print(*map(printable, answers.values()))
     else:
-        print("\n".join(f"--- {name}\n{text}" for name, text in answers.items()))
+        print(printable("\n".join(f"--- {name}\n{text}" for name, text in answers.items())))
 
 
 def write_rows(rows: Sequence[Mapping[str, str]], path: Path) -> None:
@@ -251,10 +252,17 @@ class Sampling:
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=self.max_new_tokens if room is None else min(self.max_new_tokens, room - len(prompt)),
                 pad_token_id=tokenizer.pad_token_id,
-                streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
+                streamer=Printed(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None,
                 **(drawn if self.temperature else greedy),
             )
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+class Printed(TextStreamer):
+    """Prints an answer as it is generated, without what a terminal would obey."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 def positions(module: LitSparse) -> int | None:

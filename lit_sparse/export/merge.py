@@ -15,7 +15,7 @@ from lit_sparse.blocks.experts import chosen_blocks
 from lit_sparse.blocks.grid import Blocks
 from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
-from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta
+from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta, owner_of
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.hollow import Hollow
 from lit_sparse.modules.loading import load_base, load_hollow
@@ -162,12 +162,6 @@ class Merge:
         weight, blocks = weight_matrix(self.model, matrix), self.choice[matrix]
         assert weight is not None, f"{matrix} has trained blocks, but is gone"
         return ChangedBlocks(matrix, blocks, blocks.read(weight.detach()))
-
-
-def owner_of(matrix: str) -> str:
-    """Return the name of the parameter that holds the weight of a linear layer, or the matrix of an expert."""
-    fused, _, number = matrix.partition("[")
-    return fused if number else f"{matrix}.weight"
 
 
 def check_mergeable(module: LitSparse, run: str) -> None:

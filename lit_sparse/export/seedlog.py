@@ -11,7 +11,7 @@ version, base, the base's fingerprint, the dtype of the weights, the strategies 
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -99,7 +99,7 @@ class SeedLog:
             with safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {}).get(FORMAT, "null"))
                 log = None if header is None else file.get_tensor("log")
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise BadInput(
                 f"{path} cannot be read as a seed log ({error}): it is truncated, or of another kind."
             ) from error
@@ -108,10 +108,13 @@ class SeedLog:
                 f"{path} is a safetensors file, but no seed log; give one that lit-sparse export --to seedlog wrote, "
                 "or a checkpoint."
             )
-        if header.pop("sha256", None) != checksum(header, {"log": log}):
+        if not isinstance(header, dict) or header.pop("sha256", None) != checksum(header, {"log": log}):
             raise BadInput(f"{path} is damaged: its contents do not match its checksum; export the run again.")
-        if header.pop("version") != VERSION:
+        if header.get("version") != VERSION:
             raise BadInput(f"{path} is a seed log of another version than {VERSION}; export the run again.")
+        if (odd := oddity(header, log)) is not None:
+            raise BadInput(f"{path} is no seed log that lit-sparse export wrote: {odd}; export the run again.")
+        del header["version"]
         return cls(**header, log=log)
 
     def replay(self, model: nn.Module) -> tuple[Updates, Optimizer]:
@@ -164,6 +167,25 @@ class SeedLog:
                 f"the seed log is of weights in {self.dtype}, which this model has in {', '.join(sorted(other))}; load "
                 f"it with dtype=torch.{self.dtype}."
             )
+
+
+def oddity(header: Mapping[str, Any], log: Tensor) -> str | None:
+    """Return what a log's header or numbers have that `SeedLog.save` does not write, None if there is nothing."""
+    kinds = {"version": int, "base": str, "base_fingerprint": str, "dtype": str, "updates": list}
+    if header.keys() != kinds.keys():
+        return f"its header has the keys {', '.join(sorted(header))}"
+    for key, kind in kinds.items():
+        if type(header[key]) is not kind:
+            return f"its {key} is {header[key]!r:.40}"
+    if not all(isinstance(update, dict) for update in header["updates"]):
+        return "its updates are no configurations"
+    if log.dtype != torch.float64 or log.ndim != 2 or log.shape[1] < 2:
+        return f"its numbers are {log.dtype} of the shape {tuple(log.shape)}"
+    return (
+        "a learning rate or a slope is infinite, or a rate is NaN"
+        if log.isinf().any() or log[:, 0].isnan().any()
+        else None
+    )
 
 
 def plain(value: Any) -> Any:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LOGGED = (
     *("train_loss", "train_accuracy", "scored_tokens", "lr", "grad_norm"),
-    *("tokens_per_second", "peak_memory_gib"),
+    *("tokens_per_second", "peak_memory_gib", "skipped_steps"),
 )
 """Names of what is logged in training, and is no score of an evaluation."""
 
@@ -64,6 +64,7 @@ class LitSparse(Resumable):
         full_checkpoints: Save all weights in checkpoints instead of what was trained.
         quantize: Keep the linear layers of the frozen base in 4 bits (`nf4`, with quantised scales) or 8 (`int8`)
             through bitsandbytes; for adapters only, which leave the base as it is.
+        max_skipped: Steps in a row that may be skipped since their loss is not finite, before the run ends.
 
     Attributes:
         seed_log: A log whose steps a fit takes again on the base before its own; None for a fit of its own.
@@ -83,6 +84,7 @@ class LitSparse(Resumable):
         compile: bool = False,
         full_checkpoints: bool = False,
         quantize: Quantization | None = None,
+        max_skipped: int = 10,
     ) -> None:
         super().__init__(
             base,
@@ -97,11 +99,15 @@ class LitSparse(Resumable):
         for name, value in {"lr": lr, "warmup_steps": warmup_steps}.items():
             if not 0 <= value < float("inf"):  # nor NaN
                 raise BadInput(f"model.{name} is {value}; it must be a number from 0 on.")
-        self.lr, self.make_optimizer = lr, optimizer
+        if max_skipped < 0:
+            raise BadInput(f"model.max_skipped is {max_skipped}; it must be 0 or more.")
+        self.lr, self.make_optimizer, self.max_skipped = lr, optimizer, max_skipped
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.of_training = {*LOGGED}
         self._window = Window()
+        self._lost = torch.zeros((), dtype=torch.bool)  # whether a loss of the window is not finite
+        self._skips, self._skipped_in_row = False, 0
         self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself
         self._value = torch.zeros(())  # its last loss
         self.seed_log: SeedLog | None = None
@@ -164,10 +170,16 @@ class LitSparse(Resumable):
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
         if self.updates.backward == "none":
             return
-        super().backward(loss, *args, **options)
+        self._lost = self._lost.to(loss.device) | ~loss.detach().isfinite()
+        if self.updates.backward == "autograd" or not self._loses():  # a fused backward pass moves weights
+            super().backward(loss, *args, **options)
         if not self.trainer.fit_loop._should_accumulate():
             self._average_replicated()
             self._close_window()
+
+    def _loses(self) -> bool:
+        """Return whether a loss of the window is not finite, on any rank; every rank must call it."""
+        return bool(all_reduce_sum(self._lost.float()))
 
     def _average_replicated(self) -> None:
         """Average over ranks the gradients that the trainer's strategy leaves alone.
@@ -191,12 +203,41 @@ class LitSparse(Resumable):
             self.trainer.strategy.configure_ddp = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
 
     def _close_window(self) -> None:
-        """Log the step's scores; divide gradients by its scored tokens, before any hook of the step sees them."""
+        """Log the step's scores; divide gradients by its scored tokens, before any hook of the step sees them.
+
+        A step whose loss is not finite is skipped: parameters without a gradient are left alone by every optimizer.
+        """
         loss, accuracy, tokens, scale = self._window.close(self._micro_batches)
-        if scale is not None:
-            self.updates.scale_gradients(scale)
+        self._skips = self._loses()
+        self._lost = torch.zeros_like(self._lost)
+        if self._skips:
+            self._skip(float(loss))
+        else:
+            self._skipped_in_row = 0
+            if scale is not None:
+                self.updates.scale_gradients(scale)
         self._count_tokens(tokens)
         self._log_scores(loss, accuracy)
+
+    def _skip(self, loss: float) -> None:
+        """Drop the step's gradients, and count it.
+
+        Raises:
+            BadInput: if more steps in a row were skipped than may be.
+        """
+        for _, parameter in self.updates.named:
+            parameter.grad = None
+        self.skipped, self._skipped_in_row = self.skipped + 1, self._skipped_in_row + 1
+        if self._skipped_in_row > self.max_skipped:
+            raise BadInput(
+                f"the losses of {self._skipped_in_row} steps in a row are not finite, and were skipped; lower model.lr "
+                "and go on from the last checkpoint, look for odd rows in the data, or raise model.max_skipped."
+            )
+        rank_zero_info(
+            f"Step {self.global_step + 1} is skipped: its loss is {loss} ({self._skipped_in_row} in a row, at most "
+            f"{self.max_skipped}; {self.skipped} in all)."
+        )
+        self.log("skipped_steps", float(self.skipped))
 
     def _log_scores(self, loss: Tensor, accuracy: Tensor) -> None:
         # Lightning reads a value that is for the bar at every step, bar or not, and so waits for the device.
@@ -225,13 +266,15 @@ class LitSparse(Resumable):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
+        if self._skips:
+            return
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and isinstance(optimizer, AdamW):
             optimizer.clip_norm(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.updates.backward == "autograd":
+        if self.updates.backward == "autograd" and not self._skips:
             self._before_step(optimizer)
 
     def _before_step(self, optimizer: Optimizer) -> None:

@@ -24,6 +24,7 @@ class Resumable(BuiltModel):
     Attributes:
         full_checkpoints: Whether checkpoints hold all weights instead of what was trained.
         resume_from: The checkpoint that the model is built from in place of a fresh start.
+        skipped: Steps of the run that were skipped, since their loss was not finite.
         owed: The evaluation that was due when the checkpoint was saved; None if none was, or once it has run.
     """
 
@@ -34,6 +35,7 @@ class Resumable(BuiltModel):
         self.owed: dict[str, int] | None = None
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.tokens_seen = torch.zeros((), dtype=torch.int64)  # scored tokens of all steps
+        self.skipped = 0  # steps whose loss was not finite
         self._moved = False  # whether what trains has other values than it began with
         self._rng: Any = None
         self._base_lrs: list[Any] = []  # of the optimizer's groups, once they are made
@@ -60,6 +62,7 @@ class Resumable(BuiltModel):
             "precision": str(self.frozen_dtype).removeprefix("torch."),
             "updates": self.updates.state_dict(),
             "tokens_seen": int(self.tokens_seen),
+            "skipped": self.skipped,
             "rng": self._rng or get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
             "owed": None if self._trainer is None else owed(self.trainer),
         }
@@ -76,6 +79,7 @@ class Resumable(BuiltModel):
         self.check_complete(checkpoint)
         self._moved, self._rng = True, checkpoint["lit_sparse"]["rng"]
         self.tokens_seen = torch.tensor(checkpoint["lit_sparse"].get("tokens_seen", 0))  # older checkpoints lack it
+        self.skipped = checkpoint["lit_sparse"].get("skipped", 0)
         self.owed = checkpoint["lit_sparse"].get("owed")
         if self.owed is not None and self.trainer.state.fn == "fit":
             run_though_done(self.trainer, self)

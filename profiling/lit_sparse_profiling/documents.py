@@ -17,6 +17,15 @@ def printable(text: str) -> str:
     return UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+MARKUP = re.compile(r"[\\|]|(?<=\])[(\[:]")
+"""What ends a cell of Markdown, and what makes a link or a picture of brackets before it."""
+
+
+def plain_markdown(text: str) -> str:
+    """Return a text of a document such that Markdown makes no HTML, link or picture of it."""
+    return MARKUP.sub(lambda found: f"\\{found[0]}", printable(text)).replace("<", "&lt;")
+
+
 def spell_nonfinite(value: Any) -> Any:
     """Replace NaN and infinities in nested dicts and lists by "NaN", "Infinity" and "-Infinity".
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -17,6 +18,15 @@ SCHEMA = 1
 """Incremented when records of the previous version can no longer be read. A new field with a default leaves it."""
 
 Status = Literal["ok", "oom", "refused", "failed"]
+
+
+CHECKSUM = "sha256"
+"""Key of the document beside the record's own: a hash of those, by which a flipped digit is found."""
+
+
+def checksum(fields: Any) -> str:
+    """Return the hash of a record's fields as JSON has them, whatever their order and layout in the file."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _now() -> str:
@@ -111,9 +121,10 @@ class RunRecord:
             TypeError: if a value has no JSON form, such as a tensor or a path; nothing is written.
             ValueError: if `read` would refuse the document; nothing is written.
         """
-        document = json.dumps(spell_nonfinite(asdict(self)), indent=1, allow_nan=False) + "\n"
+        fields = json.loads(json.dumps(spell_nonfinite(asdict(self)), allow_nan=False))
         # Dataclasses do not check types. A wrong one must fail here, in the run that has it, and not in a later report.
-        parse_as(json.loads(document), type(self), "record")
+        parse_as(fields, type(self), "record")
+        document = json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1, allow_nan=False) + "\n"
         path = Path(path)
         draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
         try:
@@ -146,7 +157,14 @@ class RunRecord:
                 f"{path} is a record of schema {document['schema']}, and this version reads schema {SCHEMA}; "
                 "read it with the version that wrote it, or repeat the run."
             )
+        signed = document.pop(CHECKSUM, None)  # which those of earlier versions lack
         try:
-            return parse_as(document, cls, "record")
+            record = parse_as(document, cls, "record")
         except ValueError as error:
             raise ValueError(f"{path} is not a valid run record: {error}; correct it, or repeat the run.") from error
+        if signed is not None and signed != checksum(document):
+            raise ValueError(
+                f"{path} is damaged or was changed by hand: its contents do not match its {CHECKSUM}; give a copy of "
+                f"it, repeat the run, or remove its key {CHECKSUM} if the change is meant."
+            )
+        return record

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_sparse_profiling import utilization, walltime
-from lit_sparse_profiling.documents import printable
+from lit_sparse_profiling.documents import plain_markdown, printable
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.page import write_page
@@ -142,8 +142,10 @@ def markdown(runs: Runs) -> str:
     title, columns, rows = _layout(runs)
     lines = [[column.header for column in columns], ["---:" if column.number else "---" for column in columns]]
     lines += [[column.cell(row) for column in columns] for row in rows]
-    escaped = [[cell.replace("\n", " ").replace("|", "\\|") for cell in line] for line in lines]
-    return "\n".join([*([title, ""] if title else []), *(f"| {' | '.join(line)} |" for line in escaped)])
+    escaped = [[plain_markdown(cell.replace("\n", " ")) for cell in line] for line in lines]
+    return "\n".join(
+        [*([plain_markdown(title), ""] if title else []), *(f"| {' | '.join(line)} |" for line in escaped)]
+    )
 
 
 def _layout(runs: Runs) -> tuple[str, list[_Column], list[Row]]:
@@ -327,7 +329,7 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
             console.print(part)
     for file, record in runs:
         for remark in _remarks(file, record, alone=len(runs) == 1):
-            _print(console, remark)
+            _print(console, plain_markdown(remark) if as_markdown else remark)
     alone = runs[0][1] if len(runs) == 1 else None
     if isinstance(alone, RunRecord) and reconcile(alone) and not as_markdown:
         console.print(details(alone))

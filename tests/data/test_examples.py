@@ -93,3 +93,39 @@ def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         Examples.of(THREE).save(tmp_path / "tokens" / "a.npz")
     assert not list((tmp_path / "tokens").iterdir())
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-90]),
+    "flipped": flipped,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_cache_is_named_and_made_again(chat_tokenizer, tmp_path, monkeypatch, caplog, damage):
+    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path))
+    given = rows("the cat", "on the mat")
+    made = tokenise_cached(given, Encoder(chat_tokenizer), 16, "drop")
+    (path,) = tmp_path.glob("tokens/*.npz")
+    whole = path.read_bytes()
+    damage(path)
+    again = tokenise_cached(given, Encoder(chat_tokenizer), 16, "drop")
+    assert [again[n] for n in range(2)] == [made[n] for n in range(2)]
+    assert path.read_bytes() == whole
+    assert f"{path} is damaged" in caplog.text
+
+
+def test_a_cache_of_before_which_has_no_hash_is_read(chat_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "sign", lambda path: None)
+    made = tokenise_cached(rows("the cat"), Encoder(chat_tokenizer), 16, "drop")
+    monkeypatch.setattr(module, "encode", lambda *args: pytest.fail("it was made again"))
+    assert tokenise_cached(rows("the cat"), Encoder(chat_tokenizer), 16, "drop")[0] == made[0]

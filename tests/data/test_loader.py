@@ -247,3 +247,26 @@ def test_the_position_holds_for_any_number_of_processes_with_the_same_steps():
     assert Batches([8] * 14, 4, rank=0, world=2).fingerprint() != one.fingerprint()
     # A row is left over: one process trains on it, two cannot share it.
     assert Batches([8] * 13, 2, rank=0, world=2).fingerprint() != Batches([8] * 13, 4).fingerprint()
+
+
+class Torn(Examples):
+    """Rows of which one cannot be read."""
+
+    def __getitem__(self, index: int) -> Example:
+        if index == 4:
+            raise ValueError("torn")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_row_that_breaks_in_mid_epoch_is_named(workers: int):
+    rows = rows_of(9)
+    torn = Torn(rows.ids, rows.labels, rows.starts)
+    batches = Batches(rows.lengths, 2, shuffle=False)
+    found = []
+    with pytest.raises(BadInput) as refusal:
+        for batch in Loader(torn, batches, Padded(Padding()), workers):
+            found.append(batch)
+    assert str(refusal.value).startswith("row 5 of the 9 training rows cannot be read (ValueError: torn); correct")
+    assert "\n" not in str(refusal.value)
+    assert len(found) == 2

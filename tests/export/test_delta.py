@@ -17,7 +17,7 @@ from lit_sparse.blocks.grid import Blocks
 from lit_sparse.blocks.selection import random_scores, top_blocks
 from lit_sparse.checkpoints import fingerprint
 from lit_sparse.errors import BadInput
-from lit_sparse.export.delta import FORMAT, ChangedBlocks, ChangedParameter, Delta
+from lit_sparse.export.delta import FORMAT, ChangedBlocks, ChangedParameter, Delta, checksum
 from lit_sparse.testing import TINY, tiny_llm
 
 SIZE = (16, 24)
@@ -267,3 +267,72 @@ def test_refuses_a_damaged_file(damage: Callable[[Path], None], sentence: str, t
     with pytest.raises(BadInput, match=sentence) as refusal:
         Delta.load(path)
     assert "\n" not in str(refusal.value)
+
+
+def forge(change: Callable[[dict[str, Any], dict[str, Tensor]], object], path: Path) -> None:
+    """Write a delta that was changed, and signed again."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+    tensors, header = load_file(path), {key: value for key, value in header.items() if key != "sha256"}
+    change(header, tensors)
+    save_file(tensors, path, {FORMAT: json.dumps(header | {"sha256": checksum(header, tensors)})})
+
+
+def part(tensors: dict[str, Tensor], kind: str) -> str:
+    return next(key for key in sorted(tensors) if key.startswith(f"{kind}/"))
+
+
+def put(kind: str, change: Callable[[Tensor], Tensor]) -> Callable[[Any, dict[str, Tensor]], object]:
+    return lambda header, tensors: tensors.update({part(tensors, kind): change(tensors[part(tensors, kind)])})
+
+
+def not_a_number(values: Tensor) -> Tensor:
+    values.flatten()[0] = torch.nan
+    return values
+
+
+FORGED: dict[str, tuple[Callable[[Any, dict[str, Tensor]], object], str]] = {
+    "nan": (put("values", not_a_number), "is not finite"),
+    "infinite": (put("whole", lambda x: x / 0), "is not finite"),
+    "complex": (put("whole", lambda x: x + 0j), "complex64, and not torch.float32"),
+    "half": (put("values", Tensor.half), "float16, and not torch.float32"),
+    "float index": (put("index", Tensor.float), "float32, and not torch.int32"),
+    "flat index": (put("index", Tensor.flatten), "have the shapes"),
+    "another shape": (put("values", lambda x: x[:, :3]), "have the shapes"),
+    "twice": (put("index", lambda x: x[:1].repeat(len(x), 1)), "is there twice"),
+    "unknown": (lambda header, tensors: tensors.update(other=torch.ones(2)), "other is a tensor that belongs to no"),
+    "no values": (lambda header, tensors: tensors.pop(part(tensors, "values")), "is not there"),
+    "block and whole": (
+        lambda header, tensors: tensors.update({f"whole/{[*header['block_sizes']][0]}.weight": torch.ones(2)}),
+        "is changed twice",
+    ),
+    "more keys": (lambda header, tensors: header.update(run="rm"), "its header has the keys"),
+    "no base": (lambda header, tensors: header.pop("base"), "its header has the keys"),
+    "a number for the base": (lambda header, tensors: header.update(base=3), "its base is 3"),
+    "a text of updates": (lambda header, tensors: header.update(updates="SMT"), "its updates is 'SMT'"),
+    "numbers of updates": (lambda header, tensors: header.update(updates=[1]), "its updates are no names"),
+    "a list of sizes": (lambda header, tensors: header.update(block_sizes=[]), "its block_sizes is"),
+    "a size of nothing": (
+        lambda header, tensors: header.update(block_sizes=dict.fromkeys(header["block_sizes"], [0, 4])),
+        "the block size of",
+    ),
+    "true for a version": (lambda header, tensors: header.update(version=True), "its version is True"),
+}
+
+
+@pytest.mark.parametrize(("change", "sentence"), FORGED.values(), ids=FORGED)
+def test_refuses_what_export_does_not_write_also_when_it_is_signed(
+    change: Callable[[Any, dict[str, Tensor]], object], sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "delta.safetensors"
+    made_of(tiny_llm()).save(path)
+    forge(change, path)
+    with pytest.raises(BadInput, match=sentence):
+        Delta.load(path)
+
+
+@pytest.mark.parametrize("text", ["3", "[]", '"x"', "null", "[" * 9999, "{"])
+def test_refuses_a_header_that_is_no_object(text: str, tmp_path: Path) -> None:
+    save_file({"whole/a": torch.ones(2)}, tmp_path / "delta", {FORMAT: text})
+    with pytest.raises(BadInput, match="delta"):
+        Delta.load(tmp_path / "delta")

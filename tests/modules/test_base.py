@@ -356,3 +356,57 @@ def test_bf16_gradients_are_clipped_by_an_fp32_scale():
     task.configure_gradient_clipping(optimizer, 2.0)
     assert optimizer.grad_scale.dtype == torch.float32
     assert float(optimizer.grad_scale) == pytest.approx(2.5, rel=1e-3)
+
+
+class Losing(CausalLM):
+    """The losses of some steps (from 1 on) are not finite."""
+
+    lost: ClassVar[dict[int, float]] = {}
+
+    def graded_loss(self, batch):
+        loss, *rest = super().graded_loss(batch)
+        factor = self.lost.get(self.global_step + 1) if self.training and self._trainer is not None else None
+        return (loss if factor is None else loss * factor, *rest)
+
+
+class Weights(L.Callback):
+    """Notes a weight after each step."""
+
+    def __init__(self):
+        self.found = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step > len(self.found):
+            self.found.append([parameter.detach().clone() for _, parameter in trainable(module.build())])
+
+
+def losing(monkeypatch, lost, steps=4, **options):
+    monkeypatch.setattr(Losing, "lost", lost)
+    notes = Weights()
+    module = Losing(base=tiny_llm("llama"), lr=1e-2, **options)
+    trainer(steps, callbacks=[notes], accumulate_grad_batches=2, gradient_clip_val=1.0).fit(module, datamodule=data())
+    return module, notes.found
+
+
+def same(left, right):
+    return all(torch.equal(*pair) for pair in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+@pytest.mark.parametrize("updates", [[], [SMT(blocks="random", targets=["all"])], [LISA(interval=2)]], ids=len)
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(monkeypatch, caplog, updates, factor):
+    module, found = losing(monkeypatch, {2: factor}, updates=updates)
+    if not any(isinstance(update, LISA) for update in updates):  # which trains other weights after step 2
+        assert same(found[0], found[1])
+        assert not same(found[1], found[2])
+    assert all(parameter.isfinite().all() for step in found for parameter in step)
+    assert module.skipped == 1
+    assert f"Step 2 is skipped: its loss is {factor} (1 in a row, at most 10; 1 in all)" in caplog.text
+
+
+def test_steps_are_skipped_up_to_a_limit_of_so_many_in_a_row(monkeypatch):
+    nan = float("nan")
+    module, _ = losing(monkeypatch, {1: nan, 3: nan}, max_skipped=1)
+    assert module.skipped == 2
+    with pytest.raises(BadInput, match=r"the losses of 2 steps in a row are not finite.*raise model\.max_skipped"):
+        losing(monkeypatch, {2: nan, 3: nan}, max_skipped=1)
