@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +152,68 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+KNOWN = ("lit_sparse", "lit_sparse_kernels", "lit_sparse_profiling", "torch", "peft", "lightning", "transformers")
+"""Packages whose classes a run's configuration may name: this project's, and what its methods and optimizers are of."""
+
+
+def check_imports(value: Any, place: str) -> None:
+    """Refuse a configuration that would import a module which is neither of `KNOWN` nor imported already.
+
+    A run's folder may be a stranger's, and to import a module is to run it. Who has classes of their own imports them
+    first: `--modules` of export and generate, or `import` in Python.
+
+    Args:
+        place: What has the configuration, for the message.
+
+    Raises:
+        BadInput: naming the class and its module.
+    """
+    for path in class_paths(value):
+        module = path.partition(".")[0]
+        imported = any(path.startswith(f"{name}.") for name in sys.modules if name != "__main__")
+        if module in KNOWN or (imported and path.rpartition(".")[0] in sys.modules) or find_spec(module) is None:
+            continue
+        raise BadInput(
+            f"{place} names {path}, and the module {module} is none of lit_sparse or of what it builds on; if it is "
+            f"your own, name it: --modules {path.rpartition('.')[0]} (in Python, import it first)."
+        )
+
+
+def class_paths(value: Any) -> Iterator[str]:
+    """Yield the texts of a configuration that jsonargparse could take for the path of a class."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key != "base":  # a file's or a folder's name
+                yield from class_paths(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from class_paths(item)
+    elif isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split(".")):
+        yield value
+
+
+def import_modules(names: Collection[str]) -> None:
+    """Import modules with classes of the user's own, which may be in the current folder.
+
+    Raises:
+        BadInput: if there is none of that name.
+    """
+    if names and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    for name in names:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise BadInput(f"--modules {name} cannot be imported ({error}); give it as Python imports it.") from error
+
+
 def build_module(config: dict[str, Any]) -> LitSparse:
     """Create the module that a run's configuration describes; its model is loaded later, by `build`.
 
     Raises:
-        BadInput: if there is no such task.
+        BadInput: if there is no such task, or it would import a module that nobody asked for.
     """
+    check_imports(config["model"], "the configuration of the run")
     kind = task_class(config.get("task"))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "model")

@@ -152,6 +152,22 @@ def test_after_a_kill_metrics_go_on_from_the_checkpoint(home, monkeypatch):
     assert record.outcome["before"] == RunRecord.read(RUN / "record.json").outcome["before"]
 
 
+@pytest.mark.parametrize("words", [["--trainer.limit_val_batches=0"], []], ids=["nothing held out", "held out"])
+def test_a_run_killed_between_its_last_checkpoint_and_its_record_gets_one(home, caplog, words):
+    fit("--trainer.max_steps=3", *words)
+    record, saved = RunRecord.read(RUN / "record.json"), (RUN / LAST).read_bytes()
+    (RUN / "record.json").unlink()
+    fit("--trainer.max_steps=3", *words, "--ckpt_path=last")
+    again = RunRecord.read(RUN / "record.json")
+    assert again.status == "ok"
+    assert words or again.outcome == record.outcome
+    assert again.throughput is not None
+    assert again.throughput.steps == 3
+    assert (RUN / LAST).read_bytes() == saved
+    assert list(losses(RUN)) == [0, 1, 2]
+    assert "Nothing was left to do" not in caplog.text
+
+
 def test_a_new_run_that_is_refused_leaves_no_folder_and_one_that_fails_leaves_its_record(home, capsys, monkeypatch):
     refused(capsys, monkeypatch, "fit", *F, "--trainer.max_steps=2", "--data.train=nowhere.jsonl")
     assert not list(Path().glob("runs/*"))
@@ -444,3 +460,55 @@ def test_a_signal_in_an_evaluation_saves_too(home):
     with pytest.raises(cli.Stopped, match="after step 2"):
         fit("--config", "slow.yaml", "--run=lora", "--trainer.val_check_interval=2")
     assert step_of(RUN) == 2
+
+
+# ---- what a run's configuration may import
+
+
+MINE = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from lit_sparse.strategies import UpdateStrategy
+
+Path("imported").touch()
+
+@dataclass
+class Mine(UpdateStrategy):
+    claims = frozenset()
+"""
+FORMS = {
+    "a method": lambda model: model.update(updates=[{"class_path": "stranger.Mine"}]),
+    "a method by its name": lambda model: model.update(updates=["stranger.Mine"]),
+    "an optimizer": lambda model: model.update(optimizer={"class_path": "stranger.Mine"}),
+    "an adapter": lambda model: model["updates"][0]["init_args"].update(config={"class_path": "stranger.Mine"}),
+    "of Python": lambda model: model.update(updates=[{"class_path": "antigravity.Mine"}]),
+}
+
+
+@pytest.mark.parametrize("change", FORMS.values(), ids=FORMS)
+def test_a_configuration_imports_nothing_that_nobody_named(home, capsys, monkeypatch, change):
+    fit("--trainer.max_steps=1")
+    Path("stranger.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(home))  # as `python -m lit_sparse` has it
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    change(config["model"])
+    (RUN / "config.yaml").write_text(yaml.safe_dump(config))
+    for words in (["export", str(RUN)], ["generate", str(RUN), "1"]):
+        told = refused(capsys, monkeypatch, *words)
+        assert "is none of lit_sparse or of what it builds on" in told
+        assert "--modules" in told
+    assert not Path("imported").exists()
+    assert "stranger" not in sys.modules
+    assert "antigravity" not in sys.modules
+
+
+def test_a_method_of_ones_own_is_exported_once_it_is_named(home, capsys, monkeypatch):
+    Path("my_methods.py").write_text(MINE)
+    fit("--trainer.max_steps=1", "--model.updates=[my_methods.Mine]")
+    monkeypatch.delitem(sys.modules, "my_methods")
+    assert "--modules my_methods" in refused(capsys, monkeypatch, "export", str(RUN))
+    cli.run(["export", str(RUN), "--modules", "my_methods"])
+    monkeypatch.delitem(sys.modules, "my_methods")
+    cli.run(["generate", str(RUN), "1", "--modules", "my_methods", "--max_new_tokens=2"])
+    assert "--modules nowhere cannot be" in refused(capsys, monkeypatch, "generate", str(RUN), "1", "--modules=nowhere")

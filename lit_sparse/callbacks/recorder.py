@@ -27,6 +27,7 @@ from lit_sparse.callbacks.summary import print_summary
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.checks import check_monitors
+from lit_sparse.modules.owed import run_though_done
 from lit_sparse.optim import trainable
 from lit_sparse.shards import remove_orphans
 from lit_sparse.strategies.base import UpdateStrategy
@@ -113,6 +114,8 @@ class Recorder(Profile):
         if trainer.global_step:
             self._note_state(trainer, pl_module)  # as restored from the checkpoint
         self._tell_plan(trainer)
+        if pl_module.unrecorded and trainer.fit_loop.skip:  # nothing is left to do but to write the record
+            self._move(trainer)
         self.checkpoint.begin(trainer)
 
     def _tell_plan(self, trainer: L.Trainer) -> None:
@@ -248,6 +251,9 @@ class Recorder(Profile):
             self.earlier = self._at_its_end(earlier)
             if self.earlier.status == "ok":  # the run ended, with the evaluation after its last step
                 pl_module.owed = None
+            elif pl_module.owed is None:
+                pl_module.unrecorded = True
+                run_though_done(trainer, pl_module)
             self.samples.answers = self.earlier.samples
 
     def _at_its_end(self, saved: RunRecord) -> RunRecord:

@@ -25,7 +25,7 @@ from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import own_ends, set_ends
 from lit_sparse.modules.hollow import release
-from lit_sparse.runs import load_run
+from lit_sparse.runs import import_modules, load_run
 
 MARK = "lit_sparse.json"
 """A file that marks a folder as an export, with its origin and the error of its cast."""
@@ -53,6 +53,7 @@ def export(
     overwrite: bool = False,
     push: str | None = None,
     private: bool = False,
+    modules: list[str] | str | None = None,
 ) -> Path:
     """Export a run: as a Hugging Face folder that the task's Auto class loads, as a delta to its base, or for PEFT.
 
@@ -67,6 +68,7 @@ def export(
         overwrite: Replace an earlier export.
         push: Name of a repository on the Hugging Face Hub (user/name) to put the export into as well.
         private: Make that repository private.
+        modules: Modules of your own with classes that the run was trained with; no others are imported.
 
     Returns:
         The folder or file written. It is complete, or not there at all. A folder has a model card, README.md; that of
@@ -81,6 +83,7 @@ def export(
         raise BadInput(f"{to} in {dtype} was asked for, but it keeps the trained float32 values; leave dtype out.")
     if private and push is None:
         raise BadInput("a private repository was asked for, but none to push to; give --push user/name.")
+    import_modules([modules] if isinstance(modules, str) else modules or [])
     target = output or run / OUTPUTS[to]
     for path in (target, card_of(target)):
         remove_leftovers(path)

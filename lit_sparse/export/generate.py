@@ -17,7 +17,7 @@ from lit_sparse.data.sources import READERS, Row, locate_errors, read
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import set_ends
-from lit_sparse.runs import build_module, load_run
+from lit_sparse.runs import build_module, import_modules, load_run
 from lit_sparse.whole import replace_text
 from lit_sparse_profiling.documents import printable
 
@@ -41,6 +41,7 @@ def generate(
     chat: bool = False,
     device: Device = "auto",
     output: Path | None = None,
+    modules: Sequence[str] = (),
 ) -> None:
     """Print a run's answers to prompts, and on request the base model's, or chat with it on the terminal.
 
@@ -57,6 +58,7 @@ def generate(
         chat: Chat on the terminal, after answering the prompts given: an empty line begins anew, Ctrl-D ends it.
         device: `auto` is the GPU where there is one.
         output: A file to write prompts and answers to as well, one JSON object a line.
+        modules: Modules of your own with classes that the run was trained with; no others are imported.
 
     Raises:
         BadInput: if the run cannot be loaded, its base has no tokenizer, a prompt is empty or longer than the model's
@@ -69,6 +71,7 @@ def generate(
     asked = [*typed([prompt] if isinstance(prompt, str) else prompt), *(read_prompts(file) if file else ())]
     check_wishes(asked, base, chat, output)
     place = device_of(device)
+    import_modules(modules)
     module, config = load_run(run)
     if not isinstance(module, CausalLM):
         raise BadInput(f"{run} was trained to classify, so it generates no text; export it with --to hf.")
@@ -344,6 +347,8 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--temperature", type=float, default=0.0, help="0 is greedy; above, it samples (default 0)")
     out.add_argument("--seed", type=int, default=0, help="seed of the sampling (default 0)")
     out.add_argument("--device", default="auto", help="auto, cpu or cuda; auto is the GPU where there is one")
+    own = "a module of your own with classes that the run was trained with; no others are imported"
+    out.add_argument("--modules", action="append", default=[], metavar="NAME", help=own)
     out.add_argument("--output", type=Path, help="a file to write prompts and answers to as well, as JSON lines")
     return out
 

@@ -220,13 +220,11 @@ class LitSparse(Resumable):
         self._log_scores(loss, accuracy)
 
     def _skip(self, loss: float) -> None:
-        """Drop the step's gradients, and count it.
+        """Count the step, whose gradients are dropped before the optimizer sees them.
 
         Raises:
             BadInput: if more steps in a row were skipped than may be.
         """
-        for _, parameter in self.updates.named:
-            parameter.grad = None
         self.skipped, self._skipped_in_row = self.skipped + 1, self._skipped_in_row + 1
         if self._skipped_in_row > self.max_skipped:
             raise BadInput(
@@ -274,8 +272,11 @@ class LitSparse(Resumable):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        if self.updates.backward == "autograd" and not self._skips:
-            self._before_step(optimizer)
+        if self.updates.backward == "autograd":
+            if self._skips:
+                self.updates.skip_step(optimizer)
+            else:
+                self._before_step(optimizer)
 
     def _before_step(self, optimizer: Optimizer) -> None:
         numbers = self.updates.before_step(self.global_step + 1, optimizer)

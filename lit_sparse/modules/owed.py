@@ -35,7 +35,7 @@ def settle(trainer: L.Trainer, due: dict[str, int]) -> None:
 
 
 def run_though_done(trainer: L.Trainer, module: Any) -> None:
-    """Let a fit of which no step is left start and end all the same if `module` owes an evaluation.
+    """Let a fit of which no step is left start and end all the same if `module` owes an evaluation or a record.
 
     Lightning returns from such a fit before any hook.
     """
@@ -44,7 +44,7 @@ def run_though_done(trainer: L.Trainer, module: Any) -> None:
 
     def run() -> None:
         loop.setup_data()
-        if module.owed is None or not loop.skip:
+        if not loop.skip or (module.owed is None and not module.unrecorded):
             steps()
             return
         loop.on_run_start()  # which settles it

@@ -24,6 +24,7 @@ class Resumable(BuiltModel):
     Attributes:
         full_checkpoints: Whether checkpoints hold all weights instead of what was trained.
         resume_from: The checkpoint that the model is built from in place of a fresh start.
+        unrecorded: Whether the run took its last step and has no record of it: a kill came between the two.
         skipped: Steps of the run that were skipped, since their loss was not finite.
         owed: The evaluation that was due when the checkpoint was saved; None if none was, or once it has run.
     """
@@ -35,6 +36,7 @@ class Resumable(BuiltModel):
         self.owed: dict[str, int] | None = None
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.tokens_seen = torch.zeros((), dtype=torch.int64)  # scored tokens of all steps
+        self.unrecorded = False
         self.skipped = 0  # steps whose loss was not finite
         self._moved = False  # whether what trains has other values than it began with
         self._rng: Any = None

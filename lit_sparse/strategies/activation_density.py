@@ -179,6 +179,9 @@ class ActivationDensity(UpdateStrategy):
         densities = torch.stack(self._densities).mean(0)  # the weights do not change within a step
         return {"density_penalty": self._weighted(densities, list(range(len(self._sites))))}
 
+    def skip_step(self) -> None:
+        self._densities.clear()
+
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         self._step = step
         if self._sites and self.anneal_steps:

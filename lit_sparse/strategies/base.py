@@ -216,6 +216,9 @@ class UpdateStrategy(ABC):
         gradients then.
         """
 
+    def skip_step(self) -> None:
+        """Forget what the batches of a step have left whose loss is not finite; runs in place of `before_step`."""
+
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         """Run after optimizer step `step` (from 1). Return True if the set of trainable parameters changed."""
         return False

@@ -125,6 +125,10 @@ class RecordImportance(UpdateStrategy):
             gradient = all_reduce_mean(gradient) if matrix.scale is not None else gradient
             self._pending[matrix.name] = gradient, matrix.copies(optimizer)
 
+    def skip_step(self) -> None:
+        for watcher in self._watchers.values():
+            watcher.total = None
+
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         for matrix in self._matrices:
             if matrix.name not in self._pending:

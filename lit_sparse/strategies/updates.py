@@ -232,6 +232,17 @@ class Updates(Sequence[UpdateStrategy]):
             strategy.before_step(step, optimizer)
         return self.logged()
 
+    def skip_step(self, optimizer: Optimizer) -> None:
+        """Drop the gradients of an optimizer step whose loss is not finite; call it in place of `before_step`.
+
+        No optimizer moves a parameter without a gradient, or touches its state.
+        """
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for _, parameter in self.named:
+            parameter.grad = None
+        for strategy in self:
+            strategy.skip_step()
+
     def logged(self) -> dict[str, Tensor]:
         """Return the strategies' numbers for the log, by name."""
         return {name: value for strategy in self for name, value in strategy.logged().items()}

@@ -298,12 +298,12 @@ FORGED: dict[str, tuple[Callable[[Any, dict[str, Tensor]], object], str]] = {
     "half": (put("values", Tensor.half), "float16, and not torch.float32"),
     "float index": (put("index", Tensor.float), "float32, and not torch.int32"),
     "flat index": (put("index", Tensor.flatten), "have the shapes"),
-    "another shape": (put("values", lambda x: x[:, :3]), "have the shapes"),
+    "another shape": (put("values", lambda x: x[:, :3].clone()), "have the shapes"),
     "twice": (put("index", lambda x: x[:1].repeat(len(x), 1)), "is there twice"),
     "unknown": (lambda header, tensors: tensors.update(other=torch.ones(2)), "other is a tensor that belongs to no"),
     "no values": (lambda header, tensors: tensors.pop(part(tensors, "values")), "is not there"),
     "block and whole": (
-        lambda header, tensors: tensors.update({f"whole/{[*header['block_sizes']][0]}.weight": torch.ones(2)}),
+        lambda header, tensors: tensors.update({f"whole/{min(header['block_sizes'])}.weight": torch.ones(2)}),
         "is changed twice",
     ),
     "more keys": (lambda header, tensors: header.update(run="rm"), "its header has the keys"),
@@ -313,7 +313,7 @@ FORGED: dict[str, tuple[Callable[[Any, dict[str, Tensor]], object], str]] = {
     "numbers of updates": (lambda header, tensors: header.update(updates=[1]), "its updates are no names"),
     "a list of sizes": (lambda header, tensors: header.update(block_sizes=[]), "its block_sizes is"),
     "a size of nothing": (
-        lambda header, tensors: header.update(block_sizes=dict.fromkeys(header["block_sizes"], [0, 4])),
+        lambda header, tensors: header.update(block_sizes={name: [0, 4] for name in header["block_sizes"]}),
         "the block size of",
     ),
     "true for a version": (lambda header, tensors: header.update(version=True), "its version is True"),
