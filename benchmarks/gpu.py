@@ -20,7 +20,7 @@ from time import monotonic
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "benchmarks/gpu/llama-3.2-1b.json"
-STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "large", "deft")
+STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "large", "deft", "meft")
 """In order of value."""
 OPS = ("block_grad", "block_adamw", "master_adamw", "pack_columns", "block_delta", "glu_density", "loss")
 COMPILED = ("pack_columns", "block_delta", "glu_density")
@@ -90,6 +90,10 @@ def plan(stages: Sequence[str], into: Path, results: Path, dry: bool) -> Iterato
             yield Step(
                 "deft", 900, {"deft": ["-m", "benchmarks.deft", f"--results={results / 'deft.jsonl'}"]}, shown=40
             )
+        elif stage == "meft":
+            words = ["-m", "benchmarks.gpu_methods", "lengths", f"--into={into}"]
+            lines = [f"--results={results / 'gpu_lengths.jsonl'}", *(["--lengths", "16", "32"] if dry else [])]
+            yield Step("meft", 900, {"meft": [*words, *lines, *fits]}, shown=40)
         elif not dry:  # alone, large
             words = ["-m", "benchmarks.gpu_methods", stage, f"--into={into}", f"--results={results / 'gpu.jsonl'}"]
             yield Step(stage, 900, {stage: [*words, *(fits if stage == "alone" else [])]}, shown=40)

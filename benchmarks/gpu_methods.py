@@ -3,8 +3,8 @@
 `python -m benchmarks.gpu_methods pairs` fits with SMT, with the frozen floor, with full fine-tuning by torch's fused
 AdamW and with LoRA of equal size at the shapes of Llama-3.2-1B (random weights, no download). All are started at once,
 since imports and loading take most of the time, and then do their timed steps in turn. `alone` examines and profiles
-each method by itself, `large` does so at Llama-3-8B's shapes. Lines go to benchmarks/results/gpu.jsonl; what is
-promised is judged.
+each method by itself, `large` does so at Llama-3-8B's shapes, and `lengths` compares MEFT with activation checkpointing
+on rows of growing length. Lines go to benchmarks/results/gpu.jsonl; what is promised is judged.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ LISA = ("benchmarks/lisa/embeddings.yaml", "benchmarks/lisa/frozen.yaml")
 METHODS = ("full.yaml", "lora.yaml", "dora.yaml", "smt.yaml", *LISA)
 LARGE = ("lora.yaml", *LISA)
 """YAMLs that are measured at Llama-3-8B's shapes."""
+LONG = tuple(f"benchmarks/meft/{name}.yaml" for name in ("adapters_every_1", "lora", "lora_checkpointed"))
+"""YAMLs that are measured beside MEFT at each length."""
+LENGTHS = (1024, 2048, 4096, 8192, 16384)
 WORKLOAD = "--config=benchmarks/gpu/workload.yaml"
 SMT = "smt"
 OTHERS = {
@@ -108,11 +111,13 @@ def _lines(into: Path, compared: dict[str, Pair]) -> Iterator[Line]:
             )
 
 
-def commands(into: Path, passed: Sequence[str]) -> dict[str, list[str]]:
-    """Return the benches of single methods, by name."""
+def commands(into: Path, passed: Sequence[str], lengths: Sequence[int] = LENGTHS) -> dict[str, list[list[str]]]:
+    """Return the benches of single methods, by name; each makes its runs in the folder `--into`."""
     alone = [*METHODS, f"--into={into / 'alone'}", WORKLOAD, "--steps=20", *passed]
     large = [*LARGE, f"--into={into / 'large'}", "--config=benchmarks/gpu/large.yaml", "--steps=20", *passed]
-    return {"alone": alone, "large": large}
+    longer = ["meft.yaml", *LONG, WORKLOAD, "--steps=10", "--data.batch_size=1", *passed]
+    by_length = [[*longer, f"--into={into / 'lengths' / str(n)}", f"--data.max_length={n}"] for n in lengths]
+    return {"alone": [alone], "large": [large], "lengths": by_length}
 
 
 def shape_of(record: RunRecord) -> str:
@@ -172,20 +177,23 @@ def _judge(found: Sequence[Line]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is asked for, append and judge it; the exit status."""
     own = argparse.ArgumentParser(description=__doc__)
-    own.add_argument("what", choices=("pairs", "alone", "large"))
+    own.add_argument("what", choices=("pairs", "alone", "large", "lengths"))
     own.add_argument("--into", type=Path, default=ROOT / "runs" / "gpu", help="folder of the runs")
     own.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
     own.add_argument("--rounds", type=int, default=20, help="timed steps of each of the pairs (default 20)")
     own.add_argument("--seconds", type=float, default=300.0, help="limit of the pairs (default 300)")
+    own.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a row (default: 1k to 16k)")
     asked, passed = own.parse_known_args(arguments)
     os.chdir(ROOT)  # workload.yaml names the model's shapes from here
     into = asked.into.resolve()
     if asked.what == "pairs":
         return pairs(into, asked.results.resolve(), asked.rounds, asked.seconds, passed)
-    measure(commands(into, passed)[asked.what])
-    found = [line(method, record) for method, record in newest(into / asked.what).items()]
-    append(asked.results, found)
-    _judge(found)
+    for words in commands(into, passed, asked.lengths)[asked.what]:
+        measure(words)
+        (folder,) = (word.partition("=")[2] for word in words if word.startswith("--into="))
+        found = [line(method, record) for method, record in newest(Path(folder)).items()]
+        append(asked.results, found)
+        _judge(found)
     return 0
 
 

@@ -275,6 +275,33 @@ def state_row(line: Line) -> list[str]:
     return [line["policy"], *(f"{size / 2**20:,.1f}" for size in sizes), f"{line['peak_rss'] / 2**30:.2f}"]
 
 
+def meft(results: Path) -> str:
+    """Compare MEFT with activation checkpointing: bytes kept against depth, and memory and time of each device."""
+    command = "python -m benchmarks.meft"
+    if not (results / "meft.jsonl").exists():
+        return f"Not measured yet: `{command}` measures these tables."
+
+    def block(lines: Sequence[Line]) -> str:
+        curves = list(newest((line for line in lines if "curve" in line), key="curve").values())
+        made = [f"{caption(f'{command} curve', curves)}\n\n{depths(curves)}"] if curves else []
+        steps, timed = beside(lines, "adapters_every_1", "adapters, every layer recomputed", [PEAK, SAVED])
+        made += [f"{caption(f'{command} pairs', timed)}\n\n{steps}"] if timed else []
+        return "\n\n".join(made)
+
+    return by_device(read_lines(results / "meft.jsonl", command), block)
+
+
+def depths(curves: Sequence[Line]) -> str:
+    """Return a table of KiB kept by each arm at each depth, and of bytes that each further layer adds a token."""
+    rows = []
+    for line in curves:
+        (first, *_, last), tokens = line["depths"], line["tokens"]
+        added = (line["bytes"][-1] - line["bytes"][0]) / (last - first) / tokens
+        rows.append([line["curve"], *(f"{kept / 2**10:,.0f}" for kept in line["bytes"]), f"{added:,.0f}"])
+    head = ["KiB kept for the backward pass", *(f"{depth} layers" for depth in curves[0]["depths"])]
+    return table([*head, "bytes a token and further layer"], rows)
+
+
 def deft(results: Path) -> str:
     """Compare LoRA with and without the penalty on activations: a table for each device."""
     command = "python -m benchmarks.deft"
@@ -345,6 +372,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "overhead": overhead,
     "lisa": lisa,
     "deft": deft,
+    "meft": meft,
 }
 
 

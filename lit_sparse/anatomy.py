@@ -214,14 +214,25 @@ class MLP:
     act: nn.Module
 
 
-def mlps(model: nn.Module) -> list[MLP]:
+def mlps(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> list[MLP]:
     """Return the MLPs of `model`, in layer order. Their matrices may be wrapped already, by adapters for example.
+
+    Args:
+        layers: The decoder layers to look at; all if not given.
 
     Raises:
         BadInput: if a layer has none, or has several, as mixtures of experts do.
     """
     names = {module: name for name, module in model.named_modules()}
-    return [_mlp(model, layer, names) for layer in decoder_layers(model)]
+    return [_mlp(model, layer, names) for layer in (decoder_layers(model) if layers is None else layers)]
+
+
+def mixtures(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return the mixture of experts of each decoder layer that has one: the parent of the module of fused experts."""
+    holders = {name.rpartition(".")[0] for name in experts(model)}
+    blocks = {model.get_submodule(name.rpartition(".")[0]) for name in holders}
+    found = {layer: [module for module in layer.modules() if module in blocks] for layer in decoder_layers(model)}
+    return {layer: inside[0] for layer, inside in found.items() if len(inside) == 1}
 
 
 def _mlp(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> MLP:

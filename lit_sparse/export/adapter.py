@@ -36,10 +36,11 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
             f"an adapter of {run} was asked for, but {module.updates.names} trained none; export it with --to hf or "
             "--to delta."
         )
-    other = "use it through lit_sparse.runs.load_run" if has_own_forward(module) else "export it with --to hf"
-    if classification_head(module.build()):
+    own = has_own_forward(module)
+    if classification_head(module.build()) and not own:
         raise BadInput(
-            f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; {other}."
+            f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; export it with "
+            "--to hf."
         )
     check_converged(module, run)
     adapters[0].save(folder)
@@ -49,13 +50,14 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
     if differs(trained, after, before, LOAD_TOLERANCE):
         raise BadInput(
             f"the adapter of {run} would not compute on its base what the run computed (its start rounded the base's "
-            f"weights); {other}."
+            f"weights); {'use it through lit_sparse.runs.load_run' if own else 'export it with --to hf'}."
         )
 
 
 def reloaded(module: LitSparse, folder: Path) -> tuple[Tensor, Tensor]:
     """Load the base of `module` anew; return its logits without and with the adapter in `folder`."""
-    base = load_base(module.auto_class, module.base, module.frozen_dtype, module.attention, module.quantize)
+    how = (module.frozen_dtype, module.attention, module.quantize)
+    base = load_base(module.auto_class, module.base, *how, config_options=module.config_options)
     before = outputs(module, base)
     if any(isinstance(update, MEFT) for update in module.updates):
         MEFT.load(folder, base)

@@ -142,7 +142,12 @@ def loading(module: LitSparse, to: str) -> str:
     """Return the code that loads the export, and the versions that it needs."""
     auto = module.auto_class.__name__
     embedded = module.base in (DEMO, MINILM)
-    base = f"base = {auto}.from_pretrained({f'resolve({module.base!r})' if embedded else repr(module.base)})"
+    given = f"resolve({module.base!r})" if embedded else repr(module.base)
+    options = dict(module.config_options)
+    if getattr(module, "pad_token", None) is not None:  # a decoder classifies at the last token before the padding
+        options["pad_token_id"] = module.pad_token
+    arguments = ", ".join([given, *(f"{name}={value!r}" for name, value in options.items())])
+    base = f"base = {auto}.from_pretrained({arguments})"
     fetched = ["from lit_sparse.demo import resolve"] if embedded else []
     own = has_own_forward(module)
     code = {

@@ -6,6 +6,7 @@ What is put into the model are partials of functions here: a copy of the model h
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from lit_sparse.anatomy import MLP, decoder_layers, has_values, role
+from lit_sparse.anatomy import decoder_layers, has_values, mixtures, mlps, role
 from lit_sparse.calls import dummy_forward, evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse.reversible.coupling import Coupling
@@ -65,6 +67,43 @@ def adapters_of(layer: nn.Module) -> nn.ModuleDict:
     return adapters
 
 
+@dataclass(frozen=True, eq=False)
+class Parallel:
+    """Where an adapter parallel to the MLP of a decoder layer reads and adds.
+
+    Attributes:
+        module: The MLP, or the mixture of experts in its place.
+        reads: The module whose input the adapter reads.
+        adds: The module to whose output it adds.
+        act: The model's activation.
+    """
+
+    module: nn.Module
+    reads: nn.Module
+    adds: nn.Module
+    act: nn.Module
+
+
+def parallels(model: PreTrainedModel) -> list[Parallel]:
+    """Return the MLP of each decoder layer, or its mixture of experts.
+
+    Raises:
+        BadInput: if a layer has neither.
+    """
+    layers, mixed = decoder_layers(model), mixtures(model)
+    plain = [layer for layer in layers if layer not in mixed]
+    single = dict(zip(plain, mlps(model, plain), strict=True))
+    act = getattr(model.config.get_text_config(), "hidden_act", None) or "silu"
+
+    def of(layer: nn.Module) -> Parallel:
+        if layer in mixed:
+            return Parallel(mixed[layer], mixed[layer], mixed[layer], ACT2FN[act])
+        mlp = single[layer]
+        return Parallel(mlp.module, model.get_submodule(mlp.up), model.get_submodule(mlp.down), mlp.act)
+
+    return [of(layer) for layer in layers]
+
+
 @dataclass
 class Seen:
     """What a forward pass over a few dummy tokens showed of each decoder layer and of its modules.
@@ -102,6 +141,14 @@ class Seen:
                 f"MEFT: text does not reach layer {unread[0]} of {type(model).__name__}, which cannot be run backwards "
                 "then; use lora.yaml with activation checkpointing."
             )
+        for _, (_, given), _ in seen.calls.values():
+            for name, value in given.items():
+                if isinstance(value, Mapping) and value:  # filled on the way by layers below
+                    raise BadInput(
+                        f"MEFT: the layers of {type(model).__name__} share {name.replace('_', ' ')}, whose gradients "
+                        "would be lost where each is computed back by itself; use lora.yaml with activation "
+                        "checkpointing."
+                    )
         return seen
 
 
@@ -124,10 +171,19 @@ def check_model(model: PreTrainedModel) -> None:
             f"MEFT makes decoder-only models reversible, and {type(model).__name__} is an encoder or has one; use an "
             "adapter such as lora.yaml, with model.activation_checkpointing for less memory."
         )
+    layers = decoder_layers(model)
+    if len(set(layers)) < len(layers):
+        raise BadInput(
+            f"MEFT: {type(model).__name__} calls one layer several times, so that its {len(layers)} steps share their "
+            "weights and adapters; use lora.yaml with activation checkpointing."
+        )
 
 
-def reversible(recipe: Recipe, model: nn.Module, layer: nn.Module, mlp: MLP, seen: Seen) -> ReversibleLayer:
+def reversible(recipe: Recipe, layer: nn.Module, mlp: Parallel, last: bool, seen: Seen) -> ReversibleLayer:
     """Put adapters into a decoder layer; return its two steps.
+
+    Args:
+        last: Whether it is the last layer.
 
     Raises:
         BadInput: if the layer does not give by itself what it gave in the model, or has no two parts (variant 3).
@@ -136,14 +192,14 @@ def reversible(recipe: Recipe, model: nn.Module, layer: nn.Module, mlp: MLP, see
     whole = alone(layer, seen)
     with torch.no_grad(), evaluating(layer):
         check_same(whole(hidden, call), gave, layer, "keeps state that other layers share")
-    parts = halves_of(model, layer, mlp, seen) if recipe.variant == 3 else None
+    parts = halves_of(layer, mlp, seen) if recipe.variant == 3 else None
     if parts is not None:
         with torch.no_grad(), evaluating(layer):
             check_same(parts[1](parts[0](hidden, call), call), gave, layer, "is not an attention and then an MLP")
     like = next(parameter for parameter in layer.parameters() if parameter.is_floating_point())
     # The head reads the stream that the last layer writes (the mean of both in the paper's coupling), so that in
     # variant 1 an adapter behind that one would never be read.
-    ends = recipe.variant == 1 and recipe.relative and layer is decoder_layers(model)[-1]
+    ends = recipe.variant == 1 and recipe.relative and last
     own = nn.ModuleDict(
         {
             name: Adapter(hidden.shape[-1], recipe.bottleneck, mlp.act, like)
@@ -151,7 +207,7 @@ def reversible(recipe: Recipe, model: nn.Module, layer: nn.Module, mlp: MLP, see
         }
     )
     layer.add_module("meft", own)
-    put_beside(model.get_submodule(mlp.up), model.get_submodule(mlp.down), own["parallel"])
+    put_beside(mlp.reads, mlp.adds, own["parallel"])
     weighed, plain = Coupling(recipe.factor, recipe.relative), Coupling(1.0, relative=False)
     if parts is not None:
         put_after(layer, own["second"])
@@ -186,7 +242,7 @@ def check_same(got: Tensor, expected: Tensor, layer: nn.Module, why: str) -> Non
         )
 
 
-def halves_of(model: nn.Module, layer: nn.Module, mlp: MLP, seen: Seen) -> tuple[Function, Function]:
+def halves_of(layer: nn.Module, mlp: Parallel, seen: Seen) -> tuple[Function, Function]:
     """Return the layer's attention and its MLP, each with its norm and residual, as functions of hidden states.
 
     Each is the whole layer with the other part giving zeros: the layer's own code says where norms and residuals are.
@@ -249,11 +305,11 @@ def _add_after(adapter: nn.Module, _module: nn.Module, _args: tuple[Tensor, ...]
     return out + adapter(out)
 
 
-def put_beside(up: nn.Module, down: nn.Module, adapter: nn.Module) -> None:
-    """Add to what `down` gives what `adapter` makes of the input of `up`: an adapter parallel to the MLP."""
+def put_beside(reads: nn.Module, adds: nn.Module, adapter: nn.Module) -> None:
+    """Add to what `adds` gives what `adapter` makes of the input of `reads`: an adapter parallel to the MLP."""
     inputs: list[Tensor] = []
-    up.register_forward_hook(partial(_keep, inputs))
-    down.register_forward_hook(partial(_add_beside, inputs, adapter))
+    reads.register_forward_hook(partial(_keep, inputs))
+    adds.register_forward_hook(partial(_add_beside, inputs, adapter))
 
 
 def _keep(inputs: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...], _out: Tensor) -> None:
@@ -261,6 +317,8 @@ def _keep(inputs: list[Tensor], _module: nn.Module, args: tuple[Tensor, ...], _o
 
 
 def _add_beside(
-    inputs: list[Tensor], adapter: nn.Module, _module: nn.Module, _args: tuple[Tensor, ...], out: Tensor
-) -> Tensor:
-    return out + adapter(inputs.pop())
+    inputs: list[Tensor], adapter: nn.Module, _module: nn.Module, _args: tuple[Tensor, ...], out: Any
+) -> Any:
+    first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)  # mixtures may return router scores too
+    first = first + adapter(inputs.pop()).view_as(first)  # Llama 4's flattens its tokens
+    return first if rest is None else (first, *rest)

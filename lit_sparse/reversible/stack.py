@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from transformers import Cache
 
 from lit_sparse.anatomy import has_values
@@ -72,9 +73,15 @@ class Form:
         exact: Whether the streams are in fixed point, which loses nothing.
     """
 
-    result: str
+    result: Literal["read", "kept", "mean"]
     every: int | None
     exact: bool
+
+    def output(self, kept: Tensor, read: Tensor) -> Tensor:
+        """Return the stream that is taken for the model's hidden states."""
+        if self.result == "mean":
+            return (kept + read) / 2
+        return read if self.result == "read" else kept
 
 
 @dataclass
@@ -88,8 +95,8 @@ class Past:
 class Stack:
     """The reversible layers of a model. They take the place of its layers' `forward`; modules keep their names.
 
-    The model still calls layer after layer, each with its own masks and positions. All but the last only note what they
-    are given and return the hidden states as they came; the last runs the whole stack. So nothing is assumed of how
+    The model still calls layer after layer, each with its own masks and positions. Each runs its steps on the two
+    streams, which are kept here; all but the last return the hidden states as they came. So nothing is assumed of how
     a model calls its layers, but that it leaves the hidden states alone in between, which is checked at each call.
 
     Args:
@@ -103,55 +110,114 @@ class Stack:
     def __init__(self, layers: Sequence[ReversibleLayer], form: Form) -> None:
         self.layers, self.form = list(layers), form
         self.errors: list[float] | None = None
-        self._calls: list[Call] = []
-        self._hidden: Tensor | None = None
+        self._pass: Pass | None = None
         for number, layer in enumerate(self.layers):
-            layer.module.forward = partial(self._defer, number)  # a copy of the model has a copy of the stack
+            layer.module.forward = partial(self._run, number)  # a copy of the model has a copy of the stack
 
-    def _defer(self, number: int, /, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, number: int, /, *args: Any, **kwargs: Any) -> Any:
         """Stand for the `forward` of a layer."""
         outputs = self.layers[number].outputs
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
         if number == 0:
-            self._hidden, self._calls = hidden, []
-        if hidden is not self._hidden or len(self._calls) != number:
-            self._hidden, self._calls = None, []
+            self._pass = Pass.begin(hidden)
+        now, self._pass = self._pass, None  # of a pass that fails, nothing is kept
+        if now is None or now.done != number or not shares_memory(hidden, now.hidden):
             raise BadInput(
                 f"the model does more between its layers than to call one after the other (before layer {number}), "
                 "so that they cannot be run backwards; train it without MEFT, for example with lora.yaml and "
                 "activation checkpointing."
             )
-        self._calls.append((args, kwargs))
-        if number == len(self.layers) - 1:
-            calls, self._hidden, self._calls = self._calls, None, []
-            hidden = self.run(hidden, calls)
+        self._step(now, (args, kwargs))
+        if now.done == len(self.layers):
+            hidden = self.form.output(now.kept, now.read).to(now.hidden.dtype)
+        else:
+            self._pass = now
         return (hidden, *[None] * (outputs - 1)) if outputs else hidden
 
-    def run(self, hidden: Tensor, calls: Sequence[Call]) -> Tensor:
-        """Return the last hidden states (B, S, H), from the first ones and each layer's call."""
-        trains = torch.is_grad_enabled()
-        if trains:
-            check_caches(calls)
-            calls = [without_cache(call) for call in calls]
-            check_constants(calls)
-        dtype = hidden.dtype
-        stream = hidden if dtype == torch.float64 else hidden.float()
-        kept = read = stream
+    def _step(self, now: Pass, call: Call) -> None:
+        """Run the next layer of a pass."""
+        if torch.is_grad_enabled():
+            check_caches(call, now.caches)
+            call = without_cache(call)
+            check_constants(call)
         every = self.form.every or len(self.layers)
-        for first in range(0, len(self.layers), every):
-            layers = self.layers[first : first + every]
-            segment = Segment(layers, calls[first : first + every], self.form, dtype, Autocast.now(hidden.device))
-            parameters = [p for layer in layers for p in layer.module.parameters() if p.requires_grad]
-            if trains and (parameters or kept.requires_grad or read.requires_grad):
-                before = kept.detach(), read.detach()
-                kept, read = Reversible.apply(segment, kept, read, *parameters)  # pyright: ignore
-                if self.errors is not None:
-                    self.errors.append(segment.error(*before))
-                segment.past, segment.ends = [], None  # the operation has saved them
-            else:
-                kept, read = segment.forward(kept, read)
-        result = {"read": read, "kept": kept, "mean": (kept + read) / 2}[self.form.result]
-        return result.to(dtype)
+        segment = now.segment
+        if segment is None:
+            segment = now.segment = Segment(self.form, now.hidden.dtype, Autocast.now(now.hidden.device))
+            segment.begin(now.kept, now.read)
+        segment.run(self.layers[now.done], call)
+        now.done += 1
+        if now.done % every == 0 or now.done == len(self.layers):
+            now.kept, now.read = self._end(segment, now.kept, now.read)
+            now.segment = None
+
+    def _end(self, segment: Segment, kept: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the streams after a segment that has run, given those before it."""
+        ends = segment.results(kept.dtype)
+        if not torch.is_grad_enabled():
+            return ends
+        parameters = [p for layer in segment.layers for p in trained(layer.module)]
+        if not (parameters or kept.requires_grad or read.requires_grad):
+            return ends
+        if segment.sharded:
+            parameters = [torch.zeros((), device=kept.device, requires_grad=True)]  # so that there is a backward pass
+        before = kept.detach(), read.detach()
+        kept, read = Reversible.apply(segment, ends, kept, read, *parameters)  # pyright: ignore
+        if self.errors is not None:
+            self.errors.append(segment.error(*before))
+        segment.past, segment.ends = [], None  # the operation has saved them
+        return kept, read
+
+
+@dataclass
+class Pass:
+    """A forward pass that is under way.
+
+    Attributes:
+        hidden: The hidden states (B, S, H) that each layer must be given.
+        kept, read: The streams before the segment that runs, in fp32 (fp64 for fp64).
+        done: Number of layers that have run.
+        segment: The segment that runs; None between two.
+        caches: The key-value caches that it was given.
+    """
+
+    hidden: Tensor
+    kept: Tensor
+    read: Tensor
+    done: int = 0
+    segment: Segment | None = None
+    caches: set[Cache] = field(default_factory=set)
+
+    @classmethod
+    def begin(cls, hidden: Tensor) -> Pass:
+        """Return a pass before its first layer: both streams are the embeddings."""
+        stream = hidden if hidden.dtype == torch.float64 else hidden.float()
+        return cls(hidden, stream, stream)
+
+
+def shares_memory(one: Tensor, other: Tensor) -> bool:
+    """Return true for a tensor itself, and for the view of all of it that FSDP2's hooks make of it."""
+    if one is other:
+        return True
+    return one.shape == other.shape and one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of `module` that train."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def gathered(layer: nn.Module) -> Iterator[None]:
+    """Have the whole weights of a layer that FSDP2 has sharded, as within its own forward pass."""
+    if not isinstance(layer, FSDPModule):
+        yield
+        return
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()
 
 
 def without_cache(call: Call) -> Call:
@@ -162,28 +228,34 @@ def without_cache(call: Call) -> Call:
     return tuple(None if isinstance(value, Cache) else value for value in args), kept | off
 
 
-def check_caches(calls: Sequence[Call]) -> None:
-    """Refuse to go on from key-value caches with gradients on, and mark those that a forward pass will leave empty."""
-    for cache in {value for args, kwargs in calls for value in (*args, *kwargs.values()) if isinstance(value, Cache)}:
+def check_caches(call: Call, known: set[Cache]) -> None:
+    """Refuse to go on from key-value caches with gradients on, and mark those that a forward pass will leave empty.
+
+    Args:
+        known: The caches that earlier layers of the pass were given; those of this layer are added.
+    """
+    args, kwargs = call
+    for cache in {value for value in (*args, *kwargs.values()) if isinstance(value, Cache)} - known:
         if hasattr(cache, "left_empty") or cache.get_seq_length():
             raise BadInput(
                 "MEFT: the model goes on from cached keys and values with gradients on, where it neither reads nor "
                 "writes them; call it within torch.no_grad(), or give it the whole sequence."
             )
         cache.left_empty = True  # pyright: ignore[reportAttributeAccessIssue]
+        known.add(cache)
 
 
-def check_constants(calls: Sequence[Call]) -> None:
+def check_constants(call: Call) -> None:
     """Refuse tensors with a gradient beside the hidden states: it would be lost."""
-    for args, kwargs in calls:
-        for value in (*args, *kwargs.values()):
-            for tensor in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    raise BadInput(
-                        "the model gives its layers something that trains beside the hidden states (embeddings of "
-                        "positions or layers, for example), whose gradient MEFT would lose; freeze it, or train "
-                        "without MEFT."
-                    )
+    args, kwargs = call
+    for value in (*args, *kwargs.values()):
+        for tensor in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                raise BadInput(
+                    "the model gives its layers something that trains beside the hidden states (embeddings of "
+                    "positions or layers, for example), whose gradient MEFT would lose; freeze it, or train "
+                    "without MEFT."
+                )
 
 
 @dataclass(frozen=True)
@@ -205,43 +277,80 @@ class Autocast:
 
 
 @dataclass
+class Undone:
+    """A step of which the backward pass has computed back what was before it.
+
+    Attributes:
+        layer: The layer that it belongs to.
+        coupling: How the kept stream entered.
+        x, f: What its function read, the start of a graph, and what it gave.
+        swapped: Whether the streams changed places after it.
+        before: The streams before it, `kept` and `read`.
+    """
+
+    layer: nn.Module
+    coupling: Coupling
+    x: Tensor
+    f: Tensor
+    swapped: bool
+    before: tuple[Tensor, Tensor]
+
+
+@dataclass
 class Segment:
     """Layers that run forwards, and backwards from their last states alone.
 
     Attributes:
-        layers, calls: The layers, and what the model gave each.
         form: The form of the stack.
         dtype: The dtype of hidden states within the layers; streams are in fp32 (fp64 for fp64).
         autocast: The casts of the forward pass.
+        layers, calls: The layers that have run, and what the model gave each.
         past: For each step, what it must know to run again.
         ends: The last states.
         fits: Whether all states were numbers that fixed point bears; its results are no numbers otherwise.
     """
 
-    layers: Sequence[ReversibleLayer]
-    calls: Sequence[Call]
     form: Form
     dtype: torch.dtype
     autocast: Autocast
+    layers: list[ReversibleLayer] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
     past: list[Past] = field(default_factory=list)
     ends: tuple[Tensor, Tensor] | None = None
     fits: Tensor | None = None
 
-    def forward(self, kept: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the streams (B, S, H) after the layers."""
-        dtype = kept.dtype
+    @property
+    def sharded(self) -> bool:
+        """True if FSDP2 has sharded the layers."""
+        return any(isinstance(layer.module, FSDPModule) for layer in self.layers)
+
+    def begin(self, kept: Tensor, read: Tensor) -> None:
+        """Start from the streams (B, S, H) before the first layer."""
+        kept, read = kept.detach(), read.detach()
         if self.form.exact:
             self.fits = fits(kept) & fits(read)
             kept, read = to_fixed(kept), to_fixed(read)
-        for layer, call in zip(self.layers, self.calls, strict=True):
-            for half in layer.halves:
-                kept, read = read, self._step(half, call, read, kept)
-            if layer.swap:
-                kept, read = read, kept
         self.ends = kept, read
+
+    def run(self, layer: ReversibleLayer, call: Call) -> None:
+        """Run the next layer."""
+        assert self.ends is not None
+        kept, read = self.ends
+        for half in layer.halves:
+            kept, read = read, self._step(half, call, read, kept)
+        if layer.swap:
+            kept, read = read, kept
+        self.ends = kept, read
+        self.layers.append(layer)
+        self.calls.append(call)
+
+    def results(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the streams after the layers in floating point."""
+        assert self.ends is not None
         if self.fits is None:
-            return kept, read
+            return self.ends
         nan = torch.where(self.fits, 0.0, torch.nan)  # what does not fit would come out as any number
+        kept, read = self.ends
         return from_fixed(kept, dtype).add_(nan), from_fixed(read, dtype).add_(nan)
 
     def _step(self, half: Half, call: Call, read: Tensor, kept: Tensor) -> Tensor:
@@ -280,27 +389,24 @@ class Segment:
         with self.autocast():
             return half.function(x.to(self.dtype), call)
 
-    def back(
-        self, kept: Tensor, read: Tensor, past: Sequence[Past]
-    ) -> Iterator[tuple[Coupling, Tensor, Tensor, bool, tuple[Tensor, Tensor]]]:
-        """Walk from the last states to the first; yield for each step its coupling, what it read, what its function
-        gave, whether the streams changed places after it, and the streams before it.
-        """
+    def back(self, kept: Tensor, read: Tensor, past: Sequence[Past]) -> Iterator[Undone]:
+        """Walk from the last states to the first, a step at a time, each within the whole weights of its layer."""
         steps = iter(reversed(past))
         for layer, call in zip(reversed(self.layers), reversed(self.calls), strict=True):
             if layer.swap:
                 kept, read = read, kept
-            for number, half in enumerate(reversed(layer.halves)):
-                its, out, read = next(steps), read, kept
-                with drawing_again(its.random, read.device):
-                    x = self.variable(read)
-                    f = self.value(half, call, x)
-                known = f.detach()
-                if its.dropped is not None:
-                    kept = half.coupling.invert_fixed(known, read, out, its.dropped)
-                else:
-                    kept = half.coupling.invert(known, read, out)
-                yield half.coupling, x, f, layer.swap and number == 0, (kept, read)
+            with gathered(layer.module):
+                for number, half in enumerate(reversed(layer.halves)):
+                    its, out, read = next(steps), read, kept
+                    with drawing_again(its.random, read.device):
+                        x = self.variable(read)
+                        f = self.value(half, call, x)
+                    known = f.detach()
+                    if its.dropped is not None:
+                        kept = half.coupling.invert_fixed(known, read, out, its.dropped)
+                    else:
+                        kept = half.coupling.invert(known, read, out)
+                    yield Undone(layer.module, half.coupling, x, f, layer.swap and number == 0, (kept, read))
 
     def error(self, kept: Tensor, read: Tensor) -> float:
         """Return the relative error (norms) with which the first states are computed back from the last.
@@ -308,7 +414,7 @@ class Segment:
         It is no number if they do not fit into fixed point; of a planned training, whose tensors have no values, 0.
         """
         assert self.ends is not None
-        first = deque(self.back(*self.ends, self.past), maxlen=1)[0][-1]  # one step's graph at a time
+        first = deque((step.before for step in self.back(*self.ends, self.past)), maxlen=1)[0]
         if not has_values(kept):
             return 0.0
         if self.fits is not None and not self.fits:
@@ -323,13 +429,16 @@ class Reversible(torch.autograd.Function):
     """The segment as one operation, which stores its last states (and dropped bits) and nothing else.
 
     The trained tensors are its inputs, and their gradients its results: nothing is accumulated within the backward
-    pass, so that hooks of DDP and of optimizers see each gradient once, and at the right moment.
+    pass, so that hooks of DDP and of optimizers see each gradient once, and at the right moment. Weights that FSDP2 has
+    sharded cannot be inputs, for in the backward pass a layer has others, gathered anew. Those get their gradients
+    here, where FSDP2 finds them: at the end of the backward pass it reduces what gathered weights have.
     """
 
     @staticmethod
-    def forward(ctx: Any, segment: Segment, kept: Tensor, read: Tensor, *parameters: nn.Parameter) -> Any:
-        with torch.enable_grad():  # the same kernels as in the backward, whatever they choose by
-            ends = segment.forward(kept.detach(), read.detach())
+    def forward(
+        ctx: Any, segment: Segment, ends: tuple[Tensor, Tensor], kept: Tensor, read: Tensor, *parameters: Tensor
+    ) -> Any:
+        """Return `ends`, the streams that the segment has computed from `kept` and `read` already."""
         assert segment.ends is not None
         dropped = [past.dropped for past in segment.past if past.dropped is not None]
         ctx.save_for_backward(*segment.ends, *dropped)
@@ -341,24 +450,26 @@ class Reversible(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         segment: Segment = ctx.segment
-        kept, read, *dropped = ctx.saved_tensors
+        kept, read, *dropped = (saved.detach() for saved in ctx.saved_tensors)
         past = [Past(d, r) for d, r in zip(dropped or [None] * len(ctx.random), ctx.random, strict=True)]
         d_kept, d_read = gradients
-        found: dict[nn.Parameter, Tensor] = {}
-        trained = [parameter for parameter in ctx.parameters if parameter.requires_grad]
+        found: dict[Tensor, Tensor] = {}
         with torch.enable_grad():
-            for coupling, x, f, swapped, _ in segment.back(kept, read, past):
-                if swapped:
+            for step in segment.back(kept, read, past):
+                if step.swapped:
                     d_kept, d_read = d_read, d_kept
-                d_out = d_read
-                d_x, *own = torch.autograd.grad(f, (x, *trained), d_out.to(f.dtype), allow_unused=True)
-                for parameter, gradient in zip(trained, own, strict=True):
+                d_out, own = d_read, trained(step.layer)
+                d_x, *rest = torch.autograd.grad(step.f, (step.x, *own), d_out.to(step.f.dtype), allow_unused=True)
+                for parameter, gradient in zip(own, rest, strict=True):
                     if gradient is not None:
                         found[parameter] = found[parameter] + gradient if parameter in found else gradient
-                carried = coupling.weight * d_out
-                d_read = d_kept + d_x - carried if coupling.relative else d_kept + d_x
+                carried = step.coupling.weight * d_out
+                d_read = d_kept + d_x - carried if step.coupling.relative else d_kept + d_x
                 d_kept = carried
-        return (None, d_kept, d_read, *[found.get(parameter) for parameter in ctx.parameters])
+        if segment.sharded:
+            for parameter, gradient in found.items():
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        return (None, None, d_kept, d_read, *[found.get(parameter) for parameter in ctx.parameters])
 
 
 # ---- random numbers

@@ -7,6 +7,7 @@ relative coupling, segments and fixed point are ours.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import classification_head, decoder_layers, mlps
+from lit_sparse.anatomy import classification_head, decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.ranks import largest_of_ranks
 from lit_sparse.reversible.coupling import LIMIT, Coupling
-from lit_sparse.reversible.decoder import Recipe, Seen, adapters_of, check_model, draws, reversible
+from lit_sparse.reversible.decoder import Recipe, Seen, adapters_of, check_model, draws, parallels, reversible
 from lit_sparse.reversible.stack import NO_DROPOUT, Form, Stack
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
 
@@ -72,10 +73,7 @@ class MEFT(UpdateStrategy):
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     base: ClassVar[BaseWeights] = "kept"
     leaves: ClassVar[Leaves] = "own_forward"
-    unsharded_reason: ClassVar[str] = (
-        "it runs all layers at the last one's call, when FSDP2 has given the others' weights back; use lora.yaml with "
-        "model.activation_checkpointing"
-    )
+    supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.variant not in (1, 2, 3) or self.coupling not in ("difference", "paper"):
@@ -95,7 +93,9 @@ class MEFT(UpdateStrategy):
         if self.exact:
             self._check_exact()
         self._stack: Stack | None = None
+        self._heads: dict[str, nn.Module] = {}
         self._error: float | None = None
+        self._probe: Probe | None = None  # until the model is sharded
 
     def _check_exact(self) -> None:
         try:
@@ -115,7 +115,16 @@ class MEFT(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._place(model, context)
-        self._measure(probe)
+        if context.units:
+            self._probe = probe
+        else:
+            self._measure(probe)
+
+    def on_shard(self) -> None:
+        """Measure now, where `attach` was before a model that is sharded, and may not fit on one device."""
+        probe, self._probe = self._probe, None
+        if probe is not None:
+            self._measure(probe)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._place(model, context)
@@ -134,11 +143,11 @@ class MEFT(UpdateStrategy):
                 "model.activation_checkpointing to false, or train an adapter such as lora.yaml with it."
             )
         if self.coupling == "paper":
-            growth = 1 / self.factor ** (2 if self.variant == 3 else 1)
+            times = 1 / self.factor ** (2 if self.variant == 3 else 1)
+            growth = "" if self.exact else f", and each layer computed back multiplies errors by about {times:g}"
             warnings.warn(
                 f"MEFT: coupling is paper, which adds {self.factor:g} of the state before to each layer's, so that the "
-                f"start is far from a base with pre-norm layers, and each layer computed back multiplies errors by "
-                f"about {growth:g}; difference starts closer.",
+                f"start is far from a base with pre-norm layers{growth}; difference starts closer.",
                 stacklevel=2,
             )
         layers = decoder_layers(model)
@@ -147,10 +156,12 @@ class MEFT(UpdateStrategy):
         seen = Seen.of(model)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        for name in classification_head(model):
-            model.get_submodule(name).requires_grad_(True)
+        self._heads = {name: model.get_submodule(name) for name in classification_head(model)}
+        for head in self._heads.values():
+            head.requires_grad_(True)
         recipe = Recipe(self.variant, self.bottleneck, self.coupling == "difference", self.factor)
-        made = [reversible(recipe, model, layer, mlp, seen) for layer, mlp in zip(layers, mlps(model), strict=True)]
+        parts = zip(layers, parallels(model), strict=True)
+        made = [reversible(recipe, layer, mlp, layer is layers[-1], seen) for layer, mlp in parts]
         result = "mean" if self.coupling == "paper" else "kept" if self.variant == 2 else "read"
         self._stack = Stack(made, Form(result, self.checkpoint_every, self.exact))
 
@@ -158,7 +169,7 @@ class MEFT(UpdateStrategy):
         """Measure the error of the reconstruction on a training batch, the worst of all ranks' batches.
 
         Raises:
-            BadInput: if it is above `max_error`.
+            BadInput: if it is above `max_error`, or in fixed point if there is any.
         """
         assert self._stack is not None
         self._stack.errors = []
@@ -168,12 +179,14 @@ class MEFT(UpdateStrategy):
             self._error = largest_of_ranks([0.0, *self._stack.errors])
         finally:
             self._stack.errors = None
-        if self._error <= self.max_error:
+        if self._error <= (0.0 if self.exact else self.max_error):
             return
         if self.exact:
+            beyond = f"hidden states are not within {LIMIT:,} either way, which is what fixed point holds"
+            unlike = f"what layers compute does not repeat bit for bit (relative error {self._error:.2g})"
             raise BadInput(
-                f"MEFT: exact is on, but on a training batch hidden states are not within {LIMIT:,} either way, which "
-                "is what fixed point holds; set exact: false and checkpoint_every: 1."
+                f"MEFT: exact is on, but on a training batch {beyond if math.isnan(self._error) else unlike}; set "
+                "exact: false and checkpoint_every: 1."
             )
         depth = self.checkpoint_every or len(self._stack.layers)
         less = f", or checkpoint_every to {depth // 2} or less" if depth > 1 else ""
@@ -193,18 +206,18 @@ class MEFT(UpdateStrategy):
         return {"error": self._error}
 
     def save(self, folder: Path) -> None:
-        """Write the adapters and their settings, which `load` puts on the base again."""
-        assert self._stack is not None, "there is no adapter to save: attach or restore it first"
+        """Write the adapters, a classifier's head and the settings, which `load` puts on the base again."""
         folder.mkdir()
         (folder / CONFIG).write_text(json.dumps(asdict(self), indent=2) + "\n")
-        save_file(
-            {
-                f"{number}.{name}": value.detach().contiguous().clone()
-                for number, layer in enumerate(self._stack.layers)
-                for name, value in adapters_of(layer.module).named_parameters()
-            },
-            folder / WEIGHTS,
-        )
+        values = {name: value.detach().contiguous().clone() for name, value in self._saved().items()}
+        save_file(values, folder / WEIGHTS)
+
+    def _saved(self) -> dict[str, nn.Parameter]:
+        """Return what trains by its name in a saved folder: a layer's number and an adapter, or a head."""
+        assert self._stack is not None, "there is no adapter: attach or restore it first"
+        layers = {str(number): adapters_of(layer.module) for number, layer in enumerate(self._stack.layers)}
+        owners = layers | self._heads
+        return {f"{owner}.{name}": p for owner, module in owners.items() for name, p in module.named_parameters()}
 
     @classmethod
     def load(cls, folder: str | Path, model: PreTrainedModel) -> MEFT:
@@ -220,17 +233,13 @@ class MEFT(UpdateStrategy):
             strategy, values = cls(**json.loads((folder / CONFIG).read_text())), load_file(folder / WEIGHTS)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise BadInput(f"{folder} cannot be read ({error}); export the run again.") from error
-        layers = decoder_layers(model)
         strategy.restore(model, {"error": None}, Context())
-        own = {
-            f"{number}.{name}": parameter
-            for number, layer in enumerate(layers)
-            for name, parameter in adapters_of(layer).named_parameters()
-        }
+        own = strategy._saved()
         if {name: value.shape for name, value in values.items()} != {name: p.shape for name, p in own.items()}:
             raise BadInput(
-                f"{folder} has adapters for a model of other sizes than this {type(model).__name__} of {len(layers)} "
-                "layers; give the base that they were trained on."
+                f"{folder} has adapters for a model of other sizes than this {type(model).__name__} of "
+                f"{len(decoder_layers(model))} layers; give the base that they were trained on, and for a classifier "
+                "the number of its classes (num_labels)."
             )
         with torch.no_grad():
             for name, parameter in own.items():

@@ -188,6 +188,24 @@ def blocks_kept_to_base(folder: Path, sharded: bool) -> L.Trainer:
     return fit(smt(folder, updates=updates, activation_checkpointing=True), sharded)
 
 
+def reversed_segments(folder: Path, sharded: bool) -> L.Trainer:
+    """MEFT in floating point: what is before a layer is computed back from gathered weights, by segments."""
+    fields = {"exact": False, "checkpoint_every": 2, "variant": 3}
+    updates = [{"class_path": "MEFT", "init_args": fields}]
+    return fit(module("full", folder / "gpt2", **FULL, updates=updates), sharded, unlike=True, **CLIPPED)
+
+
+def reversed_in_groups(folder: Path, sharded: bool) -> L.Trainer:
+    way = {"strategy": FSDP2Strategy(replicas=2, timeout=timedelta(seconds=60))} if sharded else {}
+    updates = [{"class_path": "MEFT"}, {"class_path": "KLToBase"}]
+    return fit(module("full", folder / "qwen2", **FULL, updates=updates), sharded, 2, **way)
+
+
+def reversed_offloaded(folder: Path, sharded: bool) -> L.Trainer:
+    way = {"strategy": FSDP2Strategy(offload=True, timeout=timedelta(seconds=60))} if sharded else {}
+    return fit(module("meft", folder / "llama", **FULL), sharded, 2, **way)
+
+
 def masked_in_groups(folder: Path, sharded: bool) -> L.Trainer:
     way = {"strategy": FSDP2Strategy(replicas=2, timeout=timedelta(seconds=60))} if sharded else {}
     return fit(module("gmt", folder / "llama", **FULL), sharded, 2, **way)
@@ -208,6 +226,9 @@ SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     "transposed blocks": transposed_blocks,
     "blocks in groups": grouped,
     "masks in groups": masked_in_groups,
+    "reversed segments": reversed_segments,
+    "reversed in groups": reversed_in_groups,
+    "reversed, offloaded": reversed_offloaded,
     "offloaded": offloaded,
     "kept to the base": kept_to_base,
     "blocks kept to the base": blocks_kept_to_base,
@@ -218,8 +239,9 @@ KEPT: dict[str, dict] = {
     "offload": {"fields": {"state": "offload", "interval": 1}},
     "bfloat16": {"fields": {"state": "keep", "interval": 2}, "precision": "bfloat16"},
     "blocks": {"updates": [{"class_path": "SMT", "init_args": SMT_FIELDS}], "precision": "bfloat16"},
+    "reversed": {"updates": [{"class_path": "MEFT"}]},
 }
-"""LISA's ways, and SMT, that are resumed after the third of six steps."""
+"""LISA's ways, SMT, and MEFT, that are resumed after the third of six steps."""
 IN_BACKGROUND = ("keep", "blocks")
 """Those of them whose checkpoints are written while training goes on."""
 RESUMED = [*((name, "llama") for name in KEPT), ("reset", "dropout"), ("bfloat16", "dropout")]

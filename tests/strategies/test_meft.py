@@ -3,9 +3,8 @@
 import copy
 import json
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +13,20 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.adapters import PlainAdapters
+from benchmarks.families import FAMILIES, HEADED, Cell
+from benchmarks.meft import SIZES, bytes_kept, kept_at, slope
 from lit_sparse import cli
 from lit_sparse.errors import BadInput
-from lit_sparse.export.adapter import write_adapter
 from lit_sparse.export.folder import export
 from lit_sparse.optim import trainable
 from lit_sparse.reversible import stack
 from lit_sparse.reversible.coupling import LIMIT, Coupling, fits, from_fixed, pack, to_fixed, unpack
-from lit_sparse.runs import build_module, load_run
+from lit_sparse.runs import load_run
 from lit_sparse.strategies import MEFT, Updates
-from lit_sparse.strategies.base import Context
+from lit_sparse.strategies.base import Context, UpdateStrategy
 from lit_sparse.testing import next_token_cross_entropy, tiny_encoder, tiny_llm
 from tests.test_resume import fit
 
@@ -229,31 +224,6 @@ def test_a_trained_embedding_gets_its_gradient_too() -> None:
 # ---- memory
 
 
-@dataclass(eq=False)
-class Kept:
-    """A tensor that a graph keeps for its backward pass."""
-
-    tensor: Tensor
-
-
-def bytes_kept(model: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Return the bytes that live graphs keep after `run`: each storage once, without parameters and buffers."""
-    alive: list[weakref.ref[Kept]] = []
-
-    def pack(tensor: Tensor) -> Kept:
-        kept = Kept(tensor.detach())  # an output with its graph would keep itself
-        alive.append(weakref.ref(kept))
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        loss = run()
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    kept = {k.tensor.untyped_storage() for ref in alive if (k := ref()) is not None}
-    found = {storage.data_ptr(): storage.nbytes() for storage in kept if storage.data_ptr() not in own}
-    loss.backward()  # the graph lives until here
-    return sum(found.values())
-
-
 def deep_llama(depth: int) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -278,6 +248,144 @@ def test_what_is_kept_hardly_grows_with_depth() -> None:
     assert exact[32] < 0.16 * full[32]  # the paper's 84 % less
     every_4 = {depth: kept_bytes(depth, checkpoint_every=4) for depth in (4, 32)}
     assert (every_4[32] - every_4[4]) / 28 == 2 * 64 * 32 * 2 * 4 / 4  # two fp32 streams every four layers
+
+
+def test_a_further_layer_keeps_little_of_what_a_frozen_one_does() -> None:
+    """Frozen layers, through which gradients pass, store less than those that train."""
+    small = {**SIZES, "hidden_size": 64, "intermediate_size": 256}
+
+    def per_layer(strategies: list[UpdateStrategy]) -> float:
+        return slope({"depths": (2, 4), "bytes": [kept_at(depth, strategies, small, 1, 64) for depth in (2, 4)]})
+
+    frozen = per_layer([PlainAdapters()])
+    assert frozen < per_layer([])
+    for variant in (1, 2, 3):
+        assert per_layer([MEFT(variant=variant)]) < 0.05 * frozen
+    assert per_layer([PlainAdapters(every=1)]) == 64 * 64 * 4  # the hidden states before each layer
+    assert per_layer([PlainAdapters(every=2)]) == 64 * 64 * 4 / 2
+
+
+# ---- families
+
+
+class StoredActivations:
+    """The same steps of a model's layers, by plain autograd. It takes the place of its reversible stack."""
+
+    def __init__(self, strategy: MEFT) -> None:
+        made = strategy._stack
+        assert made is not None
+        self.layers, self.form = made.layers, made.form
+        for number, layer in enumerate(self.layers):
+            layer.module.forward = partial(self.run, number)
+
+    def run(self, number: int, hidden: Tensor, /, *args: Any, **kwargs: Any) -> Any:
+        layer = self.layers[number]
+        if number == 0:
+            self.kept = self.read = hidden
+        for half in layer.halves:
+            out = half.coupling.couple(half.function(self.read, (args, kwargs)), self.read, self.kept)
+            self.kept, self.read = self.read, out
+        if layer.swap:
+            self.kept, self.read = self.read, self.kept
+        out = hidden if number + 1 < len(self.layers) else self.form.output(self.kept, self.read)
+        return (out, *[None] * (layer.outputs - 1)) if layer.outputs else out
+
+
+@pytest.mark.parametrize("variant", [1, 3])
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3", "gpt-oss", "OLMoE"])
+def test_mixtures_of_experts_train(family: str, variant: int) -> None:
+    """Their adapters are parallel to the whole mixture; DeepSeek's first layer has a plain MLP."""
+    model = FAMILIES[family].tiny().train()
+    strategy = attached(copy.deepcopy(model), variant=variant, exact=True)
+    assert strategy.describe() == {"reconstruction_error": 0.0}
+    model = model.double()
+    model.config._experts_implementation = "eager"  # torch's grouped product has no fp64
+    strategy = attached(model, variant=variant, checkpoint_every=2)
+    got, ours = gradients(model), loss_of(model)
+    StoredActivations(strategy)
+    torch.testing.assert_close(ours, loss_of(model), rtol=1e-6, atol=0)
+    assert len(got) == len(trainable(model))  # every adapter is reached
+    assert relative(got, gradients(model)) < 1e-4  # routers and norms are in fp32
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_gradients_of_a_deep_model_are_those_of_plain_backpropagation(every: int | None) -> None:
+    """In fp32, of the same forward pass: exact (None), which also rounds each state to fixed point, and by layer."""
+    model = deep_llama(12)
+    strategy = attached(model, std=0.05, exact=every is None, checkpoint_every=every)
+    got = gradients(model)
+    model.zero_grad()
+    by_the_equations(model, strategy).backward()
+    expected = {name: parameter.grad for name, parameter in trainable(model) if parameter.grad is not None}
+    assert got.keys() == expected.keys()
+    for name, gradient in got.items():
+        assert F.cosine_similarity(gradient.flatten(), expected[name].flatten(), dim=0) > 0.999, name
+
+
+def test_packed_rows_do_not_see_each_other() -> None:
+    model = tiny_llm("llama").train()
+    attached(model, exact=True)
+    rows = [IDS[0, :5], IDS[1, :7]]
+    places = torch.cat([torch.arange(len(row)) for row in rows])[None]
+    packed = model(input_ids=torch.cat(rows)[None], position_ids=places, use_cache=False).logits[0]
+    alone = torch.cat([model(input_ids=row[None], use_cache=False).logits[0] for row in rows])
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-3)  # a fixed-point step may round the other way
+    packed.sum().backward()
+    got = {name: parameter.grad.clone() for name, parameter in trainable(model) if parameter.grad is not None}
+    model.zero_grad()
+    alone.sum().backward()
+    for name, parameter in trainable(model):
+        assert parameter.grad is not None
+        assert F.cosine_similarity(got[name].flatten(), parameter.grad.flatten(), dim=0) > 0.999, name
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_casts_are_made_again(exact: bool, monkeypatch) -> None:
+    """The forward pass is under autocast, the backward pass, as usual, is not."""
+    model = tiny_llm("llama").train()
+    attached(model, exact=exact, checkpoint_every=None if exact else 1)
+    gave: list[Tensor] = []
+    value = stack.Segment.value
+
+    def noted(self: Any, half: Any, call: Any, x: Tensor) -> Tensor:
+        gave.append(value(self, half, call, x).detach())
+        return value(self, half, call, x)
+
+    monkeypatch.setattr(stack.Segment, "value", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(model)
+    loss.backward()
+    forward, backward = gave[: len(gave) // 2], gave[len(gave) // 2 :]
+    for first, again in zip(forward, reversed(backward), strict=True):
+        assert first.dtype == again.dtype
+        torch.testing.assert_close(first, again, rtol=0, atol=0 if exact else 1e-2)
+
+
+def test_each_adapter_gets_one_gradient_a_backward_pass() -> None:
+    """So that gradients accumulate over batches, and hooks of optimizers and of DDP act once."""
+    model, seen = tiny_llm("llama").train(), list[str]()
+    attached(model, exact=True)
+    once = gradients(model)
+    for name, parameter in trainable(model):
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+    loss_of(model).backward()  # on top of the first
+    assert sorted(seen) == sorted(once)
+    for name, parameter in trainable(model):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, 2 * once[name])
+
+
+def test_each_step_asks_for_the_gradients_of_its_layer_alone(monkeypatch) -> None:
+    model, asked, grad = deep_llama(6), list[int](), torch.autograd.grad
+    attached(model, exact=True)
+
+    def counted(f: Tensor, inputs: Any, *args: Any, **options: Any) -> Any:
+        asked.append(len(inputs))
+        return grad(f, inputs, *args, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    assert gradients(model)
+    assert asked == [1 + 4, *[1 + 8] * 10]  # the hidden states, and two matrices and biases of each adapter
 
 
 # ---- what users run
@@ -313,18 +421,26 @@ def test_a_run_goes_on_in_mid_epoch_is_exported_and_generates(home: Path, settin
             export(Path("runs/cut-1"), other)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_classifier_is_resumed_and_exported_with_its_head(tmp_path: Path) -> None:
+    family = FAMILIES["Llama (classifier)"]
+    cell = Cell(family, "meft", family.write(tmp_path / "base"), tmp_path)
+    cell.fit_and_resume()
+    assert cell.export()["change"] > 0
+    text = (cell.run / "adapter" / "README.md").read_text()
+    assert "id2label={0: 'blue', 1: 'green', 2: 'red'}" in text
+    code = text.partition("```python\n")[2].partition("```")[0].replace('"FOLDER"', repr(str(cell.run / "adapter")))
+    names: dict[str, Any] = {}
+    exec(code, names)  # as the card says
+    module, _ = load_run(cell.run)
+    for ours, theirs in zip(module.build().score.parameters(), names["base"].score.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    other = type(names["base"]).from_pretrained(cell.base, num_labels=5, ignore_mismatched_sizes=True)
+    with pytest.raises(BadInput, match=r"give the base .* the number of its classes \(num_labels\)"):
+        MEFT.load(cell.run / "adapter", other)
+
+
 # ---- refusals
-
-
-def test_an_adapter_beside_a_trained_head_names_a_way_that_exists(tmp_path: Path) -> None:
-    config = tiny_llm("llama").config
-    config.num_labels = 3
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "base")  # pyright: ignore[reportArgumentType]
-    keys = {"base": str(tmp_path / "base"), "updates": [{"class_path": "MEFT"}]}
-    module = build_module({"task": "Classifier", "model": keys})
-    with pytest.raises(BadInput, match=r"head was trained too, .* use it through lit_sparse\.runs\.load_run"):
-        write_adapter(module, "run-1", tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
 
 
 @pytest.mark.parametrize(
@@ -396,6 +512,38 @@ def test_layers_that_share_state_are_refused() -> None:
     for layer in model.model.layers:  # pyright: ignore
         layer.__class__ = Shared
     with pytest.raises(BadInput, match="keeps state that other layers share"):
+        attach(model)
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
+def test_layers_that_share_keys_and_values_are_refused(family: str) -> None:
+    sizes = {"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3, "hidden_size_per_layer_input": 8}
+    sizes |= {"vocab_size_per_layer_input": 96, "global_head_dim": 8, "laurel_rank": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**HEADED, **sizes}))
+    with pytest.raises(BadInput, match="share shared kv states, whose gradients would be lost"):
+        attach(model)
+
+
+def test_a_layer_that_is_called_twice_is_refused() -> None:
+    model: Any = tiny_llm("llama").train()
+    model.model.layers[2] = model.model.layers[0]
+    with pytest.raises(BadInput, match="calls one layer several times"):
+        attach(model)
+
+
+def test_layers_that_are_not_found_are_refused() -> None:
+    model = tiny_llm("gpt2")
+    model.config.num_hidden_layers = 7
+    with pytest.raises(BadInput, match=r"layers of GPT2LMHeadModel were not found: .* is 7"):
+        attach(model)
+
+
+def test_layers_that_do_not_repeat_what_they_compute_are_refused_in_fixed_point() -> None:
+    model: Any = tiny_llm("llama").train()
+    mlp, calls = model.model.layers[1].mlp, []
+    own = mlp.forward
+    mlp.forward = lambda x: calls.append(1) or own(x) + 1e-4 * len(calls)  # as sums do whose order changes
+    with pytest.raises(BadInput, match=r"does not repeat bit for bit \(relative error .*\); set exact: false"):
         attach(model)
 
 
