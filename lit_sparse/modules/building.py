@@ -291,7 +291,8 @@ class BuiltModel(L.LightningModule, ABC):
             if not self._sharded:
                 self._shard()
             self._sharded[0].check_dtypes()
-            self.updates.on_shard()
+            with forked_rng(self.device_to_be):
+                self.updates.on_shard()
 
     def _compile(self) -> None:
         """Compile the model as one graph; layer by layer where the trainable set changes.

@@ -180,7 +180,7 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["full.yaml", "--model.base", "BARE"], "gives no hidden_size and no num_hidden_layers and no vocab_size"),
         (["full.yaml", "--model.base", "/nowhere/at/all"], "no model could be loaded from '/nowhere/at/all'"),
         (["lora.yaml", "--model.quantize", "int8"], "model.quantize is int8, where what is kept of a batch depends"),
-        (["meft.yaml", "--trainer.strategy", "fsdp2"], "trainer.strategy is fsdp2, but MEFT"),
+        (["smt.yaml", *SHARDED[1:], "--model.updates.warmup=update"], "trainer.strategy is fsdp2, but SMT"),
         ([*SHARDED, "--trainer.strategy.offload=true"], "trainer.strategy has offload, whose host memory plan does"),
         ([*SHARDED, "--trainer.strategy.replicas=2"], "replicas 2, which do not divide 1 ranks; give a divisor"),
         (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written"),

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
 
 from benchmarks.families import FAMILIES
 from lit_sparse import cli, shards
@@ -40,8 +41,9 @@ from lit_sparse.loss import IGNORED
 from lit_sparse.modules import CausalLM, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.optim import trainable
+from lit_sparse.reversible import stack
 from lit_sparse.shards import check_shards, folders_of
-from lit_sparse.strategies import LISA, SMT
+from lit_sparse.strategies import LISA, MEFT, SMT
 from lit_sparse.testing import tiny_llm
 from lit_sparse.whole import write_whole
 from lit_sparse_profiling.step_plan import Plan
@@ -580,6 +582,26 @@ def refusal(wish: Callable[[], object]) -> str:
     return "not refused"
 
 
+def gathered_layers(folder: Path, rank: int) -> dict[str, list[int]]:
+    """Return how many layers have whole weights in each step of MEFT's passes, and after a fit."""
+    made, plain, seen = module("meft", folder / "llama", **FULL), stack.Segment.value, list[int]()
+
+    def whole() -> int:
+        layers = decoder_layers(made.build())
+        return sum(any(not isinstance(p, DTensor) for p in layer.parameters()) for layer in layers)
+
+    def noting(self, *args):
+        seen.append(whole())
+        return plain(self, *args)
+
+    stack.Segment.value = noting
+    try:
+        fit(made, True, 1)
+    finally:
+        stack.Segment.value = plain
+    return {"in steps": seen, "after": [whole()]}
+
+
 def detached(folder: Path, rank: int) -> str:
     made = lisa(folder)
     fit(made, True, 1)
@@ -599,7 +621,14 @@ def command_line(folder: Path, rank: int) -> None:
         files = ["trainers/fsdp2.yaml", "small.yaml"]  # a list of updates would add to that of a method's YAML
         words = [word for file in files for word in ("--config", file)] + ["--run", "lisa", "--profile.profiled", "0"]
         way = ["--trainer.strategy", "FSDP2Strategy", "--trainer.strategy.async_save", "true"]
-        cli.run(["fit", *words, *way, "--trainer.accelerator", "cpu", "--trainer.devices", "2"])
+        device = ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+        cli.run(["fit", *words, *way, *device])
+        if rank == 0:
+            small = {"model": {"base": "llama", "updates": [{"class_path": "MEFT"}]}, "data": data}
+            Path("reversed.yaml").write_text(yaml.safe_dump(small))
+        dist.barrier()
+        words = ["--config", "trainers/fsdp2.yaml", "--config", "reversed.yaml", "--run", "meft", "--profile=false"]
+        cli.run(["fit", *words, *device, "--trainer.max_steps", "4"])
 
 
 CASES: dict[str, Callable[[Path, int], object]] = {
@@ -617,6 +646,7 @@ CASES: dict[str, Callable[[Path, int], object]] = {
     "told": told,
     "velora": projected,
     "signalled": signalled,
+    "gathered layers": gathered_layers,
     "detached": detached,
     "command line": command_line,
     "scalars": scalars,
@@ -800,6 +830,29 @@ def test_more_ranks_than_rows_are_refused():
             Sharded(tiny_llm("llama"), init_device_mesh("cpu", (80,)))
     finally:
         dist.destroy_process_group()
+
+
+def test_one_layer_at_a_time_is_gathered_where_states_are_computed_back(pair):
+    """Three steps of two layers and one of the last, forwards and backwards, in the first look and in the step."""
+    for rank in range(2):
+        found = result(pair, "gathered layers", rank)
+        assert set(found["in steps"]) == {1}
+        assert len(found["in steps"]) >= 2 * 2 * 5
+        assert found["after"] == [0]
+
+
+def test_a_reversible_run_on_shards_is_exported(pair, monkeypatch):
+    result(pair, "command line")
+    monkeypatch.chdir(pair)
+    run = Path("runs") / "meft-1"
+    cli.run(["export", str(run), "--to", "adapter"])
+    values = saved(run / "checkpoints" / "last.ckpt")["state_dict"]
+    base = AutoModelForCausalLM.from_pretrained("llama")
+    MEFT.load(run / "adapter", base)
+    own = dict(base.named_parameters())
+    assert values
+    for name, value in values.items():
+        assert torch.equal(own[name.removeprefix("model.")], value), name
 
 
 def test_a_sharded_model_cannot_be_detached(pair):
