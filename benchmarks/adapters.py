@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.reversible.decoder import Recipe, Seen, parallels, reversible
-from lit_sparse.reversible.stack import Call, ReversibleLayer
+from lit_sparse.reversible.segment import Call, ReversibleLayer
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
 
 

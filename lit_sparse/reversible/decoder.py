@@ -21,7 +21,7 @@ from lit_sparse.anatomy import decoder_layers, has_values, mixtures, mlps, role
 from lit_sparse.calls import dummy_forward, evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse.reversible.coupling import Coupling
-from lit_sparse.reversible.stack import Call, Function, Half, ReversibleLayer
+from lit_sparse.reversible.segment import Call, Function, Half, ReversibleLayer
 
 STD = 0.02
 """Standard deviation of the adapters' matrices at the start (the authors')."""

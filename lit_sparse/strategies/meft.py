@@ -25,7 +25,8 @@ from lit_sparse.errors import BadInput
 from lit_sparse.ranks import largest_of_ranks
 from lit_sparse.reversible.coupling import LIMIT, Coupling
 from lit_sparse.reversible.decoder import Recipe, Seen, adapters_of, check_model, draws, parallels, reversible
-from lit_sparse.reversible.stack import NO_DROPOUT, Form, Stack
+from lit_sparse.reversible.segment import NO_DROPOUT, Form
+from lit_sparse.reversible.stack import Stack
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
 
 CONFIG, WEIGHTS = "meft.json", "meft.safetensors"

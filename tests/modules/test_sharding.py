@@ -41,7 +41,7 @@ from lit_sparse.loss import IGNORED
 from lit_sparse.modules import CausalLM, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.optim import trainable
-from lit_sparse.reversible import stack
+from lit_sparse.reversible import segment
 from lit_sparse.shards import check_shards, folders_of
 from lit_sparse.strategies import LISA, MEFT, SMT
 from lit_sparse.testing import tiny_llm
@@ -584,7 +584,7 @@ def refusal(wish: Callable[[], object]) -> str:
 
 def gathered_layers(folder: Path, rank: int) -> dict[str, list[int]]:
     """Return how many layers have whole weights in each step of MEFT's passes, and after a fit."""
-    made, plain, seen = module("meft", folder / "llama", **FULL), stack.Segment.value, list[int]()
+    made, plain, seen = module("meft", folder / "llama", **FULL), segment.Segment.value, list[int]()
 
     def whole() -> int:
         layers = decoder_layers(made.build())
@@ -594,11 +594,11 @@ def gathered_layers(folder: Path, rank: int) -> dict[str, list[int]]:
         seen.append(whole())
         return plain(self, *args)
 
-    stack.Segment.value = noting
+    segment.Segment.value = noting
     try:
         fit(made, True, 1)
     finally:
-        stack.Segment.value = plain
+        segment.Segment.value = plain
     return {"in steps": seen, "after": [whole()]}
 
 

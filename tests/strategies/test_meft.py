@@ -22,7 +22,7 @@ from lit_sparse import cli
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.optim import trainable
-from lit_sparse.reversible import stack
+from lit_sparse.reversible import segment
 from lit_sparse.reversible.coupling import LIMIT, Coupling, fits, from_fixed, pack, to_fixed, unpack
 from lit_sparse.runs import load_run
 from lit_sparse.strategies import MEFT, Updates
@@ -159,18 +159,18 @@ def test_exact_gradients_are_those_of_stored_activations(way: dict[str, Any], ki
     strategy = attached(model, **way, exact=True)
     assert strategy.describe() == {"reconstruction_error": 0.0}
     got, seen = gradients(model), []
-    back = stack.Segment.back
+    back = segment.Segment.back
     monkeypatch.setattr(
-        stack.Segment, "back", lambda self, *args: (seen.append(step) or step for step in back(self, *args))
+        segment.Segment, "back", lambda self, *args: (seen.append(step) or step for step in back(self, *args))
     )
     inputs: list[Tensor] = []
-    value = stack.Segment.value
+    value = segment.Segment.value
 
     def noted(self: Any, half: Any, call: Any, x: Tensor) -> Tensor:
         inputs.append(x.detach().clone())
         return value(self, half, call, x)
 
-    monkeypatch.setattr(stack.Segment, "value", noted)
+    monkeypatch.setattr(segment.Segment, "value", noted)
     again = gradients(model)
     assert all(torch.equal(got[name], again[name]) for name in got)
     forward, backward = inputs[: len(inputs) // 2], inputs[len(inputs) // 2 :]
@@ -345,13 +345,13 @@ def test_casts_are_made_again(exact: bool, monkeypatch) -> None:
     model = tiny_llm("llama").train()
     attached(model, exact=exact, checkpoint_every=None if exact else 1)
     gave: list[Tensor] = []
-    value = stack.Segment.value
+    value = segment.Segment.value
 
     def noted(self: Any, half: Any, call: Any, x: Tensor) -> Tensor:
         gave.append(value(self, half, call, x).detach())
         return value(self, half, call, x)
 
-    monkeypatch.setattr(stack.Segment, "value", noted)
+    monkeypatch.setattr(segment.Segment, "value", noted)
     with torch.autocast("cpu", torch.bfloat16):
         loss = loss_of(model)
     loss.backward()
