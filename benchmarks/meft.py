@@ -47,6 +47,7 @@ ARMS: dict[str, Callable[[], list[UpdateStrategy]]] = {
     "full fine-tuning": list,
     "frozen layers, adapters": lambda: [PlainAdapters()],
     "adapters, every layer recomputed": lambda: [PlainAdapters(every=1)],
+    "adapters, six layers recomputed": lambda: [PlainAdapters(every=6)],
     "MEFT 1, exact": lambda: [MEFT(variant=1)],
     "MEFT 2, exact": lambda: [MEFT(variant=2)],
     "MEFT 3, exact": lambda: [MEFT(variant=3)],
@@ -105,7 +106,7 @@ def curve() -> Iterator[Line]:
     about["versions"] = {package: version(package) for package in ("torch", "transformers")}
     for arm, strategies in ARMS.items():
         kept = [kept_at(depth, strategies(), SIZES, ROWS, TOKENS) for depth in DEPTHS]
-        yield {**about, "curve": arm, "depths": DEPTHS, "bytes": kept, "tokens": ROWS * TOKENS, "hidden": 256}
+        yield {**about, "curve": arm, "depths": DEPTHS, "bytes": kept, "tokens": ROWS * TOKENS, **SIZES}
 
 
 def slope(line: Line) -> float:

@@ -19,7 +19,7 @@ IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
 def curve(name: str, first: int, last: int) -> dict[str, Any]:
-    return {**ABOUT, "curve": name, "depths": [4, 32], "bytes": [first, last], "tokens": 1, "hidden": 8}
+    return {**ABOUT, "curve": name, "depths": [4, 32], "bytes": [first, last], "tokens": 1}
 
 
 LINES = [
