@@ -92,7 +92,15 @@ def parallels(model: PreTrainedModel) -> list[Parallel]:
     """
     layers, mixed = decoder_layers(model), mixtures(model)
     plain = [layer for layer in layers if layer not in mixed]
-    single = dict(zip(plain, mlps(model, plain), strict=True))
+    try:
+        single = dict(zip(plain, mlps(model, plain), strict=True))
+    except BadInput as error:
+        if not any("expert" in name for layer in plain for name, _ in layer.named_modules()):
+            raise
+        raise BadInput(
+            f"MEFT: {type(model).__name__} has mixtures of experts, of which a layer must hold one, in a module of its "
+            "own with fused experts; use lora.yaml with activation checkpointing."
+        ) from error
     act = getattr(model.config.get_text_config(), "hidden_act", None) or "silu"
 
     def of(layer: nn.Module) -> Parallel:

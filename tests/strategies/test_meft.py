@@ -531,6 +531,14 @@ def test_a_layer_that_is_called_twice_is_refused() -> None:
         attach(model)
 
 
+def test_mixtures_of_several_kinds_are_refused_by_their_name() -> None:
+    """JetMoE has experts of attention, too."""
+    sizes = {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("jetmoe", **{**HEADED, **sizes}))
+    with pytest.raises(BadInput, match="JetMoeForCausalLM has mixtures of experts, of which a layer must hold one"):
+        attach(model)
+
+
 def test_layers_that_are_not_found_are_refused() -> None:
     model = tiny_llm("gpt2")
     model.config.num_hidden_layers = 7
