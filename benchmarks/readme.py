@@ -487,7 +487,7 @@ def published(results: Path) -> str:
     lines = read_lines(results / "published.jsonl", command)
     rows = [
         [
-            line["source"],
+            f"[{line['source']}]({line['address']})" if line["address"] else line["source"],
             f"{line['model']}, {line['name']}",
             f"{line['batch_size']} x {line['length']}",
             f"{line['published']:.1f}",

@@ -173,7 +173,9 @@ class Profile(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self.profiler is not None
-        if not self.profiler.in_step:
+        if self.profiler.in_step:
+            self.profiler.add_batch(batch)
+        else:
             self.profiler.begin_step(batch)
         self._turn_to("forward")
 

@@ -81,10 +81,10 @@ def predicted_peak(predicted: Predicted) -> str:
 def measured_peak(record: RunRecord) -> str | None:
     """Return the measured peak: of the training on a GPU, of the examined step on a CPU; None if neither was."""
     training = [phase.peak_requested for phase in record.phases if phase.name not in INSTRUMENTED_PHASES]
-    highest = max((peak for peak in training if peak), default=None)
-    if highest is not None:
-        return amount(highest)
     memory = record.memory
+    if any(training):
+        longest = None if memory is None or memory.allocator is None else memory.allocator.requested
+        return amount(max(peak for peak in [*training, longest] if peak))
     if memory is None or memory.held is None:
         return None
     return f"{amount(memory.held.total)} (examined step, {memory.examined_positions} tokens)"

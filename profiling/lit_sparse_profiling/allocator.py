@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._C._autograd import _profiler_enabled
-from torch._C._profiler import _EventType
+from torch._C._profiler import _EventType, _RecordFunctionFast
 from torch.profiler import ProfilerActivity, profile, record_function
 
 CUDA = "CUDA caching allocator, bytes as requested"
 CPU = "CPU allocation events of torch.profiler, as a rise over the beginning of the step"
 MARK = "lit_sparse: measured from here"
+FREED = "lit_sparse: freed "
+"""Begin of the name of an event that tells of a free which torch.profiler does not: see `CPUEvents.tell_freed`."""
 
 
 @dataclass
@@ -80,7 +82,8 @@ def _on_cpu(device: torch.device) -> Iterator[Allocations]:
 class CPUEvents:
     """Recording of the CPU allocator's events from `start` to `stop`. The figures are those from `mark` on.
 
-    Blocks that are allocated between `start` and `mark` become known, so that freeing them after `mark` is seen.
+    Blocks that are allocated between `start` and `mark` become known, so that freeing them after `mark` is seen. Of
+    those from before `start`, torch.profiler does not report it: `tell_freed` does.
 
     Attributes:
         peak: Peak bytes after `mark`, above the level at `mark`.
@@ -89,7 +92,7 @@ class CPUEvents:
         peak_before: Peak bytes from `start` to `mark`, above the level at `mark`.
 
     Args:
-        known: Bytes by address of blocks that are alive before `start`, so that freeing them is seen.
+        known: Bytes by address of blocks that are alive before `start`.
     """
 
     def __init__(self, known: Mapping[int, int] | None = None) -> None:
@@ -112,6 +115,11 @@ class CPUEvents:
         """Start to count. `named` are addresses of blocks that are alive and that the caller counts itself."""
         self._named = frozenset(named)
         with record_function(MARK):
+            pass
+
+    def tell_freed(self, address: int) -> None:
+        """Record that the known block at this address is freed now. Call it before that, or at once after."""
+        with _RecordFunctionFast(f"{FREED}{address}"):
             pass
 
     def close(self) -> None:
@@ -161,9 +169,15 @@ def walk_events(events: Iterable[Any]) -> Iterator[Any]:
 
 
 def size_changes(events: Iterable[Any]) -> list[Change]:
-    """Return the CPU allocator's allocations and frees, ordered by time."""
-    fields = [(event.start_time_ns, event.extra_fields) for event in events if event.tag == _EventType.Allocation]
-    return sorted(Change(when, it.alloc_size, it.ptr) for when, it in fields if it.device.type == "cpu")
+    """Return the CPU allocator's allocations and frees, ordered by time, with those that `tell_freed` recorded."""
+    changes: list[Change] = []
+    for event in events:
+        when, found = event.start_time_ns, event.extra_fields
+        if event.tag == _EventType.Allocation and found.device.type == "cpu":
+            changes.append(Change(when, found.alloc_size, found.ptr))
+        elif event.name.startswith(FREED):
+            changes.append(Change(when, -1, int(event.name.removeprefix(FREED))))
+    return sorted(changes)
 
 
 def _levels(changes: Iterable[Change], held: dict[int, int]) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Driver, Phase, StateBytes
+from lit_sparse_profiling.sections import Driver, Memory, Phase, StateBytes
 from lit_sparse_profiling.speed_sections import Throughput
 
 
@@ -18,15 +18,13 @@ def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
     that part's. The command is the earlier part's; all else, such as the status and the scores at the end, the later's.
     """
     before = later.outcome.get("before", {}) | earlier.outcome.get("before", {})
-    resident = (record.memory.peak_resident if record.memory else None for record in (earlier, later))
-    memory = later.memory or earlier.memory
     return replace(
         later,
         created=earlier.created,
         command=earlier.command or later.command,
         seconds=_sum(earlier.seconds, later.seconds),
         phases=joined_phases(earlier.phases, later.phases),
-        memory=memory and replace(memory, peak_resident=_highest(*resident)),
+        memory=joined_memory(earlier.memory, later.memory),
         throughput=joined_throughput(earlier.throughput, later.throughput),
         driver=joined_driver(earlier.driver, later.driver),
         kernels=later.kernels or earlier.kernels,
@@ -52,6 +50,21 @@ def joined_phase(earlier: Phase, later: Phase) -> Phase:
         seconds=earlier.seconds + later.seconds,
         calls=earlier.calls + later.calls,
         own=_sum(earlier.own, later.own),
+        **{name: _highest(getattr(earlier, name), getattr(later, name)) for name in peaks},
+    )
+
+
+def joined_memory(earlier: Memory | None, later: Memory | None) -> Memory | None:
+    """Return the higher peaks, with the examined step of the longer batch."""
+    if earlier is None or later is None:
+        return later or earlier
+    examined = [part for part in (later, earlier) if part.held is not None]
+    longest = max(examined, key=lambda part: part.examined_positions or 0, default=later)
+    peaks = ("peak_resident", "most_positions", "plain_positions")
+    return replace(
+        longest,
+        method=later.method,
+        growth=earlier.growth if later.growth is None else later.growth,
         **{name: _highest(getattr(earlier, name), getattr(later, name)) for name in peaks},
     )
 

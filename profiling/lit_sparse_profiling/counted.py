@@ -7,7 +7,7 @@ allocator's peak has beyond this count was allocated inside operations, where no
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -45,7 +45,8 @@ Sizes = dict[str, int]
 class _Block:
     """A live storage: its bytes, its permanent category if it has one, and the number of saved tensors in it.
 
-    Of a large one, `course` has its categories by the counter's clock, None once it is dead.
+    Of a large one, `course` has its categories by the counter's clock, None once it is dead. One from before the step
+    has its `address`.
     """
 
     size: int
@@ -55,6 +56,7 @@ class _Block:
     dtype: str = ""
     module: str = ""
     line: str = ""
+    address: int = 0
     course: list[tuple[int, str | None, int]] = field(default_factory=list)
 
     @property
@@ -97,6 +99,7 @@ class Counter(TorchDispatchMode):
         peak_phase: Phase of the peak.
         saved_peak: Highest number of bytes saved for backward.
         start: Live bytes when the block began.
+        on_free: Called with the address of each storage from before the block that is freed in it.
     """
 
     def __init__(
@@ -113,6 +116,8 @@ class Counter(TorchDispatchMode):
         self.now: Sizes = {}
         self.peak: Sizes = {}
         self.saved_peak = 0
+        self.on_free: Callable[[int], None] = lambda address: None
+        self._entered = False
         self.start = self._total = self._peak_total = 0
         self._blocks: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._clock = self._peak_clock = 0
@@ -145,6 +150,7 @@ class Counter(TorchDispatchMode):
 
     def __enter__(self) -> Counter:
         super().__enter__()
+        self._entered = True
         # Not in the constructor: a strategy's state may be copies that die with the constructor's arguments.
         self.start = self._total
         self._began, self._first = perf_counter(), dict(self.now)
@@ -165,6 +171,7 @@ class Counter(TorchDispatchMode):
         self._hooks.__exit__(*raised)
         torch.UntypedStorage.resize_ = self._plain_resize
         self._watching.close()
+        self.on_free = lambda address: None
         super().__exit__(*raised)
 
     def _patch_resize(self) -> None:
@@ -214,7 +221,8 @@ class Counter(TorchDispatchMode):
     def _block(self, storage: torch.UntypedStorage, category: str | None, tensor: Tensor | None = None) -> _Block:
         if storage in self._blocks:
             return self._blocks[storage]
-        block = self._blocks[storage] = _Block(storage.nbytes(), category)
+        known = not self._entered and storage.device.type == "cpu"
+        block = self._blocks[storage] = _Block(storage.nbytes(), category, address=storage.data_ptr() if known else 0)
         if block.size >= LARGE:
             self._describe(block, tensor)
         # No finalizer at exit: thousands of them would run while the interpreter's modules are already torn down.
@@ -241,6 +249,8 @@ class Counter(TorchDispatchMode):
         self._adjust(block, sign * block.size)
         if sign < 0:
             block.size = 0
+            if block.address:
+                self.on_free(block.address)
         else:
             self._note_peak()
 

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from lit_sparse_profiling.allocator import CPU, CUDA, CPUEvents
 from lit_sparse_profiling.counted import UNNAMED_PHASE, Counter
 from lit_sparse_profiling.ledger import categories, ledger, storages
-from lit_sparse_profiling.memory import trim_heap
+from lit_sparse_profiling.memory import free_heap
 from lit_sparse_profiling.opcounts import OpCounts
 from lit_sparse_profiling.phases import Phases
-from lit_sparse_profiling.sections import EXAMINED, LEAD_IN, Allocator, Large
+from lit_sparse_profiling.sections import EXAMINED, LEAD_IN, Allocator, Large, Phase
 from lit_sparse_profiling.witness import alive_bytes
 
 Subject = Callable[[], tuple[nn.Module, Optimizer | None, Any]]
@@ -28,9 +28,10 @@ Subject = Callable[[], tuple[nn.Module, Optimizer | None, Any]]
 class Examination:
     """Instruments of the examined step: call `lead_in` one step earlier, then `begin`, run the step, then `end`.
 
-    Two steps are needed because the CPU's allocator keeps no counters. torch.profiler reports its events, but a block
-    that was allocated before the recording is unknown when it is freed. The lead-in step makes those known that are
-    allocated in one step and freed in the next. On a GPU it does nothing.
+    Two steps are needed because the CPU's allocator keeps no counters. torch.profiler reports its events, but not the
+    free of a block that was allocated before the recording. The counter tells of those in tensors, and a lead-in of
+    a whole step makes all known that are allocated in one step and freed in the next. It also shows what counting
+    changes.
 
     Args:
         subject: Gives what is counted.
@@ -59,6 +60,7 @@ class Examination:
         self._parts: list[str] = []
         self._instruments = ExitStack()
         self._before = (0, 0)
+        self._plain_peak: int | None = None
 
     @property
     def under_way(self) -> bool:
@@ -78,8 +80,7 @@ class Examination:
         if self._device.type == "cuda":
             self._phases.begin(LEAD_IN)
             return
-        gc.collect()
-        trim_heap()
+        free_heap()
         known = alive_bytes(self._device) | self._known()
         resident = self._phases.memory.current()
         self.outside = None if resident is None else resident - sum(known.values())
@@ -96,7 +97,7 @@ class Examination:
     def end_lead_in(self) -> None:
         """End the step before the examined one."""
         if self._device.type == "cuda":
-            self._phases.end(LEAD_IN)
+            self._plain_peak = self._phases.end(LEAD_IN).peak_requested
 
     def begin(self, batch: Any) -> None:
         """Begin the examined step, with its batch.
@@ -115,6 +116,7 @@ class Examination:
         self.counter, self.ops, self._before = counter, OpCounts(), self._allocated_and_held()
         if self._events is not None:
             self._events.mark(counter.addresses())
+            counter.on_free = self._events.tell_freed
         self._instruments.enter_context(counter)
         self._instruments.enter_context(self.ops)
 
@@ -140,7 +142,7 @@ class Examination:
         events, self._events = self._events, None
         if events is not None:
             events.stop()
-        self._phases.end(EXAMINED)
+        call = self._phases.end(EXAMINED)
         self.left = self.counter.left()
         allocated, held = self._allocated_and_held()
         # State that the step created (gradients, moments) is in the ledger, so that its growth is not left behind.
@@ -152,7 +154,7 @@ class Examination:
             left, plain = events.left - growth, begun + events.peak_before
             self.allocator = Allocator(CPU, begun + events.peak, left, uncounted=plain)
         else:
-            self.allocator = self._read_cuda(allocated - self._before[0] - growth)
+            self.allocator = self._read_cuda(call, allocated - self._before[0] - growth)
 
     def drop(self) -> None:
         """Remove the instruments without a result: the step failed, was interrupted, or did not come."""
@@ -175,22 +177,20 @@ class Examination:
             return 0, held
         return torch.cuda.memory_stats(self._device)["requested_bytes.all.current"], held
 
-    def _read_cuda(self, left_behind: int) -> Allocator:
-        # The peaks are the phase's: `Phases` resets the device's counters at every boundary, and each of the step's
+    def _read_cuda(self, call: Phase, left_behind: int) -> Allocator:
+        # The peaks are the call's: `Phases` resets the device's counters at every boundary, and each of the step's
         # parts has two. Read here, they would be those since the last one.
-        phases = {phase.name: phase for phase in self._phases.to_list()}
-        phase = phases[EXAMINED]
         stats = torch.cuda.memory_stats(self._device)
-        assert phase.peak_requested is not None
+        assert call.peak_requested is not None
         return Allocator(
             CUDA,
-            phase.peak_requested,
+            call.peak_requested,
             left_behind,
-            allocated=phase.peak_allocated,
-            reserved=phase.peak_reserved,
+            allocated=call.peak_allocated,
+            reserved=call.peak_reserved,
             inactive_split=stats["inactive_split_bytes.all.current"],
             retries=stats["num_alloc_retries"],
-            uncounted=phases[LEAD_IN].peak_requested if LEAD_IN in phases else None,
+            uncounted=self._plain_peak,
         )
 
 

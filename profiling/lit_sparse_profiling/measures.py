@@ -12,7 +12,7 @@ from lit_sparse_profiling import walltime
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import device_kind, peak_memory
-from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES
+from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, is_longer
 
 GIB = 2**30
 UNTRAINED = ("general_loss", "text_loss")
@@ -114,14 +114,22 @@ def step_milliseconds(record: RunRecord) -> float | None:
 
 
 def predicted(record: RunRecord, what: Literal["peak", "reserved"] = "peak") -> tuple[int, int] | None:
-    """Return the allocator's peak, or what it reserved, in bytes: predicted, and measured; None if one is unknown."""
-    told = getattr(record, "predicted", None)
-    allocator = None if record.memory is None else record.memory.allocator
-    if not isinstance(told, dict) or allocator is None:
+    """Return the allocator's peak, or what it reserved, in bytes: predicted, and measured.
+
+    None if one is unknown, or if the longest batch that was measured is clearly shorter than the one predicted for.
+    """
+    told, memory = record.predicted, record.memory
+    if told is None or memory is None or memory.allocator is None:
         return None
-    size = told.get(f"{what}_bytes")
-    measured = allocator.reserved if what == "reserved" else allocator.allocated or allocator.requested
-    return (int(size), measured) if isinstance(size, int | float) and size > 0 and measured else None
+    plain = next((phase for phase in record.phases if phase.name == "training"), None)
+    everywhere = plain is not None and plain.peak_requested is not None  # a GPU tells the peak of every step
+    if is_longer(told.batch_size * told.length, memory.most_positions if everywhere else memory.examined_positions):
+        return None
+    key = "reserved" if what == "reserved" else "requested"
+    peaks = [getattr(memory.allocator, key), getattr(plain, f"peak_{key}", None)]
+    measured = max((peak for peak in peaks if peak), default=None)
+    size = told.reserved_bytes if what == "reserved" else told.peak_bytes
+    return (size, measured) if size > 0 and measured else None
 
 
 def prediction_error(record: RunRecord) -> float | None:

@@ -47,6 +47,7 @@ class Phases:
         self._cuda: torch.device | None = None
         self._since = self._boundary_at = perf_counter() if since is None else since
         self._begun: dict[str, float] = {}
+        self._calls: dict[str, Phase] = {}
         self._phases: dict[str, Phase] = {}
         if device is not None:
             self.read(device)
@@ -90,10 +91,11 @@ class Phases:
             )
         self._boundary()
         self._phases.setdefault(name, Phase(name, 0.0, 0, own=0.0))
+        self._calls[name] = Phase(name, 0.0, 1)
         self._begun[name] = perf_counter()
 
-    def end(self, name: str) -> None:
-        """Close the phase `name`.
+    def end(self, name: str) -> Phase:
+        """Close the phase `name`, and return the call that ends: its seconds, and its own peaks.
 
         Raises:
             ValueError: if the phase is not open.
@@ -101,9 +103,9 @@ class Phases:
         if name not in self._begun:
             raise ValueError(f"Phase {name!r} is to end, but it is not open; begin it first.")
         now = self._boundary()
-        phase = self._phases[name]
-        seconds = phase.seconds + now - self._begun.pop(name)
-        self._phases[name] = replace(phase, seconds=seconds, calls=phase.calls + 1)
+        phase, seconds = self._phases[name], now - self._begun.pop(name)
+        self._phases[name] = replace(phase, seconds=phase.seconds + seconds, calls=phase.calls + 1)
+        return replace(self._calls.pop(name), seconds=seconds)
 
     def sample(self) -> int | None:
         """Return the memory peak since the last boundary or sample: reserved on a GPU, resident on a CPU.
@@ -147,6 +149,7 @@ class Phases:
         peaks = self._lap()
         for name in self._begun:
             self._phases[name] = _raise_peaks(self._phases[name], peaks)
+            self._calls[name] = _raise_peaks(self._calls[name], peaks)
         return peaks
 
     def _lap(self) -> _Peaks:

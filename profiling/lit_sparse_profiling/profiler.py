@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,13 +16,13 @@ from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
 
-from lit_sparse_profiling.budget import CEILING, Budget, Cost
+from lit_sparse_profiling.budget import CEILING, MEMORY, Budget, Cost
 from lit_sparse_profiling.ceilings import DTYPES, CeilingSeries
 from lit_sparse_profiling.devices import describe_device, resolve_index
-from lit_sparse_profiling.examination import Examination
+from lit_sparse_profiling.examined_steps import ExaminedSteps
 from lit_sparse_profiling.kernel_times import KernelProfile, ceilings
 from lit_sparse_profiling.ledger import ledger
-from lit_sparse_profiling.memory import trim_heap
+from lit_sparse_profiling.memory import free_heap
 from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.paired import Turns
 from lit_sparse_profiling.phases import Phases
@@ -31,16 +30,12 @@ from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, Memory
 from lit_sparse_profiling.speed_sections import Kernels, Throughput
 from lit_sparse_profiling.step_plan import COSTS, INSTRUMENTS, INTERRUPTED, PROFILED, Plan, Stage
-from lit_sparse_profiling.stopwatch import count_tokens
+from lit_sparse_profiling.stopwatch import count_positions, count_tokens, largest
 from lit_sparse_profiling.timed_steps import TimedSteps
+from lit_sparse_profiling.witness import PlainSteps
 
 TRAINING = "training"
 GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
-EAGER = (
-    "The model is compiled, but the examined step ran eagerly, since nothing sees into compiled code: FLOPs, and "
-    "memory by category and at its peak, are of the eager step. Times, energy, kernels and the peaks of other phases "
-    "are those of compiled steps."
-)
 MAX_ATTEMPTS = 5
 """Attempts at the steps of one kind before they are given up, if evaluation or saving interrupts each."""
 
@@ -63,7 +58,7 @@ class Profiler:
     Args:
         model: The trained model.
         optimizer: Its optimizer, for the ledger.
-        plan: The purpose of each step.
+        plan: The purpose of each step; `Plan()` by default.
         device: Device of the model; that of its first parameter by default.
         dtype: Dtype of the computation, in which the FLOP/s ceiling is measured. By default, the dtype of the first
             parameter that matrix products can have: a quantized weight's cannot be timed.
@@ -77,7 +72,7 @@ class Profiler:
         self,
         model: nn.Module,
         optimizer: Optimizer | None = None,
-        plan: Plan = Plan(),
+        plan: Plan | None = None,
         *,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -87,7 +82,8 @@ class Profiler:
         budget: Budget | None = None,
     ) -> None:
         first = next(model.parameters())
-        self.model, self.optimizer, self.plan, self.state = model, optimizer, plan, state
+        self.model, self.optimizer, self.state = model, optimizer, state
+        self.plan = plan = plan or Plan()
         self.device = resolve_index(device or first.device)
         self.dtype = dtype or next((p.dtype for p in model.parameters() if p.dtype in DTYPES), first.dtype)
         self.phases = phases or Phases(self.device)
@@ -103,14 +99,12 @@ class Profiler:
         self._steps = TimedSteps(self.device, self.nvml, None if plan.turns is None else Turns(plan.turns))
         self._ceilings = CeilingSeries(lambda: ceilings(self.device, self.dtype))
         self._begun = 0
-        self._examined_step: int | None = None
-        self._examined: int | None = None
-        self._led_in: int | None = None
-        self._trainable: set[int] = set()
-        self._same_trainable = False
+        self._positions: int | None = None  # of the largest batch of the step
+        self._most: int | None = None  # of any step
         self._kernels: KernelProfile | None = None
         self._kernel_steps = 0
-        self._examination = self._new_examination()
+        self._plain = PlainSteps()
+        self._examined = ExaminedSteps(lambda: (self.model, self.optimizer, self.state()), self.device, self.phases)
         self._profiled = False
 
     def __enter__(self) -> Profiler:
@@ -151,12 +145,12 @@ class Profiler:
 
     def begin_phase(self, name: str) -> None:
         """Begin a part of a step, as `phase` does."""
-        if self._stage == "examined" and self._examination.counter is not None:
-            self._examination.begin_part(name)
+        if self._stage == "examined":
+            self._examined.begin_part(name)
 
     def end_phase(self, name: str) -> None:
         """End a part of a step; do nothing if it was not begun, or if its step was interrupted."""
-        self._examination.end_part(name)
+        self._examined.end_part(name)
 
     @property
     def timed(self) -> int:
@@ -183,16 +177,20 @@ class Profiler:
         """
         self._skip_costly()
         self._skip_instruments()
-        self._stage = stage = self._stages.popleft() if self._stages else "timed"
-        self._begun += 1
+        self._positions, self._begun = count_positions(batch), self._begun + 1
+        stage = self._stages.popleft() if self._stages else "timed"
+        if stage == "timed" and self._is_worse():
+            stage = "examined"
+            self._steps.close()
+        self._stage = stage
         due = stage == "timed" and self._profiled and self._ceilings.due
         if due and self._affords(CEILING) and not self._steps.window_is_short:  # measuring ends the window
             self._measure_ceilings()
         self._enter_phase(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
         if stage == "lead-in":
-            self._examination.lead_in()
+            self._examined.lead_in()
         elif stage == "examined":
-            self._examination.begin(batch)
+            self._examined.begin(batch)
         elif stage == "kernels" and self._kernels is None:
             kernels = KernelProfile(self.device, None if self.plan.trace is None else Path(self.plan.trace))
             kernels.start()
@@ -200,23 +198,40 @@ class Profiler:
         elif stage == "timed":
             self._steps.begin()
 
-    def _trainable_ids(self) -> set[int]:
-        return {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+    def add_batch(self, batch: Any) -> None:
+        """Note a further batch of the step that was begun last, which accumulates its gradients.
+
+        If it is clearly longer than all that were examined, the rest of the step is examined, and not timed.
+        """
+        self._positions = largest(self._positions, count_positions(batch))
+        if self._stage == "timed" and self.plan.turns is None and self._is_worse():
+            self._steps.close()
+            self._stage = "examined"
+            self._enter_phase(EXAMINATION)
+            self._examined.begin(batch)
+
+    def _is_worse(self) -> bool:
+        """Return whether the step is to be examined, since its largest batch decides the peak of those so far."""
+        if not self._examined.outgrown_by(self._positions):
+            return False
+        if self.device.type != "cuda" and _profiler_enabled():  # another one: ours would stop it
+            return False
+        return self._attempts.get("longer", 0) < MAX_ATTEMPTS and (self.plan.examine is True or self._affords(MEMORY))
 
     def end_step(self, tokens: tuple[Tensor | int, int] | None = None) -> None:
         """End the step that was begun last. `tokens`: their number without and with padding; None if unknown."""
         stage, self._stage = self._stage, None
+        padded = None if tokens is None else int(tokens[1])
+        positions = padded if self._positions is None else self._positions
+        self._most = max(self._most or 0, positions or 0) or None
+        if stage in ("warm-up", "timed"):
+            self._plain.positions = max(self._plain.positions or 0, positions or 0) or None
         if stage == "timed":
             self._steps.end(tokens)
         elif stage == "examined":
-            self._examined_step = self._begun
-            self._examined = None if tokens is None else int(tokens[1])
-            self._same_trainable = self._trainable == self._trainable_ids()
-            self._examination.end()
+            self._examined.end(self._begun, positions, padded)
         elif stage == "lead-in":
-            self._led_in = None if tokens is None else int(tokens[1])
-            self._trainable = self._trainable_ids()
-            self._examination.end_lead_in()
+            self._examined.end_lead_in(positions)
         elif stage == "kernels":
             self._kernel_steps += 1
             if not self._stages:
@@ -263,7 +278,7 @@ class Profiler:
         """Take the next steps out of the plan that need torch.profiler, if another one is running."""
         while self._stages and _profiler_enabled():
             stage = self._stages[0]
-            begun = self._examination.under_way or self._kernels is not None  # then it is our own that runs
+            begun = self._examined.under_way or self._kernels is not None  # then it is our own that runs
             needs = stage == "kernels" or (stage == "lead-in" and self.device.type != "cuda")
             if begun or not needs:
                 return
@@ -314,25 +329,32 @@ class Profiler:
         """Change the phase of the loop, which also covers the time between steps; None is no phase."""
         if self._phase == phase:
             return
-        if self._phase is not None:
-            self.phases.end(self._phase)
         if self._phase in (EXAMINATION, CEILINGS):
-            # The instruments' memory must not be in the resident peak of the phases that follow.
-            gc.collect()
-            trim_heap()
+            free_heap()  # the instruments' memory must not be in the resident peak of the phases that follow
+        if self._phase is not None:
+            self._plain.end(self.phases.end(self._phase).peak_rss)
+        if phase == TRAINING:
+            if self._phase is None and not self._plain.begun and self._witnesses:
+                with self.phases(EXAMINATION):
+                    free_heap()  # what came before the first step has freed is not the steps'
+            self._plain.begin(self.phases.memory.current())
         if phase is not None:
             self.phases.begin(phase)
         self._phase = phase
 
-    def _new_examination(self) -> Examination:
-        return Examination(lambda: (self.model, self.optimizer, self.state()), self.device, self.phases)
+    @property
+    def _witnesses(self) -> bool:
+        """True if the process is the third witness of the memory: on a CPU, where a step is to be examined."""
+        return self.device.type == "cpu" and self.plan.examine is not False
 
     def _remove_instruments(self) -> list[Stage]:
         """Remove instruments that have no result yet, and return the stages that must be repeated for one."""
-        if self._examination.under_way:
-            self._examination.drop()
-            self._examination = self._new_examination()
-            return ["lead-in", "examined"]
+        if self._examined.under_way:
+            self._examined.drop()
+            if not self._examined.done:
+                return ["lead-in", "examined"]
+            self._attempts["longer"] = self._attempts.get("longer", 0) + 1
+            return []
         if self._kernels is not None and not self._profiled:
             self._kernels.close()
             self._kernels, self._kernel_steps = None, 0
@@ -365,33 +387,15 @@ class Profiler:
 
     def throughput(self) -> Throughput | None:
         """Return tokens, seconds and FLOPs of the timed steps; None if there were none."""
-        return self._steps.throughput(self._examination.ops, self._examined)
+        return self._steps.throughput(self._examined.ops, self._examined.tokens)
 
     def memory(self) -> Memory:
         """Return the resident peak outside the instrumented phases, and the memory of the examined step."""
         phases = [phase.peak_rss for phase in self.phases.to_list() if phase.name not in INSTRUMENTED_PHASES]
         peak = max((size for size in phases if size is not None), default=None)
-        method, counter, allocator = self.phases.memory.method, self._examination.counter, self._examination.allocator
-        if counter is None or allocator is None:
-            return Memory(peak, method, growth=self._steps.growth.per_step())
-        alike = self._examined is not None and self._led_in == self._examined and self._same_trainable
-        if not alike:  # another batch, or other trainable weights, would have another peak
-            allocator = replace(allocator, uncounted=None)
-        return Memory(
-            peak,
-            method,
-            counter.saved_peak,
-            counter.at_peak(),
-            allocator,
-            outside=self._examination.outside,
-            growth=self._steps.growth.per_step(),
-            examined_step=self._examined_step,
-            examined_positions=self._examined,
-            most_positions=self._steps.most_positions,
-            largest=counter.largest(),
-            course=counter.levels(),
-            left=self._examination.left,
-        )
+        growth = self._steps.growth.per_step()
+        found = Memory(peak, self.phases.memory.method, growth=growth, most_positions=self._most)
+        return self._examined.add_to(found, self._plain)
 
     def kernels(self) -> Kernels | None:
         """Return the time of the profiled steps by kernel; None if there were none. Measures the device's ceilings."""
@@ -404,7 +408,7 @@ class Profiler:
             if best is None:
                 raise RuntimeError(self._ceilings.failure)
             with self.phases(EXAMINATION):
-                found = self._kernels.kernels(self._examination.ops, best, self.dtype)
+                found = self._kernels.kernels(self._examined.ops, best, self.dtype)
         except RuntimeError as error:
             # CUPTI needs a right that containers often lack, and the ceilings need 768 MiB that may be taken. Neither
             # may cost the rest of the record.
@@ -435,9 +439,8 @@ class Profiler:
         }
 
     def _further_notes(self) -> Iterator[str]:
-        yield from self._steps.notes(self._examination.ops, self._examined)
-        if self._examination.ran_eagerly:
-            yield EAGER
+        yield from self._steps.notes(self._examined.ops, self._examined.tokens)
+        yield from self._examined.notes()
         if self.nvml is not None:
             yield from self.nvml.notes
         if self._interrupted:

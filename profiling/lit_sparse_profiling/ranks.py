@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import device_kind, peak_memory
-from lit_sparse_profiling.sections import Driver, Phase
+from lit_sparse_profiling.sections import Driver, Memory, Phase
 from lit_sparse_profiling.speed_sections import Rank, Throughput
 
 
@@ -20,8 +20,9 @@ def note_of_one(ranks: int) -> str:
 def combined(records: Sequence[RunRecord]) -> RunRecord:
     """Return the first rank's record with the sums of all ranks' tokens and joules, and their highest memory peaks.
 
-    Ranks that share a device count its energy once. The time of a step is that of the slowest rank. What is not summed
-    up, such as the ledger, the FLOPs of a step and its kernels, stays the first rank's.
+    Ranks that share a device count its energy once. The time of a step is that of the slowest rank. The examined step
+    is that of the rank where it took most. What is not summed up, such as the ledger, the FLOPs of a step and its
+    kernels, stays the first rank's.
 
     Args:
         records: Records of all ranks, in their order.
@@ -29,18 +30,17 @@ def combined(records: Sequence[RunRecord]) -> RunRecord:
     first, count = records[0], len(records)
     throughputs = [record.throughput for record in records]
     drivers = [record.driver for record in records]
-    memory = first.memory
-    resident = _highest(record.memory.peak_resident for record in records if record.memory is not None)
+    worst = max(range(count), key=lambda rank: _requested(records[rank].memory))
     of_one = note_of_one(count)
     notes = [note for record in records for note in record.notes if note != of_one]
     label = (
         f"Tokens and joules are sums over {count} ranks, memory peaks the highest of any rank, and `ranks` has each "
-        "rank's; the ledger, the examined step and the kernels are the first rank's."
+        f"rank's; the ledger and the kernels are the first rank's, the examined step is that of rank {worst}."
     )
     return replace(
         first,
         throughput=None if first.throughput is None else _throughput(first.throughput, throughputs),
-        memory=None if memory is None else replace(memory, peak_resident=resident),
+        memory=_memory([record.memory for record in records], worst),
         phases=[_phase(phase, [record.phases for record in records]) for phase in first.phases],
         driver=None if first.driver is None else _driver(first.driver, drivers),
         ranks=[_rank(number, record) for number, record in enumerate(records)],
@@ -57,6 +57,17 @@ def _throughput(first: Throughput, all_: Sequence[Throughput | None]) -> Through
         padded_tokens=_sum(one.padded_tokens for one in known) if whole else None,
         seconds=max(one.seconds for one in known),
     )
+
+
+def _requested(memory: Memory | None) -> int:
+    return 0 if memory is None or memory.allocator is None else memory.allocator.requested
+
+
+def _memory(all_: Sequence[Memory | None], worst: int) -> Memory | None:
+    """Return the memory of the rank whose examined step took most, with the highest peaks of all."""
+    own, known = all_[worst], [one for one in all_ if one is not None]
+    peaks = ("peak_resident", "growth", "most_positions", "plain_positions")
+    return own and replace(own, **{name: _highest(getattr(one, name) for one in known) for name in peaks})
 
 
 def _driver(first: Driver, all_: Sequence[Driver | None]) -> Driver:

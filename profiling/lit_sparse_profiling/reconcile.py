@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 from lit_sparse_profiling.memory import PER_PHASE
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import CEILINGS, Allocator, Driver, Memory, Phase
+from lit_sparse_profiling.sections import CEILINGS, Allocator, Driver, Memory, Phase, is_longer
 
 BEFORE = "there before"
 RESIDUE = "residue: counted by neither"
 NOT_COUNTED = "not counted: no step was examined"
 ELSEWHERE = "reserved outside of the step"
 OUTSIDE = "outside of tensors"
+KEPT = "resident before the steps"
 PROCESS_RESIDUE = "residue of the process"
 CONTEXT = "CUDA context"
 DRIVER_RESIDUE = "residue of the driver"
@@ -84,7 +85,7 @@ def findings(record: RunRecord, limit: float = 0.05) -> list[str]:
         if record.memory.allocator is not None:
             sentences += _left_behind(record.memory, record.memory.allocator)
             sentences += _allocator(record.memory.allocator, limit)
-            sentences += _observer(record.memory.allocator)
+            sentences += observer(record.memory.allocator)
         sentences += _other_steps(record, record.memory, limit)
     if PROCESS_RESIDUE in found:
         sentences += _process_residue(found[PROCESS_RESIDUE], found["resident at most"], limit)
@@ -162,11 +163,22 @@ def _shift(allocator: Allocator) -> str:
 
 
 def _add_process(lines: list[Line], record: RunRecord) -> None:
-    """Add what the process held on a CPU, where it is the third witness: not even numpy's memory escapes it."""
+    """Add what the process held on a CPU, where it is the third witness: not even numpy's memory escapes it.
+
+    It witnesses plain steps only: an examined step that needed more than any of these has none.
+    """
     memory, peak = record.memory, _training_peak(record)
     if memory is None or memory.outside is None or memory.allocator is None or peak is None:
         return
     lines.append(Line(OUTSIDE, memory.outside, "interpreter, libraries, arrays of numpy, before the step"))
+    if is_longer(memory.examined_positions, memory.plain_positions):
+        note = "in the examined step; no step without instruments had as long a batch, so that none is a witness"
+        lines.append(Line("resident at most", _sum(lines), note, total=True))
+        return
+    peak = memory.plain_peak or peak
+    if (memory.plain_before or 0) > _sum(lines):
+        kept = (memory.plain_before or 0) - _sum(lines)
+        lines.append(Line(KEPT, kept, "as these steps began: the C allocator keeps what was freed before"))
     _append_total(lines, PROCESS_RESIDUE, "resident at most", peak, note="in any step that was not instrumented")
 
 
@@ -251,7 +263,8 @@ def _before(memory: Memory) -> Iterator[str]:
         yield f"{format_bytes(before)} of tensors were there before the step and are in no category{by}."
 
 
-def _observer(allocator: Allocator) -> Iterator[str]:
+def observer(allocator: Allocator) -> Iterator[str]:
+    """Yield a sentence if counting shifted the peak by more than `OBSERVED`."""
     if allocator.uncounted is None:
         return
     shift = allocator.requested - allocator.uncounted
@@ -265,10 +278,11 @@ def _observer(allocator: Allocator) -> Iterator[str]:
 def _other_steps(record: RunRecord, memory: Memory, limit: float) -> Iterator[str]:
     """Yield findings on the steps that were not examined: longer batches, higher peaks, growth."""
     examined, most = memory.examined_positions, memory.most_positions
-    if examined is not None and most is not None and most > examined:
+    if is_longer(most, examined):
         yield (
             f"The examined step had {examined:,} token positions, the longest {most:,}: its parts are not those of the "
-            "highest peak; sort the longest batch first, or give all batches one length."
+            "highest peak. A longer batch is examined if it comes after that step, and if the limit of what measuring "
+            "takes allows it, which --profile.examine=true lifts."
         )
     plain = next((phase.peak_requested for phase in record.phases if phase.name == "training"), None)
     if memory.allocator is not None and plain is not None and plain > (1 + limit) * memory.allocator.requested:

@@ -17,6 +17,13 @@ SAMPLES = "samples"
 """Phase of answering questions before and after training."""
 INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, LEAD_IN, EXAMINED, "forward", "backward", "optimizer step")
 """Phases whose time is the profiler's, and whose resident memory includes its instruments."""
+CLEARLY_LONGER = 1.05
+"""Ratio of token positions from which a batch is worth another examination."""
+
+
+def is_longer(positions: int | None, than: int | None) -> bool:
+    """Return whether a batch is clearly longer than another, by their token positions; False if one is unknown."""
+    return positions is not None and than is not None and positions > CLEARLY_LONGER * than
 
 
 @dataclass(frozen=True)
@@ -228,7 +235,8 @@ class Memory:
     """Memory peaks of the run.
 
     Attributes:
-        peak_resident: Peak resident memory of the process, without the examined steps.
+        peak_resident: Peak resident memory of the process, without the examined steps. If one of these had the longest
+            batch, at least `outside` with the allocator's peak.
         method: How `peak_resident` was read.
         saved_for_backward: Peak of the bytes that autograd had saved in the examined step.
         held: Bytes alive at the peak of the examined step, by category.
@@ -238,8 +246,11 @@ class Memory:
         growth: Bytes by which the memory in use grows from the end of one timed step to the next: on a GPU torch's, on
             a CPU the whole heap's. 0 if it does not keep growing, None if not measured.
         examined_step: Number of the examined step, from 1, in the fit or the part of it that examined one.
-        examined_positions: Token positions of the examined step, padding included.
-        most_positions: Highest number of token positions of any step.
+        examined_positions: Token positions of the largest batch of the examined step, padding included.
+        most_positions: Token positions of the largest batch of any step.
+        plain_positions: Token positions of the largest batch of the steps that were not instrumented.
+        plain_before, plain_peak: Resident bytes when steps that were not instrumented began or went on, and at their
+            peak, where it rose most above both these and `outside` with the allocator's peak. Only on a CPU.
         largest: The largest tensors alive at the peak of the examined step, largest first.
         course: What was alive from the beginning of the examined step to its end, at the highest moment of each of at
             most a hundred equal parts of it.
@@ -256,6 +267,9 @@ class Memory:
     examined_step: int | None = None
     examined_positions: int | None = None
     most_positions: int | None = None
+    plain_positions: int | None = None
+    plain_before: int | None = None
+    plain_peak: int | None = None
     largest: list[Large] = field(default_factory=list)
     course: list[Level] = field(default_factory=list)
     left: list[Large] = field(default_factory=list)

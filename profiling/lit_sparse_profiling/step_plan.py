@@ -24,8 +24,9 @@ class Plan:
 
     Args:
         warmup: Steps that do not count. Optimizer states are created in them, and kernels compiled and tuned.
-        examine: Count memory in the two steps that follow, by category and beside the allocator. null, the default of
-            `lit-sparse fit`, counts it if all measuring, samples included, takes at most a tenth of the run.
+        examine: Count memory in the two steps that follow, by category and beside the allocator, and again in each
+            later step whose batch is clearly longer. null, the default of `lit-sparse fit`, counts it if all measuring,
+            samples included, takes at most a tenth of the run.
         profiled: Steps after these in which each kernel (on a CPU, each op) is timed. null, the default of
             `lit-sparse fit`, times two on the same condition.
         trace: File for the Chrome trace of these steps; null writes none.

@@ -141,18 +141,46 @@ def count_tokens(batch: Any) -> tuple[Tensor | int, int] | None:
         return tokens.counts
     if not isinstance(batch, Mapping):
         return None
-    ids = batch.get("input_ids")
-    ids = ids if isinstance(ids, Tensor) else None
-    mask = next((batch[name] for name in ("token_mask", "attention_mask") if batch.get(name) is not None), None)
+    mask = _counted_by(batch)
     if mask is None:
-        return None if ids is None else (ids.numel(), ids.numel())
-    fits = isinstance(mask, Tensor) and mask.layout is torch.strided and (mask.dim() <= 2 or ids is not None)
-    if not fits or mask.is_complex() or (ids is not None and mask.shape != ids.shape):
         return None
+    if mask is batch.get("input_ids"):
+        return mask.numel(), mask.numel()
     real = mask.sum() if mask.dtype is torch.bool else judged(mask)
     if mask.device.type == "cpu":
         return None if math.isnan(float(real)) else (int(real), mask.numel())
     return real, mask.numel()
+
+
+def count_positions(batch: Any) -> int | None:
+    """Return the token positions of a batch, padding included; None if it has no key to count them by.
+
+    Of a list or tuple of batches, the micro-batches that a step accumulates, return those of the largest, which decides
+    the step's peak of memory.
+    """
+    if isinstance(batch, list | tuple) and batch and all(isinstance(part, Mapping) for part in batch):
+        return largest(*map(count_positions, batch))
+    counted = _counted_by(batch) if isinstance(batch, Mapping) else None
+    return None if counted is None else counted.numel()
+
+
+def largest(*positions: int | None) -> int | None:
+    """Return the largest of these numbers; None if one is unknown."""
+    known = [one for one in positions if one is not None]
+    return max(known) if len(known) == len(positions) else None
+
+
+def _counted_by(batch: Mapping[Any, Any]) -> Tensor | None:
+    """Return the tensor with an entry for each token position of a batch: its mask, or without one its ids."""
+    ids = batch.get("input_ids")
+    ids = ids if isinstance(ids, Tensor) else None
+    mask = next((batch[name] for name in ("token_mask", "attention_mask") if batch.get(name) is not None), None)
+    if mask is None:
+        return ids
+    fits = isinstance(mask, Tensor) and mask.layout is torch.strided and (mask.dim() <= 2 or ids is not None)
+    if not fits or mask.is_complex() or (ids is not None and mask.shape != ids.shape):
+        return None
+    return mask
 
 
 def judged(mask: Tensor) -> Tensor:

@@ -81,11 +81,6 @@ class TimedSteps:
         """True while the open window is too short for the device's energy, if that is counted."""
         return self._nvml is not None and self._watch.running and self._nvml.window_is_short
 
-    @property
-    def most_positions(self) -> int | None:
-        """Highest number of token positions of a step; None if unknown."""
-        return max((positions for positions in self._positions if positions is not None), default=None)
-
     def close(self) -> None:
         """End the window; do nothing if none is open."""
         if self._watch.running:

@@ -117,3 +117,35 @@ class Growth:
             return 0.0
         steps = [statistics.fmean(step for step, _ in part) for part in parts]
         return (statistics.median(sizes[-1]) - statistics.median(sizes[0])) / (steps[-1] - steps[0])
+
+
+class PlainSteps:
+    """Resident memory when steps without instruments began or went on, and its peak until they stopped.
+
+    What was resident before them is no evidence of what they take: the C allocator keeps what evaluation, or an earlier
+    fit of the process, has freed.
+
+    Attributes:
+        begun: True once any of them began.
+        positions: Token positions of their largest batch; None if unknown.
+    """
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.positions: int | None = None
+        self._before: int | None = None
+        self._peaks: list[tuple[int, int]] = []
+
+    def begin(self, resident: int | None) -> None:
+        """Begin or go on, with so many bytes resident; None if unknown."""
+        self.begun, self._before = True, resident
+
+    def end(self, peak: int | None) -> None:
+        """Stop, with this resident peak since `begin`; do nothing if they had not begun."""
+        before, self._before = self._before, None
+        if before is not None and peak is not None:
+            self._peaks.append((before, peak))
+
+    def highest_rise(self, needed: int) -> tuple[int | None, int | None]:
+        """Return what was resident before, and the peak, where that rose most above both this and `needed` bytes."""
+        return max(self._peaks, key=lambda one: one[1] - max(one[0], needed), default=(None, None))

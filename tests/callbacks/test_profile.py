@@ -255,6 +255,16 @@ def test_accumulated_batches_all_count(accumulate: int, run: Path) -> None:
     assert (found.tokens, found.padded_tokens, found.steps) == (2 * sum(LENGTHS), 16 * WIDTH, 16 // accumulate)
 
 
+def test_a_longer_batch_within_an_accumulated_step_is_examined(run: Path) -> None:
+    given: Any = [{"input_ids": torch.ones(4 if number == 13 else 1, WIDTH)} for number in range(24)]
+    fit = trainer(10, Profile(run, Plan(warmup=1, profiled=0)), accumulate_grad_batches=2)
+    fit.fit(Net(Clock()), DataLoader(given, batch_size=None))
+    record = recorded(run)
+    assert (record.memory.examined_step, record.memory.examined_positions) == (7, 4 * WIDTH)
+    assert record.throughput.steps == 10 - 1 - 2 - 1
+    assert findings(record) == []
+
+
 def test_batches_that_tell_nothing_have_no_tokens(run: Path) -> None:
     class Pairs(Net):
         def loss(self, batch: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from lit_sparse_profiling.sections import (
     Memory,
     ModelSize,
     Phase,
+    Predicted,
     StateBytes,
 )
 from lit_sparse_profiling.speed_sections import Kernel, Kernels, Throughput
@@ -78,6 +79,17 @@ def gpu_record(method: str, number: int = 1, scale: float = 1.0, model: str = "a
                 Level(0.9, "optimizer step", {"frozen": held.ledger.frozen, "gradients": held.ledger.gradients}),
             ],
             largest=[Large(GIB, "saved", [4, 1024, 128256], "bfloat16", "lm_head", "loss.py:12")],
+        ),
+        predicted=Predicted(
+            peak_bytes=round(requested * 1.01),
+            reserved_bytes=round(reserved * 0.99),
+            needed_bytes=reserved + size(0.7),
+            free_bytes=79 * GIB,
+            phase="backward",
+            categories={"frozen weights": held.ledger.frozen},
+            batch_size=4,
+            length=1024,
+            seconds=4.0,
         ),
         throughput=Throughput(tokens, 210_000, seconds, 60, seconds / 60, seconds / 40, flops=8 * 10**13),
         driver=Driver(

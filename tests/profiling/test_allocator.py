@@ -102,10 +102,10 @@ def test_live_blocks_not_named_at_the_mark_are_unnamed() -> None:
 def test_memory_of_other_devices_is_not_the_cpus() -> None:
     def allocation(when: int, size: int, device: str) -> SimpleNamespace:
         fields = SimpleNamespace(alloc_size=size, ptr=when, device=torch.device(device))
-        return SimpleNamespace(tag=_EventType.Allocation, start_time_ns=when, extra_fields=fields)
+        return SimpleNamespace(tag=_EventType.Allocation, name="", start_time_ns=when, extra_fields=fields)
 
     events = [allocation(3, -8, "cpu"), allocation(1, 8, "cpu"), allocation(2, 4096, "cuda:0")]
-    other = SimpleNamespace(tag=_EventType.TorchOp, start_time_ns=2, extra_fields=None)
+    other = SimpleNamespace(tag=_EventType.TorchOp, name="aten::mm", start_time_ns=2, extra_fields=None)
     assert [change[:2] for change in allocator.size_changes([*events, other])] == [(1, 8), (3, -8)]
 
 
@@ -196,3 +196,16 @@ def test_a_real_gpu_to_the_byte() -> None:
         before.clear()
         torch.ones(400, device=ON_CUDA)
     assert found == Allocations(requested=kept.nbytes, left=F32, method=CUDA)
+
+
+def test_a_free_of_a_block_from_before_the_recording_is_seen_if_it_is_told() -> None:
+    kept, gone = torch.ones(1000), torch.ones(2000)
+    events = CPUEvents({tensor.data_ptr(): tensor.nbytes for tensor in (kept, gone)})
+    events.start()
+    events.mark([tensor.data_ptr() for tensor in (kept, gone)])
+    new = torch.ones(500)
+    events.tell_freed(gone.data_ptr())
+    del gone
+    assert new.sum() == 500
+    events.stop()
+    assert (events.peak, events.left) == (2000, 2000 - 8000)

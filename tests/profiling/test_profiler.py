@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from lit_sparse_profiling import nvml, paired, phases, profiler, stopwatch
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.counted import UNNAMED_PHASE
+from lit_sparse_profiling.examined_steps import EAGER
 from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Profiler
 from lit_sparse_profiling.reconcile import findings, residue
@@ -208,7 +209,7 @@ def test_a_record_is_complete(measured: list[str], tmp_path: Path) -> None:
     assert any(kernel.flops for kernel in record.kernels.top)
     assert measured == ["cpu torch.float32"] * 2  # before the timed steps and after them
     names = [phase.name for phase in record.phases]
-    assert names == ["training", "examination", "examined step", "forward", "backward", "optimizer step", "ceilings"]
+    assert names == ["examination", "training", "examined step", "forward", "backward", "optimizer step", "ceilings"]
     assert {phase.name: phase.calls for phase in record.phases}["forward"] == 1
     record.write(tmp_path / "record.json")
     assert RunRecord.read(tmp_path / "record.json") == record
@@ -503,16 +504,16 @@ def test_of_a_compiled_model_the_record_says_what_ran_eagerly(wrapped: bool) -> 
     plain = Loop(Plan(1, True, 1))
     plain.steps(6)
     expected = plain.record()
-    assert profiler.EAGER not in expected.notes
+    assert EAGER not in expected.notes
     if wrapped:
         loop.profiler.model = loop.model = torch.compile(loop.model, backend="aot_eager")  # pyright: ignore
     else:
         loop.model.compile(backend="aot_eager")
     loop.steps(6)
     record = loop.record()
-    assert record.notes == [profiler.EAGER]
+    assert record.notes == [EAGER]
     assert record.throughput.flops == expected.throughput.flops
-    assert "the examined step ran eagerly" in profiler.EAGER
+    assert "the examined step ran eagerly" in EAGER
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
 
@@ -847,6 +848,19 @@ def test_the_allocators_record_is_what_the_card_says(card: Card, fake: FakeNVML)
     assert (found.inactive_split, found.retries, found.left_behind) == (33, 4, 64)
     assert {phase.name: phase.peak_requested for phase in loop.record().phases}["forward"] == 1700
     assert any("flushed its cache 4 times" in sentence for sentence in findings(loop.record()))
+
+
+def test_a_step_that_is_examined_again_has_its_own_peaks(card: Card, fake: FakeNVML) -> None:
+    loop = Loop(Plan(warmup=0, profiled=0), device=CARD)
+    loop.step()
+    loop.step(lambda: card.use(9000))  # what only that step takes is not the longer one's
+    with loop.profiler.step({"input_ids": torch.zeros(ROWS, 2 * LENGTH, dtype=torch.long)}):
+        card.use(5000)
+    record = loop.record()
+    found = record.memory
+    assert (found.examined_step, found.examined_positions) == (3, 2 * TOKENS)
+    assert (found.allocator.requested, found.allocator.reserved, found.allocator.uncounted) == (5000, 15_000, None)
+    assert {phase.name: phase.peak_requested for phase in record.phases}["examined step"] == 9000
 
 
 def test_what_the_ledger_grew_by_is_not_left_behind(card: Card, fake: FakeNVML) -> None:

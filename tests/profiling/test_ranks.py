@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lit_sparse_profiling.ranks import combined, note_of_one
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import Device, Driver, Memory, Phase
+from lit_sparse_profiling.sections import Allocator, Device, Driver, Memory, Phase
 from lit_sparse_profiling.speed_sections import Rank, Throughput
 
 DRIVER = Driver("a GPU", "GPU-0", "580", False, "v2", "own pid", 9, 8, 1, 2, 5, joules=100.0, watts=50.0)
@@ -41,6 +41,17 @@ def test_sums_and_highest_peaks(tmp_path: Path) -> None:
     assert found.notes[2].startswith("Tokens and joules are sums over 2 ranks, memory peaks the highest of any rank")
     found.write(tmp_path / "record.json")
     assert RunRecord.read(tmp_path / "record.json") == found
+
+
+def test_the_worst_rank_tells_of_its_examined_step() -> None:
+    memory = Memory(10, "VmHWM", allocator=Allocator("an allocator", 70, 0), examined_positions=64, most_positions=512)
+    worse = replace(memory, allocator=Allocator("an allocator", 80, 0), examined_positions=256, most_positions=256)
+    found = combined([replace(FIRST, memory=memory), replace(SECOND, memory=worse)])
+    assert (found.memory.allocator.requested, found.memory.examined_positions) == (80, 256)
+    assert found.memory.most_positions == 512
+    assert found.notes[-1].endswith("the examined step is that of rank 1.")
+    alone = combined([replace(FIRST, memory=None), SECOND])
+    assert alone.memory is None, "rank 0 has no memory: nothing is made up for it"
 
 
 def test_a_device_that_two_ranks_share_counts_once() -> None:

@@ -3,8 +3,8 @@
 import gc
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from types import ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_sparse_profiling import profiler, witness
+from lit_sparse_profiling.budget import MEMORY, Budget
 from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.memory import PER_PHASE, heap_in_use
+from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.reconcile import OUTSIDE, PROCESS_RESIDUE, findings, format_bytes, reconcile, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.step_plan import Plan
+from lit_sparse_profiling.stopwatch import Tokens, count_positions, count_tokens
 from lit_sparse_profiling.witness import Growth, holder
 from tests.profiling.pages import touch
 
 MIB = 2**20
 WIDTH = 256
+PLAN = Plan(warmup=2, profiled=0)
 
 
 @pytest.fixture(autouse=True)
@@ -59,15 +63,21 @@ def loop(
     steps: int,
     inside: Callable[[int], Any] = lambda _: None,
     between: Callable[[int], Any] = lambda _: None,
+    evaluations: Mapping[int, Callable[[], Any]] = MappingProxyType({}),
     lengths: Iterator[int] | None = None,
     model: nn.Module | None = None,
+    plan: Plan = PLAN,
+    **options: Any,
 ) -> RunRecord:
-    """Train `steps` steps, of which two warm up, one leads in and one is examined."""
+    """Train `steps` steps, of which two warm up, one leads in and one is examined; evaluate in the given ones."""
     model = model or Net()
     optimizer = torch.optim.AdamW(model.parameters())
-    with Profiler(model, optimizer, Plan(warmup=2, profiled=0)) as profiled:
+    with Profiler(model, optimizer, plan, **options) as profiled:
         for number in range(steps):
             between(number)
+            if number in evaluations:
+                profiled.pause()
+                evaluations[number]()
             batch = {"input_ids": torch.zeros(4, next(lengths or itertools.repeat(64)), dtype=torch.long)}
             with profiled.step(batch):
                 with profiled.phase("forward"):
@@ -169,12 +179,150 @@ def test_a_temporary_of_every_fifth_step_is_in_the_processs_residue() -> None:
     assert "more than torch's allocator and what was there before" in said(record)
 
 
-def test_a_longer_batch_than_the_examined_one_is_told() -> None:
-    record = loop(8, lengths=iter([64] * 6 + [256, 64]))
-    assert (record.memory.examined_positions, record.memory.most_positions) == (4 * 64, 4 * 256)
+def leave_freed_memory() -> bytes:
+    """Take and free 192 MiB in pieces; return a piece behind them, for which the C allocator keeps their pages."""
+    pieces = [b"x" * 60_000 for _ in range(192 * MIB // 60_000)]
+    return b"y" * (60_000 if pieces else 0)
+
+
+def test_what_an_earlier_fit_of_the_process_left_is_not_this_ones() -> None:
+    behind = leave_freed_memory()
+    assert findings(loop(8)) == []
+    assert behind
+
+
+def test_what_an_evaluation_left_is_not_the_steps_and_has_a_line() -> None:
+    behind: list[bytes] = []
+    record = loop(10, evaluations={6: lambda: behind.append(leave_freed_memory())})
+    if record.memory.method != PER_PHASE:
+        pytest.skip(f"this system cannot set the peak back: {record.memory.method}")
+    assert findings(record) == []
+    lines = {line.name: line.bytes for line in reconcile(record)}
+    assert lines[PROCESS_RESIDUE] < 16 * MIB
+    hidden = loop(
+        10, lambda n: touch(96 * MIB) if n == 5 else None, evaluations={6: lambda: behind.append(leave_freed_memory())}
+    )
+    found = {line.name: line.bytes for line in reconcile(hidden)}
+    assert found[PROCESS_RESIDUE] == pytest.approx(96 * MIB, rel=0.15), "of the steps before the evaluation"
+
+
+# ---- the longest batch
+
+
+def note_of_counted(record: RunRecord) -> str:
+    return next(line.note for line in reconcile(record) if line.name == "counted")
+
+
+def test_a_longer_batch_is_examined_when_it_comes() -> None:
+    record = loop(9, lengths=iter([64] * 6 + [256, 64, 260]))
+    found, alone = record.memory, loop(4, lengths=itertools.repeat(256)).memory
+    assert (found.examined_step, found.examined_positions) == (7, 4 * 256)
+    assert (found.most_positions, found.plain_positions) == (4 * 260, 4 * 260), "4 more are not worth an examination"
+    assert found.saved_for_backward == alone.saved_for_backward
+    assert found.held.total == pytest.approx(alone.held.total, rel=0.01)
+    assert found.allocator.requested == pytest.approx(alone.allocator.requested, rel=0.01)
+    assert found.allocator.uncounted is None
+    assert found.allocator.left_behind < 64  # the loss
+    assert record.throughput.steps == 9 - 2 - 2 - 1
+    assert findings(record) == []
+    assert note_of_counted(record).endswith(": step 7, of 1,024 token positions (the longest had 1,040)")
+
+
+def test_each_longer_batch_is_examined_and_a_shorter_one_is_not() -> None:
+    record = loop(9, lengths=iter([64, 64, 64, 64, 128, 96, 192, 128, 100]))
+    assert (record.memory.examined_step, record.memory.examined_positions) == (7, 4 * 192)
+    assert {phase.name: phase.calls for phase in record.phases}["examined step"] == 3
+
+
+def test_what_only_the_longest_batch_does_is_found() -> None:
+    kept: list[Tensor] = []
+    record = loop(8, lambda n: kept.append(torch.ones(MIB)) if n == 6 else None, lengths=iter([64] * 6 + [256, 64]))
+    assert record.memory.allocator.left_behind == pytest.approx(4 * MIB, abs=64)
+    assert re.search(r"Each step leaves 4,19\d,\d+ bytes allocated that are in no category: a leak", said(record))
+
+
+def test_the_flops_stay_those_of_the_step_whose_kernels_were_timed() -> None:
+    short, both = loop(8), loop(8, lengths=iter([64] * 6 + [256, 64]))
+    assert both.throughput.flops == short.throughput.flops
+
+
+def test_the_resident_peak_has_the_longest_batch_too() -> None:
+    model = Net()
+    record = loop(8, lengths=iter([64] * 6 + [4000, 64]), model=model)
+    found = record.memory
+    assert found.allocator.requested > 100 * MIB
+    assert found.peak_resident == found.outside + found.allocator.requested
+    assert PROCESS_RESIDUE not in {line.name for line in reconcile(record)}, "nothing witnessed that step"
+
+
+@pytest.mark.parametrize("budget", [None, 0.0])
+def test_a_longest_batch_that_was_not_examined_is_told(budget: float | None) -> None:
+    """It came in the warm-up, or measuring takes too much of the run."""
+    if budget is None:
+        record = loop(8, lengths=iter([256] + [64] * 7))
+    else:
+        refusing = Budget(Phases(), steps=8)
+        plan = Plan(warmup=2, examine=None, profiled=0)
+        allowed = iter([True])
+        refusing.allows = lambda cost: next(allowed, False)  # pyright: ignore[reportAttributeAccessIssue]
+        record = loop(8, lengths=iter([64] * 6 + [256, 64]), plan=plan, budget=refusing)
+    assert (record.memory.examined_step, record.memory.examined_positions) == (4, 4 * 64)
+    assert record.memory.most_positions == 4 * 256
     assert "The examined step had 256 token positions, the longest 1,024" in said(record)
-    (note,) = [line.note for line in reconcile(record) if line.name == "counted"]
-    assert note.endswith(": step 4, of 256 token positions (the longest had 1,024)")
+    assert note_of_counted(record).endswith(": step 4, of 256 token positions (the longest had 1,024)")
+
+
+def test_examine_true_has_no_limit() -> None:
+    refusing = Budget(Phases(), steps=0)
+    record = loop(8, lengths=iter([64] * 6 + [256, 64]), budget=refusing)
+    assert not refusing.allows(MEMORY)
+    assert record.memory.examined_step == 7
+
+
+def test_a_longer_batch_that_evaluation_interrupts_leaves_what_was_found_before() -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Profiler(model, optimizer, PLAN) as profiled:
+        for number, length in enumerate([64] * 6 + [256, 64, 128]):
+            with profiled.step({"input_ids": torch.zeros(4, length, dtype=torch.long)}):
+                loss = model(torch.zeros(4, length, dtype=torch.long))
+                if number == 6:
+                    profiled.pause()
+                    profiled.resume()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                del loss
+            if number == 7:
+                assert profiled.memory().examined_step == 4
+    record = profiled.record("loop")
+    assert (record.memory.examined_step, record.memory.examined_positions) == (9, 4 * 128)
+    assert record.notes == ["Steps not measured, since evaluation or saving interrupted them: 1."]
+
+
+def test_the_longest_of_accumulated_batches_decides() -> None:
+    """The list of a step's batches, and batches that come one by one: the rest of that step is examined."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    batches = [[64, 64]] * 6 + [[64, 256, 64]] + [[100, 64]] * 2
+    with Profiler(model, optimizer, PLAN) as profiled:
+        for lengths in batches:
+            tokens = Tokens()
+            for number, length in enumerate(lengths):
+                batch = {"input_ids": torch.zeros(4, length, dtype=torch.long)}
+                (profiled.add_batch if number else profiled.begin_step)(batch)
+                tokens.add(count_tokens(batch))
+                model(**batch).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            profiled.end_step(tokens.counts)
+    record = profiled.record("loop")
+    assert (record.memory.examined_step, record.memory.examined_positions) == (7, 4 * 256)
+    assert record.throughput.steps == 9 - 2 - 2 - 1
+    assert record.memory.allocator.left_behind < 64
+    assert abs(residue(record)) < 0.01
+    assert record.memory.held.saved == pytest.approx(loop(4, lengths=itertools.repeat(256)).memory.held.saved, rel=0.01)
+    assert count_positions([{"input_ids": torch.zeros(4, n)} for n in (64, 256, 64)]) == 4 * 256
 
 
 def test_samples_of_a_long_run_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
