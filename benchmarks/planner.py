@@ -225,8 +225,9 @@ class Marks(L.Callback):
         mark("between")
 
     def _take(self, name: str, trainer: L.Trainer, module: Any) -> None:
-        held = ledger(module, trainer.optimizers[0], [update.held() for update in module.updates])
-        self.ledgers[name].append(held)
+        # Not before a backward pass: PEFT's state dict shards what FSDP2 has gathered for it.
+        state = [update.held() for update in module.updates] if name == "gradients" else None
+        self.ledgers[name].append(ledger(module, trainer.optimizers[0], state))
 
 
 def mark(phase: str) -> None:
@@ -390,7 +391,7 @@ def categories_of(ledgers: dict[str, list[Ledger]], levels: Sequence[int], scale
         "frozen weights": last.frozen + scales,
         "optimizer state": kept.optimizer,
     }
-    beside = kept.buffers + kept.strategy + kept.gradients
+    beside = kept.buffers + last.strategy + kept.gradients
     return {
         **known,  # weights as they are between passes: under FSDP2 the ledger before a backward pass meets whole ones
         "gradients": last.gradients,

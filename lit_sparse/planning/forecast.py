@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from lit_sparse.modules.checks import check_sharding
 from lit_sparse.modules.loading import quantization
 from lit_sparse.optim import trainable
 from lit_sparse.planning import quantized
-from lit_sparse.planning.device_choices import ON_CPU, choices_of
+from lit_sparse.planning.device_choices import ON_CPU, Draw, choices_of, costliest_draws
 from lit_sparse.planning.training import Setting, batch_of, trace_training
 from lit_sparse_profiling.caching import replay
 from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
@@ -87,14 +88,22 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
         BadInput: if there is no such base, the strategies refuse it, or they cannot be traced.
         Overdue: if the trace takes longer than `seconds`.
     """
-    on_cpu = setting.device == "cpu"
     _check(module, setting)
+    draws = costliest_draws(module.updates, setting.sharded)
+    modules = [module, *(copy.deepcopy(module) for _ in draws[1:])]  # a trace uses one up
+    plans = [_traced(name, one, setting, draw, seconds) for one, draw in zip(modules, draws, strict=True)]
+    return max(plans, key=lambda plan: (plan.reserved, plan.allocated))
+
+
+def _traced(name: str, module: LitSparse, setting: Setting, draw: Draw, seconds: float | None) -> Forecast:
+    """Return what `module` would take if its layers are drawn by `draw`, where it draws any."""
+    on_cpu = setting.device == "cpu"
     composed = {**(ON_CPU if on_cpu else {}), **(quantized.composed() if module.quantize else {})}
     begin, trace = perf_counter(), Trace(cpu_workspace if on_cpu else None, composed, seconds)
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
     compiled, module.compile_model = module.compile_model, False
-    with choices_of(setting.device), gc_paused():
+    with choices_of(setting.device, draw), gc_paused():
         try:
             trace_training(module, batch_of(module, setting), trace, setting)
         except RuntimeError as error:
