@@ -39,6 +39,14 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def of_first_rank(tensor: Tensor) -> Tensor:
+    """Return the values of rank 0's `tensor`, which has the same shape on all ranks. Every rank must call it."""
+    if dist.is_available() and dist.is_initialized():
+        tensor = tensor.contiguous()
+        dist.broadcast(tensor, 0)
+    return tensor
+
+
 def largest_of_ranks(values: Sequence[float]) -> float:
     """Return the largest of the `values` of all ranks, not a number if one is none. Every rank must call it."""
     found: list[Any] = [values]

@@ -99,24 +99,19 @@ class SharedInput:
         return [found[member] for member in range(len(dys_TO))]
 
 
-class BlockLinear(nn.Module):
-    """A frozen linear layer with trained blocks, written into its weight.
+class InPlaceLinear(nn.Module):
+    """A frozen linear layer, parts of whose weight are trained elsewhere and written into it.
 
     Attributes:
-        weight, bias: The original layer's own parameters, frozen; `weight` always holds the current block values.
-        blocks: Trainable fp32 master of the blocks, (N, h, w); zeros past a ragged end.
+        weight, bias: The original layer's own parameters, frozen.
+        transposed: Whether the weight is stored as (in, out), as GPT-2's Conv1D does.
     """
 
-    def __init__(self, linear: nn.Linear | Conv1D, chosen: Blocks, shared: SharedInput) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self._original = (linear,)  # in a tuple, since it is no submodule
         self.transposed = isinstance(linear, Conv1D)
-        self.chosen, self.shared = chosen, shared
-        self.number = shared.join(self)
-        self.blocks = nn.Parameter(chosen.read(matrix(linear).detach()))
-        # Small checkpoints hold the masters only: loading must bring the weight up to date.
-        self.register_load_state_dict_post_hook(lambda module, _keys: module.write())
 
     @property
     def matrix(self) -> Tensor:
@@ -133,6 +128,23 @@ class BlockLinear(nn.Module):
             return self.matrix, self.bias
         (linear,) = self._original
         return matrix(linear), linear.bias
+
+
+class BlockLinear(InPlaceLinear):
+    """A frozen linear layer with trained blocks, written into its weight.
+
+    Attributes:
+        weight, bias: The original layer's own parameters, frozen; `weight` always holds the current block values.
+        blocks: Trainable fp32 master of the blocks, (N, h, w); zeros past a ragged end.
+    """
+
+    def __init__(self, linear: nn.Linear | Conv1D, chosen: Blocks, shared: SharedInput) -> None:
+        super().__init__(linear)
+        self.chosen, self.shared = chosen, shared
+        self.number = shared.join(self)
+        self.blocks = nn.Parameter(chosen.read(matrix(linear).detach()))
+        # Small checkpoints hold the masters only: loading must bring the weight up to date.
+        self.register_load_state_dict_post_hook(lambda module, _keys: module.write())
 
     def write(self) -> None:
         """Write the master into the weight, cast to its dtype; of a sharded weight, into this rank's shard."""

@@ -63,8 +63,8 @@ def top_blocks(scores: Mapping[str, Tensor], size: Size, count: int, ranking: Ra
             name: chosen[(chosen >= a) & (chosen < b)] - a for name, a, b in zip(names, ends, ends[1:], strict=False)
         }
     else:
-        shares = _shares([scores[name].numel() for name in names], count)
-        flat = {name: _top(scores[name].flatten(), share) for name, share in zip(names, shares, strict=True)}
+        parts = shares([scores[name].numel() for name in names], count)
+        flat = {name: _top(scores[name].flatten(), part) for name, part in zip(names, parts, strict=True)}
     return {name: _unflatten(flat[name], scores[name].shape[1], size) for name in scores if len(flat[name])}
 
 
@@ -147,14 +147,14 @@ def _top(scores: Tensor, count: int) -> Tensor:
     return scores.cpu().sort(descending=True, stable=True).indices[:count]
 
 
-def _shares(sizes: list[int], count: int) -> list[int]:
+def shares(sizes: list[int], count: int) -> list[int]:
     """Split `count` in proportion to `sizes`, by largest remainder."""
     exact = [count * size / sum(sizes) for size in sizes]
-    shares = [int(share) for share in exact]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: shares[i] - exact[i])
-    for i in by_remainder[: count - sum(shares)]:
-        shares[i] += 1
-    return shares
+    parts = [int(part) for part in exact]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: parts[i] - exact[i])
+    for i in by_remainder[: count - sum(parts)]:
+        parts[i] += 1
+    return parts
 
 
 def _unflatten(flat: Tensor, columns: int, size: Size) -> Blocks:

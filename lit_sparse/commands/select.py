@@ -22,7 +22,7 @@ def select_parser() -> argparse.ArgumentParser:
     """Return the command line of `select`; options that it does not know are keys of `fit`."""
     parser = argparse.ArgumentParser(
         prog="lit-sparse select",
-        description="Choose what a method trains (SMT's blocks) as fit does, but train nothing: write it to a file.",
+        description="Choose what a method trains (blocks, entries) as fit does, but train nothing: write it to a file.",
         epilog="Any option of `lit-sparse fit` describes the run, as in --config smt.yaml --trainer.devices 2.",
         allow_abbrev=False,
     )
@@ -72,13 +72,14 @@ class Selecting(CLI):
         if len(selecting) != 1:
             raise BadInput(
                 f"select writes what one method selects before training, and {self.model.updates.names} has "
-                f"{len(selecting)} that do; give smt.yaml."
+                f"{len(selecting)} that do; give smt.yaml or lift.yaml."
             )
         self.trainer.fit(**{**arguments, "weights_only": True})
         state = selecting[0].state_dict()
         if self.trainer.is_global_zero:
             write_selection(state, self.output)
-            key = "--model.updates.blocks" if len(self.model.updates) == 1 else "blocks"
+            own = selecting[0].selects
+            key = f"--model.updates.{own}" if len(self.model.updates) == 1 else own
             print(f"Wrote {self.output}: fit with {key} {self.output} trains what it names.")
 
 

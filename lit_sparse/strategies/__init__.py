@@ -12,6 +12,7 @@ from lit_sparse.strategies.mezo import MeZO
 from lit_sparse.strategies.peft import PEFT
 from lit_sparse.strategies.record_importance import RecordFisher, RecordImportance
 from lit_sparse.strategies.smt import SMT
+from lit_sparse.strategies.sparse_entries import SparseEntries
 from lit_sparse.strategies.updates import Updates
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Probe",
     "RecordFisher",
     "RecordImportance",
+    "SparseEntries",
     "UpdateStrategy",
     "Updates",
     "compose",

@@ -99,8 +99,8 @@ class UpdateStrategy(ABC):
         attaches_to: What `attach` and `restore` must see under FSDP2: the `whole` model, which each rank then loads; a
             model of which only the `shapes` are right, before it is sharded; the whole one or its shards (`either`);
             or its `shards`, in which case the other strategies of the run see those too.
-        selects: Whether `attach` selects what is trained, and `state_dict` is that selection: `lit-sparse select`
-            writes it to a file, which the method reads in place of selecting.
+        selects: The key that takes a file in place of selecting, where `attach` selects what is trained and
+            `state_dict` is that selection: `lit-sparse select` writes it to such a file. Empty where it does not.
         gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
             them. The strategies of a run are called in that order, after those that attach first. A mask holds for the
             gradient that it was computed of; what another strategy adds later may enter masked entries.
@@ -121,7 +121,7 @@ class UpdateStrategy(ABC):
     supports_sharding: ClassVar[bool] = False
     unsharded_reason: ClassVar[str] = ""
     attaches_to: ClassVar[Attaches] = "whole"
-    selects: ClassVar[bool] = False
+    selects: ClassVar[str] = ""
     gradients: ClassVar[Gradients] = "ignores"
     accumulates: ClassVar[bool] = False
     objective: Any = "loss"

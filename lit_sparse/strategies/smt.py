@@ -101,7 +101,7 @@ class SMT(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     attaches_to: ClassVar[Attaches] = "shards"
-    selects: ClassVar[bool] = True
+    selects: ClassVar[str] = "blocks"
     unsharded_reason: ClassVar[str] = "warmup: update trains all weights on one rank; set warmup to score_only"
 
     def __post_init__(self) -> None:

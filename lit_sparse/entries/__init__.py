@@ -1,0 +1,1 @@
+"""Single entries of weight matrices: which are chosen, and the layers that train them."""

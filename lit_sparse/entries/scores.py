@@ -1,0 +1,175 @@
+"""Scores of the entries of a weight, and the choice of the largest. All are of the weight as it is stored.
+
+What is summed over batches is kept for candidates only, so that no score of all entries outlives the batch.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_sparse.anatomy import has_values
+from lit_sparse.errors import BadInput
+from lit_sparse.ranks import all_reduce_mean
+
+CANDIDATES = 2
+"""Candidates for each entry that is chosen: the largest gradients of the first batch (SpIEL's code keeps one)."""
+
+
+def top_entries(scores: Tensor, count: int) -> Tensor:
+    """Return the positions of the `count` largest of `scores` (any shape), sorted; int32. Ties go to the lower one.
+
+    Other than `topk` the same on all devices: bf16 weights have many entries of one magnitude. Of a planned training
+    they are evenly spaced.
+
+    Raises:
+        BadInput: if a score is not finite.
+    """
+    flat = scores.flatten()
+    if not has_values(flat):
+        return torch.arange(count, dtype=torch.int32, device=flat.device) * (len(flat) // count)
+    if not flat.isfinite().all():
+        raise BadInput("a score of an entry is not finite; check the base's weights, the data and the precision.")
+    least = flat.kthvalue(len(flat) - count + 1).values
+    above, level = flat > least, flat == least
+    level &= level.cumsum(0, dtype=torch.int32) <= count - above.sum()
+    return above.logical_or_(level).nonzero().squeeze(1).int()
+
+
+def principal_scores(weight: Tensor, rank: int) -> Tensor:
+    """Return the magnitudes of the best approximation of `weight` (m, n) of that rank (LIFT), (m, n).
+
+    By the eigenvectors of the smaller Gram matrix, in fp64: exact, at half the time of an SVD. Approximate SVDs choose
+    other entries: half of them with two power iterations.
+    """
+    if rank >= min(weight.shape):
+        return weight.abs()
+    wide = weight.shape[0] <= weight.shape[1]
+    matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    return (vectors @ (vectors.t() @ matrix) if wide else matrix @ vectors @ vectors.t()).abs_()
+
+
+def random_scores(shape: torch.Size, seed: int, step: int, name: str) -> Tensor:
+    """Return uniform scores of the matrix `name` that depend on the arguments only, on the CPU."""
+    key = zlib.crc32(f"{seed} {step} {name}".encode())
+    return torch.rand(shape, generator=torch.Generator().manual_seed(key))
+
+
+class GradientSums:
+    """Sums over optimizer steps of the gradient of one weight, for its candidates: the largest in the first batch.
+
+    Args:
+        count: Number of candidates.
+
+    Attributes:
+        candidates: Their positions, (C,) int32; None before the first batch.
+        sums, squares: Sums over `steps` steps of a step's gradient, and of its square, (C,) fp32; means over ranks.
+        window: What was added since the last step, (C,) fp32.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.steps = count, 0
+        self.candidates: Tensor | None = None
+        self.sums = self.squares = self.window = torch.empty(0)
+
+    def add(self, gradient: Tensor) -> None:
+        """Add the gradient (m, n) of one batch. Every rank must call it, in the same order of weights."""
+        if self.candidates is None:
+            whole = all_reduce_mean(gradient.to(torch.float32, copy=True))
+            self.candidates = top_entries(whole.abs(), self.count)
+            values = whole.flatten().index_select(0, self.candidates)
+            self.sums, self.squares, self.window = (torch.zeros_like(values) for _ in range(3))
+        else:
+            values = all_reduce_mean(gradient.flatten().index_select(0, self.candidates).float())
+        self.window += values
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply by `factor` what was added since the last step."""
+        self.window *= factor
+
+    def end_step(self) -> None:
+        """Take what was added since the last step as the gradient of one step."""
+        if self.candidates is None:
+            return
+        self.sums += self.window
+        self.squares += self.window.square()
+        self.window.zero_()
+        self.steps += 1
+
+    def best(self, count: int, pool: Tensor | None = None) -> Tensor:
+        """Return the positions, sorted, of the `count` candidates with the largest |sums|; among those in `pool` (C,).
+
+        Args:
+            pool: Which candidates count, bool; None is all.
+        """
+        assert self.candidates is not None, "no gradient was seen"
+        scores = self.sums.abs() if pool is None else self.sums.abs().where(pool, -1.0)
+        return self.candidates[top_entries(scores, count)]
+
+    def moments(self, index: Tensor, betas: tuple[float, float], step: float) -> tuple[Tensor, Tensor]:
+        """Return Adam's moments of the entries `index` (N,) as if each step had had their mean gradient, (N,) each.
+
+        With these, bias corrections of a count of `step` steps give updates of the usual size (as SpIEL's code does).
+        """
+        assert self.candidates is not None, "no gradient was seen"
+        place = torch.searchsorted(self.candidates, index)
+        mean, square = (sums[place] / self.steps for sums in (self.sums, self.squares))
+        return mean * (1 - betas[0] ** step), square * (1 - betas[1] ** step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state between two steps, which `load` takes."""
+        names = ("candidates", "sums", "squares", "steps")
+        return {} if self.candidates is None else {name: getattr(self, name) for name in names}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from the `state_dict` of another, if it has one."""
+        if "candidates" in state:
+            self.candidates, self.sums, self.squares = (
+                state[name].to(device) for name in ("candidates", "sums", "squares")
+            )
+            self.steps, self.window = state["steps"], torch.zeros_like(self.sums)
+
+
+class InputNorms:
+    """Sums of the squares of each input of a linear layer, for the score |weight| times norm of the input (Wanda).
+
+    Attributes:
+        squares: Sums over the batches, (K,) fp32; None before the first step.
+        window: What was added since the last step, likewise.
+    """
+
+    def __init__(self) -> None:
+        self.squares: Tensor | None = None
+        self.window: Tensor | None = None
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs (..., K) of one batch."""
+        squares = x.detach().flatten(0, -2).float().square().sum(0)
+        self.window = squares if self.window is None else self.window + squares
+
+    def end_step(self) -> None:
+        """Take what was added as one step's. Every rank must call it, in the same order of weights."""
+        if self.window is not None:
+            window, self.window = all_reduce_mean(self.window), None
+            self.squares = window if self.squares is None else self.squares + window
+
+    def scores(self, weight: Tensor, transposed: bool) -> Tensor:
+        """Return the scores of `weight`, (out, in) or (in, out) if `transposed`, in fp32 of its shape."""
+        assert self.squares is not None, "no input was seen"
+        norms = self.squares.sqrt()
+        return weight.float().abs() * (norms[:, None] if transposed else norms)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state between two steps, which `load` takes."""
+        return {} if self.squares is None else {"inputs": self.squares}
+
+    def load(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Continue from the `state_dict` of another, if it has one."""
+        if "inputs" in state:
+            self.squares = state["inputs"].to(device)

@@ -1,0 +1,88 @@
+"""How many entries of each weight are trained, and a selection of entries in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lit_sparse.blocks.selection import shares
+from lit_sparse.checkpoints import read_checkpoint
+from lit_sparse.errors import BadInput
+
+LIMIT = 2**31
+"""Entries of a weight above which their positions are no int32."""
+
+
+def counts(weights: Mapping[str, Tensor], wanted: int) -> dict[str, int]:
+    """Return how many of `wanted` entries each weight gets: in proportion to its size.
+
+    Raises:
+        BadInput: if that is none, or more than there are.
+    """
+    names = sorted(weights)
+    total = sum(weights[name].numel() for name in names)
+    if not 1 <= wanted <= total:
+        raise BadInput(
+            f"SparseEntries: {wanted:,} entries were asked for, but the targets have {total:,}; give a "
+            f"{'larger trainable_fraction' if wanted < 1 else 'smaller trainable_fraction, or more targets'}."
+        )
+    return dict(zip(names, shares([weights[name].numel() for name in names], wanted), strict=True))
+
+
+def read_selection(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read a selection of entries from a run's checkpoint (.ckpt), or from a JSON file of the same form.
+
+    The form is {"matrices": {name of the linear layer: {"index": [position, ...]}}}.
+
+    Args:
+        weights: The weights that may have entries, by the layer's name; only their shapes are read.
+
+    Raises:
+        BadInput: if the file is missing or malformed, or names a weight or an entry that the model does not have.
+    """
+    try:
+        raw = _state_of_run(path) if path.suffix == ".ckpt" else json.loads(path.read_text())
+        chosen = {name: torch.as_tensor(entry["index"]).reshape(-1) for name, entry in raw["matrices"].items()}
+        if any(len(index) and index.is_floating_point() for index in chosen.values()):
+            raise ValueError("positions are whole numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+        raise BadInput(
+            f"SparseEntries: no choice of entries could be read from {path} ({error}); give principal, gradient, "
+            "magnitude, smallest, wanda, random, or a file written by a run."
+        ) from error
+    check_selection(chosen, weights, str(path))
+    return {name: index.unique().int() for name, index in chosen.items()}
+
+
+def _state_of_run(path: Path) -> dict[str, Any]:
+    updates = read_checkpoint(path)["lit_sparse"]["updates"]
+    return next(update["state"] for update in updates if update["class"] == "SparseEntries")
+
+
+def check_selection(chosen: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
+    """Refuse entries that the weights do not have.
+
+    Args:
+        source: What chose them, for the message.
+
+    Raises:
+        BadInput: naming the first weight that lacks an entry, or is not there; or if there is no entry at all.
+    """
+    for name, index in chosen.items():
+        if name not in weights:
+            raise BadInput(
+                f"SparseEntries: {source} selects entries of {name}, which is not among the {len(weights)} target "
+                "matrices; give a file of the same model and targets."
+            )
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < weights[name].numel():
+            raise BadInput(
+                f"SparseEntries: {source} selects an entry outside the {weights[name].numel():,} of {name}; give a "
+                "file of the same model."
+            )
+    if not sum(len(index) for index in chosen.values()):
+        raise BadInput(f"SparseEntries: {source} selects no entry; give a file that names some.")
