@@ -419,7 +419,8 @@ def methods(_results: Path) -> str:
         model = yaml.safe_load(text)["model"]
         updates = build_module({"model": {"base": "unused", "updates": model.get("updates+", [])}}).updates
         what = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", text.splitlines()[0].lstrip("# ").rstrip("."))
-        changed = {"kept": "no", "trained": "yes", "rewritten": "yes, from the start", "moved": "yes, from the start"}
+        start = "yes, from the start"
+        changed = {"kept": "no", "trained": "yes", "rewritten": start, "moved": start, "replaced": "are replaced"}
         bases = [update.base for update in updates if "trainable" in update.claims] or ["trained"]
         sharded = all(update.supports_sharding for update in updates)
         period = next((every(u.period) for u in updates if u.period is not None), "no")

@@ -95,7 +95,8 @@ class Resumable(BuiltModel):
 
     def _start_over(self) -> None:
         """Undo a fresh start exactly; undo a training by loading the base again."""
-        rewritten = is_quantized(self.build()) or any(u.base in ("rewritten", "moved") for u in self.updates)
+        changed = any(update.base in ("rewritten", "moved", "replaced") for update in self.updates)
+        rewritten = is_quantized(self.build()) or changed
         if not (rewritten or self._moved or self._sharded):
             self.take_off()
             self.masters.restore()

@@ -21,7 +21,7 @@ Need = Literal["base", "graph", "gradients", "task_gradients", "activations", "f
 """Things that one strategy may depend on and another may take away; `NEEDS` says what each means."""
 
 Backward = Literal["autograd", "fused", "none"]
-BaseWeights = Literal["kept", "trained", "rewritten", "moved"]
+BaseWeights = Literal["kept", "trained", "rewritten", "moved", "replaced"]
 Leaves = Literal["plain", "adapter", "own_forward"]
 Attaches = Literal["whole", "shapes", "either", "shards"]
 Gradients = Literal["ignores", "reads", "masks", "adds"]
@@ -89,6 +89,7 @@ class UpdateStrategy(ABC):
             methods that act on whatever another one trains; only such a base can be quantised. `trained`: some of them
             train. `rewritten`: `attach` itself gives them other values, which `detach` restores up to rounding.
             `moved`: `attach` trains weights that are frozen afterwards, so that checkpoints hold all weights.
+            `replaced`: `attach` puts others in their place, and they are gone.
         leaves: What `detach` gives back: the `plain` model, one whose `adapter` was merged, or one with its
             `own_forward`.
         needs: What the method depends on. A strategy that denies one of these cannot be in the same run.
@@ -131,7 +132,7 @@ class UpdateStrategy(ABC):
     def denies(self) -> frozenset[Need]:
         """The needs of other strategies that this one does not leave them."""
         denied: dict[Need, bool] = {
-            "base": self.base in ("rewritten", "moved"),
+            "base": self.base in ("rewritten", "moved", "replaced"),
             "graph": self.backward == "none",
             "gradients": self.backward != "autograd",
             "task_gradients": type(self).penalty is not UpdateStrategy.penalty,
@@ -187,6 +188,14 @@ class UpdateStrategy(ABC):
             groups: Parameter groups with `params` and `param_names`: one with weight decay, one without. The optimizer
                 must be made of these very groups, since `regroup` fills them anew when the trainable set changes.
             lr: Peak learning rate.
+        """
+        return None
+
+    def optimizer_bytes(self, model: nn.Module) -> int | None:
+        """Return the bytes that the optimizer keeps for what trains in `model`, without counts of steps and the like.
+
+        By the formula of the method that brings the optimizer; None is two fp32 numbers a trained weight. Of DTensors
+        those of all shards.
         """
         return None
 

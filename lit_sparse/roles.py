@@ -1,0 +1,65 @@
+"""Roles of a language model's parameters, by which optimizers for pre-training tell them apart."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from lit_sparse.anatomy import classification_head, decoder_layers
+from lit_sparse.optim import trainable
+
+Role = Literal["matrix", "embed", "head", "vector"]
+"""Of a parameter: a `matrix` of a decoder layer (or a stack of them, such as fused experts), `embed` for embeddings and
+other matrices outside the layers, the `head`, or a `vector` (a norm, a bias)."""
+
+Policy = Literal["layers", "layers_and_head"]
+"""Which parameters are matrices: those of decoder layers, or the head's too, as a `matrix` in place of a `head`."""
+
+ORDER: tuple[Role, ...] = ("matrix", "embed", "head", "vector")
+
+
+def partition_params(model: nn.Module, policy: Policy = "layers") -> list[dict[str, Any]]:
+    """Return the trainable parameters of `model` in one group for each role, in the order of `ORDER`.
+
+    Each parameter is in one group, once, in the model's order; a tied head is an embedding. A group has `role`,
+    `params` and `param_names`, and may be empty.
+
+    Args:
+        model: A Hugging Face language model or classifier; its parameters may be DTensors.
+        policy: Whether the head is a matrix like those of the decoder layers. GaLore is far worse so: its perplexity at
+            60M weights is 38.91 with the head and 34.88 without (arXiv 2502.07752).
+
+    Raises:
+        BadInput: if the decoder layers of `model` are not found.
+    """
+    roles, named = roles_of(model, policy), trainable(model)
+    return [
+        {
+            "role": role,
+            "params": [parameter for _, parameter in named if roles[parameter] == role],
+            "param_names": [name for name, parameter in named if roles[parameter] == role],
+        }
+        for role in ORDER
+    ]
+
+
+def roles_of(model: nn.Module, policy: Policy = "layers") -> dict[nn.Parameter, Role]:
+    """Return the role of each parameter of `model`, frozen ones too; `partition_params` says more.
+
+    Raises:
+        BadInput: if the decoder layers of `model` are not found.
+    """
+    inside = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
+    embedded = set(model.get_input_embeddings().parameters())  # pyright: ignore[reportCallIssue]
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
+    heads = [model.get_submodule(name) for name in classification_head(model)] + ([output] if output is not None else [])
+    head = {parameter for module in heads for parameter in module.parameters()} - embedded
+    of_head: Role = "head" if policy == "layers" else "matrix"
+
+    def role(name: str, parameter: nn.Parameter) -> Role:
+        if parameter.ndim < 2 or name.endswith("bias"):
+            return "vector"
+        return "matrix" if parameter in inside else of_head if parameter in head else "embed"
+
+    return {parameter: role(name, parameter) for name, parameter in model.named_parameters()}
