@@ -1,13 +1,17 @@
-"""Roles of a language model's parameters, by which optimizers for pre-training tell them apart."""
+"""Roles of a language model's parameters, and optimizers that have a rule for each."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lit_sparse.anatomy import classification_head, decoder_layers
-from lit_sparse.optim import trainable
+from lit_sparse.optim import AdamW, local_shard, trainable
+from lit_sparse_kernels.adamw_arguments import Rule
 
 Role = Literal["matrix", "embed", "head", "vector"]
 """Of a parameter: a `matrix` of a decoder layer (or a stack of them, such as fused experts), `embed` for embeddings and
@@ -63,3 +67,55 @@ def roles_of(model: nn.Module, policy: Policy = "layers") -> dict[nn.Parameter, 
         return "matrix" if parameter in inside else of_head if parameter in head else "embed"
 
     return {parameter: role(name, parameter) for name, parameter in model.named_parameters()}
+
+
+def sizes_of(model: nn.Module) -> dict[Role, int]:
+    """Return the number of trainable weights of each role."""
+    groups = partition_params(model)
+    return {group["role"]: sum(parameter.numel() for parameter in group["params"]) for group in groups}
+
+
+class ByRole(AdamW, ABC):
+    """An optimizer with a rule of its own for parameters of some roles, and AdamW for the others.
+
+    State, masters and masks are AdamW's. Blocks of a matrix (SMT) are parameters like others, which their method writes
+    into the weight after the step.
+
+    Attributes:
+        roles: The role of each parameter; a strategy sets it in `regrouped`.
+        lr_factor: Learning rate of AdamW's parameters, over that of the others.
+    """
+
+    roles: Mapping[Any, Role] = {}
+    lr_factor: float = 1.0
+
+    @abstractmethod
+    def takes(self, parameter: Tensor) -> bool:
+        """Return whether the rule is for this parameter."""
+
+    @abstractmethod
+    def step_own(self, parameters: Sequence[Tensor], rule: Rule) -> None:
+        """Take a step of the parameters that the rule is for; they have a gradient and a state.
+
+        The values to change are those of `exact`; the caller then writes them into the parameters.
+        """
+
+    def scatter(self, *args: Any, **options: Any) -> None:
+        """Write no blocks: see the class."""
+
+    def exact(self, parameter: Tensor) -> Tensor:
+        """Return the fp32 master of a parameter, which is itself where it is in fp32; a DTensor if that is one."""
+        return self._state_of(parameter).get("master", parameter.detach())
+
+    def _step_whole(self, parameters: Sequence[Tensor], rule: Rule) -> None:
+        own = [parameter for parameter in parameters if self.takes(parameter)]
+        rest = [parameter for parameter in parameters if not self.takes(parameter)]
+        super()._step_whole(rest, replace(rule, lr=rule.lr * self.lr_factor))
+        if not own:
+            return
+        for parameter in own:
+            self._state_of(parameter)["step"] += 1
+        self.step_own(own, rule)
+        for parameter in own:
+            if (exact := self.exact(parameter)).dtype != parameter.dtype:
+                local_shard(parameter).copy_(local_shard(exact))

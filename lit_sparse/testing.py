@@ -144,13 +144,13 @@ def contract(
     Args:
         make: Returns new strategies of one run at each call.
         kind: One of TINY, or a causal language model with a vocabulary of at least 96; it is changed.
-        steps: Optimizer steps of training; more are taken if the trainable set changes every few steps.
+        steps: Optimizer steps of training; more are taken if a method acts every few steps only (`cycle`).
 
     Raises:
         AssertionError: naming the broken clause.
     """
     base = _with_biases(tiny_llm(kind) if isinstance(kind, str) else kind)
-    steps = max([steps, *(2 * update.period + 2 for update in make() if update.period is not None)])
+    steps = max([steps, *(2 * update.cycle + 2 for update in make() if update.cycle is not None)])
     _check_untrained(make, base)
     run = _Run(make(), base)
     run.train(steps // 2)

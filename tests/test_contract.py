@@ -44,8 +44,8 @@ def module(method: str, base: object, **options: object) -> LitSparse:
     updates = [update for config in configs for update in config.get("updates+", [])]
     made = build_module({"model": {**keys, "updates": updates, "base": str(base), **options}})
     for update in made.updates:
-        for field in dataclasses.fields(update) if update.period is not None else ():
-            if getattr(update, field.name) == update.period:
+        for field in dataclasses.fields(update) if update.cycle is not None else ():
+            if getattr(update, field.name) == update.cycle:
                 setattr(update, field.name, 2)
     return made
 

@@ -21,6 +21,7 @@ from lit_sparse.modules.hollow import Hollow
 from lit_sparse.modules.loading import load_base, load_hollow
 from lit_sparse.optim import trainable
 from lit_sparse.runs import open_run, restore_run
+from lit_sparse.strategies import UpdateStrategy
 
 MERGE_TOLERANCE = (1e-2, 1e-5)
 """Tolerated norm of the difference of logits after merging: shares of the change by training, and of the logits.
@@ -172,9 +173,10 @@ def check_mergeable(module: LitSparse, run: str) -> None:
     """
     for update in module.updates:
         if update.leaves == "own_forward":
+            saves = type(update).save is not UpdateStrategy.save
             raise BadInput(
                 f"{run} was trained with {type(update).__name__}, whose model has a forward of its own that neither a "
-                "Hugging Face folder nor a delta can hold; export it with --to adapter, or use it through "
+                f"Hugging Face folder nor a delta can hold; {'export it with --to adapter, or ' * saves}use it through "
                 "lit_sparse.runs.load_run."
             )
     check_converged(module, run)

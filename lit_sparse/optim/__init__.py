@@ -1,6 +1,6 @@
 """The default optimizer, and the optimizer plumbing that strategies and the host share."""
 
-from lit_sparse.optim.adamw import AdamW
+from lit_sparse.optim.adamw import AdamW, gradient
 from lit_sparse.optim.groups import (
     NamedParameters,
     drop_state,
@@ -28,6 +28,7 @@ __all__ = [
     "device_of",
     "drop_state",
     "full_tensor",
+    "gradient",
     "local_shard",
     "match_by_name",
     "parameter_groups",

@@ -114,6 +114,10 @@ class AdamW(torch.optim.AdamW):
         """
         self._scattered[parameter] = _Scattered(weight, index, transposed, expert)
 
+    def fields(self, parameter: Tensor) -> tuple[str, ...]:
+        """Return the names of the tensors of the shape of `parameter` that its state has, beside a master."""
+        return "exp_avg", "exp_avg_sq"
+
     def wrote(self, parameter: Tensor) -> bool:
         """Return whether the last step wrote the blocks of which this is the master."""
         return parameter in self._wrote
@@ -123,6 +127,13 @@ class AdamW(torch.optim.AdamW):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         norm = total_norm([p.grad for p in parameters if p.grad is not None])
         self.grad_scale = ((norm + CLIP_EPS) / max_norm).clamp(min=1)
+
+    def reset(self) -> None:
+        """Forget the moments and counts of steps, as if the next step were the first; masters stay."""
+        for state in self.state.values():
+            for name, value in state.items():
+                if name != "master":
+                    value.zero_()  # in place: who holds the tensor has the new one
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -167,7 +178,7 @@ class AdamW(torch.optim.AdamW):
         ]
         master_adamw(
             weights,
-            [_grad(parameter) for parameter in parameters],
+            [gradient(parameter) for parameter in parameters],
             masters,
             [local_shard(state["exp_avg"]) for state in states],
             [local_shard(state["exp_avg_sq"]) for state in states],
@@ -185,7 +196,7 @@ class AdamW(torch.optim.AdamW):
         block_adamw(
             [place.matrix for place in places],
             [place.index for place in places],
-            [_grad(parameter) for parameter in parameters],
+            [gradient(parameter) for parameter in parameters],
             list(parameters),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
@@ -199,8 +210,8 @@ class AdamW(torch.optim.AdamW):
         state, dtype = self.state[parameter], _master_dtype(parameter)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+            for name in self.fields(parameter):
+                state[name] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
         if dtype != parameter.dtype and "master" not in state:  # also for a state that torch's AdamW has written
             state["master"] = parameter.detach().to(dtype)
         return state
@@ -272,7 +283,7 @@ def _master_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def _grad(parameter: Tensor) -> Tensor:
+def gradient(parameter: Tensor) -> Tensor:
     """The gradient of this rank's shard, laid out in memory as the shard is, which autograd's own gradients are."""
     grad = cast(Tensor, parameter.grad)
     if isinstance(parameter, DTensor) and isinstance(grad, DTensor):

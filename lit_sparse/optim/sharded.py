@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -57,16 +57,16 @@ def part_of(tensor: Tensor) -> Part:
     return Part(local_shard(tensor.detach()), (start[0], start[1]))
 
 
-def sum_over_shards(values: Tensor, tensor: Tensor) -> Tensor:
-    """Return the sum of `values` over the ranks with the shards of `tensor`, on the device that they compute on.
+def sum_over_shards(values: Tensor, tensor: Tensor, op: Literal["sum", "max"] = "sum") -> Tensor:
+    """Return the sum or maximum of `values` over the ranks with the shards of `tensor`, on the device they compute on.
 
-    Where several ranks have the same shard (HSDP), each group of ranks that has the whole adds up its own. Unless
+    Where several ranks have the same shard (HSDP), each group of ranks that has the whole reduces its own. Unless
     `tensor` is a DTensor, `values` are returned unchanged. Every rank must call it.
     """
     if not isinstance(tensor, DTensor):
         return values
     mesh = tensor.device_mesh
-    kinds = [Partial() if isinstance(placement, Shard) else Replicate() for placement in tensor.placements]
+    kinds = [Partial(op) if isinstance(placement, Shard) else Replicate() for placement in tensor.placements]
     return DTensor.from_local(values.to(mesh.device_type), mesh, kinds).full_tensor()
 
 

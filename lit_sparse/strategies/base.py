@@ -24,7 +24,7 @@ Backward = Literal["autograd", "fused", "none"]
 BaseWeights = Literal["kept", "trained", "rewritten", "moved", "replaced"]
 Leaves = Literal["plain", "adapter", "own_forward"]
 Attaches = Literal["whole", "shapes", "either", "shards"]
-Gradients = Literal["ignores", "reads", "masks", "adds"]
+Gradients = Literal["ignores", "reads", "masks", "adds", "scales"]
 
 
 class Probe(Protocol):
@@ -102,9 +102,10 @@ class UpdateStrategy(ABC):
             or its `shards`, in which case the other strategies of the run see those too.
         selects: The key that takes a file in place of selecting, where `attach` selects what is trained and
             `state_dict` is that selection: `lit-sparse select` writes it to such a file. Empty where it does not.
-        gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, or `adds` to
-            them. The strategies of a run are called in that order, after those that attach first. A mask holds for the
-            gradient that it was computed of; what another strategy adds later may enter masked entries.
+        gradients: What `before_step` does with gradients: it `ignores` them, `reads` them, `masks` them, `adds` to
+            them, or `scales` them. The strategies of a run are called in that order, after those that attach first. A
+            mask holds for the gradient that it was computed of; what another strategy adds later may enter masked
+            entries.
         accumulates: Whether a forward-only method takes a batch some rows at a time (`rows_at_once`) instead of
             accumulating over batches.
         objective: What a forward-only method minimizes: the `loss`, `accuracy` (its distance from 1), or a metric of
@@ -153,6 +154,14 @@ class UpdateStrategy(ABC):
     def rows_at_once(self) -> int | None:
         """Rows of a forward pass of a forward-only method, which accumulates by itself; None is the whole batch."""
         return None
+
+    @property
+    def cycle(self) -> int | None:
+        """Optimizer steps from one act of the method to the next where it does not act at each; None if it does.
+
+        An act is a change of the trainable set, or a restart, a new basis and the like. Tests set it to two steps.
+        """
+        return self.period
 
     def describe(self) -> dict[str, Any]:
         """Return what was chosen, for the record of a run: numbers, strings, and lists or dicts of them."""
@@ -259,9 +268,8 @@ class UpdateStrategy(ABC):
         Raises:
             BadInput: if the method has none.
         """
-        raise BadInput(
-            f"{type(self).__name__} trains no adapter that could be saved by itself; export it with --to hf."
-        )
+        other = "use it through lit_sparse.runs.load_run" if self.leaves == "own_forward" else "export it with --to hf"
+        raise BadInput(f"{type(self).__name__} trains no adapter that could be saved by itself; {other}.")
 
 
 def no_probe(steps: int, /, weighed: bool = True) -> Iterator[Tensor]:
@@ -312,7 +320,7 @@ NEEDS: dict[Need, Rule] = {
     ),
 }
 
-ORDER = ("ignores", "reads", "masks", "adds")
+ORDER = ("ignores", "reads", "masks", "adds", "scales")
 
 
 def compose(strategies: Sequence[UpdateStrategy]) -> list[UpdateStrategy]:

@@ -1,0 +1,120 @@
+"""SCALE: normalised gradients without moments, and momentum for the head alone.
+
+"A Minimalist Optimizer Design for LLM Pretraining", arXiv 2506.16659 (ICML 2026). With G the gradient of a matrix,
+
+    U = G / sqrt(mean of G^2 over the inputs of each output)        w <- w - lr * (U + weight_decay * w)
+
+For embeddings the mean is over the vocabulary, for each feature: both are columns of a matrix written (in, out). The
+head's gradient is first averaged, M = 0.9 M + 0.1 G. Vectors take AdamW. Written from the text: the published code has
+no licence. Ours: the floor of the root mean square is 1e-12, which in fp32 is below every gradient (theirs is 1e-8);
+Adam's epsilon is where torch has it; a tied head is an embedding, and has no momentum.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_sparse.errors import BadInput
+from lit_sparse.optim import gradient, local_shard, sum_over_shards
+from lit_sparse.roles import ByRole, roles_of, sizes_of
+from lit_sparse.strategies.base import BaseWeights, Claim, Context, Need, Probe, UpdateStrategy
+from lit_sparse_kernels.adamw_arguments import Rule
+
+FLOOR = 1e-12
+"""Least root mean square that a gradient is divided by: a row of zeros stays one."""
+
+
+@dataclasses.dataclass
+class SCALE(UpdateStrategy):
+    """Normalise gradients by column in place of keeping moments; only the head has momentum (SCALE, arXiv 2506.16659).
+
+    It trains whatever the stacked method trains; all weights if used alone.
+
+    Args:
+        momentum: Momentum of the head.
+        weight_decay: Decoupled weight decay of matrices.
+        vector_lr_factor: Learning rate of AdamW for norms and biases, over that of the matrices. The authors' scripts
+            have 5 at 1B weights and 20 for smaller models.
+
+    Raises:
+        BadInput: if a number is out of its range.
+    """
+
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    vector_lr_factor: float = 1.0
+
+    claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer"})
+    base: ClassVar[BaseWeights] = "kept"
+    needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
+    supports_sharding: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.momentum < 1:
+            raise BadInput(f"SCALE: momentum is {self.momentum}; it must be from 0 to below 1.")
+        if self.weight_decay < 0 or self.vector_lr_factor < 0:
+            raise BadInput(
+                f"SCALE: weight_decay is {self.weight_decay} and vector_lr_factor {self.vector_lr_factor}; they must "
+                "be 0 or more."
+            )
+        self._model: nn.Module | None = None
+
+    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
+        self._model = model
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+        made = Normalized(groups, lr, weight_decay=self.weight_decay)
+        made.momentum, made.lr_factor = self.momentum, self.vector_lr_factor
+        return made
+
+    def regrouped(self, optimizer: Optimizer) -> None:
+        assert isinstance(optimizer, Normalized)
+        assert self._model is not None, "attach or restore it first"
+        optimizer.roles = roles_of(self._model)
+
+    def optimizer_bytes(self, model: nn.Module) -> int:
+        sizes = sizes_of(model)
+        return 4 * sizes["head"] * (self.momentum > 0) + 8 * sizes["vector"]
+
+    def detach(self, model: nn.Module) -> None:
+        self._model = None
+
+
+class Normalized(ByRole):
+    """Updates of root mean square 1 in each row of a matrix, and in each column of an embedding.
+
+    Attributes:
+        momentum: Of the head.
+    """
+
+    momentum: float = 0.9
+
+    def takes(self, parameter: Tensor) -> bool:
+        return self.roles[parameter] != "vector"
+
+    def fields(self, parameter: Tensor) -> tuple[str, ...]:
+        if self.takes(parameter):
+            return ("exp_avg",) if self.roles[parameter] == "head" and self.momentum else ()
+        return super().fields(parameter)
+
+    def step_own(self, parameters: Sequence[Tensor], rule: Rule) -> None:
+        for parameter in parameters:
+            grad = gradient(parameter).float()
+            if self.grad_scale is not None:
+                grad = grad / self.grad_scale
+            if "exp_avg" in (state := self._state_of(parameter)):
+                grad = local_shard(state["exp_avg"]).lerp_(grad, 1 - self.momentum)
+            weight = local_shard(self.exact(parameter))
+            weight.mul_(1 - rule.lr * rule.weight_decay)
+            weight.addcdiv_(grad.to(weight.dtype), self._deviation(grad, parameter).to(weight.dtype), value=-rule.lr)
+
+    def _deviation(self, grad: Tensor, parameter: Tensor) -> Tensor:
+        """Return the root mean square of each row (of an embedding, each column) of the full gradient."""
+        if self.roles[parameter] == "embed":
+            squares = sum_over_shards(grad.square().sum(0, keepdim=True), parameter) / len(parameter)
+        else:
+            squares = grad.square().mean(-1, keepdim=True)
+        return squares.to(grad.device).sqrt_().clamp_(min=FLOOR)
