@@ -26,6 +26,9 @@ SAMPLES_PER_TENSOR = 2**16
 LAST = Path("checkpoints") / "last.ckpt"
 """The last checkpoint in the folder of a run."""
 
+TOKENIZER = "tokenizer"
+"""Folder of a run's own tokenizer within the run's, where its data have one that is not the base's."""
+
 
 def fingerprint(model: nn.Module) -> str:
     """Return a hash that tells base models apart, the same whether a checkpoint is loaded in fp32 or bf16.

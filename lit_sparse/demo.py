@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from lit_sparse.errors import BadInput
+from lit_sparse.shipped import configs_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,8 +108,13 @@ def cached() -> bool:
 
 
 def resolve(name: str) -> str:
-    """Return the folder of an embedded model for "demo" and "minilm", and other names unchanged."""
+    """Return the folder of "demo" and "minilm", the path of a shipped config.json, and other names unchanged.
+
+    A shipped one, such as models/llama-3m.json, is found where there is no such path.
+    """
     folders = {DEMO: model_folder, MINILM: encoder_folder}
+    if name.endswith(".json") and not Path(name).exists() and (configs_folder() / name).is_file():
+        return str(configs_folder() / name)
     return str(folders[name]()) if name in folders else name
 
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
-from lit_sparse.checkpoints import LAST, read_checkpoint, trained_values
+from lit_sparse.checkpoints import LAST, TOKENIZER, read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier, LitSparse
 from lit_sparse_profiling.run_folders import folders, next_folder
@@ -122,6 +122,8 @@ def open_run(folder: Path) -> tuple[LitSparse, dict[str, Any], dict[str, Any]]:
     if module.quantize is not None or module.base.endswith(".json"):
         # These weights were quantised or drawn in the run's precision; `auto` may mean another one on this machine.
         module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older checkpoints lack it
+    if (folder / TOKENIZER).is_dir():
+        module.tokenizer_name = str(folder / TOKENIZER)
     module.take_task(checkpoint)
     return module, config, checkpoint
 

@@ -28,7 +28,7 @@ from lit_sparse.data.loader import evaluation_loader
 from lit_sparse.data.module import TRAIN, require_at_least
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.data.sources import READERS, Row, read, row_digest
-from lit_sparse.data.text import Text, read_files
+from lit_sparse.data.text import Text, read_texts
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.metrics import TokenScores, right_choices
@@ -185,7 +185,7 @@ class Trained:
     def __init__(self, names: Sequence[str], data: Any = None) -> None:
         plain = [name for name in names if Path(name).expanduser().is_file() and Path(name).suffix not in READERS]
         rows = [row for name in names if name not in plain for row in rows_of(name, "text")]
-        texts, own = read_files(plain), data.rows[TRAIN] if isinstance(data, TokenData) else []
+        texts, own = read_texts(plain), data.rows.get(TRAIN, []) if isinstance(data, TokenData) else []
         (texts if isinstance(data, Text) else rows).extend(own)
         self._marks = {row_digest(row) for row in rows}
         self._texts = [unbroken(row.data["text"]) for row in texts]

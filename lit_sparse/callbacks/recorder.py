@@ -140,6 +140,9 @@ class Recorder(Profile):
             remove_drafts(self.folder)
             remove_orphans(self.checkpoint.path.parent)
             self._write_config()
+            data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            if isinstance(data, Text) and data.vocabulary is not None:
+                data.tokenizer.save_pretrained(self.folder / TOKENIZER)
             for logger in trainer.loggers:
                 if isinstance(logger, RunCSV | RunTensorBoard):
                     logger.go_on(self._first_step, evaluated)

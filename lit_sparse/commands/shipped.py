@@ -15,6 +15,7 @@ FACTS = ("trains", "costs", "claims", "page")
 """Facts that a method's YAML says below its first line, each in a comment of its own, as in `# trains: ...`."""
 STACKS = {
     "recipes": "settings for a situation",
+    "models": "models to pre-train from scratch, with their text",
     "trainers": "devices, ranks, and the demo",
     "data": "your own rows, texts or labels",
     "tasks": "another task than the next token",

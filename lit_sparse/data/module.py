@@ -173,6 +173,10 @@ class TokenData(L.LightningDataModule, ABC):
         """Padding token and length multiple of the batches."""
         return Padding(self.tokenizer.get_vocab()[str(self.tokenizer.pad_token)], self.pad_to_multiple_of)
 
+    def extremes(self) -> list[tuple[str, int, int]]:
+        """Return the highest token and the number of tokens of the longest row of each set, after its name."""
+        return [(name, int(one.ids.max(initial=0)), max(one.lengths, default=0)) for name, one in self.examples.items()]
+
     def _limit_overfit(self, examples: Examples) -> Examples:
         """Return the rows that `Trainer(overfit_batches=...)` trains on.
 

@@ -197,12 +197,12 @@ def write_folder(merge: Merge, folder: Path, dtype: torch.dtype) -> CastError:
 
 
 def write_tokenizer(merge: Merge, folder: Path) -> None:
-    """Write the base's tokenizer, and let it and the model's generation end where the run's answers ended.
+    """Write the run's or its base's tokenizer, and let it and the model's generation end where answers ended.
 
     The tokenizer's own end token stays if the chat template writes it in other places than behind answers.
     """
     try:
-        tokenizer = load_named(merge.module.base)
+        tokenizer = load_named(merge.module.tokenizer_name or merge.module.base)
     except BadInput as missing:
         print(f"{missing} The export has no tokenizer.")
         return
@@ -215,7 +215,7 @@ def write_tokenizer(merge: Merge, folder: Path) -> None:
             print(f"Answers end with {encoder.end_text}: it is the export's eos_token; the base has {encoder.eos}.")
     tokenizer.save_pretrained(folder)
     make_loadable(folder, tokenizer)
-    copy_sentencepiece(demo.resolve(merge.module.base), folder)
+    copy_sentencepiece(demo.resolve(merge.module.tokenizer_name or merge.module.base), folder)
 
 
 def origin(run: str, module: LitSparse) -> dict[str, Any]:

@@ -318,13 +318,13 @@ def converse(module: LitSparse, encoder: Encoder, sampling: Sampling) -> None:
 
 
 def encoder_of(module: LitSparse, config: Mapping[str, Any]) -> Encoder:
-    """Return the encoder of a run's prompts and answers: its base's tokenizer, and the template of its data.
+    """Return the encoder of a run's prompts and answers: its own or its base's tokenizer, and the template of its data.
 
     Raises:
         BadInput: if the base has no tokenizer, or one that cannot encode answers.
     """
     options = (config.get("data") or {}).get("init_args") or {}
-    return Encoder(load_tokenizer(module.base), options.get("template", "auto"))
+    return Encoder(load_tokenizer(module.tokenizer_name or module.base), options.get("template", "auto"))
 
 
 # ---- the command line

@@ -36,6 +36,7 @@ class BuiltModel(L.LightningModule, ABC):
 
     Attributes:
         model: The model, None before it is loaded.
+        tokenizer_name: Folder of the tokenizer that a run's text was made tokens with, where that is not its base's.
         updates: The update strategies.
         masters: The parameters that were upcast to fp32.
         base_fingerprint: Hash of the base's weights.
@@ -75,6 +76,7 @@ class BuiltModel(L.LightningModule, ABC):
         self.precision: Precision = precision
         self.activation_checkpointing, self.attention, self.compile_model = activation_checkpointing, attention, compile
         self.quantize: Quantization | None = quantize
+        self.tokenizer_name: str | None = None  # a run's own, which is not its base's
         self.model: PreTrainedModel | None = None
         self.masters = Masters()
         self.base_fingerprint, self.base_parameters = "", 0

@@ -38,8 +38,7 @@ def check_tokens(model: PreTrainedModel, data: TokenData) -> None:
     """
     size = embedded_tokens(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, examples in data.examples.items():
-        highest, longest = int(examples.ids.max(initial=0)), max(examples.lengths, default=0)
+    for name, highest, longest in data.extremes():
         if highest >= size:
             raise BadInput(
                 f"the {name} rows have the token {highest} ({data.tokenizer.convert_ids_to_tokens(highest)!r}), but "
