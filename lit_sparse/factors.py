@@ -162,7 +162,7 @@ def check_rank(method: str, rank: float) -> None:
         BadInput: if it is neither a share between 0 and 1 nor a whole number from 1 on.
     """
     if not 0 < rank < float("inf") or (rank >= 1 and rank != int(rank)):
-        raise BadInput(f"{method}: rank is {rank}; it must be a whole number from 1 on, or a share of the width below 1.")
+        raise BadInput(f"{method}: rank is {rank}; give a whole number from 1 on, or a share of the width below 1.")
 
 
 # ---- rebalancing

@@ -57,7 +57,7 @@ def roles_of(model: nn.Module, policy: Policy = "layers") -> dict[nn.Parameter, 
     inside = {parameter for layer in decoder_layers(model) for parameter in layer.parameters()}
     embedded = set(model.get_input_embeddings().parameters())  # pyright: ignore[reportCallIssue]
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # pyright: ignore
-    heads = [model.get_submodule(name) for name in classification_head(model)] + ([output] if output is not None else [])
+    heads = [output] if output is not None else [model.get_submodule(name) for name in classification_head(model)]
     head = {parameter for module in heads for parameter in module.parameters()} - embedded
     of_head: Role = "head" if policy == "layers" else "matrix"
 

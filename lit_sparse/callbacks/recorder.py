@@ -24,6 +24,8 @@ from lit_sparse.callbacks.prediction import predict
 from lit_sparse.callbacks.profile import Profile
 from lit_sparse.callbacks.samples import Samples
 from lit_sparse.callbacks.summary import print_summary
+from lit_sparse.checkpoints import TOKENIZER
+from lit_sparse.data import Text
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.checks import check_monitors

@@ -131,8 +131,10 @@ class Text(TokenData):
 
     def extremes(self) -> list[tuple[str, int, int]]:
         """Return what the base class does; of a stream, whose rows are not known yet, what they may have."""
-        stream = [(TRAIN, len(self.tokenizer) - 1, self.max_length)] if self.stream else []
-        return super().extremes() + stream
+        if not self.stream:
+            return super().extremes()
+        own = set(self.tokenizer.get_vocab().values()) - self.encoder.added  # T5 has 100 added ones that no text has
+        return [*super().extremes(), (TRAIN, max(own | {self.encoder.text_end}), self.max_length)]
 
     def _pieces(self, held: int) -> Pieces:
         """Return where the training text comes from, but for its first `held` pieces."""

@@ -76,7 +76,8 @@ def train(texts: list[str], size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False)
+    special = {"eos_token": END, "pad_token": END}
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False, **special)
 
 
 def write(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -30,7 +30,7 @@ EPS = 1e-8
 
 @dataclasses.dataclass
 class StableSPAM(UpdateStrategy):
-    """Clip spikes of each tensor's gradient and normalise it by means of its past norms (Stable-SPAM, arXiv 2502.17055).
+    """Clip spikes of each tensor's gradient, and normalise it by its past norms (Stable-SPAM, arXiv 2502.17055).
 
     It tames the gradients of whatever the stacked method trains; of all weights if used alone. Gradients then have a
     norm of about 1 a tensor, so leave trainer.gradient_clip_val out.
@@ -57,7 +57,7 @@ class StableSPAM(UpdateStrategy):
         for name in ("norm_decay", "square_decay", "clip_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise BadInput(f"StableSPAM: {name} is {getattr(self, name)}; it must be from 0 to below 1.")
-        self._rows: dict[str, Tensor] = {}  # of each parameter: steps, T, m, v
+        self._rows: dict[str, Tensor] = {}  # of each parameter, in fp64: steps, T, m, v
         self._numbers: dict[str, Tensor] = {}
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
@@ -79,7 +79,7 @@ class StableSPAM(UpdateStrategy):
         if not named:
             return None
         grads = [local_shard(grad) for _, grad in named]
-        largest = torch.stack([grad.abs().amax().float() if grad.numel() else grad.new_zeros(()).float() for grad in grads])
+        largest = torch.stack([_largest(grad) for grad in grads])
         largest = sum_over_shards(largest, named[0][1], "max").to(grads[0].device)
         rows = torch.stack([self._rows.get(name, largest.new_zeros(4)).to(largest.device) for name, _ in named])
         steps = rows[:, 0] + 1
@@ -87,15 +87,15 @@ class StableSPAM(UpdateStrategy):
         bound = means / (1 - self.clip_decay**steps)
         shrink = torch.where(largest > bound, bound / largest, 1)
         for grad, limit, factor in zip(grads, bound, shrink, strict=True):
-            grad.mul_(torch.where(grad.abs() > limit, factor, 1))
-        squares = torch.stack([grad.float().square().sum() for grad in grads])
+            grad.mul_(torch.where(grad.abs() > limit, factor.to(grad.dtype), 1))
+        squares = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32).double().square() for grad in grads])
         squares = sum_over_shards(squares, named[0][1]).to(largest.device)
         norms = self._means(rows[:, 2], squares.sqrt(), self.norm_decay)
         powers = self._means(rows[:, 3], squares, self.square_decay)
         wanted = norms / (1 - self.norm_decay**steps) / ((powers / (1 - self.square_decay**steps)).sqrt() + EPS)
         scale = torch.where(squares > 0, wanted / squares.sqrt(), 1)
         for grad, factor in zip(grads, scale, strict=True):
-            grad.mul_(factor)
+            grad.mul_(factor.to(grad.dtype))
         new = torch.stack([steps, means, norms, powers], 1)
         self._rows |= {name: row for (name, _), row in zip(named, new.unbind(), strict=True)}
         return (largest > bound * (1 + 1e-6)).sum()
@@ -110,8 +110,13 @@ class StableSPAM(UpdateStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         rows = [row.detach().cpu() for row in self._rows.values()]
-        return {"names": list(self._rows), "rows": torch.stack(rows) if rows else torch.zeros(0, 4)}
+        return {"names": list(self._rows), "rows": torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64)}
 
     def held(self) -> Any:
         """Return the means, four numbers a tensor."""
         return self._rows
+
+
+def _largest(grad: Tensor) -> Tensor:
+    """Return the largest magnitude of this rank's shard, which may be empty, in fp64: means of it are compared."""
+    return grad.abs().amax().double() if grad.numel() else grad.new_zeros((), dtype=torch.float64)
