@@ -1,4 +1,4 @@
-"""Pre-training from a bare configuration, by the command line's own defaults: fit, resume, evaluate, export, generate."""
+"""Pre-training from a bare configuration by the command line's own defaults: fit, resume, score, export, generate."""
 
 import json
 import math
@@ -9,13 +9,22 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lit_sparse import cli
+from lit_sparse.anatomy import dummy_forward
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
+from lit_sparse.export.folder import export
 from lit_sparse.roles import sizes_of
+from lit_sparse.runs import load_run
 from lit_sparse.shipped import configs_folder
 from tests.test_cli import SMALL
+from tests.test_resume import Cut
 
-WORDS = [f"the {a} {b} sat on the {c} mat, and the {c} {b} slept.\n" for a in ("big", "old") for b in ("cat", "dog") for c in "xyz"]
+WORDS = [
+    f"the {a} {b} sat on the {c} mat, and the {c} {b} slept.\n"
+    for a in ("big", "old")
+    for b in ("cat", "dog")
+    for c in "xyz"
+]
 RESTARTS = """
 model:
   updates:
@@ -41,9 +50,15 @@ def books(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def fit(run: str, *words: str) -> None:
-    data = ["--data.train=books", "--data.vocabulary=320", "--data.heldout=8", "--data.max_length=32", "--data.batch_size=4"]
-    configs = ["--config", "low_rank.yaml", "--config", "models/llama-3m.yaml", "--config", "restarts.yaml"]
+def fit(run: str, *words: str, method: str = "low_rank.yaml") -> None:
+    data = [
+        "--data.train=books",
+        "--data.vocabulary=320",
+        "--data.heldout=8",
+        "--data.max_length=32",
+        "--data.batch_size=4",
+    ]
+    configs = ["--config", method, "--config", "models/llama-3m.yaml"]
     cli.run(["fit", *configs, "--model.base=config.json", *data, *SMALL, "--samples=0", f"--run={run}", *words])
 
 
@@ -51,11 +66,18 @@ def values(run: str) -> dict[str, torch.Tensor]:
     return torch.load(Path("runs") / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("stream", [(), ("--data.stream=true", "--data.num_workers=2")], ids=["blocks", "stream"])
-def test_a_model_is_trained_from_scratch_resumed_evaluated_and_exported(books, capsys, stream):
-    fit("straight", "--trainer.max_steps=8", "--model.lr=0.01", *stream)
-    fit("cut", "--trainer.max_steps=8", "--model.lr=0.01", "--trainer.limit_train_batches=4", "--trainer.max_epochs=1", *stream)
-    fit("cut", "--trainer.max_steps=8", "--model.lr=0.01", "--ckpt_path=last", *stream)
+@pytest.mark.parametrize(
+    ("method", "stream"),
+    [("low_rank.yaml", ()), ("restarts.yaml", ("--data.stream=true", "--data.num_workers=2"))],
+    ids=["blocks", "stream"],
+)
+def test_a_model_is_trained_from_scratch_resumed_evaluated_and_exported(books, capsys, method, stream):
+    words = ("--trainer.max_steps=8", "--model.lr=0.01", *stream)
+    fit("straight", *words, method=method)
+    call = ("--trainer.callbacks+=tests.test_resume.Stop", "--trainer.callbacks.step=5", "--checkpoint_steps=5")
+    with pytest.raises(Cut):
+        fit("cut", *words, *call, method=method)
+    fit("cut", *words, "--ckpt_path=last", method=method)
     for name, value in values("cut-1").items():
         assert torch.equal(value, values("straight-1")[name]), name
     outcome = json.loads(Path("runs/straight-1/record.json").read_text())["outcome"]
@@ -64,7 +86,8 @@ def test_a_model_is_trained_from_scratch_resumed_evaluated_and_exported(books, c
     exported = cli.run(["export", "runs/straight-1"])
     assert not exported
     model, tokenizer = (kind.from_pretrained("runs/straight-1/hf") for kind in (AutoModelForCausalLM, AutoTokenizer))
-    assert len(tokenizer) == 320
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained("runs/straight-1/tokenizer").get_vocab()
+    assert 257 < len(tokenizer) < 320  # the text has few pairs
     assert {type(module).__name__ for module in model.modules()} >= {"Linear", "LlamaAttention"}
     with torch.no_grad():
         ids = torch.tensor([tokenizer("the old cat sat on the x mat, and the x cat slept.\n")["input_ids"]])
@@ -75,30 +98,23 @@ def test_a_model_is_trained_from_scratch_resumed_evaluated_and_exported(books, c
 
 
 def test_cola_is_trained_and_has_no_export(books):
-    Path("cola.yaml").write_text("model:\n  updates:\n    - class_path: CoLA\n")
-    words = ("--config", "cola.yaml", "--trainer.max_steps=2")
-    fit("cola", *words)
+    fit("cola", "--trainer.max_steps=2", method="cola.yaml")
     for to in ("hf", "delta", "adapter"):
         with pytest.raises(BadInput, match=r"use it through lit_sparse\.runs\.load_run") as refusal:
-            cli.export_run(["runs/cola-1", "--to", to]) if hasattr(cli, "export_run") else _export(to)
+            export(Path("runs/cola-1"), to)
         assert "--to adapter" not in str(refusal.value)
     assert not Path("runs/cola-1/hf").exists()
-
-
-def _export(to: str) -> None:
-    from lit_sparse.export.folder import export
-
-    export(Path("runs/cola-1"), to)  # pyright: ignore[reportArgumentType]
+    module, _ = load_run(Path("runs/cola-1"))
+    assert dummy_forward(module.build()).isfinite().all()
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
         (("--data.train=empty",), r"The folder empty has no text: files that end in \.txt, .* none in it or below it"),
-        (("--data.train=blank",), r"The folder blank has no text: .*its 1 files that end so are empty"),
+        (("--data.train=blank",), r"The folder blank has no text: .*those that end so are empty"),
         (("--data.train=nowhere.txt",), r"There is no data file nowhere\.txt"),
         (("--data.train=rows.jsonl",), r"rows\.jsonl line 1 has words and no `text`; give rows with a text"),
-        (("--data.vocabulary=1000000000",), None),
         (("--data.vocabulary=10",), r"`vocabulary` is 10; a byte-level one has 257 tokens at least"),
         (("--data.stream=true",), r"data\.stream has no end; set trainer\.max_steps"),
         (("--model.updates.every=0",), r"MomentumReset: every is 0"),
@@ -110,8 +126,6 @@ def test_bad_text_is_a_sentence_and_leaves_nothing(books, words, sentence, strea
         Path(folder).mkdir()
     Path("blank/a.md").write_text("")
     Path("rows.jsonl").write_text('{"words": "a"}\n')
-    if sentence is None:
-        pytest.skip("a large vocabulary is no error: text of few pairs gives a smaller one")
     more = () if not stream or "--data.stream=true" in words else ("--data.stream=true", "--trainer.max_steps=2")
     with pytest.raises(BadInput, match=sentence):
         fit("bad", *words, *more)
@@ -120,7 +134,13 @@ def test_bad_text_is_a_sentence_and_leaves_nothing(books, words, sentence, strea
 
 @pytest.mark.parametrize(
     ("name", "total", "inside"),
-    [("3m", 3.2e6, 1.86e6), ("60m", 58.1e6, 25.3e6), ("130m", 134.1e6, 84.9e6), ("350m", 368e6, 302.4e6), ("1b", 1339.1e6, 1207.9e6)],
+    [
+        ("3m", 3.2e6, 1.86e6),
+        ("60m", 58.1e6, 25.3e6),
+        ("130m", 134.1e6, 84.9e6),
+        ("350m", 368e6, 302.4e6),
+        ("1b", 1339.1e6, 1207.9e6),
+    ],
 )
 def test_the_models_have_the_papers_sizes(name, total, inside):
     """Weights in all, and those of the layers' matrices."""

@@ -61,4 +61,8 @@ def test_what_is_added_to_a_layer_has_the_role_of_its_shape():
     layer.down, layer.scale, layer.stack = nn.Linear(4, 2, bias=False), nn.Parameter(torch.ones(3)), nn.Linear(1, 1)
     layer.stack.weight = nn.Parameter(torch.ones(2, 3, 4))
     roles = roles_of(model)
-    assert [roles[one] for one in (layer.down.weight, layer.scale, layer.stack.weight)] == ["matrix", "vector", "matrix"]
+    assert [roles[one] for one in (layer.down.weight, layer.scale, layer.stack.weight)] == [
+        "matrix",
+        "vector",
+        "matrix",
+    ]

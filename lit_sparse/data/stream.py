@@ -65,7 +65,7 @@ class Cut:
     path: str
     begin: int
     end: int
-    ends: bool
+    size: int
 
     def read(self) -> Piece:
         """Return the lines.
@@ -80,8 +80,9 @@ class Cut:
             left = self.end - file.tell()
             lines = file.read(max(0, left))
             lines += file.readline() if lines and not lines.endswith(b"\n") else b""
+            stop = file.tell()
         try:
-            return Piece(lines.decode("utf-8-sig"), self.ends)
+            return Piece(lines.decode("utf-8-sig"), stop == self.size)
         except UnicodeDecodeError as error:
             raise BadInput(f"{self.path} is not UTF-8 (behind byte {self.begin}); save it as UTF-8.") from error
 
@@ -89,8 +90,7 @@ class Cut:
 def cut_file(path: Path) -> list[Cut]:
     """Return the pieces of a text file; empty ones where a line is longer than a piece."""
     size = path.stat().st_size
-    begins = range(0, size, PIECE_BYTES)
-    return [Cut(str(path), one, min(size, one + PIECE_BYTES), one + PIECE_BYTES >= size) for one in begins]
+    return [Cut(str(path), begin, min(size, begin + PIECE_BYTES), size) for begin in range(0, size, PIECE_BYTES)]
 
 
 class LocalPieces:
@@ -100,9 +100,17 @@ class LocalPieces:
         pieces: Texts, or cuts of files.
         seed: Seed of the order; None keeps that of the text.
         held: Pieces that no pass has: the first of an order that the seed does not change.
+
+    Raises:
+        BadInput: if they are all that there are.
     """
 
     def __init__(self, pieces: Sequence[Cut | str], seed: int | None, held: int = 0) -> None:
+        if held >= len(pieces):
+            raise BadInput(
+                f"All {len(pieces)} pieces of text are held out, and none is left to train on; set `heldout` to 0, or "
+                "give more text."
+            )
         self.pieces, self.seed, self.held = pieces, seed, held
         self._order = np.random.default_rng(0).permutation(len(pieces))
 
@@ -261,7 +269,7 @@ class Rows(IterableDataset[Any]):
                     lane.waiting.append((place, load))
                 yield
             if skip + count == 0:
-                raise BadInput("The text has no piece to train on; give more text, or hold out less of it.")
+                raise BadInput("The text has no rows to train on; give more text, or hold out less of it.")
             number, first, skip = number + 1, first + skip + count, 0
 
     def _row(self, lane: Lane, reader: Iterator[None]) -> Example:

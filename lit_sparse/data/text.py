@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ class Text(TokenData):
             return trained_vocabulary(self._texts(), self.vocabulary)
         if isinstance(self.tokenizer_name, str) and self.tokenizer_name.endswith(".json"):
             raise BadInput(
-                f"{self.tokenizer_name} is a bare configuration without a tokenizer; set data.vocabulary to a number of "
-                "tokens, to train one on the text, or to a folder or name that has one."
+                f"{self.tokenizer_name} is a bare configuration without a tokenizer; set data.vocabulary to a number "
+                "of tokens, to train one on the text, or to a folder or name that has one."
             )
         return load_tokenizer(self.tokenizer_name)
 
@@ -154,11 +155,14 @@ class Text(TokenData):
 
     @cached_property
     def _held(self) -> tuple[Examples, int]:
-        """The held-out blocks of a stream, and the number of pieces that they were cut from."""
+        """The held-out blocks of a stream, and the pieces that they were cut from: at most a quarter of those here."""
         rows: list[Row] = []
-        for text in self._pieces(0).held_out():
+        pieces, tokens = self._pieces(0), 0
+        most = max(1, len(pieces.pieces) // 4) if isinstance(pieces, LocalPieces) else None
+        for text in islice(pieces.held_out(), most):
             rows.append(Row(f"piece {len(rows)}", {"text": text}))
-            if len(rows) % 16 == 0 and len(cut_blocks(rows, self.encoder, self.max_length)) > self.heldout:
+            tokens += len(self.encoder.encode_text(text)) + 1
+            if tokens >= self.heldout * self.max_length:
                 break
         blocks = cut_blocks(rows, self.encoder, self.max_length)
         return blocks.take(0, min(self.heldout, len(blocks))), len(rows)
@@ -229,7 +233,7 @@ def text_files(folder: Path) -> list[Path]:
     """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in TEXTS and path.is_file())
     if not any(path.stat().st_size for path in found):
-        told = f"its {len(found)} files that end so are empty" if found else "there is none in it or below it"
+        told = "those that end so are empty" if found else "there is none in it or below it"
         raise BadInput(f"The folder {folder} has no text: files that end in {', '.join(TEXTS)} are read, and {told}.")
     return found
 

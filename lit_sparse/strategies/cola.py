@@ -1,4 +1,4 @@
-"""CoLA: each linear layer of the decoder as a bottleneck with a nonlinearity, an architecture to pre-train from scratch.
+"""CoLA: linear layers of the decoder as bottlenecks with a nonlinearity, an architecture to pre-train from scratch.
 
 CoLA ("Compute-Efficient Pre-Training of LLMs via Low-Rank Activation"), arXiv 2502.10940, EMNLP 2025:
 `y = B silu(A x) + b` in the place of `y = W x + b`. Written from the text: the published code has no licence. CoLA-M,
@@ -42,6 +42,7 @@ class CoLA(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules"})
     base: ClassVar[BaseWeights] = "replaced"
+    attaches_first: ClassVar[bool] = True
     leaves: ClassVar[Leaves] = "own_forward"
     supports_sharding: ClassVar[bool] = True
 

@@ -51,6 +51,7 @@ class LowRank(UpdateStrategy):
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules"})
     base: ClassVar[BaseWeights] = "replaced"
+    attaches_first: ClassVar[bool] = True
     supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -63,6 +64,7 @@ class LowRank(UpdateStrategy):
                 "null for never."
             )
         self._layers: dict[str, Factorized] = {}
+        self._moving: list[Factorized] = []  # trained in the present step
 
     @property
     def cycle(self) -> int | None:
@@ -75,17 +77,24 @@ class LowRank(UpdateStrategy):
         recipe = Recipe("LowRank", self.rank, scale, "kaiming", None, self.seed)
         self._layers = recipe.factorize(model, self.targets, context.compute)
 
+    def before_step(self, step: int, optimizer: Optimizer) -> None:
+        self._moving = self._trained()
+
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         if self.refactorize_every is not None and step % self.refactorize_every == 0:
-            for layer in self._layers.values():
-                if layer.up.requires_grad and layer.down.requires_grad:  # a method beside it may have frozen them
+            for layer in self._trained():
+                if layer in self._moving:  # else a method beside it trains it from the next step on
                     rebalance(layer, optimizer)
         return False
+
+    def _trained(self) -> list[Factorized]:
+        """Return the layers whose factors are both trainable now."""
+        return [layer for layer in self._layers.values() if layer.up.requires_grad and layer.down.requires_grad]
 
     def detach(self, model: nn.Module) -> None:
         for name, layer in self._layers.items():
             replace(model, name, layer.merge())
-        self._layers = {}
+        self._layers, self._moving = {}, []
 
     def describe(self) -> dict[str, Any]:
         """Return how many matrices are factorised, their weights, and those of their factors."""

@@ -27,11 +27,11 @@ class MomentumReset(UpdateStrategy):
 
     Args:
         every: Optimizer steps from one reset to the next.
-        recovery_steps: Steps in which the learning rate rises again after a reset, from a thousandth of what the
-            schedule says; 0 or 1 leaves it alone.
+        recovery_steps: Steps, at most `every`, in which the learning rate rises again after a reset, from a thousandth
+            of what the schedule says; 0 or 1 leaves it alone.
 
     Raises:
-        BadInput: if a number is out of its range, or the learning rate would never be back.
+        BadInput: if a number is out of its range.
     """
 
     every: int = 200
@@ -45,7 +45,7 @@ class MomentumReset(UpdateStrategy):
     def __post_init__(self) -> None:
         if self.every < 1:
             raise BadInput(f"MomentumReset: every is {self.every}; it must be a number of steps from 1 on.")
-        if not 0 <= self.recovery_steps:
+        if not self.recovery_steps >= 0:
             raise BadInput(f"MomentumReset: recovery_steps is {self.recovery_steps}; it must be 0 or more.")
 
     @property
@@ -53,10 +53,10 @@ class MomentumReset(UpdateStrategy):
         return self.every
 
     def lr_factor(self, step: int) -> float:
-        since = (step - 1) % self.every  # steps since the reset
-        if step <= self.every or since >= self.recovery_steps or self.recovery_steps < 2:
+        since, length = (step - 1) % self.every, min(self.recovery_steps, self.every)  # steps since the reset
+        if step <= self.every or since >= length or length < 2:
             return 1.0
-        return FLOOR + (1 - FLOOR) * since / (self.recovery_steps - 1)
+        return FLOOR + (1 - FLOOR) * since / (length - 1)
 
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         if step % self.every == 0:

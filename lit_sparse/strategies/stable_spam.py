@@ -65,8 +65,12 @@ class StableSPAM(UpdateStrategy):
 
     @torch.no_grad()
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        named = [pair for group in optimizer.param_groups for pair in zip(group["param_names"], group["params"])]
-        found = [(name, parameter.grad) for name, parameter in named if parameter.grad is not None]
+        found = [
+            (name, parameter.grad)
+            for group in optimizer.param_groups
+            for name, parameter in zip(group["param_names"], group["params"], strict=True)
+            if parameter.grad is not None
+        ]
         clipped = [
             self._tame([(name, grad) for name, grad in found if isinstance(grad, DTensor) == sharded])
             for sharded in (False, True)
@@ -110,7 +114,10 @@ class StableSPAM(UpdateStrategy):
 
     def state_dict(self) -> dict[str, Any]:
         rows = [row.detach().cpu() for row in self._rows.values()]
-        return {"names": list(self._rows), "rows": torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64)}
+        return {
+            "names": list(self._rows),
+            "rows": torch.stack(rows) if rows else torch.zeros(0, 4, dtype=torch.float64),
+        }
 
     def held(self) -> Any:
         """Return the means, four numbers a tensor."""

@@ -50,5 +50,7 @@ def test_data_take_it_in_place_of_the_bases(tmp_path, chat_tokenizer):
     chat_tokenizer.save_pretrained(tmp_path / "other")
     named = Text(str(tmp_path / "a.txt"), tokenizer="unused", vocabulary=str(tmp_path / "other"), **options)
     assert named.tokenizer.get_vocab() == chat_tokenizer.get_vocab()
-    with pytest.raises(BadInput, match=r"llama-3m\.json is a bare configuration without a tokenizer; set data\.vocabulary"):
+    with pytest.raises(
+        BadInput, match=r"llama-3m\.json is a bare configuration without a tokenizer; set data\.vocabulary"
+    ):
         _ = Text(str(tmp_path / "a.txt"), tokenizer="models/llama-3m.json", **options).tokenizer

@@ -71,9 +71,15 @@ ATOL = 2e-6
 """Weights of two ways to sum the same gradients: their entries are below 0.1, so that orders of summation are
 1e-8 apart; times the slope of the update, three to six steps, and two for the weight's own rounding."""
 
+ATOLS = {"muon": 1e-5, "stable_spam": 2e-5}
+"""Of methods that magnify a rounding: Newton-Schulz in bf16, within steps of 2e-5 an entry; gradients divided by their
+norm, of about 0.01."""
+
 FULL = {"lr": 1e-2, "warmup_steps": 0, "optimizer": SMOOTH}
 FORWARDS = {"mezo", "lezo", "mezo_lora", "fzoo"}
 """Methods without a backward pass, which bring their optimizer."""
+OWN = {*FORWARDS, "muon", "scale"}
+"""Methods that bring their optimizer."""
 ELSEWHERE = {"fzoo", "helene", "helene_lora", "mezo_lora"}
 """Variants of methods that are here, and those whose two ranks are in a test of their own."""
 FORWARD = {"lr": 1e-4, "warmup_steps": 0}
@@ -146,7 +152,7 @@ CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 
 
 def by_method(method: str) -> Callable[[Path, bool], L.Trainer]:
-    options = FORWARD if method in FORWARDS else FULL
+    options = FORWARD if method in OWN else FULL
     return lambda folder, sharded: fit(module(method, folder / "llama", **options), sharded)
 
 
@@ -740,7 +746,7 @@ def test_two_processes_train_what_one_does_on_their_rows(name, pair):
     base = dict(trainer.lightning_module.named_parameters())
     trainer.save_checkpoint(pair / f"{name} one.ckpt")
     got, wanted = saved(pair / f"{name}.ckpt"), saved(pair / f"{name} one.ckpt")
-    assert_alike(got, wanted, ATOL)
+    assert_alike(got, wanted, ATOLS.get(name, ATOL))
     assert base.keys() >= got["state_dict"].keys()
     assert not any(isinstance(value, DTensor) for value in got["state_dict"].values())
 

@@ -37,9 +37,9 @@ def test_matrices_take_torchs_steps_and_the_rest_adamws(clip):
             one.zero_grad()
         optimizer.grad_scale = None
     for name, value in ours.named_parameters():
-        # Clipped gradients are rounded in another order, and Newton-Schulz is in bf16.
-        tolerance = {"rtol": 0, "atol": 0} if clip is None else {"rtol": 1e-2, "atol": 2e-3 * LR * 20}
-        torch.testing.assert_close(value, theirs.get_parameter(name), **tolerance)
+        # Clipped gradients are rounded in another order, and Newton-Schulz is in bf16: 15 % of three steps of 0.2 lr.
+        atol = 0 if clip is None else 0.1 * LR
+        torch.testing.assert_close(value, theirs.get_parameter(name), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
@@ -49,7 +49,9 @@ def test_state_bytes_are_the_formulas(kind):
     optimizer = updates.optimizer(LR)
     updates.step(1, optimizer, lambda: model(input_ids=batch(1), labels=batch(1)).loss)
     held = sum(value.nbytes for state in optimizer.state.values() for key, value in state.items() if key != "step")
-    inside = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and (".layers." in name or ".h." in name))
+    inside = sum(
+        p.numel() for name, p in model.named_parameters() if p.ndim == 2 and (".layers." in name or ".h." in name)
+    )
     assert held == Muon().optimizer_bytes(model) == 8 * sum(p.numel() for p in model.parameters()) - 4 * inside
 
 
@@ -62,7 +64,8 @@ def test_an_update_is_about_orthogonal_and_of_adamws_size():
     weight = "model.layers.1.mlp.up_proj.weight"
     update = (before[weight] - model.get_parameter(weight).detach()) / LR
     values = torch.linalg.svdvals(update) / (0.2 * 64**0.5)
-    assert 0.5 < values.min() < values.max() < 1.3
+    gradient_rank = 22  # two rows of twelve tokens, of which eleven are predicted
+    assert 0.5 < values[: gradient_rank // 2].min() < values.max() < 1.3
     assert 0.1 < update.square().mean().sqrt() < 0.3
 
 

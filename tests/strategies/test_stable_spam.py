@@ -1,4 +1,4 @@
-"""Stable-SPAM: nothing is clipped without spikes, a spike hardly moves, and the norms of gradients follow their means."""
+"""Stable-SPAM: nothing is clipped without spikes, a spike hardly moves, and norms of gradients follow their means."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from lit_sparse.testing import tiny_llm
 
 def optimizer_of(*shapes: tuple[int, ...]) -> AdamW:
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
-    return AdamW([{"params": parameters, "param_names": [f"p{n}" for n in range(len(shapes))]}], lr=1e-2, weight_decay=0)
+    return AdamW(
+        [{"params": parameters, "param_names": [f"p{n}" for n in range(len(shapes))]}], lr=1e-2, weight_decay=0
+    )
 
 
 def tame(strategy: StableSPAM, optimizer: AdamW, *grads: torch.Tensor) -> list[torch.Tensor]:
@@ -63,22 +65,21 @@ def test_without_spikes_and_with_equal_norms_it_is_adam():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_a_spike_changes_the_next_update_by_less_than_a_hundredth():
+def test_a_spike_of_a_million_is_no_update_of_a_million():
+    """Nor does it lower the gradients of later steps, as it would if their norms were compared with its own."""
     torch.manual_seed(0)
     strategy, optimizer = StableSPAM(), optimizer_of((64, 64))
     for _ in range(200):
         tame(strategy, optimizer, torch.randn(64, 64))
-    grad = torch.randn(64, 64)
-    spiked = grad.clone()
+    spiked = torch.randn(64, 64)
     spiked[3, 4] = 1e6
-    twin = StableSPAM()
-    twin.restore(nn.Module(), strategy.state_dict(), None)  # pyright: ignore[reportArgumentType]
-    (with_spike,), (without,) = tame(strategy, optimizer, spiked), tame(twin, optimizer, grad)
-    away = torch.ones(64, 64, dtype=torch.bool)
-    away[3, 4] = False
+    (found,) = tame(strategy, optimizer, spiked)
     assert int(strategy.logged()["stable_spam_clipped"]) == 1
-    assert (with_spike - without)[away].norm() < 0.01 * without.norm()
-    assert with_spike[3, 4].abs() < 1.01 * 1000 * without.abs().max()  # scaled to T, which the spike itself has raised
+    assert found.norm() < 2
+    assert strategy.state_dict()["rows"][0, 1] < 1100  # T, to which the spike is scaled: a thousandth of it
+    for _ in range(3):
+        (found,) = tame(strategy, optimizer, torch.randn(64, 64))
+        assert 0.3 < found.norm() < 1.5
 
 
 def test_zeros_stay_zeros_and_an_absent_gradient_leaves_its_means_alone():
