@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lit_sparse.anatomy import classification_head, decoder_layers
+from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, local_shard, trainable
 from lit_sparse_kernels.adamw_arguments import Rule
 
@@ -99,6 +100,18 @@ class ByRole(AdamW, ABC):
 
         The values to change are those of `exact`; the caller then writes them into the parameters.
         """
+
+    def check(self, method: str) -> None:
+        """Refuse parameters of which the rule takes none.
+
+        Raises:
+            BadInput: naming `method`.
+        """
+        if not any(self.takes(parameter) for group in self.param_groups for parameter in group["params"]):
+            raise BadInput(
+                f"{method}: none of the parameters that are trained is one that it has a rule for, and vectors take "
+                f"AdamW; leave {method} out, or train matrices."
+            )
 
     def scatter(self, *args: Any, **options: Any) -> None:
         """Write no blocks: see the class."""

@@ -68,6 +68,7 @@ class Muon(UpdateStrategy):
         assert isinstance(optimizer, Orthogonalized)
         assert self._model is not None, "attach or restore it first"
         optimizer.roles = roles_of(self._model)
+        optimizer.check("Muon")
 
     def optimizer_bytes(self, model: nn.Module) -> int:
         sizes = sizes_of(model)

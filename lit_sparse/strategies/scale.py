@@ -74,6 +74,7 @@ class SCALE(UpdateStrategy):
         assert isinstance(optimizer, Normalized)
         assert self._model is not None, "attach or restore it first"
         optimizer.roles = roles_of(self._model)
+        optimizer.check("SCALE")
 
     def optimizer_bytes(self, model: nn.Module) -> int:
         sizes = sizes_of(model)

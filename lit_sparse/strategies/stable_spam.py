@@ -76,7 +76,9 @@ class StableSPAM(UpdateStrategy):
             for sharded in (False, True)
         ]
         if found:
-            self._numbers = {"stable_spam_clipped": torch.stack([one for one in clipped if one is not None]).sum()}
+            self._numbers = {
+                "stable_spam_clipped": torch.stack([one for one in clipped if one is not None]).sum().float()
+            }
 
     def _tame(self, named: Sequence[tuple[str, Tensor]]) -> Tensor | None:
         """Tame gradients that are all sharded alike, or none of them; return how many tensors had a spike."""
