@@ -47,7 +47,6 @@ from benchmarks.measurements import read_lines
 from benchmarks.provenance import commit, where
 from lit_sparse.calls import dummy_forward
 from lit_sparse.checkpoints import LAST, read_checkpoint
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.export.card import has_own_forward
@@ -55,6 +54,7 @@ from lit_sparse.export.folder import export
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
+from lit_sparse.places import configs_folder
 from lit_sparse.runs import build_module, load_run
 from lit_sparse.strategies import MEFT
 from lit_sparse_profiling.devices import describe_device

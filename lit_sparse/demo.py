@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from lit_sparse.errors import BadInput
-from lit_sparse.shipped import configs_folder
+from lit_sparse.places import configs_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,10 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_sparse import cli, strategies
 from lit_sparse.commands import configs, usage
-from lit_sparse.commands.shipped import configs_folder, methods
+from lit_sparse.commands.shipped import methods
 from lit_sparse.commands.words import find_data
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
+from lit_sparse.places import configs_folder
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 

@@ -15,11 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.calls import evaluating
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.data import Instructions, Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.optim import trainable
+from lit_sparse.places import configs_folder
 from lit_sparse.runs import build_module
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.memory import trim_heap

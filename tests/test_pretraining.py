@@ -9,13 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lit_sparse import cli
-from lit_sparse.anatomy import dummy_forward
+from lit_sparse.calls import dummy_forward
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
+from lit_sparse.places import configs_folder
 from lit_sparse.roles import sizes_of
 from lit_sparse.runs import load_run
-from lit_sparse.shipped import configs_folder
 from tests.test_cli import SMALL
 from tests.test_resume import Cut
 

@@ -18,11 +18,11 @@ import yaml
 from lit_sparse import ranks
 from lit_sparse.callbacks.checkpointing import Stopped
 from lit_sparse.callbacks.recorder import Recorder
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, trainable
+from lit_sparse.places import configs_folder
 from lit_sparse.ranks import average_gradients, largest_of_ranks
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import LISA, MEFT, SMT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lit_sparse import cli
-from lit_sparse.commands.shipped import configs_folder
+from lit_sparse.places import configs_folder
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(r"^lit-sparse fit (.+)$", (ROOT / "docs" / "recipes.md").read_text(), re.MULTILINE)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lit_sparse import cli
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.errors import BadInput
+from lit_sparse.places import configs_folder
 from lit_sparse_profiling.record import RunRecord
 from tests.test_cli import SMALL
 

@@ -20,8 +20,9 @@ import lit_sparse
 import lit_sparse_kernels
 import lit_sparse_profiling
 from lit_sparse.commands.configs import found
-from lit_sparse.commands.shipped import configs_folder, methods
+from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
+from lit_sparse.places import configs_folder
 from lit_sparse_profiling.cooling import Cooling
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report

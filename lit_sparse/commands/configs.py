@@ -18,8 +18,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.errors import BadInput
+from lit_sparse.places import configs_folder
 
 STACKED = ("recipes", "trainers", "data", "models", "tasks")
 """Folders of configs/ whose YAMLs stack on a method's, so that runs are not named after them."""

@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from lit_sparse.commands.bench import existing, has_data, take
-from lit_sparse.commands.shipped import configs_folder, methods
+from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
+from lit_sparse.places import configs_folder
 from lit_sparse.planning.forecast import Forecast, Setting, forecast
 
 CARDS = {8: 8188, 12: 12282, 16: 15360, 24: 23028, 40: 40448, 48: 46068, 80: 81251, 141: 143771}

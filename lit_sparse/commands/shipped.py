@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
-import lit_sparse
+from lit_sparse.places import configs_folder
 
 FACTS = ("trains", "costs", "claims", "page")
 """Facts that a method's YAML says below its first line, each in a comment of its own, as in `# trains: ...`."""
@@ -41,12 +40,6 @@ class Method(NamedTuple):
     what: str
     classes: list[str]
     facts: dict[str, str]
-
-
-def configs_folder() -> Path:
-    """Return the folder of shipped YAMLs: beside the package in a checkout, or where the wheel installs them."""
-    checkout = Path(lit_sparse.__file__).parents[1] / "configs"
-    return checkout if checkout.is_dir() else Path(sys.prefix) / "share" / "lit-sparse" / "configs"
 
 
 def methods() -> list[Path]:

@@ -12,7 +12,8 @@ from typing import Any
 import jsonargparse
 
 from lit_sparse import data, strategies
-from lit_sparse.commands.shipped import COLUMN, configs_folder, laid_out
+from lit_sparse.commands.shipped import COLUMN, laid_out
+from lit_sparse.places import configs_folder
 
 SHORT, LONG = ("-h", "--help"), "--help_all"
 EXAMPLES = {

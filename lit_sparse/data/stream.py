@@ -53,6 +53,10 @@ class Pieces(Protocol):
         """Yield, for each piece of pass `number` but the first `skip`, a function that reads it."""
         ...
 
+    def held_out(self) -> Iterator[str]:
+        """Yield all pieces in an order that no seed changes, of which the first are held out."""
+        ...
+
     def fingerprint(self) -> list[Any]:
         """Return everything on which the pieces and their order depend."""
         ...

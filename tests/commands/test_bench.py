@@ -13,8 +13,8 @@ from rich.progress import Progress
 
 from lit_sparse import cli
 from lit_sparse.commands import bench as verb
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.errors import BadInput
+from lit_sparse.places import configs_folder
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.runner import Job, Repeat

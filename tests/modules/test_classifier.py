@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from lit_sparse import cli
 from lit_sparse.callbacks.recorder import Recorder
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.modules.loading import draw_head
 from lit_sparse.optim import trainable
+from lit_sparse.places import configs_folder
 from lit_sparse.runs import build_module, load_run
 from lit_sparse.strategies import LISA, PEFT
 from lit_sparse.testing import tiny_encoder, tiny_llm

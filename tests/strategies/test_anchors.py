@@ -10,10 +10,10 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig
 
-from lit_sparse.commands.shipped import configs_folder
 from lit_sparse.errors import BadInput
 from lit_sparse.importance.recorded import layer_coefficients, path_importance
 from lit_sparse.optim import AdamW, parameter_groups, trainable
+from lit_sparse.places import configs_folder
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import L2SP, PEFT, AdaptiveRegularization, RecordImportance, compose
 from lit_sparse.strategies.base import ALONE, no_probe
