@@ -421,7 +421,8 @@ def methods(_results: Path) -> str:
         what = ARXIV.sub(r"[\1](https://arxiv.org/abs/\1)", text.splitlines()[0].lstrip("# ").rstrip("."))
         start = "yes, from the start"
         changed = {"kept": "no", "trained": "yes", "rewritten": start, "moved": start, "replaced": "are replaced"}
-        bases = [update.base for update in updates if "trainable" in update.claims] or ["trained"]
+        owns = [u.base for u in updates if "trainable" in u.claims or u.base == "replaced"]
+        bases = owns or ["trained"]
         sharded = all(update.supports_sharding for update in updates)
         period = next((every(u.period) for u in updates if u.period is not None), "no")
         rows.append([f"`{path.name}`", what, changed[bases[0]], period, "yes" if sharded else "no"])

@@ -71,9 +71,9 @@ ATOL = 2e-6
 """Weights of two ways to sum the same gradients: their entries are below 0.1, so that orders of summation are
 1e-8 apart; times the slope of the update, three to six steps, and two for the weight's own rounding."""
 
-ATOLS = {"muon": 1e-5, "stable_spam": 2e-5}
-"""Of methods that magnify a rounding: Newton-Schulz in bf16, within steps of 2e-5 an entry; gradients divided by their
-norm, of about 0.01."""
+ATOLS = {"low_rank": 1e-5, "muon": 1e-5}
+"""Of methods that magnify a rounding: singular vectors by the gaps of their values; Newton-Schulz in bf16, within steps
+of 2e-5 an entry."""
 
 FULL = {"lr": 1e-2, "warmup_steps": 0, "optimizer": SMOOTH}
 FORWARDS = {"mezo", "lezo", "mezo_lora", "fzoo"}
