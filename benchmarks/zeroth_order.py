@@ -78,12 +78,12 @@ def seconds(device: torch.device, act: Callable[[], object]) -> float:
     return time.perf_counter() - begin  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
-def bytes_moved(model: nn.Module, ids: Tensor) -> float:
+def bytes_moved(model: nn.Module, ids: Tensor, loss: Callable[[], Tensor] | None = None) -> float:
     """Return the bytes that a step moves over the weights, in units of theirs."""
     direction = Counted()
     updates = Updates([MeZO(direction=direction)])
     updates.attach(model)
-    updates.step(1, updates.optimizer(0.0), lambda: loss_of(model, ids))
+    updates.step(1, updates.optimizer(0.0), loss or (lambda: loss_of(model, ids)))
     return direction.moved / sum(p.nbytes for p in model.parameters())
 
 

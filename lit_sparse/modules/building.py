@@ -115,6 +115,9 @@ class BuiltModel(L.LightningModule, ABC):
         As `graded_loss`, but told apart by row, and without a graph.
         """
 
+    def look_at_head(self) -> None:
+        """Find out what `row_losses` has to know of the model, in passes of other rows than a batch's."""
+
     @abstractmethod
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the number of tokens (or rows) of a batch over which `loss` is the mean, an integer scalar."""

@@ -86,6 +86,9 @@ class CausalLM(LitSparse):
     def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
         return (batch["labels"][:, 1:] != IGNORED).sum()
 
+    def look_at_head(self) -> None:
+        assert self.head_is_plain in (True, False)  # which takes a forward pass of its own, once
+
     def row_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
         nll, hits, output = self._scores(batch)
         return nll.sum(1), (batch["labels"][:, 1:] != IGNORED).sum(1), hits.sum(), output

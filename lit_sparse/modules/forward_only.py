@@ -53,7 +53,7 @@ class WindowLoss:
         """Return the losses of copies of the batches (n,), and those of this rank's rows (n, N); fp32.
 
         Args:
-            probes: The copies, whose context this is called in.
+            probes: The copies, whose context its forward passes are in.
 
         Raises:
             BadInput: if there is a penalty, which is of a whole batch.
@@ -64,6 +64,7 @@ class WindowLoss:
                 f"probes_at_once is {probes.count}, but the penalty of {penalizing[0]} is of one batch at a time; set "
                 "it to 1."
             )
+        self._task.compute(self._task.look_at_head)
         found = [self._probe_losses(batch, probes) for batch in self._parts()]
         return self._mean([sums for sums, _ in found]), torch.cat([rows for _, rows in found], 1)
 
@@ -107,7 +108,7 @@ class WindowLoss:
 
     def _probe_losses(self, batch: Mapping[str, Tensor], probes: Together) -> tuple[Tensor, Tensor]:
         probes.rows = len(batch["labels"])
-        with self._task.autocast():
+        with self._task.autocast(), probes:
             return self._task.compute(self._probe_losses_of, repeated(batch, probes.count), probes.count)
 
     def _probe_losses_of(self, batch: Mapping[str, Tensor], count: int) -> tuple[Tensor, Tensor]:

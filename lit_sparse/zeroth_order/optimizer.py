@@ -173,8 +173,7 @@ class Losses:
     def _together(self, makes: Sequence[Make | None]) -> list[tuple[Tensor, Tensor]]:
         self._replay_random()
         mode = Together(self._model, self._places, makes)
-        with mode:
-            losses, rows = self._closure.of_probes(mode)  # pyright: ignore[reportFunctionMemberAccess]
+        losses, rows = self._closure.of_probes(mode)  # pyright: ignore[reportFunctionMemberAccess]
         check_read(mode.read, self._places)
         return list(zip(losses.detach(), rows, strict=True))
 

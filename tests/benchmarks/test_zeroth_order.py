@@ -4,6 +4,7 @@ import torch
 
 from benchmarks.zeroth_order import bytes_moved, ratios
 from lit_sparse.testing import tiny_llm
+from lit_sparse.zeroth_order import perturbed
 
 IDS = torch.arange(3, 15).view(2, 6)
 
@@ -17,3 +18,11 @@ def test_steps_and_forward_passes_are_timed_in_turn():
     found = ratios(tiny_llm(), IDS, "rademacher", 3)
     assert len(found) == 3
     assert all(ratio > 1 for ratio in found)
+
+
+def test_a_tied_head_moves_no_more(monkeypatch):
+    """The rows that its embedding gathers are read as in a plain pass."""
+    monkeypatch.setitem(perturbed.CHUNK, "cpu", 2**8)
+    model = tiny_llm("gpt2")
+    assert model.config.tie_word_embeddings
+    assert 5 < bytes_moved(model, IDS, lambda: model(input_ids=IDS).logits.mean()) <= 6

@@ -14,9 +14,9 @@ LORA = {"r": 8, "target_modules": "all-linear"}
 
 
 def of(*updates: UpdateStrategy) -> Peaks:
-    """Of a step on a model of 3.2 million weights, 12 MiB, a third of them in the embedding."""
+    """Of a step on a model of 2.1 million weights, 8 MiB, half of them in the embedding."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8192, tie_word_embeddings=True, **sizes))
     ids = torch.randint(3, 8192, (4, 32), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -36,12 +36,11 @@ def small_chunks(monkeypatch):
     "updates",
     [
         [MeZO()],
-        [MeZO(direction="gaussian", queries=2)],
         [MeZO(direction="low_rank")],
         [PEFT(LoraConfig(**LORA)), MeZO()],
         [PEFT(LoraConfig(**LORA)), HELENE(refresh_every=1)],
     ],
-    ids=["all weights", "gaussian", "low rank", "LoRA", "HELENE on LoRA"],
+    ids=["all weights", "low rank", "LoRA", "HELENE on LoRA"],
 )
 def test_a_step_has_the_memory_of_inference(updates):
     assert of(*updates).ratio <= 1.05
