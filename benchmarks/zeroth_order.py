@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -125,7 +126,9 @@ def highest(act: Callable[[], object]) -> int:
     """Return the most bytes that `act` has from the CPU's allocator at a time, beside those that were there."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as traced:
         act()
-    events = [event for event in traced.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert traced.profiler is not None
+    assert traced.profiler.kineto_results is not None
+    events: list[Any] = [one for one in traced.profiler.kineto_results.events() if one.name() == "[memory]"]
     level = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()
