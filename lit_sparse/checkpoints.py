@@ -23,6 +23,8 @@ from lit_sparse.shards import KEY, check_shards, read_shards
 from lit_sparse.whole import check_whole
 
 SAMPLES_PER_TENSOR = 2**16
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their number of bytes."""
 LAST = Path("checkpoints") / "last.ckpt"
 """The last checkpoint in the folder of a run."""
 
@@ -48,6 +50,22 @@ def hash_of(named: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
         if has_values(tensor):
             digest.update(_samples(tensor).cpu().to(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def sums_of(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of the sums of all bits of tensors with their names, which any single flipped bit changes.
+
+    It is another one for each dtype. Every rank must call it if there are DTensors among them.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in named:
+        if has_values(tensor):
+            bits = part_of(tensor).values.detach().contiguous().view(INTEGERS[tensor.element_size()]).flatten()
+            # In parts, since torch copies what it sums in another dtype.
+            total = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(2**20)]).sum()
+            whole = sum_over_shards(total, tensor) if isinstance(tensor, DTensor) else total
+            digest.update(f"{name} {int(whole)}".encode())
     return digest.hexdigest()
 
 

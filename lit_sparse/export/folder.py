@@ -26,9 +26,7 @@ from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import own_ends, set_ends
 from lit_sparse.modules.hollow import release
 from lit_sparse.runs import import_modules, load_run
-
-MARK = "lit_sparse.json"
-"""A file that marks a folder as an export, with its origin and the error of its cast."""
+from lit_sparse.weight_files import MARK, hashes_of
 
 CARD = "README.md"
 """The model card of an exported folder, and of a repository on the Hub."""
@@ -229,8 +227,8 @@ def origin(run: str, module: LitSparse) -> dict[str, Any]:
 
 
 def write_mark(folder: Path, entries: dict[str, Any]) -> None:
-    """Write the file that marks `folder` as an export."""
-    (folder / MARK).write_text(json.dumps(entries, indent=2) + "\n")
+    """Write the file that marks `folder` as an export, with the hashes of its weights."""
+    (folder / MARK).write_text(json.dumps({**entries, "files": hashes_of(folder)}, indent=2) + "\n")
 
 
 def check_loads(merge: Merge, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Building the model of a run: the base, what the strategies make of it, its precision, its sharding."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, repeat
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lit_sparse.anatomy import backbone, decoder_layers, is_quantized, unread_by_text, weights_in
-from lit_sparse.checkpoints import fingerprint, forked_rng, read_checkpoint
+from lit_sparse.checkpoints import forked_rng, hash_of, read_checkpoint, sums_of
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checks import check_updates_alike
 from lit_sparse.modules.hollow import Hollow
@@ -40,6 +40,7 @@ class BuiltModel(L.LightningModule, ABC):
         updates: The update strategies.
         masters: The parameters that were upcast to fp32.
         base_fingerprint: Hash of the base's weights.
+        base_sums: Hash of all their bits; "" where they are drawn or quantised.
         base_parameters: Number of the base's weights.
         trained: Names of what was trainable at any time.
         phases: Time and peak memory of loading, selection and the phases of a step; a `Profile` of a fit sets its own.
@@ -79,7 +80,7 @@ class BuiltModel(L.LightningModule, ABC):
         self.tokenizer_name: str | None = None  # a run's own, which is not its base's
         self.model: PreTrainedModel | None = None
         self.masters = Masters()
-        self.base_fingerprint, self.base_parameters = "", 0
+        self.base_fingerprint, self.base_sums, self.base_parameters = "", "", 0
         self.trained: set[str] = set()
         self.resume_from: Any = None
         self.before_loading: Callable[[], None] = lambda: None
@@ -166,9 +167,17 @@ class BuiltModel(L.LightningModule, ABC):
             self.model = self._given[0] if self._given else self._load()
             if is_quantized(self.model):
                 self.updates.check_quantizable(f"the base {self.base} is quantised")
-            self.base_fingerprint = fingerprint(self.model) if self._hollow is None else ""  # known once it is filled
+            if self._hollow is None:  # else it is known once it is filled
+                self._note_base(sorted(self.model.named_parameters()))
             self.base_parameters = sum(weights_in(parameter) for parameter in self.model.parameters())
         return self.model
+
+    def _note_base(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Note by what the base is known again: its fingerprint, and where its values come from files their bits."""
+        assert self.model is not None
+        self.base_fingerprint = hash_of(named)
+        drawn = isinstance(self.base, str) and self.base.endswith(".json")  # by each machine
+        self.base_sums = "" if drawn or is_quantized(self.model) else sums_of(named)
 
     def _load(self) -> PreTrainedModel:
         rank_zero_info(f"Loading {self.base}.")
@@ -245,11 +254,21 @@ class BuiltModel(L.LightningModule, ABC):
                     f"the checkpoint was trained on another base than {self.base!r}; give the base of the run that "
                     f"wrote it."
                 )
+            self._check_sums(saved)
             self.updates.restore(model, saved["updates"], self._context, kinds)
 
         self._prepare()
         self._attach_and_shard(restore)
         self._after_attach()
+
+    def _check_sums(self, saved: Mapping[str, Any]) -> None:
+        """Refuse a base that differs from the checkpoint's by bits that its fingerprint rounds away or leaves out."""
+        before, alike = saved.get("base_sums"), saved.get("precision") == str(self.frozen_dtype).removeprefix("torch.")
+        if before and self.base_sums and alike and before != self.base_sums:
+            raise BadInput(
+                f"the weights of the base {self.base!r} are not quite those that the run began with: its files are "
+                "damaged, or were written anew in another precision; bring the same files again."
+            )
 
     @property
     def _mesh_of_states(self) -> DeviceMesh | None:
@@ -324,7 +343,8 @@ class BuiltModel(L.LightningModule, ABC):
         self._sharded = (self.trainer.strategy.shard(self.build()),)
         if self._hollow is not None:
             with self.phases("loading"):
-                self.base_fingerprint = self._hollow.fill()
+                self._hollow.fill()
+                self._note_base(sorted(self._hollow.parameters()))
 
     def _shard_copy(self, model: nn.Module) -> Callable[..., Any]:
         """Shard a frozen copy of the base, made before the model itself was sharded; return how to compute with it."""

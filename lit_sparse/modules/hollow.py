@@ -21,7 +21,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from lit_sparse.anatomy import classification_head, decoder_layers
-from lit_sparse.checkpoints import hash_of
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import local_shard, part_of
 
@@ -59,18 +58,14 @@ class Hollow:
         return [(name, module.get_parameter(own)) for name, (module, own) in self._owners.items()]
 
     @torch.no_grad()
-    def fill(self) -> str:
-        """Give this rank's shards their values, once the model is sharded; return the base's fingerprint.
-
-        Every rank must call it: the fingerprint is of the whole model.
-        """
+    def fill(self) -> None:
+        """Give this rank's shards their values, once the model is sharded."""
         own = dict(self.parameters())
         for name, rows in self._source():
             part = part_of(own[name])
             start = part.start[0]
             if part.values.numel():
                 local_shard(own[name]).copy_(rows(start, start + len(part.values)))
-        return hash_of(sorted(own.items()))
 
     def values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's name in the plain model and its whole value, in the model's dtype, one at a time."""

@@ -4,13 +4,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from lit_sparse.anatomy import classification_head, is_quantized_linear
@@ -26,6 +27,7 @@ from lit_sparse.modules.hollow import (
     file_values,
     initialize,
 )
+from lit_sparse.weight_files import check_weights
 
 Quantization = Literal["nf4", "int8"]
 
@@ -65,6 +67,7 @@ def load_base(
         options["device_map"] = {"": device or torch.device("cpu")}
     with load_errors(base, attention):
         config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False, **(config_options or {}))
+        check_files(base)
         if quantize is not None:  # given None, transformers itself skips the head of a language model
             options["quantization_config"].llm_int8_skip_modules = head_names(auto_class, config) or None
         if base.endswith(".json"):
@@ -101,6 +104,7 @@ def load_hollow(
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     with load_errors(base, attention):
         config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False, **(config_options or {}))
+        check_files(base)
         try:
             options["dtype"] = (config.dtype or dtype_in_files(resolve(base))) if dtype == "auto" else dtype
             model = build_hollow(auto_class, config, options)
@@ -117,6 +121,20 @@ def load_hollow(
             initialize(model, owners)
         draw_head(model, missing)
     return Hollow(model, source)
+
+
+def check_files(base: str) -> None:
+    """Check the files of `base` whose hashes are known: an export's, and those that the Hub's cache has by now.
+
+    Raises:
+        BadInput: naming the first that is damaged.
+    """
+    place = resolve(base)
+    if not Path(place).exists():  # a name on the Hub
+        place = cached_file(place, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) or place
+    folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    if not base.endswith(".json") and folder.is_dir():
+        check_weights(folder)
 
 
 @contextmanager

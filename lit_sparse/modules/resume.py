@@ -61,6 +61,7 @@ class Resumable(BuiltModel):
             checkpoint["state_dict"] = {name: value for name, value in state.items() if name in self.trained}
         checkpoint["lit_sparse"] = {
             "base": self.base_fingerprint,
+            "base_sums": self.base_sums,
             "precision": str(self.frozen_dtype).removeprefix("torch."),
             "updates": self.updates.state_dict(),
             "tokens_seen": int(self.tokens_seen),
