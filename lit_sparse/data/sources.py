@@ -169,10 +169,10 @@ def csv_rows(path: Path, reader: Any) -> Iterator[Row]:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """Read the rows of a Parquet table."""
-    parquet = import_extra("pyarrow.parquet", str(path))
+    parquet, arrow = (import_extra(name, str(path)) for name in ("pyarrow.parquet", "pyarrow"))
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (OSError, ValueError) as error:  # those of pyarrow are among them
+    except (OSError, ValueError, OverflowError, arrow.ArrowException) as error:
         said = " ".join(str(error).split())
         raise BadInput(f"{path} cannot be read as Parquet ({said}); is it complete?") from error
     for number, value in enumerate(rows, 1):
