@@ -73,7 +73,7 @@ class Campaign:
             "good loads": lambda: self.files.load(draw),
             "full disks": lambda: full_disk(self.bench, draw),
             "exports": lambda: export(self.bench, draw),
-            "odd input": lambda: odd(draw)[0],
+            "odd input": lambda: odd(draw),
             "soak": lambda: soak(self.bench, SOAKED[number]),
         }
         return acts[kind]()
