@@ -197,21 +197,17 @@ def blocks_kept_to_base(folder: Path, sharded: bool) -> L.Trainer:
 
 
 def reversed_segments(folder: Path, sharded: bool) -> L.Trainer:
-    """MEFT in floating point: what is before a layer is computed back from gathered weights, by segments."""
+    """MEFT in floating point: states are computed back by segments, with weights copied from host memory."""
     fields = {"exact": False, "checkpoint_every": 2, "variant": 3}
-    updates = [{"class_path": "MEFT", "init_args": fields}]
-    return fit(module("full", folder / "gpt2", **FULL, updates=updates), sharded, unlike=True, **CLIPPED)
+    made = module("full", folder / "gpt2", **FULL, updates=[{"class_path": "MEFT", "init_args": fields}])
+    way = {"strategy": FSDP2Strategy(offload=True, timeout=timedelta(seconds=60))} if sharded else {}
+    return fit(made, sharded, unlike=True, **CLIPPED, **way)
 
 
 def reversed_in_groups(folder: Path, sharded: bool) -> L.Trainer:
     way = {"strategy": FSDP2Strategy(replicas=2, timeout=timedelta(seconds=60))} if sharded else {}
     updates = [{"class_path": "MEFT"}, {"class_path": "KLToBase"}]
     return fit(module("full", folder / "qwen2", **FULL, updates=updates), sharded, 2, **way)
-
-
-def reversed_offloaded(folder: Path, sharded: bool) -> L.Trainer:
-    way = {"strategy": FSDP2Strategy(offload=True, timeout=timedelta(seconds=60))} if sharded else {}
-    return fit(module("meft", folder / "llama", **FULL), sharded, 2, **way)
 
 
 def masked_in_groups(folder: Path, sharded: bool) -> L.Trainer:
@@ -236,7 +232,6 @@ SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     "masks in groups": masked_in_groups,
     "reversed segments": reversed_segments,
     "reversed in groups": reversed_in_groups,
-    "reversed, offloaded": reversed_offloaded,
     "offloaded": offloaded,
     "kept to the base": kept_to_base,
     "blocks kept to the base": blocks_kept_to_base,
