@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import torch
@@ -92,7 +92,19 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
     draws = costliest_draws(module.updates, setting.sharded)
     modules = [module, *(copy.deepcopy(module) for _ in draws[1:])]  # a trace uses one up
     plans = [_traced(name, one, setting, draw, seconds) for one, draw in zip(modules, draws, strict=True)]
-    return max(plans, key=lambda plan: (plan.reserved, plan.allocated))
+    return worst_of(plans)
+
+
+def worst_of(plans: Sequence[Forecast]) -> Forecast:
+    """Return the plan that takes most, with the highest moment of each phase of any: a training meets all of them."""
+    worst = max(plans, key=lambda plan: (plan.reserved, plan.allocated))
+    moments = [(name, moment) for plan in plans for name, moment in plan.phases.items()]
+    phases = {
+        name: max((moment for other, moment in moments if other == name), key=lambda moment: moment.bytes)
+        for name in worst.phases
+    }
+    kept = max((plan.kept for plan in plans), key=lambda moment: moment.bytes)
+    return replace(worst, phases=phases, kept=kept, seconds=sum(plan.seconds for plan in plans))
 
 
 def _traced(name: str, module: LitSparse, setting: Setting, draw: Draw, seconds: float | None) -> Forecast:
