@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,17 +87,20 @@ def plan(argv: Sequence[str], make: Make) -> int:
     if not console.is_terminal:
         console = Console(width=WIDTH)
     names = asked.yamls or [path.name for path in methods()]
-    for name in names:
+    for number, name in enumerate(names, 1):
         command = fit_command(name, asked.config, passed)
+        if len(names) > 1:
+            tell(f"{number} of {len(names)}: {name} ...")
         try:
             found.append(planned(name, make, command, asked.device, card if asked.largest else None))
         except BadInput as error:
             if len(names) == 1:
                 raise
+            tell(" cannot be planned\n")
             console.print(f"{name}: {error}", highlight=False, markup=False)
             continue
-        if console.is_terminal and len(names) > 1:
-            console.print(f"{name}: {found[-1].forecast.needed / GIB:.2f} GiB", highlight=False, markup=False)
+        if len(names) > 1:
+            tell(f" {found[-1].forecast.needed / GIB:.2f} GiB\n")
     if not found:
         return 1
     show(console, found, asked.tflops)
@@ -107,6 +111,11 @@ def plan(argv: Sequence[str], make: Make) -> int:
     if asked.json is not None:
         write(Path(asked.json), found)
     return 0
+
+
+def tell(text: str) -> None:
+    """Print progress at once, beside the tables and not among them: a plan of all methods takes minutes."""
+    print(text, end="", file=sys.stderr, flush=True)
 
 
 def card_of(text: str | None) -> int | None:

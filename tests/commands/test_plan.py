@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_sparse.cli import main, make_planned
 from lit_sparse.commands import plan as planning
 from lit_sparse.commands.plan import CARDS, card_of, fit_command
+from lit_sparse.planning.device_choices import costliest_draws
 from lit_sparse.planning.forecast import Setting, forecast
 from lit_sparse_profiling.trace import Overdue, Trace
 
@@ -47,6 +48,54 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> list[dict[str, Any]]:
     assert run(monkeypatch, *words, "--json", str(tmp_path / "plans.json")) == 0
     return json.loads((tmp_path / "plans.json").read_text("utf-8"))
+
+
+def test_of_a_sharded_model_lisa_is_planned_for_either_draw_that_may_take_most(
+    base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neighbours have their whole gradients at once; the lowest layer, below frozen embeddings, has most saved."""
+    options = [f"--model.base={base}", "--model.updates.interval=2", "--model.activation_checkpointing=true"]
+    command, setting = fit_command("lisa_grad_norm.yaml", [], options), Setting("cpu", 2, 64, ranks=2, sharded=True)
+    draws = costliest_draws(make_planned(command).module.updates, sharded=True)
+    both = forecast("both", make_planned(command).module, setting)
+    alone = []
+    for draw in draws:
+        monkeypatch.setattr("lit_sparse.planning.forecast.costliest_draws", lambda *_, draw=draw: [draw])
+        alone.append(forecast("one", make_planned(command).module, setting))
+    first, neighbours = alone
+    assert both.allocated == neighbours.allocated > first.allocated
+    assert both.phases["forward"].bytes == first.phases["forward"].bytes > neighbours.phases["forward"].bytes
+    assert both.kept.bytes == first.kept.bytes
+
+
+def test_several_plans_tell_which_is_being_made(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[str] = []
+    planned = planning.planned
+
+    def watched(name: str, *rest: Any) -> Any:
+        told.append(capsys.readouterr().err)
+        return planned(name, *rest)
+
+    monkeypatch.setattr(planning, "planned", watched)
+    words = ["--model.base", base, "--data.max_length", "16"]
+    assert run(monkeypatch, "ia3.yaml", "meft.yaml", *words, "--model.quantize", "int8", "lora.yaml") == 1
+    assert told == [
+        "1 of 3: ia3.yaml ...",
+        " cannot be planned\n2 of 3: meft.yaml ...",
+        " cannot be planned\n3 of 3: lora.yaml ...",
+    ]
+    told.clear()
+    capsys.readouterr()
+    assert run(monkeypatch, "ia3.yaml", "lora.yaml", *words) == 0
+    assert told[0] == "1 of 2: ia3.yaml ..."
+    assert told[1].endswith(" GiB\n2 of 2: lora.yaml ...")
+    out = capsys.readouterr()
+    assert out.err.endswith(" GiB\n")
+    assert "of 2:" not in out.out
+    assert run(monkeypatch, "ia3.yaml", *words) == 0
+    assert "1 of 1" not in capsys.readouterr().err
 
 
 def test_full_fine_tuning_keeps_what_arithmetic_says(
