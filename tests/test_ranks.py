@@ -25,7 +25,7 @@ from lit_sparse.optim import AdamW, trainable
 from lit_sparse.places import configs_folder
 from lit_sparse.ranks import average_gradients, largest_of_ranks
 from lit_sparse.runs import build_module
-from lit_sparse.strategies import LISA, MEFT, SMT
+from lit_sparse.strategies import LISA, MEFT, SMT, SparseEntries
 from lit_sparse.strategies.base import ALONE, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Cyclic
 from lit_sparse.testing import tiny_llm
@@ -159,6 +159,7 @@ def averages(rank: int) -> list:
 
 COMPARED: dict[str, Callable[[], UpdateStrategy]] = {
     "lisa": partial(LISA, active_layers=1, interval=1, sampler="cyclic"),
+    "entries": partial(SparseEntries, entries="gradient", policy="grow_and_prune", reselect=1, moments="seeded"),
     "meft": MEFT,
     "meft in segments": partial(MEFT, exact=False, checkpoint_every=2, variant=3),
 }

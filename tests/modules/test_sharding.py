@@ -178,6 +178,13 @@ def transposed_blocks(folder: Path, sharded: bool) -> L.Trainer:
     return fit(made, sharded, unlike=True, gradient_clip_val=0.05)
 
 
+def entries_anew(folder: Path, sharded: bool) -> L.Trainer:
+    """Entries of GPT-2's transposed matrices, replaced by gradients of accumulated batches."""
+    fields = {"trainable_fraction": 0.05, "policy": "grow_and_prune", "reselect": 2, "moments": "seeded"}
+    update = {"class_path": "SparseEntries", "init_args": {**fields, "entries": "wanda", "selection_batches": 2}}
+    return fit(module("full", folder / "gpt2", **FULL, updates=[update]), sharded, 5, **CLIPPED)
+
+
 def grouped(folder: Path, sharded: bool) -> L.Trainer:
     """Blocks with masks, on groups of ranks that each have the whole model."""
     updates = [{"class_path": "SMT", "init_args": SMT_FIELDS}, {"class_path": "GMT"}]
@@ -229,6 +236,7 @@ SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     "delta blocks": delta_blocks,
     "transposed blocks": transposed_blocks,
     "blocks in groups": grouped,
+    "entries anew": entries_anew,
     "masks in groups": masked_in_groups,
     "reversed segments": reversed_segments,
     "reversed in groups": reversed_in_groups,
