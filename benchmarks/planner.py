@@ -52,7 +52,7 @@ from lit_sparse.commands.plan import fit_command
 from lit_sparse.commands.shipped import methods
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import LitSparse, hollow
+from lit_sparse.modules import LitSparse, building
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.planning.forecast import Forecast, Setting, forecast
 from lit_sparse.planning.quantized import scales_of
@@ -313,7 +313,7 @@ def work(rank: int, cases: Sequence[Case], configs: dict[str, Path], folder: Pat
     mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PAIR, "LOCAL_WORLD_SIZE": PAIR}
     os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
     dist.all_reduce = reduce
-    hollow.hash_of = lambda named: ""  # it gathers every weight while loading, by gloo's own copies
+    building.hash_of = lambda named: ""  # it gathers every weight while loading, by gloo's own copies
     setattr(_fsdp_collectives.DefaultAllGather, "__call__", gather)  # noqa: B010 - a method
     setattr(_fsdp_collectives.DefaultReduceScatter, "__call__", scatter)  # noqa: B010
     for number, case in enumerate(cases):

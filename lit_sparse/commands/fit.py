@@ -5,6 +5,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -38,6 +39,7 @@ from lit_sparse.commands.refusals import check_trainer_words, explain
 from lit_sparse.commands.screen import shown
 from lit_sparse.commands.words import find_data, named_task, unmeasured
 from lit_sparse.errors import BadInput
+from lit_sparse.export.replay import go_on_from
 from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules.sharding import TIMEOUT
 from lit_sparse.runs import (
@@ -239,7 +241,8 @@ class CLI(LightningCLI):
 
     def fit(self, **arguments: Any) -> None:
         """Train; a run that is refused before training has moved leaves nothing."""
-        self.model.resume_from, self.model.seed_log = arguments["ckpt_path"], self.seed_log
+        self.model.resume_from = arguments["ckpt_path"]
+        self.model.take_earlier_steps = None if self.seed_log is None else partial(go_on_from, self.seed_log)
         start_fresh(self.trainer, arguments["ckpt_path"])
         self.phases.end(COMMAND_LINE)
         try:

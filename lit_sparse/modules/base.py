@@ -1,7 +1,9 @@
 """The host: a LightningModule that trains a Hugging Face model with update strategies, and knows no method's name."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -25,16 +27,12 @@ from lit_sparse.modules.checks import (
 from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.modules.loading import Quantization
 from lit_sparse.modules.precision import HALF, Precision
-from lit_sparse.modules.replay import go_on_from
 from lit_sparse.modules.resume import Resumable
 from lit_sparse.modules.schedule import Schedule, scheduler_of
 from lit_sparse.modules.window import Window
 from lit_sparse.optim import AdamW, match_by_name, total_norm
 from lit_sparse.ranks import all_reduce_sum, average_gradients
 from lit_sparse.strategies import UpdateStrategy
-
-if TYPE_CHECKING:
-    from lit_sparse.export.seedlog import SeedLog
 
 LOGGED = (
     *("train_loss", "train_accuracy", "scored_tokens", "lr", "grad_norm"),
@@ -67,7 +65,8 @@ class LitSparse(Resumable):
         max_skipped: Steps in a row that may be skipped since their loss is not finite, before the run ends.
 
     Attributes:
-        seed_log: A log whose steps a fit takes again on the base before its own; None for a fit of its own.
+        take_earlier_steps: Called with the module before the first step of a fit, once the optimizer exists, to take
+            the steps of a log again; None for a fit that begins at the base or a checkpoint.
     """
 
     def __init__(
@@ -101,16 +100,15 @@ class LitSparse(Resumable):
                 raise BadInput(f"model.{name} is {value}; it must be a number from 0 on.")
         if max_skipped < 0:
             raise BadInput(f"model.max_skipped is {max_skipped}; it must be 0 or more.")
-        self.lr, self.make_optimizer, self.max_skipped = lr, optimizer, max_skipped
+        self.lr, self.make_optimizer = lr, optimizer
+        self.guard.most = max_skipped
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
         self.of_training = {*LOGGED}
         self._window = Window()
-        self._lost = torch.zeros((), dtype=torch.bool)  # whether a loss of the window is not finite
-        self._skips, self._skipped_in_row = False, 0
         self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself
         self._value = torch.zeros(())  # its last loss
-        self.seed_log: SeedLog | None = None
+        self.take_earlier_steps: Callable[[LitSparse], None] | None = None
 
     def configure_callbacks(self) -> list[Any]:
         if self.trainer.state.fn == "fit":
@@ -135,8 +133,8 @@ class LitSparse(Resumable):
         if not self.updates.masters:
             trained = f"what is trained stays in {frozen}"
         rank_zero_info(f"Frozen weights and computation are in {frozen}, {trained}.")
-        if self.seed_log is not None:
-            go_on_from(self.seed_log, self)
+        if self.take_earlier_steps is not None:
+            self.take_earlier_steps(self)
             self._moved = True
 
     def weighed_loss(self, batch: Mapping[str, Tensor], micro_batches: int) -> Tensor:
@@ -170,16 +168,13 @@ class LitSparse(Resumable):
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
         if self.updates.backward == "none":
             return
-        self._lost = self._lost.to(loss.device) | ~loss.detach().isfinite()
-        if self.updates.backward == "autograd" or not self._loses():  # a fused backward pass moves weights
+        last, fused = not self.trainer.fit_loop._should_accumulate(), self.updates.backward == "fused"
+        self.guard.note(loss, last or fused)
+        if not fused or not self.guard.lost():  # a fused backward pass moves weights
             super().backward(loss, *args, **options)
-        if not self.trainer.fit_loop._should_accumulate():
+        if last:
             self._average_replicated()
             self._close_window()
-
-    def _loses(self) -> bool:
-        """Return whether a loss of the window is not finite, on any rank; every rank must call it."""
-        return bool(all_reduce_sum(self._lost.float()))
 
     def _average_replicated(self) -> None:
         """Average over ranks the gradients that the trainer's strategy leaves alone.
@@ -208,34 +203,13 @@ class LitSparse(Resumable):
         A step whose loss is not finite is skipped: parameters without a gradient are left alone by every optimizer.
         """
         loss, accuracy, tokens, scale = self._window.close(self._micro_batches)
-        self._skips = self._loses()
-        self._lost = torch.zeros_like(self._lost)
-        if self._skips:
-            self._skip(float(loss))
-        else:
-            self._skipped_in_row = 0
-            if scale is not None:
-                self.updates.scale_gradients(scale)
+        if self.guard.close():
+            rank_zero_info(self.guard.told(self.global_step + 1, float(loss)))
+            self.log("skipped_steps", float(self.guard.total))
+        elif scale is not None:
+            self.updates.scale_gradients(scale)
         self._count_tokens(tokens)
         self._log_scores(loss, accuracy)
-
-    def _skip(self, loss: float) -> None:
-        """Count the step, whose gradients are dropped before the optimizer sees them.
-
-        Raises:
-            BadInput: if more steps in a row were skipped than may be.
-        """
-        self.skipped, self._skipped_in_row = self.skipped + 1, self._skipped_in_row + 1
-        if self._skipped_in_row > self.max_skipped:
-            raise BadInput(
-                f"the losses of {self._skipped_in_row} steps in a row are not finite, and were skipped; lower model.lr "
-                "and go on from the last checkpoint, look for odd rows in the data, or raise model.max_skipped."
-            )
-        rank_zero_info(
-            f"Step {self.global_step + 1} is skipped: its loss is {loss} ({self._skipped_in_row} in a row, at most "
-            f"{self.max_skipped}; {self.skipped} in all)."
-        )
-        self.log("skipped_steps", float(self.skipped))
 
     def _log_scores(self, loss: Tensor, accuracy: Tensor) -> None:
         # Lightning reads a value that is for the bar at every step, bar or not, and so waits for the device.
@@ -264,7 +238,7 @@ class LitSparse(Resumable):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        if self._skips:
+        if self.guard.skips:
             return
         if gradient_clip_val and gradient_clip_algorithm in (None, "norm") and isinstance(optimizer, AdamW):
             optimizer.clip_norm(gradient_clip_val)
@@ -273,7 +247,7 @@ class LitSparse(Resumable):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.updates.backward == "autograd":
-            if self._skips:
+            if self.guard.skips:
                 self.updates.skip_step(optimizer)
             else:
                 self._before_step(optimizer)

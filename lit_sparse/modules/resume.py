@@ -14,6 +14,7 @@ from lit_sparse.checkpoints import alike, get_rng, set_rng
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import BuiltModel
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
+from lit_sparse.modules.finite import LossGuard
 from lit_sparse.modules.owed import owed, run_though_done, settle
 from lit_sparse.modules.precision import Masters
 
@@ -25,7 +26,7 @@ class Resumable(BuiltModel):
         full_checkpoints: Whether checkpoints hold all weights instead of what was trained.
         resume_from: The checkpoint that the model is built from in place of a fresh start.
         unrecorded: Whether the run took its last step and has no record of it: a kill came between the two.
-        skipped: Steps of the run that were skipped, since their loss was not finite.
+        guard: Skips and counts steps whose loss is not finite.
         owed: The evaluation that was due when the checkpoint was saved; None if none was, or once it has run.
     """
 
@@ -37,7 +38,7 @@ class Resumable(BuiltModel):
         self.strict_loading = False  # checkpoints hold what was trained; check_complete sees that all of it is there
         self.tokens_seen = torch.zeros((), dtype=torch.int64)  # scored tokens of all steps
         self.unrecorded = False
-        self.skipped = 0  # steps whose loss was not finite
+        self.guard = LossGuard(most=10)
         self._moved = False  # whether what trains has other values than it began with
         self._rng: Any = None
         self._base_lrs: list[Any] = []  # of the optimizer's groups, once they are made
@@ -65,7 +66,7 @@ class Resumable(BuiltModel):
             "precision": str(self.frozen_dtype).removeprefix("torch."),
             "updates": self.updates.state_dict(),
             "tokens_seen": int(self.tokens_seen),
-            "skipped": self.skipped,
+            "skipped": self.guard.total,
             "rng": self._rng or get_rng(self.device, 1 if self._trainer is None else self.trainer.world_size),
             "owed": None if self._trainer is None else owed(self.trainer),
         }
@@ -82,7 +83,7 @@ class Resumable(BuiltModel):
         self.check_complete(checkpoint)
         self._moved, self._rng = True, checkpoint["lit_sparse"]["rng"]
         self.tokens_seen = torch.tensor(checkpoint["lit_sparse"].get("tokens_seen", 0))  # older checkpoints lack it
-        self.skipped = checkpoint["lit_sparse"].get("skipped", 0)
+        self.guard.total = checkpoint["lit_sparse"].get("skipped", 0)
         self.owed = checkpoint["lit_sparse"].get("owed")
         if self.owed is not None and self.trainer.state.fn == "fit":
             run_though_done(self.trainer, self)

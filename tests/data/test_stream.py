@@ -34,7 +34,7 @@ def texts(encoder: Encoder, rows: list[list[int]]) -> list[str]:
     end, tokens = encoder.text_end, [token for row in rows for token in row]
     ends = [place for place, token in enumerate(tokens) if token == end]
     begins = [0, *(place + 1 for place in ends)]
-    return [encoder.tokenizer.decode(tokens[a:b]) for a, b in zip(begins, ends, strict=False)]
+    return [str(encoder.tokenizer.decode(tokens[a:b])) for a, b in zip(begins, ends, strict=False)]
 
 
 @pytest.fixture

@@ -364,9 +364,9 @@ class Losing(CausalLM):
     lost: ClassVar[dict[int, float]] = {}
 
     def graded_loss(self, batch):
-        loss, *rest = super().graded_loss(batch)
+        loss, output, hits = super().graded_loss(batch)
         factor = self.lost.get(self.global_step + 1) if self.training and self._trainer is not None else None
-        return (loss if factor is None else loss * factor, *rest)
+        return loss if factor is None else loss * factor, output, hits
 
 
 class Weights(L.Callback):
@@ -375,9 +375,9 @@ class Weights(L.Callback):
     def __init__(self):
         self.found = []
 
-    def on_train_batch_end(self, trainer, module, *args):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step > len(self.found):
-            self.found.append([parameter.detach().clone() for _, parameter in trainable(module.build())])
+            self.found.append([parameter.detach().clone() for _, parameter in trainable(pl_module.build())])
 
 
 def losing(monkeypatch, lost, steps=4, **options):
@@ -400,13 +400,13 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(monkeypatch, cap
         assert same(found[0], found[1])
         assert not same(found[1], found[2])
     assert all(parameter.isfinite().all() for step in found for parameter in step)
-    assert module.skipped == 1
+    assert module.guard.total == 1
     assert f"Step 2 is skipped: its loss is {factor} (1 in a row, at most 10; 1 in all)" in caplog.text
 
 
 def test_steps_are_skipped_up_to_a_limit_of_so_many_in_a_row(monkeypatch):
     nan = float("nan")
     module, _ = losing(monkeypatch, {1: nan, 3: nan}, max_skipped=1)
-    assert module.skipped == 2
+    assert module.guard.total == 2
     with pytest.raises(BadInput, match=r"the losses of 2 steps in a row are not finite.*raise model\.max_skipped"):
         losing(monkeypatch, {2: nan, 3: nan}, max_skipped=1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import linears, weight_count
@@ -180,9 +180,9 @@ def test_principal_scores_are_of_the_exact_svd(shape):
 def test_each_kind_chooses_the_largest_scores(kind):
     base = tiny_llm(kind).train()
     loss_of(base).backward()
-    inputs = {}
+    inputs: dict[str, Tensor] = {}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+        layer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1)))
         for name, layer in linears(base).items()
     ]
     loss_of(base)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse.data.loader import Loader
 from lit_sparse.errors import BadInput
+from lit_sparse.export.seedlog import SeedLog
+from lit_sparse.modules import LitSparse
 from lit_sparse.zeroth_order.method import recipe, take_again
-
-if TYPE_CHECKING:
-    from lit_sparse.export.seedlog import SeedLog
-    from lit_sparse.modules.base import LitSparse
 
 
 def go_on_from(log: SeedLog, module: LitSparse) -> None:
