@@ -11,7 +11,7 @@ from lit_sparse.data.loader import Loader
 from lit_sparse.errors import BadInput
 from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules import LitSparse
-from lit_sparse.zeroth_order.method import recipe, take_again
+from lit_sparse.strategies.forward_only import recipe, take_again
 
 
 def go_on_from(log: SeedLog, module: LitSparse) -> None:

@@ -29,7 +29,7 @@ from lit_sparse.export.delta import checksum
 from lit_sparse.modules import LitSparse
 from lit_sparse.runs import build_module
 from lit_sparse.strategies import Updates
-from lit_sparse.zeroth_order.method import ForwardOnlyMethod, take_again
+from lit_sparse.strategies.forward_only import ForwardOnlyMethod, take_again
 
 FORMAT, VERSION = "lit_sparse.seedlog", 1
 

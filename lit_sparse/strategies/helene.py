@@ -41,15 +41,15 @@ from torch.optim import Optimizer
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import local_shard
 from lit_sparse.strategies.base import Context, Need, UpdateStrategy
-from lit_sparse.zeroth_order.curvature import Curvature, Estimate, Layers, layers_of, squared_slopes
-from lit_sparse.zeroth_order.directions import Dense, Part
-from lit_sparse.zeroth_order.method import (
+from lit_sparse.strategies.forward_only import (
     MEASURING,
     ForwardOnlyMethod,
     check_above_zero,
     check_at_least,
     check_one_of,
 )
+from lit_sparse.zeroth_order.curvature import Curvature, Estimate, Layers, layers_of, squared_slopes
+from lit_sparse.zeroth_order.directions import Dense, Part
 from lit_sparse.zeroth_order.optimizer import Losses
 from lit_sparse.zeroth_order.perturbed import Make, Place, Rows
 from lit_sparse.zeroth_order.quantile import quantiles

@@ -33,14 +33,14 @@ from torchmetrics import Metric
 
 from lit_sparse.errors import BadInput
 from lit_sparse.strategies.base import UpdateStrategy
-from lit_sparse.zeroth_order.directions import Direction, Part, direction_of
-from lit_sparse.zeroth_order.method import (
+from lit_sparse.strategies.forward_only import (
     MEASURING,
     ForwardOnlyMethod,
     check_above_zero,
     check_at_least,
     check_one_of,
 )
+from lit_sparse.zeroth_order.directions import Direction, Part, direction_of
 from lit_sparse.zeroth_order.optimizer import Losses
 from lit_sparse.zeroth_order.perturbed import Make
 from lit_sparse_kernels.add_noise import Term

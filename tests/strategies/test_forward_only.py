@@ -5,8 +5,8 @@ import torch
 
 from lit_sparse.errors import BadInput
 from lit_sparse.strategies import HELENE, LISA, MeZO, Updates
+from lit_sparse.strategies.forward_only import Tape, recipe
 from lit_sparse.testing import tiny_llm
-from lit_sparse.zeroth_order.method import Tape, recipe
 from lit_sparse.zeroth_order.optimizer import Recorded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import trainable
+from lit_sparse.strategies.base import Backward, BaseWeights, Claim, Context, Probe
+from lit_sparse.strategies.updates import Updates
 from lit_sparse.zeroth_order.directions import Part
 from lit_sparse.zeroth_order.optimizer import Closure, ForwardOnly, Losses, Recorded, Skips, finite, named_errors
 from lit_sparse.zeroth_order.perturbed import Place, check_model, places_of
-
-if TYPE_CHECKING:  # strategies import this module
-    from lit_sparse.strategies.base import Backward, BaseWeights, Claim, Context, Probe
-    from lit_sparse.strategies.updates import Updates
 
 MEASURING = frozenset({"epsilon", "micro_batch", "probes_at_once", "max_skipped"})
 """Settings on which losses depend, and a step that is taken again from its numbers does not."""
