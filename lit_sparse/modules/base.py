@@ -168,10 +168,11 @@ class LitSparse(Resumable):
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
         if self.updates.backward == "none":
             return
+        backward = super().backward
         last, fused = not self.trainer.fit_loop._should_accumulate(), self.updates.backward == "fused"
         self.guard.note(loss, last or fused)
         if not fused or not self.guard.lost():  # a fused backward pass moves weights
-            super().backward(loss, *args, **options)
+            self.updates.run_backward(loss, lambda value, **more: backward(value, *args, **{**options, **more}))
         if last:
             self._average_replicated()
             self._close_window()

@@ -104,10 +104,11 @@ def check_trainer(trainer: L.Trainer, updates: Sequence[UpdateStrategy]) -> None
         )
     for update in updates:
         check_gradients_live(trainer, update)
-        if isinstance(trainer.strategy, DDPStrategy) and update.period is not None and update.backward == "fused":
+        if isinstance(trainer.strategy, DDPStrategy) and update.backward == "fused":
             raise BadInput(
-                f"{type(update).__name__} trains other weights every {update.period} steps and updates them in the "
-                "backward pass, before their gradients could be averaged over ranks; train on one device."
+                f"{type(update).__name__} updates weights in the backward pass, before ddp has averaged their "
+                "gradients over ranks; set trainer.strategy to fsdp2, which averages a layer's gradients at once, "
+                "train on one device, or set fused_backward to false where the method has it."
             )
     sharding = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
     if sharding and not isinstance(trainer.strategy, FSDP2Strategy):

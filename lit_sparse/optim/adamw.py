@@ -143,19 +143,20 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            rule = Rule(
-                float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"], group["maximize"]
-            )
-            moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            plain = [parameter for parameter in moving if parameter not in self.masks]
-            self._step_whole([parameter for parameter in plain if parameter not in self._scattered], rule)
-            self._step_blocks([parameter for parameter in plain if parameter in self._scattered], rule)
-            for parameter in moving:
-                if parameter in self.masks:
-                    self._step_masked(parameter, self.masks[parameter], rule)
+            self.step_some(group, [parameter for parameter in group["params"] if parameter.grad is not None])
         self._wrote = frozenset(self._scattered.keys() - self.masks.keys())
         self.masks = {}
         return loss
+
+    def step_some(self, group: dict[str, Any], moving: Sequence[Tensor]) -> None:
+        """Step some of the parameters of a group, which have gradients; call it without a graph."""
+        rule = Rule(float(group["lr"]), tuple(group["betas"]), group["eps"], group["weight_decay"], group["maximize"])
+        plain = [parameter for parameter in moving if parameter not in self.masks]
+        self._step_whole([parameter for parameter in plain if parameter not in self._scattered], rule)
+        self._step_blocks([parameter for parameter in plain if parameter in self._scattered], rule)
+        for parameter in moving:
+            if parameter in self.masks:
+                self._step_masked(parameter, self.masks[parameter], rule)
 
     def _step_masked(self, parameter: Tensor, mask: Tensor, rule: Rule) -> None:
         """Step one parameter whole, then put back what is masked; copies are of one parameter at a time.

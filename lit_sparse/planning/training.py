@@ -167,7 +167,7 @@ def _step(
             trace.phase("forward")
             loss = module.weighed_loss(batch, micro_batches)
             trace.phase("backward")
-            loss.backward()
+            updates.run_backward(loss)
         if _averages(module, setting):
             average_gradients(parameter for _, parameter in updates.named if not isinstance(parameter, DTensor))
         scale = module._window.close(micro_batches)[-1]

@@ -19,6 +19,7 @@ from lit_sparse.strategies.scale import SCALE
 from lit_sparse.strategies.smt import SMT
 from lit_sparse.strategies.sparse_entries import SparseEntries
 from lit_sparse.strategies.stable_spam import StableSPAM
+from lit_sparse.strategies.subspace_adam import SubspaceAdam
 from lit_sparse.strategies.updates import Updates
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "RecordImportance",
     "SparseEntries",
     "StableSPAM",
+    "SubspaceAdam",
     "UpdateStrategy",
     "Updates",
     "compose",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -25,6 +26,13 @@ BaseWeights = Literal["kept", "trained", "rewritten", "moved", "replaced"]
 Leaves = Literal["plain", "adapter", "own_forward"]
 Attaches = Literal["whole", "shapes", "either", "shards"]
 Gradients = Literal["ignores", "reads", "masks", "adds", "scales"]
+
+
+NO_SECOND_PASS = (
+    "FSDP2 frees a layer's gathered weights in the first backward pass, and two_pass_clip asks for two; leave "
+    "two_pass_clip out"
+)
+"""Why a fused method that clips in two passes does not support sharding."""
 
 
 class Probe(Protocol):
@@ -210,6 +218,13 @@ class UpdateStrategy(ABC):
 
     def regrouped(self, optimizer: Optimizer) -> None:
         """React to the optimizer's parameters, at its start and after each change; for example by hooking them."""
+
+    def measuring(self) -> AbstractContextManager[None] | None:
+        """Return a context in which a fused method only measures gradients, in a backward pass before its own.
+
+        None, of methods that need no such pass.
+        """
+        return None
 
     def lr_factor(self, step: int) -> float:
         """Return the factor of the learning rate of step `step` (from 1): a warm-up after a change, for example."""

@@ -211,6 +211,18 @@ class Updates(Sequence[UpdateStrategy]):
         penalties = [p for strategy in self if (p := strategy.penalty(batch, output)) is not None]
         return loss + torch.stack(penalties).sum() if penalties else loss
 
+    def run_backward(self, loss: Tensor, backward: Callable[..., Any] = Tensor.backward) -> None:
+        """Run the backward pass of `loss`, after a first one of a method that measures gradients before it updates.
+
+        Args:
+            backward: Called with the loss, and with `retain_graph` where the graph must live on.
+        """
+        for strategy in self:
+            if (measuring := strategy.measuring()) is not None:
+                with measuring:
+                    backward(loss, retain_graph=True)
+        backward(loss)
+
     def scale_gradients(self, factor: Tensor) -> None:
         """Multiply all gradients by `factor`, those that strategies keep elsewhere too."""
         grads = [parameter.grad for _, parameter in self.named if parameter.grad is not None]
@@ -279,7 +291,7 @@ class Updates(Sequence[UpdateStrategy]):
             if self.backward == "fused":
                 self.before_step(step, optimizer)
             value = loss()
-            value.backward()
+            self.run_backward(value)
             if self.backward == "autograd":
                 self.before_step(step, optimizer)
             optimizer.step()
