@@ -22,8 +22,8 @@ from lit_sparse.optim import full_tensor, local_shard, sum_over_shards
 class Layout:
     """How a parameter (m, n), or a stack of matrices (E, m, n), is projected.
 
-    The basis (short, r) and whatever is (long, r) are sharded by rows of their own where the parameter is sharded; those
-    of a stack by matrices, and then a rank has all of its own.
+    The basis (short, r) and whatever is (long, r) are sharded by rows of their own where the parameter is sharded;
+    those of a stack by matrices, of which a rank then has all that is its.
 
     Args:
         parameter: Of two or three dimensions; a DTensor has its first one sharded.

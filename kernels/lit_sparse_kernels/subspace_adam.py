@@ -1,6 +1,6 @@
 """Adam in a subspace of each matrix's gradient, in place: moments of the projection, and the projection back.
 
-With the gradient G (L, S) of a matrix W (L, S), S being its shorter side, the basis B (S, r) and the projection R = G B,
+With the gradient G (L, S) of a matrix W (L, S), S being its shorter side, the basis B (S, r), the projection R = G B,
 both computed by torch, and t the count of the matrix's own steps:
 
     m = b1 m + (1 - b1) R
@@ -9,11 +9,11 @@ both computed by torch, and t the count of the matrix's own steps:
     W = keep W - lr C B^T                                         GaLore, arXiv 2403.03507: C = scale N
     W = keep W - lr (C B^T + f G)                                 Fira, arXiv 2410.01623: C = scale N - f R
 
-f (L) is a number for each row: f G - f R B^T is f times what the projection leaves of the gradient. Without f the update
-is a product that torch adds to W in place, which a kernel of ours has nothing to save of. With it the kernel reads G and
-W and writes W once, 8 + g bytes an entry for gradients of g bytes, where torch's two operations move 16 + g. The moments
-are one pass over R, m and v, of r columns, where torch makes eight. W may be a transposed view, and there may be a stack
-of matrices.
+f (L) is a number for each row: f G - f R B^T is f times what the projection leaves of the gradient. Without f the
+update is a product that torch adds to W in place, of which a kernel has nothing to save. With it the kernel reads G and
+W and writes W once, 8 + g bytes an entry for gradients of g bytes, where torch's two operations move 16 + g. Moments
+are one pass over R, m and v, of r columns, where torch makes eight. W may be a transposed view, and there may be a
+stack of matrices.
 
 Legend: E matrices of a stack, L rows, S columns, R rank.
 """

@@ -1,4 +1,4 @@
-"""Fused backward: each parameter is stepped in the backward pass, as soon as its gradient is there, which is then freed.
+"""Fused backward: step each parameter in the backward pass, as soon as its gradient is there, and free that.
 
 LOMO, arXiv 2306.09782. The gradients of all weights never exist together. Hooks are post-accumulate-grad hooks: others
 never fire under FSDP2, and these once a parameter, also where one is tied.

@@ -1,6 +1,7 @@
 """Update strategies: one method, one file."""
 
 from lit_sparse.strategies.activation_density import ActivationDensity
+from lit_sparse.strategies.adalomo import AdaLomo
 from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
 from lit_sparse.strategies.base import Claim, Context, Need, Probe, UpdateStrategy, compose
 from lit_sparse.strategies.cola import CoLA
@@ -32,6 +33,7 @@ __all__ = [
     "SCALE",
     "SMT",
     "ActivationDensity",
+    "AdaLomo",
     "AdaptiveRegularization",
     "Claim",
     "CoLA",

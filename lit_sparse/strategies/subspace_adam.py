@@ -53,8 +53,8 @@ TINY = 1e-8
 class SubspaceAdam(UpdateStrategy):
     """Keep Adam's moments in a subspace of each matrix's gradient (GaLore, arXiv 2403.03507; Fira, arXiv 2410.01623).
 
-    It trains whatever the stacked method trains, all weights if used alone: matrices of the decoder layers in subspaces,
-    the rest by AdamW.
+    It trains whatever the stacked method trains, all weights if used alone: matrices of the decoder layers in
+    subspaces, the rest by AdamW.
 
     Args:
         rank: Dimension of a subspace; below 1, a share of the shorter side of each matrix.
@@ -168,8 +168,8 @@ class SubspaceAdam(UpdateStrategy):
             side = min(parameter.shape[-2:])
             if self.rank > side and parameter.requires_grad:
                 raise BadInput(
-                    f"SubspaceAdam: rank is {self.rank:.0f}, but a side of {name} has {side} entries; give a rank of at "
-                    f"most {side}, or a share of the shorter side below 1."
+                    f"SubspaceAdam: rank is {self.rank:.0f}, but a side of {name} has {side} entries; give a rank of "
+                    f"at most {side}, or a share of the shorter side below 1."
                 )
             ranks[parameter] = int(self.rank) if self.rank >= 1 else max(1, round(self.rank * side))
         return ranks
@@ -201,7 +201,7 @@ class SubspaceAdam(UpdateStrategy):
 
 
 def state_size(parameter: Tensor, rank: int | None) -> int:
-    """Return the entries of moments and basis of a parameter: r (2 max(m, n) + min(m, n)) a matrix; AdamW's without r."""
+    """Return the entries of moments and basis: r (2 max(m, n) + min(m, n)) of a matrix; AdamW's without a rank."""
     if rank is None:
         return 2 * parameter.numel()
     *stack, rows, columns = parameter.shape
@@ -211,8 +211,8 @@ def state_size(parameter: Tensor, rank: int | None) -> int:
 class Projected(ByRole):
     """AdamW, but in subspaces for the matrices that have a rank.
 
-    The state of a matrix is `basis` (short, r), `exp_avg` and `exp_avg_sq` (long, r), and with a residual `limiter`, the
-    norm that the next one is measured by; all by rows of their own where the weight is sharded.
+    The state of a matrix is `basis` (short, r), `exp_avg` and `exp_avg_sq` (long, r), and with a residual `limiter`,
+    the norm that the next one is measured by; all by rows of their own where the weight is sharded.
 
     Attributes:
         ranks: Of the matrices that are projected.

@@ -106,6 +106,6 @@ def test_refuses_in_a_sentence():
         subspace_back(weight, moved, basis, 0.1, 1.0, factor, grad.t())
     with pytest.raises(ValueError, match="step is 0; expected 1 or more"):
         subspace_moments(*moments(CASES[0]), 0, RULE)
+    projected, m, v = moments(CASES[0])
     with pytest.raises(ValueError, match=re.escape("exp_avg has strides (1, 64); expected a contiguous")):
-        projected, m, v = moments(CASES[0])
         subspace_moments(projected, m.t().contiguous().t(), v, STEP, RULE)
