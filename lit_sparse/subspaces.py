@@ -194,6 +194,16 @@ class Exact:
 CHOOSERS: dict[str, Chooser] = {"sketch": Sketch(), "svd": Exact()}
 
 
+def oriented(basis: Tensor) -> Tensor:
+    """Return the basis (..., short, r) with signs that depend on its directions alone.
+
+    Libraries choose the signs of singular vectors by rounding; moments that are kept over a refresh would turn around
+    with them. A sign is that of the product with one fixed vector, to which no direction is likely to be orthogonal.
+    """
+    fixed = torch.arange(basis.shape[-2], device=basis.device, dtype=basis.dtype).cos()
+    return basis * torch.where(fixed @ basis < 0, -1.0, 1.0)[..., None, :]
+
+
 def seed_of(seed: int, step: int, name: str) -> int:
     """Return the seed of what is drawn for a parameter at a step, the same in every process."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {name}".encode()).digest()[:7], "big")

@@ -40,7 +40,7 @@ from lit_sparse.strategies.base import (
     Probe,
     UpdateStrategy,
 )
-from lit_sparse.subspaces import CHOOSERS, Layout, seed_of
+from lit_sparse.subspaces import CHOOSERS, Layout, oriented, seed_of
 from lit_sparse_kernels.adamw_arguments import Rule
 from lit_sparse_kernels.subspace_adam import subspace_back, subspace_moments
 
@@ -184,6 +184,7 @@ class SubspaceAdam(UpdateStrategy):
         assert isinstance(optimizer, Projected)
         assert self._model is not None, "attach or restore it first"
         optimizer.ranks = self._ranks(self._model)
+        optimizer.check("SubspaceAdam")
         if self._fused is not None:
             self._fused.watch()
 
@@ -283,7 +284,7 @@ class Projected(ByRole):
             if one is parameter
         )
         seed = seed_of(self.settings.seed, int(state["step"]), name)
-        basis = CHOOSERS[self.settings.basis](layout, grad, rank, seed)
+        basis = oriented(CHOOSERS[self.settings.basis](layout, grad, rank, seed))
         layout.keep(basis if layout.scattered else from_first_rank(basis), state["basis"])
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:
