@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # the resumed runs save nothing
 ]
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
-VARIANTS = {"fzoo", "helene_lora", "lezo", "mezo_lora"}
+VARIANTS = {"fira", "fzoo", "helene_lora", "lezo", "mezo_lora"}
 """Methods whose strategies stand in other files, too: they are tried on one model, and in no pair."""
 
 
@@ -124,8 +124,8 @@ def test_a_pair_has_both_effects_or_is_refused(pair):
 
 
 def over_gradients(task: LitSparse, accumulate: int = 1) -> dict[str, object]:
-    """The trainer's options for gradients, where there are any."""
-    if task.updates.backward == "none":
+    """The trainer's options for gradients, where there are any at the optimizer step."""
+    if task.updates.backward != "autograd":
         return {}
     return {"accumulate_grad_batches": accumulate, "gradient_clip_val": 1.0}
 

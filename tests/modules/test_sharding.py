@@ -80,7 +80,7 @@ FORWARDS = {"mezo", "lezo", "mezo_lora", "fzoo"}
 """Methods without a backward pass, which bring their optimizer."""
 OWN = {*FORWARDS, "muon", "scale"}
 """Methods that bring their optimizer."""
-ELSEWHERE = {"fzoo", "helene", "helene_lora", "mezo_lora"}
+ELSEWHERE = {"adalomo", "fira", "fzoo", "galore", "helene", "helene_lora", "mezo_lora"}
 """Variants of methods that are here, and those whose two ranks are in a test of their own."""
 FORWARD = {"lr": 1e-4, "warmup_steps": 0}
 """Their slopes are differences of losses, divided by 2e-3: an order of summation is 1e-4 of a slope."""
