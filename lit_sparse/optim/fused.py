@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class FusedBackward:
         Raises:
             BadInput: if a rank has a parameter whole, whose gradient nobody averages before its hook.
         """
-        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
+        groups = {p: number for number, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         whole = [parameter for parameter in groups if not isinstance(parameter, DTensor)]
         if whole and world_size() > 1:
             raise BadInput(
@@ -50,7 +49,7 @@ class FusedBackward:
         for parameter in self._handles.keys() - groups.keys():
             self._handles.pop(parameter).remove()
         for parameter in groups.keys() - self._handles.keys():
-            hook = partial(self._take, groups[parameter])
+            hook = partial(self._take, groups[parameter])  # by number: loading a state makes other groups
             self._handles[parameter] = parameter.register_post_accumulate_grad_hook(hook)
 
     def unwatch(self) -> None:
@@ -72,9 +71,9 @@ class FusedBackward:
             self._squares = None
 
     @torch.no_grad()
-    def _take(self, group: dict[str, Any], parameter: Tensor) -> None:
+    def _take(self, number: int, parameter: Tensor) -> None:
         if self._squares is None:
-            self.optimizer.step_some(group, [parameter])
+            self.optimizer.step_some(self.optimizer.param_groups[number], [parameter])
         else:
             assert parameter.grad is not None
             self._squares.append(parameter.grad.float().square().sum())
