@@ -36,6 +36,7 @@ from lit_sparse_kernels import (
     momentum_noise,
     pack_columns,
     philox,
+    subspace_adam,
 )
 from lit_sparse_kernels.jit import Listed
 from lit_sparse_kernels.master_adamw import Item, Rule
@@ -268,7 +269,21 @@ def momentum_noises(width: int, narrow: int, wide: int, size: int) -> Iterator[C
         yield lambda p=pieces, k=kind: momentum_noise.launch(p, terms, rule, k, stochastic=True)
 
 
+def subspace_adams(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
+    """Of an MLP's matrix and of its transpose, with bf16 and fp32 gradients, at the rank of a quarter of the width."""
+    rank, fp32 = width // 4, torch.float32
+    projected = [empty(wide, rank, dtype=fp32) for _ in range(4)]
+    yield lambda: subspace_adam.launch(*projected, 1, Rule(lr=1e-4))
+    basis, factor = empty(width, rank, dtype=fp32), empty(wide, dtype=fp32)
+    for dtype, turned in ((torch.bfloat16, False), (fp32, True)):
+        weight, grad = (
+            empty(width, wide, dtype=d).t() if turned else empty(wide, width, dtype=d) for d in (fp32, dtype)
+        )
+        yield lambda w=weight, g=grad: subspace_adam.launch_back(w, projected[0], basis, 1e-4, 1.0, factor, g)
+
+
 LAUNCHES = {
+    "subspace_adam": subspace_adams,
     "row_noise": noises,
     "add_noise": added_noises,
     "momentum_noise": momentum_noises,

@@ -28,6 +28,7 @@ from lit_sparse_kernels import (
     momentum_noise,
     pack_columns,
     philox,
+    subspace_adam,
 )
 
 Device = Literal["cuda", "cpu"]
@@ -53,8 +54,9 @@ def choices_of(device: Device, draw: Draw) -> Iterator[None]:
         stack.enter_context(patch.object(lisa.LISA, "_draw", draw))
         if device == "cuda":
             stack.enter_context(patch.object(loss, "chunk_tokens", _chunk_on_cuda))
-            for kernel in (master_adamw, block_adamw, add_noise, momentum_noise):  # one launch, in place
+            for kernel in (master_adamw, block_adamw, add_noise, momentum_noise, subspace_adam):  # one launch, in place
                 stack.enter_context(patch.object(kernel, "on_host", lambda *_: None))
+            stack.enter_context(patch.object(subspace_adam, "on_host_back", lambda *_: None))
             stack.enter_context(patch.object(philox, "on_host", _noise_on_cuda))
             stack.enter_context(patch.dict(CHUNK, cpu=CHUNK["cuda"]))
             stack.enter_context(CUDAAutocast())

@@ -104,6 +104,8 @@ class AdaLomo(UpdateStrategy):
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
         made = Factored(groups, lr, weight_decay=self.weight_decay)
         made.decay = self.decay
+        if self._fused is not None:  # of an earlier fit
+            self._fused.unwatch()
         self._fused = FusedBackward(made, self.two_pass_clip) if self.fused_backward else None
         return made
 

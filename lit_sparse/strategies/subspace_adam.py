@@ -177,6 +177,8 @@ class SubspaceAdam(UpdateStrategy):
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
         made = Projected(groups, lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         made.settings = self
+        if self._fused is not None:  # of an earlier fit
+            self._fused.unwatch()
         self._fused = FusedBackward(made, self.two_pass_clip) if self.fused_backward else None
         return made
 

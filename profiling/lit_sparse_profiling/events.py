@@ -27,6 +27,8 @@ OURS = (
     "_master_adamw_kernel",
     "_momentum_noise_kernel",
     "_noise_kernel",
+    "_subspace_back_kernel",
+    "_subspace_moments_kernel",
 )
 """Prefixes of the names of this project's ops and kernels. Kernels too, since an optimizer launches them from no op."""
 

@@ -20,6 +20,7 @@ from lit_sparse_kernels import (
     momentum_noise,
     pack_columns,
     philox,
+    subspace_adam,
 )
 from lit_sparse_kernels.jit import Listed
 from tests.kernels import (
@@ -31,6 +32,7 @@ from tests.kernels import (
     test_master_adamw,
     test_momentum_noise,
     test_pack_columns,
+    test_subspace_adam,
 )
 from tests.kernels.numpys import mend_interpreter
 
@@ -80,6 +82,13 @@ def results(device: torch.device) -> list[Tensor]:
         rule = test_momentum_noise.RULE._replace(refresh=(0.3, 0.1)[:terms])
         momentum_noise.launch(there, test_momentum_noise.TERMS[:terms], rule, kind)
         made += [tensor for piece in there for tensor in piece[:3] if tensor is not None]
+    for case in exact(subspace_adam.CASES):
+        projected, m, v = (tensor.to(device) for tensor in test_subspace_adam.moments(case))
+        moved_by = torch.empty_like(projected)
+        subspace_adam.launch(projected, m, v, moved_by, test_subspace_adam.STEP, test_subspace_adam.RULE)
+        weight, moved_to, basis, factor, grad = (tensor.to(device) for tensor in test_subspace_adam.matrices(case))
+        subspace_adam.launch_back(weight, moved_to, basis, 0.1, 0.9, factor, grad)
+        made += [moved_by, m, v, weight]
     return [tensor.cpu() for tensor in made]
 
 
