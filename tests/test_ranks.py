@@ -225,6 +225,9 @@ def pair(tmp_path_factory) -> Path:
 def test_replicas_train_to_the_same_weights(method, pair):
     first, second = (result(pair, method, rank) for rank in range(2))
     assert first == second
+    if method == "adalomo":
+        assert first.startswith("AdaLomo updates weights in the backward pass, before ddp has averaged their gradients")
+        return
     assert len(first) == 64, first
 
 
