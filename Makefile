@@ -5,7 +5,7 @@ BIN := .venv/bin
 BUILT := .venv/.built
 OLD := lit_sparse needs Python 3.11 to 3.13, and $(PYTHON) is another: name one, as in `make PYTHON=python3.12 test`
 
-.PHONY: help demo test oldest check gpu bench quality fuzz readme docs docs-run dist assets format
+.PHONY: help demo test oldest check gpu bench quality fuzz faults readme docs docs-run dist assets format
 help:     ## list the targets
 	@sed -n 's/^\([a-z-]*\): .*## /make \1\t/p' Makefile
 
@@ -39,6 +39,9 @@ quality: $(BUILT)     ## fill a quality table (TABLE=blocks_0.84) for MINUTES, a
 
 fuzz: $(BUILT)     ## stop and resume random fits of METHODS (all by default), EXAMPLES of each (200)
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:profiling $(BIN)/python -m tests.fuzz $(METHODS) --examples $(or $(EXAMPLES),200)
+
+faults: $(BUILT)     ## kill, damage and starve fits and files at random (KINDS="kills=100 damage"); an hour, goes on where it was
+	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:profiling $(BIN)/python -m tests.faults $(KINDS)
 
 readme: $(BUILT)     ## write the generated tables, pages and figures
 	$(BIN)/python benchmarks/readme.py

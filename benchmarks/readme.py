@@ -510,6 +510,26 @@ def published(results: Path) -> str:
     return f"{table(head, rows)}\n\n{caption(command, lines, 'Planned')}"
 
 
+def faults(results: Path) -> str:
+    """Return the counts of the campaign of faults, the newest of each kind."""
+    command = "python -m tests.faults"
+    lines = newest(read_lines(results / "faults.jsonl", command), key="kind").values()
+    names = ("tried", "survived", "refused", "nothing", "failed", "lost_steps", "corrupted")
+    rows = [[line["kind"], *(f"{line[name]:,}" for name in names)] for line in lines]
+    head = [
+        "fault",
+        "tried",
+        "survived",
+        "refused by name",
+        "came to nothing",
+        "failed",
+        "steps taken again",
+        "corrupted",
+    ]
+    return f"{table(head, rows)}\n\n{caption(command, [*lines])}"
+
+
+BLOCKS["faults"] = faults
 BLOCKS["planner"] = planner
 BLOCKS["published"] = published
 BLOCKS["methods"] = methods

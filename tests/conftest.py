@@ -19,7 +19,7 @@ ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) f
 LONG = (
     *("test_contract", "test_sharding", "test_fuzz", "test_bench", "test_anchors_sharded", "test_runs"),
     *("test_many_ranks", "test_forgetting_study", "test_interpreter", "test_plan", "test_refusals", "test_readme"),
-    *("test_documented_commands", "test_ranks", "test_rank_watch", "test_quality", "test_recipes"),
+    *("test_documented_commands", "test_faults", "test_ranks", "test_rank_watch", "test_quality", "test_recipes"),
 )
 """Files that take longest. They come first, so that no process is left with one of them at the end."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_sparse_profiling.documents import parse_as, spell_nonfinite
+from lit_sparse_profiling.drafts import remove_left
 from lit_sparse_profiling.reconcile import format_bytes
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.run_folders import (
@@ -104,6 +105,7 @@ def save_baseline(runs: Runs, path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"A baseline was to be saved as {path}, but there is no folder {path.parent}; make it first.")
     document = json.dumps(asdict(_Baseline(BASELINE_SCHEMA, entries)), indent=1, allow_nan=False) + "\n"
+    remove_left(path)
     draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
     try:
         draft.write_text(document, encoding="utf-8")

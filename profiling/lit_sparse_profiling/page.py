@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.resources import files
@@ -14,6 +13,7 @@ from typing import Any
 
 from lit_sparse_profiling import utilization
 from lit_sparse_profiling.documents import printable, spell_nonfinite
+from lit_sparse_profiling.drafts import replace_text
 from lit_sparse_profiling.drawing import device_name, one_line
 from lit_sparse_profiling.figures import ACROSS
 from lit_sparse_profiling.figures_of_one import OF_ONE
@@ -48,18 +48,13 @@ def write_page(runs: Runs, path: Path, cards: Mapping[int, int], own: int | None
     if path.is_dir():
         raise ValueError(f"The page was to be written to {path}, which is a folder; name a file, such as report.html.")
     document = render(runs, cards, own, command)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
     try:
-        draft.write_text(document, encoding="utf-8")
-        os.replace(draft, path)
+        replace_text(path, document)
     except OSError as error:
         raise ValueError(
             f"The page could not be written to {path} ({error.strerror or error}); name a file in a folder that exists "
             "and can be written to."
         ) from error
-    finally:
-        if draft.exists():
-            draft.unlink()
 
 
 def render(runs: Runs, cards: Mapping[int, int], own: int | None = None, command: str = "") -> str:

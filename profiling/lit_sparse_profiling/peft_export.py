@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lit_sparse_profiling.documents import spell_nonfinite
+from lit_sparse_profiling.drafts import replace_text
 from lit_sparse_profiling.measures import accuracy, forgetting, loss, seconds, tokens_per_second
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import Runs, device_kind, peak_memory
@@ -33,21 +32,13 @@ def write_results(runs: Runs, folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, record in zip(names, ended, strict=True):
-            _write(folder / f"{name}.json", to_result(record))
+            document = json.dumps(spell_nonfinite(to_result(record)), indent=2, allow_nan=False)
+            replace_text(folder / f"{name}.json", document + "\n")
     except OSError as error:
         raise ValueError(
             f"Results could not be written to {folder} ({error.strerror or error}); name a folder that can be written."
         ) from error
     return len(ended)
-
-
-def _write(path: Path, document: Mapping[str, Any]) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
-    try:
-        draft.write_text(json.dumps(spell_nonfinite(document), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def to_result(record: RunRecord) -> dict[str, Any]:

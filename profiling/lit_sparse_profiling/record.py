@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from lit_sparse_profiling.documents import parse_as, spell_nonfinite
+from lit_sparse_profiling.drafts import replace_text
 from lit_sparse_profiling.sections import Device, Driver, Ledger, Memory, ModelSize, Phase, Predicted, StateBytes
 from lit_sparse_profiling.speed_sections import Kernels, Pair, Rank, Throughput
 
@@ -125,18 +125,7 @@ class RunRecord:
         # Dataclasses do not check types. A wrong one must fail here, in the run that has it, and not in a later report.
         parse_as(fields, type(self), "record")
         document = json.dumps({**fields, CHECKSUM: checksum(fields)}, indent=1, allow_nan=False) + "\n"
-        path = Path(path)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
-        try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(document)
-                file.flush()
-                os.fsync(
-                    file.fileno()
-                )  # some file systems commit a rename before the data: a crash leaves an empty file
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        replace_text(Path(path), document)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.provenance import of_device
 from tests.faults.damage import Files
-from tests.faults.fits import Bench, Found, bench, export, full_disk, kill
+from tests.faults.fits import Bench, Found, Refused, bench, export, full_disk, kill
 from tests.faults.inputs import odd
 from tests.faults.soak import METHODS as SOAKED
 from tests.faults.soak import soak
@@ -76,7 +76,10 @@ class Campaign:
             "odd input": lambda: odd(draw),
             "soak": lambda: soak(self.bench, SOAKED[number]),
         }
-        return acts[kind]()
+        try:
+            return acts[kind]()
+        except Refused as refusal:
+            return Found("nothing", why=str(refusal)[:200])
 
 
 def run(campaign: Campaign, kind: str, count: int, notes: Path) -> list[dict[str, Any]]:

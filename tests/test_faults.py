@@ -1,0 +1,84 @@
+"""About a hundred trials of `make faults`, the same each time; and the trials themselves find what they are for."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.faults.__main__ import Campaign, counts
+from tests.faults.child import Fault, command, journal_of, lose_unsynced
+from tests.faults.fits import RUN, bench, words
+
+SOME = {"kills": 2, "power cuts": 2, "damage": 50, "good loads": 20, "full disks": 2, "exports": 2, "odd input": 30}
+
+
+@pytest.fixture(scope="module")
+def campaign():
+    with bench() as made:
+        made.methods = ["lisa", "lora"]  # the other ones are left to `make faults`
+        yield Campaign(made)
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_a_fault_loses_nothing(campaign, kind):
+    found = [campaign.trial(kind, number) for number in range(SOME[kind])]
+    assert not [one for one in found if one.how == "failed"]
+    if kind == "damage":
+        assert sum(one.how == "refused" for one in found) > 40
+
+
+def test_a_reader_that_believes_damage_is_found_out(campaign):
+    kept = campaign.files.kinds
+    path, files, _ = kept["delta"]
+    campaign.files.kinds = {"delta": (path, files, Path.read_bytes)}
+    try:
+        found = [vars(campaign.files.damage(random.Random(number))) for number in range(5)]
+    finally:
+        campaign.files.kinds = kept
+    assert [one["why"] for one in found] == ["believed"] * 5
+    assert counts(found) == {
+        **{"tried": 5, "survived": 0, "refused": 0, "nothing": 0, "failed": 5},
+        **{"lost_steps": 0, "corrupted": 5},
+    }
+
+
+def test_a_kill_comes_before_the_file_event_that_was_named(campaign):
+    with campaign.bench.place() as place:
+        (ended,) = command(words("lora", 1), place, Fault(event=1))
+        assert ended.status < 0
+        assert not (place / RUN).exists()
+
+
+def writes(how: str):
+    """Return a command that writes a file and renames it, and syncs the file, the folder, both or neither."""
+
+    def act(line):
+        import os
+
+        Path("draft").write_bytes(b"new" * 2000)
+        if "file" in how:
+            with open("draft", "rb") as file:
+                os.fsync(file.fileno())
+        os.replace("draft", "kept")
+        if "folder" in how:
+            entry = os.open(".", os.O_RDONLY)
+            os.fsync(entry)
+
+    return act
+
+
+@pytest.mark.parametrize(("how", "loses"), [("", True), ("folder", True), ("file", True), ("file and folder", False)])
+def test_a_power_cut_loses_what_was_not_synced(tmp_path, how, loses):
+    found = set()
+    for number in range(12):
+        work = tmp_path / f"{number}"
+        work.mkdir()
+        (work / "kept").write_bytes(b"old")
+        (ended,) = command([], work, Fault(power=True), act=writes(how))
+        assert ended.status == 0, ended.told
+        lose_unsynced(journal_of(work), random.Random(number))
+        found.add((work / "kept").read_bytes())
+    assert b"new" * 2000 in found
+    assert (len(found) > 1) is loses
+    if how == "file":
+        assert found == {b"new" * 2000, b"old"}
