@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -125,11 +126,18 @@ def in_full(error: BaseException) -> str:
     )
 
 
+def leave(number: int, frame: Any) -> None:
+    """End with the status of a signal, but not at once: what is half written is removed."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Run the command `lit-sparse`; an error that the user can fix is one sentence and status 2."""
     phases = Phases.of_process()
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
+    if sys.argv[1:] and sys.argv[1] not in FIT_VERBS:  # which save first
+        signal.signal(signal.SIGTERM, leave)
     try:
         sys.exit(run(sys.argv[1:], phases))
     except Stopped as stopped:

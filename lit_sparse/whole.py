@@ -11,6 +11,7 @@ import errno
 import hashlib
 import os
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +25,8 @@ TRAILER = len(MARK) + 64
 ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
 """Record at the end of a zip archive without a comment, such as torch.save writes."""
 CHUNK = 2**20
+LARGE = 2**16
+"""Bytes from which hashing takes longer than handing it to another thread."""
 
 
 class Hashed:
@@ -35,16 +38,20 @@ class Hashed:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash = file, hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1, "hash")
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write and hash `data`."""
-        self._hash.update(data)
+        """Write and hash `data`, both at a time where it is large; neither holds Python's lock."""
+        hashed = self._hasher.submit(self._hash.update, data) if len(data) >= LARGE else self._hash.update(data)
         try:
             return self._file.write(data)
         except OSError as error:
             self.failure = error
             raise
+        finally:
+            if hashed is not None:
+                hashed.result()  # before torch reuses the buffer
 
     def flush(self) -> None:
         """Do nothing: `close` flushes."""
@@ -55,6 +62,8 @@ class Hashed:
             torch.save(checkpoint, self)  # pyright: ignore[reportArgumentType] - it writes, and no more
         except RuntimeError as error:
             raise self.failure or error from error
+        finally:
+            self._hasher.shutdown()
         self._file.write(MARK + self._hash.hexdigest().encode())
         self._file.flush()
         os.fsync(self._file.fileno())
