@@ -112,6 +112,7 @@ def _points(
     """Yield the line of the best points, then all of them."""
     best = frontier(points, high=measure.better == "high")
     labelled = {id(row) for row, _, _ in (points if len(points) <= MOST_LABELS else best[:MOST_LABELS])}
+    points = sorted(points, key=lambda point: point[1])  # neighbours have their names below and above in turn
     chosen = {id(row) for row, _, _ in best}
     if len(best) > 1:
         yield {
@@ -130,7 +131,7 @@ def _points(
         "x": [peak for _, peak, _ in points],
         "y": [value for _, _, value in points],
         "text": [safe(cut_label(one_line(row.label), 16)) if id(row) in labelled else "" for row, _, _ in points],
-        "textposition": "bottom right" if measure.better == "high" else "top right",
+        "textposition": [("bottom right", "top right")[number % 2] for number in range(len(points))],
         "textfont": {"size": 12},
         "cliponaxis": False,
         "customdata": [safe(one_line(row.label)) for row, _, _ in points],

@@ -62,7 +62,10 @@ def step_course(record: RunRecord) -> Figure | None:
         "What is alive in the examined step, counted tensor by tensor, from beginning to end; each point is the "
         "highest moment of a hundredth of it. The step is slower than others, since it is counted.",
         data,
-        merged(axes("time in the step, ms", "alive, GiB"), {"hovermode": "x unified", **_phase_marks(levels)}),
+        merged(
+            axes("time in the step, ms", "alive, GiB"),
+            {"hovermode": "x unified", "margin": {"t": 100}, "height": 480, **_phase_marks(levels)},
+        ),
     )
 
 
@@ -70,7 +73,7 @@ def _phase_marks(levels: Sequence[Level]) -> dict[str, Any]:
     """Return the layout of a line, and a name, where each phase of a step first begins."""
     begun = {level.phase: level.seconds * 1e3 for level in reversed(levels) if level.phase in STEP_PHASES}
     line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "@muted", "dash": "dot", "width": 1}}
-    name = {"y": 1, "yref": "paper", "yanchor": "top", "xanchor": "left", "textangle": -90, "showarrow": False}
+    name = {"y": 1, "yref": "paper", "yanchor": "bottom", "yshift": 2, "textangle": -90, "showarrow": False}
     return {
         "shapes": [{**line, "x0": at, "x1": at} for at in begun.values()],
         "annotations": [

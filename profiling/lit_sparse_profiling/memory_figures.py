@@ -211,6 +211,9 @@ def predictions(rows: Sequence[Row], cards: Cards) -> Figure | None:
     sizes = [size / GIB for found in series.values() for _, both in found for size in both]
     if not sizes:
         return None
+    furthest, (told, measured) = max(
+        (one for found in series.values() for one in found), key=lambda one: abs(one[1][0] / one[1][1] - 1)
+    )
     line = {"x": [0.8 * min(sizes), 1.25 * max(sizes)], "y": [0.8 * min(sizes), 1.25 * max(sizes)]}
     equal = {"type": "scatter", "mode": "lines", "line": {"color": "@muted", "dash": "dot"}, "hoverinfo": "skip"}
     scale = {"xaxis": {"type": "log"}, "yaxis": {"type": "log"}}
@@ -218,7 +221,8 @@ def predictions(rows: Sequence[Row], cards: Cards) -> Figure | None:
         "predicted",
         "Predicted against measured",
         "The allocator's peak as predicted before the first step, and as it was; on a GPU also what it reserved. "
-        "On the dotted line they are equal; below it the prediction was too low.",
+        "On the dotted line they are equal; below it the prediction was too low. The furthest off is "
+        f"{safe(furthest.name)}, by {told / measured - 1:+.1%}.",
         [
             {**equal, **line, "showlegend": False},
             *(_predicted(name, *look, series[name]) for name, look in LOOKS.items() if series[name]),

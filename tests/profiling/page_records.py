@@ -82,7 +82,7 @@ def gpu_record(method: str, number: int = 1, scale: float = 1.0, model: str = "a
         ),
         predicted=Predicted(
             peak_bytes=round(requested * 1.01),
-            reserved_bytes=round(reserved * 0.99),
+            reserved_bytes=round(reserved * 0.995),
             needed_bytes=reserved + size(0.7),
             free_bytes=79 * GIB,
             phase="backward",
