@@ -489,7 +489,7 @@ def published(results: Path) -> str:
     lines = read_lines(results / "published.jsonl", command)
     rows = [
         [
-            f"[{line['source']}]({line['address']})" if line["address"] else line["source"],
+            f"[{line['source']}]({line['address']})" if line.get("address") else line["source"],
             f"{line['model']}, {line['name']}",
             f"{line['batch_size']} x {line['length']}",
             f"{line['published']:.1f}",
