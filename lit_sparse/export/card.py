@@ -182,9 +182,10 @@ def loading(module: LitSparse, to: str) -> str:
             'SeedLog.load("FILE").apply(base)',
         ],
     }[to]
-    file = LIBRARIES[to] == "lit-sparse"
-    where = "`FILE` is the path of the file" if file else "`FOLDER` is this folder, or its name on the Hub"
-    least = "It needs lit-sparse" if file or (own and to == "adapter") else least_version(module.build().config)  # pyright: ignore
+    file, ours = LIBRARIES[to] == "lit-sparse", own and to == "adapter"
+    folder = "`FOLDER` is this folder" + ("" if ours else ", or its name on the Hub")  # which `MEFT.load` does not read
+    where = "`FILE` is the path of the file" if file else folder
+    least = "It needs lit-sparse" if file or ours else least_version(module.build().config)  # pyright: ignore
     return "```python\n" + "\n".join(code) + f"\n```\n\n{where}. {least}."
 
 

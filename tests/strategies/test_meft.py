@@ -407,7 +407,9 @@ def test_a_run_goes_on_in_mid_epoch_is_exported_and_generates(home: Path, settin
     assert whole.keys() == rest.keys()
     assert all(torch.equal(value, whole[name]) for name, value in rest.items())
     folder = export(Path("runs/cut-1"), "adapter")
-    assert 'MEFT.load("FOLDER", base)' in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert 'MEFT.load("FOLDER", base)' in card
+    assert "`FOLDER` is this folder. It needs lit-sparse." in card
     model = AutoModelForCausalLM.from_pretrained("tiny")
     MEFT.load(folder, model)
     ids, (module, _) = torch.tensor([[1, 5, 6, 4]]), load_run(Path("runs/cut-1"))
