@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_only
+
 from lit_sparse import cli
 from lit_sparse.callbacks import prediction
 from lit_sparse.library_errors import understood
@@ -234,6 +236,7 @@ def _be_child(
         warnings.simplefilter("ignore")
         prediction.SECONDS = 0.0  # of a planned peak, which is no subject here
         os.environ.update(names)
+        rank_zero_only.rank = rank  # as an import would have it, which was in the parent
         tempfile.tempdir = None
         os.chdir(folder)
         sys.argv = ["lit-sparse", *words]

@@ -25,9 +25,7 @@ FLAT = 0.01
 class Readings(L.Callback):
     """Writes resident bytes, file handles and threads every so many steps into `readings.jsonl`."""
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **options: Any) -> None:
         if trainer.global_step % EVERY:
             return
         pages = int(Path("/proc/self/statm").read_text().split()[1])
