@@ -38,6 +38,18 @@ def understood(error: BaseException) -> BadInput | None:
     return None
 
 
+MALFORMED = (TypeError, AttributeError, KeyError, IndexError)
+"""What Python raises where a file of a model has a list, say, in place of an object."""
+
+
+def met_in_transformers(error: BaseException) -> bool:
+    """Return whether transformers' own code ran into `error`, as it does on a malformed file."""
+    traceback, name = error.__traceback__, ""
+    while traceback is not None:
+        name, traceback = str(traceback.tb_frame.f_globals.get("__name__")), traceback.tb_next
+    return name.partition(".")[0] in ("transformers", "tokenizers")
+
+
 def raised_by(error: BaseException) -> str | None:
     """Return the name of the package whose statement `raise` raised `error`; None if no such statement did."""
     traceback = error.__traceback__

@@ -17,6 +17,7 @@ from transformers.utils.hub import cached_file
 from lit_sparse.anatomy import classification_head, is_quantized_linear
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
+from lit_sparse.library_errors import MALFORMED, met_in_transformers
 from lit_sparse.modules.hollow import (
     Hollow,
     Unreadable,
@@ -151,6 +152,12 @@ def load_errors(base: str, attention: str | None = None) -> Iterator[None]:
         yield
     except (OSError, ValueError, SafetensorError) as error:
         raise BadInput(_reason(base, error, attention if isinstance(error, ValueError) else None)) from error
+    except MALFORMED as error:
+        if not met_in_transformers(error):
+            raise
+        raise BadInput(
+            f"a file of {base!r} is malformed ({type(error).__name__}: {error}); bring the model again."
+        ) from error
     except ImportError as error:
         if attention is None:
             raise

@@ -193,6 +193,12 @@ def test_cut_off_weights_are_refused_in_a_sentence(home, capsys, monkeypatch):
     assert "the weights of 'tiny' are damaged" in refused(capsys, monkeypatch, "fit", *F)
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_malformed_file_of_a_model_is_refused_in_a_sentence(home, capsys, monkeypatch, name):
+    Path("tiny", name).write_text("[]")
+    assert "'tiny'" in refused(capsys, monkeypatch, "fit", *F)
+
+
 def test_a_section_without_keys_changes_nothing(home):
     Path("a.yaml").write_text("model:\n#  lr: 1\ndata:\ntrainer:\n")
     cli.run(["fit", *F, "--config", "a.yaml", "--run=lora", "--trainer.max_steps=1"])
