@@ -175,7 +175,7 @@ def test_own_data_is_one_word(home, word):
     assert config["data"]["init_args"]["train"].endswith("rows.jsonl")
 
 
-def test_data_are_read_by_what_fits_them():
+def test_data_are_read_by_what_fits_them(tmp_path):
     def data(*words, task=None):
         return find_data(["fit", *words], task)[1:]
 
@@ -187,7 +187,8 @@ def test_data_are_read_by_what_fits_them():
             "--x=1",
         ]
         assert data("--data", name, task="Classifier")[0] == "--data=lit_sparse.data.Labelled"
-    assert data("--data", "a.txt") == ["--data=lit_sparse.data.Text", "--data.train=a.txt"]
+    for name in ("a.txt", f"{tmp_path}/"):
+        assert data("--data", name) == ["--data=lit_sparse.data.Text", f"--data.train={name}"]
     for other in (
         "Instructions",
         "lit_sparse.data.Text",

@@ -38,9 +38,9 @@ def find_data(argv: Sequence[str], task: str | None) -> list[str]:
 
 
 def reader_of(name: str, task: str | None) -> str | None:
-    """Return the data module that reads a file or Hugging Face data set called `name`; None for any other name."""
+    """Return the data module that reads a file, folder or Hugging Face data set called `name`; None for other names."""
     suffix = Path(name).suffix.lower()
-    if suffix == ".txt":
+    if suffix == ".txt" or ("/" in name and Path(name).is_dir()):  # without a slash it may be the name of a class
         return "Text"
     known = suffix in READERS or (HUB_NAME.fullmatch(name) and suffix not in (".yaml", ".yml"))
     return ("Labelled" if task == "Classifier" else "Instructions") if known else None
