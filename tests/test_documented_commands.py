@@ -32,6 +32,7 @@ CANNOT_RUN = {
     "source ": "is the shell's",
     "make ": "builds the environment, or is the whole suite; test_readme.py sees that the target exists",
     "--push": "needs an account on the Hub; tests/export/test_hub.py pushes to a stand-in",
+    "allenai/c4": "needs the Hub; tests/data/test_stream.py streams a stand-in",
     "trainers/fsdp2.yaml": "needs several GPUs; tests/modules/test_sharding.py trains on two CPU processes",
 }
 """Words of commands that cannot be run here, with the reason."""
@@ -47,6 +48,7 @@ NAMES = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B", "NAME")
 EARLIER = {
     "mine": "--config lora.yaml --data rows.jsonl",
     "lora": "--config lora.yaml --data rows.jsonl",
+    "low_rank": "--config low_rank.yaml --config models/llama-3m.yaml",
     "general": "--config record_importance.yaml --config data/text.yaml --data.train general.txt",
     "fisher": "--config phases/record_fisher.yaml --config data/text.yaml --data.train general.txt --data.batch_size 1",
 }
@@ -96,7 +98,8 @@ def place(tmp_path_factory):
         Path("domain.jsonl").write_text(rows)
         passages = [" ".join(str((n * k) % 40) for k in range(30)) for n in range(60)]
         Path("passages.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
-        for name in ("general.txt", "novels.txt"):
+        Path("books").mkdir()
+        for name in ("general.txt", "novels.txt", "books/one.txt"):
             Path(name).write_text("\n".join(passages))
         Path("prompts.txt").write_text("1 and 2\n3 and 4\n")
         choices = [{"question": f"{n} and 1", "choices": ["1", "2"], "label": n % 2} for n in range(20)]
@@ -125,7 +128,10 @@ def shortened(words: list[str]) -> list[str]:
     if words[0] != "fit" or "--help" in words:
         return words
     text = " ".join(words)
-    short = [*SHORT, *(["--data.max_length=16", "--data.heldout=4"] if "data/text.yaml" in words else [])]
+    short = [
+        *SHORT,
+        *(["--data.max_length=16", "--data.heldout=4"] if "data/text.yaml" in words or "models/" in text else []),
+    ]
     short += [] if "classif" in text else ["--data.num_workers=0"]
     short += ["--model.base=experts"] if "gate_up" in text else []
     short += ["--model.updates.samples=2"] if "record_fisher" in text else []
