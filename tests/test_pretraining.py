@@ -10,12 +10,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lit_sparse import cli
 from lit_sparse.calls import dummy_forward
+from lit_sparse.data.collate import Padded, Padding
+from lit_sparse.data.encoding import Example
+from lit_sparse.data.loader import evaluation_loader
+from lit_sparse.data.text import embedded_text
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
+from lit_sparse.modules import CausalLM
+from lit_sparse.modules.metrics import TokenScores
 from lit_sparse.places import configs_folder
 from lit_sparse.roles import sizes_of
 from lit_sparse.runs import load_run
+from lit_sparse.testing import tiny_llm
 from tests.test_cli import SMALL
 from tests.test_resume import Cut
 
@@ -25,6 +32,7 @@ WORDS = [
     for b in ("cat", "dog")
     for c in "xyz"
 ]
+LENGTHS = [4, 9, 2, 7, 7, 3, 12, 5, 6, 2, 8]
 RESTARTS = """
 model:
   updates:
@@ -157,3 +165,32 @@ def test_a_shipped_configuration_gives_way_to_a_file_of_the_name(tmp_path, monke
     Path("models").mkdir()
     Path("models/llama-3m.json").write_text("{}")
     assert resolve("models/llama-3m.json") == "models/llama-3m.json"
+
+
+def test_perplexity_is_the_same_on_any_layout_of_ranks_workers_and_batches():
+    """Sums over all tokens, divided once: a mean of batches' means, or of ranks', would change with each layout."""
+    model = CausalLM(tiny_llm(), updates=[])
+    rows = [Example([3 + (7 * n * k) % 90 for k in range(length)], [5] * length) for n, length in enumerate(LENGTHS, 1)]
+
+    def scored(world: int, batch: int, workers: int = 0) -> dict[str, float]:
+        total = TokenScores()
+        for rank in range(world):
+            for one in evaluation_loader(rows, LENGTHS, batch, Padded(Padding()), rank, world, workers):
+                total.update(*model.scores(one), one["labels"])
+        return {"tokens": float(total.tokens), **{key: float(value) for key, value in total.compute().items()}}
+
+    wanted = scored(1, 1)
+    assert wanted["tokens"] == sum(LENGTHS) - len(LENGTHS)
+    assert wanted["perplexity"] == pytest.approx(math.exp(wanted["loss"]), rel=1e-12)
+    for layout in ((1, 4), (2, 3), (3, 2), (7, 1), (2, 2, 2)):
+        assert scored(*layout) == pytest.approx(wanted, rel=1e-6), layout
+
+
+@pytest.mark.needs_demo
+def test_the_embedded_text_is_prose_in_a_fixed_order():
+    rows = embedded_text()
+    assert len(rows) > 15_000
+    assert sum(len(row.data["text"]) for row in rows) > 5e6
+    assert [row.data for row in rows] == [row.data for row in embedded_text()]
+    kinds = ["hellaswag" in row.where for row in rows[:200]]
+    assert 50 < sum(kinds) < 180  # novels and articles are mixed, so that held-out blocks have both
