@@ -164,7 +164,8 @@ class AdamW(torch.optim.AdamW):
         Blocks are not written within this step, where masked entries have not been put back yet.
         """
         state = self._state_of(parameter)
-        moving = [parameter.detach(), *(value for name, value in state.items() if name != "step")]
+        like = {*self.fields(parameter), "master"}  # others have no entry for each of the weight's
+        moving = [parameter.detach(), *(value for name, value in state.items() if name in like)]
         before = [local_shard(tensor).clone() for tensor in moving]
         self._step_whole([parameter], rule)
         for tensor, old in zip(moving, before, strict=True):

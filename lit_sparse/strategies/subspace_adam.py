@@ -228,6 +228,9 @@ class Projected(ByRole):
     def takes(self, parameter: Tensor) -> bool:
         return parameter in self.ranks
 
+    def fields(self, parameter: Tensor) -> tuple[str, ...]:
+        return () if self.takes(parameter) else super().fields(parameter)
+
     def step_own(self, parameters: Sequence[Tensor], rule: Rule) -> None:
         for parameter in parameters:
             self._step_matrix(parameter, rule)
