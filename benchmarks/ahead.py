@@ -272,14 +272,14 @@ def momentum_noises(width: int, narrow: int, wide: int, size: int) -> Iterator[C
 def subspace_adams(width: int, narrow: int, wide: int, size: int) -> Iterator[Callable[[], Any]]:
     """Of an MLP's matrix and of its transpose, with bf16 and fp32 gradients, at the rank of a quarter of the width."""
     rank, fp32 = width // 4, torch.float32
-    projected = [empty(wide, rank, dtype=fp32) for _ in range(4)]
-    yield lambda: subspace_adam.launch(*projected, 1, Rule(lr=1e-4))
+    projected, m, v, moved = (empty(wide, rank, dtype=fp32) for _ in range(4))
+    yield lambda: subspace_adam.launch(projected, m, v, moved, 1, Rule(lr=1e-4))
     basis, factor = empty(width, rank, dtype=fp32), empty(wide, dtype=fp32)
     for dtype, turned in ((torch.bfloat16, False), (fp32, True)):
         weight, grad = (
             empty(width, wide, dtype=d).t() if turned else empty(wide, width, dtype=d) for d in (fp32, dtype)
         )
-        yield lambda w=weight, g=grad: subspace_adam.launch_back(w, projected[0], basis, 1e-4, 1.0, factor, g)
+        yield lambda w=weight, g=grad: subspace_adam.launch_back(w, moved, basis, 1e-4, 1.0, factor, g)
 
 
 LAUNCHES = {

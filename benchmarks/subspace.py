@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from benchmarks.zeroth_order import loss_of, seconds
 from lit_sparse.places import configs_folder
 from lit_sparse.strategies import AdaLomo, SubspaceAdam, Updates, UpdateStrategy
+from lit_sparse.strategies.subspace_adam import Residual
 
 WARM = 2
 """Rounds that are not counted."""
@@ -36,7 +37,8 @@ NEVER = 10**9
 def methods() -> dict[str, UpdateStrategy | None]:
     """Return the methods by name; None is AdamW."""
     found: dict[str, UpdateStrategy | None] = {ADAMW: None}
-    for name, residual in (("galore", "none"), ("fira", "fira")):
+    kinds: dict[str, Residual] = {"galore": "none", "fira": "fira"}
+    for name, residual in kinds.items():
         found[name] = SubspaceAdam(residual=residual, refresh_every=NEVER)
         found[name + ANEW] = SubspaceAdam(residual=residual, refresh_every=1)
     found["galore fused"] = SubspaceAdam(refresh_every=NEVER, fused_backward=True)
@@ -68,7 +70,8 @@ def rounds_of(model: nn.Module, batch: tuple[int, int], rounds: int) -> dict[str
     """Return the seconds of a step of each method, in as many rounds, in each of which all take one step."""
     arms = {name: Trained(model, update) for name, update in methods().items()}
     found: dict[str, list[float]] = {name: [] for name in arms}
-    device, vocabulary = next(model.parameters()).device, model.config.vocab_size  # pyright: ignore
+    weight: Tensor = model.get_input_embeddings().weight  # pyright: ignore
+    device, vocabulary = weight.device, len(weight)
     for number in range(WARM + rounds):
         ids = torch.randint(3, vocabulary, batch, generator=torch.Generator().manual_seed(number)).to(device)
         for name in list(arms)[number % len(arms) :] + list(arms)[: number % len(arms)]:
