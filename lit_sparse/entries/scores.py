@@ -30,13 +30,14 @@ def top_entries(scores: Tensor, count: int) -> Tensor:
         BadInput: if a score is not finite.
     """
     flat = scores.flatten()
-    if not has_values(flat):
-        return torch.arange(count, dtype=torch.int32, device=flat.device) * (len(flat) // count)
-    if not flat.isfinite().all():
+    known, finite = has_values(flat), flat.isfinite().all()
+    if known and not finite:
         raise BadInput("a score of an entry is not finite; check the base's weights, the data and the precision.")
     least = flat.kthvalue(len(flat) - count + 1).values
     above, level = flat > least, flat == least
     level &= level.cumsum(0, dtype=torch.int32) <= count - above.sum()
+    if not known:
+        return torch.arange(count, dtype=torch.int32, device=flat.device) * (len(flat) // count)
     return above.logical_or_(level).nonzero().squeeze(1).int()
 
 
@@ -65,29 +66,29 @@ class GradientSums:
     """Sums over optimizer steps of the gradient of one weight, for its candidates: the largest in the first batch.
 
     Args:
-        count: Number of candidates.
+        count: Number of candidates, C.
+        device: Where they are kept.
 
     Attributes:
-        candidates: Their positions, (C,) int32; None before the first batch.
+        candidates: Their positions, (C,) int32, sorted; once a batch was added.
         sums, squares: Sums over `steps` steps of a step's gradient, and of its square, (C,) fp32; means over ranks.
         window: What was added since the last step, (C,) fp32.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.steps = count, 0
-        self.candidates: Tensor | None = None
-        self.sums = self.squares = self.window = torch.empty(0)
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.steps, self._empty = 0, True
+        self.candidates = torch.zeros(count, dtype=torch.int32, device=device)
+        self.sums, self.squares, self.window = (torch.zeros(count, device=device) for _ in range(3))
 
     def add(self, gradient: Tensor) -> None:
         """Add the gradient (m, n) of one batch. Every rank must call it, in the same order of weights."""
-        if self.candidates is None:
+        if self._empty:
             whole = all_reduce_mean(gradient.to(torch.float32, copy=True))
-            self.candidates = top_entries(whole.abs(), self.count)
-            values = whole.flatten().index_select(0, self.candidates)
-            self.sums, self.squares, self.window = (torch.zeros_like(values) for _ in range(3))
+            self.candidates.copy_(top_entries(whole.abs(), len(self.candidates)))
+            self.window += whole.flatten().index_select(0, self.candidates)
+            self._empty = False
         else:
-            values = all_reduce_mean(gradient.flatten().index_select(0, self.candidates).float())
-        self.window += values
+            self.window += all_reduce_mean(gradient.flatten().index_select(0, self.candidates).float())
 
     def scale(self, factor: Tensor) -> None:
         """Multiply by `factor` what was added since the last step."""
@@ -95,7 +96,7 @@ class GradientSums:
 
     def end_step(self) -> None:
         """Take what was added since the last step as the gradient of one step."""
-        if self.candidates is None:
+        if self._empty:
             return
         self.sums += self.window
         self.squares += self.window.square()
@@ -108,7 +109,7 @@ class GradientSums:
         Args:
             pool: Which candidates count, bool; None is all.
         """
-        assert self.candidates is not None, "no gradient was seen"
+        assert self.steps, "no gradient was seen"
         scores = self.sums.abs() if pool is None else self.sums.abs().where(pool, -1.0)
         return self.candidates[top_entries(scores, count)]
 
@@ -117,7 +118,7 @@ class GradientSums:
 
         With these, bias corrections of a count of `step` steps give updates of the usual size (as SpIEL's code does).
         """
-        assert self.candidates is not None, "no gradient was seen"
+        assert self.steps, "no gradient was seen"
         place = torch.searchsorted(self.candidates, index)
         mean, square = (sums[place] / self.steps for sums in (self.sums, self.squares))
         return mean * (1 - betas[0] ** step), square * (1 - betas[1] ** step)
@@ -125,7 +126,7 @@ class GradientSums:
     def state_dict(self) -> dict[str, Any]:
         """Return the state between two steps, which `load` takes."""
         names = ("candidates", "sums", "squares", "steps")
-        return {} if self.candidates is None else {name: getattr(self, name) for name in names}
+        return {} if self._empty else {name: getattr(self, name) for name in names}
 
     def load(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Continue from the `state_dict` of another, if it has one."""
@@ -133,7 +134,7 @@ class GradientSums:
             self.candidates, self.sums, self.squares = (
                 state[name].to(device) for name in ("candidates", "sums", "squares")
             )
-            self.steps, self.window = state["steps"], torch.zeros_like(self.sums)
+            self.steps, self._empty = state["steps"], False
 
 
 class InputNorms:

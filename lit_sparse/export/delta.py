@@ -1,9 +1,11 @@
 """Deltas: the changes of a run to its base, as one small file that can be applied and removed again.
 
 The file is a safetensors file. Chosen blocks of a linear layer are two tensors, `index/<layer>` (N, 2) int32 and
-`values/<layer>` (N, h, w) fp32, of its weight as (out, in); another changed parameter is `whole/<parameter>` in fp32.
-Its metadata has one key, FORMAT, with a JSON object: version, base, the base's fingerprint, the strategies, the block
-sizes, and a checksum of everything. Equal deltas are equal files, byte for byte.
+`values/<layer>` (N, h, w) fp32, of its weight as (out, in). Single entries of a parameter are `places/<parameter>`
+(N,) int32, counted row by row (int64 from 2^31 entries on), and `entries/<parameter>` (N,) fp32. Another changed
+parameter is `whole/<parameter>` in fp32. Its metadata has one key, FORMAT, with a JSON object: version, base, the
+base's fingerprint, the strategies, the block sizes, and a checksum of everything. Equal deltas are equal files, byte
+for byte.
 """
 
 import hashlib
@@ -26,7 +28,8 @@ from lit_sparse.checkpoints import fingerprint
 from lit_sparse.errors import BadInput
 
 FORMAT = "lit_sparse.delta"
-VERSION = 1
+VERSIONS = (1, 2)
+"""Versions that are read. A delta with single entries is of version 2, which older readers refuse; others are of 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +115,62 @@ class ChangedParameter:
         return {f"whole/{self.name}": self.values}
 
 
-Change = ChangedBlocks | ChangedParameter
+@dataclass(frozen=True, eq=False)
+class ChangedEntries:
+    """New values of single entries of a parameter.
+
+    Attributes:
+        name: The parameter.
+        places: Their positions, counted row by row, (N,) int32 or int64, sorted.
+        values: (N,) fp32.
+    """
+
+    name: str
+    places: Tensor
+    values: Tensor
+
+    @classmethod
+    def between(cls, name: str, before: Tensor, after: Tensor) -> Self:
+        """Return the entries in which `after` differs from `before`."""
+        places = (after != before).flatten().nonzero().squeeze(1)
+        kind = torch.int32 if after.numel() < 2**31 else torch.int64
+        return cls(name, places.to(kind), after.flatten()[places])
+
+    def target(self, model: nn.Module) -> Tensor:
+        """Return the parameter in `model`.
+
+        Raises:
+            BadInput: if there is none of that name, or it has no such entries.
+        """
+        parameter = dict(model.named_parameters(remove_duplicate=False)).get(self.name)
+        if parameter is None:
+            raise BadInput(
+                f"the delta changes entries of {self.name}, which this {type(model).__name__} does not have; apply it "
+                "to the model it was made for."
+            )
+        inside = (self.places >= 0) & (self.places < parameter.numel())
+        if not inside.all() or self.places.shape != self.values.shape:
+            raise BadInput(
+                f"the delta's entries of {self.name} do not fit its {parameter.numel():,} in this "
+                f"{type(model).__name__}; apply it to the model it was made for."
+            )
+        return parameter.detach()
+
+    def read(self, target: Tensor) -> Tensor:
+        """Return a copy of the current values at the place of this change."""
+        return target.flatten()[self.places.long().to(target.device)]
+
+    def write(self, target: Tensor, values: Tensor) -> None:
+        """Write `values` to the place of this change, cast to the target's dtype."""
+        places = torch.unravel_index(self.places.long().to(target.device), target.shape)
+        target[places] = values.to(target.device, target.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of this change in the file, by key."""
+        return {f"places/{self.name}": self.places, f"entries/{self.name}": self.values}
+
+
+Change = ChangedBlocks | ChangedEntries | ChangedParameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +192,7 @@ class Delta:
     def save(self, path: str | Path) -> None:
         """Write the delta as one safetensors file."""
         header = {
-            "version": VERSION,
+            "version": 2 if any(isinstance(change, ChangedEntries) for change in self.changes) else 1,
             "base": self.base,
             "base_fingerprint": self.base_fingerprint,
             "updates": list(self.updates),
@@ -161,7 +219,12 @@ class Delta:
             for key, value in tensors.items()
             if key.startswith("whole/")
         )
-        return cls(header["base"], header["base_fingerprint"], tuple(header["updates"]), (*blocks, *whole))
+        entries = (
+            ChangedEntries(name := key.removeprefix("entries/"), tensors[f"places/{name}"], value)
+            for key, value in tensors.items()
+            if key.startswith("entries/")
+        )
+        return cls(header["base"], header["base_fingerprint"], tuple(header["updates"]), (*blocks, *entries, *whole))
 
     def apply(self, model: nn.Module) -> None:
         """Write the changes into `model` in place, and keep the values that they replace for `remove`.
@@ -240,10 +303,10 @@ def contents(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise BadInput(f"{path} cannot be read as a delta ({error}): it is truncated, or of another kind.") from error
     if not isinstance(header, dict):
         raise BadInput(f"{path} is a safetensors file, but no delta; give one that lit-sparse export --to delta wrote.")
-    if header.get("version") != VERSION:
+    if header.get("version") not in VERSIONS:
         raise BadInput(
-            f"{path} is a delta of version {header.get('version')}, this lit_sparse reads version {VERSION}; export "
-            "the run again, or use the lit_sparse that wrote it."
+            f"{path} is a delta of version {header.get('version')}, this lit_sparse reads version "
+            f"{' or '.join(map(str, VERSIONS))}; export the run again, or use the lit_sparse that wrote it."
         )
     if header.pop("sha256", None) != checksum(header, tensors):
         raise BadInput(f"{path} is damaged: its contents do not match its checksum; export the run again.")

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +54,7 @@ def export(
     push: str | None = None,
     private: bool = False,
     modules: list[str] | str | None = None,
+    scale: float = 1.0,
 ) -> Path:
     """Export a run: as a Hugging Face folder that the task's Auto class loads, as a delta to its base, or for PEFT.
 
@@ -67,6 +70,8 @@ def export(
         push: Name of a repository on the Hugging Face Hub (user/name) to put the export into as well.
         private: Make that repository private.
         modules: Modules of your own with classes that the run was trained with; no others are imported.
+        scale: Rewinding, for `hf` and `delta`: each weight becomes the base's plus so many times what training changed
+            of it. Below 1 a model forgets less than at the end of its training; 1 is the run, 0 the base.
 
     Returns:
         The folder or file written. It is complete, or not there at all. A folder has a model card, README.md; that of
@@ -79,6 +84,13 @@ def export(
         raise BadInput(f"export to {to!r} was asked for; there is {', '.join(OUTPUTS)}.")
     if to != "hf" and dtype != "base":
         raise BadInput(f"{to} in {dtype} was asked for, but it keeps the trained float32 values; leave dtype out.")
+    if not 0 <= scale < math.inf:
+        raise BadInput(f"a scale of {scale} was asked for; give a number from 0, the base, to 1, the run, or above.")
+    if to in ("adapter", "seedlog") and scale != 1:
+        raise BadInput(
+            f"{to} at a scale of {scale} was asked for, but it keeps what was trained as it is; give --to hf or --to "
+            "delta."
+        )
     if private and push is None:
         raise BadInput("a private repository was asked for, but none to push to; give --push user/name.")
     import_modules([modules] if isinstance(modules, str) else modules or [])
@@ -88,7 +100,12 @@ def export(
     check_output(target, to, overwrite)
     if push is not None:
         hub.check_pushable(push, overwrite)
-    write = {"hf": export_folder, "delta": export_delta, "adapter": export_adapter, "seedlog": export_seedlog}[to]
+    write = {
+        "hf": partial(export_folder, scale=scale),
+        "delta": partial(export_delta, scale=scale),
+        "adapter": export_adapter,
+        "seedlog": export_seedlog,
+    }[to]
     with written(target) as draft:
         text = write(run, draft, dtype)
         if push is not None:
@@ -104,20 +121,27 @@ def export(
     return target
 
 
-def export_folder(run: Path, folder: Path, dtype: str) -> str:
-    """Write the merged model of the run in the folder `run` to `folder`; return its card."""
-    merge = Merge.of(run)
+def export_folder(run: Path, folder: Path, dtype: str, scale: float) -> str:
+    """Write the merged model of the run in the folder `run`, rewound to `scale`, to `folder`; return its card."""
+    merge = Merge.of(run, scale)
     rank_zero_info(f"Writing a folder of {merge.run}, and reading it again.")
     cost = write_folder(merge, folder, DTYPES.get(dtype, merge.base.dtype))
-    return card(merge.run, merge.module, "hf", read_record(run), cost.sentence())
+    return card(merge.run, merge.module, "hf", read_record(run), f"{cost.sentence()} {rewound(scale)}".strip())
 
 
-def export_delta(run: Path, file: Path, dtype: str) -> str:
-    """Write the delta of the run in the folder `run` to `file`; return its card."""
-    merge = Merge.of(run)
+def rewound(scale: float) -> str:
+    """Return a sentence for the card on what training changed being scaled; none at 1."""
+    if scale == 1:
+        return ""
+    return f"Rewound: each weight is the base's plus {scale:g} times what training changed of it, so results differ."
+
+
+def export_delta(run: Path, file: Path, dtype: str, scale: float) -> str:
+    """Write the delta of the run in the folder `run`, rewound to `scale`, to `file`; return its card."""
+    merge = Merge.of(run, scale)
     merge.delta().save(file)
     tell_end(merge.module, merge.config)
-    return card(merge.run, merge.module, "delta", read_record(run))
+    return card(merge.run, merge.module, "delta", read_record(run), rewound(scale))
 
 
 def export_adapter(run: Path, folder: Path, dtype: str) -> str:

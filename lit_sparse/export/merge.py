@@ -15,7 +15,7 @@ from lit_sparse.blocks.experts import chosen_blocks
 from lit_sparse.blocks.grid import Blocks
 from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
-from lit_sparse.export.delta import Change, ChangedBlocks, ChangedParameter, Delta, owner_of
+from lit_sparse.export.delta import Change, ChangedBlocks, ChangedEntries, ChangedParameter, Delta, owner_of
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.hollow import Hollow
 from lit_sparse.modules.loading import load_base, load_hollow
@@ -30,6 +30,8 @@ Rounding stays below both."""
 
 PART = 2**18
 """Weights of which the error of a cast is measured at a time: it takes a few copies of them, some in fp64."""
+FEW = 0.5
+"""Share of a parameter's entries below which they take less room with their positions than the whole does."""
 NOTABLE_LOSS = 0.1
 """If a cast loses more than this share of the change (RMS), the message advises float32."""
 
@@ -92,8 +94,8 @@ class Merge:
     config: Mapping[str, Any]
 
     @classmethod
-    def of(cls, run: Path) -> "Merge":
-        """Merge the run in the folder `run`.
+    def of(cls, run: Path, scale: float = 1.0) -> "Merge":
+        """Merge the run in the folder `run`, rewound to `scale`.
 
         Raises:
             BadInput: if it cannot be loaded, or what it trained cannot be merged.
@@ -111,7 +113,18 @@ class Merge:
         restore_run(module, checkpoint, run)
         check_mergeable(module, run.resolve().name)
         choice = chosen_blocks(module.build())
-        return cls(run.resolve().name, module, merged(module, before), Base(module), choice, config)
+        merge = cls(run.resolve().name, module, merged(module, before), Base(module), choice, config)
+        if scale != 1:
+            merge._rewind(scale)
+        return merge
+
+    def _rewind(self, scale: float) -> None:
+        """Scale what training changed: each weight becomes the base's plus `scale` times its change.
+
+        Bit for bit the run's at 1, and the base's at 0.
+        """
+        for _, before, after in self.changes():
+            after.copy_(torch.lerp(before, after, scale))
 
     @property
     def updates(self) -> list[str]:
@@ -150,14 +163,18 @@ class Merge:
         return Delta(self.module.base, self.module.base_fingerprint, tuple(self.updates), changes)
 
     def _split(self, name: str, before: Tensor, after: Tensor) -> Sequence[Change]:
-        """Return the trained blocks if nothing else in the parameter changed, or the whole parameter."""
+        """Return the trained blocks if nothing else in the parameter changed, a few entries, or the whole of it."""
         changes = [self._blocks(matrix) for matrix in self.choice if owner_of(matrix) == name]
         parameter, trained = self.model.get_parameter(name), self.model.get_parameter(name).data
         parameter.data = before.clone()
         for change in changes:
             change.write(change.target(self.model), change.values)
         whole, parameter.data = torch.equal(parameter.data, after), trained
-        return changes if whole else [ChangedParameter(name, after)]
+        if whole:
+            return changes
+        if int((before != after).sum()) < FEW * after.numel():
+            return [ChangedEntries.between(name, before, after)]
+        return [ChangedParameter(name, after)]
 
     def _blocks(self, matrix: str) -> ChangedBlocks:
         weight, blocks = weight_matrix(self.model, matrix), self.choice[matrix]

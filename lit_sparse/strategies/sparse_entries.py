@@ -246,7 +246,8 @@ class SparseEntries(UpdateStrategy):
 
     def _watch_gradients(self, number: Mapping[str, int]) -> None:
         for name, (_, layer) in self._swapped.items():
-            sums = GradientSums(min(CANDIDATES * number[name], layer.get_parameter("weight").numel()))
+            count = min(CANDIDATES * number[name], layer.get_parameter("weight").numel())
+            sums = GradientSums(count, layer.index.device)
             layer.observe, self._scores[name] = sums.add, sums
 
     def _watch_inputs(self) -> None:
@@ -295,7 +296,6 @@ class SparseEntries(UpdateStrategy):
         """
         scores, moved = self._scores[name], (layer.entries.detach() - self._start[name]).squeeze(1).abs()
         assert isinstance(scores, GradientSums)  # see _watch
-        assert scores.candidates is not None
         left = 1.0 if self.replaced_until is None else max(0.0, 1 - step / self.replaced_until)
         count = int(self.replaced_share * left * len(layer.index))
         if not count:

@@ -17,7 +17,7 @@ from lit_sparse.blocks.grid import Blocks
 from lit_sparse.blocks.selection import random_scores, top_blocks
 from lit_sparse.checkpoints import fingerprint
 from lit_sparse.errors import BadInput
-from lit_sparse.export.delta import FORMAT, ChangedBlocks, ChangedParameter, Delta, checksum
+from lit_sparse.export.delta import FORMAT, ChangedBlocks, ChangedEntries, ChangedParameter, Delta, checksum
 from lit_sparse.testing import TINY, tiny_llm
 
 SIZE = (16, 24)
@@ -37,7 +37,12 @@ def made_of(model: PreTrainedModel, seed: int = 1) -> Delta:
     first = next(name for name, p in model.named_parameters() if p is embedding(model))
     norm = [name for name, p in model.named_parameters() if p.ndim == 1][-1]
     whole = tuple(ChangedParameter(name, moved(model.get_parameter(name).detach())) for name in (first, norm))
-    return Delta("tiny", fingerprint(model), ("SMT",), (*blocks, *whole))
+    layer = list(linears(model))[2]
+    weight = model.get_submodule(layer).weight.detach()
+    after = weight.float().clone()
+    after.view(-1)[::7] += 0.1
+    entries = ChangedEntries.between(f"{layer}.weight", weight.float(), after)
+    return Delta("tiny", fingerprint(model), ("SMT",), (*blocks, entries, *whole))
 
 
 def tiny(kind: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -182,13 +187,16 @@ UNFIT = {
     "block outside": (ChangedBlocks(Q, Blocks((8, 8), torch.tensor([[4, 0]])), torch.ones(1, 8, 8))),
     "block below": (ChangedBlocks(Q, Blocks((8, 8), torch.tensor([[0, -1]])), torch.ones(1, 8, 8))),
     "values too few": (ChangedBlocks(Q, Blocks((8, 8), torch.tensor([[0, 0]])), torch.ones(1, 8, 4))),
+    "entries of nothing": (ChangedEntries("model.nowhere", torch.tensor([0]), torch.ones(1))),
+    "entry outside": (ChangedEntries(f"{Q}.weight", torch.tensor([32 * 32]), torch.ones(1))),
+    "entry below": (ChangedEntries(f"{Q}.weight", torch.tensor([-1]), torch.ones(1))),
     "unknown parameter": (ChangedParameter("model.nowhere.weight", torch.ones(3))),
     "other shape": (ChangedParameter(f"{Q}.weight", torch.ones(32, 16))),
 }
 
 
 @pytest.mark.parametrize("change", UNFIT.values(), ids=UNFIT)
-def test_refuses_what_does_not_fit(change: ChangedBlocks | ChangedParameter) -> None:
+def test_refuses_what_does_not_fit(change: ChangedBlocks | ChangedEntries | ChangedParameter) -> None:
     model = tiny_llm()
     before = weights(model)
     fits = ChangedParameter("model.norm.weight", torch.zeros(32))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lit_sparse.errors import BadInput
 from lit_sparse.export import folder as exporting
-from lit_sparse.export.delta import ChangedBlocks, Delta
+from lit_sparse.export.delta import ChangedBlocks, ChangedEntries, Delta
 from lit_sparse.export.folder import MARK, export
 from lit_sparse.export.merge import CastError, cast_error
 from lit_sparse.modules import LitSparse
@@ -47,13 +47,23 @@ def lora(**settings: Any) -> list[dict[str, Any]]:
     return [{"class_path": "PEFT", "init_args": {"config": config}}]
 
 
+ENTRIES = {"class_path": "SparseEntries", "init_args": {"entries": "random", "reselect": 1, "trainable_fraction": 0.1}}
 METHODS = {
     "smt": [SMT],
+    "entries": [ENTRIES],
     "full": [],
     "lora": lora(target_modules="all-linear", fan_in_fan_out=True),  # for GPT-2's Conv1D
     "dora": lora(target_modules=["q_proj", "down_proj"], use_dora=True),
 }
-RUNS = [("smt", "llama"), ("smt", "qwen2"), ("smt", "gpt2"), ("full", "qwen2"), ("lora", "gpt2"), ("dora", "llama")]
+RUNS = [
+    ("entries", "gpt2"),
+    ("smt", "llama"),
+    ("smt", "qwen2"),
+    ("smt", "gpt2"),
+    ("full", "qwen2"),
+    ("lora", "gpt2"),
+    ("dora", "llama"),
+]
 
 
 class Batches(L.LightningDataModule):
@@ -164,6 +174,48 @@ def test_base_of_random_weights_drawn_where_auto_was_another_type(tmp_path: Path
     found = logits(load(export(run.folder, output=tmp_path / "out")))
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found, run.logits.to(found), rtol=0.02, atol=0.02)
+
+
+def test_entries_of_all_choices_are_in_the_delta(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "llama", [ENTRIES])
+    found, base = load(export(run.folder, output=tmp_path / "out")), load(run.base)
+    delta = Delta.load(export(run.folder, "delta", tmp_path / "delta"))
+    parameters = dict(found.named_parameters())
+    for change in delta.changes:
+        assert isinstance(change, ChangedEntries)
+        moved = (parameters[change.name] != base.get_parameter(change.name)).flatten()
+        assert torch.equal(change.places, moved.nonzero().squeeze(1).int())
+        assert torch.equal(change.values, parameters[change.name].flatten()[moved])
+    entries = sum(len(change.places) for change in delta.changes)
+    trained = sum(0.1 * parameter.numel() for parameter in parameters.values() if parameter.ndim == 2)
+    assert trained < entries < 2 * trained  # of two choices
+    assert (tmp_path / "delta").stat().st_size < 8 * entries + 2**14
+
+
+def test_a_run_is_rewound(run: Run, tmp_path: Path) -> None:
+    """Bit for bit the run at 1 and the base at 0; half of each change in between, in a folder as in a delta."""
+    ends = {scale: load(export(run.folder, output=tmp_path / str(scale), scale=scale)) for scale in (0.0, 0.5, 1.0)}
+    base = load(run.base)
+    assert same(weights(ends[0.0]), weights(base))
+    assert same(weights(ends[1.0]), weights(load(export(run.folder, output=tmp_path / "run"))))
+    for name, half in weights(ends[0.5]).items():
+        mean = (weights(base)[name].double() + weights(ends[1.0])[name].double()) / 2
+        torch.testing.assert_close(half.double(), mean, rtol=1e-6, atol=1e-9)
+    delta = Delta.load(export(run.folder, "delta", tmp_path / "delta", scale=0.5))
+    with delta.applied(base):
+        assert same(weights(base), weights(ends[0.5]))
+    assert "plus 0.5 times" in (tmp_path / "0.5" / "README.md").read_text()
+    assert "Rewound" not in (tmp_path / "1.0" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("to", "scale", "message"),
+    [("hf", -0.5, "a scale of -0.5"), ("hf", float("nan"), "a scale of nan"), ("adapter", 0.5, "give --to hf")],
+)
+def test_a_scale_that_cannot_be_is_refused(to: Any, scale: float, message: str, smt: Run, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=message):
+        export(smt.folder, to, tmp_path / "out", scale=scale)
+    assert not files(tmp_path)
 
 
 def test_delta_on_the_base_says_what_the_run_says(run: Run, tmp_path: Path) -> None:

@@ -213,7 +213,7 @@ def test_each_kind_chooses_the_largest_scores(kind):
 
 def test_gradients_are_summed_with_their_signs():
     """|sum g|, not sum |g|: an entry whose gradients cancel is not chosen (SPEFT)."""
-    sums = GradientSums(3)
+    sums = GradientSums(3, torch.device("cpu"))
     for first in (1.0, -1.0):
         sums.add(torch.tensor([[5 * first, 1.0], [0.5, 0.1]]))
         sums.end_step()
