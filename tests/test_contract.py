@@ -33,7 +33,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # the resumed runs save nothing
 ]
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
-VARIANTS = {"fira", "fzoo", "helene_lora", "lezo", "mezo_lora"}
+VARIANTS = {
+    *("fira", "fzoo", "helene_lora", "lezo", "mezo_lora"),
+    *("badam", "oft", "ows", "sparse_entries", "supertuning"),
+}
 """Methods whose strategies stand in other files, too: they are tried on one model, and in no pair."""
 
 

@@ -9,14 +9,18 @@ import dataclasses
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lit_sparse.anatomy import has_values, is_linear, matrix
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import full_tensor
+from lit_sparse.optim import full_tensor, local_shard, sum_over_shards
+from lit_sparse.ranks import all_reduce_mean, all_reduce_sum
 
 Order = Literal["ascending", "descending", "random"]
 
@@ -41,8 +45,18 @@ class Sampler(ABC):
             number: Number of the draw, from 0. The same seed and number must give the same layers on every rank.
         """
 
+    def measure(self, layers: Sequence[nn.Module], losses: Iterator[Tensor]) -> Mapping[int, float]:
+        """Return what `observe` gets before the first draw, of training batches; called if there are `probe_batches`.
+
+        Args:
+            losses: The losses of those batches, with a graph.
+        """
+        return {}
+
     def observe(self, norms: Mapping[int, float]) -> None:
-        """Record the gradient norm of each layer, by its index: the root mean square of the gradient's entries."""
+        """Record a number of each layer, by its index: what `measure` returned before the first draw, then the
+        gradient norms, root mean squares of the gradient's entries, if the sampler sees them.
+        """
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that `load_state_dict` takes."""
@@ -135,6 +149,9 @@ class GradNorm(Sampler):
         shares = [(1 - self.exploration) * power / total + even if total else even for power in powers]
         return draw_weighted(shares, count, seed, number)
 
+    def measure(self, layers: Sequence[nn.Module], losses: Iterator[Tensor]) -> Mapping[int, float]:
+        return gradient_norms(layers, losses)
+
     def observe(self, norms: Mapping[int, float]) -> None:
         for layer, norm in norms.items():
             old = self.scores.get(layer, norm)
@@ -147,11 +164,53 @@ class GradNorm(Sampler):
         self.scores = dict(enumerate(state["scores"]))
 
 
+@dataclasses.dataclass
+class Outliers(Sampler):
+    """Draw layers in proportion to their share of outliers among weights times inputs (OWS, arXiv 2405.18380).
+
+    With the norms a_j of a linear layer's inputs over the batches, an entry of its weight is an outlier if |W_ij| a_j
+    is above `threshold` times the mean of its matrix. A layer's share is the mean over its matrices. The authors do not
+    say whether means are of a row, a matrix or a layer; ours are of a matrix.
+
+    Args:
+        threshold: The paper's M; at 0 all layers are alike.
+        probe_batches: Training batches on which inputs are measured before training.
+    """
+
+    threshold: float = 13.0
+    probe_batches: int = 4
+
+    def __post_init__(self) -> None:
+        if not (self.threshold >= 0 and self.probe_batches > 0):
+            raise BadInput(
+                f"the sampler outliers has threshold {self.threshold} and probe_batches {self.probe_batches}; "
+                "threshold must be at least 0, and probe_batches at least 1."
+            )
+        self.shares: dict[int, float] = {}
+
+    def draw(self, layers: Sequence[nn.Module], count: int, seed: int, number: int) -> list[int]:
+        shares = [self.shares[layer] for layer in range(len(layers))]
+        return draw_weighted(shares if any(shares) else [1.0] * len(shares), count, seed, number)
+
+    def measure(self, layers: Sequence[nn.Module], losses: Iterator[Tensor]) -> Mapping[int, float]:
+        return outlier_shares(layers, losses, self.threshold)
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        self.shares |= norms
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"shares": [self.shares[layer] for layer in sorted(self.shares)]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.shares = dict(enumerate(state["shares"]))
+
+
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "uniform": Uniform,
     "cyclic": Cyclic,
     "weight_norm": WeightNorm,
     "grad_norm": GradNorm,
+    "outliers": Outliers,
 }
 """The samplers by the names they have in YAML."""
 
@@ -200,3 +259,89 @@ def rms(tensors: Any) -> Tensor:
         count += tensor.numel()
     total = torch.stack([full_tensor(square) for square in squares]).sum()
     return (total / count).sqrt()
+
+
+# ---- what is measured before the first draw
+
+
+def gradient_norms(layers: Sequence[nn.Module], losses: Iterator[Tensor]) -> dict[int, float]:
+    """Return the root mean square of each layer's gradient over some batches, by the layer's index.
+
+    Each gradient is freed as soon as it is measured, so the gradients of all layers never exist at once. Ranks
+    must agree, or they would draw different layers and wait for each other forever.
+    """
+    squares: dict[int, list[Tensor]] = {number: [] for number in range(len(layers))}
+    steps = 0
+    with _measuring(layers, squares):
+        for loss in losses:
+            loss.backward()
+            steps += 1
+    sums = torch.stack([torch.stack(squares[number]).sum() for number in squares]) / steps
+    weight = next(layers[0].parameters())
+    if isinstance(weight, DTensor):  # FSDP2 has averaged the gradients, and each rank measured its shards of them
+        sums = sum_over_shards(sums, weight)
+    else:
+        all_reduce_mean(sums)
+    counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    return {n: (total / count) ** 0.5 for n, (total, count) in enumerate(zip(sums.tolist(), counts, strict=True))}
+
+
+@contextmanager
+def _measuring(layers: Sequence[nn.Module], squares: dict[int, list[Tensor]]) -> Iterator[None]:
+    """Within the context, append the squared norm of each parameter's gradient to `squares`, and free the gradient.
+
+    Makes all layers trainable, and leaves them so.
+    """
+
+    def hook_of(number: int) -> Any:
+        def measure(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            squares[number].append(torch.linalg.vector_norm(local_shard(parameter.grad), dtype=torch.float32).square())
+            parameter.grad = None
+
+        return measure
+
+    handles = []
+    for number, layer in enumerate(layers):
+        layer.requires_grad_(True)
+        handles += [p.register_post_accumulate_grad_hook(hook_of(number)) for p in layer.parameters()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outlier_shares(layers: Sequence[nn.Module], losses: Iterator[Tensor], threshold: float) -> dict[int, float]:
+    """Return each layer's share of outliers (see `Outliers`), by its index; over the batches of all ranks.
+
+    Matrices are scored one at a time. Every rank must call it.
+    """
+    linears = [[module for module in layer.modules() if is_linear(module)] for layer in layers]
+    squares: dict[nn.Module, Tensor] = {}
+
+    def add(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+        here = args[0].detach().flatten(0, -2).float().square().sum(0)
+        squares[linear] = squares[linear] + here if linear in squares else here
+
+    hooks = [linear.register_forward_pre_hook(add) for of_layer in linears for linear in of_layer]
+    try:
+        with torch.no_grad():
+            for _ in losses:
+                pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    shares: dict[int, float] = {}
+    for number, of_layer in enumerate(linears):
+        reached = [linear for linear in of_layer if linear in squares]
+        found = [_outliers(matrix(linear), all_reduce_sum(squares[linear]).sqrt(), threshold) for linear in reached]  # pyright: ignore[reportArgumentType]
+        mean = torch.stack(found).mean() if found else torch.zeros(())
+        shares[number] = float(mean) if has_values(mean) else 1.0  # a planned training draws any layers
+    return shares
+
+
+def _outliers(weight: Tensor, norms: Tensor, threshold: float) -> Tensor:
+    """Return the share of the entries of `weight` (out, in) whose magnitude times `norms` (in,) is an outlier."""
+    scores = full_tensor(weight.detach()).float().abs() * norms
+    return (scores > threshold * scores.mean()).float().mean()

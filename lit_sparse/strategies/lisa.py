@@ -12,8 +12,7 @@ lowest active layer.
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -24,8 +23,7 @@ from torch.optim import Optimizer
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.calls import unreached
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import drop_state, local_shard, shard_like, sum_over_shards
-from lit_sparse.ranks import all_reduce_mean
+from lit_sparse.optim import drop_state, shard_like
 from lit_sparse.strategies.base import Attaches, Claim, Context, Need, Probe, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Sampler, rms, sampler_of
 
@@ -41,7 +39,9 @@ class LISA(UpdateStrategy):
         active_layers: Number of decoder layers that train at a time (the paper's gamma).
         interval: Optimizer steps between draws (the paper's K).
         sampler: How layers are drawn: `uniform` (the paper's), `weight_norm` (larger weights more often), `grad_norm`
-            (larger gradients more often), `cyclic` (one after the other), or in Python a `layer_sampling.Sampler`.
+            (larger gradients more often), `outliers` (more outliers among weights times inputs more often: OWS, arXiv
+            2405.18380), `cyclic` (one after the other: BAdam, arXiv 2404.02827), or in Python a
+            `layer_sampling.Sampler`.
         train_embeddings: Always train the parameters outside the decoder layers: embeddings, final norm and head. With
             a large vocabulary they take most of the memory. If false, they stay frozen, and the backward pass ends at
             the lowest active layer.
@@ -98,7 +98,7 @@ class LISA(UpdateStrategy):
             )
         model.requires_grad_(False)  # the probe needs gradients of the decoder layers only
         if self._sampler.probe_batches:
-            self._sampler.observe(self._measure_norms(probe(self._sampler.probe_batches)))
+            self._sampler.observe(self._sampler.measure(self._layers, probe(self._sampler.probe_batches)))
         self.draws = [self._draw(0), self._draw(1)]
         model.requires_grad_(self.train_embeddings)
         self._activate()
@@ -124,27 +124,6 @@ class LISA(UpdateStrategy):
                 f"LISA: {self.active_layers} active layers were asked for, but the model has {len(self._layers)}; set "
                 f"active_layers to at most {len(self._layers)}."
             )
-
-    def _measure_norms(self, losses: Iterator[Tensor]) -> dict[int, float]:
-        """Return the root mean square of each layer's gradient over some batches, by the layer's index.
-
-        Each gradient is freed as soon as it is measured, so the gradients of all layers never exist at once. Ranks
-        must agree, or they would draw different layers and wait for each other forever.
-        """
-        squares: dict[int, list[Tensor]] = {number: [] for number in range(len(self._layers))}
-        steps = 0
-        with _measuring(self._layers, squares):
-            for loss in losses:
-                loss.backward()
-                steps += 1
-        sums = torch.stack([torch.stack(squares[number]).sum() for number in squares]) / steps
-        weight = next(self._layers[0].parameters())
-        if isinstance(weight, DTensor):  # FSDP2 has averaged the gradients, and each rank measured its shards of them
-            sums = sum_over_shards(sums, weight)
-        else:
-            all_reduce_mean(sums)
-        counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in self._layers]
-        return {n: (total / count) ** 0.5 for n, (total, count) in enumerate(zip(sums.tolist(), counts, strict=True))}
 
     # ---- switching
 
@@ -252,32 +231,6 @@ def _to_device(value: Any, device: torch.device) -> Any:
         own = moved.to_local() if isinstance(moved, DTensor) else moved
         own.record_stream(torch.cuda.default_stream(device))
     return moved
-
-
-@contextmanager
-def _measuring(layers: Sequence[nn.Module], squares: dict[int, list[Tensor]]) -> Iterator[None]:
-    """Within the context, append the squared norm of each parameter's gradient to `squares`, and free the gradient.
-
-    Makes all layers trainable, and leaves them so.
-    """
-
-    def hook_of(number: int) -> Any:
-        def measure(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            squares[number].append(torch.linalg.vector_norm(local_shard(parameter.grad), dtype=torch.float32).square())
-            parameter.grad = None
-
-        return measure
-
-    handles = []
-    for number, layer in enumerate(layers):
-        layer.requires_grad_(True)
-        handles += [p.register_post_accumulate_grad_hook(hook_of(number)) for p in layer.parameters()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mean(norms: Sequence[Tensor]) -> float:

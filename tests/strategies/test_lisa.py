@@ -18,7 +18,16 @@ from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, parameter_groups, trainable
 from lit_sparse.strategies import LISA, SMT, Updates, compose
 from lit_sparse.strategies.base import ALONE, Claim, UpdateStrategy, no_probe
-from lit_sparse.strategies.layer_sampling import SAMPLERS, Cyclic, GradNorm, Uniform, WeightNorm, draw_weighted
+from lit_sparse.strategies.layer_sampling import (
+    SAMPLERS,
+    Cyclic,
+    GradNorm,
+    Outliers,
+    Uniform,
+    WeightNorm,
+    draw_weighted,
+    outlier_shares,
+)
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.step_plan import Plan
@@ -464,3 +473,45 @@ def test_both_stacks_of_an_encoder_decoder_take_turns():
         stacks |= trains
         strategy.after_step(step, torch.optim.SGD(model.parameters()))
     assert stacks == {"encoder", "decoder"}
+
+
+def outlying(kind="llama"):
+    """A tiny model, one layer of which has a large entry on an input that is large, and its losses."""
+    model = tiny_llm(kind)
+    with torch.no_grad():
+        decoder_layers(model)[1].mlp.down_proj.weight[:, 3] = 5.0
+    ids = torch.arange(3, 27).view(2, 12)
+    return model, lambda steps=2: (model(input_ids=ids, labels=ids).loss for _ in range(steps))
+
+
+def test_outliers_are_counted_by_weights_times_inputs():
+    model, losses = outlying()
+    shares = outlier_shares(decoder_layers(model), losses(), 13.0)
+    assert max(shares, key=shares.__getitem__) == 1
+    inputs = {}
+    down = decoder_layers(model)[1].mlp.down_proj
+    hook = down.register_forward_pre_hook(lambda _, args: inputs.update(x=args[0].detach().flatten(0, 1)))
+    next(losses())
+    hook.remove()
+    scores = down.weight.detach().abs() * inputs["x"].norm(dim=0)
+    whole = shares[1] * 7  # of seven matrices
+    others = outlier_shares([layer for n, layer in enumerate(decoder_layers(model)) if n != 1], losses(), 13.0)
+    assert whole >= float((scores > 13 * scores.mean()).float().mean()) > 0
+    assert all(share < shares[1] for share in others.values())
+    assert set(outlier_shares(decoder_layers(model), losses(), 0.0).values()) == {1.0}  # all layers are alike at 0
+
+
+def test_layers_with_outliers_are_drawn_more_often():
+    model, losses = outlying()
+    strategy = LISA(active_layers=1, interval=1, sampler="outliers")
+    strategy.attach(model, losses, ALONE)
+    draws = [strategy._draw(number)[0] for number in range(300)]
+    shares = strategy._sampler.shares
+    wanted = shares[1] / sum(shares.values())
+    assert abs(draws.count(1) / 300 - wanted) < 4 * (wanted * (1 - wanted) / 300) ** 0.5 + 1e-9
+
+
+def test_bad_outlier_settings_are_refused():
+    for options in ({"threshold": -1.0}, {"probe_batches": 0}):
+        with pytest.raises(BadInput, match="threshold must be at least 0"):
+            Outliers(**options)
