@@ -35,7 +35,7 @@ pytestmark = [
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
 VARIANTS = {
     *("fira", "fzoo", "helene_lora", "lezo", "mezo_lora"),
-    *("badam", "oft", "ows", "sparse_entries", "supertuning"),
+    *("badam", "diablo", "oft", "ows", "sparse_entries", "supertuning"),
 }
 """Methods whose strategies stand in other files, too: they are tried on one model, and in no pair."""
 

@@ -119,8 +119,8 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
         raise BadInput(
-            f"no choice of blocks could be read from {path} ({error}); give gradient, random, diagonal, slab, or a "
-            f"file written by a run."
+            f"no choice of blocks could be read from {path} ({error}); give gradient, random, diagonal, slab, "
+            "coupled, or a file written by a run."
         ) from error
     check_choice(choice, matrices, str(path))
     return choice

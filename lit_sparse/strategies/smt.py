@@ -26,9 +26,11 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import Experts, replace, role, weight_count
+from lit_sparse.blocks.coupled import coupled_blocks
 from lit_sparse.blocks.experts import BlockExperts, Choice
 from lit_sparse.blocks.grid import Blocks, Size, automatic_size, check_choice, grid, read_choice
 from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput
+from lit_sparse.blocks.principal import principal_block_scores
 from lit_sparse.blocks.selection import (
     Ranking,
     Score,
@@ -59,7 +61,8 @@ class SMT(UpdateStrategy):
     Args:
         blocks: How blocks are selected: `gradient` (largest gradients on the first training batches), `random`,
             `diagonal` (one block per row and column of a grid, arXiv 2506.03230), `slab` (one contiguous band of each
-            matrix, as in S2FT, arXiv 2412.06289), or a file: what `lit-sparse select` wrote, or the
+            matrix), `coupled` (heads of attention and channels of MLPs in all their matrices, drawn from `seed`: S2FT,
+            arXiv 2412.06289), or a file: what `lit-sparse select` wrote, or the
             checkpoints/last.ckpt of a run, for that run's blocks.
         trainable_fraction: Share of all weights of the model to train. All blocks lie in `targets`.
         num_blocks: Number of blocks to train, instead of trainable_fraction.
@@ -68,7 +71,9 @@ class SMT(UpdateStrategy):
         targets: Linear layers and fused experts that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down),
             endings of module names, or `all`. Blocks are selected in the matrix of each expert by itself.
         score: Score of a block with gradient g: `abs_mean` (mean of |g|), `mean_abs` (|mean of g|, as in the authors'
-            code), or `l2` (root of the sum of g^2).
+            code), or `l2` (root of the sum of g^2). `principal` needs no data: the mean magnitude of the matrix's best
+            low-rank approximation (LIFT's blocks, arXiv 2506.00772; it is for block sizes of 4 to 16, ranked per
+            matrix).
         ranking: Rank blocks over all matrices (`global`, the paper's) or within each (`per_matrix`).
         kept_columns: Share of each input's block columns in which blocks may lie, those with the largest scores. Fewer
             columns save fewer activations for backward. Null allows all, as do the matrices of fused experts, of whose
@@ -82,7 +87,7 @@ class SMT(UpdateStrategy):
             unchanged (quantised, or shared), at an extra cost in compute of the trained share; for fused experts, of a
             copy of their tensor in each forward pass. Weight decay then pulls the difference to 0, and so the weights
             back to the base's; in place it pulls the weights themselves to 0.
-        seed: Seed of `random` blocks and of the positions of slabs.
+        seed: Seed of `random` and `coupled` blocks and of the positions of slabs.
     """
 
     blocks: str = "gradient"
@@ -90,7 +95,7 @@ class SMT(UpdateStrategy):
     num_blocks: int | None = None
     block_size: int | tuple[int, int] | str = "auto"
     targets: list[str] = dataclasses.field(default_factory=lambda: ["q", "k", "v", "qkv"])
-    score: Score = "abs_mean"
+    score: Score | Literal["principal"] = "abs_mean"
     ranking: Ranking = "global"
     kept_columns: float | None = None
     selection_batches: int = 8
@@ -121,10 +126,11 @@ class SMT(UpdateStrategy):
                 f"SMT: kept_columns is {self.kept_columns} with blocks {self.blocks!r}; it must be above 0 and at most "
                 "1, and works with gradient and random blocks only."
             )
-        if self.warmup == "update" and (self.blocks != "gradient" or self.mode == "delta"):
+        scored = self.blocks == "gradient" and self.score != "principal"
+        if self.warmup == "update" and (not scored or self.mode == "delta"):
             raise BadInput(
                 f"SMT: warmup update trains all weights to select gradient blocks in place; it does not work with "
-                f"blocks {self.blocks!r} and mode {self.mode}. Use warmup score_only."
+                f"blocks {self.blocks!r}, score {self.score} and mode {self.mode}. Use warmup score_only."
             )
         self._swapped: dict[str, tuple[nn.Module, BlockLinear | DeltaLinear]] = {}
         self._fused: dict[str, tuple[nn.Module, BlockExperts]] = {}
@@ -227,6 +233,8 @@ class SMT(UpdateStrategy):
             return diagonal_blocks(matrices, weights)
         if self.blocks == "slab":
             return slab_blocks(matrices, [name for name in matrices if role(name) in INPUT_SIDE], weights, self.seed)
+        if self.blocks == "coupled":
+            return coupled_blocks(matrices, model.config.get_text_config(), weights, self.seed)  # pyright: ignore
         if self.blocks not in ("gradient", "random"):
             return read_choice(Path(self.blocks), matrices, type(self).__name__)
         size = self._size(model, matrices)
@@ -275,6 +283,9 @@ class SMT(UpdateStrategy):
         self._count(
             model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values())
         )  # refuse before the work
+        if self.score == "principal":
+            trained = self.num_blocks * math.prod(size) if self.num_blocks else None
+            return principal_block_scores(targets, size, trained or self.trainable_fraction * weight_count(model))
         sheet = ScoreSheet(matrices, size, self.score, device_of(next(model.parameters())))
         try:
             if self.warmup == "update":
