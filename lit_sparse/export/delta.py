@@ -332,14 +332,20 @@ def oddity(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | No
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             return f"the block size of {name} is {size!r:.40}"
     blocks = {f"{part}/{name}" for name in header["block_sizes"] for part in ("index", "values")}
-    whole = {key for key in tensors if key.startswith("whole/")}
-    if other := blocks ^ (tensors.keys() - whole):
-        return f"{min(other)} is {'not there' if min(other) in blocks else 'a tensor that belongs to nothing'}"
-    if twice := {key.removeprefix("whole/") for key in whole} & set(map(owner_of, header["block_sizes"])):
+    whole = {key.removeprefix("whole/") for key in tensors if key.startswith("whole/")}
+    single = {key.partition("/")[2] for key in tensors if key.startswith(("places/", "entries/"))}
+    wanted = blocks | {f"{part}/{name}" for name in single for part in ("places", "entries")}
+    if other := wanted ^ (tensors.keys() - {f"whole/{name}" for name in whole}):
+        return f"{min(other)} is {'not there' if min(other) in wanted else 'a tensor that belongs to nothing'}"
+    of_blocks = set(map(owner_of, header["block_sizes"]))
+    if twice := (whole & single) | (whole & of_blocks) | (single & of_blocks):
         return f"{min(twice)} is changed twice"
-    return next(filter(None, (odd_tensor(key, value) for key, value in sorted(tensors.items()))), None) or next(
-        filter(None, (odd_blocks(name, size, tensors) for name, size in header["block_sizes"].items())), None
+    odd = (
+        *(odd_tensor(key, value) for key, value in sorted(tensors.items())),
+        *(odd_blocks(name, size, tensors) for name, size in header["block_sizes"].items()),
+        *(odd_entries(name, tensors) for name in sorted(single)),
     )
+    return next(filter(None, odd), None)
 
 
 def owner_of(matrix: str) -> str:
@@ -350,9 +356,10 @@ def owner_of(matrix: str) -> str:
 
 def odd_tensor(key: str, value: Tensor) -> str | None:
     """Return what is wrong with the dtype or the values of a tensor of a delta; None if nothing is."""
-    dtype = torch.int32 if key.startswith("index/") else torch.float32
-    if value.dtype != dtype:
-        return f"{key} is {value.dtype}, and not {dtype}"
+    places, index = key.startswith("places/"), key.startswith("index/")
+    dtypes = (torch.int32, torch.int64) if places else (torch.int32,) if index else (torch.float32,)
+    if value.dtype not in dtypes:
+        return f"{key} is {value.dtype}, and not {' or '.join(map(str, dtypes))}"
     return None if value.isfinite().all() else f"{key} is not finite"
 
 
@@ -362,6 +369,14 @@ def odd_blocks(name: str, size: list[int], tensors: Mapping[str, Tensor]) -> str
     if index.ndim != 2 or index.shape[1] != 2 or values.shape != (len(index), *size):
         return f"the blocks of {name} have the shapes {tuple(index.shape)} and {tuple(values.shape)}"
     return None if len(index.unique(dim=0)) == len(index) else f"a block of {name} is there twice"
+
+
+def odd_entries(name: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """Return what is wrong with the places of a parameter's single entries; None if nothing is."""
+    places, values = tensors[f"places/{name}"], tensors[f"entries/{name}"]
+    if places.ndim != 1 or places.shape != values.shape:
+        return f"the entries of {name} have the shapes {tuple(places.shape)} and {tuple(values.shape)}"
+    return None if bool((places[1:] > places[:-1]).all()) else f"the entries of {name} are not in order, or one twice"
 
 
 def checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
