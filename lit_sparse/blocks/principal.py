@@ -1,15 +1,30 @@
-"""Scores of blocks that need no data: those of each matrix's best low-rank approximation (LIFT, arXiv 2506.00772)."""
+"""Scores that need no data: those of each matrix's best low-rank approximation (LIFT, arXiv 2506.00772)."""
 
 import math
 
+import torch
 from torch import Tensor
 
 from lit_sparse.anatomy import has_values, matrix
 from lit_sparse.blocks.grid import Size, grid
 from lit_sparse.blocks.selection import block_scores, random_scores
 from lit_sparse.blocks.targets import Targets
-from lit_sparse.entries.scores import principal_scores
 from lit_sparse.optim import full_tensor
+
+
+def principal_scores(weight: Tensor, rank: int) -> Tensor:
+    """Return the magnitudes of the best approximation of `weight` (m, n) of that rank (LIFT), (m, n).
+
+    By the eigenvectors of the smaller Gram matrix, in fp64: exact, at half the time of an SVD. Approximate SVDs choose
+    other entries: half of them with two power iterations.
+    """
+    if rank >= min(weight.shape):
+        return weight.abs()
+    wide = weight.shape[0] <= weight.shape[1]
+    matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
+    gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
+    return (vectors @ (vectors.t() @ matrix) if wide else matrix @ vectors @ vectors.t()).abs_()
 
 
 def principal_block_scores(targets: Targets, size: Size, weights: float) -> dict[str, Tensor]:

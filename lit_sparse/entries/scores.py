@@ -41,21 +41,6 @@ def top_entries(scores: Tensor, count: int) -> Tensor:
     return above.logical_or_(level).nonzero().squeeze(1).int()
 
 
-def principal_scores(weight: Tensor, rank: int) -> Tensor:
-    """Return the magnitudes of the best approximation of `weight` (m, n) of that rank (LIFT), (m, n).
-
-    By the eigenvectors of the smaller Gram matrix, in fp64: exact, at half the time of an SVD. Approximate SVDs choose
-    other entries: half of them with two power iterations.
-    """
-    if rank >= min(weight.shape):
-        return weight.abs()
-    wide = weight.shape[0] <= weight.shape[1]
-    matrix = weight.to(torch.float32 if weight.device.type == "mps" else torch.float64)
-    gram = matrix @ matrix.t() if wide else matrix.t() @ matrix
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
-    return (vectors @ (vectors.t() @ matrix) if wide else matrix @ vectors @ vectors.t()).abs_()
-
-
 def random_scores(shape: torch.Size, seed: int, step: int, name: str) -> Tensor:
     """Return uniform scores of the matrix `name` that depend on the arguments only, on the CPU."""
     key = zlib.crc32(f"{seed} {step} {name}".encode())

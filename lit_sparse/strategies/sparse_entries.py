@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import has_values, replace, role, target_experts, target_linears, weight_count
+from lit_sparse.blocks.principal import principal_scores
 from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
 from lit_sparse.entries.scores import (
     CANDIDATES,
     GradientSums,
     InputNorms,
-    principal_scores,
     random_scores,
     top_entries,
 )

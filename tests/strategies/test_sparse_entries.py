@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import linears, weight_count
+from lit_sparse.blocks.principal import principal_scores
 from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
-from lit_sparse.entries.scores import GradientSums, principal_scores, top_entries
+from lit_sparse.entries.scores import GradientSums, top_entries
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, trainable
 from lit_sparse.strategies import SparseEntries, Updates
