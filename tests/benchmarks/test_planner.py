@@ -24,7 +24,9 @@ def test_two_ranks_allocate_what_is_planned_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case("gmt", "opt", 1, 100, False), Case("smt", "phi", 5, 33, False)], ids=lambda case: case.method
+    "case",
+    [Case("gmt", "opt", 1, 100, False), Case("smt", "phi", 5, 33, False), Case("sparse_entries", "opt", 1, 200, True)],
+    ids=lambda case: case.method,
 )
 def test_thresholds_and_a_selection_take_what_is_planned(case: Case, tmp_path: Path) -> None:
     """GMT counts many zeros in the gradients of ReLUs; SMT's batches are read before the first is scored."""
