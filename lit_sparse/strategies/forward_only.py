@@ -31,7 +31,7 @@ class ForwardOnlyMethod:
     are measured, the same on all ranks, and what they do to the weights. So a step can be taken again from its numbers.
 
     Attributes:
-        measuring: Settings of the method that only the numbers depend on.
+        probing: Settings of the method that only the numbers depend on.
     """
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer", "backward"})
@@ -39,7 +39,7 @@ class ForwardOnlyMethod:
     base: ClassVar[BaseWeights] = "kept"
     accumulates: ClassVar[bool] = True
     masters: ClassVar[bool] = False
-    measuring: ClassVar[frozenset[str]] = MEASURING
+    probing: ClassVar[frozenset[str]] = MEASURING
 
     weight_decay: float
     micro_batch: int | None
@@ -197,10 +197,10 @@ def recipe(strategies: Iterable[Any]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for one in strategies:
-        measuring = getattr(one, "measuring", None)
-        if measuring is None and ("trainable" not in one.claims or "modules" in one.claims):
+        probing = getattr(one, "probing", None)
+        if probing is None and ("trainable" not in one.claims or "modules" in one.claims):
             continue
-        named = [field.name for field in fields(one) if field.init and field.name not in (measuring or ())]
+        named = [field.name for field in fields(one) if field.init and field.name not in (probing or ())]
         found |= {f"{type(one).__name__}.{name}": repr(getattr(one, name)) for name in named}
     return found
 

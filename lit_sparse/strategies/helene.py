@@ -116,7 +116,7 @@ class HELENE(ForwardOnlyMethod, UpdateStrategy):
 
     needs: ClassVar[frozenset[Need]] = frozenset({"fixed_set"})
     supports_sharding: ClassVar[bool] = True
-    measuring: ClassVar[frozenset[str]] = MEASURING | {"gnb"}
+    probing: ClassVar[frozenset[str]] = MEASURING | {"gnb"}
 
     def __post_init__(self) -> None:
         self._check()

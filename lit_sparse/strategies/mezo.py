@@ -88,7 +88,7 @@ class MeZO(ForwardOnlyMethod, UpdateStrategy):
     max_skipped: int = 10
     seed: int = 0
 
-    measuring: ClassVar[frozenset[str]] = MEASURING | {"sides", "scale", "objective"}
+    probing: ClassVar[frozenset[str]] = MEASURING | {"sides", "scale", "objective"}
 
     def __post_init__(self) -> None:
         least = {"queries": 1, "max_skipped": 0, "weight_decay": 0, "micro_batch": 1, "probes_at_once": 1}

@@ -236,7 +236,7 @@ def _be_child(
         warnings.simplefilter("ignore")
         prediction.SECONDS = 0.0  # of a planned peak, which is no subject here
         os.environ.update(names)
-        rank_zero_only.rank = rank  # as an import would have it, which was in the parent
+        setattr(rank_zero_only, "rank", rank)  # noqa: B010 - as an import would have it, which was in the parent
         tempfile.tempdir = None
         os.chdir(folder)
         sys.argv = ["lit-sparse", *words]
