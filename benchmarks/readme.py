@@ -331,14 +331,17 @@ def families(task: str, results: Path) -> str:
     rows_of = [name for name, family in FAMILIES.items() if family.task == task]
     lines = [line for line in read_lines(results / "families.jsonl", COMMAND) if line["family"] in rows_of]
     cells = {(line["family"], line["method"], line["ranks"]): line for line in lines}  # of each, the last
+    tried = [method for method in methods() if any(line["method"] == method for line in cells.values())]
     notes: dict[str, int] = {}
     rows = []
     for family in rows_of:
-        found = ([cells.get((family, method, ranks)) for ranks in (1, 2)] for method in methods())
+        found = ([cells.get((family, method, ranks)) for ranks in (1, 2)] for method in tried)
         rows.append([family, *(family_cell(lines, notes) for lines in found)])
-    made = table(["family", *methods()], rows).replace("---:", "---")
+    made = table(["family", *tried], rows).replace("---:", "---")
+    left = ", ".join(f"`{method}`" for method in methods() if method not in tried)
     reasons = [f"{place}. {reason}" for reason, place in notes.items()]
-    return "\n".join([f"{caption(COMMAND, [*cells.values()])}\n", f"{made}\n", *reasons])
+    missing = [f"\nNot tried on any of them yet: {left}."] if left else []
+    return "\n".join([f"{caption(COMMAND, [*cells.values()])}\n", f"{made}\n", *reasons, *missing])
 
 
 def family_cell(lines: Sequence[Line | None], notes: dict[str, int]) -> str:
