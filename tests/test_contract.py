@@ -31,6 +31,7 @@ from tests.modules.words import word_tokenizer
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),  # PEFT puts it right itself for GPT-2
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # the resumed runs save nothing
+    pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`"),  # PEFT takes the next that divides the side
 ]
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
 VARIANTS = {
