@@ -92,7 +92,6 @@ class SparseEntries(UpdateStrategy):
     seed: int = 0
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
-    needs: ClassVar[frozenset[Need]] = frozenset({"graph"})
     attaches_to: ClassVar[Attaches] = "shards"
     selects: ClassVar[str] = "entries"
     supports_sharding: ClassVar[bool] = True
@@ -147,6 +146,11 @@ class SparseEntries(UpdateStrategy):
         return self.policy == "grow_and_prune" or self.entries == "gradient"
 
     # ---- preparing
+
+    @property
+    def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A graph; and to choose again, gradients that are there beside the optimizer's state."""
+        return frozenset({"graph"} if self.reselect is None else {"graph", "gradients"})
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         linears = self._targets(model, context.compute)

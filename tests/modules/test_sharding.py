@@ -539,18 +539,18 @@ def checkpoints(folder: Path, rank: int) -> dict[str, str]:
 def read_together(folder: Path, rank: int) -> list[str]:
     """Return the files of a checkpoint's shards that this rank hashes when a fit goes on from it."""
     seen: list[str] = []
-    plain = shards._hash
+    plain = shards.sha256_of
 
     def noting(file) -> str:
         seen.append(Path(file.name).name)
         return plain(file)
 
-    shards._hash = noting
+    shards.sha256_of = noting
     try:
         path = folder / "llama reset" / "step=3.ckpt"
         check_shards(torch.load(path, weights_only=True), path, together=True)
     finally:
-        shards._hash = plain
+        shards.sha256_of = plain
     return seen
 
 
