@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -26,22 +25,15 @@ from lit_sparse.modules.checks import (
 )
 from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.modules.loading import Quantization
-from lit_sparse.modules.precision import HALF, Precision
-from lit_sparse.modules.resume import Resumable
+from lit_sparse.modules.precision import Precision
 from lit_sparse.modules.schedule import Schedule, scheduler_of
-from lit_sparse.modules.window import Window
-from lit_sparse.optim import AdamW, match_by_name, total_norm
+from lit_sparse.modules.scores import Scored
+from lit_sparse.optim import AdamW, match_by_name
 from lit_sparse.ranks import all_reduce_sum, average_gradients
 from lit_sparse.strategies import UpdateStrategy
 
-LOGGED = (
-    *("train_loss", "train_accuracy", "scored_tokens", "lr", "grad_norm"),
-    *("tokens_per_second", "peak_memory_gib", "skipped_steps"),
-)
-"""Names of what is logged in training, and is no score of an evaluation."""
 
-
-class LitSparse(Resumable):
+class LitSparse(Scored):
     """Train a Hugging Face model with update strategies.
 
     Args:
@@ -104,8 +96,6 @@ class LitSparse(Resumable):
         self.guard.most = max_skipped
         self.schedule: Schedule = schedule
         self.warmup_steps = warmup_steps
-        self.of_training = {*LOGGED}
-        self._window = Window()
         self._batches: list[Any] = []  # of an optimizer step, for a method that computes losses itself
         self._value = torch.zeros(())  # its last loss
         self.take_earlier_steps: Callable[[LitSparse], None] | None = None
@@ -124,15 +114,7 @@ class LitSparse(Resumable):
                 check_async_save(self.trainer)
 
     def on_fit_start(self) -> None:
-        trained, all_weights = sum(p.numel() for _, p in self.updates.named), self.base_parameters
-        rank_zero_info(f"{trained:,} of {all_weights:,} weights are trained ({trained / all_weights:.2%}).")
-        frozen = str(self.frozen_dtype).removeprefix("torch.")
-        trained = "what is trained and its optimizer in float32"
-        if self._sharded and self.frozen_dtype in HALF:
-            trained = "the masters of what is trained in float32"
-        if not self.updates.masters:
-            trained = f"what is trained stays in {frozen}"
-        rank_zero_info(f"Frozen weights and computation are in {frozen}, {trained}.")
+        super().on_fit_start()
         if self.take_earlier_steps is not None:
             self.take_earlier_steps(self)
             self._moved = True
@@ -160,10 +142,6 @@ class LitSparse(Resumable):
         if self.updates.backward == "none":  # the optimizer step has computed it, or will
             return self._value
         return self.weighed_loss(batch, self._micro_batches)
-
-    @property
-    def _micro_batches(self) -> int:
-        return self.trainer.accumulate_grad_batches
 
     def backward(self, loss: Tensor, *args: Any, **options: Any) -> None:
         if self.updates.backward == "none":
@@ -197,30 +175,6 @@ class LitSparse(Resumable):
         if self._follows_trainable_set or forward_only:
             # The module is not wrapped. Its gradients are averaged by `_average_replicated`, if there are any.
             self.trainer.strategy.configure_ddp = lambda: None  # pyright: ignore[reportAttributeAccessIssue]
-
-    def _close_window(self) -> None:
-        """Log the step's scores; divide gradients by its scored tokens, before any hook of the step sees them.
-
-        A step whose loss is not finite is skipped: parameters without a gradient are left alone by every optimizer.
-        """
-        loss, accuracy, tokens, scale = self._window.close(self._micro_batches)
-        if self.guard.close():
-            rank_zero_info(self.guard.told(self.global_step + 1, float(loss)))
-            self.log("skipped_steps", float(self.guard.total))
-        elif scale is not None:
-            self.updates.scale_gradients(scale)
-        self._count_tokens(tokens)
-        self._log_scores(loss, accuracy)
-
-    def _log_scores(self, loss: Tensor, accuracy: Tensor) -> None:
-        # Lightning reads a value that is for the bar at every step, bar or not, and so waits for the device.
-        self.log("train_loss", loss, prog_bar=self.trainer.progress_bar_callback is not None)
-        self.log("train_accuracy", accuracy)
-
-    def _count_tokens(self, tokens: Tensor) -> None:
-        # Kept on the device: to read it here would wait for the step.
-        self.tokens_seen = self.tokens_seen.to(tokens.device) + tokens.long()
-        self.log("scored_tokens", self.tokens_seen.float())
 
     def configure_optimizers(self) -> Any:
         try:
@@ -262,15 +216,6 @@ class LitSparse(Resumable):
         step = self.global_step + 1
         if step % every == 0 or step == self.trainer.max_steps:  # one that is logged: it is a pass over all gradients
             self._log_norm()
-
-    def _log_numbers(self, numbers: Mapping[str, Tensor]) -> None:
-        self.of_training |= numbers.keys()
-        self.log_dict(dict(numbers))
-
-    def _log_norm(self) -> None:
-        grads = [parameter.grad for _, parameter in self.updates.named if parameter.grad is not None]
-        if grads:
-            self.log("grad_norm", total_norm(grads))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         plain, step = getattr(optimizer, "optimizer", optimizer), self.global_step + 1

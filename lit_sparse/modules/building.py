@@ -1,7 +1,7 @@
 """Building the model of a run: the base, what the strategies make of it, its precision, its sharding."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, repeat
 from typing import Any, ClassVar
@@ -15,16 +15,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import backbone, decoder_layers, is_quantized, unread_by_text, weights_in
+from lit_sparse.anatomy import decoder_layers, is_quantized, unread_by_text, weights_in
 from lit_sparse.checkpoints import forked_rng, hash_of, read_checkpoint, sums_of
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checks import check_updates_alike
 from lit_sparse.modules.hollow import Hollow
-from lit_sparse.modules.loading import Quantization, checkpoint_activations, load_base, load_hollow
+from lit_sparse.modules.loading import Quantization, checkpoint_activations, compile_model, load_base, load_hollow
 from lit_sparse.modules.precision import DTYPES, Masters, Precision, cast_norm_inputs
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
+from lit_sparse.modules.window import weigh_batches
 from lit_sparse.optim import trainable
-from lit_sparse.ranks import all_reduce_sum
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
 from lit_sparse.strategies.base import Attaches
 from lit_sparse.strategies.updates import ATTACHES
@@ -307,7 +307,7 @@ class BuiltModel(L.LightningModule, ABC):
         if not trainable(model):
             raise BadInput(f"nothing is left to train with {self.updates}.")
         if self.compile_model:
-            self._compile()
+            compile_model(model, by_layer=any(update.period is not None for update in self.updates))
         self.note_trained()
         if self._trainer is not None:
             check_updates_alike(self.updates, self.base_fingerprint)
@@ -317,16 +317,6 @@ class BuiltModel(L.LightningModule, ABC):
             self._sharded[0].check_dtypes()
             with forked_rng(self.device_to_be):
                 self.updates.on_shard()
-
-    def _compile(self) -> None:
-        """Compile the model as one graph; layer by layer where the trainable set changes.
-
-        A graph depends on which of its weights train. Of a whole model there are as many as there are sets, and the
-        compiler gives up after eight; of a layer there are two, which all layers share.
-        """
-        changes = any(update.period is not None for update in self.updates)
-        for region in decoder_layers(self.build()) if changes else [backbone(self.build())]:
-            region.compile()
 
     def _upcast(self) -> None:
         """Upcast what trains to fp32; FSDP2 cannot change a sharded dtype, so the optimizer keeps masters there."""
@@ -392,18 +382,11 @@ class BuiltModel(L.LightningModule, ABC):
         if not self._sharded:  # else its shards are there
             self.build().to(self.device_to_be)  # pyright: ignore[reportArgumentType]
         batches = islice(self.trainer.fit_loop._data_source.dataloader(), steps)
-        for batch, weight in self._weigh(batches) if weighed else zip(batches, repeat(1.0)):
+        weighing = weigh_batches(batches, self.scored_count, self.device_to_be)
+        for batch, weight in weighing if weighed else zip(batches, repeat(1.0)):
             batch = move_data_to_device(batch, self.device_to_be)
             with self.autocast():
                 yield self.compute(self.loss, batch)[0] * weight
-
-    def _weigh(self, batches: Iterable[Any]) -> Iterator[tuple[Any, float]]:
-        """Yield each batch with its number of scored tokens, over their mean of all batches on all ranks."""
-        read = [(batch, int(self.scored_count(batch))) for batch in batches]
-        totals = torch.tensor([sum(count for _, count in read), len(read)], device=self.device_to_be)
-        tokens, number = all_reduce_sum(totals).tolist()
-        for batch, count in read:
-            yield batch, count * number / max(tokens, 1)
 
     def note_trained(self) -> None:
         """Remember the names of what is trainable now, or of all weights where frozen ones were moved."""

@@ -14,7 +14,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTr
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from lit_sparse.anatomy import classification_head, is_quantized_linear
+from lit_sparse.anatomy import backbone, classification_head, decoder_layers, is_quantized_linear
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.library_errors import MALFORMED, met_in_transformers
@@ -270,3 +270,13 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs. Undo it: with
     # frozen lower layers the backward pass would run down to the embeddings for nothing.
     model.disable_input_require_grads()
+
+
+def compile_model(model: PreTrainedModel, by_layer: bool) -> None:
+    """Compile the model as one graph; `by_layer` where the trainable set changes.
+
+    A graph depends on which of its weights train. Of a whole model there are as many as there are sets, and the
+    compiler gives up after eight; of a layer there are two, which all layers share.
+    """
+    for region in decoder_layers(model) if by_layer else [backbone(model)]:
+        region.compile()

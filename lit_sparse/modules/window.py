@@ -1,5 +1,8 @@
 """The accumulation window: one loss for all batches of an optimizer step, on all ranks."""
 
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,3 +58,13 @@ class Window:
 def weighed_by_rank(loss: Tensor, count: Tensor) -> Tensor:
     """Return the mean loss of `count` scored tokens, weighed: its mean over ranks is that of all ranks' tokens."""
     return loss if world_size() == 1 else loss * (count * world_size() / all_reduce_sum(count.float())).to(loss.dtype)
+
+
+def weigh_batches(
+    batches: Iterable[Any], count: Callable[[Any], Tensor], device: torch.device
+) -> Iterator[tuple[Any, float]]:
+    """Yield each batch with its number of scored tokens (`count`), over their mean of all batches on all ranks."""
+    read = [(batch, int(count(batch))) for batch in batches]
+    tokens, number = all_reduce_sum(torch.tensor([sum(n for _, n in read), len(read)], device=device)).tolist()
+    for batch, scored in read:
+        yield batch, scored * number / max(tokens, 1)
