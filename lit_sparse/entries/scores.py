@@ -23,8 +23,8 @@ CANDIDATES = 2
 def top_entries(scores: Tensor, count: int) -> Tensor:
     """Return the positions of the `count` largest of `scores` (any shape), sorted; int32. Ties go to the lower one.
 
-    Other than `topk` the same on all devices: bf16 weights have many entries of one magnitude. Of a planned training
-    they are evenly spaced.
+    Other than those of `topk` the same on all devices: bf16 weights have many entries of one magnitude. Of a planned
+    training they are evenly spaced.
 
     Raises:
         BadInput: if a score is not finite.
@@ -33,12 +33,13 @@ def top_entries(scores: Tensor, count: int) -> Tensor:
     known, finite = has_values(flat), flat.isfinite().all()
     if known and not finite:
         raise BadInput("a score of an entry is not finite; check the base's weights, the data and the precision.")
-    least = flat.kthvalue(len(flat) - count + 1).values
+    least = flat.topk(count, sorted=False).values.min()  # kthvalue copies all scores, with an index for each
     above, level = flat > least, flat == least
-    level &= level.cumsum(0, dtype=torch.int32) <= count - above.sum()
     if not known:
         return torch.arange(count, dtype=torch.int32, device=flat.device) * (len(flat) // count)
-    return above.logical_or_(level).nonzero().squeeze(1).int()
+    above = above.nonzero().squeeze(1)
+    level = level.nonzero().squeeze(1)[: count - len(above)]
+    return torch.cat([above, level]).sort().values.int()
 
 
 def random_scores(shape: torch.Size, seed: int, step: int, name: str) -> Tensor:
