@@ -140,8 +140,8 @@ LONGEST_FIELD = 2**31 - 1
 
 def read_csv(path: Path) -> Iterator[Row]:
     """Read a header line of keys, then one row per line. All values are texts."""
-    before = csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    before = csv.field_size_limit(LONGEST_FIELD)
     try:
         yield from csv_rows(path, reader)
     except csv.Error as error:

@@ -138,6 +138,10 @@ def test_a_long_field_and_lines_within_texts_are_read(tmp_path):
     path = write(tmp_path / "a.csv", f'text\n{long}\n"two\nlines"\n')
     assert [row.data["text"] for row in read(path)] == [long, "two\nlines"]
     assert csv.field_size_limit() < len(long)  # of this process, as it was
+    (tmp_path / "b.csv").write_bytes(b"text\n\xff\n")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        list(read(str(tmp_path / "b.csv")))
+    assert csv.field_size_limit() < len(long)
     path = write(tmp_path / "a.jsonl", '{"text": "a\u2028b"}\n')  # no line ends there
     assert [row.data["text"] for row in read(path)] == ["a\u2028b"]
 
