@@ -136,6 +136,7 @@ def main() -> None:
     phases = Phases.of_process()
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
+    before = signal.getsignal(signal.SIGTERM)
     if sys.argv[1:] and sys.argv[1] not in FIT_VERBS:  # which save first
         signal.signal(signal.SIGTERM, leave)
     try:
@@ -153,6 +154,8 @@ def main() -> None:
         else:
             tell_once(" ".join(str(told).split()))
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

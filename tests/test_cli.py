@@ -382,7 +382,8 @@ def test_list_tells_what_each_method_trains_costs_and_claims(home, capsys):
         block = text.partition(f"\n{path.name}\n")[2].partition("\n\n")[0]
         said = dict(re.findall(r"^    (\w+): +(\S.*)$", block, re.MULTILINE))
         assert said["classes"] == (", ".join(one.__name__ for one in updates) or "none"), path
-        assert said["claims"] == (", ".join(sorted({word for one in updates for word in one.claims})) or "none"), path
+        claims = [one().claims if isinstance(one.claims, property) else one.claims for one in updates]
+        assert said["claims"] == (", ".join(sorted({*()}.union(*claims))) or "none"), path
         page = Path(__file__).parents[1] / said["page"]
         assert path.name in page.read_text() or "../choose-a-method.md" in page.read_text(), path
         assert said["trains"]
@@ -443,7 +444,7 @@ def completing(tmp_path_factory):
         ("lit-sparse fit --model.ba", ["--model.base"], True),
         ("lit-sparse fit --config smt.yaml --data.ba", ["--data.batch_size"], True),
         ("lit-sparse fit --model.updates.num_b", ["--model.updates.num_blocks"], True),
-        ("lit-sparse plan smt.yaml lo", ["lora.yaml"], True),
+        ("lit-sparse plan smt.yaml lor", ["lora.yaml"], True),
         ("lit-sparse export runs/smt-1 --ov", ["--overwrite"], True),
         ("lit-sparse report --mark", ["--markdown"], True),
         ("lit-sparse report ru", [], True),  # paths are the shell's

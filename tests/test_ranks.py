@@ -33,6 +33,8 @@ from lit_sparse_profiling.step_plan import Plan
 from tests.pair import attempt, result, run_pair
 
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
+SAME = {"adamw_reset"}
+"""Methods that train what another one does in so few steps: full.yaml's weights before the first reset."""
 OPTIONS = {"trainable_fraction": 0.05, "block_size": 8, "targets": ["all"], "selection_batches": 2}
 
 
@@ -169,6 +171,7 @@ own."""
 
 def compared(folder: Path, name: str, replicated: bool) -> dict[str, list[float]]:
     """Train with accumulation and clipping; return the weights."""
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of another test's fit, with which DDP would seed again
     torch.manual_seed(0)  # of adapters
     update = COMPARED[name]()
     smooth = partial(AdamW, eps=1e-3)  # its update is a smooth function of the gradient, of a slope up to lr / eps
@@ -289,5 +292,9 @@ def test_two_replicas_train_what_one_process_does(name, pair):
 
 
 def test_the_weights_of_replicas_tell_methods_apart(pair):
-    trained = [result(pair, method) for method in METHODS]
-    assert len(set(trained)) == len(trained), "the hashes must be of what was trained, or they prove nothing"
+    methods = [method for method in METHODS if method not in SAME]
+    by_hash: dict[str, list[str]] = {}
+    for method in methods:
+        by_hash.setdefault(result(pair, method), []).append(method)
+    alike = [several for several in by_hash.values() if len(several) > 1]
+    assert not alike, "the hashes must be of what was trained, or they prove nothing"

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lit_sparse import shards, whole
+from lit_sparse import hashed_files, shards, whole
 from lit_sparse.checkpoints import read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
@@ -111,12 +111,12 @@ def test_a_flipped_bit_or_a_missing_file_is_found_by_every_reader(name, file):
 
 
 def test_a_full_disk_keeps_the_one_before(file, one_rank, monkeypatch):
-    class Full(shards._Stream):
+    class Full(hashed_files._Stream):
         def write(self, data):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = folders_of(file)
-    monkeypatch.setattr(shards, "_Stream", Full)
+    monkeypatch.setattr(hashed_files, "_Stream", Full)
     with pytest.raises(BadInput, match=r"could not be written: No space left .* is kept; free some space"):
         write_sharded(checkpoint(one_rank, 2), file)
     monkeypatch.undo()
@@ -130,7 +130,7 @@ def test_a_full_disk_keeps_the_one_before(file, one_rank, monkeypatch):
 
 def test_what_reads_back_otherwise_is_no_checkpoint(file, one_rank, monkeypatch):
     before = folders_of(file)
-    monkeypatch.setattr(shards, "_hash", lambda opened: "another")
+    monkeypatch.setattr(hashed_files, "sha256_of", lambda opened: "another")
     with pytest.raises(BadInput, match="reads back otherwise than it was written; check the disk"):
         write_sharded(checkpoint(one_rank, 2), file)
     assert folders_of(file) == before
@@ -184,7 +184,7 @@ def test_a_kill_in_the_background_leaves_the_one_before(file, one_rank, held, tm
 
 def test_what_fails_in_the_background_is_told_at_the_next_save_and_at_the_end(file, one_rank, monkeypatch):
     writer, before = BackgroundWriter(), folders_of(file)
-    monkeypatch.setattr(shards, "_hash", lambda opened: "another")
+    monkeypatch.setattr(hashed_files, "sha256_of", lambda opened: "another")
     for begin in (lambda: writer.write(checkpoint(one_rank, 3), file), writer.close):
         writer.write(checkpoint(one_rank, 2), file)
         with pytest.raises(BadInput, match="reads back otherwise than it was written; check the disk"):

@@ -16,6 +16,7 @@ from torch.distributed._tools import fake_collectives  # noqa: F401 - registers 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
@@ -47,6 +48,7 @@ def ranks(count: int) -> Iterator[None]:
         c10d._update_default_pg(own)  # pyright: ignore[reportArgumentType]
         for group in set(world.pg_map) - known:
             dist.destroy_process_group(group)
+        _clear_sharding_prop_cache()  # its layouts name the mesh that they were found on, which is gone
         world.group_count, sys.excepthook = number, hook
 
 
