@@ -33,8 +33,8 @@ from lit_sparse_profiling.step_plan import Plan
 from tests.pair import attempt, result, run_pair
 
 METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
-SAME = {"adamw_reset"}
-"""Methods that train what another one does in so few steps: full.yaml's weights before the first reset."""
+SAME = {"adamw_reset", "ows"}
+"""Methods that train what another does in so few steps: full.yaml before a reset, and lisa.yaml where draws agree."""
 OPTIONS = {"trainable_fraction": 0.05, "block_size": 8, "targets": ["all"], "selection_batches": 2}
 
 
