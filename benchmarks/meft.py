@@ -53,7 +53,7 @@ ARMS: dict[str, Callable[[], list[UpdateStrategy]]] = {
     "MEFT 3, exact": lambda: [MEFT(variant=3)],
     "MEFT 1, stored every 4 layers": lambda: [MEFT(exact=False, checkpoint_every=4, max_error=1e9)],
 }
-"""What the curve is measured of; full fine-tuning stores what its layers' own gradients need as well."""
+"""Variants that the curve is measured of; full fine-tuning stores what its layers' own gradients need as well."""
 SLOPE, SHARE = 0.05, 0.16
 """Targets: bytes a layer, of a frozen layer's; bytes at depth 32, of full fine-tuning's (the paper's 84 % less)."""
 

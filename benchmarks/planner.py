@@ -125,7 +125,7 @@ class Case(NamedTuple):
 
     @property
     def setting(self) -> Setting:
-        """What the planner is told of it."""
+        """The planner's setting of it."""
         count = 1 if self.way in ALONE else PAIR
         return Setting("cpu", self.batch_size, self.length, ranks=count, sharded=self.way == "fsdp2")
 

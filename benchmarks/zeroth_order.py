@@ -1,4 +1,4 @@
-"""What a step of MeZO costs beside forward passes of the same batch: time, the bytes that it moves, and memory.
+"""Measure a step of MeZO beside forward passes of the same batch: time, the bytes that it moves, and memory.
 
 `python -m benchmarks.zeroth_order` takes interleaved pairs of a step (of all weights, in the model's dtype) and two
 plain forward passes without a graph, for each kind of noise, and prints the median of the ratio with the range of its

@@ -1,4 +1,4 @@
-"""What a model calls, and which of its modules read the same input: found by a forward pass over dummy tokens."""
+"""Modules that a model calls, and those that read the same input: found by a forward pass over dummy tokens."""
 
 from __future__ import annotations
 

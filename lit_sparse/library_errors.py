@@ -39,7 +39,7 @@ def understood(error: BaseException) -> BadInput | None:
 
 
 MALFORMED = (TypeError, AttributeError, KeyError, IndexError)
-"""What Python raises where a file of a model has a list, say, in place of an object."""
+"""Errors that Python raises where a file of a model has a list, say, in place of an object."""
 
 
 def met_in_transformers(error: BaseException) -> bool:

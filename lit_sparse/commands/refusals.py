@@ -1,4 +1,4 @@
-"""What jsonargparse and Lightning's trainer refuse, told in a sentence with what to do."""
+"""Turn refusals of jsonargparse and Lightning's trainer into a sentence with what to do."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""What a training tells of itself: what trains, and the scores of each optimizer step."""
+"""Logs of a training: the trainable weights, and the scores of each optimizer step."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def parallels(model: PreTrainedModel) -> list[Parallel]:
 
 @dataclass
 class Seen:
-    """What a forward pass over a few dummy tokens showed of each decoder layer and of its modules.
+    """Findings of a forward pass over a few dummy tokens, of each decoder layer and of its modules.
 
     Attributes:
         outputs: For each module, how many values it returns as a tuple; 0 if it returns a tensor alone.

@@ -19,7 +19,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.reversible.coupling import Coupling, fits, from_fixed, to_fixed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What the model gives to a layer beside the hidden states: masks, positions, rotary tables."""
+"""Arguments that the model gives to a layer beside the hidden states: masks, positions, rotary tables."""
 
 Function = Callable[[Tensor, Call], Tensor]
 """A layer, or a part of it: hidden states (B, S, H) from hidden states and a call."""
@@ -84,7 +84,7 @@ class Form:
 
 @dataclass
 class Past:
-    """What a step must know of its forward pass to run again: dropped bits, and the random state if it drew numbers."""
+    """State that a step needs of its forward pass to run again: dropped bits, and the random state if it drew any."""
 
     dropped: Tensor | None = None
     random: Tensor | None = None

@@ -1,8 +1,9 @@
-"""What methods without a backward pass have in common: their hooks, their steps, and the log of these."""
+"""Shared hooks, steps and step logs of methods without a backward pass."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, ClassVar
@@ -23,7 +24,7 @@ MEASURING = frozenset({"epsilon", "micro_batch", "probes_at_once", "max_skipped"
 """Settings on which losses depend, and a step that is taken again from its numbers does not."""
 
 
-class ForwardOnlyMethod:
+class ForwardOnlyMethod(ABC):
     """The common part of strategies without a backward pass; a method is this, `UpdateStrategy` and a dataclass.
 
     A method has the settings `weight_decay`, `micro_batch`, `probes_at_once`, `max_skipped` and `seed`, calls
@@ -63,22 +64,22 @@ class ForwardOnlyMethod:
     # ---- what a method defines
 
     @property
+    @abstractmethod
     def _fields(self) -> list[str]:
         """Names of the fp32 tensors that each parameter has as its state."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def _count(self) -> int:
         """How many numbers this step has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _measure(self, losses: Losses) -> tuple[list[float], Tensor]:
         """Return the numbers of the step, and its loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _move(self, parts: Sequence[Part], numbers: Sequence[float], lr: float) -> None:
         """Move the weights as the numbers, all finite, say."""
-        raise NotImplementedError
 
     def _begin(self, parts: Sequence[Part]) -> None:
         """Prepare for a step, before its first loss."""

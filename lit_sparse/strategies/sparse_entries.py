@@ -142,7 +142,7 @@ class SparseEntries(UpdateStrategy):
 
     @property
     def _by_gradient(self) -> bool:
-        """Whether new choices are made by gradients."""
+        """True if new choices are made by gradients."""
         return self.policy == "grow_and_prune" or self.entries == "gradient"
 
     # ---- preparing

@@ -46,7 +46,7 @@ from lit_sparse_kernels.subspace_adam import subspace_back, subspace_moments
 
 Residual = Literal["none", "fira"]
 TINY = 1e-8
-"""What Fira adds to a norm before it divides by it."""
+"""Number that Fira adds to a norm before it divides by it."""
 
 
 @dataclasses.dataclass

@@ -76,7 +76,7 @@ class Updates(Sequence[UpdateStrategy]):
 
     @property
     def objective(self) -> Any:
-        """What a forward-only method minimizes: `loss`, `accuracy` or a metric."""
+        """The objective that a forward-only method minimizes: `loss`, `accuracy` or a metric."""
         return next((strategy.objective for strategy in self if strategy.backward == "none"), "loss")
 
     @property

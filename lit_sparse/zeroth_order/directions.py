@@ -68,13 +68,13 @@ class Direction(ABC):
     """A way to draw directions."""
 
     supports_sharding: bool = True
-    """Whether a shard can be moved without the others."""
+    """True if a shard can be moved without the others."""
     supports_momentum: bool = False
-    """Whether `move` can average over steps."""
+    """True if `move` can average over steps."""
     supports_queries: bool = True
-    """Whether a step may have several."""
+    """True if a step may have several."""
     needs_mean: bool = False
-    """Whether the direction itself follows the mean of past steps, the state `momentum`."""
+    """True if the direction itself follows the mean of past steps, the state `momentum`."""
 
     def begin(self, step: int, master: int, parts: Sequence[Part]) -> None:
         """Prepare for a step (from 1), before its first loss."""

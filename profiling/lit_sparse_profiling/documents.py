@@ -18,7 +18,7 @@ def printable(text: str) -> str:
 
 
 MARKUP = re.compile(r"[\\|]|(?<=\])[(\[:]")
-"""What ends a cell of Markdown, and what makes a link or a picture of brackets before it."""
+"""Characters that end a cell of Markdown, and that make a link or a picture of brackets before it."""
 
 
 def plain_markdown(text: str) -> str:

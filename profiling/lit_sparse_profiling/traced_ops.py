@@ -1,4 +1,4 @@
-"""What the trace asks of an op: its name, and what it would do with unknown values and with its operands' memory."""
+"""Properties of an op for the trace: its name, and what it would do with unknown values and its operands' memory."""
 
 from __future__ import annotations
 

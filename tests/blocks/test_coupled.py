@@ -43,7 +43,7 @@ def test_heads_and_channels_are_the_same_in_all_matrices(kind):
 
 
 def test_a_head_is_what_attention_groups():
-    """What the chosen rows of v change is read by the chosen columns of o, and by no others."""
+    """The outputs of the chosen rows of v are read by the chosen columns of o, and by no others."""
     model = tiny_llm()
     _, blocks = chosen(weights=1e5 / 40, roles=["q", "k", "v", "o"])
     name = next(name for name in blocks if role(name) == "o")

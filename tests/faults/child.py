@@ -38,7 +38,7 @@ LIMIT = 180
 
 @dataclass(frozen=True)
 class Fault:
-    """What befalls a command.
+    """A fault that befalls a command.
 
     Args:
         event: Die before this file event in the watched folder, counted from 1; 0: never.

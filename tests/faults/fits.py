@@ -36,7 +36,7 @@ RUN = Path("runs/mine-1")
 
 @dataclass
 class Found:
-    """What a trial found.
+    """The result of a trial.
 
     Attributes:
         how: `survived`, `refused` (named, and an earlier state kept), `nothing` (the fault came to nothing), or

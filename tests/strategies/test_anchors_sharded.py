@@ -71,7 +71,7 @@ def small_steps(folder: Path) -> LitSparse:
 
 
 FISHER: dict[str, list[dict]] = {"product": [lora()], "parameters": [], "blocks": [BLOCKS]}
-"""What trains beside RecordFisher. The model is sharded before it where SMT trains blocks, which are not."""
+"""Methods that train beside RecordFisher. The model is sharded before it where SMT trains blocks, which are not."""
 
 
 def fisher(folder: Path, kind: str, samples: int) -> LitSparse:

@@ -1,4 +1,4 @@
-"""What forward-only methods have in common: the tape of their steps, and settings that are none."""
+"""Shared parts of forward-only methods: the tape of their steps, and settings that are none."""
 
 import pytest
 import torch
