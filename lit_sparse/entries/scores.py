@@ -23,23 +23,29 @@ CANDIDATES = 2
 def top_entries(scores: Tensor, count: int) -> Tensor:
     """Return the positions of the `count` largest of `scores` (any shape), sorted; int32. Ties go to the lower one.
 
-    Other than those of `topk` the same on all devices: bf16 weights have many entries of one magnitude. Of a planned
-    training they are evenly spaced.
+    Other than those of `topk` the same on all devices: bf16 weights have many entries of one magnitude.
 
     Raises:
         BadInput: if a score is not finite.
     """
     flat = scores.flatten()
-    known, finite = has_values(flat), flat.isfinite().all()
-    if known and not finite:
+    finite = flat.isfinite().all()
+    if has_values(flat) and not finite:
         raise BadInput("a score of an entry is not finite; check the base's weights, the data and the precision.")
     least = flat.topk(count, sorted=False).values.min()  # kthvalue copies all scores, with an index for each
-    above, level = flat > least, flat == least
-    if not known:
-        return torch.arange(count, dtype=torch.int32, device=flat.device) * (len(flat) // count)
-    above = above.nonzero().squeeze(1)
-    level = level.nonzero().squeeze(1)[: count - len(above)]
-    return torch.cat([above, level]).sort().values.int()
+    chosen = flat > least  # its sum would convert it to int64 on a CPU
+    chosen.index_fill_(0, _first(flat == least, count - chosen.count_nonzero(), count), True)
+    return torch.nonzero_static(chosen, size=count).squeeze(1).int()
+
+
+def _first(mask: Tensor, number: Tensor, limit: int) -> Tensor:
+    """Return the positions (limit,) of the first `number` true values of `mask`, of which one at least; then repeated.
+
+    The size does not depend on values, so that a planned training takes what a real one does.
+    """
+    places = torch.nonzero_static(mask, size=limit).squeeze(1)
+    beyond = torch.arange(limit, dtype=torch.int32, device=mask.device) >= number
+    return places.masked_fill_(beyond, places[0].clone())
 
 
 def random_scores(shape: torch.Size, seed: int, step: int, name: str) -> Tensor:
