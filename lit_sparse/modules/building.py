@@ -1,12 +1,10 @@
 """Building the model of a run: the base, what the strategies make of it, its precision, its sharding."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, repeat
-from typing import Any, ClassVar
+from typing import Any
 
-import lightning as L
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
@@ -23,6 +21,7 @@ from lit_sparse.modules.hollow import Hollow
 from lit_sparse.modules.loading import Quantization, checkpoint_activations, compile_model, load_base, load_hollow
 from lit_sparse.modules.precision import DTYPES, Masters, Precision, cast_norm_inputs
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
+from lit_sparse.modules.task import Task
 from lit_sparse.modules.window import weigh_batches
 from lit_sparse.optim import trainable
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
@@ -31,7 +30,7 @@ from lit_sparse.strategies.updates import ATTACHES
 from lit_sparse_profiling.phases import Phases
 
 
-class BuiltModel(L.LightningModule, ABC):
+class BuiltModel(Task):
     """The part of the host that builds the model. `LitSparse` documents the arguments.
 
     Attributes:
@@ -46,9 +45,6 @@ class BuiltModel(L.LightningModule, ABC):
         phases: Time and peak memory of loading, selection and the phases of a step; a `Profile` of a fit sets its own.
         before_loading: Called once, when data and settings of a fit are checked and its model is not loaded yet.
     """
-
-    auto_class: ClassVar[Any]
-    """The transformers Auto class that loads the model of this task."""
 
     def __init__(
         self,
@@ -87,60 +83,6 @@ class BuiltModel(L.LightningModule, ABC):
         self.phases = Phases()
         self._attached = False
         self._casts: list[RemovableHandle] = []  # of LayerNorms' inputs
-
-    # ---- the task's part
-
-    @abstractmethod
-    def graded_loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any, Tensor]:
-        """Return the mean loss of a batch, the model's output, and the number of right predictions.
-
-        The loss is a scalar with a graph. The output is for penalties. A prediction is right if the label is the
-        likeliest token (or class); there are `scored_count` of them, and an integer scalar of right ones.
-        """
-
-    def loss(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Any]:
-        """Return the mean loss of a batch (scalar with a graph), and the model's output, for penalties."""
-        return self.graded_loss(batch)[:2]
-
-    @abstractmethod
-    def predictions(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Any]:
-        """Return the likeliest token (or class) at each of the `scored_count` places, the labels, and the output.
-
-        The first two are (N,) int64; the output is the model's, for penalties.
-        """
-
-    @abstractmethod
-    def row_losses(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Any]:
-        """Return the summed loss of each row, (B,) fp32, its scored tokens, (B,), right predictions, and the output.
-
-        As `graded_loss`, but told apart by row, and without a graph.
-        """
-
-    def look_at_head(self) -> None:
-        """Find out what `row_losses` has to know of the model, in passes of other rows than a batch's."""
-
-    @abstractmethod
-    def scored_count(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Return the number of tokens (or rows) of a batch over which `loss` is the mean, an integer scalar."""
-
-    @property
-    def config_options(self) -> dict[str, Any]:
-        """Entries of the base's configuration that the task sets when it loads the base."""
-        return {}
-
-    def always_trained(self) -> Iterator[torch.nn.Parameter]:
-        """Yield what trains whatever the strategies freeze: parts of the model that are the task's own."""
-        return iter(())
-
-    def check_data(self) -> None:
-        """Check the trainer's data against the model, once it is loaded and before anything is computed."""
-
-    def take_task(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take from a checkpoint what the task needs to build the model.
-
-        Raises:
-            BadInput: if the checkpoint is of another task.
-        """
 
     # ---- building
 

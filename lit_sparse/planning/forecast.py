@@ -20,7 +20,8 @@ from lit_sparse.planning import quantized
 from lit_sparse.planning.device_choices import ON_CPU, Draw, choices_of, costliest_draws
 from lit_sparse.planning.training import Setting, batch_of, trace_training
 from lit_sparse_profiling.caching import replay
-from lit_sparse_profiling.trace import BOUNDARY, Moment, Trace
+from lit_sparse_profiling.timeline import BOUNDARY, Moment
+from lit_sparse_profiling.trace import Trace
 from lit_sparse_profiling.workspaces import cpu_workspace
 
 CONTEXT = 760 * 2**20
