@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -13,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _profiler_enabled
 from torch.optim import Optimizer
 
-from lit_sparse_profiling.budget import CEILING, MEMORY, Budget, Cost
+from lit_sparse_profiling.budget import CEILING, MEMORY, Budget
 from lit_sparse_profiling.ceilings import DTYPES, CeilingSeries
 from lit_sparse_profiling.devices import describe_device, resolve_index
 from lit_sparse_profiling.examined_steps import ExaminedSteps
@@ -29,15 +27,13 @@ from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, Memory
 from lit_sparse_profiling.speed_sections import Kernels, Throughput
-from lit_sparse_profiling.step_plan import COSTS, INSTRUMENTS, INTERRUPTED, PROFILED, Plan, Stage
+from lit_sparse_profiling.stages import Stages
+from lit_sparse_profiling.step_plan import INTERRUPTED, Plan, Stage
 from lit_sparse_profiling.stopwatch import count_positions, count_tokens, largest
 from lit_sparse_profiling.timed_steps import TimedSteps
 from lit_sparse_profiling.witness import PlainSteps
 
 TRAINING = "training"
-GIVE_UP_NOTES = {"examined": "Memory was not counted", "kernels": "Kernels were not timed"}
-MAX_ATTEMPTS = 5
-"""Attempts at the steps of one kind before they are given up, if evaluation or saving interrupts each."""
 
 
 class Profiler:
@@ -89,12 +85,9 @@ class Profiler:
         self.phases = phases or Phases(self.device)
         self.notes: list[str] = []
         self.nvml = nvml or open_nvml(self.device, self.notes)
-        self._stages = plan.stages()
-        self._budget, self._limited = budget, set(plan.limited) if budget is not None else set()
-        self._step_began: float | None = None
+        self._stages = Stages(plan, self.device, self.phases, budget, self.notes)
         self._stage: Stage | None = None
         self._phase: str | None = None
-        self._attempts: dict[Stage, int] = {}
         self._interrupted = 0
         self._steps = TimedSteps(self.device, self.nvml, None if plan.turns is None else Turns(plan.turns))
         self._ceilings = CeilingSeries(lambda: ceilings(self.device, self.dtype))
@@ -160,7 +153,7 @@ class Profiler:
     @property
     def done(self) -> bool:
         """True once as many steps were timed as the plan requests, and for long enough to count a GPU's energy."""
-        planned = self._stages or self.in_step
+        planned = self._stages.left or self.in_step
         enough = self.plan.timed is not None and self.timed >= self.plan.timed
         return enough and not planned and not self._steps.window_is_short
 
@@ -175,16 +168,14 @@ class Profiler:
         Only one torch.profiler can run. If another one does when this one's is due, the step is not instrumented, nor
         are those that would belong to it, and a note says so.
         """
-        self._skip_costly()
-        self._skip_instruments()
+        stage = self._stages.take(self._examined.under_way or self._kernels is not None)
         self._positions, self._begun = count_positions(batch), self._begun + 1
-        stage = self._stages.popleft() if self._stages else "timed"
         if stage == "timed" and self._is_worse():
             stage = "examined"
             self._steps.close()
         self._stage = stage
         due = stage == "timed" and self._profiled and self._ceilings.due
-        if due and self._affords(CEILING) and not self._steps.window_is_short:  # measuring ends the window
+        if due and self._stages.affords(CEILING) and not self._steps.window_is_short:  # measuring ends the window
             self._measure_ceilings()
         self._enter_phase(TRAINING if stage in ("warm-up", "timed") else EXAMINATION)
         if stage == "lead-in":
@@ -212,11 +203,9 @@ class Profiler:
 
     def _is_worse(self) -> bool:
         """Return whether the step is to be examined, since its largest batch decides the peak of those so far."""
-        if not self._examined.outgrown_by(self._positions):
+        if not self._examined.outgrown_by(self._positions) or not self._stages.allows_longer():
             return False
-        if self.device.type != "cuda" and _profiler_enabled():  # another one: ours would stop it
-            return False
-        return self._attempts.get("longer", 0) < MAX_ATTEMPTS and (self.plan.examine is True or self._affords(MEMORY))
+        return self.plan.examine is True or self._stages.affords(MEMORY)
 
     def end_step(self, tokens: tuple[Tensor | int, int] | None = None) -> None:
         """End the step that was begun last. `tokens`: their number without and with padding; None if unknown."""
@@ -234,7 +223,7 @@ class Profiler:
             self._examined.end_lead_in(positions)
         elif stage == "kernels":
             self._kernel_steps += 1
-            if not self._stages:
+            if not self._stages.left:
                 self._stop_kernels()
         elif stage == INTERRUPTED:
             self._interrupted += 1
@@ -249,7 +238,7 @@ class Profiler:
         self._steps.close()
         if self._kernel_steps and not self._profiled and not self.in_step:
             self._stop_kernels()  # whole steps were profiled, if fewer than planned: they are a result
-        self._reschedule(self._remove_instruments())
+        self._stages.retry(self._remove_instruments())
         if self.in_step:
             self._stage = INTERRUPTED
 
@@ -272,51 +261,7 @@ class Profiler:
         if self.nvml is not None:
             self.nvml.stop()
 
-    # ---- stages
-
-    def _skip_instruments(self) -> None:
-        """Take the next steps out of the plan that need torch.profiler, if another one is running."""
-        while self._stages and _profiler_enabled():
-            stage = self._stages[0]
-            begun = self._examined.under_way or self._kernels is not None  # then it is our own that runs
-            needs = stage == "kernels" or (stage == "lead-in" and self.device.type != "cuda")
-            if begun or not needs:
-                return
-            self._leave_out(stage, "another torch.profiler was running, and only one can; profile without it.")
-
-    def _skip_costly(self) -> None:
-        """Take instruments out of the plan that would take too much of the run, now that a step's time is known."""
-        if self._budget is None:
-            return
-        self._time_warmup(self._budget)
-        self._budget.count_step()
-        while self._stages and self._stages[0] in self._limited:
-            stage = self._stages[0]
-            self._limited.remove(stage)
-            if self._budget.allows(COSTS[stage]):
-                return
-            key = "examine=true" if stage == "lead-in" else f"profiled={PROFILED}"
-            self._leave_out(stage, f"{self._budget.refusal(COSTS[stage])}; --profile.{key} does it nevertheless.")
-
-    def _affords(self, cost: Cost) -> bool:
-        return self._budget is None or self._budget.allows(cost)
-
-    def _time_warmup(self, budget: Budget) -> None:
-        """Take the time of the last step of the warm-up."""
-        warming = self._stages and self._stages[0] == "warm-up"
-        if not warming and self._step_began is None:
-            return
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        now = self.phases.elapsed
-        if self._step_began is not None:
-            budget.step_seconds = now - self._step_began
-        self._step_began = now if warming else None
-
-    def _leave_out(self, stage: Stage, why: str) -> None:
-        gone = INSTRUMENTS[stage]
-        self._stages = deque(other for other in self._stages if other not in gone)
-        self.notes.append(f"{GIVE_UP_NOTES[gone[-1]]}: {why}")
+    # ---- phases and instruments
 
     def _measure_ceilings(self) -> None:
         """Measure the device's ceilings between two steps, in a phase of its own and unseen by the driver's sampler."""
@@ -353,7 +298,7 @@ class Profiler:
             self._examined.drop()
             if not self._examined.done:
                 return ["lead-in", "examined"]
-            self._attempts["longer"] = self._attempts.get("longer", 0) + 1
+            self._stages.count_longer()
             return []
         if self._kernels is not None and not self._profiled:
             self._kernels.close()
@@ -361,26 +306,10 @@ class Profiler:
             return self.plan.kernel_stages
         return []
 
-    def _reschedule(self, again: list[Stage]) -> None:
-        """Put these stages before the remaining ones, or give them up with a note after `MAX_ATTEMPTS`."""
-        if not again:
-            return
-        name = again[-1]
-        self._attempts[name] = self._attempts.get(name, 0) + 1
-        others = [stage for stage in self._stages if stage not in again]
-        if self._attempts[name] < MAX_ATTEMPTS:
-            self._stages = deque(again + others)
-            return
-        self._stages = deque(others)
-        self.notes.append(
-            f"{GIVE_UP_NOTES[name]}: evaluation or saving interrupted all of {MAX_ATTEMPTS} attempts; do these less "
-            "often."
-        )
-
     def _stop_kernels(self) -> None:
         assert self._kernels is not None
         self._kernels.stop(self._kernel_steps)
-        self._stages = deque(stage for stage in self._stages if stage != "kernels")
+        self._stages.remove("kernels")
         self._profiled = True
 
     # ---- results

@@ -26,9 +26,10 @@ from lit_sparse_profiling.ceilings import Ceilings
 from lit_sparse_profiling.counted import UNNAMED_PHASE
 from lit_sparse_profiling.examined_steps import EAGER
 from lit_sparse_profiling.nvml import NVML, open_nvml
-from lit_sparse_profiling.profiler import MAX_ATTEMPTS, Profiler
+from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.stages import MAX_ATTEMPTS
 from lit_sparse_profiling.step_plan import Plan
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
 from tests.profiling.fake_nvml import MIB, UUID, FakeNVML
