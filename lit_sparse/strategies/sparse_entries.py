@@ -28,14 +28,10 @@ from torch.optim import Optimizer
 
 from lit_sparse.anatomy import has_values, replace, role, target_experts, target_linears, weight_count
 from lit_sparse.blocks.principal import principal_scores
-from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
-from lit_sparse.entries.scores import (
-    CANDIDATES,
-    GradientSums,
-    InputNorms,
-    random_scores,
-    top_entries,
-)
+from lit_sparse.entries.batch_scores import BatchScores
+from lit_sparse.entries.former import FormerEntries
+from lit_sparse.entries.linear import EntryLinear
+from lit_sparse.entries.scores import GradientSums, InputNorms, random_scores, top_entries
 from lit_sparse.entries.selection import LIMIT, check_selection, counts, read_selection
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import full_tensor
@@ -113,10 +109,8 @@ class SparseEntries(UpdateStrategy):
                 raise BadInput(f"SparseEntries: {name} is {value}; it must be at least 1.")
         self._check_policy()
         self._swapped: dict[str, tuple[nn.Module, EntryLinear]] = {}
-        self._scores: dict[str, GradientSums | InputNorms] = {}
-        self._hooks: list[Any] = []
-        self._start: dict[str, Tensor] = {}  # of grow_and_prune: the base's values of the entries, (N, 1)
-        self._left: dict[str, tuple[Tensor, Tensor]] = {}  # of choose: positions and values of former entries
+        self._scores = BatchScores()
+        self._former = FormerEntries(restored=self.policy == "grow_and_prune")
         self._step = 0
 
     def _check_policy(self) -> None:
@@ -145,6 +139,11 @@ class SparseEntries(UpdateStrategy):
         """True if new choices are made by gradients."""
         return self.policy == "grow_and_prune" or self.entries == "gradient"
 
+    @property
+    def _layers(self) -> dict[str, EntryLinear]:
+        """The layers that train entries, by name."""
+        return {name: layer for name, (_, layer) in self._swapped.items()}
+
     # ---- preparing
 
     @property
@@ -163,13 +162,14 @@ class SparseEntries(UpdateStrategy):
             self._swap(model, {name: torch.empty(0, dtype=torch.int32) for name, n in number.items() if n})
             try:
                 self._look(probe, number)
-                for name, (_, layer) in self._swapped.items():
+                for name, layer in self._layers.items():
                     layer.choose(self._chosen(name, layer, number[name], step=0))
             except BaseException:
                 self.detach(model)  # else hooks and layers without entries would stay
                 raise
-            self._unwatch()
-        self._remember_start()
+            self._scores.stop()
+        for name, layer in self._layers.items():
+            self._former.remember(name, layer)
         self._watch(1)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
@@ -180,15 +180,10 @@ class SparseEntries(UpdateStrategy):
         self._swap(model, {name: entry["index"] for name, entry in saved.items()})
         self._step = state["step"]
         self._watch(self._step + 1)
-        for name, (_, layer) in self._swapped.items():
-            entry, weight = saved[name], layer.get_parameter("weight")
-            if "left" in entry:
-                self._left[name] = entry["left"].cpu(), entry["left_values"].cpu()
-                write_entries(weight, *self._left[name])
-            if "start" in entry:
-                self._start[name] = entry["start"].to(layer.index.device)
-            if name in self._scores:
-                self._scores[name].load(entry, layer.index.device)
+        for name, layer in self._layers.items():
+            self._former.load(name, layer, saved[name])
+            if name in self._scores.by_name:
+                self._scores.by_name[name].load(saved[name], layer.index.device)
 
     def _targets(self, model: nn.Module, compute: Callable[..., Any]) -> dict[str, Any]:
         linears = target_linears(model, self.targets, compute)
@@ -219,66 +214,35 @@ class SparseEntries(UpdateStrategy):
             replace(model, name, layer)
             self._swapped[name] = original, layer
 
-    def _remember_start(self) -> None:
-        if self.policy == "grow_and_prune":
-            for name, (_, layer) in self._swapped.items():
-                self._start[name] = layer.entries.detach().to(layer.get_parameter("weight").dtype, copy=True)
-
     # ---- choosing
 
     def _look(self, probe: Probe, number: Mapping[str, int]) -> None:
         """Score what the first choice needs, on training batches."""
         if self.entries == "gradient":
-            self._watch_gradients(number)
+            self._scores.watch_gradients(self._layers, number)
             for loss in probe(self.selection_batches):
                 loss.backward()
-                self._end_step()
+                self._scores.end_step()
         elif self.entries == "wanda":
-            self._watch_inputs()
+            self._scores.watch_inputs(self._layers)
             with torch.no_grad():
                 for _ in probe(self.selection_batches):
-                    self._end_step()
+                    self._scores.end_step()
 
     def _watch(self, step: int) -> None:
         """Score the batches of optimizer step `step` (from 1), if a choice soon needs them; else stop."""
         if self.reselect is None or (step - 1) % self.reselect < self.reselect - self.scoring_steps:
             return
-        if self._by_gradient and not self._scores:
-            self._watch_gradients({name: len(layer.index) for name, (_, layer) in self._swapped.items()})
-        elif self.entries == "wanda" and not self._scores:
-            self._watch_inputs()
-
-    def _watch_gradients(self, number: Mapping[str, int]) -> None:
-        for name, (_, layer) in self._swapped.items():
-            count = min(CANDIDATES * number[name], layer.get_parameter("weight").numel())
-            sums = GradientSums(count, layer.index.device)
-            layer.observe, self._scores[name] = sums.add, sums
-
-    def _watch_inputs(self) -> None:
-        for name, (_, layer) in self._swapped.items():
-            norms = self._scores[name] = InputNorms()
-
-            def add(module: nn.Module, args: tuple[Tensor, ...], norms: InputNorms = norms) -> None:
-                if module.training:  # not in an evaluation
-                    norms.add(args[0])
-
-            self._hooks.append(layer.register_forward_pre_hook(add))
-
-    def _unwatch(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        for _, layer in self._swapped.values():
-            layer.observe = None
-        self._hooks.clear()
-        self._scores.clear()
-
-    def _end_step(self) -> None:
-        for scores in self._scores.values():
-            scores.end_step()
+        if self._scores.by_name:
+            return
+        if self._by_gradient:
+            self._scores.watch_gradients(self._layers, {name: len(one.index) for name, one in self._layers.items()})
+        elif self.entries == "wanda":
+            self._scores.watch_inputs(self._layers)
 
     def _chosen(self, name: str, layer: EntryLinear, count: int, step: int) -> Tensor:
         """Return the positions of `count` entries by the method of choice, after `step` steps; alike on all ranks."""
-        scores = self._scores.get(name)
+        scores = self._scores.by_name.get(name)
         if isinstance(scores, GradientSums):
             return of_first_rank(scores.best(count))
         weight = full_tensor(layer.get_parameter("weight").detach())
@@ -298,8 +262,8 @@ class SparseEntries(UpdateStrategy):
 
         An entry that goes and would come at once stays as it is.
         """
-        scores, moved = self._scores[name], (layer.entries.detach() - self._start[name]).squeeze(1).abs()
-        assert isinstance(scores, GradientSums)  # see _watch
+        scores = self._scores.gradients(name)
+        moved = (layer.entries.detach() - self._former.start[name]).squeeze(1).abs()
         left = 1.0 if self.replaced_until is None else max(0.0, 1 - step / self.replaced_until)
         count = int(self.replaced_share * left * len(layer.index))
         if not count:
@@ -311,9 +275,7 @@ class SparseEntries(UpdateStrategy):
     # ---- training
 
     def scale_gradients(self, factor: Tensor) -> None:
-        for scores in self._scores.values():
-            if isinstance(scores, GradientSums):
-                scores.scale(factor)
+        self._scores.scale(factor)
 
     def regrouped(self, optimizer: Optimizer) -> None:
         if self.moments == "seeded" and not isinstance(optimizer, torch.optim.Adam):
@@ -323,7 +285,7 @@ class SparseEntries(UpdateStrategy):
             )
 
     def before_step(self, step: int, optimizer: Optimizer) -> None:
-        self._end_step()
+        self._scores.end_step()
 
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
@@ -333,11 +295,11 @@ class SparseEntries(UpdateStrategy):
             return False
         self._step = step
         if step % self.reselect == 0:
-            for name, (_, layer) in self._swapped.items():
+            for name, layer in self._layers.items():
                 grows = self.policy == "grow_and_prune"
                 new = self._grown(name, layer, step) if grows else self._chosen(name, layer, len(layer.index), step)
                 self._move(name, layer, new, optimizer)
-            self._unwatch()
+            self._scores.stop()
         self._watch(step + 1)
         return False  # the parameters are the same objects, of the same sizes
 
@@ -347,29 +309,10 @@ class SparseEntries(UpdateStrategy):
         if not has_values(weight):  # a planned training: which they are costs nothing
             return
         stays, stayed = torch.isin(new, old), torch.isin(old, new)  # both are sorted, so they match in order
-        self._leave(name, layer, old[~stayed], ~stayed, new)
         self._move_moments(name, layer, new, stays, stayed, optimizer)
-        values = read_entries(weight, new)
-        if name in self._start:
-            start = values.to(weight.dtype)
-            start[stays] = self._start[name][stayed]
-            self._start[name] = start
+        values = self._former.change(name, layer, new, stays, stayed)
         values[stays] = layer.entries.detach()[stayed]
         layer.choose(new, values)
-
-    def _leave(self, name: str, layer: EntryLinear, gone: Tensor, where: Tensor, new: Tensor) -> None:
-        weight = layer.get_parameter("weight")
-        if name in self._start:
-            write_entries(weight, gone, self._start[name][where])
-            return
-        positions, values = self._left.get(
-            name, (gone[:0].cpu(), read_entries(weight, gone[:0]).to(weight.dtype).cpu())
-        )
-        still = ~torch.isin(positions, new.cpu())
-        positions = torch.cat([positions[still], gone.cpu()])
-        values = torch.cat([values[still], layer.entries.detach()[where].to(weight.dtype).cpu()])
-        order = positions.argsort()
-        self._left[name] = positions[order], values[order]
 
     def _move_moments(
         self, name: str, layer: EntryLinear, new: Tensor, stays: Tensor, stayed: Tensor, optimizer: Optimizer
@@ -380,8 +323,7 @@ class SparseEntries(UpdateStrategy):
             return
         seeds: dict[str, Tensor] = {}
         if self.moments == "seeded" and "exp_avg" in state:
-            scores = self._scores[name]
-            assert isinstance(scores, GradientSums)  # see _check_policy
+            scores = self._scores.gradients(name)
             group = next(g for g in optimizer.param_groups if any(p is layer.entries for p in g["params"]))
             pair = scores.moments(new[~stays], group["betas"], float(state["step"]))
             seeds = dict(zip(("exp_avg", "exp_avg_sq"), pair, strict=True))
@@ -400,27 +342,24 @@ class SparseEntries(UpdateStrategy):
     # ---- what is kept
 
     def detach(self, model: nn.Module) -> None:
-        self._unwatch()
+        self._scores.stop()
         for name, (original, layer) in self._swapped.items():
             layer.write()
             replace(model, name, original)
-        for kept in (self._swapped, self._start, self._left):
-            kept.clear()
+        self._swapped.clear()
+        self._former.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self._step, "matrices": {name: self._state_of(name) for name in self._swapped}}
 
     def _state_of(self, name: str) -> dict[str, Any]:
-        state: dict[str, Any] = {"index": self._swapped[name][1].index}
-        if name in self._start:
-            state["start"] = self._start[name]
-        if name in self._left:
-            state["left"], state["left_values"] = self._left[name]
-        return state | (self._scores[name].state_dict() if name in self._scores else {})
+        scores = self._scores.by_name.get(name)
+        former = self._former.state_of(name)
+        return {"index": self._swapped[name][1].index, **former, **({} if scores is None else scores.state_dict())}
 
     def held(self) -> Any:
         """Return the state, and what is being summed for the next choice."""
-        return [self.state_dict(), [scores.window for scores in self._scores.values()]]
+        return [self.state_dict(), [scores.window for scores in self._scores.by_name.values()]]
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of trained entries, and of those that trained before; and the trained share by role."""
@@ -431,6 +370,6 @@ class SparseEntries(UpdateStrategy):
             of_role[1] += math.prod(layer.matrix.shape)
         return {
             "entries": sum(n for n, _ in trained.values()),
-            "left": sum(len(positions) for positions, _ in self._left.values()),
+            "left": sum(len(positions) for positions, _ in self._former.left.values()),
             "share": {what: n / weights for what, (n, weights) in trained.items()},
         }

@@ -335,9 +335,10 @@ def test_grow_and_prune_is_spiels(monkeypatch):
     whole = SparseEntries._grown
 
     def watched(self, name, layer, step):
-        scores = self._scores[name]
+        scores = self._scores.by_name[name]
         new = whole(self, name, layer, step)
-        arrays = (layer.index, layer.entries.detach().squeeze(1), self._start[name].squeeze(1), scores.candidates)
+        started = self._former.start[name].squeeze(1)
+        arrays = (layer.index, layer.entries.detach().squeeze(1), started, scores.candidates)
         count = int(self.replaced_share * len(layer.index))
         wanted = numpys_change(*(a.numpy().tolist() for a in arrays), scores.sums.tolist(), count)
         assert new.tolist() == wanted
