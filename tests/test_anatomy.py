@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.families import FAMILIES
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.anatomy import (
     backbone,
     decoder_layers,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from benchmarks.families import FAMILIES
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.blocks.grid import Blocks
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, match_by_name, parameter_groups, regroup, trainable

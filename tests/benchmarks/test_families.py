@@ -6,7 +6,8 @@ import re
 import pytest
 
 from benchmarks import families, readme
-from benchmarks.families import FAMILIES, Cell, one_cell
+from benchmarks.families import Cell, one_cell
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.strategies import MEFT
 
 pytestmark = [

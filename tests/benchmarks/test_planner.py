@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planner import Case, config_in, error, line_of, measured, measured_by_pair, predicted
+from benchmarks.planner import error, line_of, predicted
+from benchmarks.planner_cases import Case, config_in
+from benchmarks.planner_measured import measured, measured_by_pair
 
 PAIRS = [
     Case("full", "gpt2", 2, 48, True, "fsdp2"),

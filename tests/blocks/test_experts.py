@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from benchmarks.families import FAMILIES, Cell
+from benchmarks.families import Cell
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.anatomy import experts, weight_count, weight_matrix
 from lit_sparse.blocks.experts import BlockExperts, chosen_blocks
 from lit_sparse.calls import dummy_forward

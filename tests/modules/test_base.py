@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from peft import LoraConfig
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from benchmarks.families import FAMILIES
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.checkpoints import get_rng, set_rng
 from lit_sparse.data import Synthetic

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from benchmarks.families import FAMILIES
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.modules.hollow import Hollow, build_hollow, draw_units, is_hollow
 from lit_sparse.modules.loading import load_base, load_hollow
 from lit_sparse.testing import tiny_encoder, tiny_llm

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.families import FAMILIES
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.errors import BadInput

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.adapters import PlainAdapters
-from benchmarks.families import FAMILIES, HEADED, Cell
+from benchmarks.families import Cell
 from benchmarks.meft import SIZES, bytes_kept, kept_at, slope
+from benchmarks.tiny_models import FAMILIES, HEADED
 from lit_sparse import cli
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export

@@ -11,7 +11,7 @@ from peft import LoraConfig, VeloraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
-from benchmarks.families import FAMILIES
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.anatomy import experts, linears, matrix
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier
