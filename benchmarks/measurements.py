@@ -70,3 +70,8 @@ def ties(ours: Sequence[float], theirs: Sequence[float]) -> bool:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     ruler = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ruler, *rows])
+
+
+def number(value: float | None, form: str, factor: float = 1.0) -> str:
+    """Return `value * factor` in this format; "-" for none."""
+    return "-" if value is None else format(value * factor, form)

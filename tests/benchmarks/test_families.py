@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import families, readme
+from benchmarks import families, family_tables
 from benchmarks.families import Cell, one_cell
 from benchmarks.tiny_models import FAMILIES
 from lit_sparse.strategies import MEFT
@@ -88,7 +88,7 @@ def test_the_table_has_letters_and_numbered_reasons(tmp_path):
         {"family": "GPT-2", "method": "smt", "ranks": 1, "ok": False, "failed": "ValueError"},
     ]
     (tmp_path / "families.jsonl").write_text("".join(json.dumps({**source, **line}) + "\n" for line in lines))
-    made = readme.families("CausalLM", tmp_path)
+    made = family_tables.families("CausalLM", tmp_path)
     head, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in made.splitlines() if "|" in row]
     cells = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
     assert cells["Llama"]["lora"] == "FRES"

@@ -8,7 +8,7 @@ import torch
 from benchmarks import lisa_costs as study
 from benchmarks.lisa_costs import moved, verdict
 from benchmarks.plots import lisa_norms, lisa_state
-from benchmarks.readme import lisa
+from benchmarks.step_tables import lisa
 from lit_sparse.testing import tiny_llm
 
 ABOUT = {"commit": "abc", "date": "2026-11-22", "device": "a CPU", "versions": {"torch": "2.13.0"}}

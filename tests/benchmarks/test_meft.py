@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_methods, meft, readme
+from benchmarks import gpu, gpu_methods, meft, step_tables
 from benchmarks.adapters import PlainAdapters
 from benchmarks.trials import read_table
 from lit_sparse.optim import trainable
@@ -72,9 +72,9 @@ def test_a_small_curve_is_counted_and_kept(tmp_path, monkeypatch) -> None:
 
 
 def test_tables_of_the_page(tmp_path) -> None:
-    assert readme.meft(tmp_path) == "Not measured yet: `python -m benchmarks.meft` measures these tables."
+    assert step_tables.meft(tmp_path) == "Not measured yet: `python -m benchmarks.meft` measures these tables."
     (tmp_path / "meft.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
-    text = readme.meft(tmp_path)
+    text = step_tables.meft(tmp_path)
     assert "| MEFT 1, exact | 1 | 1 | 10 |" in text
     assert "| meft | 5 (50.00%) | 1.500 [1.400, 1.600] | 1.00 | 1.0 |" in text
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from benchmarks import gpu, gpu_methods, kernels, peers, provenance, readme, turns
+from benchmarks import gpu, gpu_methods, kernel_tables, kernels, peers, provenance, step_tables, turns
 from benchmarks.floor import Floor
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies.base import ALONE, no_probe
@@ -104,7 +104,7 @@ def test_lines_are_what_the_readme_reads(tmp_path: Path) -> None:
     assert [line["pair"] for line in found if "pair" in line][-2:] == [["smt_0.84", "lora_all"], ["smt_5", "lora_all"]]
     assert found[0]["trainable"] == 0  # the floor's stand-in is no trained weight
     (tmp_path / "peers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
-    table = readme.peers(tmp_path)
+    table = step_tables.peers(tmp_path)
     assert "| floor | 0 (0.00%) | 1 | 2.00 | - | 5.0 |" in table
     assert "| smt_5 | 10 (1.00%) | 1.020 [0.980, 1.040] | 2.00 | 1.00 | 5.0 |" in table
 
@@ -173,7 +173,7 @@ def test_a_line_of_a_gpu_is_what_the_readme_reads(tmp_path: Path) -> None:
         settings=SHAPE,
     )
     (tmp_path / "gpu.jsonl").write_text(json.dumps(gpu_methods.line("smt", run)) + "\n")
-    table = readme.gpu(tmp_path)
+    table = step_tables.gpu(tmp_path)
     assert "on a GPU, peft 0.21.2" in table
     assert "Shapes of `llama-3.2-1b (random weights), 4 x 1,024 tokens`" in table
     assert "| smt | measured | 10 (1.00%) | 50 | 1000.0 | 10.0% | 3.50 | 3.56 | 1.8% | 8.00 | 16.00 | 250.0 |" in table
@@ -193,7 +193,7 @@ def test_pairs_on_a_gpu_are_judged_and_shown(tmp_path: Path) -> None:
     assert lisa == ("LISA, frozen embeddings, 8B: 24.1 GB reserved, at most 24", False)
     assert not next(gpu_methods.verdicts([{**pair, "ratio_median": 1.04}, *alone]))[1]
     (tmp_path / "gpu.jsonl").write_text(f"{json.dumps(gpu_methods.line('smt', run))}\n{json.dumps(pair)}\n")
-    assert "| smt | floor | 1.020 [1.010, 1.050] |" in readme.gpu(tmp_path)
+    assert "| smt | floor | 1.020 [1.010, 1.050] |" in step_tables.gpu(tmp_path)
 
 
 def test_a_gpu_is_benchmarked_with_yamls_that_are_there() -> None:
@@ -247,7 +247,7 @@ def test_an_op_is_timed_beside_others(tmp_path: Path) -> None:
     assert line["peak_bytes"] == pytest.approx({"ours": 16 * 3 * 64 * 4, "twice": 2 * 16 * 3 * 64 * 4}, abs=64)
     assert line["ratio"]["twice"][1] <= line["ratio"]["twice"][0] <= line["ratio"]["twice"][2]
     (tmp_path / "kernels.jsonl").write_text(json.dumps(line) + "\n")
-    table = readme.kernels(tmp_path)
+    table = kernel_tables.kernels(tmp_path)
     assert "| pack_columns | tiny | twice |" in table
     assert "On a GPU: not measured yet" in table
 
@@ -285,7 +285,7 @@ def test_an_op_whose_tests_fail_is_not_timed(tmp_path: Path, monkeypatch: pytest
 
 
 def test_without_a_gpu_the_readme_says_so(tmp_path: Path) -> None:
-    assert readme.gpu(tmp_path).startswith("Not measured yet with the present timing.")
+    assert step_tables.gpu(tmp_path).startswith("Not measured yet with the present timing.")
 
 
 def test_a_change_that_is_not_committed_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
