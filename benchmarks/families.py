@@ -40,14 +40,13 @@ from lit_sparse.calls import dummy_forward
 from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.export.card import has_own_forward
+from lit_sparse.export.card import own_forward
 from lit_sparse.export.folder import export
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.optim import trainable
 from lit_sparse.places import configs_folder
 from lit_sparse.runs import build_module, load_run
-from lit_sparse.strategies import MEFT
 from lit_sparse_profiling.devices import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "families.jsonl"
@@ -168,10 +167,10 @@ class Cell:
 
     def exported(self, module: LitSparse) -> PreTrainedModel:
         """Return the model that users load from the run's export."""
-        if not has_own_forward(module):
+        if (own := own_forward(module)) is None:
             return module.auto_class.from_pretrained(export(self.run, "hf"))
         base = module.auto_class.from_pretrained(self.base)
-        MEFT.load(export(self.run, "adapter"), base)
+        own.load(export(self.run, "adapter"), base)
         return base
 
     def sharded(self, ranks: int) -> L.Trainer:

@@ -133,6 +133,18 @@ def run_checkpoint(path: str | Path) -> dict[str, Any]:
     return read_checkpoint(path / LAST if path.is_dir() else path)
 
 
+def strategy_state(path: str | Path, strategy: str) -> Any:
+    """Return what the strategy whose class has this name saved in the checkpoint of a run.
+
+    Raises:
+        ValueError: if the run was trained without it.
+    """
+    for update in read_checkpoint(path)["lit_sparse"]["updates"]:
+        if update["class"] == strategy:
+            return update["state"]
+    raise ValueError(f"it was trained without {strategy}")
+
+
 def forked_rng(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context manager that restores torch's random state, of the CPU and of `device`, when it ends."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])

@@ -180,6 +180,56 @@ def test_strategies_are_registered_by_a_config() -> None:
     assert [name for name, classes in found.items() if classes and not classes & used] == []
 
 
+def methods_named(text: str, methods: set[str], files: set[str]) -> set[str]:
+    """The methods that a source knows: their files, and their classes by name, also as texts."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("lit_sparse.strategies"):
+            found |= {str(node.module).rpartition(".")[2], *(alias.name for alias in node.names)} & (methods | files)
+        elif isinstance(node, ast.Import):
+            named = {alias.name.removeprefix("lit_sparse.strategies.") for alias in node.names}
+            found |= named & files
+        elif isinstance(node, ast.Name | ast.Attribute):
+            found |= {node.id if isinstance(node, ast.Name) else node.attr} & methods
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= {node.value} & methods
+    return found
+
+
+def test_rooms_outside_strategies_know_no_method() -> None:
+    """They use the interface of strategies/base.py, so that a new method is no edit of theirs."""
+    folder = ROOT / "lit_sparse" / "strategies"
+    methods = {name for path in sources(folder) for name in strategies_in(path)}
+    files = {path.stem for path in sources(folder)} - {"__init__", *PROTOCOL}
+    for planted in (
+        "from lit_sparse.strategies import LISA",
+        "from lit_sparse.strategies import lisa",
+        "from lit_sparse.strategies.lisa import State",
+        "import lit_sparse.strategies.lisa",
+        "isinstance(update, strategies.LISA)",
+        "type(update).__name__ == 'LISA'",
+    ):
+        assert methods_named(planted, methods, files), planted
+    paths = [path for package in PACKAGES for path in sources(package)]
+    known = {
+        dotted(path): methods_named(path.read_text("utf-8"), methods, files)
+        for path in paths
+        if not path.is_relative_to(folder) and "examples" not in path.parts
+    }
+    assert {name: found for name, found in known.items() if found} == {}
+
+
+def test_no_file_is_long() -> None:
+    """A long file has several jobs: divide it along them."""
+    limits = {**dict.fromkeys(PACKAGES, 400), ROOT / "benchmarks": 500}
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) - limit
+        for package, limit in limits.items()
+        for path in sources(package)
+    }
+    assert {name: beyond for name, beyond in lengths.items() if beyond > 0} == {}
+
+
 def test_shared_parts_of_strategies_have_their_own_files() -> None:
     """A file in strategies/ without a strategy is part of the one that imports it."""
     paths = [path for path in sources(ROOT / "lit_sparse" / "strategies") if path.stem != "__init__"]

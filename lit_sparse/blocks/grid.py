@@ -11,14 +11,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_sparse.blocks.sharded import Pieces
-from lit_sparse.checkpoints import read_checkpoint
+from lit_sparse.checkpoints import strategy_state
 from lit_sparse.errors import BadInput
 
 Size = tuple[int, int]
@@ -110,14 +109,14 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
         BadInput: if the file is missing or malformed, or names a matrix or block that the model does not have.
     """
     try:
-        raw = _choice_of_run(path, strategy) if path.suffix == ".ckpt" else json.loads(path.read_text())
+        raw = strategy_state(path, strategy) if path.suffix == ".ckpt" else json.loads(path.read_text())
         choice = {
             name: Blocks.of(
                 (int(entry["size"][0]), int(entry["size"][1])), torch.as_tensor(entry["index"]).reshape(-1, 2)
             )
             for name, entry in raw.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadInput(
             f"no choice of blocks could be read from {path} ({error}); give gradient, random, diagonal, slab, "
             "coupled, or a file written by a run."
@@ -151,8 +150,3 @@ def check_choice(choice: Mapping[str, Blocks], matrices: Mapping[str, Tensor], s
                 f"{source} selects a block outside the {rows} x {columns} blocks of {name}; give a file of the same "
                 f"model."
             )
-
-
-def _choice_of_run(path: Path, strategy: str) -> dict[str, Any]:
-    updates = read_checkpoint(path)["lit_sparse"]["updates"]
-    return next(update["state"] for update in updates if update["class"] == strategy)

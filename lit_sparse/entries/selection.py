@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_sparse.blocks.selection import shares
-from lit_sparse.checkpoints import read_checkpoint
+from lit_sparse.checkpoints import strategy_state
 from lit_sparse.errors import BadInput
 
 LIMIT = 2**31
@@ -34,34 +33,30 @@ def counts(weights: Mapping[str, Tensor], wanted: int) -> dict[str, int]:
     return dict(zip(names, shares([weights[name].numel() for name in names], wanted), strict=True))
 
 
-def read_selection(path: Path, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_selection(path: Path, weights: Mapping[str, Tensor], strategy: str) -> dict[str, Tensor]:
     """Read a selection of entries from a run's checkpoint (.ckpt), or from a JSON file of the same form.
 
     The form is {"matrices": {name of the linear layer: {"index": [position, ...]}}}.
 
     Args:
         weights: The weights that may have entries, by the layer's name; only their shapes are read.
+        strategy: Class name of the strategy whose state in the checkpoint is the selection.
 
     Raises:
         BadInput: if the file is missing or malformed, or names a weight or an entry that the model does not have.
     """
     try:
-        raw = _state_of_run(path) if path.suffix == ".ckpt" else json.loads(path.read_text())
+        raw = strategy_state(path, strategy) if path.suffix == ".ckpt" else json.loads(path.read_text())
         chosen = {name: torch.as_tensor(entry["index"]).reshape(-1) for name, entry in raw["matrices"].items()}
         if any(len(index) and index.is_floating_point() for index in chosen.values()):
             raise ValueError("positions are whole numbers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadInput(
             f"SparseEntries: no choice of entries could be read from {path} ({error}); give principal, gradient, "
             "magnitude, smallest, wanda, random, or a file written by a run."
         ) from error
     check_selection(chosen, weights, str(path))
     return {name: index.unique().int() for name, index in chosen.items()}
-
-
-def _state_of_run(path: Path) -> dict[str, Any]:
-    updates = read_checkpoint(path)["lit_sparse"]["updates"]
-    return next(update["state"] for update in updates if update["class"] == "SparseEntries")
 
 
 def check_selection(chosen: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from lit_sparse.anatomy import classification_head
 from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
-from lit_sparse.export.card import has_own_forward
+from lit_sparse.export.card import own_forward
 from lit_sparse.export.merge import check_converged, differs
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.hollow import release
 from lit_sparse.modules.loading import load_base
-from lit_sparse.strategies import MEFT
 
 LOAD_TOLERANCE = (1e-3, 1e-5)
 """Tolerated norm of the difference of logits after loading: shares of the change by training, and of the logits."""
@@ -23,7 +22,8 @@ LOAD_TOLERANCE = (1e-3, 1e-5)
 def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
     """Write the adapter of `module` such that its loader, given the base and the folder, makes what computes the same.
 
-    PEFT's adapters are loaded by `peft.PeftModel.from_pretrained(base, folder)`, MEFT's by `MEFT.load(folder, base)`.
+    PEFT's adapters are loaded by `peft.PeftModel.from_pretrained(base, folder)`, those of a method with its own
+    forward pass by its `load(folder, base)`.
 
     The module's own weights are given up for the memory of those that are loaded again.
 
@@ -36,8 +36,8 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
             f"an adapter of {run} was asked for, but {module.updates.names} trained none; export it with --to hf or "
             "--to delta."
         )
-    own = has_own_forward(module)
-    if classification_head(module.build()) and not own:
+    own = own_forward(module)
+    if classification_head(module.build()) and own is None:
         raise BadInput(
             f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; export it with "
             "--to hf."
@@ -59,8 +59,8 @@ def reloaded(module: LitSparse, folder: Path) -> tuple[Tensor, Tensor]:
     how = (module.frozen_dtype, module.attention, module.quantize)
     base = load_base(module.auto_class, module.base, *how, config_options=module.config_options)
     before = outputs(module, base)
-    if any(isinstance(update, MEFT) for update in module.updates):
-        MEFT.load(folder, base)
+    if (own := own_forward(module)) is not None:
+        own.load(folder, base)
         return before, outputs(module, base)
     return before, outputs(module, PeftModel.from_pretrained(base, folder))
 

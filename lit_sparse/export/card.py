@@ -16,6 +16,7 @@ from lit_sparse.demo import DEMO, MINILM
 from lit_sparse.errors import BadInput
 from lit_sparse.export.compatibility import OLDEST, READ_BY_OLDEST
 from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse.strategies import UpdateStrategy
 from lit_sparse_profiling.documents import plain_markdown, printable
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import RECORD
@@ -27,6 +28,9 @@ TAG = "lit-sparse"
 """The Hub's tag of all exports."""
 
 LIBRARIES = {"hf": "transformers", "adapter": "peft", "delta": "lit-sparse", "seedlog": "lit-sparse"}
+
+OURS = "lit_sparse.strategies"
+"""Where the methods of this project are imported from."""
 
 
 def read_record(run: Path) -> RunRecord | None:
@@ -74,7 +78,7 @@ def metadata(module: LitSparse, to: str, record: RunRecord | None) -> str:
     fields: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": relation if base else None,
-        "library_name": "lit-sparse" if to == "adapter" and has_own_forward(module) else LIBRARIES[to],
+        "library_name": "lit-sparse" if to == "adapter" and own_forward(module) is not None else LIBRARIES[to],
         "pipeline_tag": "text-generation" if isinstance(module, CausalLM) else "text-classification",
         "tags": [TAG, *dict.fromkeys(type(update).__name__.lower() for update in module.updates)],
         "datasets": [data] if record is not None and (data := dataset(record)) is not None else None,
@@ -149,7 +153,11 @@ def loading(module: LitSparse, to: str) -> str:
     arguments = ", ".join([given, *(f"{name}={value!r}" for name, value in options.items())])
     base = f"base = {auto}.from_pretrained({arguments})"
     fetched = ["from lit_sparse.demo import resolve"] if embedded else []
-    own = has_own_forward(module)
+    importing, putting = "from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "FOLDER")'
+    if (own := own_forward(module)) is not None:
+        name, home = type(own).__name__, type(own).__module__
+        importing = f"from {OURS if home.startswith(OURS) else home} import {name}"
+        putting = f'{name}.load("FOLDER", base)'
     code = {
         "hf": [
             f"from transformers import {auto}, AutoTokenizer",
@@ -159,11 +167,11 @@ def loading(module: LitSparse, to: str) -> str:
         ],
         "adapter": [
             *fetched,
-            "from lit_sparse.strategies import MEFT" if own else "from peft import PeftModel",
+            importing,
             f"from transformers import {auto}",
             "",
             base,
-            'MEFT.load("FOLDER", base)' if own else 'model = PeftModel.from_pretrained(base, "FOLDER")',
+            putting,
         ],
         "delta": [
             *fetched,
@@ -182,16 +190,16 @@ def loading(module: LitSparse, to: str) -> str:
             'SeedLog.load("FILE").apply(base)',
         ],
     }[to]
-    file, ours = LIBRARIES[to] == "lit-sparse", own and to == "adapter"
-    folder = "`FOLDER` is this folder" + ("" if ours else ", or its name on the Hub")  # which `MEFT.load` does not read
+    file, ours = LIBRARIES[to] == "lit-sparse", own is not None and to == "adapter"
+    folder = "`FOLDER` is this folder" + ("" if ours else ", or its name on the Hub")  # which `load` does not read
     where = "`FILE` is the path of the file" if file else folder
     least = "It needs lit-sparse" if file or ours else least_version(module.build().config)  # pyright: ignore
     return "```python\n" + "\n".join(code) + f"\n```\n\n{where}. {least}."
 
 
-def has_own_forward(module: LitSparse) -> bool:
-    """Return true if what was trained works in a forward pass of the method's own only, which this project has."""
-    return any(update.leaves == "own_forward" for update in module.updates)
+def own_forward(module: LitSparse) -> UpdateStrategy | None:
+    """Return the strategy whose own forward pass the trained model needs; None if transformers' will do."""
+    return next((update for update in module.updates if update.leaves == "own_forward"), None)
 
 
 def least_version(config: PreTrainedConfig) -> str:

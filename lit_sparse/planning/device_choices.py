@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 from unittest.mock import patch
@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_map_only
 
 from lit_sparse import loss
 from lit_sparse.modules.precision import HALF
-from lit_sparse.strategies import UpdateStrategy, lisa
 from lit_sparse.zeroth_order.perturbed import CHUNK
 from lit_sparse_kernels import (
     add_noise,
@@ -32,8 +31,6 @@ from lit_sparse_kernels import (
 )
 
 Device = Literal["cuda", "cpu"]
-Draw = Callable[[lisa.LISA, int], list[int]]
-"""Returns the layers that LISA draws, by the number of the draw."""
 ON_CPU = {
     value._opoverload: value._init_fn
     for part in (block_delta, block_grad, glu_density, pack_columns)
@@ -44,14 +41,10 @@ ON_CPU = {
 
 
 @contextmanager
-def choices_of(device: Device, draw: Draw) -> Iterator[None]:
-    """Make the choices of our own code, which depend on the device of tensors, those of `device`; tensors are fake.
-
-    LISA's layers are drawn by `draw`.
-    """
+def choices_of(device: Device) -> Iterator[None]:
+    """Make the choices of our own code, which depend on the device of tensors, those of `device`; tensors are fake."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(nn.Module, "_apply", _convert))
-        stack.enter_context(patch.object(lisa.LISA, "_draw", draw))
         if device == "cuda":
             stack.enter_context(patch.object(loss, "chunk_tokens", _chunk_on_cuda))
             for kernel in (master_adamw, block_adamw, add_noise, momentum_noise, subspace_adam):  # one launch, in place
@@ -75,27 +68,6 @@ def _convert(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: b
             if value is not None:
                 module._buffers[name] = function(value)
     return module
-
-
-def costliest_draws(updates: Iterable[UpdateStrategy], sharded: bool) -> Sequence[Draw]:
-    """Return draws of LISA's layers of which one takes the most, which a long training meets.
-
-    The last layers have their gradients while most is saved. Where the embeddings are frozen, the lowest active layer
-    decides how far down the backward pass goes, and with it what is saved. If the model is sharded, too, either may
-    take more: the whole gradients of a layer wait to be reduced while those of the layer below are computed.
-    """
-    if all(update.train_embeddings for update in updates if isinstance(update, lisa.LISA)):
-        return [_last_layers]
-    return [_first_and_last_layers, _last_layers] if sharded else [_first_and_last_layers]
-
-
-def _last_layers(update: lisa.LISA, number: int) -> list[int]:
-    last = len(update._layers)
-    return [*range(max(0, last - update.active_layers), last)]
-
-
-def _first_and_last_layers(update: lisa.LISA, number: int) -> list[int]:
-    return [0, *_last_layers(update, number)[1:]]
 
 
 _chunk = loss.chunk_tokens

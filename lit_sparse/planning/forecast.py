@@ -17,7 +17,7 @@ from lit_sparse.modules.checks import check_sharding
 from lit_sparse.modules.loading import quantization
 from lit_sparse.optim import trainable
 from lit_sparse.planning import quantized
-from lit_sparse.planning.device_choices import ON_CPU, Draw, choices_of, costliest_draws
+from lit_sparse.planning.device_choices import ON_CPU, choices_of
 from lit_sparse.planning.training import Setting, batch_of, trace_training
 from lit_sparse_profiling.caching import replay
 from lit_sparse_profiling.timeline import BOUNDARY, Moment
@@ -90,9 +90,11 @@ def forecast(name: str, module: LitSparse, setting: Setting, seconds: float | No
         Overdue: if the trace takes longer than `seconds`.
     """
     _check(module, setting)
-    draws = costliest_draws(module.updates, setting.sharded)
-    modules = [module, *(copy.deepcopy(module) for _ in draws[1:])]  # a trace uses one up
-    plans = [_traced(name, one, setting, draw, seconds) for one, draw in zip(modules, draws, strict=True)]
+    ways = module.updates.costliest(setting.sharded)
+    modules = [module, *(copy.deepcopy(module) for _ in ways[1:])]  # a trace uses one up
+    for one, updates in zip(modules, ways, strict=True):
+        one.updates = updates
+    plans = [_traced(name, one, setting, seconds) for one in modules]
     return worst_of(plans)
 
 
@@ -108,15 +110,15 @@ def worst_of(plans: Sequence[Forecast]) -> Forecast:
     return replace(worst, phases=phases, kept=kept, seconds=sum(plan.seconds for plan in plans))
 
 
-def _traced(name: str, module: LitSparse, setting: Setting, draw: Draw, seconds: float | None) -> Forecast:
-    """Return what `module` would take if its layers are drawn by `draw`, where it draws any."""
+def _traced(name: str, module: LitSparse, setting: Setting, seconds: float | None) -> Forecast:
+    """Return what `module` would take."""
     on_cpu = setting.device == "cpu"
     composed = {**(ON_CPU if on_cpu else {}), **(quantized.composed() if module.quantize else {})}
     begin, trace = perf_counter(), Trace(cpu_workspace if on_cpu else None, composed, seconds)
     if setting.device == "cuda" and module.precision == "auto":
         module.precision = "bfloat16"
     compiled, module.compile_model = module.compile_model, False
-    with choices_of(setting.device, draw), gc_paused():
+    with choices_of(setting.device), gc_paused():
         try:
             trace_training(module, batch_of(module, setting), trace, setting)
         except RuntimeError as error:

@@ -171,6 +171,16 @@ class UpdateStrategy(ABC):
         """
         return self.period
 
+    def costliest(self, sharded: bool) -> Sequence[UpdateStrategy]:
+        """Return the method with its choices fixed, in each of the ways of which one takes the most memory.
+
+        A plan traces these, since a long training meets all of its choices. Of most methods all take the same.
+
+        Args:
+            sharded: Whether the model is sharded over ranks (FSDP2).
+        """
+        return [self]
+
     def describe(self) -> dict[str, Any]:
         """Return what was chosen, for the record of a run: numbers, strings, and lists or dicts of them."""
         return {}
@@ -285,6 +295,17 @@ class UpdateStrategy(ABC):
         """
         other = "use it through lit_sparse.runs.load_run" if self.leaves == "own_forward" else "export it with --to hf"
         raise BadInput(f"{type(self).__name__} trains no adapter that could be saved by itself; {other}.")
+
+    @classmethod
+    def load(cls, folder: str | Path, model: Any) -> UpdateStrategy:
+        """Put what `save` wrote on `model`, the base that it was trained on; return the strategy.
+
+        Only for methods with an `own_forward`: an `adapter` is saved in the format of PEFT, which loads it.
+
+        Raises:
+            BadInput: if the method has no format of its own, or the folder is not of it.
+        """
+        raise BadInput(f"{cls.__name__} has no format of its own; load its export by PEFT or transformers.")
 
 
 def no_probe(steps: int, /, weighed: bool = True) -> Iterator[Tensor]:

@@ -205,6 +205,33 @@ class Outliers(Sampler):
         self.shares = dict(enumerate(state["shares"]))
 
 
+class Costliest(Sampler):
+    """Draw the layers that take the most memory to train, for a plan; measure and observe as another sampler does.
+
+    Args:
+        sampler: The sampler that the training has.
+        first: Draw the first layer and the last ones, instead of the last ones alone.
+    """
+
+    def __init__(self, sampler: Sampler, first: bool) -> None:
+        self.sampler, self.first = sampler, first
+        self.probe_batches = sampler.probe_batches
+
+    @property
+    def sees_gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.sampler.sees_gradients
+
+    def draw(self, layers: Sequence[nn.Module], count: int, seed: int, number: int) -> list[int]:
+        last = [*range(max(0, len(layers) - count), len(layers))]
+        return [0, *last[1:]] if self.first else last
+
+    def measure(self, layers: Sequence[nn.Module], losses: Iterator[Tensor]) -> Mapping[int, float]:
+        return self.sampler.measure(layers, losses)
+
+    def observe(self, norms: Mapping[int, float]) -> None:
+        self.sampler.observe(norms)
+
+
 SAMPLERS: dict[str, Callable[[], Sampler]] = {
     "uniform": Uniform,
     "cyclic": Cyclic,

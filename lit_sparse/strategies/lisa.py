@@ -25,7 +25,7 @@ from lit_sparse.calls import unreached
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import drop_state, shard_like
 from lit_sparse.strategies.base import Attaches, Claim, Context, Need, Probe, UpdateStrategy
-from lit_sparse.strategies.layer_sampling import Sampler, rms, sampler_of
+from lit_sparse.strategies.layer_sampling import Costliest, Sampler, rms, sampler_of
 
 State = dict[str, Any]
 """The optimizer state of one parameter."""
@@ -81,6 +81,17 @@ class LISA(UpdateStrategy):
     @property
     def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return frozenset({"gradients"} if self._sampler.sees_gradients else ())
+
+    def costliest(self, sharded: bool) -> Sequence[UpdateStrategy]:
+        """Return the method with draws of which one takes the most memory.
+
+        The last layers have their gradients while most is saved. Where the embeddings are frozen, the lowest active
+        layer decides how far down the backward pass goes, and with it what is saved. If the model is sharded, too,
+        either may take more: the whole gradients of a layer wait to be reduced while those of the layer below are
+        computed.
+        """
+        lowest = [False] if self.train_embeddings else [True, False] if sharded else [True]
+        return [dataclasses.replace(self, sampler=Costliest(self._sampler, first)) for first in lowest]
 
     @property
     def active(self) -> list[int]:

@@ -155,7 +155,7 @@ class SparseEntries(UpdateStrategy):
         linears = self._targets(model, context.compute)
         weights = {name: linear.get_parameter("weight") for name, linear in linears.items()}
         if self.entries not in KINDS:
-            self._swap(model, read_selection(Path(self.entries), weights))
+            self._swap(model, read_selection(Path(self.entries), weights, type(self).__name__))
         else:
             number = self._counts(model, weights)
             model.requires_grad_(False)

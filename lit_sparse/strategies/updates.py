@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, get_args, overload
 
 import torch
@@ -57,6 +58,15 @@ class Updates(Sequence[UpdateStrategy]):
     def fresh(self) -> Updates:
         """Return the same strategies as they were before they were attached."""
         return Updates([replace(strategy) for strategy in self], self._prefix)  # pyright: ignore[reportArgumentType]
+
+    def costliest(self, sharded: bool) -> list[Updates]:
+        """Return these strategies, as `fresh` does, with choices fixed in each way that may take the most memory.
+
+        Args:
+            sharded: Whether the model is sharded over ranks (FSDP2).
+        """
+        ways = product(*(strategy.costliest(sharded) for strategy in self))
+        return [Updates(way, self._prefix).fresh() for way in ways]
 
     @property
     def names(self) -> str:

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lit_sparse.cli import main, make_planned
 from lit_sparse.commands import plan as planning
 from lit_sparse.commands.plan import CARDS, card_of, fit_command
-from lit_sparse.planning.device_choices import costliest_draws
 from lit_sparse.planning.forecast import Setting, forecast
+from lit_sparse.strategies import Updates
 from lit_sparse_profiling.trace import Overdue, Trace
 
 SIZES: dict[str, Any] = {
@@ -56,11 +56,11 @@ def test_of_a_sharded_model_lisa_is_planned_for_either_draw_that_may_take_most(
     """Neighbours have their whole gradients at once; the lowest layer, below frozen embeddings, has most saved."""
     options = [f"--model.base={base}", "--model.updates.interval=2", "--model.activation_checkpointing=true"]
     command, setting = fit_command("lisa_grad_norm.yaml", [], options), Setting("cpu", 2, 64, ranks=2, sharded=True)
-    draws = costliest_draws(make_planned(command).module.updates, sharded=True)
+    ways = make_planned(command).module.updates.costliest(sharded=True)
     both = forecast("both", make_planned(command).module, setting)
     alone = []
-    for draw in draws:
-        monkeypatch.setattr("lit_sparse.planning.forecast.costliest_draws", lambda *_, draw=draw: [draw])
+    for way in ways:
+        monkeypatch.setattr(Updates, "costliest", lambda *_, way=way: [way])
         alone.append(forecast("one", make_planned(command).module, setting))
     first, neighbours = alone
     assert both.allocated == neighbours.allocated > first.allocated
