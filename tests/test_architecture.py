@@ -34,7 +34,8 @@ NEVER_REACHES = {
 }
 # Taken by the standard library (profile, and profiling from 3.15 on) and by what transformers, peft and torch import.
 TAKEN_NAMES = ("kernels", "profiling", "datasets", "transformers", "triton", "profile")
-PROTOCOL = ("base", "updates", "forward_only")  # of strategies/: what all of them share, or all without gradients
+# Of strategies/: what all of them share, or all of a kind: without gradients, or with an optimizer of their own.
+PROTOCOL = ("base", "updates", "forward_only", "own_optimizer")
 EMPTY_NAMES = {"utils", "common", "core", "helpers", "layers"}
 NOT_KEPT = {"build", "dist", "runs", "shared", "lightning_logs", "__pycache__"}
 MACHINE_PATH = re.compile(r"(?<![\w./-])/(?:work|root|farm|home|Users|tmp)/")

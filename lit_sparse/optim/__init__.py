@@ -1,7 +1,7 @@
 """The default optimizer, and the optimizer plumbing that strategies and the host share."""
 
 from lit_sparse.optim.adamw import AdamW, gradient
-from lit_sparse.optim.fused import FusedBackward, check_two_passes
+from lit_sparse.optim.fused import FusedBackward
 from lit_sparse.optim.groups import (
     NamedParameters,
     drop_state,
@@ -27,7 +27,6 @@ __all__ = [
     "FusedBackward",
     "NamedParameters",
     "Part",
-    "check_two_passes",
     "device_of",
     "drop_state",
     "full_tensor",

@@ -78,16 +78,3 @@ class FusedBackward:
             assert parameter.grad is not None
             self._squares.append(parameter.grad.float().square().sum())
         parameter.grad = None
-
-
-def check_two_passes(method: str, fused: bool, max_norm: float | None) -> None:
-    """Refuse a norm to clip to in two backward passes that is none, or where there is one pass only.
-
-    Raises:
-        BadInput: naming the method.
-    """
-    if max_norm is not None and not (fused and max_norm > 0):
-        raise BadInput(
-            f"{method}: two_pass_clip is {max_norm} and fused_backward {str(fused).lower()}; give a norm above 0 with "
-            "fused_backward true, or clip by trainer.gradient_clip_val without it."
-        )

@@ -14,27 +14,17 @@ fp32; where shards of a matrix are on several ranks, its statistics and norms ar
 
 import dataclasses
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import FusedBackward, check_two_passes, gradient, local_shard, part_of, sum_over_shards, trainable
+from lit_sparse.optim import gradient, local_shard, part_of, sum_over_shards, trainable
 from lit_sparse.roles import ByRole, roles_of
-from lit_sparse.strategies.base import (
-    NO_SECOND_PASS,
-    Backward,
-    BaseWeights,
-    Claim,
-    Context,
-    Need,
-    Probe,
-    UpdateStrategy,
-)
+from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse.strategies.own_optimizer import FusedMethod
 from lit_sparse_kernels.adamw_arguments import Rule
 
 FLOOR = 1e-30
@@ -44,7 +34,7 @@ LEAST = 1e-3
 
 
 @dataclasses.dataclass
-class AdaLomo(UpdateStrategy):
+class AdaLomo(FusedMethod, UpdateStrategy):
     """Update each weight in the backward pass, by factored second moments (AdaLomo, arXiv 2310.10195).
 
     It trains whatever the stacked method trains; all weights if used alone. A gradient is freed as soon as its weight
@@ -66,58 +56,18 @@ class AdaLomo(UpdateStrategy):
     fused_backward: bool = True
     two_pass_clip: float | None = None
 
-    base: ClassVar[BaseWeights] = "kept"
-
     def __post_init__(self) -> None:
         if self.weight_decay < 0 or not 0 < self.decay <= 1:
             raise BadInput(
                 f"AdaLomo: weight_decay is {self.weight_decay} and decay {self.decay}; weight_decay must be 0 or more, "
                 "and decay above 0 and at most 1."
             )
-        check_two_passes("AdaLomo", self.fused_backward, self.two_pass_clip)
-        self._model: nn.Module | None = None
-        self._fused: FusedBackward | None = None
+        self._check_fused()
 
-    @property
-    def claims(self) -> frozenset[Claim]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return frozenset({"optimizer", "backward"} if self.fused_backward else {"optimizer"})
-
-    @property
-    def backward(self) -> Backward:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "fused" if self.fused_backward else "autograd"
-
-    @property
-    def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return frozenset({"graph"} if self.fused_backward else {"gradients"})
-
-    @property
-    def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.two_pass_clip is None
-
-    @property
-    def unsharded_reason(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return NO_SECOND_PASS
-
-    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._model = model
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    def _make(self, groups: list[dict[str, Any]], lr: float) -> ByRole:
         made = Factored(groups, lr, weight_decay=self.weight_decay)
         made.decay = self.decay
-        if self._fused is not None:  # of an earlier fit
-            self._fused.unwatch()
-        self._fused = FusedBackward(made, self.two_pass_clip) if self.fused_backward else None
         return made
-
-    def regrouped(self, optimizer: Optimizer) -> None:
-        assert isinstance(optimizer, Factored)
-        assert self._model is not None, "attach or restore it first"
-        optimizer.roles = roles_of(self._model)
-        if self._fused is not None:
-            self._fused.watch()
-
-    def measuring(self) -> AbstractContextManager[None] | None:
-        return None if self._fused is None or self.two_pass_clip is None else self._fused.measuring()
 
     def optimizer_bytes(self, model: nn.Module) -> int:
         roles = roles_of(model)
@@ -125,11 +75,6 @@ class AdaLomo(UpdateStrategy):
             4 * (p.numel() if roles[p] == "vector" else sum(p.numel() // side for side in p.shape[-2:]))
             for _, p in trainable(model)
         )
-
-    def detach(self, model: nn.Module) -> None:
-        if self._fused is not None:
-            self._fused.unwatch()
-        self._model = self._fused = None
 
 
 class Factored(ByRole):

@@ -28,12 +28,6 @@ Attaches = Literal["whole", "shapes", "either", "shards"]
 Gradients = Literal["ignores", "reads", "masks", "adds", "scales"]
 
 
-NO_SECOND_PASS = (
-    "FSDP2 frees a layer's gathered weights in the first backward pass, and two_pass_clip asks for two; leave "
-    "two_pass_clip out"
-)
-"""Why a fused method that clips in two passes does not support sharding."""
-
 
 class Probe(Protocol):
     """Gives the losses of training batches before the first update."""

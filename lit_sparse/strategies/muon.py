@@ -8,21 +8,21 @@ Under FSDP2 its products are computed on shards, in another order: they agree wi
 import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import gradient, local_shard
-from lit_sparse.roles import ByRole, roles_of, sizes_of
-from lit_sparse.strategies.base import BaseWeights, Claim, Context, Need, Probe, UpdateStrategy
+from lit_sparse.roles import ByRole, sizes_of
+from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse.strategies.own_optimizer import OptimizerMethod
 from lit_sparse_kernels.adamw_arguments import Rule
 
 
 @dataclasses.dataclass
-class Muon(UpdateStrategy):
+class Muon(OptimizerMethod, UpdateStrategy):
     """Move matrices along their orthogonalised momentum (Muon, torch.optim.Muon), and the rest by AdamW.
 
     Matrices are those of the decoder layers; it trains whatever the stacked method trains, all weights if used alone.
@@ -41,11 +41,6 @@ class Muon(UpdateStrategy):
     weight_decay: float = 0.0
     adamw_lr_factor: float = 1.0
 
-    claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer"})
-    base: ClassVar[BaseWeights] = "kept"
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
-    supports_sharding: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise BadInput(f"Muon: momentum is {self.momentum}; it must be from 0 to below 1.")
@@ -54,28 +49,15 @@ class Muon(UpdateStrategy):
                 f"Muon: weight_decay is {self.weight_decay} and adamw_lr_factor {self.adamw_lr_factor}; they must be "
                 "0 or more."
             )
-        self._model: nn.Module | None = None
 
-    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._model = model
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    def _make(self, groups: list[dict[str, Any]], lr: float) -> ByRole:
         made = Orthogonalized(groups, lr, weight_decay=self.weight_decay)
         made.momentum, made.lr_factor = self.momentum, self.adamw_lr_factor
         return made
 
-    def regrouped(self, optimizer: Optimizer) -> None:
-        assert isinstance(optimizer, Orthogonalized)
-        assert self._model is not None, "attach or restore it first"
-        optimizer.roles = roles_of(self._model)
-        optimizer.check("Muon")
-
     def optimizer_bytes(self, model: nn.Module) -> int:
         sizes = sizes_of(model)
         return 4 * sizes["matrix"] + 8 * (sizes["embed"] + sizes["head"] + sizes["vector"])
-
-    def detach(self, model: nn.Module) -> None:
-        self._model = None
 
 
 class Orthogonalized(ByRole):

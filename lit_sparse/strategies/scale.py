@@ -12,15 +12,15 @@ Adam's epsilon is where torch has it; a tied head is an embedding, and has no mo
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import gradient, local_shard, sum_over_shards
-from lit_sparse.roles import ByRole, roles_of, sizes_of
-from lit_sparse.strategies.base import BaseWeights, Claim, Context, Need, Probe, UpdateStrategy
+from lit_sparse.roles import ByRole, sizes_of
+from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse.strategies.own_optimizer import OptimizerMethod
 from lit_sparse_kernels.adamw_arguments import Rule
 
 FLOOR = 1e-12
@@ -28,7 +28,7 @@ FLOOR = 1e-12
 
 
 @dataclasses.dataclass
-class SCALE(UpdateStrategy):
+class SCALE(OptimizerMethod, UpdateStrategy):
     """Normalise gradients by column in place of keeping moments; only the head has momentum (SCALE, arXiv 2506.16659).
 
     It trains whatever the stacked method trains; all weights if used alone.
@@ -47,11 +47,6 @@ class SCALE(UpdateStrategy):
     weight_decay: float = 0.0
     vector_lr_factor: float = 1.0
 
-    claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer"})
-    base: ClassVar[BaseWeights] = "kept"
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
-    supports_sharding: ClassVar[bool] = True
-
     def __post_init__(self) -> None:
         if not 0 <= self.momentum < 1:
             raise BadInput(f"SCALE: momentum is {self.momentum}; it must be from 0 to below 1.")
@@ -60,28 +55,15 @@ class SCALE(UpdateStrategy):
                 f"SCALE: weight_decay is {self.weight_decay} and vector_lr_factor {self.vector_lr_factor}; they must "
                 "be 0 or more."
             )
-        self._model: nn.Module | None = None
 
-    def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._model = model
-
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    def _make(self, groups: list[dict[str, Any]], lr: float) -> ByRole:
         made = Normalized(groups, lr, weight_decay=self.weight_decay)
         made.momentum, made.lr_factor = self.momentum, self.vector_lr_factor
         return made
 
-    def regrouped(self, optimizer: Optimizer) -> None:
-        assert isinstance(optimizer, Normalized)
-        assert self._model is not None, "attach or restore it first"
-        optimizer.roles = roles_of(self._model)
-        optimizer.check("SCALE")
-
     def optimizer_bytes(self, model: nn.Module) -> int:
         sizes = sizes_of(model)
         return 4 * sizes["head"] * (self.momentum > 0) + 8 * sizes["vector"]
-
-    def detach(self, model: nn.Module) -> None:
-        self._model = None
 
 
 class Normalized(ByRole):

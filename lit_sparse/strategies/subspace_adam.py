@@ -18,28 +18,18 @@ limits nothing, where theirs would hold the residual near zero for hundreds of s
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lit_sparse.anatomy import is_target, linears
 from lit_sparse.errors import BadInput
 from lit_sparse.factors import check_rank, from_first_rank
-from lit_sparse.optim import FusedBackward, check_two_passes, gradient, local_shard, trainable
+from lit_sparse.optim import gradient, local_shard, trainable
 from lit_sparse.roles import ByRole, roles_of
-from lit_sparse.strategies.base import (
-    NO_SECOND_PASS,
-    Backward,
-    BaseWeights,
-    Claim,
-    Context,
-    Need,
-    Probe,
-    UpdateStrategy,
-)
+from lit_sparse.strategies.base import Context, Probe, UpdateStrategy
+from lit_sparse.strategies.own_optimizer import FusedMethod
 from lit_sparse.subspaces import CHOOSERS, Layout, oriented, seed_of
 from lit_sparse_kernels.adamw_arguments import Rule
 from lit_sparse_kernels.subspace_adam import subspace_back, subspace_moments
@@ -50,7 +40,7 @@ TINY = 1e-8
 
 
 @dataclasses.dataclass
-class SubspaceAdam(UpdateStrategy):
+class SubspaceAdam(FusedMethod, UpdateStrategy):
     """Keep Adam's moments in a subspace of each matrix's gradient (GaLore, arXiv 2403.03507; Fira, arXiv 2410.01623).
 
     It trains whatever the stacked method trains, all weights if used alone: matrices of the decoder layers in
@@ -93,9 +83,6 @@ class SubspaceAdam(UpdateStrategy):
     two_pass_clip: float | None = None
     seed: int = 0
 
-    claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer"})
-    base: ClassVar[BaseWeights] = "kept"
-
     def __post_init__(self) -> None:
         check_rank("SubspaceAdam", self.rank)
         if self.refresh_every < 1:
@@ -114,32 +101,14 @@ class SubspaceAdam(UpdateStrategy):
                 f"SubspaceAdam: residual is {self.residual} and basis {self.basis}; residual is none or fira, and "
                 f"basis {' or '.join(CHOOSERS)}."
             )
-        check_two_passes("SubspaceAdam", self.fused_backward, self.two_pass_clip)
-        self._model: nn.Module | None = None
-        self._fused: FusedBackward | None = None
-
-    @property
-    def backward(self) -> Backward:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return "fused" if self.fused_backward else "autograd"
-
-    @property
-    def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return frozenset({"graph"} if self.fused_backward else {"gradients"})
+        self._check_fused()
 
     @property
     def cycle(self) -> int | None:
         return self.refresh_every
 
-    @property
-    def supports_sharding(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.two_pass_clip is None
-
-    @property
-    def unsharded_reason(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return NO_SECOND_PASS
-
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._model = model
+        super().attach(model, probe, context)
         if not self._targeted(model):
             ends = {name.rpartition(".")[2] for name in linears(model)}
             raise BadInput(
@@ -174,33 +143,17 @@ class SubspaceAdam(UpdateStrategy):
             ranks[parameter] = int(self.rank) if self.rank >= 1 else max(1, round(self.rank * side))
         return ranks
 
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
+    def _make(self, groups: list[dict[str, Any]], lr: float) -> ByRole:
         made = Projected(groups, lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
         made.settings = self
-        if self._fused is not None:  # of an earlier fit
-            self._fused.unwatch()
-        self._fused = FusedBackward(made, self.two_pass_clip) if self.fused_backward else None
         return made
 
-    def regrouped(self, optimizer: Optimizer) -> None:
-        assert isinstance(optimizer, Projected)
-        assert self._model is not None, "attach or restore it first"
-        optimizer.ranks = self._ranks(self._model)
-        optimizer.check("SubspaceAdam")
-        if self._fused is not None:
-            self._fused.watch()
-
-    def measuring(self) -> AbstractContextManager[None] | None:
-        return None if self._fused is None or self.two_pass_clip is None else self._fused.measuring()
+    def _follow(self, optimizer: Any, model: nn.Module) -> None:
+        optimizer.ranks = self._ranks(model)
 
     def optimizer_bytes(self, model: nn.Module) -> int:
         ranks = self._ranks(model)
         return sum(4 * state_size(parameter, ranks.get(parameter)) for _, parameter in trainable(model))
-
-    def detach(self, model: nn.Module) -> None:
-        if self._fused is not None:
-            self._fused.unwatch()
-        self._model = self._fused = None
 
 
 def state_size(parameter: Tensor, rank: int | None) -> int:

@@ -515,3 +515,20 @@ def test_bad_outlier_settings_are_refused():
     for options in ({"threshold": -1.0}, {"probe_batches": 0}):
         with pytest.raises(BadInput, match="threshold must be at least 0"):
             Outliers(**options)
+
+
+@pytest.mark.parametrize(
+    ("train_embeddings", "sharded", "wanted"),
+    [(True, False, ["last"]), (True, True, ["last"]), (False, False, ["first"]), (False, True, ["first", "last"])],
+)
+def test_its_costliest_draws_are_at_the_ends_of_the_model(train_embeddings, sharded, wanted):
+    """Whatever the sampler draws: it only measures, as it does in a training."""
+    model = tiny_llm("llama")
+    layers = {"first": 0, "last": len(decoder_layers(model)) - 1}
+    own = LISA(active_layers=1, train_embeddings=train_embeddings, sampler="grad_norm")
+    ways = Updates([own]).costliest(sharded)
+    for (strategy,), name in zip(ways, wanted, strict=True):
+        strategy.attach(model, probe_of(model), ALONE)
+        assert strategy.draws == [[layers[name]]] * 2
+        assert strategy.needs == {"gradients"}
+    assert own.draws == []
