@@ -13,7 +13,6 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
-import yaml
 
 from lit_sparse import ranks
 from lit_sparse.callbacks.checkpointing import Stopped
@@ -22,19 +21,15 @@ from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, trainable
-from lit_sparse.places import configs_folder
 from lit_sparse.ranks import average_gradients, largest_of_ranks
-from lit_sparse.runs import build_module
 from lit_sparse.strategies import LISA, MEFT, SMT, SparseEntries
 from lit_sparse.strategies.base import ALONE, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Cyclic
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.step_plan import Plan
 from tests.pair import attempt, result, run_pair
+from tests.test_contract import METHODS, module
 
-METHODS = sorted(path.stem for path in configs_folder().glob("*.yaml"))
-SAME = {"adamw_reset", "ows"}
-"""Methods that train what another does in so few steps: full.yaml before a reset, and lisa.yaml where draws agree."""
 OPTIONS = {"trainable_fraction": 0.05, "block_size": 8, "targets": ["all"], "selection_batches": 2}
 
 
@@ -194,8 +189,7 @@ def compared(folder: Path, name: str, replicated: bool) -> dict[str, list[float]
 
 
 def replica(folder: Path, method: str) -> str:
-    config = yaml.safe_load((configs_folder() / f"{method}.yaml").read_text())["model"]
-    module = build_module({"model": {**config, "base": str(folder / "base")}})
+    made = module(method, folder / "base")
     trainer = L.Trainer(
         accelerator="cpu",
         devices=2,
@@ -209,10 +203,10 @@ def replica(folder: Path, method: str) -> str:
     )
     rows = Synthetic(vocab_size=96, max_length=12, rows=16, heldout=2, batch_size=2)
     try:
-        trainer.fit(module, datamodule=rows)
+        trainer.fit(made, datamodule=rows)
     except BadInput as error:
         return str(error)
-    return digest(module)
+    return digest(made)
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +222,10 @@ def pair(tmp_path_factory) -> Path:
 def test_replicas_train_to_the_same_weights(method, pair):
     first, second = (result(pair, method, rank) for rank in range(2))
     assert first == second
-    if method == "adalomo":
-        assert first.startswith("AdaLomo updates weights in the backward pass, before ddp has averaged their gradients")
+    fused = [type(one).__name__ for one in module(method, "unused").updates if one.backward == "fused"]
+    if fused:
+        why = "updates weights in the backward pass, before ddp has averaged their gradients"
+        assert first.startswith(f"{fused[0]} {why}")
         return
     assert len(first) == 64, first
 
@@ -292,9 +288,8 @@ def test_two_replicas_train_what_one_process_does(name, pair):
 
 
 def test_the_weights_of_replicas_tell_methods_apart(pair):
-    methods = [method for method in METHODS if method not in SAME]
     by_hash: dict[str, list[str]] = {}
-    for method in methods:
+    for method in METHODS:
         by_hash.setdefault(result(pair, method), []).append(method)
     alike = [several for several in by_hash.values() if len(several) > 1]
     assert not alike, "the hashes must be of what was trained, or they prove nothing"

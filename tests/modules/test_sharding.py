@@ -76,14 +76,11 @@ ATOLS = {"low_rank": 1e-5, "muon": 1e-5}
 of 2e-5 an entry."""
 
 FULL = {"lr": 1e-2, "warmup_steps": 0, "optimizer": SMOOTH}
-FORWARDS = {"mezo", "lezo", "mezo_lora", "fzoo"}
-"""Methods without a backward pass, which bring their optimizer."""
-OWN = {*FORWARDS, "muon", "scale"}
-"""Methods that bring their optimizer."""
 ELSEWHERE = {"adalomo", "fira", "fzoo", "galore", "helene", "helene_lora", "mezo_lora"}
 """Variants of methods that are here, and those whose two ranks are in a test of their own."""
 FORWARD = {"lr": 1e-4, "warmup_steps": 0}
-"""Their slopes are differences of losses, divided by 2e-3: an order of summation is 1e-4 of a slope."""
+"""Of methods that bring their optimizer. The slopes of those without a backward pass are differences of losses, divided
+by 2e-3: an order of summation is 1e-4 of a slope."""
 LISA_FIELDS = {"sampler": "cyclic", "active_layers": 1, "interval": 2}
 SMT_FIELDS = {"trainable_fraction": 0.05, "block_size": [10, 8], "targets": ["all"], "selection_batches": 2}
 """Blocks of ten rows: matrices of 32 rows are cut into shards of 16, within blocks and beside ragged ones."""
@@ -152,7 +149,8 @@ CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 
 
 def by_method(method: str) -> Callable[[Path, bool], L.Trainer]:
-    options = FORWARD if method in OWN else FULL
+    own = any("optimizer" in update.claims for update in module(method, "unused").updates)
+    options = FORWARD if own else FULL
     return lambda folder, sharded: fit(module(method, folder / "llama", **options), sharded)
 
 
