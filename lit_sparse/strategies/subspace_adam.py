@@ -30,7 +30,7 @@ from lit_sparse.optim import gradient, local_shard, trainable
 from lit_sparse.roles import ByRole, roles_of
 from lit_sparse.strategies.base import Context, Probe, UpdateStrategy
 from lit_sparse.strategies.own_optimizer import FusedMethod
-from lit_sparse.subspaces import CHOOSERS, Layout, oriented, seed_of
+from lit_sparse.strategies.subspaces import CHOOSERS, Layout, oriented, seed_of
 from lit_sparse_kernels.adamw_arguments import Rule
 from lit_sparse_kernels.subspace_adam import subspace_back, subspace_moments
 

@@ -14,7 +14,7 @@ from lit_sparse.optim import AdamW, trainable
 from lit_sparse.roles import roles_of
 from lit_sparse.strategies import LISA, SubspaceAdam, Updates
 from lit_sparse.strategies.subspace_adam import Projected
-from lit_sparse.subspaces import Exact, Layout, Sketch, seed_of
+from lit_sparse.strategies.subspaces import Exact, Layout, Sketch, seed_of
 from lit_sparse.testing import contract, tiny_llm
 from tests.strategies.test_adalomo import no_group_after as no_group_after
 from tests.strategies.test_updates import data, trainer
