@@ -1,1 +1,1 @@
-"""Shared parts of methods without a backward pass: forward passes with perturbed weights, directions, logs of seeds."""
+"""Shared parts of methods without a backward pass: forward passes with perturbed weights, directions, curvature."""
