@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -229,6 +230,72 @@ def test_no_file_is_long() -> None:
         for path in sources(package)
     }
     assert {name: beyond for name, beyond in lengths.items() if beyond > 0} == {}
+
+
+NEW_METHOD = '''
+"""Shrunk: multiplies what trains by a factor after each step."""
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from lit_sparse.strategies.base import UpdateStrategy
+
+
+@dataclasses.dataclass
+class Shrunk(UpdateStrategy):
+    """Shrink what trains by a factor after each step.
+
+    Args:
+        factor: The factor.
+    """
+
+    factor: float = 0.99
+
+    supports_sharding: ClassVar[bool] = True
+
+    @torch.no_grad()
+    def after_step(self, step, optimizer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(self.factor)
+        return False
+'''
+NEW_YAML = """
+# Shrunk: all weights, made smaller after each step (arXiv 2405.15525)
+# trains: all weights
+# costs: as full.yaml
+# claims: nothing
+# page: docs/methods/full.md
+model:
+  lr: 1e-3               # peak learning rate
+  updates+:
+    - class_path: Shrunk
+      init_args:
+        factor: 0.5      # of the weights after each step
+"""
+TRY = """
+from lit_sparse.commands.shipped import listing
+from lit_sparse.runs import build_module
+from lit_sparse.testing import contract
+import yaml, lit_sparse.places as places
+
+model = yaml.safe_load((places.configs_folder() / "shrunk.yaml").read_text())["model"]
+contract(lambda: build_module({"model": {**model, "base": "unused"}}).updates, steps=2)
+assert "shrunk.yaml" in listing()
+"""
+
+
+def test_a_new_method_is_one_file_and_one_yaml(tmp_path: Path) -> None:
+    for folder in ("lit_sparse", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "lit_sparse" / "strategies" / "shrunk.py").write_text(NEW_METHOD.lstrip())
+    (tmp_path / "configs" / "shrunk.yaml").write_text(NEW_YAML.lstrip())
+    search = os.pathsep.join(map(str, (tmp_path, *SOURCE_ROOTS[1:])))
+    environment = {**os.environ, "PYTHONPATH": search}
+    run = subprocess.run([sys.executable, "-c", TRY], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_shared_parts_of_strategies_have_their_own_files() -> None:

@@ -1,5 +1,8 @@
 """Update strategies: one method, one file."""
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from lit_sparse.strategies.activation_density import ActivationDensity
 from lit_sparse.strategies.adalomo import AdaLomo
 from lit_sparse.strategies.anchors import L2SP, AdaptiveRegularization
@@ -54,3 +57,6 @@ __all__ = [
     "Updates",
     "compose",
 ]
+
+for _file in iter_modules(__path__):  # so that a YAML may name a method whose file was only put here
+    import_module(f"{__name__}.{_file.name}")
