@@ -34,7 +34,7 @@ LEAST = 1e-3
 
 
 @dataclasses.dataclass
-class AdaLomo(FusedMethod, UpdateStrategy):
+class AdaLomo(FusedMethod, UpdateStrategy):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Update each weight in the backward pass, by factored second moments (AdaLomo, arXiv 2310.10195).
 
     It trains whatever the stacked method trains; all weights if used alone. A gradient is freed as soon as its weight

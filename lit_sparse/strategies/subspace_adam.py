@@ -40,7 +40,7 @@ TINY = 1e-8
 
 
 @dataclasses.dataclass
-class SubspaceAdam(FusedMethod, UpdateStrategy):
+class SubspaceAdam(FusedMethod, UpdateStrategy):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Keep Adam's moments in a subspace of each matrix's gradient (GaLore, arXiv 2403.03507; Fira, arXiv 2410.01623).
 
     It trains whatever the stacked method trains, all weights if used alone: matrices of the decoder layers in

@@ -1,4 +1,4 @@
-"""The stages of a loop's steps to come: taken in order, left out where they cost too much, tried again where cut off."""
+"""The stages of a loop's steps to come: taken in order, given up where they cost too much, tried again if cut off."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_a_choice_is_read_from_json_or_a_run(tmp_path):
         assert back["q"].size == (4, 2)
         assert torch.equal(back["q"].index, state["q"]["index"])
     torch.save({"lit_sparse": {"updates": []}}, tmp_path / "other.ckpt")
-    with pytest.raises(BadInput, match="no choice of blocks could be read .*it was trained without SMT"):
+    with pytest.raises(BadInput, match=r"no choice of blocks could be read .*it was trained without SMT"):
         read_choice(tmp_path / "other.ckpt", {"q": torch.zeros(8, 8)}, "SMT")
 
 
