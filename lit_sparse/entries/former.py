@@ -47,7 +47,7 @@ class FormerEntries:
             self._keep(name, gone, layer.entries.detach()[~stayed].to(weight.dtype), new)
         values = read_entries(weight, new)
         if name in self.start:
-            start = values.to(weight.dtype)
+            start = values.to(weight.dtype, copy=True)  # of an fp32 weight else the masters themselves
             start[stays] = self.start[name][stayed]
             self.start[name] = start
         return values

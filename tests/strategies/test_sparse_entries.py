@@ -372,6 +372,19 @@ def test_grow_and_prune_is_spiels(monkeypatch):
     assert moved < 2.5e-2  # lr is 1e-2; with moments of zero a first step is up to three times as large
 
 
+def test_an_entry_that_goes_after_several_changes_gets_the_bases_value_back():
+    """In fp32, where masters and the base's values have one dtype."""
+    options = {"entries": "gradient", "policy": "grow_and_prune", "reselect": 2, "replaced_share": 0.5}
+    model, *_, history = trained(8, **options)
+    base, masks, late = dict(linears(tiny_llm())), masks_of(model), 0
+    for name, layer in layers_of(model).items():
+        weight, start = (linear.weight.flatten()[~masks[name]] for linear in (layer, base[name]))
+        assert torch.equal(weight, start), name
+        changes = [index[name] for index in history[::2]]
+        late += int((torch.isin(changes[0], changes[1]) & ~torch.isin(changes[0], changes[-1])).sum())
+    assert late, "no entry stayed at a change and went at a later one"
+
+
 def test_the_replaced_share_falls_to_zero():
     options = {"entries": "gradient", "policy": "grow_and_prune", "reselect": 2, "replaced_until": 4}
     _, _, _, history = trained(6, **options, replaced_share=1.0)
