@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import part_of, sum_over_shards
 from lit_sparse.shards import KEY, check_shards, read_shards
-from lit_sparse.whole import check_whole
+from lit_sparse.whole import check_whole, previous_of
 
 SAMPLES_PER_TENSOR = 2**16
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -99,8 +99,32 @@ def read_checkpoint(
         together: Every rank of the process group calls it: each checks a part of the shards' files.
 
     Raises:
-        BadInput: if there is none, it is damaged, or it is no checkpoint of a lit_sparse run.
+        BadInput: if there is none, it is damaged, or it is no checkpoint of a lit_sparse run. It names the previous
+            checkpoint of the run, if that is whole.
     """
+    with offering_previous(path):
+        return _read(Path(path), keys, mesh, mapped, together)
+
+
+@contextmanager
+def offering_previous(path: str | Path) -> Iterator[None]:
+    """Name the checkpoint that the one at `path` replaced in a refusal of that, if there is one and it is whole."""
+    try:
+        yield
+    except BadInput as error:
+        previous = previous_of(Path(path))
+        if Path(path).name != LAST.name or not previous.is_file():
+            raise
+        try:
+            step = _read(previous, (), None, True, False).get("global_step")
+        except BadInput:
+            raise error from None
+        raise BadInput(f"{error} The one before it, of step {step}, is whole: {previous}.") from error
+
+
+def _read(
+    path: Path, keys: Collection[str] | None, mesh: DeviceMesh | None, mapped: bool, together: bool
+) -> dict[str, Any]:
     check_whole(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -110,7 +134,7 @@ def read_checkpoint(
         ) from error
     if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
         raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")
-    check_shards(checkpoint, Path(path), together)
+    check_shards(checkpoint, path, together)
     return read_shards(checkpoint, path, keys, mesh)
 
 

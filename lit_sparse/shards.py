@@ -5,7 +5,8 @@ sharded one, and with the SHA-256 of each file in the folder. The folder is one 
 gives any number of ranks their shards, whoever wrote them.
 
 A new folder is written and read back before the file, in one rename, replaces the one before it, whose folder is then
-removed. So what the file names is whole at any time, also after a power cut, a full disk or a kill.
+removed unless the file was kept as the previous one. So what the file names is whole at any time, also after a power
+cut, a full disk or a kill.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from lit_sparse.errors import BadInput
 from lit_sparse.hashed_files import HashedFiles, sha256_of
-from lit_sparse.whole import not_written, sync, write_whole
+from lit_sparse.whole import not_written, previous_of, sync, write_whole
 
 KEY = "shards"
 """Entry of a checkpoint: the name of the folder beside it, and the SHA-256 of each of its files."""
@@ -196,9 +197,7 @@ class _Draft:
         except BadInput:
             shutil.rmtree(self.folder)
             raise
-        for other in folders_of(self.path):
-            if other != self.folder:
-                shutil.rmtree(other)
+        remove_orphans(self.path.parent, self.path.name)
 
 
 def _separate(value: Any, key: str, tensors: dict[str, DTensor]) -> Any:
@@ -288,8 +287,13 @@ def remove_orphans(folder: Path, name: str = "") -> None:
 
 
 def _is_named(shards: Path) -> bool:
-    """Return whether the checkpoint beside a folder of shards names it, or cannot be read to find out."""
+    """Return whether the checkpoint beside a folder of shards, or the previous one, names it."""
     file = shards.with_name(shards.name.rpartition(ENDING)[0])
+    return any(_names(one, shards) for one in (file, previous_of(file)))
+
+
+def _names(file: Path, shards: Path) -> bool:
+    """Return whether the checkpoint `file` names a folder of shards, or cannot be read to find out."""
     if not file.is_file():
         return False
     try:

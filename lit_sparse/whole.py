@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -97,6 +98,38 @@ def write_whole(checkpoint: Any, path: str | Path) -> None:
             raise OSError(errno.EIO, "it reads back otherwise than it was written; check the disk")
         os.replace(draft, path)
         sync(path.parent)
+    except OSError as error:
+        raise not_written(path, error) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def previous_of(path: Path) -> Path:
+    """Return where the checkpoint is kept that the one at `path` replaced: `previous.ckpt` beside `last.ckpt`."""
+    return path.with_name(f"previous{path.suffix}")
+
+
+def keep_previous(path: str | Path) -> None:
+    """Keep the checkpoint at `path`, if there is one, as `previous_of` it before another replaces it.
+
+    A second name of the same bytes, which takes no room, or a copy where the file system has no such names.
+
+    Raises:
+        BadInput: if it cannot be kept.
+    """
+    path = Path(os.path.realpath(path))
+    if not path.is_file():
+        return
+    draft = draft_of(previous_of(path))
+    try:
+        draft.unlink(missing_ok=True)
+        try:
+            os.link(path, draft)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK):
+                raise
+            shutil.copyfile(path, draft)
+        os.replace(draft, previous_of(path))
     except OSError as error:
         raise not_written(path, error) from error
     finally:

@@ -18,7 +18,8 @@ from lit_sparse import hashed_files, shards, whole
 from lit_sparse.checkpoints import read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
-from lit_sparse.shards import BackgroundWriter, folders_of, remove_orphans, write_sharded
+from lit_sparse.shards import KEY, BackgroundWriter, folders_of, remove_orphans, write_sharded
+from lit_sparse.whole import keep_previous
 from tests.test_whole import flip
 
 WEIGHT, MOMENT, BIAS = torch.arange(35.0).reshape(7, 5), torch.ones(7, 5).bfloat16(), torch.arange(3)
@@ -90,6 +91,23 @@ def test_a_new_one_replaces_the_old_and_its_folder(file, one_rank):
     assert torch.equal(read_checkpoint(file)["state_dict"]["model.a"], 2 * WEIGHT)
     WholeCheckpoints().save_checkpoint({"lit_sparse": {}, "state_dict": {}}, file)  # by one device
     assert not folders_of(file)
+
+
+def test_the_previous_one_keeps_its_folder(file, one_rank):
+    for factor in (2, 3):
+        keep_previous(file)
+        write_sharded(checkpoint(one_rank, factor), file)
+        remove_orphans(file.parent)
+        assert len(folders_of(file)) == 2
+        for path, value in ((file, factor), (file.with_name("previous.ckpt"), factor - 1)):
+            assert torch.equal(read_checkpoint(path)["state_dict"]["model.a"], value * WEIGHT)
+    (folder,) = [one for one in folders_of(file) if one.name == torch.load(file, weights_only=True)[KEY]["folder"]]
+    (folder / "__0_0.distcp").unlink()
+    with pytest.raises(BadInput, match=r"of its shards in .* The one before it, of step None, is whole: .*previous"):
+        read_checkpoint(file)
+    WholeCheckpoints().save_checkpoint({"lit_sparse": {}, "state_dict": {}}, file)  # by one device
+    assert len(folders_of(file)) == 1
+    assert torch.equal(read_checkpoint(file.with_name("previous.ckpt"))["state_dict"]["model.a"], 2 * WEIGHT)
 
 
 def test_a_removed_one_leaves_nothing(file):

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from lit_sparse import cli, whole
+from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
+from lit_sparse.modules.checkpoint_io import WholeCheckpoints
 from lit_sparse.runs import LAST
-from lit_sparse.whole import check_whole, damage, draft_of, write_whole
+from lit_sparse.whole import check_whole, damage, draft_of, keep_previous, write_whole
 from tests.test_cli import DATA, SMALL, fit, refused
 
 SAVED = {"lit_sparse": {"updates": []}, "state_dict": {"a": torch.arange(64.0), "b": torch.ones(3, dtype=torch.int8)}}
@@ -158,6 +160,42 @@ def test_every_verb_of_the_trainer_refuses_a_damaged_checkpoint(damaged, capsys,
     )
     assert "last.ckpt is damaged" in told
     assert damaged.read_bytes() == before
+
+
+def test_the_checkpoint_before_a_damaged_one_is_offered_and_goes_on(home, capsys, monkeypatch):
+    words = ["--config", "lora.yaml", "--trainer.max_steps=4", "--checkpoint_steps=1"]
+    fit(*words)
+    folder = Path("runs/lora-1") / LAST.parent
+    assert sorted(path.name for path in folder.iterdir()) == ["last.ckpt", "previous.ckpt"]
+    straight = torch.load(folder / "last.ckpt", weights_only=True)
+    assert torch.load(folder / "previous.ckpt", weights_only=True)["global_step"] == 3
+    flip(folder / "last.ckpt", 8 * 3000)
+    given = ["fit", *words[:2], "--model.base", "tiny", *DATA, *SMALL, *words[2:]]
+    told = refused(capsys, monkeypatch, *given, "--ckpt_path=last")
+    assert told.endswith(f"The one before it, of step 3, is whole: {folder / 'previous.ckpt'}.")
+    for read in (read_checkpoint, WholeCheckpoints().load_checkpoint):
+        with pytest.raises(BadInput, match=r"last\.ckpt is damaged.*of step 3, is whole: .*previous\.ckpt"):
+            read(folder / "last.ckpt")
+    fit(*words, f"--ckpt_path={folder / 'previous.ckpt'}")
+    again = torch.load(folder / "last.ckpt", weights_only=True)
+    assert again["global_step"] == 4
+    for name, value in straight["state_dict"].items():
+        assert torch.equal(again["state_dict"][name], value), name
+    flip(folder / "last.ckpt", 8 * 3000)
+    flip(folder / "previous.ckpt", 8 * 3000)
+    assert "is whole" not in refused(capsys, monkeypatch, *given, "--ckpt_path=last")
+
+
+def test_the_one_before_is_kept_where_a_file_has_one_name_only(file, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    before = file.read_bytes()
+    monkeypatch.setattr(whole.os, "link", no_links)
+    keep_previous(file)
+    write_whole({**SAVED, "later": 1}, file)
+    assert file.with_name("previous.ckpt").read_bytes() == before != file.read_bytes()
+    assert sorted(path.name for path in file.parent.iterdir()) == ["last.ckpt", "previous.ckpt"]
 
 
 @pytest.mark.parametrize("words", [["export"], ["export", "--to", "adapter"], ["generate"]])

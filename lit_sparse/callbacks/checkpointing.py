@@ -11,6 +11,7 @@ import lightning as L
 import torch.distributed as dist
 
 from lit_sparse.modules.sharding import FSDP2Strategy
+from lit_sparse.whole import keep_previous
 
 CHECKPOINT_STEPS = 100
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -67,7 +68,7 @@ def first_of_all(received: int | None) -> int:
 
 
 class LastCheckpoint:
-    """Keeps `last.ckpt` up to date, and ends a fit that is asked to end.
+    """Keeps `last.ckpt` up to date, and the one before it as `previous.ckpt`; ends a fit that is asked to end.
 
     Args:
         folder: Where it lies.
@@ -133,5 +134,9 @@ class LastCheckpoint:
             trainer.strategy.wait_until_saved()
 
     def _save(self, trainer: L.Trainer) -> None:
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            trainer.strategy.wait_until_saved()
+        if trainer.is_global_zero:
+            keep_previous(self.path)
         trainer.save_checkpoint(self.path, weights_only=False)  # by all ranks, which gather what is sharded
         self._saved = trainer.global_step

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.distributed.device_mesh import DeviceMesh
 
-from lit_sparse.shards import check_shards, read_shards, remove_shards
+from lit_sparse.checkpoints import offering_previous
+from lit_sparse.shards import check_shards, read_shards, remove_orphans, remove_shards
 from lit_sparse.whole import check_whole, write_whole
 
 
@@ -28,14 +29,15 @@ class WholeCheckpoints(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
             write_whole(checkpoint, path)
-            remove_shards(Path(path))  # of a checkpoint that was there before
+            remove_orphans(Path(path).parent, Path(path).name)  # of a checkpoint that was there before
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         if is_remote(path):
             return super().load_checkpoint(path, *args, **options)
-        check_whole(path)
-        checkpoint = super().load_checkpoint(path, *args, **options)
-        check_shards(checkpoint, Path(path), together=dist.is_available() and dist.is_initialized())
+        with offering_previous(path):
+            check_whole(path)
+            checkpoint = super().load_checkpoint(path, *args, **options)
+            check_shards(checkpoint, Path(path), together=dist.is_available() and dist.is_initialized())
         return read_shards(checkpoint, path, mesh=self.mesh)
 
     def remove_checkpoint(self, path: str | Path) -> None:
