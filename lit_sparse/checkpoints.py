@@ -122,6 +122,15 @@ def offering_previous(path: str | Path) -> Iterator[None]:
         raise BadInput(f"{error} The one before it, of step {step}, is whole: {previous}.") from error
 
 
+def is_whole(path: Path) -> bool:
+    """Return whether there is a checkpoint at `path` that `read_checkpoint` would not refuse."""
+    try:
+        _read(path, (), None, True, False)
+    except BadInput:
+        return False
+    return True
+
+
 def _read(
     path: Path, keys: Collection[str] | None, mesh: DeviceMesh | None, mapped: bool, together: bool
 ) -> dict[str, Any]:

@@ -181,6 +181,7 @@ def test_the_checkpoint_before_a_damaged_one_is_offered_and_goes_on(home, capsys
     assert again["global_step"] == 4
     for name, value in straight["state_dict"].items():
         assert torch.equal(again["state_dict"][name], value), name
+    assert torch.load(folder / "previous.ckpt", weights_only=True)["global_step"] == 3  # and not the damaged one
     flip(folder / "last.ckpt", 8 * 3000)
     flip(folder / "previous.ckpt", 8 * 3000)
     assert "is whole" not in refused(capsys, monkeypatch, *given, "--ckpt_path=last")

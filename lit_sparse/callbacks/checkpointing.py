@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
+from lit_sparse.checkpoints import is_whole
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.whole import keep_previous
 
@@ -79,6 +80,7 @@ class LastCheckpoint:
         self.path, self.every = folder / "last.ckpt", every
         self.signals = StopSignals()
         self._saved = self._done = -1
+        self._wrote = False  # the file that is there was read back
         self._stopping: int | None = None
 
     def begin(self, trainer: L.Trainer) -> None:
@@ -136,7 +138,8 @@ class LastCheckpoint:
     def _save(self, trainer: L.Trainer) -> None:
         if isinstance(trainer.strategy, FSDP2Strategy):
             trainer.strategy.wait_until_saved()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and (self._wrote or is_whole(self.path)):
             keep_previous(self.path)
+        self._wrote = True
         trainer.save_checkpoint(self.path, weights_only=False)  # by all ranks, which gather what is sharded
         self._saved = trainer.global_step
