@@ -210,6 +210,7 @@ class _Run:
         self.optimizer = match_by_name(self.updates.optimizer(1e-2))
         if saved is not None:
             self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["random"])
         self.done = 0 if saved is None else saved["done"]
         self.trained = {name for name, _ in trainable(self.model)}
         self._idle: dict[str, int] = {}  # steps that a trainable parameter has spent without moving
@@ -260,11 +261,11 @@ class _Run:
             self._check_moved(name)
 
     def saved(self) -> dict[str, Any]:
-        """Return a copy of what a checkpoint holds: trained values by name, strategy state and optimizer state."""
+        """Return a copy of what a checkpoint holds: trained values by name, the states, and that of torch's generator."""
         everything = any(update.base == "moved" for update in self.updates)
         named = {n: p.detach() for n, p in self.model.named_parameters() if everything or n in self.trained}
         state = {"updates": self.updates.state_dict(), "values": named, "optimizer": self.optimizer.state_dict()}
-        return copy.deepcopy({**state, "done": self.done})
+        return copy.deepcopy({**state, "done": self.done, "random": torch.get_rng_state()})
 
 
 def _check_untrained(make: Callable[[], Sequence[UpdateStrategy]], base: PreTrainedModel) -> None:

@@ -216,11 +216,14 @@ class DeltaLinear(nn.Module):
     Attributes:
         base: The original layer, unchanged.
         blocks: Trainable fp32 difference to the base's blocks, (N, h, w); starts at zero.
+        dropout: Probability with which a value that the blocks read is 0 in training; the base reads all.
     """
 
-    def __init__(self, linear: nn.Module, shape: tuple[int, int], chosen: Blocks, shared: SharedInput) -> None:
+    def __init__(
+        self, linear: nn.Module, shape: tuple[int, int], chosen: Blocks, shared: SharedInput, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.base, self.shape = linear, shape
+        self.base, self.shape, self.dropout = linear, shape, dropout
         self.chosen, self.shared = chosen, shared
         self.number = shared.join(self)
         weight = next(linear.parameters())
@@ -251,7 +254,12 @@ class DeltaLinear(nn.Module):
         shared, members = self.shared, self.shared.members
         bases = [member.base(x) for member in members]  # pyright: ignore[reportCallIssue]
         x = x.to(bases[0].dtype)
-        return _AddBlocks.apply(x, shared.pack(x), shared, *bases, *(member.blocks for member in members))  # pyright: ignore
+        packed_TP, factor_TP = shared.pack(x), None
+        if self.dropout and self.training:  # of the columns that are read, alike for all members
+            factor_TP = F.dropout(torch.ones_like(packed_TP), self.dropout)
+            packed_TP = packed_TP * factor_TP
+        masters = [member.blocks for member in members]
+        return _AddBlocks.apply(x, packed_TP, factor_TP, shared, *bases, *masters)  # pyright: ignore
 
     def extra_repr(self) -> str:
         return f"{self.shape}, {len(self.blocks)} blocks of {self.chosen.size} beside the base"
@@ -261,10 +269,12 @@ class _AddBlocks(torch.autograd.Function):
     # Shapes: T tokens, O out, K in, P packed in, N blocks of h x w; O differs from layer to layer.
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed_TP: Tensor, shared: SharedInput, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # The bases' outputs, then the blocks.
+    def forward(
+        ctx: Any, x: Tensor, packed_TP: Tensor, factor_TP: Tensor | None, shared: SharedInput, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        # The bases' outputs, then the blocks. The packed columns are multiplied by the factor, of dropout, already.
         ys, deltas = tensors[: len(tensors) // 2], [delta.to(x.dtype) for delta in tensors[len(tensors) // 2 :]]
-        ctx.save_for_backward(packed_TP, *deltas)
+        ctx.save_for_backward(packed_TP, factor_TP, *deltas)
         ctx.shared, ctx.inputs = shared, x.shape
         parts = zip(ys, deltas, shared.places, strict=True)
         flat = ((y.reshape(-1, y.shape[-1]), y, delta, places) for y, delta, places in parts)
@@ -275,14 +285,15 @@ class _AddBlocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        packed_TP, *deltas = ctx.saved_tensors
+        packed_TP, factor_TP, *deltas = ctx.saved_tensors
         shared: SharedInput = ctx.shared
         dys_TO = [dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dx, d_deltas = None, [None] * len(dys)
         if ctx.needs_input_grad[0]:
             parts = zip(dys_TO, deltas, shared.places, strict=True)
             d_packed = sum(block_delta_input_grad(*part, packed_TP.shape[1]) for part in parts)
+            d_packed = d_packed if factor_TP is None else d_packed * factor_TP
             dx = unpack_columns(d_packed, shared.columns, shared.width, ctx.inputs[-1]).view(ctx.inputs)  # pyright: ignore
-        if any(ctx.needs_input_grad[3 + len(dys) :]):
+        if any(ctx.needs_input_grad[4 + len(dys) :]):
             d_deltas = shared.gradients(dys_TO, packed_TP)
-        return dx, None, None, *dys, *d_deltas
+        return dx, None, None, None, *dys, *d_deltas

@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
+
+
+@dataclass(frozen=True)
+class Former:
+    """Entries of one weight that trained before and keep their value, which a checkpoint must hold.
+
+    Attributes:
+        positions: In the weight as it is stored, (M,) int32, sorted; on the host, as the values are.
+        values: (M,), of the weight's dtype.
+    """
+
+    positions: Tensor
+    values: Tensor
+
+    @staticmethod
+    def none(weight: Tensor) -> Former:
+        """Return that of a weight whose entries train from the start, or not at all."""
+        return Former(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=weight.dtype))
+
+    @staticmethod
+    def load(state: Mapping[str, Tensor], weight: Tensor) -> Former:
+        """Return what had the `state_dict` `state`, and write its values into `weight`; of a sharded one, its part."""
+        former = Former(state["positions"].cpu(), state["values"].cpu())
+        write_entries(weight, former.positions, former.values[:, None])
+        return former
+
+    def changed(self, old: Tensor, values: Tensor, new: Tensor) -> Former:
+        """Return those after the entries `old` (N,), of `values` (N,), gave way to the entries `new` (K,)."""
+        new, old = new.cpu(), old.cpu()
+        still, gone = ~torch.isin(self.positions, new), ~torch.isin(old, new)
+        positions = torch.cat([self.positions[still], old[gone]])
+        kept = torch.cat([self.values[still], values.detach().cpu()[gone].to(self.values.dtype)])
+        order = positions.argsort()
+        return Former(positions[order], kept[order])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what `load` takes."""
+        return {"positions": self.positions, "values": self.values}
 
 
 class FormerEntries:
@@ -19,13 +58,13 @@ class FormerEntries:
 
     Attributes:
         start: If restored: the base's values of the entries that train, (N, 1) in the weight's dtype.
-        left: If not: positions (M,), sorted, and values (M, 1) of the entries that trained before, on the host.
+        left: If not: the entries that trained before.
     """
 
     def __init__(self, restored: bool) -> None:
         self.restored = restored
         self.start: dict[str, Tensor] = {}
-        self.left: dict[str, tuple[Tensor, Tensor]] = {}
+        self.left: dict[str, Former] = {}
 
     def remember(self, name: str, layer: EntryLinear) -> None:
         """Remember what the base has where a layer trains, before its first step."""
@@ -40,24 +79,18 @@ class FormerEntries:
             stays: Which of `new` train already, bool (N,).
             stayed: Which of those that train now are among `new`, bool.
         """
-        weight, gone = layer.get_parameter("weight"), layer.index[~stayed]
+        weight = layer.get_parameter("weight")
         if name in self.start:
-            write_entries(weight, gone, self.start[name][~stayed])
+            write_entries(weight, layer.index[~stayed], self.start[name][~stayed])
         else:
-            self._keep(name, gone, layer.entries.detach()[~stayed].to(weight.dtype), new)
+            former = self.left.get(name, Former.none(weight))
+            self.left[name] = former.changed(layer.index, layer.entries.squeeze(1), new)
         values = read_entries(weight, new)
         if name in self.start:
             start = values.to(weight.dtype, copy=True)  # of an fp32 weight else the masters themselves
             start[stays] = self.start[name][stayed]
             self.start[name] = start
         return values
-
-    def _keep(self, name: str, gone: Tensor, values: Tensor, new: Tensor) -> None:
-        before, held = self.left.get(name, (gone[:0].cpu(), values[:0].cpu()))
-        still = ~torch.isin(before, new.cpu())
-        positions = torch.cat([before[still], gone.cpu()])
-        order = positions.argsort()
-        self.left[name] = positions[order], torch.cat([held[still], values.cpu()])[order]
 
     def clear(self) -> None:
         """Forget all."""
@@ -70,13 +103,12 @@ class FormerEntries:
         if name in self.start:
             state["start"] = self.start[name]
         if name in self.left:
-            state["left"], state["left_values"] = self.left[name]
+            state["left"] = self.left[name].state_dict()
         return state
 
     def load(self, name: str, layer: EntryLinear, state: Mapping[str, Any]) -> None:
         """Take what `state_of` returned, and write the values of former entries into the weight."""
         if "left" in state:
-            self.left[name] = state["left"].cpu(), state["left_values"].cpu()
-            write_entries(layer.get_parameter("weight"), *self.left[name])
+            self.left[name] = Former.load(state["left"], layer.get_parameter("weight"))
         if "start" in state:
             self.start[name] = state["start"].to(layer.index.device)

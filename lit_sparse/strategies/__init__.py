@@ -12,6 +12,7 @@ from lit_sparse.strategies.gmt import GMT
 from lit_sparse.strategies.helene import HELENE
 from lit_sparse.strategies.kl_to_base import KLToBase
 from lit_sparse.strategies.lisa import LISA
+from lit_sparse.strategies.losia import LoSiA
 from lit_sparse.strategies.low_rank import LowRank
 from lit_sparse.strategies.meft import MEFT
 from lit_sparse.strategies.mezo import MeZO
@@ -42,6 +43,7 @@ __all__ = [
     "CoLA",
     "Context",
     "KLToBase",
+    "LoSiA",
     "LowRank",
     "MeZO",
     "MomentumReset",

@@ -87,6 +87,8 @@ class SMT(UpdateStrategy):
             unchanged (quantised, or shared), at an extra cost in compute of the trained share; for fused experts, of a
             copy of their tensor in each forward pass. Weight decay then pulls the difference to 0, and so the weights
             back to the base's; in place it pulls the weights themselves to 0.
+        dropout: Probability with which a value that the blocks read is 0 in training (DiaBlo takes 0.05), for
+            `mode: delta`; what the base reads stays whole.
         seed: Seed of `random` and `coupled` blocks and of the positions of slabs.
     """
 
@@ -102,6 +104,7 @@ class SMT(UpdateStrategy):
     warmup: Literal["score_only", "update"] = "score_only"
     warmup_lr: float = 9.65e-6
     mode: Literal["in_place", "delta"] = "in_place"
+    dropout: float = 0.0
     seed: int = 0
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
@@ -125,6 +128,11 @@ class SMT(UpdateStrategy):
             raise BadInput(
                 f"SMT: kept_columns is {self.kept_columns} with blocks {self.blocks!r}; it must be above 0 and at most "
                 "1, and works with gradient and random blocks only."
+            )
+        if not 0 <= self.dropout < 1 or (self.dropout and self.mode == "in_place"):
+            raise BadInput(
+                f"SMT: dropout is {self.dropout} with mode {self.mode}; it must be at least 0 and below 1, and works "
+                "with mode delta only, since trained blocks in place are not computed apart."
             )
         scored = self.blocks == "gradient" and self.score != "principal"
         if self.warmup == "update" and (not scored or self.mode == "delta"):
@@ -154,6 +162,11 @@ class SMT(UpdateStrategy):
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         self._compute = context.compute
         targets = Targets.of(model, self.targets, self._compute)
+        if self.dropout and targets.fused:
+            raise BadInput(
+                f"SMT: dropout is {self.dropout}, but fused experts, such as {min(targets.fused)}, compute with whole "
+                "tensors, of which no block's input can be dropped; set dropout to 0, or give targets without them."
+            )
         model.requires_grad_(False)
         self._swap(model, self._select(model, targets, probe), targets)
 
@@ -375,7 +388,7 @@ class SMT(UpdateStrategy):
         linear = (
             BlockLinear(original, blocks, shared)  # pyright: ignore[reportArgumentType]
             if self.mode == "in_place"
-            else DeltaLinear(original, tuple(shape_of(original).shape), blocks, shared)  # pyright: ignore
+            else DeltaLinear(original, tuple(shape_of(original).shape), blocks, shared, self.dropout)  # pyright: ignore
         )
         replace(model, name, linear)
         self._swapped[name] = original, linear

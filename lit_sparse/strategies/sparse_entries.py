@@ -26,13 +26,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_sparse.anatomy import has_values, replace, role, target_experts, target_linears, weight_count
+from lit_sparse.anatomy import has_values, replace, role, weight_count
 from lit_sparse.blocks.principal import principal_scores
 from lit_sparse.entries.batch_scores import BatchScores
 from lit_sparse.entries.former import FormerEntries
 from lit_sparse.entries.linear import EntryLinear
 from lit_sparse.entries.scores import GradientSums, InputNorms, random_scores, top_entries
-from lit_sparse.entries.selection import LIMIT, check_selection, counts, read_selection
+from lit_sparse.entries.selection import check_selection, counts, read_selection
+from lit_sparse.entries.targets import entry_targets
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import full_tensor
 from lit_sparse.ranks import of_first_rank
@@ -186,20 +187,7 @@ class SparseEntries(UpdateStrategy):
                 self._scores.by_name[name].load(saved[name], layer.index.device)
 
     def _targets(self, model: nn.Module, compute: Callable[..., Any]) -> dict[str, Any]:
-        linears = target_linears(model, self.targets, compute)
-        if fused := [*target_experts(model, self.targets)]:
-            roles = sorted({role(name) for name in linears})
-            raise BadInput(
-                f"SparseEntries trains entries of linear layers, but among the targets {self.targets} are fused "
-                f"experts, such as {fused[0]}; give targets without them"
-                + (f", such as [{', '.join(roles)}]." if roles else ".")
-            )
-        if large := [name for name, linear in linears.items() if linear.weight.numel() >= LIMIT]:
-            raise BadInput(
-                f"SparseEntries: {large[0]} has {linears[large[0]].weight.numel():,} entries, and {LIMIT:,} or more "
-                "have no positions of 32 bits; give targets without it."
-            )
-        return linears  # pyright: ignore[reportReturnType]
+        return entry_targets(model, self.targets, compute, type(self).__name__)
 
     def _counts(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, int]:
         if self.lora_rank is not None:
@@ -370,6 +358,6 @@ class SparseEntries(UpdateStrategy):
             of_role[1] += math.prod(layer.matrix.shape)
         return {
             "entries": sum(n for n, _ in trained.values()),
-            "left": sum(len(positions) for positions, _ in self._former.left.values()),
+            "left": sum(len(former.positions) for former in self._former.left.values()),
             "share": {what: n / weights for what, (n, weights) in trained.items()},
         }

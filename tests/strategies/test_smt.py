@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lit_sparse.anatomy import linears, matrix
 from lit_sparse.blocks.grid import Blocks
-from lit_sparse.blocks.linear import BlockLinear, SharedInput, _SharedBlocks
+from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput, _SharedBlocks
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
@@ -429,6 +429,8 @@ def test_warmup_with_updates_needs_float32():
     [
         ({"warmup": "update", "blocks": "random"}, "does not work with blocks 'random'"),
         ({"warmup": "update", "mode": "delta"}, "mode delta"),
+        ({"dropout": 0.05}, "dropout is 0.05 with mode in_place"),
+        ({"dropout": 1.0, "mode": "delta"}, "dropout is 1.0"),
         ({"kept_columns": 0.0}, "kept_columns is 0.0"),
         ({"kept_columns": 0.5, "blocks": "slab"}, "with blocks 'slab'"),
     ],
@@ -489,6 +491,39 @@ def test_an_untrained_delta_leaves_the_base_as_it_was():
     base = tiny_llm("llama").to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, dict(base.named_parameters())[name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.05])
+def test_dropout_is_of_what_the_blocks_read(dropout):
+    """The output and both gradients against autograd, with the same draw; in evaluation nothing is dropped."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(24, 16).double().requires_grad_(False), torch.randn(3, 7, 24).double()
+    chosen = Blocks.of((8, 8), torch.tensor([[0, 2], [1, 0]]))  # columns 0 to 7 and 16 to 23
+    layer = DeltaLinear(linear, (16, 24), chosen, SharedInput([chosen], 24), dropout).train()
+    values = torch.randn(2, 8, 8).double()
+    layer.blocks.data.copy_(values)
+    torch.manual_seed(1)
+    got = layer(given := x.clone().requires_grad_())
+    torch.manual_seed(1)
+    factor = torch.nn.functional.dropout(torch.ones(21, 16).double(), dropout)
+    wanted_x, wanted_blocks = x.clone().requires_grad_(), values.clone().requires_grad_()
+    kept = factor.view(3, 7, 16)
+    added = torch.cat(
+        [  # blocks are in order of their columns: the first is block row 1 of columns 0 to 7
+            (wanted_x[..., 16:] * kept[..., 8:]) @ wanted_blocks[1].t(),
+            (wanted_x[..., :8] * kept[..., :8]) @ wanted_blocks[0].t(),
+        ],
+        dim=-1,
+    )
+    wanted = linear(wanted_x) + added
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2)).double()
+    (got * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    torch.testing.assert_close(given.grad, wanted_x.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(layer.blocks.grad, wanted_blocks.grad, rtol=1e-12, atol=1e-12)
+    assert torch.equal(layer.eval()(x), layer(x))
+    assert not torch.equal(layer.train()(x), layer.eval()(x))
 
 
 # ---- what the record shows

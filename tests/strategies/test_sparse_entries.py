@@ -311,12 +311,12 @@ def test_entries_that_leave_keep_their_value_and_are_saved():
     for name, layer in layers_of(model).items():
         ever = torch.cat([chosen[name] for chosen in history]).unique()
         entry = state["matrices"][name]
-        assert torch.equal(torch.cat([entry["index"], entry["left"]]).sort().values, ever)
+        assert torch.equal(torch.cat([entry["index"], entry["left"]["positions"]]).sort().values, ever)
         moved = (layer.weight != base[name].weight).flatten().nonzero().squeeze(1)
         assert set(moved.tolist()) <= set(ever.tolist())
-        left = entry["left"].long()
+        left = entry["left"]["positions"].long()
         assert torch.equal(again.get_submodule(name).weight.flatten()[left], layer.weight.flatten()[left])
-    assert updates[0].describe()["left"] == sum(len(entry["left"]) for entry in state["matrices"].values())
+    assert updates[0].describe()["left"] == sum(len(entry["left"]["positions"]) for entry in state["matrices"].values())
 
 
 def numpys_change(index, values, start, candidates, sums, count):
