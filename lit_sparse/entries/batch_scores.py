@@ -57,6 +57,16 @@ class BatchScores:
         for scores in self.by_name.values():
             scores.end_step()
 
+    def skip(self) -> None:
+        """Drop what was added since the last step."""
+        for scores in self.by_name.values():
+            scores.skip()
+
+    @property
+    def seen(self) -> bool:
+        """False if layers are watched and no step was seen: all were skipped."""
+        return all(scores.steps for scores in self.by_name.values())
+
     def scale(self, factor: Tensor) -> None:
         """Multiply by `factor` the gradients that were added since the last step."""
         for scores in self.by_name.values():

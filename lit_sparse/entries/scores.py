@@ -76,7 +76,8 @@ class GradientSums:
         """Add the gradient (m, n) of one batch. Every rank must call it, in the same order of weights."""
         if self._empty:
             whole = all_reduce_mean(gradient.to(torch.float32, copy=True))
-            self.candidates.copy_(top_entries(whole.abs(), len(self.candidates)))
+            # That of a loss that is not finite is told from others by `best`, unless `skip` drops it before.
+            self.candidates.copy_(top_entries(whole.abs().nan_to_num_(), len(self.candidates)))
             self.window += whole.flatten().index_select(0, self.candidates)
             self._empty = False
         else:
@@ -94,6 +95,11 @@ class GradientSums:
         self.squares += self.window.square()
         self.window.zero_()
         self.steps += 1
+
+    def skip(self) -> None:
+        """Drop what was added since the last step, and the candidates that it chose."""
+        self.window.zero_()
+        self._empty = self._empty or not self.steps
 
     def best(self, count: int, pool: Tensor | None = None) -> Tensor:
         """Return the positions, sorted, of the `count` candidates with the largest |sums|; among those in `pool` (C,).
@@ -151,6 +157,15 @@ class InputNorms:
         if self.window is not None:
             window, self.window = all_reduce_mean(self.window), None
             self.squares = window if self.squares is None else self.squares + window
+
+    def skip(self) -> None:
+        """Drop what was added since the last step."""
+        self.window = None
+
+    @property
+    def steps(self) -> int:
+        """0 if no step's inputs were seen."""
+        return int(self.squares is not None)
 
     def scores(self, weight: Tensor, transposed: bool) -> Tensor:
         """Return the scores of `weight`, (out, in) or (in, out) if `transposed`, in fp32 of its shape."""

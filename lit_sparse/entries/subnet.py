@@ -135,11 +135,12 @@ class Importance:
 
     Attributes:
         mean, spread: The two averages, (m, n) fp32.
+        steps: Steps that they are of.
         window: The gradient of the current step, likewise.
     """
 
     def __init__(self, decay: float, shape: torch.Size, device: torch.device) -> None:
-        self.decay = decay
+        self.decay, self.steps = decay, 0
         self.mean, self.spread, self.window = (torch.zeros(shape, device=device) for _ in range(3))
 
     def add(self, gradient: Tensor) -> None:
@@ -156,6 +157,7 @@ class Importance:
         self.mean.lerp_(now, 1 - self.decay)
         self.spread.lerp_(now.sub_(self.mean).abs_(), 1 - self.decay)
         self.window.zero_()
+        self.steps += 1
 
     def best(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
         """Return so many rows and columns whose subnet holds much of mean * spread, int32, sorted; alike on all ranks.
@@ -172,11 +174,12 @@ class Importance:
         best = choices[int(held.argmax())] if has_values(held) else choices[0]
         return of_first_rank(best[0]), of_first_rank(best[1])
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """Return the state between two steps, which `load` takes."""
-        return {"mean": self.mean, "spread": self.spread}
+        return {"mean": self.mean, "spread": self.spread, "steps": self.steps}
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
         """Continue from the `state_dict` of another."""
+        self.steps = state["steps"]
         self.mean.copy_(state["mean"])
         self.spread.copy_(state["spread"])

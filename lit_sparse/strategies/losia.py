@@ -201,6 +201,8 @@ class LoSiA(UpdateStrategy):
         self._step = step
         if self.reselect is not None and step % self.reselect == 0:
             for name, importance in self._measured.items():
+                if not importance.steps:  # the losses of all steps of the slot were not finite
+                    continue
                 layer = self._swapped[name][1]
                 self._move(name, layer, importance.best(len(layer.rows), len(layer.columns)), optimizer)
             self._measured.clear()
@@ -238,7 +240,7 @@ class LoSiA(UpdateStrategy):
         state: dict[str, Any] = {"places": [layer.rows, layer.columns]}
         if name in self._left:
             state["left"] = self._left[name].state_dict()
-        if name in self._measured and self._step % (self.reselect or 1):  # else it has seen no step
+        if name in self._measured and self._measured[name].steps:
             state["importance"] = self._measured[name].state_dict()
         return state
 

@@ -275,6 +275,9 @@ class SparseEntries(UpdateStrategy):
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         self._scores.end_step()
 
+    def skip_step(self) -> None:
+        self._scores.skip()
+
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
         for _, layer in self._swapped.values():
@@ -283,7 +286,7 @@ class SparseEntries(UpdateStrategy):
             return False
         self._step = step
         if step % self.reselect == 0:
-            for name, layer in self._layers.items():
+            for name, layer in self._layers.items() if self._scores.seen else ():
                 grows = self.policy == "grow_and_prune"
                 new = self._grown(name, layer, step) if grows else self._chosen(name, layer, len(layer.index), step)
                 self._move(name, layer, new, optimizer)

@@ -291,3 +291,16 @@ def test_a_checkpoint_of_another_model_is_refused():
     state["matrices"][name]["places"][0] = torch.tensor([10_000])
     with pytest.raises(BadInput, match=f"rows or columns of {name}"):
         LoSiA(**FEW).restore(tiny_llm(), state, ALONE)
+
+
+def test_a_slot_of_skipped_steps_moves_nothing():
+    model, strategy = attached(reselect=1)
+    optimizer = AdamW([parameter for _, parameter in trainable(model)], lr=1e-2)
+    before = {name: (layer.rows.clone(), layer.columns.clone()) for name, layer in layers_of(model).items()}
+    (loss_of(model) * float("nan")).backward()
+    optimizer.zero_grad()
+    strategy.skip_step()
+    strategy.after_step(1, optimizer)
+    for name, layer in layers_of(model).items():
+        assert all(torch.equal(a, b) for a, b in zip((layer.rows, layer.columns), before[name], strict=True)), name
+    assert {name for name, layer in layers_of(model).items() if layer.observe} == {n for n in before if ".1." in n}

@@ -464,3 +464,25 @@ def test_seeds_need_adams_moments():
     model, strategy = attached(entries="gradient", reselect=2, moments="seeded")
     with pytest.raises(BadInput, match=r"the optimizer is torch\.optim\.sgd\.SGD; set moments to carried"):
         strategy.regrouped(torch.optim.SGD([p for _, p in trainable(model)], lr=1.0))
+
+
+@pytest.mark.parametrize("options", [{"entries": "gradient"}, {"entries": "wanda"}, {"policy": "grow_and_prune"}], ids=str)
+@pytest.mark.parametrize("skipped", [{2}, {1, 2}, {1}])
+def test_steps_whose_loss_is_not_finite_leave_no_score(options, skipped):
+    """A choice is made by the other steps, or not made if there is none; nothing that is not finite enters."""
+    model, strategy = attached(**{"entries": "random", **options}, reselect=2, scoring_steps=2)
+    optimizer = AdamW([parameter for _, parameter in trainable(model)], lr=1e-2)
+    before = positions(model)
+    for step in (1, 2):
+        (loss_of(model, step) * (float("nan") if step in skipped else 1.0)).backward()
+        if step in skipped:
+            strategy.skip_step()
+        else:
+            strategy.before_step(step, optimizer)
+            optimizer.step()
+        optimizer.zero_grad()
+        strategy.after_step(step, optimizer)
+    after = positions(model)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    moved = any(not torch.equal(after[name], before[name]) for name in before)
+    assert moved == (skipped != {1, 2})
