@@ -19,7 +19,8 @@ from torch.nn.functional import pad
 from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import part_of, sum_over_shards
-from lit_sparse.shards import KEY, check_shards, read_shards
+from lit_sparse.shard_folders import KEY
+from lit_sparse.shards import check_shards, read_shards
 from lit_sparse.whole import check_whole, previous_of
 
 SAMPLES_PER_TENSOR = 2**16

@@ -12,7 +12,6 @@ cut, a full disk or a kill.
 from __future__ import annotations
 
 import errno
-import glob
 import os
 import pickle
 import shutil
@@ -37,11 +36,9 @@ from torch.distributed.tensor import empty as empty_dtensor
 
 from lit_sparse.errors import BadInput
 from lit_sparse.hashed_files import HashedFiles, sha256_of
-from lit_sparse.whole import not_written, previous_of, sync, write_whole
+from lit_sparse.shard_folders import ENDING, KEY, folders_of, remove_orphans
+from lit_sparse.whole import not_written, sync, write_whole
 
-KEY = "shards"
-"""Entry of a checkpoint: the name of the folder beside it, and the SHA-256 of each of its files."""
-ENDING = ".shards-"
 METADATA = ".metadata"
 
 ALLOWED = {
@@ -261,46 +258,7 @@ class _Writer(FileSystemWriter):
         return StorageMeta()  # else the folder's name today, a path, which it may not keep
 
 
-# ---- files
-
-
-def folders_of(path: Path) -> list[Path]:
-    """Return the folders with shards of the checkpoint at `path`, of which it names one."""
-    return [one for one in path.parent.glob(f"{glob.escape(path.name)}{ENDING}*") if one.is_dir()]
-
-
-def remove_shards(path: Path) -> None:
-    """Remove the shards of the checkpoint at `path`, once that is removed."""
-    for folder in folders_of(path):
-        shutil.rmtree(folder)
-
-
-def remove_orphans(folder: Path, name: str = "") -> None:
-    """Remove shards in `folder` that no checkpoint names: those of saves that were killed.
-
-    Args:
-        name: Of the checkpoint whose shards are looked at; all if not given.
-    """
-    for shards in folder.glob(f"{glob.escape(name) or '*'}{ENDING}*"):
-        if shards.is_dir() and not _is_named(shards):
-            shutil.rmtree(shards)
-
-
-def _is_named(shards: Path) -> bool:
-    """Return whether the checkpoint beside a folder of shards, or the previous one, names it."""
-    file = shards.with_name(shards.name.rpartition(ENDING)[0])
-    return any(_names(one, shards) for one in (file, previous_of(file)))
-
-
-def _names(file: Path, shards: Path) -> bool:
-    """Return whether the checkpoint `file` names a folder of shards, or cannot be read to find out."""
-    if not file.is_file():
-        return False
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # damaged, or of another kind: not ours to judge
-        return True
-    return isinstance(checkpoint, dict) and checkpoint.get(KEY, {}).get("folder") == shards.name
+# ---- reading
 
 
 def check_shards(checkpoint: Mapping[str, Any], path: Path, together: bool = False) -> None:
@@ -333,9 +291,6 @@ def _difference(file: Path, digest: str) -> str | None:
             return None if sha256_of(opened) == digest else "its hash is not that of its contents"
     except OSError as error:
         return error.strerror or str(error)
-
-
-# ---- reading
 
 
 def read_shards(

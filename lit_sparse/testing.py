@@ -261,7 +261,7 @@ class _Run:
             self._check_moved(name)
 
     def saved(self) -> dict[str, Any]:
-        """Return a copy of what a checkpoint holds: trained values by name, the states, and that of torch's generator."""
+        """Return a copy of what a checkpoint holds: trained values by name, and all states."""
         everything = any(update.base == "moved" for update in self.updates)
         named = {n: p.detach() for n, p in self.model.named_parameters() if everything or n in self.trained}
         state = {"updates": self.updates.state_dict(), "values": named, "optimizer": self.optimizer.state_dict()}

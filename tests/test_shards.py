@@ -18,7 +18,8 @@ from lit_sparse import hashed_files, shards, whole
 from lit_sparse.checkpoints import read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
-from lit_sparse.shards import KEY, BackgroundWriter, folders_of, remove_orphans, write_sharded
+from lit_sparse.shard_folders import KEY, folders_of, remove_orphans
+from lit_sparse.shards import BackgroundWriter, write_sharded
 from lit_sparse.whole import keep_previous
 from tests.test_whole import flip
 

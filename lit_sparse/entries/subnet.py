@@ -76,9 +76,7 @@ class SubnetLinear(InPlaceLinear):
         rows, columns, values = (t.detach().to(part.device) for t in (self.rows, self.columns, self.subnet))
         if isinstance(weight, DTensor):
             rows, columns = (own - start for own, start in zip((rows, columns), part_of(weight).start, strict=True))
-            here, there = (
-                (own >= 0) & (own < side) for own, side in zip((rows, columns), part.shape, strict=True)
-            )
+            here, there = ((own >= 0) & (own < side) for own, side in zip((rows, columns), part.shape, strict=True))
             rows, columns, values = rows[here], columns[there], values[here][:, there]
         part[rows[:, None], columns] = values.to(part.dtype)
 

@@ -12,7 +12,9 @@ from lit_sparse.entries.selection import LIMIT
 from lit_sparse.errors import BadInput
 
 
-def entry_targets(model: nn.Module, targets: Sequence[str], compute: Callable[..., Any], strategy: str) -> dict[str, Any]:
+def entry_targets(
+    model: nn.Module, targets: Sequence[str], compute: Callable[..., Any], strategy: str
+) -> dict[str, Any]:
     """Return the linear layers that `targets` name.
 
     Args:

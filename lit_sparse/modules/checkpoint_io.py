@@ -8,7 +8,8 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.distributed.device_mesh import DeviceMesh
 
 from lit_sparse.checkpoints import offering_previous
-from lit_sparse.shards import check_shards, read_shards, remove_orphans, remove_shards
+from lit_sparse.shard_folders import remove_orphans, remove_shards
+from lit_sparse.shards import check_shards, read_shards
 from lit_sparse.whole import check_whole, write_whole
 
 

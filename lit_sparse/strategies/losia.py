@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import has_values, replace, role, weight_count
-from lit_sparse.entries.subnet import Importance, SubnetLinear
 from lit_sparse.entries.former import Former
 from lit_sparse.entries.scores import random_scores, top_entries
+from lit_sparse.entries.subnet import Importance, SubnetLinear
 from lit_sparse.entries.targets import entry_targets
 from lit_sparse.errors import BadInput
 from lit_sparse.strategies.base import Attaches, Claim, Context, Need, Probe, UpdateStrategy
@@ -90,16 +90,16 @@ class LoSiA(UpdateStrategy):
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
         linears = self._targets(model, context.compute)
-        side = self._side(model, linears)
-        sizes = {name: [max(1, round(side * n)) for n in linear.weight.shape] for name, linear in linears.items()}
-        self._swap(model, {name: self._drawn(name, linears[name], size) for name, size in sizes.items()})
+        share = self._share(model, linears)
+        self._swap(model, {name: self._drawn(name, linear.weight.shape, share) for name, linear in linears.items()})
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         linears = self._targets(model, context.compute)
         saved = state["matrices"]
         for name, entry in saved.items():
             sides = linears[name].weight.shape if name in linears else (0, 0)
-            if any(len(own) and not 0 <= int(own.min()) <= int(own.max()) < n for own, n in zip(entry["places"], sides)):
+            pairs = zip(entry["places"], sides, strict=True)
+            if any(len(own) and not 0 <= int(own.min()) <= int(own.max()) < side for own, side in pairs):
                 raise BadInput(
                     f"the checkpoint trains rows or columns of {name} that the targets do not have; resume with the "
                     "model and the targets that it was made with."
@@ -116,22 +116,25 @@ class LoSiA(UpdateStrategy):
     def _targets(self, model: nn.Module, compute: Callable[..., Any]) -> dict[str, Any]:
         return entry_targets(model, self.targets, compute, type(self).__name__)
 
-    def _side(self, model: nn.Module, linears: Mapping[str, Any]) -> float:
-        """Return the share of the rows, and of the columns, of each target."""
+    def _share(self, model: nn.Module, linears: Mapping[str, Any]) -> float:
+        """Return the share of each target that trains."""
         wanted, there = self.trainable_fraction * weight_count(model), sum(x.weight.numel() for x in linears.values())
         if wanted > there:
             raise BadInput(
                 f"LoSiA: {self.trainable_fraction:.3%} of the weights is more than the targets {self.targets} have "
                 f"({there:,}); give a smaller trainable_fraction, or more targets."
             )
-        return math.sqrt(wanted / there)
+        return wanted / there
 
-    def _drawn(self, name: str, linear: Any, size: list[int]) -> tuple[Tensor, Tensor]:
-        rows, columns = (
+    def _drawn(self, name: str, shape: torch.Size, share: float) -> tuple[Tensor, Tensor]:
+        """Return random rows and columns, so many of each that together they are `share` of a weight."""
+        rows = max(1, round(math.sqrt(share) * shape[0]))
+        columns = min(shape[1], max(1, round(share * shape.numel() / rows)))
+        first, second = (
             top_entries(random_scores(torch.Size([n]), self.seed, axis, name), count)
-            for axis, (n, count) in enumerate(zip(linear.weight.shape, size, strict=True))
+            for axis, (n, count) in enumerate(zip(shape, (rows, columns), strict=True))
         )
-        return rows, columns
+        return first, second
 
     def _swap(self, model: nn.Module, places: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         model.requires_grad_(False)
@@ -214,7 +217,7 @@ class LoSiA(UpdateStrategy):
         if not has_values(weight):  # a planned training: which they are costs nothing
             return
         optimizer.state.pop(layer.subnet, None)
-        old, values = layer.positions, layer.subnet.detach().flatten()
+        old, values = layer.positions, layer.subnet.detach().flatten().clone()
         layer.choose(*new)
         self._left[name] = self._left.get(name, Former.none(weight)).changed(old, values, layer.positions)
 

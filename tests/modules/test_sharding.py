@@ -42,7 +42,8 @@ from lit_sparse.modules import CausalLM, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.optim import trainable
 from lit_sparse.reversible import segment
-from lit_sparse.shards import check_shards, folders_of
+from lit_sparse.shard_folders import folders_of
+from lit_sparse.shards import check_shards
 from lit_sparse.strategies import LISA, MEFT, SMT
 from lit_sparse.testing import tiny_llm
 from lit_sparse.whole import write_whole

@@ -69,8 +69,11 @@ def test_whole_subnets_train_as_the_dense_matrices(kind):
     """All rows and columns, which a move leaves where they are: AdamW on the matrices, with a fresh state at a move."""
     model, strategy = attached(kind, torch.float64, trainable_fraction=1e-9, reselect=2, recovery_steps=0)
     strategy.detach(model)
-    strategy = LoSiA(reselect=2, recovery_steps=0, trainable_fraction=sum(
-        x.weight.numel() for x in linears(model).values()) / weight_count(model) - 1e-12)
+    strategy = LoSiA(
+        reselect=2,
+        recovery_steps=0,
+        trainable_fraction=sum(x.weight.numel() for x in linears(model).values()) / weight_count(model) - 1e-12,
+    )
     strategy.attach(model, no_probe, ALONE)
     assert all(layer.subnet.numel() == layer.weight.numel() for layer in layers_of(model).values())
     dense = tiny_llm(kind).double().train().requires_grad_(False)
@@ -106,10 +109,10 @@ def test_only_the_subnets_change():
 
 def test_the_trained_share_is_what_was_asked_for():
     model, strategy = attached(trainable_fraction=0.1)
-    assert strategy.describe()["entries"] == pytest.approx(0.1 * weight_count(model), rel=0.06)
+    assert strategy.describe()["entries"] == pytest.approx(0.1 * weight_count(tiny_llm()), rel=0.03)
     for layer in layers_of(model).values():
         shares = [len(own) / n for own, n in zip((layer.rows, layer.columns), layer.weight.shape, strict=True)]
-        assert shares[0] == pytest.approx(shares[1], abs=0.04)
+        assert shares[0] == pytest.approx(shares[1], abs=0.05)
     with pytest.raises(BadInput, match="more than the targets"):
         attached(trainable_fraction=0.99)
 
@@ -124,7 +127,9 @@ def test_of_the_input_its_columns_are_kept():
 
     few, most = attached(reselect=None, trainable_fraction=0.01)[0], attached(reselect=None, trainable_fraction=0.3)[0]
     tokens = 2 * 12
-    lost = sum(len(b.inputs) - len(a.inputs) for a, b in zip(*(layers_of(m).values() for m in (few, most)), strict=True))
+    lost = sum(
+        len(b.inputs) - len(a.inputs) for a, b in zip(*(layers_of(m).values() for m in (few, most)), strict=True)
+    )
     difference = kept(most) - kept(few)
     assert difference == pytest.approx(4 * lost * loss_tokens(few), rel=0.01), (difference, tokens)
 

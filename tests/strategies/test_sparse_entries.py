@@ -466,7 +466,9 @@ def test_seeds_need_adams_moments():
         strategy.regrouped(torch.optim.SGD([p for _, p in trainable(model)], lr=1.0))
 
 
-@pytest.mark.parametrize("options", [{"entries": "gradient"}, {"entries": "wanda"}, {"policy": "grow_and_prune"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"entries": "gradient"}, {"entries": "wanda"}, {"policy": "grow_and_prune"}], ids=str
+)
 @pytest.mark.parametrize("skipped", [{2}, {1, 2}, {1}])
 def test_steps_whose_loss_is_not_finite_leave_no_score(options, skipped):
     """A choice is made by the other steps, or not made if there is none; nothing that is not finite enters."""
