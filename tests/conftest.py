@@ -2,6 +2,7 @@
 
 import gc
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lit_sparse import demo
-from lit_sparse.callbacks import prediction
+from lit_sparse.callbacks import recorder
 from lit_sparse.testing import tiny_llm
 
 ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
 
 
 LONG = (
-    *("test_contract", "test_sharding", "test_fuzz", "test_bench", "test_anchors_sharded", "test_runs"),
+    *("test_pairs", "test_sharding", "test_contract", "test_resumed_methods", "test_fuzz", "test_bench"),
+    *("test_anchors_sharded", "test_runs"),
     *("test_many_ranks", "test_forgetting_study", "test_interpreter", "test_plan", "test_refusals", "test_readme"),
     *("test_documented_commands", "test_faults", "test_ranks", "test_rank_watch", "test_quality", "test_recipes"),
 )
@@ -58,8 +60,8 @@ def make_home(name: str, model: PreTrainedModel) -> None:
 
 @pytest.fixture(autouse=True)
 def unpredicted(monkeypatch):
-    """Give predictions no time, of which hundreds of fits would take minutes; tests of them give it back."""
-    monkeypatch.setattr(prediction, "SECONDS", 0.0)
+    """Predict no memory, which takes a quarter of a short fit; tests of predictions make them."""
+    monkeypatch.setattr(recorder, "predict", lambda trainer, settings: None)
 
 
 @pytest.fixture
@@ -69,3 +71,16 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_SPARSE_CACHE", str(tmp_path / "cache"))
     make_home("tiny", tiny_llm("llama"))
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory):
+    """`tiny_base(kind, dropout)`: the folder of a tiny model, which is saved once; a test must leave it as it is."""
+
+    @cache
+    def save(kind: str = "llama", dropout: float = 0.0) -> Path:
+        folder = tmp_path_factory.mktemp("bases") / kind
+        tiny_llm(kind, dropout=dropout).save_pretrained(folder)
+        return folder
+
+    return save

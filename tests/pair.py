@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-PRELOADED = ["lit_sparse.cli", "tests.test_contract"]
+PRELOADED = ["lit_sparse.cli", "lit_sparse.callbacks.recorder", "tests.methods"]
 """Modules that pairs need, which import nearly all that their files import."""
 LIMIT = 600
 """Seconds a pair may take: the longest takes about a hundred, and gloo itself waits for half an hour."""

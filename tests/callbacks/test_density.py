@@ -12,7 +12,7 @@ from lit_sparse.strategies import ActivationDensity
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.step_plan import Plan
-from tests.test_contract import data, trainer
+from tests.methods import data, trainer
 
 
 def test_density_is_the_brute_force_count():

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_sparse import cli
-from lit_sparse.callbacks import prediction
+from lit_sparse.callbacks import prediction, recorder
 from lit_sparse_profiling.record import RunRecord
 
 F = [
@@ -19,6 +19,7 @@ F = [
 
 @pytest.fixture(autouse=True)
 def patient(monkeypatch, unpredicted):
+    monkeypatch.setattr(recorder, "predict", prediction.predict)
     monkeypatch.setattr(prediction, "SECONDS", 60.0)
 
 

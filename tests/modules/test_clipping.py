@@ -6,7 +6,7 @@ import torch
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW
 from lit_sparse.testing import tiny_llm
-from tests.test_contract import data, trainer
+from tests.methods import data, trainer
 
 
 def fitted(optimizer, clip, algorithm="norm"):

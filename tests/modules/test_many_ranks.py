@@ -24,9 +24,9 @@ from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.ledger import ledger
+from tests.methods import module
 from tests.modules.test_sharding import ATOL, FULL, lisa, refusal, smt
 from tests.pair import attempt, result, run_pair
-from tests.test_contract import module
 
 RANKS, STEPS = 4, 2
 KINDS = {

@@ -33,7 +33,7 @@ from lit_sparse.testing import TINY, tiny_encoder, tiny_llm
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.step_plan import Plan
 from tests.export.test_folder import logits, lora, make_run
-from tests.test_contract import data, module, trained, trainer
+from tests.methods import data, module, trained, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),

@@ -48,8 +48,8 @@ from lit_sparse.strategies import LISA, MEFT, SMT
 from lit_sparse.testing import tiny_llm
 from lit_sparse.whole import write_whole
 from lit_sparse_profiling.step_plan import Plan
+from tests.methods import METHODS, module
 from tests.pair import attempt, result, run_pair
-from tests.test_contract import METHODS, module
 from tests.test_ranks import Signalled
 from tests.test_whole import flip
 

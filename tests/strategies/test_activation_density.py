@@ -25,7 +25,7 @@ from lit_sparse.strategies import LISA, PEFT, SMT, ActivationDensity, Updates, U
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_kernels.glu_density import proxied
-from tests.test_contract import data, trainer
+from tests.methods import data, trainer
 from tests.test_saved_bytes import SHAPES, frozen, full, lora, per_token_of_a_layer
 
 IDS = torch.randint(3, 96, (3, 10), generator=torch.Generator().manual_seed(0))

@@ -18,9 +18,9 @@ from lit_sparse.runs import build_module
 from lit_sparse.strategies import L2SP, PEFT, AdaptiveRegularization, RecordImportance, compose
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, contract, tiny_encoder, tiny_llm
+from tests.methods import data, trainer
 from tests.strategies.test_record_importance import lora, train
 from tests.strategies.test_smt import loss_of
-from tests.test_contract import data, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),

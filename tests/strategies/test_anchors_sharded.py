@@ -8,9 +8,9 @@ import torch
 
 from lit_sparse.modules import LitSparse
 from lit_sparse.testing import tiny_llm
+from tests.methods import module
 from tests.modules.test_sharding import ATOL, FULL, SMT_FIELDS, assert_alike, fit, keep, refusal, saved, saving
 from tests.pair import attempt, result, run_pair
-from tests.test_contract import module
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),

@@ -16,10 +16,10 @@ from lit_sparse.optim import AdamW, full_tensor, trainable
 from lit_sparse.strategies import GMT, SMT, Updates
 from lit_sparse.strategies.gmt import masks
 from lit_sparse.testing import TINY, contract, tiny_llm
+from tests.methods import module
 from tests.modules.test_sharding import FULL, fit
 from tests.pair import attempt, result, run_pair
 from tests.strategies.test_smt import loss_of, probe_of
-from tests.test_contract import module
 
 LR, DECAY = 0.1, 0.5
 

@@ -25,11 +25,11 @@ from lit_sparse.testing import contract, next_token_cross_entropy, tiny_encoder,
 from lit_sparse.zeroth_order.curvature import squared_slopes
 from lit_sparse.zeroth_order.quantile import quantiles
 from lit_sparse_kernels.philox import row_noise, step_seed
+from tests.methods import module
 from tests.modules.test_sharding import Sent, moments
 from tests.modules.test_sharding import fit as fit_on
 from tests.pair import attempt, result, run_pair
 from tests.test_cli import refused
-from tests.test_contract import module
 from tests.test_resume import fit, saved
 
 LR, EPSILON, STEPS = 2.0**-7, 1e-3, 7

@@ -12,7 +12,7 @@ from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.strategies.kl_to_base import FrozenBase, kl
 from lit_sparse.testing import tiny_encoder, tiny_llm
 from lit_sparse_profiling.ledger import ledger
-from tests.test_contract import data, trainer
+from tests.methods import data, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 LORA = {

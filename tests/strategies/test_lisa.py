@@ -31,8 +31,8 @@ from lit_sparse.strategies.layer_sampling import (
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.step_plan import Plan
+from tests.methods import data, trainer
 from tests.strategies.test_smt import loss_of, probe_of
-from tests.test_contract import data, trainer
 
 
 def attached(kind="llama", dtype=torch.float32, **options):

@@ -24,8 +24,8 @@ from lit_sparse.strategies import (
 )
 from lit_sparse.strategies.base import ALONE, UpdateStrategy, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm
+from tests.methods import data, trainer
 from tests.strategies.test_smt import loss_of, probe_of
-from tests.test_contract import data, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False"),

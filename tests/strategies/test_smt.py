@@ -19,7 +19,7 @@ from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.strategies.smt import SMT
 from lit_sparse.testing import TINY, contract, tiny_llm
 from lit_sparse_profiling.counted import Counter
-from tests.test_contract import data, trainer
+from tests.methods import data, trainer
 
 
 def tokens(seed=0, shape=(2, 12)):

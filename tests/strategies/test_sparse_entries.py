@@ -20,8 +20,8 @@ from lit_sparse.optim import AdamW, trainable
 from lit_sparse.strategies import SparseEntries, Updates
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, tiny_llm
+from tests.methods import data, module, trainer
 from tests.strategies.test_smt import loss_of, probe_of
-from tests.test_contract import data, module, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 ENTRIES = {"trainable_fraction": 0.05, "selection_batches": 2}

@@ -9,9 +9,9 @@ from torch.distributed.tensor import DTensor
 
 from lit_sparse.modules import LitSparse
 from lit_sparse.testing import tiny_llm
+from tests.methods import module
 from tests.modules.test_sharding import FSDP2Strategy, fit, moments, saved, saving, timedelta
 from tests.pair import attempt, result, run_pair
-from tests.test_contract import module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
 SETTINGS = {"lr": 1e-3, "warmup_steps": 0}
