@@ -23,11 +23,9 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import docstring_parser
 import lightning as L
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -45,9 +43,6 @@ ROWS, HELDOUT, PACKED = 24, 4, 7
 METHODS = sorted(path.stem for path in methods())
 BATCH = 20
 """Examples of a method between two notes of a campaign."""
-
-
-docstring_parser.parse_from_object = cache(docstring_parser.parse_from_object)  # a third of the time of a short fit
 
 
 class Cut(Exception):

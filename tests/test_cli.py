@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Union
 
+import docstring_parser
 import jsonargparse
 import pytest
 import torch
@@ -343,6 +344,18 @@ def test_help_documents_every_field(home, capsys, monkeypatch):
     text = helped(capsys, monkeypatch, "fit", "--help")
     for phrase in ("Peak learning rate", "Type of the frozen weights", "Name of the run", "Recompute activations"):
         assert phrase in text, phrase
+
+
+def test_only_help_reads_the_source_of_classes(home, capsys, monkeypatch):
+    """For docstrings of attributes, which takes a fifth of a short fit."""
+
+    def read(component, style):
+        raise ArithmeticError(component)
+
+    monkeypatch.setattr(docstring_parser, "parse_from_object", read)
+    assert "SMT" in helped(capsys, monkeypatch, "fit", "--config", "smt.yaml", "--print_config")
+    with pytest.raises(ArithmeticError):
+        helped(capsys, monkeypatch, "fit", "--help_all")
 
 
 @pytest.mark.parametrize(
