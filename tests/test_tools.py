@@ -3,8 +3,10 @@
 import csv
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,7 +247,8 @@ def test_mlflow_logs_a_run_to_files(home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow"), ("CometLogger", "comet-ml")]
+    ("name", "package"),
+    [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow"), ("CometLogger", "comet-ml"), ("TrackioLogger", "trackio")],
 )
 def test_a_logger_without_its_package_names_the_command(home, capsys, monkeypatch, name, package):
     if find_spec(package.replace("-", "_")) is not None:
@@ -254,10 +257,31 @@ def test_a_logger_without_its_package_names_the_command(home, capsys, monkeypatc
     assert f"the package {package} is needed and not installed; run pip install {package}" in told
 
 
-def test_trackio_is_refused_by_name(home, capsys, monkeypatch):
-    assert "Lightning has none for Trackio: use WandbLogger" in refused(
-        capsys, monkeypatch, "fit", *F, "--trainer.logger=TrackioLogger"
+def test_trackio_gets_the_scalars_of_metrics_csv(home, monkeypatch):
+    """By the calls of trackio 0.43, in whose place a module stands that keeps them."""
+    calls: list[Any] = []
+    kept = SimpleNamespace(
+        name="mine",
+        log=lambda metrics, step: calls.append((step, metrics)),
+        finish=lambda: calls.append("finish"),
     )
+    trackio = ModuleType("trackio")
+    trackio.__spec__ = ModuleSpec("trackio", None)
+    trackio.init = lambda **options: calls.append(options) or kept
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    fit("--trainer.max_steps=3", "--trainer.logger=TrackioLogger", "--trainer.logger.name=mine")
+    options, *logged, end = calls
+    assert (options["project"], options["name"], options["resume"]) == ("lit-sparse", "mine", "allow")
+    assert options["config"]["trainer"]["max_steps"] == 3
+    sent: dict[int, dict[str, float]] = {}
+    for step, metrics in logged:
+        sent.setdefault(step, {}).update(metrics)
+    with (RUN / "metrics.csv").open() as file:
+        rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
+    assert {"train_loss", "heldout_loss", "tokens_per_second", "peak_memory_gib"} <= {key for row in rows for key in row}
+    for row in rows:
+        assert {name: value for name, value in row.items() if name != "step"}.items() <= sent[int(row["step"])].items()
+    assert end == "finish"
 
 
 def test_predict_names_the_verbs_to_use():

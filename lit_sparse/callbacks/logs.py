@@ -1,17 +1,20 @@
-"""The logs of a run's folder: one metrics.csv and one TensorBoard folder that go on when the run does."""
+"""The logs of a run: one metrics.csv and one TensorBoard folder that go on when the run does, and Trackio's."""
 
 from __future__ import annotations
 
 import csv
 import io
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import _DummyExperiment as NoExperiment
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
+from lit_sparse.errors import BadInput
 from lit_sparse.whole import replace_text
 
 
@@ -100,3 +103,68 @@ class RunTensorBoard(TensorBoardLogger):
         """Write from now on; TensorBoard hides what it has of steps from `step` on."""
         self.held = False
         self._kwargs |= {"purge_step": step} if step else {}
+
+
+class TrackioLogger(Logger):
+    """Sends the parameters and metrics of a run to Trackio, once training has moved.
+
+    Args:
+        project: Trackio's project.
+        name: Name of the run in the project, which goes on where it is there already; by default, Trackio makes one up.
+        group: Group of the run.
+        space_id: The Hugging Face Space to log to, as `user/name`; by default, files on this machine.
+
+    Raises:
+        BadInput: if the package trackio is missing.
+    """
+
+    def __init__(
+        self,
+        project: str = "lit-sparse",
+        name: str | None = None,
+        group: str | None = None,
+        space_id: str | None = None,
+    ) -> None:
+        super().__init__()
+        if find_spec("trackio") is None:
+            raise BadInput("the package trackio is needed and not installed; run pip install trackio.")
+        self._options = {"project": project, "name": name, "group": group, "space_id": space_id}
+        self._run: Any = None
+        self._held: list[tuple[dict[str, float], int | None]] = []  # until the run exists
+
+    @property
+    def name(self) -> str | None:
+        return self._options["project"]
+
+    @property
+    def version(self) -> str | None:
+        return self._options["name"] if self._run is None else self._run.name
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        return self._run
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **options: Any) -> None:
+        """Begin the run, with these parameters as its configuration."""
+        if self._run is not None:
+            return
+        import trackio  # pyright: ignore[reportMissingImports] - not required; it takes seconds
+
+        self._run = trackio.init(**self._options, config=dict(params), resume="allow", embed=False)
+        for metrics, step in self._held:
+            self._run.log(metrics, step=step)
+        self._held.clear()
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if self._run is None:
+            self._held.append((dict(metrics), step))
+        else:
+            self._run.log(dict(metrics), step=step)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._run is not None:
+            self._run.finish()

@@ -127,8 +127,6 @@ def no_class(word: str, key: str) -> str:
     """Return the refusal of the name of a class that there is not."""
     names = sorted({kind.__name__ for kind in subclasses(KINDS[key])}) if key in KINDS else []
     own = "a class of your own is named with its module, as in my_module.MyClass"
-    if key == "trainer.logger" and "trackio" in word.lower():
-        own = "Lightning has none for Trackio: use WandbLogger or MLFlowLogger, or " + own
     return f"{key} is {word}, and there is no such class; {suggestion(nearest(word, names), own)}"
 
 
