@@ -1,11 +1,13 @@
 """The planner's error: what `lit-sparse plan` predicts, beside what the same training allocates on this CPU.
 
 `python -m benchmarks.planner` trains each method on tiny models of seven families, in three shapes of batch, with and
-without activation checkpointing, through Lightning's own trainer. The measurement shares no code with the planner: it
-adds up the events of the CPU's allocator from the loading of the model on, phase by phase, and the ledger's exact bytes
-of weights, gradients and state. Configurations come in a fixed random order and are appended one by one to
-benchmarks/results/planner.jsonl, so that a run may be stopped at any time and goes on with what is missing. After
-them, two ranks train together, under DDP and under FSDP2, and one rank is compared.
+without activation checkpointing, and on the demo model, through Lightning's own trainer. The measurement shares no code
+with the planner: it adds up the events of the CPU's allocator from the loading of the model on, phase by phase, and the
+ledger's exact bytes of weights, gradients and state. SMT trains the blocks that a plan draws: what is saved for the
+backward pass depends on where they are, and a plan has no gradients to rank them by. Configurations come in a fixed
+order, in which methods take turns, and are appended one by one to benchmarks/results/planner.jsonl, so that a run may be
+stopped at any time and goes on with what is missing. After them, two ranks train together, under DDP and under FSDP2,
+and one rank is compared.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from time import monotonic
 import torch
 
 from benchmarks.measurements import Line, read_lines
-from benchmarks.planner_cases import FAMILIES, Case, cases, cases_of_pairs, config_in, module_of
+from benchmarks.planner_cases import Case, cases, cases_of_pairs, config_in, module_of
 from benchmarks.planner_measured import Measured, measured, measured_by_pair
 from benchmarks.provenance import ROOT, of_device
 from benchmarks.turns import append
@@ -142,10 +144,11 @@ def main() -> int:
         return [case for case in cases if case not in known and case.method in (asked.methods or [case.method])]
 
     alone = [] if asked.pairs else missing(cases())
-    todo = [[case] for case in alone] + [*groups(missing(cases_of_pairs()))]
+    todo = [] if asked.check else [[case] for case in alone] + [*groups(missing(cases_of_pairs()))]
     with tempfile.TemporaryDirectory() as folder:
-        configs = {family: config_in(Path(folder), family) for family in FAMILIES}
-        for some in [] if asked.check else todo:
+        families = {case.family for some in todo for case in some}
+        configs = {family: config_in(Path(folder), family) for family in families}
+        for some in todo:
             if monotonic() > end:
                 break
             for case, line in measure(some, configs):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,6 +25,7 @@ from transformers import (
 from lit_sparse.cli import make_planned
 from lit_sparse.commands.plan import fit_command
 from lit_sparse.commands.shipped import methods
+from lit_sparse.demo import DEMO, resolve
 from lit_sparse.modules import LitSparse
 from lit_sparse.planning.forecast import Setting
 
@@ -86,13 +89,24 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Return all configurations, in a fixed random order."""
+    """Return all configurations of one process, in a fixed order: shuffled, and then method by method in turn."""
     found = [
         Case(path.stem, family, *shape, checkpointing)
         for path, family, shape, checkpointing in product(methods(), FAMILIES, SHAPES, (False, True))
     ]
+    found += [Case(path.stem, DEMO, *SHAPES[0], checkpointing) for path in methods() for checkpointing in (False, True)]
     random.Random(0).shuffle(found)
-    return found
+    return in_turn(found)
+
+
+def in_turn(found: Sequence[Case]) -> list[Case]:
+    """Return the first configuration of each method, then the second of each, and so on."""
+    seen: Counter[str] = Counter()
+    turns: dict[Case, int] = {}
+    for case in found:
+        turns[case] = seen[case.method]
+        seen[case.method] += 1
+    return sorted(found, key=turns.__getitem__)
 
 
 def cases_of_pairs() -> list[Case]:
@@ -107,7 +121,9 @@ def cases_of_pairs() -> list[Case]:
 
 
 def config_in(folder: Path, family: str) -> Path:
-    """Write the configuration of a family's tiny model into `folder`, and return its path."""
+    """Write the configuration of a family's tiny model into `folder`, and return its path; of the demo model, its own."""
+    if family == DEMO:
+        return Path(resolve(DEMO))
     config = FAMILIES[family]
     config.update({"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     config.save_pretrained(folder / family)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from time import sleep
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import lightning as L
 import torch
@@ -23,6 +24,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.planner_cases import ALONE, PAIR, VOCABULARY, Case, Way, module_of
+from lit_sparse.blocks import selection
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import building
@@ -100,7 +102,11 @@ def measured(case: Case, config: Path) -> Measured:
     if case.way == "nf4":  # threads load and pack it, and the profiler misses what they free
         before, scales = bytes_of(module.build())
     steps = max([2, *(DRAWS * update.period for update in module.updates if update.period is not None)])
-    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with (
+        warnings.catch_warnings(),
+        patch.object(selection, "has_values", lambda *_: False),  # the blocks of a plan
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
         warnings.simplefilter("ignore")
         mark("loading")
         trainer = L.Trainer(

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -264,21 +264,38 @@ def show_parts(console: Console, plan: Forecast) -> None:
 
 
 CHECKPOINTING, ONE_ROW = "--model.activation_checkpointing=true", "--data.batch_size=1"
+NF4, SHARDED = "--model.quantize=nf4", "--trainer.strategy=fsdp2"
+GPUS = (2, 4, 8)
+"""Numbers of GPUs that a model is sharded over where one is too small for it."""
+SPLIT = ("frozen weights", "trained weights", "gradients", "optimizer state")
+"""Categories of which each of several ranks has a part."""
 
 
 def advise(console: Console, found: Sequence[Found], card: int, make: Make, device: str) -> None:
-    """Say which plans fit the card, and plan what would make the others fit."""
+    """Say which plans fit the card, and plan what would make the others fit.
+
+    What costs more than time, a base in 4 bits and more GPUs, is planned for a single method only, if nothing else
+    makes it fit.
+    """
     room = CARDS[card] * 2**20
     for plan, command, _ in found:
         if plan.needed <= room:
             text = f"{plan.name} fits {card} GB, with {(room - plan.needed) / GIB:.2f} GiB to spare."
         else:
             text = f"{plan.name} does not fit {card} GB: it needs {plan.needed / GIB:.2f} GiB."
+            fits = False
             for options in levers(plan):
                 other = planned(plan.name, make, [*command, *options], device, None).forecast
-                verdict = "fits" if other.needed <= room else "does not fit either"
-                text += f" With {' '.join(options)} it needs {other.needed / GIB:.2f} GiB, which {verdict}."
+                text, fits = text + verdict(options, other, room), fits or other.needed <= room
+            if not fits and len(found) == 1:
+                text += "".join(tried(plan, command, room, make, device))
         console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def verdict(options: Sequence[str], other: Forecast, room: int) -> str:
+    """Return whether a plan with more options fits, as a sentence."""
+    fits = "fits" if other.needed <= room else "does not fit either"
+    return f" With {' '.join(options)} it needs {other.needed / GIB:.2f} GiB, which {fits}."
 
 
 def levers(plan: Forecast) -> list[list[str]]:
@@ -286,6 +303,21 @@ def levers(plan: Forecast) -> list[list[str]]:
     ways = [] if plan.checkpointing else [[CHECKPOINTING]]
     ways += [] if plan.setting.batch_size == 1 else [[ONE_ROW]]
     return [*ways, [CHECKPOINTING, ONE_ROW]] if len(ways) == 2 else ways
+
+
+def tried(plan: Forecast, command: Sequence[str], room: int, make: Make, device: str) -> Iterator[str]:
+    """Yield a sentence for each further option that the method takes: a base in 4 bits, and GPUs that share the model."""
+    least = [*(levers(plan) or [[]])[-1]]
+    shared = sum(plan.peak.categories.get(name, 0) for name in SPLIT)
+    count = next((count for count in GPUS if plan.needed - shared + shared / count <= room), GPUS[-1])
+    for more in ([NF4], [f"--trainer.devices={count}", SHARED] if plan.setting.ranks == 1 else []):
+        if not more or set(more) & set(command):
+            continue
+        try:
+            other = planned(plan.name, make, [*command, *least, *more], device, None).forecast
+        except BadInput:
+            continue  # the method, or this installation, does not have this option
+        yield verdict([*least, *more], other, room)
 
 
 def write(path: Path, found: Sequence[Found]) -> None:
