@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -179,6 +180,16 @@ def flops_of(func: Any, given: Mapping[str, Any], args: Sequence[Any], kwargs: d
         return FORMULAS[name](given)
     formula = flop_registry.get(func.overloadpacket) or flop_registry.get(_in_new_memory(name))
     return None if formula is None else formula(*args, **kwargs, out_val=out)
+
+
+@cache
+def has_formula(func: Any) -> bool:
+    """Return whether `flops_of` may have a formula for an op; those without need no arguments by name."""
+    if not isinstance(func, OpOverload):
+        return True
+    name = func._schema.name
+    known = is_attention(name) or name in FORMULAS or func.overloadpacket in flop_registry
+    return known or _in_new_memory(name) in flop_registry
 
 
 def _in_new_memory(name: str) -> Any:

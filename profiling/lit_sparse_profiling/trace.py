@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_sparse_profiling.fake_ops import FakeOps
 from lit_sparse_profiling.ledger import untyped_storages
-from lit_sparse_profiling.opcounts import bound, flops_of
+from lit_sparse_profiling.opcounts import bound, flops_of, has_formula
 from lit_sparse_profiling.timeline import Timeline
 from lit_sparse_profiling.traced_ops import accumulated, is_mask, name_of, written_real
 
@@ -73,6 +74,7 @@ class Trace(TorchDispatchMode, Timeline):
         self._end = None if seconds is None else thread_time() + seconds
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.flops: dict[str, int] = {}
+        self._ops = FakeOps(self.fake)
         self._workspaces = workspaces or (lambda *_: 0)
         self._composed = composed or {}
         self._alive: dict[int, tuple[Any, int]] = {}  # by id of a storage: weak reference, number of its block
@@ -152,12 +154,13 @@ class Trace(TorchDispatchMode, Timeline):
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        out = self._run(func, args, kwargs, given)
-        self._count(func, args, kwargs, out)
-        self._note(name_of(func), out)
-        if workspace := self._workspaces(func, args, kwargs, out):
-            self._pass_by(workspace, func)
+        with torch._C.DisableTorchFunction():  # from here on it is torch's own code that calls torch, not the model
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            out = self._run(func, args, kwargs, given)
+            self._count(func, args, kwargs, out)
+            self._note(name_of(func), out)
+            if workspace := self._workspaces(func, args, kwargs, out):
+                self._pass_by(workspace, func)
         return out
 
     def _run(self, func: Any, args: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> Any:
@@ -186,7 +189,7 @@ class Trace(TorchDispatchMode, Timeline):
             other = args[1] if target is args[0] else args[0]
             aten.add_.Tensor(target, other)
             return target
-        out = func(*args, **kwargs)
+        out = self._ops(func, args, kwargs)
         if func is aten.scatter_.value or func is aten.scatter_.src:
             self._scattered[id(out.untyped_storage())] = args[2].numel()
         elif func in (aten.eq.Scalar, aten._to_copy.default) and id(args[0].untyped_storage()) in self._scattered:
@@ -237,6 +240,8 @@ class Trace(TorchDispatchMode, Timeline):
             return torch.empty(tuple(shape), dtype=dtype)
 
     def _count(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> None:
+        if not has_formula(func):
+            return
         given = bound(func, args, kwargs) if isinstance(func, OpOverload) else {}
         flops = flops_of(func, given, args, kwargs, out)
         if flops is not None:

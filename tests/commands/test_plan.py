@@ -186,6 +186,21 @@ def test_it_says_what_is_alive_and_which_lever_would_make_it_fit(
     assert "us/token, estimated" in printed
 
 
+def test_more_gpus_are_tried_for_a_single_method_that_nothing_else_makes_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(CARDS, 8, 800)  # the context and the workspaces of cuBLAS alone take more
+    LlamaConfig(**{**SIZES, "num_hidden_layers": 1}).save_pretrained(tmp_path)
+    words = ["--model.base", str(tmp_path / "config.json"), "--data.max_length", "16", "--card", "8"]
+    words += ["--data.batch_size", "1", "--model.activation_checkpointing", "true"]
+    assert run(monkeypatch, "full.yaml", *words) == 0
+    told = capsys.readouterr().out.partition("full does not fit 8 GB")[2]
+    assert "With --trainer.devices=8 --trainer.strategy=fsdp2 it needs" in told
+    assert "nf4" not in told  # full fine-tuning trains what would be packed
+    assert run(monkeypatch, "full.yaml", "ia3.yaml", *words) == 0
+    assert "--trainer.devices" not in capsys.readouterr().out
+
+
 def test_a_compiled_model_is_planned_as_it_is_and_says_so(
     base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
