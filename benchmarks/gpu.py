@@ -20,7 +20,7 @@ from time import monotonic
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = "benchmarks/gpu/llama-3.2-1b.json"
-STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "large", "deft", "meft")
+STAGES = ("env", "tests", "kernels", "methods", "short", "contract", "alone", "plans", "large", "deft", "meft")
 """In order of value."""
 OPS = ("block_grad", "block_adamw", "master_adamw", "pack_columns", "block_delta", "glu_density", "loss")
 COMPILED = ("pack_columns", "block_delta", "glu_density")
@@ -94,6 +94,10 @@ def plan(stages: Sequence[str], into: Path, results: Path, dry: bool) -> Iterato
             words = ["-m", "benchmarks.gpu_methods", "lengths", f"--into={into}"]
             lines = [f"--results={results / 'gpu_lengths.jsonl'}", *(["--lengths", "16", "32"] if dry else [])]
             yield Step("meft", 900, {"meft": [*words, *lines, *fits]}, shown=40)
+        elif stage == "plans":
+            words = ["-m", "benchmarks.planner", "--gpu", "--minutes=9.5", f"--results={results / 'gpu_planner.jsonl'}"]
+            if not dry:
+                yield Step("plans", 600, {"plans": words}, shown=60)
         elif not dry:  # alone, large
             words = ["-m", "benchmarks.gpu_methods", stage, f"--into={into}", f"--results={results / 'gpu.jsonl'}"]
             yield Step(stage, 900, {stage: [*words, *(fits if stage == "alone" else [])]}, shown=40)

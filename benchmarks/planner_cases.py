@@ -60,15 +60,23 @@ FAMILIES: dict[str, PreTrainedConfig] = {
 """Tiny models, by family; of the last two no test has any."""
 SHAPES = ((2, 64), (1, 200), (5, 33))
 """Rows of a batch, and tokens of each."""
+ON_GPU: dict[str, PreTrainedConfig] = {
+    "llama-150m": LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=4
+    ),
+    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=12, n_head=16),
+}
+"""Models for a GPU, of random weights."""
+SHAPES_ON_GPU = ((4, 512), (1, 1024))
 SHORT = ("--model.updates.interval=2",)
 """Options of methods that change what they train every so many steps: soon enough for a measurement."""
 PAIR, PAIRED = 2, ("llama", "gpt2", "qwen3")
 """Ranks that train together, and the families that they train."""
 
 
-Way = Literal["one", "ddp", "fsdp2", "nf4", "compiled"]
-"""One process, with its base in 4 bits or compiled too, or two with DDP or FSDP2."""
-ALONE = ("one", "nf4", "compiled")
+Way = Literal["one", "ddp", "fsdp2", "nf4", "compiled", "gpu"]
+"""One process, with its base in 4 bits or compiled too, or on a GPU; or two with DDP or FSDP2."""
+ALONE = ("one", "nf4", "compiled", "gpu")
 
 
 class Case(NamedTuple):
@@ -85,7 +93,8 @@ class Case(NamedTuple):
     def setting(self) -> Setting:
         """The planner's setting of it."""
         count = 1 if self.way in ALONE else PAIR
-        return Setting("cpu", self.batch_size, self.length, ranks=count, sharded=self.way == "fsdp2")
+        device = "cuda" if self.way == "gpu" else "cpu"
+        return Setting(device, self.batch_size, self.length, ranks=count, sharded=self.way == "fsdp2")
 
 
 def cases() -> list[Case]:
@@ -120,12 +129,24 @@ def cases_of_pairs() -> list[Case]:
     return found
 
 
+def cases_on_gpu() -> list[Case]:
+    """Return the configurations of a GPU, in a fixed order, in which methods take turns."""
+    found = [
+        Case(path.stem, family, *shape, checkpointing, "gpu")
+        for path, family, shape, checkpointing in product(methods(), ON_GPU, SHAPES_ON_GPU, (False, True))
+    ]
+    random.Random(2).shuffle(found)
+    return in_turn(found)
+
+
 def config_in(folder: Path, family: str) -> Path:
     """Write the configuration of a family's tiny model into `folder`, and return its path; of the demo model, its own."""
     if family == DEMO:
         return Path(resolve(DEMO))
-    config = FAMILIES[family]
-    config.update({"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    config = {**FAMILIES, **ON_GPU}[family]
+    if family in FAMILIES:
+        config.update({"vocab_size": VOCABULARY})
+    config.update({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
     config.save_pretrained(folder / family)
     return folder / family / "config.json"
 

@@ -5,6 +5,7 @@ It shares no code with the planner, whose error it shows. Two ranks train under 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -27,7 +28,7 @@ from benchmarks.planner_cases import ALONE, PAIR, VOCABULARY, Case, Way, module_
 from lit_sparse.blocks import selection
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.modules import building
+from lit_sparse.modules import LitSparse, building
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.planning.quantized import scales_of
 from lit_sparse_profiling.allocator import size_changes, walk_events
@@ -101,7 +102,6 @@ def measured(case: Case, config: Path) -> Measured:
     before, scales = 0, 0
     if case.way == "nf4":  # threads load and pack it, and the profiler misses what they free
         before, scales = bytes_of(module.build())
-    steps = max([2, *(DRAWS * update.period for update in module.updates if update.period is not None)])
     with (
         warnings.catch_warnings(),
         patch.object(selection, "has_values", lambda *_: False),  # the blocks of a plan
@@ -109,28 +109,47 @@ def measured(case: Case, config: Path) -> Measured:
     ):
         warnings.simplefilter("ignore")
         mark("loading")
-        trainer = L.Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            max_epochs=-1,
-            callbacks=[marks],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            **options_of(case.way),
-        )
-        rows = (steps + 8) * case.batch_size * case.setting.ranks
-        data = Synthetic(vocab_size=VOCABULARY, max_length=case.length, batch_size=case.batch_size, rows=rows)
-        trainer.fit(module, datamodule=data)
+        train(case, module, [marks])
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
     events = list(walk_events(profiled.profiler.kineto_results.experimental_event_tree()))
     peaks, levels = levels_of(events, before)
     return Measured(peaks, categories_of(marks.ledgers, levels, scales))
+
+
+def train(case: Case, module: LitSparse, callbacks: list[L.Callback]) -> None:
+    """Train with Lightning's own trainer, past several changes of the trainable set where it changes."""
+    steps = max([2, *(DRAWS * update.period for update in module.updates if update.period is not None)])
+    trainer = L.Trainer(
+        max_steps=steps,
+        max_epochs=-1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        **options_of(case.way),
+    )
+    rows = (steps + 8) * case.batch_size * case.setting.ranks
+    data = Synthetic(vocab_size=VOCABULARY, max_length=case.length, batch_size=case.batch_size, rows=rows)
+    trainer.fit(module, datamodule=data)
+
+
+def measured_on_gpu(case: Case, config: Path) -> Measured:
+    """Train a case on this GPU; return the peaks of what tensors requested of the allocator, and of what it reserved."""
+    module = module_of(case, config)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # those of the training before
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    with warnings.catch_warnings(), patch.object(selection, "has_values", lambda *_: False):
+        warnings.simplefilter("ignore")
+        train(case, module, [])
+    told = torch.cuda.memory_stats()
+    return Measured({"peak": told["requested_bytes.all.peak"], "reserved": told["reserved_bytes.all.peak"]}, {})
 
 
 def bytes_of(model: nn.Module) -> tuple[int, int]:
@@ -144,8 +163,8 @@ def bytes_of(model: nn.Module) -> tuple[int, int]:
 def options_of(way: Way) -> dict[str, Any]:
     """Return the trainer's options."""
     if way in ALONE:
-        return {}
-    return {"devices": PAIR, "strategy": FSDP2Strategy() if way == "fsdp2" else "ddp"}
+        return {"accelerator": "gpu" if way == "gpu" else "cpu", "devices": 1}
+    return {"accelerator": "cpu", "devices": PAIR, "strategy": FSDP2Strategy() if way == "fsdp2" else "ddp"}
 
 
 def measured_by_pair(cases: Sequence[Case], configs: dict[str, Path]) -> list[Measured | str]:
