@@ -10,6 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -61,6 +62,10 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
         if setting.sharded:
             mesh = pretended.mesh_of(setting.ranks, setting.replicas)
             stack.enter_context(pretended.sharding(module, mesh, trace))
+        # Else each call of a method of a fake tensor takes a detour through Python, which is of no use here.
+        stack.enter_context(
+            patch.object(FakeTensor, "__torch_function__", torch._C._disabled_torch_function_impl)  # as of parameters
+        )
         stack.enter_context(trace)
         if setting.device == "cpu":  # activation checkpointing keeps one for each layer; on a GPU they are on the host
             stack.enter_context(
