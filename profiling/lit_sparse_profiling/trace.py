@@ -19,13 +19,12 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lit_sparse_profiling.fake_ops import FakeOps
 from lit_sparse_profiling.ledger import untyped_storages
 from lit_sparse_profiling.opcounts import bound, flops_of, has_formula
 from lit_sparse_profiling.timeline import Timeline
-from lit_sparse_profiling.traced_ops import accumulated, is_mask, name_of, written_real
+from lit_sparse_profiling.traced_ops import accumulated, is_mask, name_of, tensors_in, written_real
 
 aten = torch.ops.aten
 
@@ -155,7 +154,7 @@ class Trace(TorchDispatchMode, Timeline):
             if out is not NotImplemented:
                 return out
         with torch._C.DisableTorchFunction():  # from here on it is torch's own code that calls torch, not the model
-            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            given = tensors_in([*args, *kwargs.values()])
             out = self._run(func, args, kwargs, given)
             self._count(func, args, kwargs, out)
             self._note(name_of(func), out)
@@ -252,10 +251,11 @@ class Trace(TorchDispatchMode, Timeline):
 
     def _note(self, op: str, out: Any) -> None:
         """Record the storages of `out` that are new."""
-        for tensor in tree_leaves(out):
-            if not isinstance(tensor, Tensor) or tensor.device.type == "meta":
+        for tensor in tensors_in([out]):
+            if tensor.device.type == "meta":
                 continue
-            for storage in untyped_storages(tensor):
+            plain = type(tensor) is FakeTensor and tensor.layout is torch.strided
+            for storage in (tensor.untyped_storage(),) if plain else untyped_storages(tensor):
                 key, size = id(storage), storage.nbytes()
                 known = self._alive.get(key)
                 if size == 0 or (known is not None and known[0]() is storage):

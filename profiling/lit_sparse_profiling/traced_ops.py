@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,17 @@ INNER = {"_run", "__torch_dispatch__", "_fn", "inner"}
 def name_of(func: Any) -> str:
     """Return the name of an op without its namespace: `mm`."""
     return func.overloadpacket.__name__ if isinstance(func, OpOverload) else str(func)
+
+
+def tensors_in(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among values, and in the lists and tuples among them: all that an op takes or returns."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += tensors_in(value)
+    return found
 
 
 def is_mask(index: Any) -> bool:
