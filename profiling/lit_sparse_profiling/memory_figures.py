@@ -47,6 +47,8 @@ from lit_sparse_profiling.reconcile import (
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import Row
 
+OTHER_PHASES = "in loading or evaluation, above the steps"
+"""Part of a CPU's resident memory: what other phases of a run hold beyond its steps."""
 NEAR = 0.05
 """Share of an axis below which two labels have no room."""
 PARTS: Mapping[str, tuple[str, str]] = {
@@ -72,6 +74,7 @@ PARTS: Mapping[str, tuple[str, str]] = {
     DRIVER_RESIDUE: (PINK, "x"),
     CONTEXT_UNKNOWN: (PINK, "/"),
     ALLOCATOR_UNKNOWN: (GREY, "/"),
+    OTHER_PHASES: (LIGHT, "-"),
     "not broken down": (LIGHT, "/"),
 }
 """Colour and hatching of each part of the memory: what was measured as a difference is hatched."""
@@ -142,10 +145,11 @@ def parts_of(row: Row) -> dict[str, int]:
         return {"not broken down": round((peak_gib(record) or 0) * GIB)}
     found = {line.name: line.bytes for line in lines if not line.total and line.name != "foreign" and line.bytes}
     rest = round((peak_gib(record) or 0) * GIB) - sum(found.values())
-    if not any(
-        line.name in ("process", "resident at most", "allocator reserved", "reserved at most") for line in lines
-    ):
+    names = {line.name for line in lines}
+    if not names & {"process", "resident at most", "allocator reserved", "reserved at most"}:
         found["not broken down"] = max(0, rest)  # counted, but neither the driver's nor the process's figure is known
+    elif "resident at most" in names and rest > 0:  # that is of the steps; the peak is of the whole run
+        found[OTHER_PHASES] = rest
     return {part if part in PARTS else "not broken down": size for part, size in found.items()}
 
 

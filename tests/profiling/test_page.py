@@ -15,12 +15,13 @@ from lit_sparse_profiling.drawing import safe
 from lit_sparse_profiling.figures import ACROSS, phases, read_metrics, thinned, tradeoff
 from lit_sparse_profiling.figures_of_one import OF_ONE, chosen_share, drawn_layers
 from lit_sparse_profiling.measures import ENERGY, FORGETTING, LOSS, PEAK, SPEED, phase_seconds
-from lit_sparse_profiling.memory_figures import Cards, memory, parts_of, predictions
+from lit_sparse_profiling.memory_figures import OTHER_PHASES, Cards, memory, parts_of, predictions
 from lit_sparse_profiling.page import digest, render, script_of, write_page
 from lit_sparse_profiling.reconcile import RESIDUE, reconcile
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report
 from lit_sparse_profiling.run_folders import Row, grouped, read_runs
+from lit_sparse_profiling.sections import Device
 from tests.profiling.page_records import GIB, HOSTILE, METHODS, gpu_record, hostile_record, oom_record, write_runs
 
 CARDS = {24: 23028, 80: 81251}
@@ -89,6 +90,19 @@ def test_the_bars_of_memory_add_up_to_the_driver_s_figure_and_have_the_residue()
     figure = memory(rows_of(*map(gpu_record, METHODS)), Cards(CARDS))
     assert RESIDUE in [trace["name"] for trace in figure.data]
     assert next(trace for trace in figure.data if trace["name"] == RESIDUE)["marker"]["pattern"]["shape"]
+
+
+def test_a_bar_of_a_processor_ends_at_the_peak_of_the_whole_run() -> None:
+    """Where loading or evaluation holds more than any step: the choice and the other figures have that peak."""
+    record = gpu_record("smt")
+    allocator = replace(record.memory.allocator, allocated=None, reserved=None)
+    memory = replace(
+        record.memory, peak_resident=33 * GIB, outside=GIB, plain_peak=30 * GIB, allocator=allocator
+    )
+    device, plain = Device("cpu", "a processor", memory=64 * GIB), [replace(p, peak_reserved=None) for p in record.phases]
+    parts = parts_of(rows_of(replace(record, device=device, driver=None, phases=plain, memory=memory))[0])
+    assert sum(parts.values()) == 33 * GIB
+    assert parts[OTHER_PHASES] == 3 * GIB
 
 
 def test_a_run_whose_memory_is_only_a_peak_has_one_bar_of_it() -> None:
