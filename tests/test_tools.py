@@ -278,7 +278,9 @@ def test_trackio_gets_the_scalars_of_metrics_csv(home, monkeypatch):
         sent.setdefault(step, {}).update(metrics)
     with (RUN / "metrics.csv").open() as file:
         rows = [{name: float(cell) for name, cell in row.items() if cell} for row in csv.DictReader(file)]
-    assert {"train_loss", "heldout_loss", "tokens_per_second", "peak_memory_gib"} <= {key for row in rows for key in row}
+    assert {"train_loss", "heldout_loss", "tokens_per_second", "peak_memory_gib"} <= {
+        key for row in rows for key in row
+    }
     for row in rows:
         assert {name: value for name, value in row.items() if name != "step"}.items() <= sent[int(row["step"])].items()
     assert end == "finish"

@@ -310,7 +310,7 @@ def tried(plan: Forecast, command: Sequence[str], room: int, make: Make, device:
     least = [*(levers(plan) or [[]])[-1]]
     shared = sum(plan.peak.categories.get(name, 0) for name in SPLIT)
     count = next((count for count in GPUS if plan.needed - shared + shared / count <= room), GPUS[-1])
-    for more in ([NF4], [f"--trainer.devices={count}", SHARED] if plan.setting.ranks == 1 else []):
+    for more in ([NF4], [f"--trainer.devices={count}", SHARDED] if plan.setting.ranks == 1 else []):
         if not more or set(more) & set(command):
             continue
         try:

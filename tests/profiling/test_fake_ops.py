@@ -100,9 +100,9 @@ def without_time(plan: Forecast) -> Forecast:
     ("method", "config", "device"),
     [
         ("smt", LlamaConfig(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4), "cuda"),
-        ("lora", GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=64), "cpu"),
+        ("full", GPT2Config(n_embd=64, n_layer=3, n_head=4, n_positions=64), "cpu"),
     ],
-    ids=["smt", "lora"],
+    ids=["smt", "full"],
 )
 def test_a_plan_is_the_same_where_nothing_is_remembered(
     method: str, config: Any, device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from lit_sparse_profiling.drawing import safe
 from lit_sparse_profiling.figures import ACROSS, phases, read_metrics, thinned, tradeoff
 from lit_sparse_profiling.figures_of_one import OF_ONE, chosen_share, drawn_layers
 from lit_sparse_profiling.measures import ENERGY, FORGETTING, LOSS, PEAK, SPEED, phase_seconds
+from lit_sparse_profiling.memory import PER_PHASE
 from lit_sparse_profiling.memory_figures import OTHER_PHASES, Cards, memory, parts_of, predictions
 from lit_sparse_profiling.page import digest, render, script_of, write_page
 from lit_sparse_profiling.reconcile import RESIDUE, reconcile
@@ -97,9 +98,15 @@ def test_a_bar_of_a_processor_ends_at_the_peak_of_the_whole_run() -> None:
     record = gpu_record("smt")
     allocator = replace(record.memory.allocator, allocated=None, reserved=None)
     memory = replace(
-        record.memory, peak_resident=33 * GIB, outside=GIB, plain_peak=30 * GIB, allocator=allocator
+        record.memory,
+        method=PER_PHASE,
+        peak_resident=33 * GIB,
+        outside=GIB,
+        plain_peak=30 * GIB,
+        allocator=allocator,
     )
-    device, plain = Device("cpu", "a processor", memory=64 * GIB), [replace(p, peak_reserved=None) for p in record.phases]
+    device = Device("cpu", "a processor", memory=64 * GIB)
+    plain = [replace(phase, peak_reserved=None) for phase in record.phases]
     parts = parts_of(rows_of(replace(record, device=device, driver=None, phases=plain, memory=memory))[0])
     assert sum(parts.values()) == 33 * GIB
     assert parts[OTHER_PHASES] == 3 * GIB
