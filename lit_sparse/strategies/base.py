@@ -28,6 +28,7 @@ Attaches = Literal["whole", "shapes", "either", "shards"]
 Gradients = Literal["ignores", "reads", "masks", "adds", "scales"]
 
 
+
 class Probe(Protocol):
     """Gives the losses of training batches before the first update."""
 
