@@ -5,8 +5,8 @@ without activation checkpointing, and on the demo model, through Lightning's own
 with the planner: it adds up the events of the CPU's allocator from the loading of the model on, phase by phase, and the
 ledger's exact bytes of weights, gradients and state. SMT trains the blocks that a plan draws: what is saved for the
 backward pass depends on where they are, and a plan has no gradients to rank them by. Configurations come in a fixed
-order, in which methods take turns, and are appended one by one to benchmarks/results/planner.jsonl, so that a run may be
-stopped at any time and goes on with what is missing. After them, two ranks train together, under DDP and under FSDP2,
+order, in which methods take turns, and are appended one by one to benchmarks/results/planner.jsonl, so that a run may
+be stopped at any time and goes on with what is missing. After them, two ranks train together, under DDP and under FSDP2,
 and one rank is compared. `--gpu` trains models of random weights on a GPU instead, and compares what its allocator gave
 out and reserved.
 """
@@ -33,7 +33,7 @@ from lit_sparse.planning.forecast import Forecast, forecast
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.jsonl"
 CONFIGURATIONS, ON_GPU, MEDIAN, WORST, CATEGORY, TOO_LITTLE = 200, 40, 0.01, 0.03, 0.05, 0.01
-"""The marks: configurations, those of a GPU, median and worst error of the peak, worst of a category, most too little."""
+"""The marks: configurations, those of a GPU, median and worst error of the peak, worst of a category, most missing."""
 AT_ONCE = 12
 """Trainings that one pair of processes does."""
 OF_RANKS = ("DDP buckets", "gathered weights")

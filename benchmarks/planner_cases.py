@@ -98,7 +98,7 @@ class Case(NamedTuple):
 
 
 def cases() -> list[Case]:
-    """Return all configurations of one process, in a fixed order: methods take turns on tiny models, then the demo model."""
+    """Return all configurations of one process: methods in turn on tiny models, then the demo model."""
     found = [
         Case(path.stem, family, *shape, checkpointing)
         for path, family, shape, checkpointing in product(methods(), FAMILIES, SHAPES, (False, True))
@@ -140,7 +140,7 @@ def cases_on_gpu() -> list[Case]:
 
 
 def config_in(folder: Path, family: str) -> Path:
-    """Write the configuration of a family's tiny model into `folder`, and return its path; of the demo model, its own."""
+    """Write a family's tiny model into `folder`, and return the path of its configuration; the demo model has its own."""
     if family == DEMO:
         return Path(resolve(DEMO))
     config = {**FAMILIES, **ON_GPU}[family]

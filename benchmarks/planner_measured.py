@@ -139,7 +139,7 @@ def train(case: Case, module: LitSparse, callbacks: list[L.Callback]) -> None:
 
 
 def measured_on_gpu(case: Case, config: Path) -> Measured:
-    """Train a case on this GPU; return the peaks of what tensors requested of the allocator, and of what it reserved."""
+    """Train a case on this GPU; return the peaks of what tensors requested and of what the allocator reserved."""
     module = module_of(case, config)
     gc.collect()
     torch._C._cuda_clearCublasWorkspaces()  # those of the training before

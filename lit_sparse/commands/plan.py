@@ -306,7 +306,7 @@ def levers(plan: Forecast) -> list[list[str]]:
 
 
 def tried(plan: Forecast, command: Sequence[str], room: int, make: Make, device: str) -> Iterator[str]:
-    """Yield a sentence for each further option that the method takes: a base in 4 bits, and GPUs that share the model."""
+    """Yield a sentence for each further option that the method takes: a base in 4 bits, GPUs that share the model."""
     least = [*(levers(plan) or [[]])[-1]]
     shared = sum(plan.peak.categories.get(name, 0) for name in SPLIT)
     count = next((count for count in GPUS if plan.needed - shared + shared / count <= room), GPUS[-1])

@@ -22,6 +22,7 @@ LINE = 22
 # Okabe and Ito's colours, which people with any colour blindness tell apart; two greys beside them.
 BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#F0E442"
 ORANGE, RED, PINK, GREY, LIGHT, SAND = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C", "#BDBDBD", "#DDCC77"
+PURPLE = "#6A3D9A"
 COLOURS = (BLUE, ORANGE, GREEN, RED, PINK, SKY, GREY, YELLOW)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star", "cross", "pentagon")

@@ -12,10 +12,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves
 
 CONSTANTS = {int, float, bool, str, type(None), torch.dtype, torch.layout, torch.device, torch.memory_format}
 """Types of the arguments, beside tensors and lists, that a key may have."""

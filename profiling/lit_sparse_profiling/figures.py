@@ -20,6 +20,7 @@ from lit_sparse_profiling.drawing import (
     MOST_BARS,
     ORANGE,
     PINK,
+    PURPLE,
     RED,
     SAND,
     SKY,
@@ -61,7 +62,7 @@ PHASES = {
     "forgetting": RED,
     "examination": GREY,
     "ceilings": "#5E5E5E",
-    "saving": "#6A3D9A",
+    "saving": PURPLE,
     OTHER: "@muted",
 }
 """Colours of known phases; others take those that are left."""
@@ -112,7 +113,6 @@ def _points(
     """Yield the line of the best points, then all of them."""
     best = frontier(points, high=measure.better == "high")
     labelled = {id(row) for row, _, _ in (points if len(points) <= MOST_LABELS else best[:MOST_LABELS])}
-    points = sorted(points, key=lambda point: point[1])  # neighbours have their names below and above in turn
     chosen = {id(row) for row, _, _ in best}
     if len(best) > 1:
         yield {
@@ -131,7 +131,7 @@ def _points(
         "x": [peak for _, peak, _ in points],
         "y": [value for _, _, value in points],
         "text": [safe(cut_label(one_line(row.label), 16)) if id(row) in labelled else "" for row, _, _ in points],
-        "textposition": [("bottom right", "top right")[number % 2] for number in range(len(points))],
+        "textposition": [f"{side} right" for side in sides([(peak, value) for _, peak, value in points])],
         "textfont": {"size": 12},
         "cliponaxis": False,
         "customdata": [safe(one_line(row.label)) for row, _, _ in points],
@@ -144,6 +144,17 @@ def _points(
         },
         "hovertemplate": f"%{{customdata}}<br>%{{x:.3f}} GiB, %{{y:.4g}} {measure.title}<extra>{safe(device)}</extra>",
     }
+
+
+def sides(points: Sequence[tuple[float, float]]) -> list[str]:
+    """Return for each point on which side its name has most room: away from the nearest other point."""
+    spans = [max(axis) - min(axis) or 1.0 for axis in zip(*points, strict=True)]
+    found: list[str] = []
+    for number, (x, y) in enumerate(points):
+        others = [((a - x) / spans[0], (b - y) / spans[1], n) for n, (a, b) in enumerate(points) if n != number]
+        _, up, other = min(others, key=lambda one: math.hypot(*one[:2]), default=(0.0, 0.0, number))
+        found.append("bottom" if up > 0 or (up == 0 and other < number) else "top")
+    return found
 
 
 def roomy(values: Sequence[float]) -> list[float]:
@@ -229,8 +240,8 @@ def energies(rows: Sequence[Row], cards: Cards) -> Figure | None:
     return Figure(
         "energy",
         "Energy of a million tokens",
-        "Energy of the whole device during the timed steps, from the driver's counter, divided by the tokens in them "
-        "without padding. The rest of the computer is not in it. 3,600 kJ are one kWh.",
+        "Lower is better: the energy of the whole device during the timed steps, from the driver's counter, divided by "
+        "the tokens in them without padding. The rest of the computer is not in it. 3,600 kJ are one kWh.",
         [
             {
                 "type": "bar",
@@ -242,7 +253,7 @@ def energies(rows: Sequence[Row], cards: Cards) -> Figure | None:
                 "showlegend": False,
             }
         ],
-        bars(len(shown), "energy, kJ per million tokens (lower is better)"),
+        bars(len(shown), "kJ per million tokens"),  # short, for a phone
     )
 
 

@@ -83,7 +83,7 @@ def _phase_marks(levels: Sequence[Level]) -> dict[str, Any]:
 
 
 def kernels(record: RunRecord) -> Figure | None:
-    """Return The slowest kernels of a step, coloured by how near they come to the device's ceiling."""
+    """Return the slowest kernels of a step, coloured by how near they come to the device's ceiling."""
     if record.kernels is None or not record.kernels.top:
         return None
     found, top = record.kernels, record.kernels.top[:MOST_KERNELS]
@@ -137,7 +137,7 @@ def _achieved(achieved: tuple[float, str] | None) -> str:
     """Return in words how near a kernel comes to the ceilings."""
     if achieved is None:
         return ""
-    return f"{achieved[0]:.0%} {achieved[1]}" if achieved[0] <= 1 else f"above {achieved[1]}"
+    return f"{achieved[0]:.0%} of {achieved[1]}" if achieved[0] <= 1 else f"over 100% of {achieved[1]}"
 
 
 def chosen_share(record: RunRecord) -> Figure | None:
@@ -204,6 +204,8 @@ def states(record: RunRecord) -> Figure | None:
     if not record.states:
         return None
     steps = [state.step for state in record.states]
+    most = max(state.optimizer + state.strategy for state in record.states)
+    unit, size = ("GiB", GIB) if most >= GIB else ("MiB", 2**20)
     parts = {
         "optimizer state": [s.optimizer for s in record.states],
         "strategy state": [s.strategy for s in record.states],
@@ -218,14 +220,14 @@ def states(record: RunRecord) -> Figure | None:
                 "type": "bar",
                 "name": part,
                 "x": steps,
-                "y": [size / 2**20 for size in sizes],
+                "y": [held / size for held in sizes],
                 "marker": filled(*PARTS[part]),
-                "hovertemplate": f"after step %{{x}}: {part} %{{y:.2f}} MiB<extra></extra>",
+                "hovertemplate": f"after step %{{x}}: {part} %{{y:.2f}} {unit}<extra></extra>",
             }
             for part, sizes in parts.items()
             if any(sizes)
         ],
-        merged(axes("optimizer step", "state, MiB"), {"barmode": "stack", "xaxis": {"type": "category"}}),
+        merged(axes("optimizer step", f"state, {unit}"), {"barmode": "stack", "xaxis": {"type": "category"}}),
     )
 
 

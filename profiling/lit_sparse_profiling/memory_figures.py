@@ -16,8 +16,8 @@ from lit_sparse_profiling.drawing import (
     MOST_BARS,
     ORANGE,
     PINK,
+    PURPLE,
     RED,
-    SAND,
     SKY,
     YELLOW,
     Figure,
@@ -54,7 +54,7 @@ NEAR = 0.05
 PARTS: Mapping[str, tuple[str, str]] = {
     "frozen weights": (BLUE, ""),
     "trainable weights": (SKY, ""),
-    "buffers": (SAND, ""),
+    "buffers": (PURPLE, ""),
     "gradients": (ORANGE, ""),
     "optimizer state": (RED, ""),
     "strategy state": (PINK, ""),

@@ -12,8 +12,8 @@ import pytest
 from lit_sparse_profiling import measures
 from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.drawing import safe
-from lit_sparse_profiling.figures import ACROSS, phases, read_metrics, thinned, tradeoff
-from lit_sparse_profiling.figures_of_one import OF_ONE, chosen_share, drawn_layers
+from lit_sparse_profiling.figures import ACROSS, phases, read_metrics, sides, thinned, tradeoff
+from lit_sparse_profiling.figures_of_one import OF_ONE, chosen_share, drawn_layers, states
 from lit_sparse_profiling.measures import ENERGY, FORGETTING, LOSS, PEAK, SPEED, phase_seconds
 from lit_sparse_profiling.memory import PER_PHASE
 from lit_sparse_profiling.memory_figures import OTHER_PHASES, Cards, memory, parts_of, predictions
@@ -141,6 +141,22 @@ def test_no_point_of_the_frontier_is_beaten_and_every_other_one_is() -> None:
     beaten = [a for a in every if any(b != a and b[0] <= a[0] and b[1] <= a[1] for b in every)]
     assert sorted(best) == sorted(set(every) - set(beaten))
     assert len(best) == 2
+
+
+def test_the_name_of_a_point_is_on_the_side_away_from_the_nearest_other() -> None:
+    """Two neighbours that had their names between them overlapped."""
+    assert sides([(28.0, 2600.0), (28.5, 2450.0), (76.0, 1450.0)]) == ["top", "bottom", "bottom"]
+    assert sides([(1.0, 1.0), (1.0, 1.0)]) == ["top", "bottom"]
+    assert sides([(1.0, 1.0)]) == ["top"]
+
+
+def test_state_is_in_the_unit_of_its_size() -> None:
+    large = gpu_record("lisa")
+    small = replace(large, states=[replace(state, optimizer=2**20, strategy=0) for state in large.states])
+    assert states(large).layout["yaxis"]["title"]["text"] == "state, GiB"
+    assert states(large).data[0]["y"][0] == pytest.approx(2.1)
+    assert states(small).layout["yaxis"]["title"]["text"] == "state, MiB"
+    assert states(small).data[0]["y"] == [1, 1, 1]
 
 
 def test_losses_of_another_name_are_no_point_of_the_figure() -> None:
