@@ -6,9 +6,9 @@ with the planner: it adds up the events of the CPU's allocator from the loading 
 ledger's exact bytes of weights, gradients and state. SMT trains the blocks that a plan draws: what is saved for the
 backward pass depends on where they are, and a plan has no gradients to rank them by. Configurations come in a fixed
 order, in which methods take turns, and are appended one by one to benchmarks/results/planner.jsonl, so that a run may
-be stopped at any time and goes on with what is missing. After them, two ranks train together, under DDP and under FSDP2,
-and one rank is compared. `--gpu` trains models of random weights on a GPU instead, and compares what its allocator gave
-out and reserved.
+be stopped at any time and goes on with what is missing. After them, two ranks train together, under DDP and under
+FSDP2, and one rank is compared. `--gpu` trains models of random weights on a GPU instead, and compares what its
+allocator gave out and reserved.
 """
 
 from __future__ import annotations

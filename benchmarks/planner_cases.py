@@ -140,7 +140,7 @@ def cases_on_gpu() -> list[Case]:
 
 
 def config_in(folder: Path, family: str) -> Path:
-    """Write a family's tiny model into `folder`, and return the path of its configuration; the demo model has its own."""
+    """Write the configuration of a tiny model into `folder`, and return its path; the demo model has its own."""
     if family == DEMO:
         return Path(resolve(DEMO))
     config = {**FAMILIES, **ON_GPU}[family]
