@@ -28,7 +28,6 @@ Attaches = Literal["whole", "shapes", "either", "shards"]
 Gradients = Literal["ignores", "reads", "masks", "adds", "scales"]
 
 
-
 class Probe(Protocol):
     """Gives the losses of training batches before the first update."""
 
