@@ -1,8 +1,8 @@
 """Files that are whole or refused, also after a power cut, a full disk, or a flipped bit.
 
-A checkpoint is written beside its target, hashed on the way, flushed to the disk and read back; only then does it
-replace the target, in one rename. Its last bytes are a SHA-256 of all bytes before them, which every reader checks.
-torch.load and zip tools ignore those bytes.
+A checkpoint is written beside its target, hashed on the way, flushed to the disk and read back, one part while the next
+is written; only then does it replace the target, in one rename. Its last bytes are a SHA-256 of all bytes before them,
+which every reader checks. torch.load and zip tools ignore those bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,50 +26,81 @@ TRAILER = len(MARK) + 64
 ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
 """Record at the end of a zip archive without a comment, such as torch.save writes."""
 CHUNK = 2**20
+PART = 2**24
+"""Bytes that are read back at a time."""
 LARGE = 2**16
 """Bytes from which hashing takes longer than handing it to another thread."""
 
 
 class Hashed:
-    """A file that is written from its beginning to its end, and hashed on the way.
+    """A file that is written from its beginning to its end, hashed on the way, and read back while the rest is written.
 
     Attributes:
         failure: The error of the operating system that a write met: torch.save turns it into one that does not say why.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash = file, hashlib.sha256()
-        self._hasher = ThreadPoolExecutor(1, "hash")
+        self._file, self._hash, self._back = file, hashlib.sha256(), hashlib.sha256()
+        self._hasher, self._reader = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "read back")
+        self._written = self._sent = 0
+        self._parts: list[Future[None]] = []
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
         """Write and hash `data`, both at a time where it is large; neither holds Python's lock."""
         hashed = self._hasher.submit(self._hash.update, data) if len(data) >= LARGE else self._hash.update(data)
         try:
-            return self._file.write(data)
+            count = self._file.write(data)
         except OSError as error:
             self.failure = error
             raise
         finally:
             if hashed is not None:
                 hashed.result()  # before torch reuses the buffer
+        self._written += len(data)
+        if self._written - self._sent >= PART:
+            self._read_back()
+        return count
 
     def flush(self) -> None:
-        """Do nothing: `close` flushes."""
+        """Do nothing: `save` flushes."""
 
-    def save(self, checkpoint: Any) -> None:
-        """Write `checkpoint` and its hash, and wait until the disk has them."""
+    def _read_back(self) -> None:
+        self._file.flush()
+        self._parts.append(
+            self._reader.submit(_hash_of_disk, self._file.fileno(), self._sent, self._written, self._back)
+        )
+        self._sent = self._written
+
+    def save(self, checkpoint: Any) -> bool:
+        """Write `checkpoint` and its hash, and wait until the disk has them; return whether it has what was written."""
         try:
             torch.save(checkpoint, self)  # pyright: ignore[reportArgumentType] - it writes, and no more
+            end = MARK + self._hash.hexdigest().encode()
+            self._hash.update(end)
+            self._file.write(end)
+            self._written += len(end)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._read_back()
+            for part in self._parts:
+                part.result()
         except RuntimeError as error:
             raise self.failure or error from error
         finally:
             self._hasher.shutdown()
-        self._file.write(MARK + self._hash.hexdigest().encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        if hasattr(os, "posix_fadvise"):  # so that reading it back reads the disk, and not what is cached of the write
-            os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            self._reader.shutdown()
+        return self._back.digest() == self._hash.digest()
+
+
+def _hash_of_disk(file: int, start: int, end: int, digest: Any) -> None:
+    """Add the bytes `start` to `end` of an open file to a hash, as the disk has them, not as they are cached."""
+    getattr(os, "fdatasync", os.fsync)(file)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, start, end - start, os.POSIX_FADV_DONTNEED)
+    while start < end and (chunk := os.pread(file, min(CHUNK, end - start), start)):
+        digest.update(chunk)
+        start += len(chunk)
 
 
 def sign(path: Path) -> None:
@@ -92,9 +123,9 @@ def write_whole(checkpoint: Any, path: str | Path) -> None:
     draft = draft_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("wb") as file:
-            Hashed(file).save(checkpoint)
-        if damage(draft) is not None:
+        with draft.open("w+b") as file:
+            same = Hashed(file).save(checkpoint)
+        if not same:
             raise OSError(errno.EIO, "it reads back otherwise than it was written; check the disk")
         os.replace(draft, path)
         sync(path.parent)
