@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
@@ -10,42 +11,57 @@ import lightning as L
 import psutil
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from transformers import AutoConfig, PreTrainedConfig
 
 from lit_sparse.checkpoints import forked_rng
 from lit_sparse.data import TokenData
 from lit_sparse.data.loader import Loader
+from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
+from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.planning.forecast import CONTEXT, Forecast, Setting, forecast
 from lit_sparse.runs import build_module
+from lit_sparse_profiling.budget import Budget, Cost
 from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.sections import Predicted
 from lit_sparse_profiling.trace import Overdue
 
 SECONDS = 5.0
 """Processor seconds that a prediction may take; what takes longer is left to `lit-sparse plan`."""
+START, LAYER = 0.2, 0.1
+"""Seconds that one is expected to take: of any model, and of each of its layers."""
+ALWAYS = 0.5
+"""Seconds that one may take of any fit: a tenth of what the process takes for its imports."""
+FLOPS = {"cpu": 1e11, "cuda": 1e15}
+"""FLOP/s that no training exceeds, of a core and of a GPU."""
 NAMED = 0.02
 """Share of the peak below which a category is not told."""
 
 
-def predict(trainer: L.Trainer, settings: Mapping[str, Any]) -> Predicted | None:
-    """Say and return what a fit is predicted to take; say why not and return None if it cannot be predicted.
+def predict(
+    trainer: L.Trainer, module: LitSparse, settings: Mapping[str, Any], budget: Budget | None = None
+) -> Predicted | str:
+    """Say and return what a fit is predicted to take; if it cannot be predicted, say and return why not.
 
     Args:
         trainer: The trainer of the fit, whose data are set up.
+        module: Its module, whose model is not loaded yet.
         settings: The configuration of the fit, of which another module is made.
+        budget: Limits the prediction to what measuring may take of the fit; None sets no such limit.
     """
+    limit = SECONDS
     try:
         setting = setting_of(trainer)
+        if budget is not None:
+            limit = affordable(trainer, module, setting, budget)
         with torch.device("cpu"), forked_rng(trainer.strategy.root_device):
-            found = forecast("", build_module(deepcopy(dict(settings))), setting, SECONDS)
+            found = forecast("", build_module(deepcopy(dict(settings))), setting, limit)
     except Overdue:
-        rank_zero_info(f"Memory is not predicted, which takes over {SECONDS:.0f} s here; lit-sparse plan does it.")
-        return None
+        return refused(f"that takes over {limit:.1f} s here; lit-sparse plan does it")
     except Exception as error:  # of any strategy's or model's own code: no reason not to train
         reason = error if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
-        rank_zero_info(f"Memory is not predicted: {' '.join(str(reason).split())}")
-        return None
+        return refused(" ".join(str(reason).split()).removesuffix("."))
     finally:
         trim_heap()  # else what the trace has freed would count as the training's memory
     predicted = section_of(found, free_bytes(trainer.strategy.root_device))
@@ -53,6 +69,62 @@ def predict(trainer: L.Trainer, settings: Mapping[str, Any]) -> Predicted | None
     if not predicted.fits:
         rank_zero_info(warning(predicted, found))
     return predicted
+
+
+def refused(reason: str) -> str:
+    """Say and return why nothing is predicted."""
+    told = f"Memory is not predicted: {reason}."
+    rank_zero_info(told)
+    return told
+
+
+def affordable(trainer: L.Trainer, module: LitSparse, setting: Setting, budget: Budget) -> float:
+    """Return the seconds that a prediction may take of a fit.
+
+    Raises:
+        BadInput: if it is expected to take more.
+        Overdue: if it is expected to take more than `SECONDS`.
+    """
+    config = AutoConfig.from_pretrained(resolve(module.base), trust_remote_code=False).get_text_config()
+    cost = Cost(0, START + LAYER * config.num_hidden_layers)
+    if cost.seconds > SECONDS:
+        raise Overdue
+    budget.step_seconds = least_seconds(config, positions(trainer, setting), setting.device)
+    if cost.seconds > ALWAYS and not budget.allows(cost):
+        raise BadInput(f"{budget.refusal(cost)}; --profile.predict=true does it nevertheless")
+    return min(SECONDS, max(ALWAYS, budget.left()))
+
+
+def least_seconds(config: PreTrainedConfig, tokens: float, device: str) -> float:
+    """Return the seconds that a step of so many tokens takes at least: its products, forward and backward.
+
+    Gradients of weights are left out, which most methods have few of, and so are experts beyond one.
+    """
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    weights = width * (2 * config.num_hidden_layers * (width + inner) + config.vocab_size)
+    return 4 * weights * tokens / (FLOPS[device] * (torch.get_num_threads() if device == "cpu" else 1))
+
+
+def positions(trainer: L.Trainer, setting: Setting) -> float:
+    """Return the token positions of a mean step of this rank."""
+    loader = trainer.fit_loop._data_source.dataloader()
+    mean = float(loader.batches.lengths.mean()) if isinstance(loader, Loader) else setting.length
+    return setting.batch_size * mean * setting.micro_batches
+
+
+def steps_ahead(trainer: L.Trainer) -> float:
+    """Return the optimizer steps of a fit, as far as anything limits them.
+
+    It asks no other rank, unlike the trainer's own estimate.
+    """
+    steps = float("inf") if trainer.max_steps == -1 else trainer.max_steps
+    loader = trainer.fit_loop._data_source.dataloader()
+    if trainer.max_epochs in (None, -1) or not isinstance(loader, Loader):
+        return steps
+    limit = trainer.limit_train_batches  # pyright: ignore[reportAttributeAccessIssue] - set in a function
+    batches = min(len(loader), limit) if isinstance(limit, int) else len(loader) * limit
+    return min(steps, trainer.max_epochs * math.ceil(batches / trainer.accumulate_grad_batches))
 
 
 def setting_of(trainer: L.Trainer) -> Setting:

@@ -25,7 +25,7 @@ from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.ranks import combined, note_of_one
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.step_plan import Plan
-from lit_sparse_profiling.stopwatch import Pace, Tokens, count_tokens
+from lit_sparse_profiling.stopwatch import Pace
 
 PACKAGES = ("torch", "lightning", "transformers", "peft")
 
@@ -93,7 +93,7 @@ class Profile(Callback):
         self.folder, self.plan, self.settings = Path(folder), plan or Plan(), dict(settings or {})
         self.profiler: Profiler | None = None
         self.phases = self._given = phases
-        self._tokens, self._pace = Tokens(), Pace()
+        self._pace = Pace()
         self._step, self._ranks = 0, 1
         self._part: str | None = None
         self._else: str | None = None
@@ -148,17 +148,22 @@ class Profile(Callback):
         self.profiler.notes += [note for note in self._notes if note not in self.profiler.notes]
         if len(trainer.optimizers) > 1:
             self.profiler.notes.append(f"The ledger has the first of {len(trainer.optimizers)} optimizers only.")
-        self._tokens, self._step, self._part, self._pace = Tokens(), trainer.global_step, None, Pace()
+        self._step, self._part, self._pace = trainer.global_step, None, Pace()
         self._ranks = trainer.world_size
         self._else = None if pl_module.automatic_optimization else "forward"
 
-    def budget(self, trainer: L.Trainer) -> Budget:
-        """Return the limit of what measuring takes, by the steps and the time that the fit still has."""
+    def budget(self, trainer: L.Trainer, steps: float | None = None) -> Budget:
+        """Return the limit of what measuring takes, by the time that the fit still has, and by so many steps.
+
+        The steps are those that the fit still has by default, which all ranks must ask for together.
+        """
         assert self.phases is not None
         callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         timers = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
         seconds = min((left for left in timers if left is not None), default=float("inf"))
-        return Budget(self.phases, trainer.estimated_stepping_batches - trainer.global_step, seconds)
+        if steps is None:
+            steps = trainer.estimated_stepping_batches - trainer.global_step
+        return Budget(self.phases, steps, seconds)
 
     def plan_of(self, module: L.LightningModule) -> Plan:
         """Return the plan; its trace goes to the run's folder, and only rank 0 writes one."""
@@ -184,13 +189,11 @@ class Profile(Callback):
     ) -> None:
         assert self.profiler is not None
         self._turn_to(None)
-        counts = count_tokens(batch)
-        self._tokens.add(counts)
-        self._pace.add(counts)
         if trainer.global_step == self._step:  # more batches are accumulated
             return
-        self.profiler.end_step(self._tokens.counts)
-        self._tokens, self._step = Tokens(), trainer.global_step
+        self._pace.add(self.profiler.tokens)
+        self.profiler.end_step()
+        self._step = trainer.global_step
         self._log(trainer, pl_module)
         if self.profiler.done:
             trainer.should_stop = True
@@ -238,14 +241,22 @@ class Profile(Callback):
 
     def finish(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Write the record of the fit that has just ended, with all ranks' measurements. Every rank must call it."""
-        record = self.record(trainer, module)
-        if self._ranks > 1:
-            found: list[Any] = [None] * self._ranks
-            dist.all_gather_object(found, record)
-            record = combined(found)
+        record = self.joined(self.gathered(self.record(trainer, module)))
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             record.write(self.folder / "record.json")
+
+    def gathered(self, record: RunRecord) -> RunRecord:
+        """Return a rank's record with the measurements of all. Every rank must call it."""
+        if self._ranks == 1:
+            return record
+        found: list[Any] = [None] * self._ranks
+        dist.all_gather_object(found, record)
+        return combined(found)
+
+    def joined(self, record: RunRecord) -> RunRecord:
+        """Return the record of the whole run, of which this fit may be a part."""
+        return record
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self.profiler is not None:
@@ -258,7 +269,8 @@ class Profile(Callback):
         reason = f"{type(exception).__name__}: {exception}".strip(": \n").splitlines()[0]
         status: Status = "oom" if is_oom(exception) else "failed"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.record(trainer, pl_module, status=status, reason=reason).write(self.folder / "record.json")
+        record = self.joined(self.record(trainer, pl_module, status=status, reason=reason))
+        record.write(self.folder / "record.json")
 
     def leaves_record(self, exception: BaseException) -> bool:
         """Return whether a fit that ended by `exception` leaves a record: one that is refused does not."""

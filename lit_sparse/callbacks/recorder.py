@@ -20,7 +20,7 @@ from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
 from lit_sparse.callbacks.forgetting import Forgetting
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.out_of_memory import describe, is_oom
-from lit_sparse.callbacks.prediction import predict
+from lit_sparse.callbacks.prediction import predict, steps_ahead
 from lit_sparse.callbacks.profile import Profile
 from lit_sparse.callbacks.samples import Samples
 from lit_sparse.callbacks.summary import print_summary
@@ -41,7 +41,7 @@ from lit_sparse_profiling.ledger import ledger
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import RECORD
-from lit_sparse_profiling.sections import ModelSize, Predicted, StateBytes
+from lit_sparse_profiling.sections import PREDICTION, ModelSize, Predicted, StateBytes
 from lit_sparse_profiling.step_plan import Plan
 
 
@@ -99,12 +99,19 @@ class Recorder(Profile):
             )
         super().setup(trainer, pl_module, stage)
         self.moved, self.earlier, self.predicted, self._recorded = False, None, None, False
-        if stage == "fit" and self.plan.predict and self.settings and trainer.is_global_zero:
-            pl_module.before_loading = lambda: self._predict(trainer)
+        if stage == "fit" and self.plan.predict is not False and self.settings and trainer.is_global_zero:
+            pl_module.before_loading = lambda: self._predict(trainer, pl_module)
         self._goes_on = any((self.folder / name).is_file() for name in ("config.yaml", RECORD))
 
-    def _predict(self, trainer: L.Trainer) -> None:
-        self.predicted = predict(trainer, self.settings)
+    def _predict(self, trainer: L.Trainer, module: LitSparse) -> None:
+        limited = self.plan.predict is None and self.plan.timed is None
+        with module.phases(PREDICTION):
+            budget = self.budget(trainer, steps_ahead(trainer)) if limited else None
+            found = predict(trainer, module, self.settings, budget)
+        if isinstance(found, str):
+            self._notes.append(found)
+        else:
+            self.predicted = found
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LitSparse) -> None:  # pyright: ignore
         self._first_step = trainer.global_step
@@ -244,7 +251,8 @@ class Recorder(Profile):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: LitSparse, checkpoint: dict[str, Any]) -> None:  # pyright: ignore
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self.profiler is not None:
-            so_far = self.record(trainer, pl_module, status="failed", reason="The fit was interrupted.")
+            so_far = self.gathered(self.record(trainer, pl_module, status="failed", reason="The fit was interrupted."))
+            so_far = self.joined(so_far)
             checkpoint["lit_sparse_record"] = json.dumps(spell_nonfinite(dataclasses.asdict(so_far)))
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: LitSparse, checkpoint: dict[str, Any]) -> None:  # pyright: ignore
@@ -297,7 +305,9 @@ class Recorder(Profile):
         if module.model is not None:
             trained = sum(parameter.numel() for _, parameter in trainable(module.model))
             ours["model"] = ModelSize(base=module.base, parameters=module.base_parameters, trainable=trained)
-        record = super().record(trainer, module, **{**ours, **fields})
+        return super().record(trainer, module, **{**ours, **fields})
+
+    def joined(self, record: RunRecord) -> RunRecord:
         return record if self.earlier is None else continued(self.earlier, record)
 
     def _outcome(self, trainer: L.Trainer) -> dict[str, dict[str, float]]:

@@ -104,7 +104,7 @@ class CLI(LightningCLI):
         parser.add_argument(
             "--profile",
             type=Plan,
-            default=Plan(examine=None, profiled=None),
+            default=Plan(examine=None, profiled=None, predict=None),
             help="The training steps that are measured, and how; false: none, nor samples unless a number is given.",
         )
         parser.add_argument(

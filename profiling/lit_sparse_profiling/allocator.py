@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch._C._autograd import _profiler_enabled
 from torch._C._profiler import _EventType, _RecordFunctionFast
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, record_function
+
+from lit_sparse_profiling.open_profilers import make_profile
 
 CUDA = "CUDA caching allocator, bytes as requested"
 CPU = "CPU allocation events of torch.profiler, as a rise over the beginning of the step"
@@ -98,7 +100,7 @@ class CPUEvents:
     def __init__(self, known: Mapping[int, int] | None = None) -> None:
         self.peak = self.left = self.unnamed = self.peak_before = 0
         self._known = dict(known or {})
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile = make_profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._named: frozenset[int] = frozenset()
 
     def start(self) -> None:

@@ -57,10 +57,14 @@ class Budget:
         """Return the expected time of an instrument."""
         return cost.steps * self.step_seconds + cost.seconds
 
-    def allows(self, cost: Cost) -> bool:
-        """Return whether an instrument fits in, after what measuring has taken so far."""
+    def left(self) -> float:
+        """Return the seconds that measuring may still take, after what it has taken so far."""
         spent = self._phases.own(*INSTRUMENTED_PHASES) + 2 * self._phases.own(SAMPLES)
-        return spent + self.seconds_of(cost) <= SHARE * self.run_seconds()
+        return SHARE * self.run_seconds() - spent
+
+    def allows(self, cost: Cost) -> bool:
+        """Return whether an instrument fits in."""
+        return self.seconds_of(cost) <= self.left()
 
     def refusal(self, cost: Cost) -> str:
         """Return why an instrument is left out, for a note."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import Driver, Memory, Phase, StateBytes
-from lit_sparse_profiling.speed_sections import Throughput
+from lit_sparse_profiling.speed_sections import Rank, Throughput
 
 
 def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
@@ -27,6 +27,7 @@ def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
         memory=joined_memory(earlier.memory, later.memory),
         throughput=joined_throughput(earlier.throughput, later.throughput),
         driver=joined_driver(earlier.driver, later.driver),
+        ranks=joined_ranks(earlier.ranks, later.ranks),
         kernels=later.kernels or earlier.kernels,
         states=joined_states(earlier.states, later.states),
         outcome={moment: scores for moment, scores in {**later.outcome, "before": before}.items() if scores},
@@ -65,6 +66,7 @@ def joined_memory(earlier: Memory | None, later: Memory | None) -> Memory | None
         longest,
         method=later.method,
         growth=earlier.growth if later.growth is None else later.growth,
+        keeper=earlier.keeper if later.growth is None else later.keeper,
         **{name: _highest(getattr(earlier, name), getattr(later, name)) for name in peaks},
     )
 
@@ -99,6 +101,23 @@ def joined_driver(earlier: Driver | None, later: Driver | None) -> Driver | None
         energy_seconds=_sum(earlier.energy_seconds, later.energy_seconds),
         watts_peak=_highest(earlier.watts_peak, later.watts_peak),
     )
+
+
+def joined_ranks(earlier: Sequence[Rank], later: Sequence[Rank]) -> list[Rank]:
+    """Return each rank's sums of both parts; those of the later part if the run went on with other ranks."""
+    if len(earlier) != len(later):
+        return list(later)
+    return [
+        replace(
+            now,
+            tokens=_sum(before.tokens, now.tokens),
+            padded_tokens=_sum(before.padded_tokens, now.padded_tokens),
+            seconds=_sum(before.seconds, now.seconds),
+            joules=_sum(before.joules, now.joules),
+            peak_memory=_highest(before.peak_memory, now.peak_memory),
+        )
+        for before, now in zip(earlier, later, strict=True)
+    ]
 
 
 def joined_states(earlier: Sequence[StateBytes], later: Sequence[StateBytes]) -> list[StateBytes]:

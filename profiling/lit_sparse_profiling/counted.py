@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lit_sparse_profiling.holders import holder, storages_of
 from lit_sparse_profiling.ledger import categories, tensors, untyped_storages
 from lit_sparse_profiling.origins import Origins, line
 from lit_sparse_profiling.sections import Held, Large, Ledger, Level
-from lit_sparse_profiling.witness import alive, holder, storages_of
+from lit_sparse_profiling.witness import alive
 
 SAVED, TEMPORARY, BATCH, GRADIENTS, BEFORE = "saved", "temporaries", "batch", "gradients", "before"
 LARGE = 2**14
@@ -80,6 +81,13 @@ class _Saved:
             self.counter.update(block, saves=block.saves - 1)
 
 
+def _count_freed(counter: weakref.ref[Counter], block: _Block) -> None:
+    # By a weak reference: the finalizers of the weights would keep the counter, and it the model, for ever.
+    found = counter()
+    if found is not None:
+        found._count(block, -1)
+
+
 class Counter(TorchDispatchMode):
     """Counter of the live bytes of a training step: `with Counter(model, optimizer, state, batch): step()`.
 
@@ -99,6 +107,7 @@ class Counter(TorchDispatchMode):
         peak_phase: Phase of the peak.
         saved_peak: Highest number of bytes saved for backward.
         start: Live bytes when the block began.
+        held_by: Bytes of tensors that were there before the block and are in no category, by who holds them.
         on_free: Called with the address of each storage from before the block that is freed in it.
     """
 
@@ -116,6 +125,7 @@ class Counter(TorchDispatchMode):
         self.now: Sizes = {}
         self.peak: Sizes = {}
         self.saved_peak = 0
+        self.held_by: dict[str, int] = {}
         self.on_free: Callable[[int], None] = lambda address: None
         self._entered = False
         self.start = self._total = self._peak_total = 0
@@ -140,11 +150,29 @@ class Counter(TorchDispatchMode):
                 block.module = block.module or name
 
     def add_others(self) -> None:
-        """Count all other large tensors that are alive on the device, and find out who holds them."""
+        """Count all other tensors that are alive on the device, and find out who holds them.
+
+        Of many small ones the holders of a few are sought. If they are less than `HELD_FLOOR` together, none counts.
+        """
+        small: dict[int, tuple[torch.UntypedStorage, Tensor]] = {}
         for tensor in alive(self.device):
             for storage in storages_of(tensor):
-                if storage.device == self.device and storage.nbytes() >= HELD_FLOOR and storage not in self._blocks:
-                    self._block(storage, BEFORE, tensor).line = f"held by {holder(tensor)}"
+                if storage.device != self.device or storage in self._blocks or not storage.nbytes():
+                    continue
+                if storage.nbytes() < HELD_FLOOR:
+                    small[id(storage)] = storage, tensor
+                else:
+                    self._hold(storage, tensor, f"held by {holder(tensor)}")
+        if sum(storage.nbytes() for storage, _ in small.values()) >= HELD_FLOOR:
+            largest = sorted(small.values(), key=lambda one: -one[0].nbytes())
+            names = dict.fromkeys(holder(tensor) for _, tensor in largest[:HELD])
+            for storage, tensor in largest:
+                self._hold(storage, tensor, f"in {len(small)} small tensors, some held by {' and '.join(names)}")
+
+    def _hold(self, storage: torch.UntypedStorage, tensor: Tensor, by: str) -> None:
+        if storage not in self._blocks:
+            self._block(storage, BEFORE, tensor).line = by
+            self.held_by[by] = self.held_by.get(by, 0) + storage.nbytes()
 
     # ---- the step
 
@@ -226,7 +254,7 @@ class Counter(TorchDispatchMode):
         if block.size >= LARGE:
             self._describe(block, tensor)
         # No finalizer at exit: thousands of them would run while the interpreter's modules are already torn down.
-        weakref.finalize(storage, self._count, block, -1).atexit = False
+        weakref.finalize(storage, _count_freed, weakref.ref(self), block).atexit = False
         self._count(block, 1)
         return block
 

@@ -162,6 +162,7 @@ class ExaminedSteps:
             largest=one.counter.largest(),
             course=one.counter.levels(),
             left=one.examination.left,
+            held_by=one.counter.held_by,
         )
 
     def notes(self) -> Iterator[str]:

@@ -53,6 +53,7 @@ PHASES = {
     "imports": LIGHT,
     "command line": SAND,
     "data": YELLOW,
+    "prediction": "#B15928",
     "model": SKY,
     "loading": SKY,
     "selection": ORANGE,

@@ -69,7 +69,7 @@ class Verdict:
 class _Entry:
     """A run in a baseline: medians over its repetitions with status "ok".
 
-    What a baseline of before has not (cores, sizes, settings) is None, and not compared.
+    What a baseline of before has not (cores, sizes, settings, ranks) is None, and not compared.
     """
 
     status: Status
@@ -81,6 +81,7 @@ class _Entry:
     parameters: int | None = None
     trainable: int | None = None
     settings: dict[str, Any] | None = None
+    ranks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,12 @@ def _entry(records: list[RunRecord]) -> _Entry:
         parameters=good[0].model and good[0].model.parameters,
         trainable=good[0].model and good[0].model.trainable,
         settings=_settings(good[0]),
+        ranks=_ranks(good[0]),
     )
+
+
+def _ranks(record: RunRecord) -> int:
+    return max(1, len(record.ranks))
 
 
 def _settings(record: RunRecord) -> dict[str, Any]:
@@ -246,6 +252,7 @@ def _difference(record: RunRecord, entry: _Entry) -> str | None:
         ("model", model and model.base, entry.model, True),
         ("parameters", model and model.parameters, entry.parameters, entry.parameters is not None),
         ("trainable", model and model.trainable, entry.trainable, entry.trainable is not None),
+        ("ranks", _ranks(record), entry.ranks, entry.ranks is not None),
     ]
     for what, now, was, known in pairs:
         if known and now != was:

@@ -17,6 +17,7 @@ from lit_sparse_profiling.ceilings import Ceilings, ceilings
 from lit_sparse_profiling.documents import printable
 from lit_sparse_profiling.events import OURS, Event, read, summarize
 from lit_sparse_profiling.opcounts import OpCounts
+from lit_sparse_profiling.open_profilers import make_profile
 from lit_sparse_profiling.speed_sections import Kernel, Kernels
 
 __all__ = ["Ceilings", "KernelProfile", "OpCounts", "ceilings", "table"]
@@ -62,7 +63,7 @@ class KernelProfile:
         if _profiler_enabled():  # torch would stop that one silently, and its owner would get an empty trace
             raise RuntimeError("A profile is to start, but another torch.profiler runs; stop that one first.")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])]
-        profiler = profile(activities=activities)
+        profiler = make_profile(activities=activities)
         profiler.start()
         torch.zeros((), device=self.device)  # the first launch under a profiler is slow: keep it out of the window
         self._synchronize()

@@ -12,7 +12,7 @@ from lit_sparse_profiling import walltime
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import device_kind, peak_memory
-from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, is_longer
+from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, PREDICTION, is_longer
 
 GIB = 2**30
 UNTRAINED = ("general_loss", "text_loss")
@@ -93,7 +93,7 @@ def phase_seconds(record: RunRecord) -> dict[str, float]:
 
     Records of before the wall time was kept have the phases that are part of no other, in the order of their begin.
     """
-    nested = set(INSTRUMENTED_PHASES) - {EXAMINATION, CEILINGS}
+    nested = set(INSTRUMENTED_PHASES) - {PREDICTION, EXAMINATION, CEILINGS}
     return walltime.parts(record) or {phase.name: phase.seconds for phase in record.phases if phase.name not in nested}
 
 

@@ -6,6 +6,7 @@ step and waits. On GO, it runs the step and writes its seconds.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import select
@@ -22,8 +23,9 @@ from lit_sparse_profiling.speed_sections import Pair
 
 READY, GO = b"r", b"g"
 SECONDS = struct.Struct("d")
-DEPENDENT = 0.3
-"""Size of the lag-1 autocorrelation of the rounds' ratios above which it is reported."""
+DEPENDENT, UNLIKELY = 0.3, 1.64
+"""Size of the lag-1 autocorrelation of the rounds' ratios above which it is reported: at least, and in standard
+deviations of that of independent rounds, 1 over the root of their number."""
 POLL_SECONDS = 0.2
 """Seconds between two polls of a process."""
 
@@ -196,11 +198,12 @@ def autocorrelation(values: Sequence[float]) -> float:
 def dependence(pair: Pair) -> str | None:
     """Return a sentence if the rounds' ratios depend on each other, so that the interval is not to be relied on."""
     found = autocorrelation([one / two for one, two in pair.seconds])
-    if abs(found) <= DEPENDENT:
+    limit = max(DEPENDENT, UNLIKELY / math.sqrt(len(pair.seconds) or 1))
+    if abs(found) <= limit:
         return None
     return (
         f"The rounds against {pair.against} depend on each other (lag-1 autocorrelation {found:.2f}, above "
-        f"{DEPENDENT} in size): the interval of their ratio is too narrow or biased; repeat with more rounds."
+        f"{limit:.2f} in size): the interval of their ratio is too narrow or biased; repeat with more rounds."
     )
 
 

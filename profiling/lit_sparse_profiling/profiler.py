@@ -29,7 +29,7 @@ from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PH
 from lit_sparse_profiling.speed_sections import Kernels, Throughput
 from lit_sparse_profiling.stages import Stages
 from lit_sparse_profiling.step_plan import INTERRUPTED, Plan, Stage
-from lit_sparse_profiling.stopwatch import count_positions, count_tokens, largest
+from lit_sparse_profiling.stopwatch import Tokens, count_positions, count_tokens, largest
 from lit_sparse_profiling.timed_steps import TimedSteps
 from lit_sparse_profiling.witness import PlainSteps
 
@@ -93,6 +93,7 @@ class Profiler:
         self._ceilings = CeilingSeries(lambda: ceilings(self.device, self.dtype))
         self._begun = 0
         self._positions: int | None = None  # of the largest batch of the step
+        self._tokens = Tokens()  # of all of its batches
         self._most: int | None = None  # of any step
         self._kernels: KernelProfile | None = None
         self._kernel_steps = 0
@@ -114,7 +115,7 @@ class Profiler:
 
         Args:
             batch: Batch of the step; if the step accumulates gradients, a list of its micro-batches.
-            tokens: Number of tokens without and with padding, by default `count_tokens(batch)`.
+            tokens: Number of tokens without and with padding; by default, those of the batch, and of all added to it.
         """
         self.begin_step(batch)
         try:
@@ -122,7 +123,7 @@ class Profiler:
         except BaseException:
             self.abort()
             raise
-        self.end_step(tokens if tokens is not None else count_tokens(batch))
+        self.end_step(tokens)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -158,6 +159,11 @@ class Profiler:
         return enough and not planned and not self._steps.window_is_short
 
     @property
+    def tokens(self) -> tuple[Tensor | int, int] | None:
+        """Tokens of the step's batches so far, without and with padding; None if a batch does not tell them."""
+        return self._tokens.counts
+
+    @property
     def in_step(self) -> bool:
         """True between the begin and the end of a step."""
         return self._stage is not None
@@ -170,6 +176,8 @@ class Profiler:
         """
         stage = self._stages.take(self._examined.under_way or self._kernels is not None)
         self._positions, self._begun = count_positions(batch), self._begun + 1
+        self._tokens = Tokens()
+        self._tokens.add(count_tokens(batch))
         if stage == "timed" and self._is_worse():
             stage = "examined"
             self._steps.close()
@@ -195,6 +203,7 @@ class Profiler:
         If it is clearly longer than all that were examined, the rest of the step is examined, and not timed.
         """
         self._positions = largest(self._positions, count_positions(batch))
+        self._tokens.add(count_tokens(batch))
         if self._stage == "timed" and self.plan.turns is None and self._is_worse():
             self._steps.close()
             self._stage = "examined"
@@ -208,8 +217,9 @@ class Profiler:
         return self.plan.examine is True or self._stages.affords(MEMORY)
 
     def end_step(self, tokens: tuple[Tensor | int, int] | None = None) -> None:
-        """End the step that was begun last. `tokens`: their number without and with padding; None if unknown."""
+        """End the step that was begun last. `tokens`: as in `step`."""
         stage, self._stage = self._stage, None
+        tokens = self.tokens if tokens is None else tokens
         padded = None if tokens is None else int(tokens[1])
         positions = padded if self._positions is None else self._positions
         self._most = max(self._most or 0, positions or 0) or None
@@ -236,6 +246,9 @@ class Profiler:
         """
         self._enter_phase(None)
         self._steps.close()
+        if self._steps.growth.unsettled:
+            with self.phases(EXAMINATION):
+                self._steps.growth.settle()
         if self._kernel_steps and not self._profiled and not self.in_step:
             self._stop_kernels()  # whole steps were profiled, if fewer than planned: they are a result
         self._stages.retry(self._remove_instruments())
@@ -324,6 +337,9 @@ class Profiler:
         peak = max((size for size in phases if size is not None), default=None)
         growth = self._steps.growth.per_step()
         found = Memory(peak, self.phases.memory.method, growth=growth, most_positions=self._most)
+        if growth:
+            with self.phases(EXAMINATION):
+                found = replace(found, keeper=self._steps.growth.keeper())
         return self._examined.add_to(found, self._plain)
 
     def kernels(self) -> Kernels | None:

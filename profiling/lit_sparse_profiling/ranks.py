@@ -67,7 +67,9 @@ def _memory(all_: Sequence[Memory | None], worst: int) -> Memory | None:
     """Return the memory of the rank whose examined step took most, with the highest peaks of all."""
     own, known = all_[worst], [one for one in all_ if one is not None]
     peaks = ("peak_resident", "growth", "most_positions", "plain_positions")
-    return own and replace(own, **{name: _highest(getattr(one, name) for one in known) for name in peaks})
+    highest = {name: _highest(getattr(one, name) for one in known) for name in peaks}
+    keeper = max(known, key=lambda one: one.growth or 0, default=Memory(None, "")).keeper
+    return own and replace(own, keeper=keeper, **highest)
 
 
 def _driver(first: Driver, all_: Sequence[Driver | None]) -> Driver:

@@ -258,7 +258,7 @@ def _before(memory: Memory) -> Iterator[str]:
     before = 0 if memory.held is None else memory.held.before
     peak = before if memory.allocator is None else memory.allocator.requested
     if before > max(BEFORE_SHARE * peak, BEFORE_FLOOR):
-        held = [f"{format_bytes(one.bytes)} {one.line}" for one in memory.largest if one.category == "before"]
+        held = [f"{format_bytes(size)} {by}" for by, size in memory.held_by.items() if size > BEFORE_FLOOR]
         by = f": {', '.join(held)}" if held else ""
         yield f"{format_bytes(before)} of tensors were there before the step and are in no category{by}."
 
@@ -292,10 +292,11 @@ def _other_steps(record: RunRecord, memory: Memory, limit: float) -> Iterator[st
         )
     whole = _training_peak(record) or plain or 0
     if memory.growth is not None and memory.growth > max(LEAK_SHARE * whole / 100, LEAK_FLOOR):
-        yield (
-            f"Memory in use grows by {format_bytes(round(memory.growth))} with each step, all along the timed ones: a "
-            "leak (arrays or tensors that a callback, a metric or the loop keeps), or state that keeps growing."
-        )
+        cause = "state that keeps growing, or a leak: no list, dict or set of Python holds as much."
+        if memory.keeper:
+            cause = f"a leak, or state that keeps growing: {memory.keeper}."
+        each = format_bytes(round(memory.growth))
+        yield f"Memory in use grows by {each} with each step, all along the timed ones: {cause}"
 
 
 def _process_residue(size: int, peak: int, limit: float) -> Iterator[str]:

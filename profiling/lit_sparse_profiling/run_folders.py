@@ -105,12 +105,14 @@ def method_name(name: str) -> str:
 
 
 def repetition_key(record: RunRecord) -> str:
-    """Return a key that is equal for runs that are repetitions: same name, device, model and settings but seeds."""
+    """Return a key that is equal for repetitions: same name, device, number of ranks, model and settings but seeds."""
     device, model = record.device, record.model
     where = None if device is None else [device.kind, device.name, device.cores]
     what = None if model is None else [model.base, model.parameters]
     return json.dumps(
-        [method_name(record.name), where, what, without(record.settings, SEEDS)], sort_keys=True, default=repr
+        [method_name(record.name), where, len(record.ranks), what, without(record.settings, SEEDS)],
+        sort_keys=True,
+        default=repr,
     )
 
 

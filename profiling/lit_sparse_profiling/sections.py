@@ -13,9 +13,11 @@ EXAMINATION = "examination"
 LEAD_IN, EXAMINED = "lead-in step", "examined step"
 CEILINGS = "ceilings"
 """Phase in which the device's ceilings are measured: its memory is the profiler's, and no part of the run's peaks."""
+PREDICTION = "prediction"
+"""Phase of predicting the memory of a fit before its model is loaded."""
 SAMPLES = "samples"
 """Phase of answering questions before and after training."""
-INSTRUMENTED_PHASES = (EXAMINATION, CEILINGS, LEAD_IN, EXAMINED, "forward", "backward", "optimizer step")
+INSTRUMENTED_PHASES = (PREDICTION, EXAMINATION, CEILINGS, LEAD_IN, EXAMINED, "forward", "backward", "optimizer step")
 """Phases whose time is the profiler's, and whose resident memory includes its instruments."""
 CLEARLY_LONGER = 1.05
 """Ratio of token positions from which a batch is worth another examination."""
@@ -244,7 +246,9 @@ class Memory:
         outside: Resident bytes, before the examined step, that are in no tensor: interpreter, libraries, arrays of
             numpy. Only on a CPU.
         growth: Bytes by which the memory in use grows from the end of one timed step to the next: on a GPU torch's, on
-            a CPU the whole heap's. 0 if it does not keep growing, None if not measured.
+            a CPU the whole heap's; garbage that Python has not collected yet does not count. 0 if it does not keep
+            growing, None if that is not known, as after few steps.
+        keeper: In what the items are that memory grew by, such as "Cache.kept (24 items)"; "" if that was not found.
         examined_step: Number of the examined step, from 1, in the fit or the part of it that examined one.
         examined_positions: Token positions of the largest batch of the examined step, padding included.
         most_positions: Token positions of the largest batch of any step.
@@ -254,6 +258,7 @@ class Memory:
         largest: The largest tensors alive at the peak of the examined step, largest first.
         course: What was alive from the beginning of the examined step to its end, at the highest moment of each of at
             most a hundred equal parts of it.
+        held_by: Bytes of tensors that were alive before the examined step and are in no category, by who holds them.
         left: The largest tensors that the examined step made and left behind in no category, largest first.
     """
 
@@ -264,6 +269,7 @@ class Memory:
     allocator: Allocator | None = None
     outside: int | None = None
     growth: float | None = None
+    keeper: str = ""
     examined_step: int | None = None
     examined_positions: int | None = None
     most_positions: int | None = None
@@ -273,6 +279,7 @@ class Memory:
     largest: list[Large] = field(default_factory=list)
     course: list[Level] = field(default_factory=list)
     left: list[Large] = field(default_factory=list)
+    held_by: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

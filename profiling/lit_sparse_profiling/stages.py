@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 import torch
-from torch._C._autograd import _profiler_enabled
 
 from lit_sparse_profiling.budget import Budget, Cost
+from lit_sparse_profiling.open_profilers import another_is_open
 from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.step_plan import COSTS, INSTRUMENTS, PROFILED, Plan, Stage
 
@@ -60,9 +60,9 @@ class Stages:
 
     def allows_longer(self) -> bool:
         """Return whether a later step with a longer batch may be examined, as to attempts and other profilers."""
-        if self._device.type != "cuda" and _profiler_enabled():  # another one: ours would stop it
+        if self._attempts.get("longer", 0) >= MAX_ATTEMPTS:
             return False
-        return self._attempts.get("longer", 0) < MAX_ATTEMPTS
+        return self._device.type == "cuda" or not another_is_open()  # which ours would stop
 
     def count_longer(self) -> None:
         """Note that such a step was interrupted."""
@@ -93,10 +93,11 @@ class Stages:
         )
 
     def _skip_impossible(self) -> None:
-        """Give up the next stages that need torch.profiler, if another one is running."""
-        while self._ahead and _profiler_enabled():
+        """Give up the next stages that need torch.profiler, if another one is running or is to run."""
+        while self._ahead:
             stage = self._ahead[0]
-            if stage != "kernels" and not (stage == "lead-in" and self._device.type != "cuda"):
+            needed = stage == "kernels" or (stage == "lead-in" and self._device.type != "cuda")
+            if not needed or not another_is_open():
                 return
             self._give_up(stage, "another torch.profiler was running, and only one can; profile without it.")
 

@@ -30,7 +30,8 @@ class Plan:
         profiled: Steps after these in which each kernel (on a CPU, each op) is timed. null, the default of
             `lit-sparse fit`, times two on the same condition.
         trace: File for the Chrome trace of these steps; null writes none.
-        predict: Before the first step, predict the memory that a fit of the command line takes.
+        predict: Before the first step, predict the memory that a fit of the command line takes. null, the default of
+            `lit-sparse fit`, predicts it on the same condition.
         timed: Number of timed steps after which to stop, later where they took less than the 5 s that a GPU's energy
             counter needs; null continues to the end of training.
         turns: Two file descriptors, "READ,WRITE", through which a bench interleaves this run's timed steps with those
@@ -44,7 +45,7 @@ class Plan:
     examine: bool | None = True
     profiled: int | None = PROFILED
     trace: str | None = None
-    predict: bool = True
+    predict: bool | None = True
     timed: int | None = None
     turns: str | None = None
 

@@ -185,8 +185,8 @@ def _counted_by(batch: Mapping[Any, Any]) -> Tensor | None:
 
 def judged(mask: Tensor) -> Tensor:
     """Return the tokens of a mask of ones and zeros, on its device; NaN if it has other values."""
-    real = mask.sum(dtype=torch.float64)
-    valid = (mask * mask == mask).all()
+    values = mask.detach().to(torch.float64)  # which every type can be, unlike be summed
+    real, valid = values.sum(), (values * values == values).all()
     if mask.is_floating_point():
         valid &= real > 0  # zeros only: an additive mask that rules nothing out
     return torch.where(valid, real, math.nan)

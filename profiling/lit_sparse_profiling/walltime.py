@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.sections import EXAMINATION, INSTRUMENTED_PHASES
+from lit_sparse_profiling.sections import EXAMINATION, INSTRUMENTED_PHASES, PREDICTION
 
 OTHER = "other"
 """Time outside of all phases."""
-NAMES = {"loading": "model", **dict.fromkeys(INSTRUMENTED_PHASES, EXAMINATION)}
+NAMES = {"loading": "model", **dict.fromkeys(INSTRUMENTED_PHASES, EXAMINATION), PREDICTION: PREDICTION}
 """Part of the wall time in which a phase counts, if it does not bear the phase's name."""
 ORDER = (
-    *("imports", "command line", "data", "model", "selection", "samples", "evaluation", EXAMINATION, "training"),
-    *("saving", "forgetting"),
+    *("imports", "command line", "data", PREDICTION, "model", "selection", "samples", "evaluation", EXAMINATION),
+    *("training", "saving", "forgetting"),
 )
 
 

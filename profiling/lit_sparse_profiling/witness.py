@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_sparse_profiling.ledger import untyped_storages
+from lit_sparse_profiling.holders import holder as holder
+from lit_sparse_profiling.holders import keeper, storages_of
 from lit_sparse_profiling.memory import heap_in_use
 
-PLAIN = (dict, list, tuple, set, frozenset)
-PASSING = ("frame", "list_iterator", "generator", "cell", "function")
-"""Types that refer to a tensor only while code runs, and hold it for nobody."""
-DEPTH = 4
 SAMPLES = 128
 """Samples that are kept of a run. At as many, every second one is dropped, and sampling gets half as frequent."""
-FEWEST = 6
-"""Samples below which growth is not judged."""
+FEWEST, ENOUGH = 6, 18
+"""Samples below which nothing is told of growth, and from which it may be told: before, caches are still filling."""
+LASTING = 0.5
+"""Least of the rises from the first third of a run to the second and from there to the last, as a share of the other: a
+cache's rises get smaller, and what is made once (the files of the first logged step) rises once."""
+GARBAGE = 0.75
+"""Share of a rise that was garbage, above which what is left is not told from it."""
 
 
 def alive(device: torch.device) -> Iterator[Tensor]:
@@ -33,48 +33,10 @@ def alive(device: torch.device) -> Iterator[Tensor]:
             yield one
 
 
-def storages_of(tensor: Tensor) -> list[torch.UntypedStorage]:
-    """Return the storages of any tensor; none of one that has no storage, such as oneDNN's."""
-    try:
-        return list(untyped_storages(tensor))
-    except RuntimeError:
-        return []
-
-
 def alive_bytes(device: torch.device) -> dict[int, int]:
     """Return bytes by address of the storages of all tensors on the device."""
     found = (storage for tensor in alive(device) for storage in storages_of(tensor))
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.device == device}
-
-
-def holder(tensor: Tensor) -> str:
-    """Return who holds a tensor, such as "Cache.kept": the attribute of an object, or a global name."""
-    return _holder(tensor, None, {id(tensor)}, DEPTH) or "an object unknown to Python's garbage collector"
-
-
-def _holder(held: Any, inner: Any, seen: set[int], depth: int) -> str | None:
-    """Return who holds `held`, in which `inner` is, if it is found within so many containers of containers."""
-    referrers = gc.get_referrers(held)
-    seen |= {id(referrers), id(sys._getframe())}
-    containers = []
-    for one in referrers:
-        if id(one) in seen or type(one).__name__ in PASSING:
-            continue
-        seen.add(id(one))
-        if isinstance(one, dict) and isinstance(one.get("__name__"), str):
-            return f"{one['__name__']}.{_key(one, held)}"
-        if isinstance(one, PLAIN):
-            containers.append(one)
-        else:
-            names = getattr(one, "__dict__", {})
-            name = _key(names, inner if names is held else held)
-            return type(one).__qualname__ + (f".{name}" if name else "")
-    found = (_holder(one, held, seen, depth - 1) for one in containers if depth)
-    return next((name for name in found if name is not None), None)
-
-
-def _key(names: Mapping[Any, Any], held: Any) -> str:
-    return next((str(name) for name, value in names.items() if value is held), "")
 
 
 class Growth:
@@ -90,33 +52,73 @@ class Growth:
         self._device = device
         self._steps, self._stride = 0, 1
         self._samples: list[tuple[int, int]] = []
+        self._settled, self._garbage = 0, 0.0
 
     def sample(self) -> None:
         """Note the memory in use at the end of a step."""
         self._steps += 1
         if self._steps % self._stride:
             return
-        size = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else heap_in_use()
+        size = self._in_use()
         if size is None:
             return
         self._samples.append((self._steps, size))
         if len(self._samples) >= SAMPLES:
             self._samples, self._stride = self._samples[1::2], 2 * self._stride
 
-    def per_step(self) -> float | None:
-        """Return the bytes by which memory grows in each step; 0 if it does not keep growing, None if not known.
+    def _in_use(self) -> int | None:
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else heap_in_use()
 
-        It keeps growing if each third of the run begins above all of the third before it.
+    def rise(self) -> float | None:
+        """Return the bytes a step by which the samples rise; 0 if they do not keep rising, None if it is too early.
+
+        They keep rising if no third of them falls below the third before it, and if each rises as much as the other.
         """
         third = len(self._samples) // 3
         if len(self._samples) < FEWEST:
             return None
-        parts = [self._samples[i * third : (i + 1) * third] for i in range(3)]
+        late = self._samples[-3 * third :]
+        parts = [late[i * third : (i + 1) * third] for i in range(3)]
         sizes = [[size for _, size in part] for part in parts]
-        if not all(min(later) > max(earlier) for earlier, later in pairwise(sizes)):
+        if not all(min(later) >= max(earlier) for earlier, later in pairwise(sizes)):
+            return 0.0
+        if len(self._samples) < ENOUGH:
+            return None
+        rises = [later - earlier for earlier, later in pairwise(map(statistics.median, sizes))]
+        if min(rises) < LASTING * max(rises):
             return 0.0
         steps = [statistics.fmean(step for step, _ in part) for part in parts]
-        return (statistics.median(sizes[-1]) - statistics.median(sizes[0])) / (steps[-1] - steps[0])
+        return sum(rises) / (steps[-1] - steps[0])
+
+    @property
+    def unsettled(self) -> bool:
+        """True if the samples rise, and it is not known since the last step whether that is garbage."""
+        return bool(self.rise()) and self._settled != self._steps
+
+    def settle(self) -> None:
+        """Collect garbage, and note how much of the rise it was. Call it at the end of a step, before anything else.
+
+        Tensors and arrays in reference cycles stay until Python collects them, which it does rarely in a large program.
+        """
+        before = self._in_use() or 0
+        gc.collect()
+        span = self._samples[-1][0] - self._samples[0][0]
+        self._settled, self._garbage = self._steps, max(before - (self._in_use() or 0), 0) / span
+
+    def per_step(self) -> float | None:
+        """Return the bytes by which memory grows in each step, without garbage.
+
+        They are 0 if it does not keep growing, and None if that is not known.
+        """
+        if self.unsettled:
+            self.settle()
+        rise = self.rise()
+        return rise and (rise - self._garbage if self._garbage < GARBAGE * rise else 0.0)
+
+    def keeper(self) -> str:
+        """Return in what the items are that memory grew by, "" if that is not found. It takes about a second."""
+        grown = self.per_step()
+        return keeper(grown * self._steps, self._steps) if grown else ""
 
 
 class PlainSteps:

@@ -2,11 +2,13 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lit_sparse import cli
 from lit_sparse.callbacks import prediction, recorder
+from lit_sparse.data.loader import Batches, Loader
 from lit_sparse_profiling.record import RunRecord
 
 F = [
@@ -57,6 +59,42 @@ def test_what_takes_too_long_is_left_to_plan(home, caplog, monkeypatch):
     monkeypatch.setattr(prediction, "SECONDS", 0.01)
     assert fit("lora").predicted is None
     assert "lit-sparse plan does it" in caplog.text
+
+
+def test_a_prediction_takes_a_tenth_of_a_fit_or_is_left_out(home, caplog, monkeypatch):
+    monkeypatch.setattr(prediction, "START", 3.0)
+    record = fit("lora")
+    assert record.predicted is None
+    assert "prediction" in {phase.name for phase in record.phases}
+    (note,) = [note for note in record.notes if "predicted" in note]
+    assert note == (
+        "Memory is not predicted: that takes about 3.2 s, and measuring at most 10% of the fit; "
+        "--profile.predict=true does it nevertheless."
+    )
+    assert note in caplog.text
+    assert fit("lora", "--profile.predict=true").predicted is not None
+    monkeypatch.setattr(prediction, "FLOPS", {"cpu": 1.0})  # each step takes hours
+    assert fit("lora").predicted is not None
+    monkeypatch.setattr(prediction, "START", 100.0)
+    assert "over 60.0 s here; lit-sparse plan does it." in fit("lora").notes[0]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "steps"),
+    [
+        ({"max_steps": 5, "max_epochs": -1}, 5),
+        ({"max_steps": -1, "max_epochs": -1}, float("inf")),
+        ({"max_steps": -1, "max_epochs": 3}, 3 * 4),
+        ({"max_steps": 11, "max_epochs": 3}, 11),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 4}, 2 * 2),
+        ({"max_steps": -1, "max_epochs": 2, "limit_train_batches": 0.5}, 2 * 2),
+    ],
+)
+def test_the_steps_of_a_fit_are_known_without_asking_other_ranks(trainer, steps):
+    loader = Loader([], Batches([1] * 16, 2), list)  # 8 batches, 2 accumulated
+    source = SimpleNamespace(fit_loop=SimpleNamespace(_data_source=SimpleNamespace(dataloader=lambda: loader)))
+    given = {"accumulate_grad_batches": 2, "limit_train_batches": 1.0, **trainer}
+    assert prediction.steps_ahead(SimpleNamespace(**vars(source), **given)) == steps
 
 
 def test_what_cannot_be_traced_is_said_and_trained(home, caplog, monkeypatch):

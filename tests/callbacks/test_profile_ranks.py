@@ -9,6 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_sparse.callbacks import Profile
+from lit_sparse.callbacks.recorder import Recorder
+from lit_sparse.modules import CausalLM
+from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.ranks import note_of_one
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.step_plan import Plan
@@ -33,24 +36,47 @@ class Net(L.LightningModule):
         return torch.optim.AdamW(self.parameters())
 
 
-def fit(folder: Path, rank: int, fails: bool) -> None:
-    mask = (torch.arange(WIDTH) < 3 + 2 * rank).long()[None]
-    rows = DataLoader([{"input_ids": torch.ones(1, WIDTH), "attention_mask": mask}] * 8, batch_size=None)
+def trainer(steps: int, callback: L.Callback) -> L.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    L.Trainer(
+    return L.Trainer(
         accelerator="cpu",
         devices=2,
         strategy="ddp",
-        max_steps=STEPS,
+        max_steps=steps,
         use_distributed_sampler=False,
         enable_checkpointing=False,
-        callbacks=[Profile(folder / ("failed" if fails else "ended"), Plan(0, False, 0))],
+        limit_val_batches=0,
+        callbacks=[callback],
         **quiet,
-    ).fit(Net(fails), rows)
+    )
+
+
+def mask_of(rank: int) -> torch.Tensor:
+    """Rank 0 has 3 tokens in a batch, rank 1 has 5."""
+    return (torch.arange(WIDTH) < 3 + 2 * rank).long()[None]
+
+
+def fit(folder: Path, rank: int, fails: bool) -> None:
+    rows = DataLoader([{"input_ids": torch.ones(1, WIDTH), "attention_mask": mask_of(rank)}] * 8, batch_size=None)
+    profile = Profile(folder / ("failed" if fails else "ended"), Plan(0, False, 0))
+    trainer(STEPS, profile).fit(Net(fails), rows)
+
+
+def go_on(folder: Path, rank: int) -> None:
+    """Train two steps, and from their checkpoint the others."""
+    ids = torch.arange(WIDTH)[None]
+    rows = DataLoader([{"input_ids": ids, "attention_mask": mask_of(rank), "labels": ids}] * 8, batch_size=None)
+    for steps, checkpoint in ((2, None), (2 + STEPS, folder / "cut" / "checkpoints" / "last.ckpt")):
+        torch.manual_seed(0)
+        module = CausalLM(tiny_llm("llama"), lr=1e-3)
+        module.resume_from = checkpoint
+        recorder = Recorder(folder / "cut", Plan(0, False, 0, predict=False), samples=0)
+        trainer(steps, recorder).fit(module, rows, ckpt_path=checkpoint)
 
 
 def both(folder: Path, rank: int) -> None:
     attempt(folder, rank, "ended", lambda: fit(folder, rank, fails=False))
+    attempt(folder, rank, "resumed", lambda: go_on(folder, rank))
     attempt(folder, rank, "failed", lambda: fit(folder, rank, fails=True))
 
 
@@ -80,3 +106,21 @@ def test_a_fit_that_failed_says_that_it_has_the_first_ranks_figures(pair: Path) 
     assert (record.status, record.throughput.tokens, record.ranks) == ("failed", 2 * 3, [])
     assert record.notes == [note_of_one(2)]
     assert record.notes[0].startswith("Tokens, joules and memory are those of the first of 2 ranks")
+
+
+def test_a_resumed_fit_has_the_tokens_of_all_ranks_in_both_parts(pair: Path) -> None:
+    for rank in range(2):
+        result(pair, "resumed", rank)
+    record = RunRecord.read(pair / "cut" / "record.json")
+    steps = 2 + STEPS
+    found = record.throughput
+    assert (record.status, found.steps, found.tokens, found.padded_tokens) == (
+        "ok",
+        steps,
+        steps * 8,
+        steps * 2 * WIDTH,
+    )
+    assert [(rank.rank, rank.tokens, rank.padded_tokens) for rank in record.ranks] == [
+        (0, steps * 3, steps * WIDTH),
+        (1, steps * 5, steps * WIDTH),
+    ]

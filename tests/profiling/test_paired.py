@@ -20,6 +20,7 @@ from lit_sparse_profiling.paired import (
     dependence,
     interleave,
 )
+from lit_sparse_profiling.speed_sections import Pair
 
 SOURCES = str(Path(paired.__file__).parents[1])
 STEPS = """
@@ -191,3 +192,12 @@ def test_rounds_that_depend_on_each_other_are_reported() -> None:
     assert autocorrelation([1.0, 1.0, 1.0]) == autocorrelation([1.0, 2.0]) == autocorrelation([]) == 0.0
     assert "lag-1 autocorrelation -0.95" in (dependence(compare_rounds("floor", [(1.0, 2.0), (2.0, 2.0)] * 10)) or "")
     assert dependence(compare_rounds("floor", [(2.0, 2.0)] * 4)) is None
+
+
+def test_independent_rounds_are_rarely_reported() -> None:
+    generator = random.Random(0)
+    told = 0
+    for _ in range(300):
+        pair = Pair("floor", 1, 1, 1, 1, 12, [[generator.lognormvariate(0, 0.1), 1.0] for _ in range(12)])
+        told += dependence(pair) is not None
+    assert told <= 0.1 * 300

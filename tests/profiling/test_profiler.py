@@ -6,6 +6,7 @@ import json
 import os
 import textwrap
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._autograd import _profiler_enabled
 from torch.overrides import _get_current_function_mode_stack
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, schedule
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from lit_sparse_profiling import nvml, paired, phases, profiler, stopwatch
@@ -313,6 +314,16 @@ def test_reference_cycles_are_no_leak() -> None:
     assert findings(loop.record()) == []
 
 
+def test_a_profiler_that_is_gone_keeps_no_model() -> None:
+    loop = Loop()
+    loop.steps(len(STAGES))
+    assert findings(loop.record()) == []
+    model = weakref.ref(loop.model)
+    del loop
+    gc.collect()
+    assert model() is None
+
+
 # ---- evaluation and saving
 
 
@@ -489,6 +500,24 @@ def test_in_a_profiler_of_the_users_steps_are_only_timed_and_a_note_says_so(plan
     assert loop.is_clean()
 
 
+def test_a_profiler_of_the_users_that_waits_for_its_steps_is_not_disturbed() -> None:
+    """Its schedule begins in the middle of our instruments, or between them."""
+    for wait in (1, 3):
+        loop = Loop(Plan(1, True, 2))
+        steps = schedule(wait=wait, warmup=1, active=1, repeat=1)
+        with profile(activities=[ProfilerActivity.CPU], schedule=steps) as theirs:
+            for _ in range(8):
+                loop.step()
+                theirs.step()
+        assert "aten::addmm" in {event.key for event in theirs.key_averages()}
+        record = loop.record()
+        assert (record.throughput.steps, record.notes) == (7, [NOT_COUNTED, NOT_TIMED])
+        assert loop.is_clean()
+    loop = Loop(Plan(1, True, 2))
+    loop.steps(6)
+    assert (loop.record().memory.held is not None, loop.record().notes) == (True, [])
+
+
 def test_a_profiler_of_the_users_that_has_ended_is_no_hindrance() -> None:
     loop = Loop(Plan(1, True, 1))
     with profile(activities=[ProfilerActivity.CPU]):
@@ -631,6 +660,12 @@ MASKS = {
     "4-D": torch.ones(2, 1, 4, 4),
     "4-D additive": torch.full((2, 1, 4, 4), -torch.inf).triu(1),
     "not a number": torch.full((2, 4), torch.nan),
+    "of 8 bits": torch.full((2, 4), 0.5).to(torch.float8_e4m3fn),
+    "learnt": torch.full((2, 4), 0.5, requires_grad=True),
+    "complex": torch.ones(2, 4, dtype=torch.complex64),
+    "sparse": torch.ones(2, 4).to_sparse(),
+    "of a prefix": torch.ones(2, 6),
+    "transposed": torch.ones(4, 2),
 }
 
 
@@ -663,6 +698,21 @@ def test_a_mask_on_a_device_is_judged_there_without_waiting(monkeypatch: pytest.
         tokens.add((2, 3))
         assert isinstance(real, Tensor)
         assert tokens.read() == ((4, 6) if known else None)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_batches_that_are_added_to_a_step_count(known: bool, clock: Clock) -> None:
+    """A bare loop that accumulates gradients, whose batches come one by one."""
+    loop = Loop(Plan(0, False, 0))
+    first, *others = batches(3)
+    for number in range(2):
+        with loop.profiler.step(first):
+            for batch in others:
+                loop.profiler.add_batch(batch if known else {"pixels": torch.ones(3)})
+            clock.now += 1.0
+        assert loop.profiler.timed == number + 1
+    found = loop.record().throughput
+    assert (found.steps, found.tokens) == (2, 2 * 3 * TOKENS if known else None)
 
 
 def test_a_list_of_micro_batches_is_one_step(clock: Clock) -> None:

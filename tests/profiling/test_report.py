@@ -29,7 +29,7 @@ from lit_sparse_profiling.sections import (
     Phase,
     StateBytes,
 )
-from lit_sparse_profiling.speed_sections import Kernels, Pair, Throughput
+from lit_sparse_profiling.speed_sections import Kernels, Pair, Rank, Throughput
 
 GIB = 2**30
 CPU = RunRecord(
@@ -336,6 +336,7 @@ def test_a_baseline_is_kept_whole(baseline: Path) -> None:
         "parameters": 1_000_000,
         "trainable": 8_400,
         "settings": {"batch_size": 4, "data": {}},
+        "ranks": 1,
     }
     assert json.loads(baseline.read_text()) == {"schema": 1, "runs": {"smt": kept, "lisa": kept}}
     assert [file.name for file in baseline.parent.iterdir()] == [baseline.name]
@@ -388,6 +389,7 @@ def test_the_same_again_passes(baseline: Path) -> None:
             "worse: smt-1 diverged, since its heldout_loss after training is nan",
         ),
         (faster(CPU, 2.0, outcome={"after": {"train_loss": math.inf}}), "worse", "train_loss after training is inf"),
+        (replace(CPU, ranks=[Rank(0), Rank(1)]), "not comparable", "ranks 2 where the baseline has 1"),
         (replace(CPU, model=ModelSize("b", 1, 1)), "not comparable", "model b where the baseline has a/model"),
         (replace(OOM, name="smt-1"), "worse", "oom where the baseline is ok: out of memory [tried 2 GiB]"),
         (replace(CPU, status="failed", reason="why"), "worse", "failed where the baseline is ok: why"),
@@ -437,7 +439,7 @@ def test_a_failure_never_passes(tmp_path: Path) -> None:
 def test_a_baseline_of_before_settings_were_kept_is_read(baseline: Path) -> None:
     document = json.loads(baseline.read_text())
     for entry in document["runs"].values():
-        for key in ("cores", "parameters", "trainable", "settings"):
+        for key in ("cores", "parameters", "trainable", "settings", "ranks"):
             del entry[key]
     baseline.write_text(json.dumps(document))
     assert set(verdicts(baseline, replace(CPU, settings={}), LISA).values()) == {"within tolerance"}

@@ -23,6 +23,8 @@ def test_the_profilers_own_phases_are_one_part() -> None:
     own = {"examination": 1.0, "lead-in step": 2.0, "examined step": 4.0, "forward": 8.0, "backward": 16.0}
     found = walltime.parts(record(**own, **{"optimizer step": 32.0, "ceilings": 0.5, "loading": 3.0}))
     assert found == {"model": 3.0, "examination": 63.5, "other": 33.5}
+    told = walltime.parts(record(prediction=2.0, training=50.0, examination=1.0))
+    assert told == {"prediction": 2.0, "examination": 1.0, "training": 50.0, "other": 47.0}
 
 
 def test_the_line_has_all_parts() -> None:

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -131,6 +132,15 @@ def test_what_was_there_before_has_a_line_and_a_holder() -> None:
     assert loop(5).memory.held.before == 0
 
 
+def test_many_small_tensors_that_were_there_before_have_a_line_too() -> None:
+    store = Keeper()
+    store.kept = [torch.ones(MIB // 16) for _ in range(304)]
+    record = loop(5)
+    assert record.memory.held.before == pytest.approx(76 * MIB, rel=0.01)
+    assert abs(residue(record)) < 0.01
+    assert re.search(r": 76\.\d+ MiB in 30\d small tensors, some held by Keeper\.kept\.", said(record))
+
+
 def test_holders_are_named() -> None:
     cache, nested = Cache(), {"a": [(torch.ones(8),)]}
     assert holder(cache.kept) == "Cache.kept"  # pyright: ignore[reportArgumentType]
@@ -156,6 +166,118 @@ def test_a_leak_is_found_wherever_it_is(make: Callable[[], Any], where: str) -> 
     record = loop(24, **{where: lambda _: kept.append(make())})
     assert record.memory.growth == pytest.approx(MIB, rel=0.05)
     assert grown(record)
+
+
+def course(size: Callable[[int], float], samples: int) -> Growth:
+    """Samples of a heap that holds `size(step)` bytes at the end of each step."""
+    now, growth = [0], Growth(torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(witness, "heap_in_use", lambda: now[0])
+        for step in range(samples):
+            now[0] = int(MIB * size(step))
+            growth.sample()
+        if growth.unsettled:
+            growth.settle()
+    return growth
+
+
+NOISE = [0.3, 0.9, 0.1, 0.5, 0.7, 0.2, 0.6, 0.8, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("size", "samples", "per_step"),
+    [
+        (lambda step: step, 5, None),
+        (lambda step: step, 12, None),
+        (lambda step: step, 18, MIB),
+        (lambda step: step + NOISE[step % 9], 40, MIB),
+        (lambda step: 9 * (step // 9), 90, MIB),
+        (lambda step: NOISE[step % 9], 12, 0.0),
+        (lambda step: -step, 12, 0.0),
+        (lambda step: 100 * (1 - 0.9**step), 40, 0.0),
+        (lambda step: min(step, 20), 40, 0.0),
+        (lambda step: step % 10, 40, 0.0),
+        (lambda step: 2 * (step > 11) + step / 999, 30, 0.0),
+        (lambda step: 2 * (step > 19) + step / 999, 30, 0.0),
+    ],
+    ids=[
+        *("too few steps", "few steps", "just enough", "beside noise", "in every ninth step"),
+        *("noise", "shrinking", "a cache that fills", "a cache that is full", "collected now and then"),
+        *("made once", "made once, late"),
+    ],
+)
+def test_growth_is_told_if_it_lasts(size: Callable[[int], float], samples: int, per_step: float | None) -> None:
+    found = course(size, samples).per_step()
+    assert found == (pytest.approx(per_step, rel=0.1) if per_step else per_step)
+
+
+def test_a_leak_of_a_short_run_is_not_told_from_caches_that_fill() -> None:
+    kept: list[Any] = []
+    record = loop(16, between=lambda _: kept.append(np.ones(MIB // 8)))
+    assert (record.memory.growth, said(record)) == (None, "")
+
+
+def tie(number: int) -> None:
+    """Make a reference cycle with an array, which stays until Python collects it."""
+    cycle: list[Any] = [np.ones(MIB // 8)]
+    cycle.append(cycle)
+
+
+def test_garbage_is_no_leak() -> None:
+    kept: list[Any] = []
+    gc.disable()
+    try:
+        clean = loop(28, tie)
+        both = loop(28, tie, between=lambda _: kept.append(np.ones(MIB // 8)))
+        gc.collect()
+    finally:
+        gc.enable()
+    assert (clean.memory.growth, findings(clean)) == (0.0, [])
+    assert both.memory.growth == pytest.approx(MIB, rel=0.1)
+
+
+class Store:
+    """A callback that keeps something of each step, in one way or another."""
+
+    def __init__(self) -> None:
+        self.rows: list[Any] = []
+        self.by_step: dict[int, Any] = {}
+        self.last: deque[Any] = deque()
+        self.losses: list[Tensor] = []
+
+
+WAYS: dict[str, Callable[[Store, int], Any]] = {
+    "Store.rows (28 items)": lambda store, _: store.rows.append(np.ones(MIB // 8)),
+    "Store.by_step (28 items)": lambda store, step: store.by_step.update({step: np.ones(MIB // 8)}),
+    "Store.last (28 items)": lambda store, _: store.last.append({"logits": (torch.ones(MIB // 4), "text")}),
+    "Store.losses (28 losses with their graphs: keep loss.detach() instead)": lambda store, _: store.losses.append(
+        (torch.ones(MIB // 4, requires_grad=True) ** 2).sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("told", WAYS)
+def test_what_memory_grew_by_is_named(told: str) -> None:
+    store = Store()
+    record = loop(28, lambda step: WAYS[told](store, step))
+    assert record.memory.keeper == told
+    assert f"with each step, all along the timed ones: a leak, or state that keeps growing: {told}." in said(record)
+
+
+def test_a_variable_of_the_loop_is_named_and_what_nobody_has_is_not() -> None:
+    batches: list[Any] = []
+    assert loop(28, lambda _: batches.append(np.ones(MIB // 8))).memory.keeper == (
+        "batches in test_a_variable_of_the_loop_is_named_and_what_nobody_has_is_not (28 items)"
+    )
+    batches.clear()
+    chain: list[Any] = [None]
+
+    def link(_: int) -> None:
+        chain[0] = (chain[0], np.ones(MIB // 8))
+
+    record = loop(28, link)
+    assert record.memory.keeper == ""
+    assert "or a leak: no list, dict or set of Python holds as much." in said(record)
 
 
 def test_what_goes_up_and_down_is_no_leak() -> None:
