@@ -68,7 +68,7 @@ def test_a_prediction_takes_a_tenth_of_a_fit_or_is_left_out(home, caplog, monkey
     assert "prediction" in {phase.name for phase in record.phases}
     (note,) = [note for note in record.notes if "predicted" in note]
     assert note == (
-        "Memory is not predicted: that takes about 3.2 s, and measuring at most 10% of the fit; "
+        "Memory is not predicted: that takes about 3.6 s, and measuring at most 10% of the fit; "
         "--profile.predict=true does it nevertheless."
     )
     assert note in caplog.text
