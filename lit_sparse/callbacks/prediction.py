@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -34,34 +34,26 @@ START, LAYER, WITH_STRATEGIES = 0.2, 0.1, 2
 strategies choose what trains. On one core: 3.7 s for full fine-tuning of 30 layers, over 5 s for SMT and LoRA."""
 ALWAYS = 1.0
 """Expected seconds of one that is made in any fit: a tenth of what the shortest takes, of which most are imports."""
-SLOWER = 3
-"""How much longer than expected one may take, since the machine may be slow, before it is given up."""
 FLOPS = {"cpu": 1e11, "cuda": 5e14}
 """FLOP/s of a core and of a GPU, which few trainings reach."""
+OVERDUE = "that takes over {:.0f} s here; lit-sparse plan does it"
 NAMED = 0.02
 """Share of the peak below which a category is not told."""
 
 
-def predict(
-    trainer: L.Trainer, module: LitSparse, settings: Mapping[str, Any], budget: Budget | None = None
-) -> Predicted | str:
+def predict(trainer: L.Trainer, settings: Mapping[str, Any]) -> Predicted | str:
     """Say and return what a fit is predicted to take; if it cannot be predicted, say and return why not.
 
     Args:
         trainer: The trainer of the fit, whose data are set up.
-        module: Its module, whose model is not loaded yet.
         settings: The configuration of the fit, of which another module is made.
-        budget: Limits the prediction to what measuring may take of the fit; None sets no such limit.
     """
-    limit = SECONDS
     try:
         setting = setting_of(trainer)
-        if budget is not None:
-            limit = affordable(trainer, module, setting, budget)
         with torch.device("cpu"), forked_rng(trainer.strategy.root_device):
-            found = forecast("", build_module(deepcopy(dict(settings))), setting, limit)
+            found = forecast("", build_module(deepcopy(dict(settings))), setting, SECONDS)
     except Overdue:
-        return refused(f"that takes over {limit:.1f} s here; lit-sparse plan does it")
+        return refused(OVERDUE.format(SECONDS))
     except Exception as error:  # of any strategy's or model's own code: no reason not to train
         reason = error if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
         return refused(" ".join(str(reason).split()).removesuffix("."))
@@ -81,22 +73,27 @@ def refused(reason: str) -> str:
     return told
 
 
-def affordable(trainer: L.Trainer, module: LitSparse, setting: Setting, budget: Budget) -> float:
-    """Return the seconds that a prediction may take of a fit.
+def costs_too_much(trainer: L.Trainer, module: LitSparse, budget_of: Callable[[float], Budget]) -> str | None:
+    """Say and return why a prediction is not begun, if it is expected to take too much of a fit; else return None.
 
-    Raises:
-        BadInput: if it is expected to take more.
-        Overdue: if it is expected to take more than `SECONDS`.
+    Args:
+        trainer: The trainer of the fit, whose data are set up.
+        module: Its module, whose model is not loaded yet.
+        budget_of: Returns what measuring may take of a fit of so many steps.
     """
-    config = AutoConfig.from_pretrained(resolve(module.base), trust_remote_code=False).get_text_config()
-    each = LAYER * (WITH_STRATEGIES if list(module.updates) else 1)
-    cost = Cost(0, START + each * config.num_hidden_layers)
+    try:
+        setting, budget = setting_of(trainer), budget_of(steps_ahead(trainer))
+        config = AutoConfig.from_pretrained(resolve(module.base), trust_remote_code=False).get_text_config()
+        each = LAYER * (WITH_STRATEGIES if list(module.updates) else 1)
+        cost = Cost(0, START + each * config.num_hidden_layers)
+        budget.step_seconds = least_seconds(config, positions(trainer, setting), setting.device)
+    except Exception:  # whatever is wrong, the prediction says it better
+        return None
     if cost.seconds > SECONDS:
-        raise Overdue
-    budget.step_seconds = least_seconds(config, positions(trainer, setting), setting.device)
-    if cost.seconds > ALWAYS and not budget.allows(cost):
-        raise BadInput(f"{budget.refusal(cost)}; --profile.predict=true does it nevertheless")
-    return min(SECONDS, SLOWER * cost.seconds)
+        return refused(OVERDUE.format(SECONDS))
+    if cost.seconds <= ALWAYS or budget.allows(cost):
+        return None
+    return refused(f"{budget.refusal(cost)}; --profile.predict=true does it nevertheless")
 
 
 def least_seconds(config: PreTrainedConfig, tokens: float, device: str) -> float:

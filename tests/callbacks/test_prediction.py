@@ -76,7 +76,7 @@ def test_a_prediction_takes_a_tenth_of_a_fit_or_is_left_out(home, caplog, monkey
     monkeypatch.setattr(prediction, "FLOPS", {"cpu": 1.0})  # each step takes hours
     assert fit("lora").predicted is not None
     monkeypatch.setattr(prediction, "START", 100.0)
-    assert "over 60.0 s here; lit-sparse plan does it." in fit("lora").notes[0]
+    assert "over 60 s here; lit-sparse plan does it." in fit("lora").notes[0]
 
 
 @pytest.mark.parametrize(
