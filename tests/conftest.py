@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from lit_sparse import demo
 from lit_sparse.callbacks import recorder
 from lit_sparse.testing import tiny_llm
+from lit_sparse_profiling import profiler
 
 ROWS = [{"prompt": f"{a} and {b}", "completion": str(a + b)} for a in range(6) for b in range(4)]
 
@@ -62,6 +63,15 @@ def make_home(name: str, model: PreTrainedModel) -> None:
 def unpredicted(monkeypatch):
     """Predict no memory, which takes a quarter of a short fit; tests of predictions make them."""
     monkeypatch.setattr(recorder, "predict", lambda trainer, settings: None)
+
+
+CEILINGS = cache(profiler.ceilings)
+
+
+@pytest.fixture(autouse=True)
+def ceilings_measured_once(monkeypatch):
+    """Measure the device's ceilings once a process, which takes a fifth of a short fit that is measured."""
+    monkeypatch.setattr(profiler, "ceilings", CEILINGS)
 
 
 @pytest.fixture
