@@ -27,8 +27,8 @@ from lit_sparse.strategies.base import ALONE, UpdateStrategy
 from lit_sparse.strategies.layer_sampling import Cyclic
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.step_plan import Plan
+from tests.methods import METHODS, module
 from tests.pair import attempt, result, run_pair
-from tests.test_contract import METHODS, module
 
 OPTIONS = {"trainable_fraction": 0.05, "block_size": 8, "targets": ["all"], "selection_batches": 2}
 
