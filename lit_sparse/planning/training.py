@@ -66,6 +66,7 @@ def trace_training(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace,
         stack.enter_context(
             patch.object(FakeTensor, "__torch_function__", torch._C._disabled_torch_function_impl)  # as of parameters
         )
+        stack.enter_context(trace.noting_given_gradients())
         stack.enter_context(trace)
         if setting.device == "cpu":  # activation checkpointing keeps one for each layer; on a GPU they are on the host
             stack.enter_context(

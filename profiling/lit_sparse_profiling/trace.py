@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import thread_time
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,7 @@ class Trace(TorchDispatchMode, Timeline):
         self._alive: dict[int, tuple[Any, int]] = {}  # by id of a storage: weak reference, number of its block
         self._names: dict[nn.Module, str] = {}
         self._inside: list[str] = []
+        self._given: frozenset[int] = frozenset()  # storages of gradients that code passes to torch.autograd.grad
         self._scattered: dict[int, int] = {}  # by id of a storage: how many entries were scattered into it
 
     # ---- what a caller tells
@@ -126,6 +128,22 @@ class Trace(TorchDispatchMode, Timeline):
         finally:
             before.remove()
             after.remove()
+
+    @contextmanager
+    def noting_given_gradients(self) -> Iterator[None]:
+        """Within the block, note the gradients that code passes to `torch.autograd.grad`, and keeps meanwhile."""
+        plain = torch.autograd.grad
+
+        def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, *args: Any, **options: Any) -> Any:
+            before = self._given
+            self._given |= {tensor.untyped_storage()._cdata for tensor in tensors_in([grad_outputs])}
+            try:
+                return plain(outputs, inputs, grad_outputs, *args, **options)
+            finally:
+                self._given = before
+
+        with patch.object(torch.autograd, "grad", grad):
+            yield
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self._inside.append(self._names.get(module, ""))
@@ -184,7 +202,7 @@ class Trace(TorchDispatchMode, Timeline):
             return (
                 args[0] if args[0].is_floating_point() else args[0].fill_(MANY if args[0].dtype is torch.int64 else 1)
             )
-        if func is aten.add.Tensor and (target := accumulated(args)) is not None:
+        if func is aten.add.Tensor and (target := accumulated(args, self._given)) is not None:
             other = args[1] if target is args[0] else args[0]
             aten.add_.Tensor(target, other)
             return target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,11 +36,12 @@ def is_mask(index: Any) -> bool:
     return isinstance(index, FakeTensor) and index.dtype is torch.bool
 
 
-def accumulated(args: Sequence[Any]) -> Tensor | None:
+def accumulated(args: Sequence[Any], given: Collection[int] = ()) -> Tensor | None:
     """Return the operand of an addition that autograd's engine would overwrite with the sum; None if it would not.
 
     The engine adds up the gradients of a tensor that is used twice. It does so in place where it has the last reference
     to one of them (`can_accumulate_inplace` in torch/csrc/autograd/input_buffer.cpp), but never within a dispatch mode.
+    Storages in `given` belong to the code that called it, too.
     """
     if torch.is_grad_enabled() or torch._C._current_graph_task_id() == -1 or not isinstance(args[1], Tensor):
         return None
@@ -52,7 +53,8 @@ def accumulated(args: Sequence[Any]) -> Tensor | None:
     one, other = args[:2]
     if one.shape != other.shape or one.dtype != other.dtype:
         return None
-    return next((tensor for tensor in (one, other) if is_last_reference(tensor)), None)
+    free = (tensor for tensor in (one, other) if tensor.untyped_storage()._cdata not in given)
+    return next((tensor for tensor in free if is_last_reference(tensor)), None)
 
 
 def is_last_reference(tensor: Tensor) -> bool:

@@ -27,7 +27,12 @@ def test_two_ranks_allocate_what_is_planned_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "case",
-    [Case("gmt", "opt", 1, 100, False), Case("smt", "phi", 5, 33, False), Case("sparse_entries", "opt", 1, 200, True)],
+    [
+        Case("gmt", "opt", 1, 100, False),
+        Case("smt", "phi", 5, 33, False),
+        Case("sparse_entries", "opt", 1, 200, True),
+        Case("meft", "olmo2", 2, 64, False),
+    ],
     ids=lambda case: case.method,
 )
 def test_thresholds_and_a_selection_take_what_is_planned(case: Case, tmp_path: Path) -> None:
