@@ -95,6 +95,10 @@ class CUDAAutocast(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is Tensor.backward:  # within which the mode would be off, also for what checkpointing computes again
+            gradient = kwargs.pop("gradient", None)
+            with self:
+                return torch.autograd.backward(args[0], gradient, **kwargs)
         if func in IN_FP32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _in_fp32, (args, kwargs))
         return func(*args, **kwargs)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from lit_sparse.cli import main, make_planned
 from lit_sparse.commands import plan as planning
@@ -199,6 +199,19 @@ def test_more_gpus_are_tried_for_a_single_method_that_nothing_else_makes_fit(
     assert "nf4" not in told  # full fine-tuning trains what would be packed
     assert run(monkeypatch, "full.yaml", "ia3.yaml", *words) == 0
     assert "--trainer.devices" not in capsys.readouterr().out
+
+
+def test_a_model_whose_activations_are_powers_is_planned_with_checkpointing(tmp_path: Path) -> None:
+    """GPT-2's GELU is computed in fp32 under a GPU's autocast, in the forward pass and when it is recomputed."""
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=512, **special).save_pretrained(tmp_path)
+
+    def planned(checkpointing: str) -> Any:
+        options = [f"--model.base={tmp_path / 'config.json'}", f"--model.activation_checkpointing={checkpointing}"]
+        return forecast("full", make_planned(fit_command("full.yaml", [], options)).module, Setting("cuda", 2, 32))
+
+    saved = [planned(checkpointing).kept.categories["saved for backward"] for checkpointing in ("true", "false")]
+    assert saved[0] < 0.5 * saved[1]
 
 
 def test_a_compiled_model_is_planned_as_it_is_and_says_so(
