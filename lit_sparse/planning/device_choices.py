@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -96,9 +97,10 @@ class CUDAAutocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.backward:  # within which the mode would be off, also for what checkpointing computes again
-            gradient = kwargs.pop("gradient", None)
+            start, retain = torch.ones_like(args[0]), bool(kwargs.get("retain_graph"))
             with self:
-                return torch.autograd.backward(args[0], gradient, **kwargs)
+                options: Any = {"allow_unreachable": True, "accumulate_grad": True}
+                return _engine_run_backward((args[0],), (start,), retain, False, (), **options)
         if func in IN_FP32 and torch.is_autocast_enabled("cpu"):
             args, kwargs = tree_map_only(Tensor, _in_fp32, (args, kwargs))
         return func(*args, **kwargs)
