@@ -108,7 +108,7 @@ class StudyRunner(Runner):
         return any(line["seed"] == trial.seed and SCORE in line["before"] for line in lines)
 
     def configured(self, trial: Trial) -> Config:
-        return filled(trial.config, self.folders)
+        return filled(super().configured(trial), self.folders)
 
     def run(self, minutes: float | None = None) -> None:
         """Run as for a table, after the first phase, which is made if missing.

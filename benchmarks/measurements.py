@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,14 +55,6 @@ def caption(command: str, lines: Sequence[Line], verb: str = "Measured") -> str:
     devices, dates, commits = (sorted({line[key] for line in lines}) for key in ("device", "date", "commit"))
     facts = [" and ".join(devices), *sorted(versions), " and ".join(dates), f"commit {', '.join(commits)}"]
     return f"{verb} by `{command}` on {', '.join(facts)}; table by `python benchmarks/readme.py`."
-
-
-def ties(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Return true if the means differ by at most the larger standard deviation; false if one is unknown."""
-    if min(len(ours), len(theirs)) < 2 or not all(map(math.isfinite, [*ours, *theirs])):
-        return False
-    spread = max(statistics.stdev(ours), statistics.stdev(theirs))
-    return abs(statistics.fmean(ours) - statistics.fmean(theirs)) <= spread
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,9 +16,9 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.measurements import Line, newest, read_lines
-from benchmarks.ranking import newest_first, row_of
+from benchmarks.ranking import TEXT, Results, newest_first, row_of, rows
 from benchmarks.tradeoff import changes
-from benchmarks.trials import read_table
+from benchmarks.trials import Table, read_table
 
 RESULTS = Path(__file__).parent / "results"
 FIGURES = Path(__file__).parent / "figures"
@@ -159,6 +159,72 @@ def arms_of(lines: Sequence[Line], quality: Path) -> list[tuple[str, float, Sequ
     return found
 
 
+COMPARED = ("weights_5", "weights_1")
+"""The quality tables of the figure of losses over costs."""
+COSTS = {
+    "peak_resident": "peak memory of the process, GiB",
+    "step_seconds": "a step, s",
+    "forgotten": "rise of the loss on general text,\nnats a token",
+}
+
+
+def pareto(tables: Mapping[str, Sequence[tuple[str, float, Mapping[str, float]]]]) -> Figure:
+    """Draw held-out loss over each cost, a row of panels for each table; arms that none beats in both are joined."""
+    figure = Figure(figsize=(12, 4 * len(tables)), layout="constrained")
+    grid = figure.subplots(len(tables), len(COSTS), squeeze=False)
+    for panels, (name, arms) in zip(grid, tables.items(), strict=True):
+        for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
+            points = sorted((costs[cost], loss, arm) for arm, loss, costs in arms if cost in costs)
+            if not points:
+                continue
+            best = front([point[:2] for point in points])
+            axes.plot(*zip(*(point[:2] for point in points), strict=True), "o", color="grey", markersize=4)
+            axes.plot(*zip(*best, strict=True), "o-", drawstyle="steps-post", markersize=5)
+            for x, y, arm in points:
+                axes.annotate(arm, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6)
+            axes.set(xlabel=f"{label} (less is better)", title=name)
+        panels[0].set_ylabel("held-out loss, nats a token (lower is better)")
+    return figure
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other is below in one coordinate and not above in the other, by the first."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def compared(quality: Path) -> dict[str, list[tuple[str, float, dict[str, float]]]]:
+    """Return name, mean held-out loss and costs of the arms of each table that was measured and did not diverge."""
+    out = {}
+    for name in COMPARED:
+        made = read_table(name)
+        for results in newest_first(quality):
+            found = [row for row in rows(made, results) if row.fits and all(map(math.isfinite, row.losses))]
+            if found:
+                arms = [
+                    (row.arm.name, statistics.fmean(row.losses), costs_of(row.fits, made, results)) for row in found
+                ]
+                out[name] = [arm for arm in arms if arm[2]]
+                break
+    return {name: arms for name, arms in out.items() if arms}
+
+
+def costs_of(fits: Sequence[Line], made: Table, results: Results) -> dict[str, float]:
+    """Return the costs of an arm that its trainings recorded; of memory, the peak."""
+    out = {}
+    if peaks := [line["peak_resident"] / GIB for line in fits if line.get("peak_resident")]:
+        out["peak_resident"] = max(peaks)
+    if steps := [line["step_seconds"] for line in fits if line.get("step_seconds")]:
+        out["step_seconds"] = statistics.median(steps)
+    before = results.before(made.trial(made.arms[0], made.arms[0].rates[0], made.seeds[0])) or {}
+    if TEXT in before and all(TEXT in line["after"] for line in fits):
+        out["forgotten"] = statistics.fmean(float(line["after"][TEXT]) for line in fits) - float(before[TEXT])
+    return out
+
+
 def spread(values: Sequence[float]) -> float:
     """Return the standard deviation; nan, and so no error bar, for one value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
@@ -216,6 +282,7 @@ def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
         "lisa_state": (lisa_state, [line for line in found if "policy" in line]),
         "lisa_norms": (lisa_norms, [line for line in found if "norms" in line]),
         "cost": (cost, arms_of(lines_of(results / "arm_memory.jsonl"), results / "quality.jsonl")),
+        "pareto": (pareto, compared(results / "quality.jsonl")),
         "planner": (planner, lines_of(results / "planner.jsonl")),
         "forgetting": (forgetting, changes(results / "forgetting.jsonl")),
     }

@@ -30,7 +30,8 @@ from rich.table import Table as RichTable
 from benchmarks import race
 from benchmarks.measurements import Line, table
 from benchmarks.provenance import ROOT, provenance
-from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score
+from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score, swept
+from benchmarks.row_scores import RowScores, rows_of
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse.runs import LAST
@@ -73,16 +74,17 @@ def work(made: Table, results: Results) -> Iterator[Work]:
     So a drift of the machine affects all arms alike.
     """
     for arm in made.arms:
-        yield from _missing(made, made.sweep(arm), results, tested=False)
+        yield from _missing(made, swept(made, arm, results), results, tested=False)
         yield from _missing(made, _at_best(made, arm, made.seeds[:1], results), results)
     for seed in made.seeds[1:]:
         for arm in made.arms:
-            yield from _missing(made, _at_best(made, arm, [seed], results), results)
+            if seed in made.seeds_of(arm):
+                yield from _missing(made, _at_best(made, arm, [seed], results), results)
 
 
 def _at_best(made: Table, arm: Arm, seeds: Sequence[int], results: Results) -> list[Trial]:
     """Return the arm's trials at its best learning rate; none while it is unknown."""
-    sweep = made.sweep(arm)
+    sweep = swept(made, arm, results)
     best = chosen(sweep, results)
     if best is None or any(results.fit(trial) is None for trial in sweep):
         return []
@@ -99,13 +101,13 @@ def _missing(made: Table, trials: Sequence[Trial], results: Results, tested: boo
 
 def left(made: Table, results: Results) -> tuple[int, int]:
     """Count the missing trainings and tests."""
-    swept = [trial for arm in made.arms for trial in made.sweep(arm)]
-    best = [trial for arm in made.arms for trial in _at_best(made, arm, made.seeds, results)]
+    sweeps = [trial for arm in made.arms for trial in swept(made, arm, results)]
+    best = [trial for arm in made.arms for trial in _at_best(made, arm, made.seeds_of(arm), results)]
     others = [trial for trial in best if trial.seed != made.seeds[0]]
-    trained = sum(results.fit(trial) is not None for trial in swept + others)
+    trained = sum(results.fit(trial) is not None for trial in sweeps + others)
     tested = sum(results.test(trial, made.test) is not None for trial in best)
-    rows = len(made.arms) * len(made.seeds)
-    return len(swept) + rows - len(made.arms) - trained, (rows - tested if made.test is not None else 0)
+    rows = sum(len(made.seeds_of(arm)) for arm in made.arms)
+    return len(sweeps) + rows - len(made.arms) - trained, (rows - tested if made.test is not None else 0)
 
 
 def in_words(counts: tuple[int, int]) -> str:
@@ -179,8 +181,11 @@ class Runner:
         return (self.results.before(trial) or {}).keys() >= {SCORE, *self.made.also}
 
     def configured(self, trial: Trial) -> Config:
-        """Return the configuration for `lit-sparse fit`."""
-        return trial.config
+        """Return the configuration for `lit-sparse fit`: the trial's, and a callback that keeps the rows' losses."""
+        given = trial.config["trainer"].get("callbacks", [])
+        given = given if isinstance(given, list) else [given]
+        kept = f"{RowScores.__module__}.{RowScores.__name__}"
+        return merged(trial.config, {"trainer": {"callbacks": [*given, kept]}})
 
     def train(self, trial: Trial) -> None:
         """Train a trial and append its line; of a sweep only the best checkpoint is kept.
@@ -192,6 +197,8 @@ class Runner:
         folder = self._fit(trial)
         record, seconds = RunRecord.read(folder / "record.json"), time.monotonic() - begun
         line = fit_line(trial, record, self.results.stack, seconds, self.bench)
+        if rows := rows_of(folder):
+            line["rows"] = rows
         if self.made.race is not None:
             line |= race.measured(record, folder, trial.config)
         self.results.append(line)
@@ -240,7 +247,7 @@ class Runner:
 
     def _discard_beaten(self, trial: Trial) -> None:
         self.results.read()  # other processes may have trained a better one, or be training one
-        sweep = [one for one in self.made.sweep(trial.arm) if self.results.fit(one) is not None]
+        sweep = [one for one in swept(self.made, trial.arm, self.results) if self.results.fit(one) is not None]
         best = chosen(sweep, self.results)
         for beaten in sweep:
             if best is not None and beaten.rate != best.rate:
@@ -307,6 +314,8 @@ def fit_line(trial: Trial, record: RunRecord, stack: Mapping[str, str], seconds:
         "seconds": seconds,
         "before": record.outcome.get("before", {}),
         "after": record.outcome["after"],
+        "step_seconds": None if record.throughput is None else record.throughput.median_step,
+        "peak_resident": None if record.memory is None else record.memory.peak_resident,
         "config": trial.config,
     }
 

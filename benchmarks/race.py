@@ -9,26 +9,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measurements import Line, ties
+from benchmarks.measurements import Line
+from benchmarks.pairing import SCORE, difference
 from benchmarks.trials import Config, Race
 from lit_sparse_profiling.record import RunRecord
 
-SCORE = "heldout_loss"
 PASSES = {False: 3.0, True: 4.0}
 """Passes of a first-order step, its backward pass counted as two: without and with activation checkpointing."""
 HEAD = ("steps", "forward passes", "minutes", "peak resident, GiB")
 
 
 def measured(record: RunRecord, folder: Path, config: Config) -> dict[str, Any]:
-    """Return what a race needs of a training in `folder`: the held-out losses on the way, and what a step costs."""
+    """Return what a race needs of a training in `folder`: the held-out losses on the way, and the passes of a step."""
     chosen = [update["chosen"] for update in record.updates]
     every = config["trainer"]["val_check_interval"] // config["trainer"].get("accumulate_grad_batches", 1)
     own = [float(facts["forwards_per_step"]) for facts in chosen if "forwards_per_step" in facts]
     return {
         "curve": curve(folder / "metrics.csv", every),
         "passes": own[0] if own else PASSES[bool(config["model"].get("activation_checkpointing"))],
-        "step_seconds": None if record.throughput is None else record.throughput.median_step,
-        "peak_resident": None if record.memory is None else record.memory.peak_resident,
     }
 
 
@@ -105,17 +103,10 @@ def told(race: Race, arms: Mapping[str, Sequence[Line]], start: float) -> Iterat
 
 def verdicts(race: Race, arms: Mapping[str, Sequence[Line]]) -> Iterator[str]:
     """Yield for each part whether the arm without it, or with another in its place, loses by that."""
-    whole = finals(arms[str(race.whole)])
     for name, part in race.without.items():
-        other = finals(arms.get(name, []))
-        if min(len(whole), len(other)) < 2 or not all(map(math.isfinite, [*whole, *other])):
+        gain = difference(arms.get(name, []), arms[str(race.whole)])
+        if gain is None:
             yield f"{part} not judged ({name})"
             continue
-        gain = statistics.fmean(other) - statistics.fmean(whole)
-        pays = "does not pay, a tie" if ties(whole, other) else "pays" if gain > 0 else "does not pay, it costs"
-        yield f"{part} {pays} ({gain:+.4f} with {name})"
-
-
-def finals(lines: Sequence[Line]) -> list[float]:
-    """Return the held-out losses after training, of each seed."""
-    return [float(line["after"][SCORE]) for line in lines]
+        pays = "does not pay, a tie" if gain.tie else "pays" if gain.difference > 0 else "does not pay, it costs"
+        yield f"{part} {pays} ({gain} with {name})"

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks import race
-from benchmarks.measurements import Line, caption, parsed, table, ties
+from benchmarks.measurements import Line, caption, parsed, table
+from benchmarks.pairing import SCORE, Interval, difference
+from benchmarks.power import power_of
 from benchmarks.trials import Arm, Config, Table, Trial, read_table
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.documents import spell_nonfinite
 
-SCORE, TEXT = "heldout_loss", "text_loss"
-"""The score that chooses learning rates and ranks arms (lower is better), and the one that shows forgetting."""
+TEXT = "text_loss"
+"""The score that shows forgetting."""
 UNEQUAL = 0.03
 """Relative difference from which on numbers of trained weights are not equal."""
 ENOUGH = 3
@@ -27,7 +29,8 @@ DROPPING = ("Embedded", "Instructions")
 """Data modules that drop rows of too many tokens, held-out ones too."""
 OURS = {"kind", "stack", "identity", "seconds"}
 HEAD = ["arm", "group", "trained weights", "learning rate", "held-out loss", "text loss"]
-TAIL = ["right answers", "seeds", ""]
+COSTS = ("peak resident, GiB", "step, s")
+TAIL = ["beside the best [95 %]", "right answers", "seeds", ""]
 
 
 class Results:
@@ -133,6 +136,30 @@ def chosen(sweep: Sequence[Trial], results: Results) -> Trial | None:
     return min(scored, key=lambda one: one[:2])[2] if scored else None
 
 
+def swept(made: Table, arm: Arm, results: Results) -> list[Trial]:
+    """Return the trials that choose an arm's learning rate: its sweep, gone on with while the best is at an end of it.
+
+    It goes on at most `made.widen` times, by the factor of the last two rates, once all of its trials are known.
+    """
+    rates = list(arm.rates)
+    for _ in range(made.widen):
+        trials = [made.trial(arm, rate, made.seeds[0]) for rate in rates]
+        best = chosen(trials, results)
+        if best is None or any(results.fit(trial) is None for trial in trials):
+            break
+        rates = beyond(rates, end_of(best.rate, rates))
+    return [made.trial(arm, rate, made.seeds[0]) for rate in rates]
+
+
+def beyond(rates: list[float], end: str) -> list[float]:
+    """Return rates (lowest first) with one more beyond an end, or unchanged if `end` is neither."""
+    if end == "lowest":
+        return [float(f"{rates[0] ** 2 / rates[1]:.2g}"), *rates]
+    if end == "highest":
+        return [*rates, float(f"{rates[-1] ** 2 / rates[-2]:.2g}")]
+    return rates
+
+
 # ---- rows
 
 
@@ -142,17 +169,22 @@ class Row:
 
     Attributes:
         best: The best trial of the sweep; None if nothing was trained.
-        swept: True if all rates were tried.
-        fits: Its trainings at that rate, one a seed.
+        rates: The learning rates of the sweep, lowest first.
+        swept: True if all of them were tried.
+        fits: Its trainings at the best rate, one a seed.
         tests: Its tests at that rate.
+        beside: How much higher its loss is than that of the best arm of its group; None for that one, and where the two
+            cannot be compared.
         remarks: Remarks for the table.
     """
 
     arm: Arm
     best: Trial | None
+    rates: tuple[float, ...]
     swept: bool
     fits: list[Line]
     tests: list[Line]
+    beside: Interval | None = None
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -164,6 +196,11 @@ class Row:
     def trained(self) -> int:
         """Trained weights."""
         return self.fits[0]["trainable"]
+
+    @property
+    def end(self) -> str:
+        """ "lowest", "highest" or "only" if the best rate is an end of a whole sweep, or else ""."""
+        return end_of(self.best.rate, self.rates) if self.best is not None and self.swept else ""
 
 
 def rows(made: Table, results: Results) -> list[Row]:
@@ -177,31 +214,44 @@ def rows(made: Table, results: Results) -> list[Row]:
 
 
 def row_of(made: Table, arm: Arm, results: Results) -> Row:
-    sweep = made.sweep(arm)
-    best = chosen(sweep, results)
+    sweep = swept(made, arm, results)
+    best, rates = chosen(sweep, results), tuple(trial.rate for trial in sweep)
     if best is None:
-        return Row(arm, None, False, [], [])
-    trials = [made.trial(arm, best.rate, seed) for seed in made.seeds]
+        return Row(arm, None, rates, False, [], [])
+    trials = [made.trial(arm, best.rate, seed) for seed in made.seeds_of(arm)]
     fits = [line for trial in trials if (line := results.fit(trial)) is not None]
     tests = [line for trial in trials if (line := results.test(trial, made.test)) is not None]
-    return Row(arm, best, all(results.fit(trial) is not None for trial in sweep), fits, tests)
+    return Row(arm, best, rates, all(results.fit(trial) is not None for trial in sweep), fits, tests)
 
 
 def judge(group: Sequence[Row]) -> None:
-    """Add remarks to a group: which row is best, which ones tie, and which train another number of weights.
+    """Compare a group with its best row, and add remarks: best, tie, and another number of weights.
 
-    A tie is a difference of the means within the larger of the two standard deviations.
+    A row ties with the best if the interval of their difference contains 0.
     """
     if not group:
         return
-    best = min(group, key=lambda row: statistics.fmean(row.losses))
+    best = best_of(group)
     for row in group:
+        row.beside = None if row is best else difference(row.fits, best.fits)
         if row is best and len(group) > 1:
             row.remarks.append("best")
-        elif row is not best and ties(row.losses, best.losses):
+        elif row.beside is not None and row.beside.tie:
             row.remarks.append("tie")
         if abs(row.trained / group[0].trained - 1) > UNEQUAL:
             row.remarks.append(f"unequal: {row.trained / group[0].trained - 1:+.1%} weights beside {group[0].arm.name}")
+
+
+def best_of(group: Sequence[Row]) -> Row:
+    """Return the row with the lowest mean loss, over the seeds that all rows of the group have."""
+    losses = {row.arm.name: {line["seed"]: score(line) for line in row.fits} for row in group}
+    shared = set.intersection(*(set(of) for of in losses.values()))
+
+    def mean(row: Row) -> float:
+        own = losses[row.arm.name]
+        return statistics.fmean(own[seed] for seed in shared or own)
+
+    return min(group, key=mean)
 
 
 def missing(made: Table, row: Row) -> Iterator[str]:
@@ -211,8 +261,8 @@ def missing(made: Table, row: Row) -> Iterator[str]:
         return
     if not row.swept:
         yield "incomplete: not all learning rates were tried"
-    if len(row.fits) < max(ENOUGH, len(made.seeds)):
-        yield f"incomplete: {len(row.fits)} of {max(ENOUGH, len(made.seeds))} seeds"
+    if len(row.fits) < (wanted := max(ENOUGH, len(made.seeds_of(row.arm)))):
+        yield f"incomplete: {len(row.fits)} of {wanted} seeds"
 
 
 # ---- beside one arm
@@ -227,21 +277,17 @@ def comparison(made: Table, results: Results) -> Iterator[str]:
     for name in made.reduce:
         told = "; ".join(f"{arm} {beside(base, row, name)}" for arm, row in found.items())
         yield f"{in_words(name).capitalize()} beside {made.against}: {told}."
-    yield (
-        "Quality is equal where the mean held-out loss is within one standard deviation (over seeds) of "
-        f"{made.against}'s."
-    )
+    yield f"In brackets: how much higher the held-out loss is than {made.against}'s, and the interval of 95 %."
 
 
 def beside(base: Row, row: Row, name: str) -> str:
     """Describe the relative change of an outcome's mean from `base` to `row`, and compare their quality."""
     theirs, ours = (outcomes(one.fits, name) for one in (base, row))
-    if min(len(theirs), len(ours)) < ENOUGH or not all(map(math.isfinite, [*base.losses, *theirs, *ours])):
+    worse = difference(row.fits, base.fits)
+    if min(len(theirs), len(ours)) < ENOUGH or worse is None or not all(map(math.isfinite, [*theirs, *ours])):
         return f"not judged ({ENOUGH} seeds of both are needed)"
-    worse = statistics.fmean(row.losses) - statistics.fmean(base.losses)
-    equal = abs(worse) <= statistics.stdev(base.losses)
-    change = statistics.fmean(ours) / statistics.fmean(theirs) - 1
-    return f"{change:+.1%} at {'equal' if equal else 'better' if worse < 0 else 'worse'} quality ({worse:+.4f})"
+    quality = "a quality that is not told apart" if worse.tie else f"{'better' if worse.high < 0 else 'worse'} quality"
+    return f"{statistics.fmean(ours) / statistics.fmean(theirs) - 1:+.1%} at {quality} ({worse})"
 
 
 # ---- the table
@@ -249,7 +295,7 @@ def beside(base: Row, row: Row, name: str) -> str:
 
 def head(made: Table) -> list[str]:
     """Return the table's columns."""
-    return [*HEAD, *map(in_words, made.also), *(race.HEAD if made.race else ()), *TAIL]
+    return [*HEAD, *map(in_words, made.also), *(race.HEAD if made.race else ()), *(COSTS if made.costs else ()), *TAIL]
 
 
 def in_words(name: str) -> str:
@@ -262,13 +308,23 @@ def cells(made: Table, results: Results) -> list[list[str]]:
     of_seeds = [results.before(made.trial(made.arms[0], made.arms[0].rates[0], seed)) or {} for seed in made.seeds]
     scores = [mean_spread([float(one[name]) for one in of_seeds if name in one]) for name in (SCORE, TEXT, *made.also)]
     found = rows(made, results)
-    extra = [[] for _ in found]
+    extra: list[list[str]] = [[] for _ in found]
     if made.race is not None:
         steps = race.steps_of(made.race, fits_of(found), start(made, results))
         extra = [race.cells(row.fits, steps[row.arm.name]) for row in found]
+    if made.costs:
+        extra = [[*more, *costs(row.fits)] for row, more in zip(found, extra, strict=True)]
     arms = [row_cells(row, made.also, more) for row, more in zip(found, extra, strict=True)]
-    blank = ["-"] * len(race.HEAD) if made.race is not None else []
-    return [["untrained", "", "0", "-", *scores, *blank, "-", "-", ""], *arms]
+    blank = ["-"] * (len(head(made)) - len(HEAD) - len(made.also) - len(TAIL))
+    return [["untrained", "", "0", "-", *scores, *blank, "-", "-", "-", ""], *arms]
+
+
+def costs(fits: Sequence[Line]) -> list[str]:
+    """Format the peak memory of an arm's trainings and the median of their steps, where they are recorded."""
+    peaks, steps = (
+        [line[name] for line in fits if line.get(name) is not None] for name in ("peak_resident", "step_seconds")
+    )
+    return [f"{max(peaks) / 2**30:.2f}" if peaks else "-", f"{statistics.median(steps):.2f}" if steps else "-"]
 
 
 def fits_of(found: Sequence[Row]) -> dict[str, list[Line]]:
@@ -286,7 +342,7 @@ def start(made: Table, results: Results) -> float:
 def row_cells(row: Row, also: Sequence[str], extra: Sequence[str]) -> list[str]:
     named = [row.arm.name, row.arm.group or "reference"]
     if row.best is None:
-        return [*named, *["-"] * (5 + len(also) + len(extra)), "0", "; ".join(row.remarks)]
+        return [*named, *["-"] * (6 + len(also) + len(extra)), "0", "; ".join(row.remarks)]
     return [
         *named,
         f"{row.trained:,} ({row.fits[0]['trainable_share']:.2%})",
@@ -294,6 +350,7 @@ def row_cells(row: Row, also: Sequence[str], extra: Sequence[str]) -> list[str]:
         mean_spread(row.losses),
         *(mean_spread(outcomes(row.fits, name)) for name in (TEXT, *also)),
         *extra,
+        "-" if row.beside is None else str(row.beside),
         right_answers(row.tests),
         str(len(row.fits)),
         "; ".join(row.remarks),
@@ -308,8 +365,7 @@ def outcomes(fits: Sequence[Line], name: str) -> list[float]:
 def rate(row: Row) -> str:
     """Format the learning rate, and tell if it is an end of the sweep: a better one may lie beyond."""
     assert row.best is not None
-    end = end_of(row.best.rate, row.arm.rates)
-    told = {"only": " (not swept)", "": ""}.get(end, f" ({end} tried)" if row.swept else "")
+    told = {"only": " (not swept)", "": ""}.get(row.end, f" ({row.end} tried)")
     return f"{row.best.rate:g}{told}"
 
 
@@ -341,14 +397,15 @@ def mean_spread(values: Sequence[float], unit: Literal["", "%"] = "") -> str:
 
 def belonging(made: Table, results: Results) -> list[Line]:
     """Return the lines of all trials of the table, those of the whole sweeps included."""
-    trials = [made.trial(arm, rate, seed) for arm in made.arms for rate in arm.rates for seed in made.seeds]
+    rates = {arm.name: [trial.rate for trial in swept(made, arm, results)] for arm in made.arms}
+    trials = [made.trial(arm, rate, seed) for arm in made.arms for rate in rates[arm.name] for seed in made.seeds]
     lines = [results.fit(trial) for trial in trials] + [results.test(trial, made.test) for trial in trials]
     return [line for line in lines if line is not None]
 
 
 def notes(made: Table, results: Results) -> str:
-    """Return the notes on the table: how it was made, how to read it, and the comparison with one arm."""
-    lines = belonging(made, results)
+    """Return the notes on the table: what it can tell, how it was made and is read, and the comparison with one arm."""
+    lines, found = belonging(made, results), rows(made, results)
     hours = sum(line["seconds"] for line in lines) / 3600
     machines = " and ".join(sorted({line["device"] for line in lines})) or "no machine yet"
     data = {"batch_size": 4, "heldout": "some", **made.workload["data"].get("init_args", {})}
@@ -359,11 +416,14 @@ def notes(made: Table, results: Results) -> str:
     about = (
         f"{made.title} Model {made.workload['model'].get('base', 'demo')}, {made.steps} steps of {data['batch_size']} "
         f"rows, {data['heldout']} rows held out{short}, {hours:.1f} hours on {machines}. Mean ± standard deviation "
-        f"over seeds; the learning rate has the lowest held-out loss with seed {made.seeds[0]}. A tie with the best of "
-        "a group: the means differ by no more than the larger of the two standard deviations."
+        f"over seeds; the learning rate has the lowest held-out loss with seed {made.seeds[0]}. Beside the best of a "
+        "group: the difference on the same seeds, and rows where they are kept, with its interval of 95 %, not "
+        "corrected for the number of arms; a tie: it contains 0."
     )
-    raced = race.told(made.race, fits_of(rows(made, results)), start(made, results)) if made.race else ()
-    return " ".join([about, *unknown(made, lines), *comparison(made, results), *raced])
+    raced = race.told(made.race, fits_of(found), start(made, results)) if made.race else ()
+    power = " ".join(power_of(made, found))
+    text = " ".join([about, *unknown(made, lines), *comparison(made, results), *raced])
+    return f"{power}\n\n{text}" if power else text
 
 
 def unknown(made: Table, lines: Sequence[Line]) -> Iterator[str]:

@@ -40,6 +40,20 @@ def forgetting(results: Path) -> str:
     return published(results / "forgetting.jsonl")
 
 
+def claims(results: Path) -> str:
+    """Return the statements of papers with what decides them, and the verdicts."""
+    from benchmarks.claims import ledger  # loads torch, as above
+
+    return ledger(results)
+
+
+def pareto(results: Path) -> str:
+    """Return the figure of loss over costs, if it was drawn."""
+    if not (results.parent / "figures" / "pareto.svg").exists():
+        return "Not drawn yet: `python -m benchmarks.plots` draws losses over memory, time and forgetting."
+    return "![Held-out loss over memory, step time and forgetting](../../benchmarks/figures/pareto.svg)"
+
+
 def methods(_results: Path) -> str:
     """Return a row for each configs/*.yaml: its first comment, and what the classes that it names say of themselves."""
     import yaml
@@ -178,6 +192,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "methods": methods,
     "faults": faults,
     "forgetting": forgetting,
+    "claims": claims,
+    "pareto": pareto,
     "configuration": configuration,
     "command_line": command_line,
     **{f"families-{task}": partial(family_tables.families, task) for task in ("CausalLM", "Classifier")},

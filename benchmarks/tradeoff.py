@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.curves import Curve, Study, at_best, belonging, read_study
-from benchmarks.measurements import Line, caption, newest, table, ties
+from benchmarks.measurements import Line, caption, newest, table
+from benchmarks.pairing import difference
 from benchmarks.ranking import SCORE, Results, end_of, mean_spread, newest_first
 from benchmarks.recording import EXTRAPOLATED, PENALTY, costs
 
@@ -142,14 +143,12 @@ def row(point: Point, base: Point | None, seeds: int) -> list[str]:
 
 
 def beside(point: Point, base: Point) -> list[str]:
-    """Compare both losses with those without a penalty: lower, higher, or a tie within the larger spread."""
+    """Compare both losses with those without a penalty: lower, higher, or a tie."""
     out: list[str] = []
     for name, said in ((GENERAL, "general"), (SCORE, "domain")):
-        ours, theirs = point.values(name), base.values(name)
-        if min(len(ours), len(theirs)) < 2:
-            continue
-        lower = statistics.fmean(ours) < statistics.fmean(theirs)
-        out.append(f"{said}: {'tie' if ties(ours, theirs) else 'lower' if lower else 'higher'}")
+        gap = difference(point.lines, base.lines, name)
+        if gap is not None:
+            out.append(f"{said}: {'tie' if gap.tie else 'lower' if gap.difference < 0 else 'higher'} ({gap})")
     return out
 
 
@@ -165,8 +164,7 @@ def notes(study: Study, found: Sequence[Point]) -> str:
         f"Mean ± standard deviation over seeds; a method's learning rate has the lowest held-out domain loss with seed "
         f"{study.table.seeds[0]} at one of its strengths; `none` is there with each rate. What holds to the base "
         "(`l2sp`, `kl`) may also take back what the first phase learnt. The last column compares with `none` at the "
-        "rate with the lowest domain loss; a tie: the means differ by no more than the larger of the two standard "
-        "deviations."
+        "rate with the lowest domain loss, paired by seed, with the interval of 95 %; a tie: it contains 0."
     )
 
 

@@ -24,8 +24,8 @@ TABLES = Path(__file__).parent / "quality"
 SEEDS = (0, 1, 2)
 SEED = "${seed}"
 """Placeholder of the trial's seed, for updates that draw without a `seed` of their own, such as PEFT's SHiRA."""
-TABLE_KEYS = {"title", "workload", "test", "seeds", "arms", "also", "against", "reduce", "race"}
-ARM_KEYS = {"updates", "method", "model", "lr", "group"}
+TABLE_KEYS = {"title", "workload", "test", "seeds", "arms", "also", "against", "reduce", "race", "costs", "widen"}
+ARM_KEYS = {"updates", "method", "model", "lr", "group", "seeds"}
 RACE_KEYS = {"every", "to", "whole", "without"}
 Config = dict[str, Any]
 
@@ -39,12 +39,14 @@ class Arm:
         rates: Peak learning rates of the sweep, lowest first.
         group: Arms of one group train equally many weights, and are ranked among one another. An arm without a group
             is a reference.
+        seeds: How many of the table's seeds it is trained with, the first ones; None for all.
     """
 
     name: str
     model: Config
     rates: tuple[float, ...]
     group: str | None = None
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class Table:
         against: Name of the arm that the others are compared with, or None.
         reduce: The outcomes among `also` that the others should reduce, at the quality of `against`.
         race: How soon arms reach a loss, or None.
+        costs: Whether peak memory and step time stand beside the losses.
+        widen: How often a sweep goes on beyond its rates while the best one is at an end.
     """
 
     name: str
@@ -120,6 +124,12 @@ class Table:
     against: str | None = None
     reduce: tuple[str, ...] = ()
     race: Race | None = None
+    costs: bool = False
+    widen: int = 0
+
+    def seeds_of(self, arm: Arm) -> tuple[int, ...]:
+        """Return the seeds that an arm is trained with."""
+        return self.seeds[: arm.seeds]
 
     @property
     def steps(self) -> int:
@@ -183,6 +193,8 @@ def table_of(
         _against(document, also, less, str(path)),
         less,
         raced,
+        _flag(document, "costs", str(path)),
+        _count(document, "widen", 0, str(path)) or 0,
     )
 
 
@@ -229,6 +241,20 @@ def _outcomes(document: Config, key: str, where: str) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(name, str) for name in given) or len({*given}) < len(given):
         raise BadInput(f"{where}: `{key}` is {given!r}; give a list of different outcomes, such as [heldout_accuracy].")
     return tuple(given)
+
+
+def _flag(document: Config, key: str, where: str) -> bool:
+    given = document.get(key, False)
+    if not isinstance(given, bool):
+        raise BadInput(f"{where}: `{key}` is {given!r}; give true, or leave it out.")
+    return given
+
+
+def _count(document: Config, key: str, least: int, where: str) -> int | None:
+    given = document.get(key)
+    if given is not None and (type(given) is not int or given < least):
+        raise BadInput(f"{where}: `{key}` is {given!r}; give a whole number from {least} on, or leave it out.")
+    return given
 
 
 def _against(document: Config, also: Sequence[str], less: Sequence[str], where: str) -> str | None:
@@ -288,7 +314,8 @@ def _arm(name: Any, body: Any, where: str) -> Arm:
         raise BadInput(f"{where}: `updates` is {model['updates']!r}; give a list, [] for full fine-tuning.")
     model = merged(model, body.get("model") or {})
     group = body.get("group")
-    return Arm(str(name), model, _rates(body["lr"], where), None if group is None else str(group))
+    rates, seeds = _rates(body["lr"], where), _count(body, "seeds", 1, where)
+    return Arm(str(name), model, rates, None if group is None else str(group), seeds)
 
 
 def _method(name: str) -> Config:

@@ -18,9 +18,9 @@ def lines(*losses: float, passes: float = 2.0) -> list[dict]:
     return [
         {
             "steps": 100, "passes": passes, "step_seconds": 6.0, "peak_resident": 2**30,
-            "after": {"heldout_loss": loss}, "curve": [[50, (3 + loss) / 2], [100, loss]],
+            "after": {"heldout_loss": loss}, "curve": [[50, (3 + loss) / 2], [100, loss]], "seed": seed,
         }
-        for loss in losses
+        for seed, loss in enumerate(losses)
     ]  # fmt: skip
 
 
@@ -47,15 +47,22 @@ def test_arms_are_timed_to_the_loss_of_one():
 
 
 def test_sentences_say_what_is_faster_and_which_parts_pay():
-    arms = {"mezo": lines(2.0, 2.2), "helene": lines(1.0, 1.1), "flat": lines(1.5, 1.4), "layer": lines(1.05, 1.06)}
+    arms = {
+        "mezo": lines(2.0, 2.2),
+        "helene": lines(1.0, 1.1, 1.05),
+        "flat": lines(1.5, 1.4, 1.45),
+        "layer": lines(1.05, 1.06, 1.08),
+    }
     text = " ".join(race.told(RACE, arms, 3.0))
     assert "Steps, forward passes and minutes are those to the final loss of mezo." in text
     assert "Beside mezo: helene in 0.46 of its steps and 0.46 of its passes;" in text
-    assert "Parts of helene: the curvature pays (+0.4000 with flat); one number does not pay, a tie" in text
-    arms = {"mezo": lines(2.0, 2.2), "helene": lines(2.5, 2.5), "flat": lines(1.5, 1.4), "layer": []}
+    assert "Parts of helene: the curvature pays (+0.4000 [+0.1516, +0.6484] with flat);" in text
+    assert "one number does not pay, a tie" in text
+    arms = {"mezo": lines(2.0, 2.2), "helene": lines(2.5, 2.5, 2.5), "flat": lines(1.5, 1.4, 1.45), "layer": []}
     text = " ".join(race.told(RACE, arms, 3.0))
     assert "Not reached by helene." in text
-    assert "the curvature does not pay, it costs (-1.0500 with flat); one number not judged (layer)." in text
+    assert "the curvature does not pay, it costs (-1.0500 [-1.1742, -0.9258] with flat)" in text
+    assert "one number not judged (layer)." in text
     assert not list(race.told(RACE, {"mezo": [], "helene": []}, 3.0))
 
 

@@ -26,7 +26,7 @@ def results(made: Table, path: Path, **losses: tuple[float, ...]) -> Results:
             after = {"heldout_loss": loss, "density": 0.8 - 0.2 * number + 0.02 * seed}
             hashes = {"identity": trial.identity(STACK), "untrained": trial.untrained(STACK)}
             figures = {"before": {"heldout_loss": 2.0, "density": 0.9}, "after": after, "seconds": 36.0}
-            out.append({**ABOUT, **hashes, **figures, "trainable": 10, "trainable_share": 0.1})
+            out.append({**ABOUT, **hashes, **figures, "trainable": 10, "trainable_share": 0.1, "seed": seed})
     return out
 
 
@@ -38,16 +38,22 @@ def made() -> Table:
 
 def told(made: Table, found: Results) -> str:
     """Return the sentences of the notes that are not in those of every table."""
-    return ranking.notes(made, found).partition("two standard deviations.")[2].strip()
+    return ranking.notes(made, found).partition("a tie: it contains 0.")[2].strip()
 
 
 def test_further_outcomes_are_columns_after_the_losses(made: Table, tmp_path: Path) -> None:
-    assert ranking.head(made)[4:9] == ["held-out loss", "text loss", "density", "density above 1", "right answers"]
+    assert ranking.head(made)[4:9] == [
+        "held-out loss",
+        "text loss",
+        "density",
+        "density above 1",
+        "beside the best [95 %]",
+    ]
     untrained, lora, sparse, sparser = ranking.cells(made, results(made, tmp_path, lora=PLAIN, sparse=PLAIN))
     assert {len(row) for row in (untrained, lora, sparse, sparser)} == {len(ranking.head(made))}
     assert untrained[4:8] == ["2.0000 ± 0.0000", "-", "0.9000 ± 0.0000", "-"]
     assert lora[4:8] == ["1.0100 ± 0.0100", "-", "0.8200 ± 0.0200", "-"]
-    assert sparser[2:] == [*["-"] * 7, "0", "not measured"]
+    assert sparser[2:] == [*["-"] * 8, "0", "not measured"]
 
 
 def test_an_outcome_that_no_trial_has_is_named(made: Table, tmp_path: Path) -> None:
@@ -57,21 +63,20 @@ def test_an_outcome_that_no_trial_has_is_named(made: Table, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("loss", "quality"),
+    ("worse", "quality"),
     [
-        (1.019, "equal quality (+0.0090)"),
-        (1.021, "worse quality (+0.0110)"),
-        (1.001, "equal quality (-0.0090)"),
-        (0.999, "better quality (-0.0110)"),
-        (math.inf, "worse quality (+inf)"),
+        (0.002, "a quality that is not told apart (+0.0020 [-0.0005, +0.0045])"),
+        (0.01, "worse quality (+0.0100 [+0.0075, +0.0125])"),
+        (-0.01, "better quality (-0.0100 [-0.0125, -0.0075])"),
     ],
 )
-def test_equal_quality_is_within_the_spread_of_the_arm_without(
-    made: Table, tmp_path: Path, loss: float, quality: str
+def test_quality_differs_where_the_interval_leaves_out_zero(
+    made: Table, tmp_path: Path, worse: float, quality: str
 ) -> None:
-    said = told(made, results(made, tmp_path, lora=PLAIN, sparse=(loss - 0.1, loss, loss + 0.1)))
+    losses = tuple(loss + worse + more for loss, more in zip(PLAIN, (-0.001, 0, 0.001), strict=True))
+    said = told(made, results(made, tmp_path, lora=PLAIN, sparse=losses))
     unseen = "sparser not judged (3 seeds of both are needed)"
-    assert f"Density beside lora: sparse -24.4% at {quality}; {unseen}. Quality is equal where" in said
+    assert f"Density beside lora: sparse -24.4% at {quality}; {unseen}. In brackets: how much" in said
 
 
 @pytest.mark.parametrize("plain", [PLAIN[:2], (1.0, 1.01, math.nan)])

@@ -1,0 +1,382 @@
+"""Decide statements of papers by our records: `python -m benchmarks.claims` writes docs/claims.md.
+
+The statements and the rules are in claims.yaml. A rule was written before the run that it judges, or the page says that
+the record was there already.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measurements import Line, read_lines, table
+from benchmarks.pairing import LEVEL, difference, scores_of, smallest, t_quantile
+from benchmarks.race import reached
+from benchmarks.ranking import SCORE, newest_first, row_of, start
+from benchmarks.tradeoff import points, read_study
+from benchmarks.trials import Table, read_table, read_yaml
+from lit_sparse.errors import BadInput
+
+COMMAND = "python -m benchmarks.claims"
+CLAIMS = Path(__file__).with_name("claims.yaml")
+PAGE = Path(__file__).parents[1] / "docs" / "claims.md"
+REPRODUCED, REFUTED, OPEN = "reproduced", "refuted at this scale", "not decidable here"
+MARGIN = 0.005
+"""Nats a token that a difference must have to matter, where a rule names no margin."""
+FORGETTING = "forgetting"
+"""The study of forgetting; its arms are methods with their strength, such as `ewc 0.0498`."""
+Rule = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement of a paper.
+
+    Attributes:
+        says: What it says.
+        there: On which model and task, with its number.
+        source: Its arXiv number, or another name.
+        rule: What decides, as claims.yaml describes it.
+        known: Whether the record was there before the rule.
+    """
+
+    says: str
+    there: str
+    source: str
+    rule: Rule
+    known: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a claim: one of the three verdicts, what was found or is missing, and at which scale."""
+
+    verdict: str
+    found: str
+    scale: str = ""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """An arm's trainings at its best learning rate.
+
+    Attributes:
+        end: "lowest", "highest" or "only", if that rate is an end of the sweep.
+        rates: The learning rates of the sweep, lowest first.
+    """
+
+    name: str
+    fits: Sequence[Line]
+    rate: float
+    end: str
+    rates: Sequence[float]
+    before: float = math.nan
+
+
+class Undecided(Exception):
+    """A rule cannot be applied; its text is the reason."""
+
+
+def read_claims(path: Path = CLAIMS) -> list[Claim]:
+    """Read the statements and their rules.
+
+    Raises:
+        BadInput: if one lacks a part, or has a rule of a kind that is not known.
+    """
+    out = []
+    for number, body in enumerate(read_yaml(path)["claims"], 1):
+        keys = {field.name for field in dataclasses.fields(Claim)}
+        if not isinstance(body, dict) or not body.keys() <= keys or not body.keys() >= keys - {"known"}:
+            raise BadInput(f"{path}: statement {number} must have says, there, source and rule; known may be true.")
+        kind = body["rule"].get("kind")
+        if kind not in RULES:
+            raise BadInput(f"{path}: statement {number} has a rule of kind {kind!r}; give one of {', '.join(RULES)}.")
+        out.append(Claim(**{**body, "source": str(body["source"])}))
+    return out
+
+
+def decide(claim: Claim, results: Path) -> Verdict:
+    """Return the verdict on a claim.
+
+    Args:
+        results: Folder of the records.
+    """
+    try:
+        return RULES[claim.rule["kind"]](claim.rule, results)
+    except Undecided as reason:
+        return Verdict(OPEN, str(reason))
+
+
+# ---- evidence
+
+
+def evidence(rule: Rule, results: Path) -> tuple[Evidence, Evidence, str]:
+    """Return what is known of a rule's two arms, and at which scale.
+
+    Raises:
+        Undecided: if one of them was not measured, or its best learning rate is not known.
+    """
+    source = forgetting if rule["table"] == FORGETTING else trained
+    found, scale = source(rule, results)
+    for one in found:
+        if one.end:
+            raise Undecided(f"the best learning rate of {one.name} is at an end of its sweep")
+    ours, theirs = found
+    return ours, theirs, scale
+
+
+def trained(rule: Rule, results: Path) -> tuple[list[Evidence], str]:
+    made = read_table(rule["table"])
+    arms = {arm.name: arm for arm in made.arms}
+    if absent := [rule[key] for key in ("arm", "than") if rule[key] not in arms]:
+        raise BadInput(f"the table {made.name} has no arm {absent[0]}, which a statement is about.")
+    for measured in newest_first(results / "quality.jsonl"):
+        rows = [row_of(made, arms[rule[key]], measured) for key in ("arm", "than")]
+        if all(row.fits for row in rows):
+            if not all(row.swept and len(row.fits) == len(made.seeds_of(row.arm)) for row in rows):
+                raise Undecided(f"measured in part: `{command(made)}` goes on")
+            before, fits = start(made, measured), [row.fits for row in rows]
+            found = [
+                Evidence(row.arm.name, row.fits, row.best.rate if row.best else math.nan, row.end, row.rates, before)
+                for row in rows
+            ]
+            return found, scale_of(made, fits)
+    raise Undecided(f"not measured yet: `{command(made)}`")
+
+
+def command(made: Table) -> str:
+    return f"make quality TABLE={made.name}"
+
+
+def forgetting(rule: Rule, results: Path) -> tuple[list[Evidence], str]:
+    study = read_study()
+    for measured in newest_first(results / "forgetting.jsonl"):
+        found = {f"{one.curve.name} {one.strength:g}": one for one in points(study, measured) if one.strength}
+        if {rule["arm"], rule["than"]} <= found.keys():
+            chosen = [found[rule[key]] for key in ("arm", "than")]
+            names = (rule["arm"], rule["than"])
+            out = [
+                Evidence(name, one.lines, one.rate, one.end, (one.rate,))
+                for name, one in zip(names, chosen, strict=True)
+            ]
+            return out, scale_of(study.table, [one.lines for one in chosen])
+    raise Undecided("not measured yet: `python -m benchmarks.forgetting_study`")
+
+
+def scale_of(made: Table, fits: Sequence[Sequence[Line]]) -> str:
+    """Describe at which scale arms were trained."""
+    seeds = min(len(lines) for lines in fits)
+    scores = scores_of(fits[0])
+    tokens = "" if scores is None or scores.tokens is None else f", {int(scores.tokens.sum()):,} tokens scored"
+    return f"{made.workload['model'].get('base', 'demo')}, {made.steps} steps, {seeds} seeds{tokens}"
+
+
+# ---- rules
+
+
+def lower(rule: Rule, results: Path) -> Verdict:
+    ours, theirs, scale = evidence(rule, results)
+    gap, told = compared(rule, ours, theirs)
+    if gap.high < 0:
+        return Verdict(REPRODUCED, told, scale)
+    return Verdict(REFUTED if gap.low > -rule.get("margin", MARGIN) else OPEN, told, scale)
+
+
+def tie(rule: Rule, results: Path) -> Verdict:
+    ours, theirs, scale = evidence(rule, results)
+    gap, told = compared(rule, ours, theirs)
+    margin = rule.get("margin", MARGIN)
+    if -margin < gap.low and gap.high < margin:
+        return Verdict(REPRODUCED, told, scale)
+    return Verdict(REFUTED if gap.low >= margin or gap.high <= -margin else OPEN, told, scale)
+
+
+def compared(rule: Rule, ours: Evidence, theirs: Evidence) -> tuple[Any, str]:
+    """Return the interval of the difference, and the words for it, with the smallest difference that could be told."""
+    name = rule.get("of", SCORE)
+    gap = difference(ours.fits, theirs.fits, name)
+    if gap is None:
+        raise Undecided(f"{ours.name} or {theirs.name} diverged, or has no {name} with two shared seeds")
+    scores = [one for lines in (ours.fits, theirs.fits) if (one := scores_of(lines, name)) is not None]
+    return gap, f"{ours.name} - {theirs.name}: {gap}; detectable {smallest(scores) or math.nan:.4f}"
+
+
+def rate(rule: Rule, results: Path) -> Verdict:
+    """Decide by the ratio of best learning rates, each known to half a step of its sweep."""
+    ours, theirs, scale = evidence(rule, results)
+    found = ours.rate / theirs.rate
+    half = math.prod(
+        math.sqrt(max(b / a for a, b in zip(one.rates, one.rates[1:], strict=False))) for one in (ours, theirs)
+    )
+    least, most = rule["between"]
+    told = f"{ours.rate:g} / {theirs.rate:g} = {found:.1f} [{found / half:.1f}, {found * half:.1f}]"
+    if least <= found <= most:
+        return Verdict(REPRODUCED, told, scale)
+    return Verdict(REFUTED if found * half < least or found / half > most else OPEN, told, scale)
+
+
+def ratio(rule: Rule, results: Path) -> Verdict:
+    """Decide by the ratio of an outcome, seed by seed: Student's t on the logarithms."""
+    ours, theirs, scale = evidence(rule, results)
+    values = [{line["seed"]: outcome(line, rule["of"], one, theirs) for line in one.fits} for one in (ours, theirs)]
+    shared = sorted(values[0].keys() & values[1].keys())
+    if len(shared) < 2:
+        raise Undecided(f"{ours.name} and {theirs.name} share {len(shared)} seeds; two are needed")
+    logs = [math.log(values[0][seed] / values[1][seed]) for seed in shared]
+    middle, half = (
+        statistics.fmean(logs),
+        t_quantile((1 + LEVEL) / 2, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs)),
+    )
+    low, high = math.exp(middle - half), math.exp(middle + half)
+    told = f"{rule['of']}, {ours.name} / {theirs.name}: {math.exp(middle):.3f} [{low:.3f}, {high:.3f}]"
+    return Verdict(bounded(rule, low, high), told, scale)
+
+
+def outcome(line: Line, name: str, arm: Evidence, base: Evidence) -> float:
+    """Return a number of a training: an outcome, a cost, or the steps or passes to the final loss of the other arm."""
+    if name in ("steps", "passes"):
+        target = statistics.fmean(float(one["after"][SCORE]) for one in base.fits)
+        steps = float(line["steps"]) if arm is base else reached(arm.before, line["curve"], target)
+        if steps is None:
+            raise Undecided(f"{arm.name} does not reach the loss of {base.name} with every seed")
+        return steps * (line["passes"] if name == "passes" else 1.0)
+    value = line["after"].get(name, line.get(name))
+    if value is None or not 0 < float(value) < math.inf:
+        raise Undecided(f"{arm.name} has no {name}")
+    return float(value)
+
+
+def record(rule: Rule, results: Path) -> Verdict:
+    """Decide by a recorded number, or its ratio to another's; its interval where one is recorded."""
+    lines = read_lines(results / f"{rule['file']}.jsonl", f"python -m benchmarks.{rule['file']}")
+    line = matching(lines, rule["where"])
+    middle = number(line, rule["value"])
+    low, high = (number(line, rule[end]) if end in rule else middle for end in ("low", "high"))
+    if "over" in rule:
+        scale = number(matching(lines, rule["over"]), rule.get("over_value", rule["value"]))
+        low, middle, high = low / scale, middle / scale, high / scale
+    told = f"{middle:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low < high else "")
+    return Verdict(bounded(rule, low, high), told, f"{line.get('model', '')} on {line['device']}".strip())
+
+
+def matching(lines: Sequence[Line], where: Mapping[str, Any]) -> Line:
+    found = [line for line in lines if all(line.get(key) == value for key, value in where.items())]
+    if not found:
+        raise Undecided(f"no record has {', '.join(f'{key} {value}' for key, value in where.items())}")
+    return max(found, key=lambda line: line["date"])
+
+
+def number(line: Line, value: str | Sequence[str | int]) -> float:
+    """Return a number of a line: at a path of keys, or one of `NUMBERS`."""
+    if isinstance(value, str):
+        return NUMBERS[value](line)
+    found: Any = line
+    for key in value:
+        found = found[key]
+    return float(found)
+
+
+def skew(line: Line) -> float:
+    """Return the norm of the embedding's weights over that of the median decoder layer."""
+    norms = {at["layer"]: at["norm"] for at in line["layers"]}
+    middle = statistics.median(norm for name, norm in norms.items() if name.isdigit())
+    return next(norm for name, norm in norms.items() if "embed" in name) / middle
+
+
+def added(line: Line) -> float:
+    """Return the seconds a sample that recording adds to the run."""
+    return line["seconds_a_sample"] * (1 - 1 / line["ratio_median"])
+
+
+def bounded(rule: Rule, low: float, high: float) -> str:
+    """Return the verdict on a number in an interval that should be at most `most`, or at least `least`."""
+    if "most" in rule:
+        return REPRODUCED if high <= rule["most"] else REFUTED if low > rule["most"] else OPEN
+    return REPRODUCED if low >= rule["least"] else REFUTED if high < rule["least"] else OPEN
+
+
+NUMBERS: dict[str, Callable[[Line], float]] = {"skew": skew, "added": added}
+RULES: dict[str, Callable[[Rule, Path], Verdict]] = {
+    "lower": lower,
+    "tie": tie,
+    "rate": rate,
+    "ratio": ratio,
+    "record": record,
+}
+
+
+# ---- the page
+
+
+def in_words(rule: Rule) -> str:
+    """Say what a rule decides by."""
+    kind, where = rule["kind"], f"`{rule.get('table', rule.get('file'))}`"
+    bound = f"at most {rule['most']:g}" if "most" in rule else f"at least {rule.get('least', 0):g}"
+    if kind in ("lower", "tie"):
+        arms = f"{rule.get('of', SCORE).replace('_', ' ')} of {rule['arm']} - {rule['than']}"
+        margin = rule.get("margin", MARGIN)
+        told = f"below 0; refuted above -{margin:g}" if kind == "lower" else f"within ±{margin:g}; refuted outside"
+        return f"{where}: {arms} {told}"
+    if kind == "rate":
+        return f"{where}: best rate of {rule['arm']} / {rule['than']} from {rule['between'][0]} to {rule['between'][1]}"
+    if kind == "ratio":
+        return f"{where}: {rule['of'].replace('_', ' ')} of {rule['arm']} / {rule['than']} {bound}"
+    value = rule["value"] if isinstance(rule["value"], str) else ".".join(map(str, rule["value"]))
+    over = f" / that of {', '.join(map(str, rule['over'].values()))}" if "over" in rule else ""
+    return f"{where}: {value} of {', '.join(str(part) for part in rule['where'].values())}{over} {bound}"
+
+
+def link(source: str) -> str:
+    return f"[{source}](https://arxiv.org/abs/{source})" if re.fullmatch(r"\d{4}\.\d{5}", source) else source
+
+
+def ledger(results: Path, claims: Sequence[Claim] | None = None) -> str:
+    """Return the counts of verdicts and the table of claims.
+
+    Args:
+        results: Folder of the records.
+        claims: The statements; those of claims.yaml if not given.
+    """
+    rows, counts = [], Counter[str]()
+    for claim in read_claims() if claims is None else claims:
+        verdict = decide(claim, results)
+        counts[verdict.verdict] += 1
+        known = " *(the record was there before the rule)*" if claim.known else ""
+        scale = f" ({verdict.scale})" if verdict.scale else ""
+        rows.append(
+            [
+                f"{claim.says} {link(claim.source)}: {claim.there}",
+                f"{in_words(claim.rule)}{known}",
+                f"{verdict.found}{scale}",
+                f"**{verdict.verdict}**",
+            ]
+        )
+    told = ", ".join(f"{counts[name]} {name}" for name in (REPRODUCED, REFUTED, OPEN))
+    made = table(["statement", "rule", "found here", "verdict"], rows).replace("---:", "---")
+    return f"{len(rows)} statements: {told}. Decided by `{COMMAND}` from the records in benchmarks/results.\n\n{made}"
+
+
+def main() -> int:
+    """Write the page; return the exit status."""
+    from benchmarks.readme import ROOT, rewritten
+
+    try:
+        text = rewritten(PAGE.read_text(encoding="utf-8"), "docs/claims.md", ROOT / "benchmarks" / "results")
+    except ValueError as error:
+        print(f"claims: {error}", file=sys.stderr)
+        return 2
+    PAGE.write_text(text, encoding="utf-8")
+    print(ledger(ROOT / "benchmarks" / "results").partition("\n")[0])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
