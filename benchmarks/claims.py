@@ -99,7 +99,9 @@ def read_claims(path: Path = CLAIMS) -> list[Claim]:
         kind = body["rule"].get("kind")
         if kind not in RULES:
             raise BadInput(f"{path}: statement {number} has a rule of kind {kind!r}; give one of {', '.join(RULES)}.")
-        out.append(Claim(**{**body, "source": str(body["source"])}))
+        if not isinstance(body["source"], str):
+            raise BadInput(f"{path}: statement {number} has the source {body['source']!r}; write it in quotes.")
+        out.append(Claim(**body))
     return out
 
 
@@ -263,7 +265,7 @@ def record(rule: Rule, results: Path) -> Verdict:
     if "over" in rule:
         scale = number(matching(lines, rule["over"]), rule.get("over_value", rule["value"]))
         low, middle, high = low / scale, middle / scale, high / scale
-    told = f"{middle:.4g}" + (f" [{low:.4g}, {high:.4g}]" if low < high else "")
+    told = in_figures(middle) + (f" [{in_figures(low)}, {in_figures(high)}]" if low < high else "")
     return Verdict(bounded(rule, low, high), told, f"{line.get('model', '')} on {line['device']}".strip())
 
 
@@ -319,7 +321,7 @@ RULES: dict[str, Callable[[Rule, Path], Verdict]] = {
 def in_words(rule: Rule) -> str:
     """Say what a rule decides by."""
     kind, where = rule["kind"], f"`{rule.get('table', rule.get('file'))}`"
-    bound = f"at most {rule['most']:g}" if "most" in rule else f"at least {rule.get('least', 0):g}"
+    bound = f"at most {in_figures(rule['most'])}" if "most" in rule else f"at least {rule.get('least', 0):g}"
     if kind in ("lower", "tie"):
         arms = f"{rule.get('of', SCORE).replace('_', ' ')} of {rule['arm']} - {rule['than']}"
         margin = rule.get("margin", MARGIN)
@@ -329,9 +331,19 @@ def in_words(rule: Rule) -> str:
         return f"{where}: best rate of {rule['arm']} / {rule['than']} from {rule['between'][0]} to {rule['between'][1]}"
     if kind == "ratio":
         return f"{where}: {rule['of'].replace('_', ' ')} of {rule['arm']} / {rule['than']} {bound}"
-    value = rule["value"] if isinstance(rule["value"], str) else ".".join(map(str, rule["value"]))
-    over = f" / that of {', '.join(map(str, rule['over'].values()))}" if "over" in rule else ""
-    return f"{where}: {value} of {', '.join(str(part) for part in rule['where'].values())}{over} {bound}"
+    value = rule["value"] if isinstance(rule["value"], str) else str(rule["value"][0])
+    over = f" / that of {named(rule['over'])}" if "over" in rule else ""
+    return f"{where}: {value.replace('_', ' ')} of {named(rule['where'])}{over} {bound}"
+
+
+def named(where: Mapping[str, Any]) -> str:
+    """Describe a record by the values that it is found by."""
+    return ", ".join(" / ".join(value) if isinstance(value, list) else str(value) for value in where.values())
+
+
+def in_figures(value: float) -> str:
+    """Format a number: four digits, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
 
 
 def link(source: str) -> str:

@@ -417,14 +417,15 @@ def test_the_tables_say_what_was_found(write: Write) -> None:
     first = "| first phase |  | - | 2.0000 ± 0.0000 | 3.0000 ± 0.0000 | ask 50.0% ± 0.0% | - |  |"
     assert first in text
     assert "| none | - | 0.01 | 1.5100 ± 0.0100 | 3.5100 ± 0.0100 | ask 25.0% ± 0.0% | 3 |  |" in text
-    remark = "general: lower; domain: higher"
+    remark = "general: lower (-0.4500 [-0.4500, -0.4500]); domain: higher (+0.4500 [+0.4500, +0.4500])"
     assert f"| none | - | 0.001 | 1.9600 ± 0.0100 | 3.0600 ± 0.0100 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
     assert "| base |" not in text
     about = {**ABOUT, "kind": "phase", "identity": runner.study.phases[0].stands, "seconds": 1.0}
     runner.results.append({**about, "before": {"general_loss": 4.0}, "after": {"general_loss": 3.0}})
     assert "| base |  | - | - | 4.0000 | - | - |  |" in tradeoff.shown(runner.study, runner.results)
-    remark = "general: lower; domain: higher; highest rate tried"
-    assert f"| adaptive | 10 | 0.01 | 1.9645 ± 0.0100 | 3.0555 ± 0.0100 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
+    told = "general: lower (-0.4545 [-0.4595, -0.4496]); domain: higher (+0.4545 [+0.4496, +0.4595])"
+    remark = f"{told}; highest rate tried"
+    assert f"| adaptive | 10 | 0.01 | 1.9645 ± 0.0092 | 3.0555 ± 0.0092 | ask 25.0% ± 0.0% | 3 | {remark} |" in text
     assert f"Measured by `python -m benchmarks.forgetting_study --only cost` on {ABOUT['device']}, " in text
     assert "| a Fisher of all weights (EWC-LoRA's recipe) | 9.000 | 50.0 | 18.00 | 8.0 | 100.0% |" in text
     assert "(RecordImportance) | 0.500 | 2.8 | 1.00 | 1.0 | 12.5% |" in text
@@ -447,7 +448,7 @@ def test_gaps_within_the_spread_are_ties_and_missing_seeds_are_named(write: Writ
     methods["adaptive"] |= {"strengths": [0.001, 10.0], "swept": 0.001}
     runner = run(write(methods=methods))
     rows = {(row[0], row[1]): row for row in tradeoff.cells(runner.study, runner.results)}
-    assert rows["adaptive", "0.001"][-1].startswith("general: tie; domain: tie")
+    assert rows["adaptive", "0.001"][-1].startswith("general: tie (-0.0005 [-0.0055, +0.0045]); domain: tie (+0.0005 [")
     part = read(write(methods=methods), seeds=[0, 1, 2, 3])
     rows = {(row[0], row[1]): row for row in tradeoff.cells(part, runner.results)}
     assert rows["none", "-"][-1] == "incomplete: 3 of 4 seeds"
