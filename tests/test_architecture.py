@@ -266,7 +266,7 @@ NEW_YAML = """
 # Shrunk: all weights, made smaller after each step (arXiv 2405.15525)
 # trains: all weights
 # costs: as full.yaml
-# claims: nothing
+# claims: none
 # page: docs/methods/full.md
 model:
   lr: 1e-3               # peak learning rate

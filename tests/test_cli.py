@@ -19,13 +19,15 @@ import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lit_sparse import cli, strategies
+from lit_sparse import cli
 from lit_sparse.commands import configs, usage
+from lit_sparse.commands.refusals import subclasses
 from lit_sparse.commands.shipped import methods
 from lit_sparse.commands.words import find_data
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.places import configs_folder
+from lit_sparse.strategies import UpdateStrategy
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 
@@ -392,9 +394,10 @@ def test_the_long_help_has_every_key(home, capsys, monkeypatch):
 def test_list_tells_what_each_method_trains_costs_and_claims(home, capsys):
     cli.run(["list"])
     text = capsys.readouterr().out
+    kinds = {kind.__name__: kind for kind in subclasses(UpdateStrategy)}
     for path in methods():
         named = yaml.safe_load(path.read_text())["model"].get("updates+", [])
-        updates = [getattr(strategies, one["class_path"]) for one in named]
+        updates = [kinds[one["class_path"]] for one in named]
         block = text.partition(f"\n{path.name}\n")[2].partition("\n\n")[0]
         said = dict(re.findall(r"^    (\w+): +(\S.*)$", block, re.MULTILINE))
         assert said["classes"] == (", ".join(one.__name__ for one in updates) or "none"), path

@@ -3,16 +3,19 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from huggingface_hub import ModelCard, metadata_load
 from transformers import __version__ as transformers_version
 
-from lit_sparse.export.card import card, dataset, license_of, on_hub, read_record
+from lit_sparse.errors import BadInput
+from lit_sparse.export.card import card, dataset, license_of, loading, on_hub, read_record
 from lit_sparse.export.folder import export
 from lit_sparse.modules import CausalLM
+from lit_sparse.strategies import UpdateStrategy
+from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import Device, Memory, ModelSize
 from tests.export.test_folder import METHODS, Run, load, logits, lora, make_run
@@ -148,3 +151,20 @@ def test_the_mark_and_the_weights_are_as_before(run: Run, tmp_path: Path) -> Non
     output = export(run.folder, output=tmp_path / "out")
     assert json.loads((output / "lit_sparse.json").read_text())["run"] == "try-1"
     torch.testing.assert_close(logits(load(output)), run.logits, rtol=0, atol=0)
+
+
+@dataclasses.dataclass
+class Own(UpdateStrategy):
+    """A method of another package, with a forward pass of its own."""
+
+    leaves: ClassVar = "own_forward"
+
+
+def test_an_adapter_of_a_method_from_elsewhere_is_loaded_from_there(tmp_path: Path) -> None:
+    task = CausalLM(tiny_llm(), [Own()])
+    task.build()
+    text = loading(task, "adapter")
+    assert f"from {Own.__module__} import Own\n" in text
+    assert '\nOwn.load("FOLDER", base)\n' in text
+    with pytest.raises(BadInput, match="Own has no format of its own"):  # until it says how
+        Own.load(tmp_path, tiny_llm())
