@@ -5,8 +5,8 @@ enough seeds the interval is that of a bootstrap: rows are resampled as clusters
 both arms get the same resamples. Percentiles of few seeds are too narrow, so that they are taken at the expanded level
 of Hesterberg (The American Statistician 69, 2015, section 5.3). Of fewer than `BOOTSTRAPPED` seeds no resample lies
 beyond the outermost seed, which leaves out more than 5 %: there, and where no rows are kept, the interval is Student's
-t's, with the degrees of freedom of Welch and Satterthwaite. Both err on the wide side, since the noise of one seed on one
-row counts among seeds and among rows.
+t's, with the degrees of freedom of Welch and Satterthwaite. Both err on the wide side: the noise of one seed on
+one row counts among seeds and among rows.
 """
 
 from __future__ import annotations
