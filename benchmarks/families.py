@@ -40,7 +40,7 @@ from lit_sparse.calls import dummy_forward
 from lit_sparse.checkpoints import LAST, read_checkpoint
 from lit_sparse.data import Labelled, Synthetic
 from lit_sparse.errors import BadInput
-from lit_sparse.export.card import own_forward
+from lit_sparse.export.card import own_loader
 from lit_sparse.export.folder import export
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.sharding import FSDP2Strategy
@@ -167,7 +167,7 @@ class Cell:
 
     def exported(self, module: LitSparse) -> PreTrainedModel:
         """Return the model that users load from the run's export."""
-        if (own := own_forward(module)) is None:
+        if (own := own_loader(module)) is None:
             return module.auto_class.from_pretrained(export(self.run, "hf"))
         base = module.auto_class.from_pretrained(self.base)
         own.load(export(self.run, "adapter"), base)

@@ -57,7 +57,7 @@ def write_model(config: LlamaConfig, folder: Path) -> dict[str, int]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     index: dict[str, str] = {}
     sizes: list[int] = []
-    for number, unit in enumerate(draw_units(model)):
+    for number, unit in enumerate(draw_units(model, 0)):
         own = {names[p]: p for p in unit.parameters() if not is_hollow(p)}
         file = f"model-{number:05}.safetensors"
         save_file({name: parameter.detach() for name, parameter in own.items()}, folder / file, {"format": "pt"})

@@ -119,7 +119,8 @@ def open_run(folder: Path) -> tuple[LitSparse, dict[str, Any], dict[str, Any]]:
     config = read_config(folder / "config.yaml")
     module = build_module({**config, "model": {**config["model"], "compile": False}})
     checkpoint = read_checkpoint(folder / LAST, ("lit_sparse",), mapped=True)
-    if module.quantize is not None or module.base.endswith(".json"):
+    module.take_seed(checkpoint["lit_sparse"])
+    if module.quantize is not None or module.is_drawn:
         # These weights were quantised or drawn in the run's precision; `auto` may mean another one on this machine.
         module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older checkpoints lack it
     if (folder / TOKENIZER).is_dir():

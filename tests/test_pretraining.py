@@ -70,8 +70,16 @@ def fit(run: str, *words: str, method: str = "low_rank.yaml") -> None:
     cli.run(["fit", *configs, "--model.base=config.json", *data, *SMALL, "--samples=0", f"--run={run}", *words])
 
 
+def last(run: str) -> Path:
+    return Path("runs") / run / "checkpoints" / "last.ckpt"
+
+
 def values(run: str) -> dict[str, torch.Tensor]:
-    return torch.load(Path("runs") / run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return torch.load(last(run), weights_only=True)["state_dict"]
+
+
+def bases(run: str) -> str:
+    return torch.load(last(run), weights_only=True)["lit_sparse"]["base"]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +111,23 @@ def test_a_model_is_trained_from_scratch_resumed_evaluated_and_exported(books, c
     capsys.readouterr()
     cli.run(["generate", "runs/straight-1", "the old", "--max_new_tokens=3"])
     assert capsys.readouterr().out.strip()
+
+
+def test_seeds_start_from_weights_of_their_own_and_a_run_keeps_its_seed(books, monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # put back afterwards
+    words = ("--trainer.max_steps=3", "--checkpoint_steps=2")
+    fit("straight", *words, "--seed_everything=1", method="full.yaml")
+    call = ("--trainer.callbacks+=tests.test_resume.Stop", "--trainer.callbacks.step=2")
+    with pytest.raises(Cut):
+        fit("cut", *words, *call, "--seed_everything=1", method="full.yaml")
+    fit("cut", *words, "--ckpt_path=last", method="full.yaml")  # seed_everything is 0 again
+    fit("other", *words, method="full.yaml")
+    for name, value in values("straight-1").items():
+        assert torch.equal(values("cut-1")[name], value), name
+    matrix = "model.model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(values("other-1")[matrix], values("straight-1")[matrix], atol=0.01)
+    assert load_run(Path("runs/straight-1"))[0].base_fingerprint == bases("straight-1") != bases("other-1")
+    cli.run(["validate", "--config=runs/straight-1/config.yaml", "--seed_everything=5", f"--ckpt_path={last('cut-1')}"])
 
 
 def test_cola_is_trained_and_has_no_export(books):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lit_sparse.anatomy import classification_head
 from lit_sparse.calls import dummy_forward
 from lit_sparse.errors import BadInput
-from lit_sparse.export.card import own_forward
+from lit_sparse.export.card import own_loader
 from lit_sparse.export.merge import check_converged, differs
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.hollow import release
@@ -36,8 +36,7 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
             f"an adapter of {run} was asked for, but {module.updates.names} trained none; export it with --to hf or "
             "--to delta."
         )
-    own = own_forward(module)
-    if classification_head(module.build()) and own is None:
+    if classification_head(module.build()) and adapters[0].leaves == "adapter":
         raise BadInput(
             f"an adapter of {run} was asked for, but its head was trained too, which the adapter lacks; export it with "
             "--to hf."
@@ -48,18 +47,22 @@ def write_adapter(module: LitSparse, run: str, folder: Path) -> None:
     release(module.build())  # so that the model is never held twice
     before, after = reloaded(module, folder)
     if differs(trained, after, before, LOAD_TOLERANCE):
+        way_out = (
+            "export it with --to hf" if adapters[0].leaves == "adapter" else "use it through lit_sparse.runs.load_run"
+        )
         raise BadInput(
             f"the adapter of {run} would not compute on its base what the run computed (its start rounded the base's "
-            f"weights); {'use it through lit_sparse.runs.load_run' if own else 'export it with --to hf'}."
+            f"weights); {way_out}."
         )
 
 
 def reloaded(module: LitSparse, folder: Path) -> tuple[Tensor, Tensor]:
     """Load the base of `module` anew; return its logits without and with the adapter in `folder`."""
     how = (module.frozen_dtype, module.attention, module.quantize)
-    base = load_base(module.auto_class, module.base, *how, config_options=module.config_options)
+    more = {"config_options": module.config_options, "seed": module.init_seed}
+    base = load_base(module.auto_class, module.base, *how, **more)
     before = outputs(module, base)
-    if (own := own_forward(module)) is not None:
+    if (own := own_loader(module)) is not None:
         own.load(folder, base)
         return before, outputs(module, base)
     return before, outputs(module, PeftModel.from_pretrained(base, folder))

@@ -78,7 +78,7 @@ def metadata(module: LitSparse, to: str, record: RunRecord | None) -> str:
     fields: dict[str, Any] = {
         "base_model": base,
         "base_model_relation": relation if base else None,
-        "library_name": "lit-sparse" if to == "adapter" and own_forward(module) is not None else LIBRARIES[to],
+        "library_name": "lit-sparse" if to == "adapter" and own_loader(module) is not None else LIBRARIES[to],
         "pipeline_tag": "text-generation" if isinstance(module, CausalLM) else "text-classification",
         "tags": [TAG, *dict.fromkeys(type(update).__name__.lower() for update in module.updates)],
         "datasets": [data] if record is not None and (data := dataset(record)) is not None else None,
@@ -131,30 +131,29 @@ def data_arguments(record: RunRecord) -> dict[str, Any]:
 
 def about(module: LitSparse, to: str) -> str:
     """Return the paragraph that says what was made of which base."""
-    methods = " and ".join(type(update).__name__ for update in module.updates) or "full fine-tuning"
+    methods = " and ".join(type(update).__name__ for update in module.updates)
     what = {
         "hf": "The whole model",
         "adapter": "An adapter",
         "delta": "The difference from its base",
         "seedlog": "The steps of a training, to be taken again on its base",
     }[to]
+    if module.is_drawn:
+        start, by = (
+            f"`{module.base}` with random weights (seed {module.init_seed})",
+            f" by {methods}" if methods else "",
+        )
+        return f"{what}: {start}, trained from scratch{by}, with lit-sparse."
     named = f"[{module.base}](https://huggingface.co/{module.base})" if on_hub(module.base) else f"`{module.base}`"
-    return f"{what}: {named}, fine-tuned by {methods}, with lit-sparse."
+    return f"{what}: {named}, fine-tuned by {methods or 'full fine-tuning'}, with lit-sparse."
 
 
 def loading(module: LitSparse, to: str) -> str:
     """Return the code that loads the export, and the versions that it needs."""
     auto = module.auto_class.__name__
-    embedded = module.base in (DEMO, MINILM)
-    given = f"resolve({module.base!r})" if embedded else repr(module.base)
-    options = dict(module.config_options)
-    if getattr(module, "pad_token", None) is not None:  # a decoder classifies at the last token before the padding
-        options["pad_token_id"] = module.pad_token
-    arguments = ", ".join([given, *(f"{name}={value!r}" for name, value in options.items())])
-    base = f"base = {auto}.from_pretrained({arguments})"
-    fetched = ["from lit_sparse.demo import resolve"] if embedded else []
+    fetched, base = base_code(module)
     importing, putting = "from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "FOLDER")'
-    if (own := own_forward(module)) is not None:
+    if (own := own_loader(module)) is not None:
         name, home = type(own).__name__, type(own).__module__
         importing = f"from {OURS if home.startswith(OURS) else home} import {name}"
         putting = f'{name}.load("FOLDER", base)'
@@ -197,9 +196,26 @@ def loading(module: LitSparse, to: str) -> str:
     return "```python\n" + "\n".join(code) + f"\n```\n\n{where}. {least}."
 
 
-def own_forward(module: LitSparse) -> UpdateStrategy | None:
-    """Return the strategy whose own forward pass the trained model needs; None if transformers' will do."""
-    return next((update for update in module.updates if update.leaves == "own_forward"), None)
+def base_code(module: LitSparse) -> tuple[list[str], str]:
+    """Return the imports, beside that of the Auto class, and the line that load the base."""
+    auto, embedded = module.auto_class.__name__, module.base in (DEMO, MINILM)
+    options = dict(module.config_options)
+    if getattr(module, "pad_token", None) is not None:  # a decoder classifies at the last token before the padding
+        options["pad_token_id"] = module.pad_token
+    if module.is_drawn:
+        how = [f"config_options={options!r}"] if options else []
+        given = [auto, repr(module.base), str(module.frozen_dtype), repr(module.attention), *how]
+        imports = ["import torch", "from lit_sparse.modules.loading import load_base"]
+        return imports, f"base = load_base({', '.join([*given, f'seed={module.init_seed}'])})"
+    given = f"resolve({module.base!r})" if embedded else repr(module.base)
+    arguments = ", ".join([given, *(f"{name}={value!r}" for name, value in options.items())])
+    return ["from lit_sparse.demo import resolve"] if embedded else [], f"base = {auto}.from_pretrained({arguments})"
+
+
+def own_loader(module: LitSparse) -> UpdateStrategy | None:
+    """Return the strategy that loads an adapter of the run by a format of its own; None where PEFT loads it."""
+    loaders = (update for update in module.updates if type(update).load.__func__ is not UpdateStrategy.load.__func__)
+    return next(loaders, None)
 
 
 def least_version(config: PreTrainedConfig) -> str:

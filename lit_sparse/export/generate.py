@@ -79,7 +79,8 @@ def generate(
     models: dict[str, LitSparse] = {run.resolve().name: module}
     if base:
         models[f"base: {module.base}"] = before = build_module(config)
-        before.precision = module.precision  # the run's: it decides which weights a random or quantised base has
+        # The run's: they decide which weights a random or quantised base has.
+        before.precision, before.init_seed = module.precision, module.init_seed
         before.build().eval()
     encoded = [prompt_ids(encoder, question, module) for question in asked]
     for model in models.values():

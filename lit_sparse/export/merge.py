@@ -49,12 +49,13 @@ class Base:
 
     def __init__(self, module: LitSparse) -> None:
         # A bare configuration draws random weights, which are the run's only in the run's dtype.
-        dtype = module.frozen_dtype if module.base.endswith(".json") else "auto"
-        how = module.auto_class, module.base, dtype, module.attention
-        found = load_hollow(*how, module.config_options)
+        dtype = module.frozen_dtype if module.is_drawn else "auto"
+        how, seed = (module.auto_class, module.base), module.init_seed
+        found = load_hollow(*how, dtype, module.attention, module.config_options, seed)
         if isinstance(found, str):
             rank_zero_info(f"The base is loaded whole, beside the merged model: {found}.")
-            found = Hollow(load_base(*how, config_options=module.config_options), lambda: iter(()))
+            options = {"config_options": module.config_options, "seed": seed}
+            found = Hollow(load_base(*how, dtype, module.attention, **options), lambda: iter(()))
         self._hollow, self.dtype = found, found.model.dtype
         self.names = frozenset(name for name, _ in found.model.named_parameters())
         self._tied: dict[nn.Parameter, list[str]] = {}

@@ -38,7 +38,7 @@ class LitSparse(Scored):
 
     Args:
         base: The model: `demo` (SmolLM2-135M-Instruct, downloaded once), a folder, a Hugging Face name, a `config.json`
-            (random weights), or in Python a loaded transformers model.
+            (random weights, drawn from `seed_everything`), or in Python a loaded transformers model.
         updates: Update strategies to train with, together; none is full fine-tuning.
         lr: Peak learning rate.
         optimizer: Optimizer of the trainable parameters; none is AdamW, or what an update strategy insists on. Biases

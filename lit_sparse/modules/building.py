@@ -1,5 +1,6 @@
 """Building the model of a run: the base, what the strategies make of it, its precision, its sharding."""
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice, repeat
@@ -18,7 +19,14 @@ from lit_sparse.checkpoints import forked_rng, hash_of, read_checkpoint, sums_of
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checks import check_updates_alike
 from lit_sparse.modules.hollow import Hollow
-from lit_sparse.modules.loading import Quantization, checkpoint_activations, compile_model, load_base, load_hollow
+from lit_sparse.modules.loading import (
+    Quantization,
+    checkpoint_activations,
+    compile_model,
+    is_drawn,
+    load_base,
+    load_hollow,
+)
 from lit_sparse.modules.precision import DTYPES, Masters, Precision, cast_norm_inputs
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.modules.task import Task
@@ -41,6 +49,8 @@ class BuiltModel(Task):
         base_fingerprint: Hash of the base's weights.
         base_sums: Hash of all their bits; "" where they are drawn or quantised.
         base_parameters: Number of the base's weights.
+        init_seed: Seed of the random weights of a bare configuration: that of `seed_everything`, 0 without, and of a
+            resumed or loaded run that which it began with.
         trained: Names of what was trainable at any time.
         phases: Time and peak memory of loading, selection and the phases of a step; a `Profile` of a fit sets its own.
         before_loading: Called once, when data and settings of a fit are checked and its model is not loaded yet.
@@ -77,6 +87,7 @@ class BuiltModel(Task):
         self.model: PreTrainedModel | None = None
         self.masters = Masters()
         self.base_fingerprint, self.base_sums, self.base_parameters = "", "", 0
+        self.init_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning keeps it, also for other ranks
         self.trained: set[str] = set()
         self.resume_from: Any = None
         self.before_loading: Callable[[], None] = lambda: None
@@ -118,18 +129,24 @@ class BuiltModel(Task):
         """Note by what the base is known again: its fingerprint, and where its values come from files their bits."""
         assert self.model is not None
         self.base_fingerprint = hash_of(named)
-        drawn = isinstance(self.base, str) and self.base.endswith(".json")  # by each machine
-        self.base_sums = "" if drawn or is_quantized(self.model) else sums_of(named)
+        # Each machine draws by itself.
+        self.base_sums = "" if self.is_drawn or is_quantized(self.model) else sums_of(named)
+
+    @property
+    def is_drawn(self) -> bool:
+        """True if the base is a bare configuration, whose model has random weights."""
+        return is_drawn(self.base)
 
     def _load(self) -> PreTrainedModel:
         rank_zero_info(f"Loading {self.base}.")
         if self._may_be_hollow:
-            found = load_hollow(self.auto_class, self.base, self.frozen_dtype, self.attention, self.config_options)
+            how = (self.frozen_dtype, self.attention, self.config_options, self.init_seed)
+            found = load_hollow(self.auto_class, self.base, *how)
             if isinstance(found, Hollow):
                 self._hollow = found
                 return found.model
             rank_zero_info(f"Each rank loads all of {self.base}: {found}.")
-        how = (self.frozen_dtype, self.attention, self.quantize, self.device_to_be, self.config_options)
+        how = (self.frozen_dtype, self.attention, self.quantize, self.device_to_be, self.config_options, self.init_seed)
         return load_base(self.auto_class, self.base, *how)
 
     @property
@@ -188,6 +205,7 @@ class BuiltModel(Task):
             BadInput: if the checkpoint is of another task, another base or other strategies.
         """
         self.take_task(checkpoint)
+        self.take_seed(checkpoint["lit_sparse"])
         model, saved = self.build(), checkpoint["lit_sparse"]
 
         def restore(kinds: Collection[Attaches]) -> None:
@@ -202,6 +220,12 @@ class BuiltModel(Task):
         self._prepare()
         self._attach_and_shard(restore)
         self._after_attach()
+
+    def take_seed(self, saved: Mapping[str, Any]) -> None:
+        """Draw a bare configuration's weights from the seed of the run that wrote a checkpoint."""
+        seed = saved.get("init_seed", 0)  # older checkpoints lack it: all drew from 0
+        if self.is_drawn and seed != self.init_seed:
+            self.init_seed, self.model, self._hollow = seed, None, None  # what was drawn of another goes
 
     def _check_sums(self, saved: Mapping[str, Any]) -> None:
         """Refuse a base that differs from the checkpoint's by bits that its fingerprint rounds away or leaves out."""

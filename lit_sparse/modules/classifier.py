@@ -31,7 +31,7 @@ class Classifier(LitSparse):
 
     Args:
         base: The model: `minilm` (all-MiniLM-L6-v2, downloaded once), a folder, a Hugging Face name, a `config.json`
-            (random weights), or in Python a loaded transformers model.
+            (random weights, drawn from `seed_everything`), or in Python a loaded transformers model.
         labels: Names of the classes in the order of the head's outputs; by default those of the base's head, or those
             of the data if the base has no head or one without names (LABEL_0, ...). The data must have the same
             classes.

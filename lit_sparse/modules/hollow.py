@@ -128,15 +128,15 @@ def _parameters_on_meta() -> Iterator[None]:
 # ---- random values
 
 
-def draw_units(model: PreTrainedModel) -> Iterator[nn.Module]:
+def draw_units(model: PreTrainedModel, seed: int) -> Iterator[nn.Module]:
     """Give the hollow parameters of `model` random values, one decoder layer at a time and what is outside them last.
 
     Yields each layer, and in the end the model, when its parameters have their values: who needs less memory makes them
-    hollow again. The values are those that transformers initialises with, drawn on the CPU from a fixed seed: the same
-    in each process. torch's own random state is not changed.
+    hollow again. The values are those that transformers initialises with, drawn on the CPU from `seed`: the same in
+    each process. torch's own random state is not changed.
     """
     # Not torch.manual_seed: it also sets the generators of the GPUs, which fork_rng(devices=[]) does not restore.
-    state = torch.Generator("cpu").manual_seed(0).get_state()
+    state = torch.Generator("cpu").manual_seed(seed).get_state()
     drawn: set[nn.Module] = set()
     for unit in [*_layers(model), model]:
         modules = set(unit.modules()) - drawn
@@ -170,13 +170,13 @@ def _mark(model: PreTrainedModel, done: set[nn.Module]) -> None:
         module._is_hf_initialized = module in done  # pyright: ignore[reportArgumentType]
 
 
-def drawn_values(auto_class: Any, config: Any, options: Mapping[str, Any]) -> Source:
+def drawn_values(auto_class: Any, config: Any, options: Mapping[str, Any], seed: int) -> Source:
     """Return a source of the values that `draw_units` draws, which holds one unit's at a time."""
 
     def values() -> Iterator[tuple[str, Rows]]:
         twin = build_hollow(auto_class, config, options)
         names = {parameter: name for name, parameter in twin.named_parameters()}
-        for unit in draw_units(twin):
+        for unit in draw_units(twin, seed):
             for parameter in unit.parameters():
                 if parameter in names and not is_hollow(parameter):
                     yield names.pop(parameter), lambda start, stop, whole=parameter: whole.detach()[start:stop]

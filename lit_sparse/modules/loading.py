@@ -41,17 +41,19 @@ def load_base(
     quantize: Quantization | None = None,
     device: torch.device | None = None,
     config_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
     """Load and return the model that `base` names.
 
     Args:
         auto_class: The transformers Auto class of the task.
-        base: `demo`, `minilm`, a folder, a Hugging Face name, or a `config.json` (random weights, the same each time).
+        base: `demo`, `minilm`, a folder, a Hugging Face name, or a `config.json` (random weights).
         dtype: Dtype of all weights; `auto` is that of the files.
         attention: Attention implementation of transformers; None is its own choice for the model.
         quantize: Quantise the linear layers, except the head, to this format.
         device: Device on which to quantise, where the model then stays; the CPU if not given.
         config_options: Overrides of the model's configuration, such as the names of a classifier's classes.
+        seed: Seed of the random weights of a `config.json`.
 
     Raises:
         BadInput: if there is no such model, or it cannot be quantised.
@@ -71,8 +73,8 @@ def load_base(
         check_files(base)
         if quantize is not None:  # given None, transformers itself skips the head of a language model
             options["quantization_config"].llm_int8_skip_modules = head_names(auto_class, config) or None
-        if base.endswith(".json"):
-            return draw_model(auto_class, config, options)
+        if is_drawn(base):
+            return draw_model(auto_class, config, options, seed)
         model, found = auto_class.from_pretrained(
             resolve(base), config=config, output_loading_info=True, trust_remote_code=False, **options
         )
@@ -91,6 +93,7 @@ def load_hollow(
     dtype: torch.dtype | Literal["auto"],
     attention: str | None,
     config_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Hollow | str:
     """Return the model that `base` names without its weights, which are then read or drawn part by part.
 
@@ -109,8 +112,8 @@ def load_hollow(
         try:
             options["dtype"] = (config.dtype or dtype_in_files(resolve(base))) if dtype == "auto" else dtype
             model = build_hollow(auto_class, config, options)
-            if base.endswith(".json"):
-                return Hollow(model, drawn_values(auto_class, config, options))
+            if is_drawn(base):
+                return Hollow(model, drawn_values(auto_class, config, options, seed))
             source, missing = file_values(model, resolve(base))
         except Unreadable as reason:
             return str(reason)
@@ -134,7 +137,7 @@ def check_files(base: str) -> None:
     if not Path(place).exists():  # a name on the Hub
         place = cached_file(place, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) or place
     folder = Path(place) if Path(place).is_dir() else Path(place).parent
-    if not base.endswith(".json") and folder.is_dir():
+    if not is_drawn(base) and folder.is_dir():
         check_weights(folder)
 
 
@@ -192,7 +195,7 @@ def trained_classes(base: Any) -> list[str]:
     """
     if isinstance(base, PreTrainedModel):
         return names_of_classes(base.config)
-    if not isinstance(base, str) or base.endswith(".json"):
+    if not isinstance(base, str) or is_drawn(base):
         return []
     with load_errors(base):
         config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False)
@@ -205,12 +208,17 @@ def names_of_classes(config: PreTrainedConfig) -> list[str]:
     return [name for _, name in sorted((config.id2label or {}).items())]
 
 
-def draw_model(auto_class: Any, config: PreTrainedConfig, options: Mapping[str, Any]) -> PreTrainedModel:
-    """Return a model with random weights, drawn on the CPU: the same at each call and on every device."""
+def draw_model(auto_class: Any, config: PreTrainedConfig, options: Mapping[str, Any], seed: int) -> PreTrainedModel:
+    """Return a model with random weights, drawn on the CPU from `seed`: the same at each call and on every device."""
     model = build_hollow(auto_class, config, options)
-    for _ in draw_units(model):
+    for _ in draw_units(model, seed):
         pass
     return model
+
+
+def is_drawn(base: Any) -> bool:
+    """Return true if `base` is a `config.json`, whose model has random weights."""
+    return isinstance(base, str) and base.endswith(".json")
 
 
 def draw_head(model: PreTrainedModel, missing: Iterable[str]) -> None:
@@ -246,7 +254,7 @@ def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal
             f"model.quantize is {quantize}, which needs bitsandbytes, and that is not installed; install it with "
             "pip install 'lit-sparse[quant]', or leave model.quantize out."
         )
-    if base.endswith(".json"):
+    if is_drawn(base):
         raise BadInput(
             f"model.quantize is {quantize}, but {base} is a bare configuration, whose random weights cannot be "
             "quantised; give a model with weights, or leave model.quantize out."

@@ -63,6 +63,7 @@ class Resumable(BuiltModel):
         checkpoint["lit_sparse"] = {
             "base": self.base_fingerprint,
             "base_sums": self.base_sums,
+            "init_seed": self.init_seed,
             "precision": str(self.frozen_dtype).removeprefix("torch."),
             "updates": self.updates.state_dict(),
             "tokens_seen": int(self.tokens_seen),

@@ -91,6 +91,24 @@ def test_card_of_an_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(scope["model"]), run.logits, rtol=0, atol=0)
 
 
+def test_a_model_trained_from_scratch_is_called_so_and_its_delta_finds_its_start(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    bare = tmp_path / "bare" / "config.json"
+    tiny_llm("llama").config.save_pretrained(bare.parent)
+    run = make_run(tmp_path, "llama", METHODS["smt"], base=str(bare))
+    monkeypatch.delenv("PL_GLOBAL_SEED")
+    text = (export(run.folder) / "README.md").read_text()
+    assert f"The whole model: `{bare}` with random weights (seed 3), trained from scratch by SMT, with lit-s" in text
+    assert "fine-tuned" not in text
+    output = export(run.folder, "delta", tmp_path / "delta")
+    text = (tmp_path / "delta.md").read_text()
+    assert f"The difference from its base: `{bare}` with random weights (seed 3), trained from scratch by SMT" in text
+    scope: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0].replace("FILE", str(output)), scope)
+    torch.testing.assert_close(logits(scope["base"]), run.logits, rtol=0, atol=0)
+    assert "trained from scratch, with lit-sparse" in card("all", CausalLM(str(bare)), "delta", None)
+
+
 def test_what_the_record_lacks_is_left_out(run: Run, tmp_path: Path) -> None:
     module = CausalLM(base=str(run.base))
     module.build()

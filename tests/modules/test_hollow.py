@@ -96,7 +96,7 @@ def test_drawn_rows_are_those_of_a_whole_random_model(kind, tmp_path):
 def test_one_unit_at_a_time_is_drawn():
     config = tiny_llm("llama").config
     model = build_hollow(AutoModelForCausalLM, config, {"dtype": torch.float32})
-    filled = [sum(not is_hollow(p) for p in model.parameters()) for _ in draw_units(model)]
+    filled = [sum(not is_hollow(p) for p in model.parameters()) for _ in draw_units(model, 0)]
     layer = len(list(model.model.layers[0].parameters()))
     assert filled == [layer, 2 * layer, 3 * layer, len(list(model.parameters()))]
 
