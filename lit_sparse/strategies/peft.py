@@ -16,6 +16,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
     ShiraConfig,
     TaskType,
     get_peft_model,
@@ -33,8 +34,9 @@ from lit_sparse.anatomy import classification_head, experts, is_linear, unread_b
 from lit_sparse.calls import uncalled
 from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
-from lit_sparse.strategies.base import Attaches, Claim, Context, Leaves, Probe, UpdateStrategy
+from lit_sparse.strategies.base import Attaches, Claim, Context, Leaves, Need, Probe, UpdateStrategy
 from lit_sparse.strategies.lora_start import ADAPTER, Factors, as_difference, lora_layers, split, subtract
+from lit_sparse.strategies.prefix import language_task, put_prefix
 
 DATA_DRIVEN = ("corda", "eva", "lora_ga", "loftq")
 """Initialisations of LoRA for which PEFT needs a separate program, which reads data or quantises first."""
@@ -55,7 +57,7 @@ class PEFT(UpdateStrategy):
     """Train an adapter of Hugging Face's PEFT (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353; and many more).
 
     Args:
-        config: A PEFT configuration, by `class_path` and `init_args` in YAML: peft.LoraConfig, peft.IA3Config, ...
+        config: A PEFT configuration by `class_path` and `init_args`: peft.LoraConfig, peft.PrefixTuningConfig, ...
         start_from: Folder or checkpoint of a run whose trained adapter (and classification head) is the start of this
             one, with a new optimizer. That run must have the same configuration and base. Null starts afresh.
     """
@@ -64,15 +66,14 @@ class PEFT(UpdateStrategy):
     start_from: str | None = None
 
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
-    leaves: ClassVar[Leaves] = "adapter"
     supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         name, start = type(self.config).__name__, str(getattr(self.config, "init_lora_weights", "")).lower()
-        if self.config.is_prompt_learning:
+        if self.config.is_prompt_learning and not self.is_prefix:
             raise BadInput(
-                f"{name} prepends to the input instead of changing modules, which PEFT() here cannot train; use an "
-                "adapter such as peft.LoraConfig."
+                f"{name} prepends to the input instead of changing modules, which PEFT() here cannot train; use "
+                "peft.PrefixTuningConfig, or an adapter such as peft.LoraConfig."
             )
         if start in DATA_DRIVEN:
             raise BadInput(
@@ -87,6 +88,19 @@ class PEFT(UpdateStrategy):
         self._wrapper: PeftModel | None = None
         self._start: dict[str, Factors] = {}
         self._aligned = False  # whether ranks have the same VeLoRA projections
+
+    @property
+    def is_prefix(self) -> bool:
+        """True if keys and values are trained that stand before a row's (prefix tuning); they merge into no weights."""
+        return isinstance(self.config, PrefixTuningConfig)
+
+    @property
+    def leaves(self) -> Leaves:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return "own_forward" if self.is_prefix else "adapter"
+
+    @property
+    def denies(self) -> frozenset[Need]:
+        return super().denies - {"activations"}  # a prefix does not hide what layers compute
 
     @property
     def splits_base(self) -> bool:
@@ -117,7 +131,7 @@ class PEFT(UpdateStrategy):
         if self.start_from is not None:
             self._attach_trained(model, self.start_from, context)
             return
-        wrapper = self._wrap(model)
+        wrapper = self._wrap(model, start=True)
         if self.splits_base:
             # Kept for the checkpoint: the remainder in the base is rebuilt from these factors, since an SVD gives other
             # bits on another device.
@@ -165,7 +179,7 @@ class PEFT(UpdateStrategy):
         self._aligned = True
 
     def detach(self, model: nn.Module) -> None:
-        if self._wrapper is not None:
+        if self._wrapper is not None and not self.is_prefix:
             self._wrapper.merge_and_unload()  # pyright: ignore[reportCallIssue]
             self._wrapper = None
             self._start = {}
@@ -185,17 +199,18 @@ class PEFT(UpdateStrategy):
         initial one, since a loader has the unchanged base.
         """
         assert self._wrapper is not None, "there is no adapter to save: attach or restore it first"
-        tensors, config = self._tensors(trained=True) | self._tensors(trained=False), copy.deepcopy(self._placed)
+        own = self._wrapper.active_peft_config if self.is_prefix else self._placed  # a prefix's has the model's sizes
+        tensors, config = self._tensors(trained=True) | self._tensors(trained=False), copy.deepcopy(own)
         if self.splits_base:
             tensors, config = self._as_difference(tensors), as_difference(config)
-        config.base_model_name_or_path = self._wrapper.base_model.model.name_or_path  # pyright: ignore
+        config.base_model_name_or_path = self._wrapper.get_base_model().name_or_path  # pyright: ignore
         config.inference_mode, config.task_type = True, config.task_type or TaskType.CAUSAL_LM
         folder.mkdir()  # fails on an existing folder: two adapters' files must not mix
         config.save_pretrained(str(folder))
         # Cloned, since safetensors refuses tensors that share memory.
         save_file({name: value.contiguous().clone() for name, value in tensors.items()}, folder / WEIGHTS)
 
-    def _wrap(self, model: nn.Module) -> PeftModel:
+    def _wrap(self, model: nn.Module, start: bool = False) -> PeftModel:
         if not isinstance(model, PreTrainedModel):
             raise BadInput(f"PEFT needs a Hugging Face model; this is a {type(model).__name__}.")
         check_dora(self.config, model)
@@ -203,6 +218,7 @@ class PEFT(UpdateStrategy):
         config = self._placed = placed(self.config, model)
         config = copy.deepcopy(config)  # PEFT changes it
         wanted = {n: model.get_submodule(n) for n in all_linear(model)} if takes_all_linear(self.config) else {}
+        config.task_type = language_task(model) if self.is_prefix else config.task_type
         if self.splits_base:
             config.init_lora_weights = True  # pyright: ignore[reportAttributeAccessIssue] - `split` initialises one layer at a time
         # The wrapper is used for saving and merging only. PEFT changes the modules of `model` itself, so the model is
@@ -217,6 +233,8 @@ class PEFT(UpdateStrategy):
             ) from error
         assert isinstance(wrapper, PeftModel)
         warn_of_missed(wanted, wrapper)
+        if self.is_prefix:
+            put_prefix(model, wrapper, start)
         self._wrapper = wrapper
         return wrapper
 
@@ -224,6 +242,8 @@ class PEFT(UpdateStrategy):
         """Return the tensors of the adapter's state by PEFT's names: the trained ones, or all others."""
         if self._wrapper is None:
             return {}
+        if self.is_prefix:
+            return {"prompt_embeddings": self._wrapper.get_prompt_embedding_to_save(ADAPTER)} if trained else {}
         with embedding_warnings_off():
             found = get_peft_model_state_dict(
                 self._wrapper, self._wrapper.state_dict(keep_vars=True), save_embedding_layers=False
