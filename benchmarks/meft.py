@@ -3,8 +3,8 @@
 `python -m benchmarks.meft` measures two things and appends to benchmarks/results/meft.jsonl:
 `curve`: bytes that a graph keeps against depth, 4 to 32 layers of Llama-3.2-1B's proportions (counted: any machine);
 `pairs`: steps of MEFT, of LoRA and of MEFT's adapters without recomputation, interleaved with those of the same
-adapters with every layer recomputed, on the demo model, 4 x 256 random tokens (needs a quiet machine; runs that a first
-call has made are not made again).
+adapters with every layer recomputed, on the demo model, 4 x 256 random tokens, or on `--workload` (needs a quiet
+machine; runs that a first call has made are not made again).
 What a part measures again is appended again; tables show the newest. Losses and forgetting: `python -m
 benchmarks.quality meft`. Lengths on a GPU: `python -m benchmarks.gpu --stages meft`.
 """
@@ -34,6 +34,7 @@ from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse.testing import next_token_cross_entropy
 
 HERE = ROOT / "benchmarks" / "meft"
+WORKLOAD = ROOT / "benchmarks" / "peers" / "workload.yaml"
 RESULTS = ROOT / "benchmarks" / "results" / "meft.jsonl"
 PARTS = ("curve", "pairs")
 RIVAL = "adapters_every_1"
@@ -133,9 +134,9 @@ def judged(what: str, got: float, most: float) -> str:
 # ---- memory and time
 
 
-def pairs(into: Path, rounds: int) -> Iterator[Line]:
+def pairs(into: Path, rounds: int, workload: Path) -> Iterator[Line]:
     """Interleave steps of each arm with those of the rival; yield their lines."""
-    common = [f"--config={ROOT / 'benchmarks' / 'peers' / 'workload.yaml'}", f"--steps={rounds}"]
+    common = [f"--config={workload}", f"--steps={rounds}"]
     rival = str(HERE / f"{RIVAL}.yaml")
     measure([rival, f"--into={into / 'alone'}", *common])
     others = ["meft.yaml", *(str(HERE / f"{name}.yaml") for name in TIMED)]
@@ -152,13 +153,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[], help="what to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=20, help="timed steps of each pair (default 20)")
+    parser.add_argument("--workload", type=Path, default=WORKLOAD, help="YAML of the pairs' model, data and trainer")
     parser.add_argument("--into", type=Path, default=Path("runs/meft"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of JSON lines to append to")
     asked = parser.parse_args(arguments)
     os.chdir(ROOT)
     measures: dict[str, Callable[[], Iterator[Line]]] = {
         "curve": curve,
-        "pairs": lambda: pairs(asked.into, asked.rounds),
+        "pairs": lambda: pairs(asked.into, asked.rounds, asked.workload),
     }
     for part in asked.parts or PARTS:
         found = list(measures[part]())

@@ -196,35 +196,49 @@ def weight_matrix(model: nn.Module, name: str) -> Tensor | None:
 
 
 @dataclass(frozen=True, eq=False)
-class MLP:
-    """The MLP of one decoder layer.
+class Projections:
+    """The matrices of the MLP of one decoder layer.
 
     Attributes:
         module: The parent of the up projection: the MLP itself if it is gated.
         gate: Qualified name of the gate projection; None if the MLP is not gated.
         up: Qualified name of the up projection, or of gate and up in one matrix (Phi-3).
         down: Qualified name of the down projection.
-        act: The activation function.
+        act: The activation function; None if no module, or several, are named as one.
     """
 
     module: nn.Module
     gate: str | None
     up: str
     down: str
+    act: nn.Module | None
+
+
+@dataclass(frozen=True, eq=False)
+class MLP(Projections):
+    """The MLP of one decoder layer, whose activation function is a module."""
+
     act: nn.Module
 
 
-def mlps(model: nn.Module, layers: Sequence[nn.Module] | None = None) -> list[MLP]:
-    """Return the MLPs of `model`, in layer order. Their matrices may be wrapped already, by adapters for example.
-
-    Args:
-        layers: The decoder layers to look at; all if not given.
+def mlp_projections(model: nn.Module, layers: Sequence[nn.Module]) -> list[Projections]:
+    """Return the matrices of the MLPs of these decoder layers, whatever computes their activation.
 
     Raises:
         BadInput: if a layer has none, or has several, as mixtures of experts do.
     """
     names = {module: name for name, module in model.named_modules()}
-    return [_mlp(model, layer, names) for layer in (decoder_layers(model) if layers is None else layers)]
+    return [_projections(model, layer, names) for layer in layers]
+
+
+def mlps(model: nn.Module) -> list[MLP]:
+    """Return the MLPs of `model`, in layer order. Their matrices may be wrapped already, by adapters for example.
+
+    Raises:
+        BadInput: if a layer has none, or has several, as mixtures of experts do.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    return [_mlp(model, layer, names) for layer in decoder_layers(model)]
 
 
 def mixtures(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -235,21 +249,31 @@ def mixtures(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {layer: inside[0] for layer, inside in found.items() if len(inside) == 1}
 
 
-def _mlp(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> MLP:
+def _projections(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> Projections:
     found: dict[str, list[str]] = {"gate": [], "up": [], "gate_up": [], "down": []}
     for module in layer.modules():
         if (kind := role(names[module])) in found:
             found[kind].append(names[module])
     gates, ups, downs = found["gate"], found["up"] + found["gate_up"], found["down"]
-    parent = model.get_submodule(ups[0].rpartition(".")[0]) if ups else layer
-    acts = [child for name, child in parent.named_children() if "act" in name and not list(child.parameters())]
-    if (len(ups), len(downs), len(acts)) != (1, 1, 1) or len(gates) > 1:
+    if (len(ups), len(downs)) != (1, 1) or len(gates) > 1:
         raise BadInput(
             f"no MLP was found in {names[layer]} of {type(model).__name__}: it has {len(gates)} gate, {len(ups)} up "
-            f"and {len(downs)} down projections and beside them {len(acts)} modules named as activations, where one up "
-            "and one down, at most one gate, and one activation are needed; take a model with such MLPs."
+            f"and {len(downs)} down projections, where one up and one down and at most one gate are needed; take a "
+            "model with such MLPs."
         )
-    return MLP(parent, gates[0] if gates else None, ups[0], downs[0], acts[0])
+    parent = model.get_submodule(ups[0].rpartition(".")[0])
+    acts = [child for name, child in parent.named_children() if "act" in name and not list(child.parameters())]
+    return Projections(parent, gates[0] if gates else None, ups[0], downs[0], acts[0] if len(acts) == 1 else None)
+
+
+def _mlp(model: nn.Module, layer: nn.Module, names: dict[nn.Module, str]) -> MLP:
+    found = _projections(model, layer, names)
+    if found.act is None:
+        raise BadInput(
+            f"no MLP was found in {names[layer]} of {type(model).__name__}: beside its projections it has no module "
+            "named as an activation, or several, where one is needed; take a model with such MLPs."
+        )
+    return MLP(found.module, found.gate, found.up, found.down, found.act)
 
 
 def target_linears(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from lit_sparse.anatomy import decoder_layers, has_values, mixtures, mlps, role
+from lit_sparse.anatomy import decoder_layers, has_values, mixtures, mlp_projections, role
 from lit_sparse.calls import dummy_forward, evaluating
 from lit_sparse.errors import BadInput
 from lit_sparse.reversible.coupling import Coupling
@@ -93,7 +93,7 @@ def parallels(model: PreTrainedModel) -> list[Parallel]:
     layers, mixed = decoder_layers(model), mixtures(model)
     plain = [layer for layer in layers if layer not in mixed]
     try:
-        single = dict(zip(plain, mlps(model, plain), strict=True))
+        single = dict(zip(plain, mlp_projections(model, plain), strict=True))
     except BadInput as error:
         if not any("expert" in name for layer in plain for name, _ in layer.named_modules()):
             raise
@@ -101,13 +101,14 @@ def parallels(model: PreTrainedModel) -> list[Parallel]:
             f"MEFT: {type(model).__name__} has mixtures of experts, of which a layer must hold one, in a module of its "
             "own with fused experts; use lora.yaml with activation checkpointing."
         ) from error
-    act = getattr(model.config.get_text_config(), "hidden_act", None) or "silu"
+    config = model.config.get_text_config()
+    act = ACT2FN[getattr(config, "hidden_act", None) or getattr(config, "activation_function", None) or "silu"]
 
     def of(layer: nn.Module) -> Parallel:
         if layer in mixed:
-            return Parallel(mixed[layer], mixed[layer], mixed[layer], ACT2FN[act])
+            return Parallel(mixed[layer], mixed[layer], mixed[layer], act)
         mlp = single[layer]
-        return Parallel(mlp.module, model.get_submodule(mlp.up), model.get_submodule(mlp.down), mlp.act)
+        return Parallel(mlp.module, model.get_submodule(mlp.up), model.get_submodule(mlp.down), mlp.act or act)
 
     return [of(layer) for layer in layers]
 

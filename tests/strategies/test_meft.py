@@ -292,11 +292,20 @@ class StoredActivations:
         return (out, *[None] * (layer.outputs - 1)) if layer.outputs else out
 
 
-@pytest.mark.parametrize("variant", [1, 3])
-@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3", "gpt-oss", "OLMoE"])
-def test_mixtures_of_experts_train(family: str, variant: int) -> None:
-    """Their adapters are parallel to the whole mixture; DeepSeek's first layer has a plain MLP."""
+MIXTURES = ("Mixtral", "Qwen3-MoE", "DeepSeek-V3", "gpt-oss", "OLMoE")
+"""Their adapters are parallel to the whole mixture; DeepSeek's first layer has a plain MLP."""
+WITHOUT_MODULES = ("BLOOM", "LFM2")
+"""Their MLPs have no module that is named as an activation; LFM2 has convolutions in place of some attentions."""
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3])
+@pytest.mark.parametrize("family", [*MIXTURES, *WITHOUT_MODULES])
+def test_layers_of_other_kinds_train(family: str, variant: int) -> None:
     model = FAMILIES[family].tiny().train()
+    if (family, variant) == ("BLOOM", 3):  # its MLP adds the residual itself
+        with pytest.raises(BadInput, match="BloomBlock is not an attention and then an MLP"):
+            attach(model, variant=3)
+        return
     strategy = attached(copy.deepcopy(model), variant=variant, exact=True)
     assert strategy.describe() == {"reconstruction_error": 0.0}
     model = model.double()
@@ -307,6 +316,53 @@ def test_mixtures_of_experts_train(family: str, variant: int) -> None:
     torch.testing.assert_close(ours, loss_of(model), rtol=1e-6, atol=0)
     assert len(got) == len(trainable(model))  # every adapter is reached
     assert relative(got, gradients(model)) < 1e-4  # routers and norms are in fp32
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("family", ["Mistral", "Gemma-2", "Gemma-3 (text)", "Qwen3", "Phi-3"])
+def test_masks_and_windows_pass_through(family: str, exact: bool) -> None:
+    """Rows that are padded give what they give alone, and gradients are those of stored activations."""
+    model = FAMILIES[family].tiny().train()
+    if family == "Mistral":
+        model.config.sliding_window = 4  # Gemma's is 8
+    strategy = attached(model, std=0.05, exact=exact, checkpoint_every=None if exact else 1)
+    lengths = (12, 5)
+    mask = torch.tensor([[1] * length + [0] * (12 - length) for length in lengths])
+
+    def losses() -> Tensor:
+        logits = model(input_ids=IDS, attention_mask=mask, use_cache=False).logits
+        rows = zip(logits, IDS, lengths, strict=True)
+        return torch.stack([F.cross_entropy(row[: n - 1], ids[1:n]) for row, ids, n in rows])
+
+    padded = losses()
+    rows = [ids[None, :n] for ids, n in zip(IDS, lengths, strict=True)]
+    alone = [next_token_cross_entropy(model(input_ids=ids).logits, ids) for ids in rows]
+    torch.testing.assert_close(padded, torch.stack(alone), rtol=1e-3, atol=0)  # fixed-point steps may round otherwise
+    model.zero_grad()
+    padded.sum().backward()
+    got = {name: parameter.grad.clone() for name, parameter in trainable(model) if parameter.grad is not None}
+    StoredActivations(strategy)
+    model.zero_grad()
+    losses().sum().backward()
+    assert len(got) == len(trainable(model))
+    for name, parameter in trainable(model):
+        assert parameter.grad is not None
+        assert F.cosine_similarity(got[name].flatten(), parameter.grad.flatten(), dim=0) > 0.999, name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", [1, 2, 3])
+def test_bf16_weights_are_reconstructed_exactly(kind: str, variant: int) -> None:
+    """And more stored states than there are layers are one at the end."""
+    model = tiny_llm(kind).bfloat16().train()
+    strategy = attached(copy.deepcopy(model), variant=variant, exact=True)
+    assert strategy.describe() == {"reconstruction_error": 0.0}
+    found = []
+    for every in (None, 99):
+        one = copy.deepcopy(model)
+        attached(one, variant=variant, checkpoint_every=every)
+        found.append(gradients(one))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @pytest.mark.parametrize("every", [None, 1])
@@ -468,6 +524,13 @@ def attach(model: PreTrainedModel, context: Context | None = None, **settings: A
     MEFT(**settings).attach(
         model, lambda steps, weighed=True: (loss_of(model) for _ in range(steps)), context or Context()
     )
+
+
+@pytest.mark.parametrize(("variant", "times"), [(1, "8"), (3, "64")])
+def test_the_papers_coupling_tells_how_errors_grow(variant: int, times: str) -> None:
+    model = tiny_llm("llama").train()
+    with pytest.warns(UserWarning, match=rf"is far from a base .* multiplies errors by about {times}; difference"):
+        attach(model, coupling="paper", exact=False, variant=variant, max_error=ANY_ERROR)
 
 
 def test_an_encoder_is_refused() -> None:
