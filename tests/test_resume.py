@@ -69,7 +69,12 @@ CASES = [
     for method, extra in {"lora": (), "smt": (), "lisa": (), "full": ()}.items()
     for stop, words in ((4, extra), (3, (*extra, "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2")))
 ]
-CASES += [("mezo", 3, ("--trainer.max_epochs=2", "--model.updates.momentum=0.5"))]
+CASES += [
+    ("mezo", 3, ("--trainer.max_epochs=2", "--model.updates.momentum=0.5")),
+    ("galore", 4, ("--model.updates.refresh_every=3",)),  # stopped between two choices of the subspace
+    ("fira", 3, ("--model.updates.refresh_every=2", "--trainer.max_epochs=2", "--trainer.accumulate_grad_batches=2")),
+    ("adalomo", 4, ()),
+]
 
 
 @pytest.mark.parametrize(("method", "stop", "words"), CASES)

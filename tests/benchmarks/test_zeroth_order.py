@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.zeroth_order import bytes_moved, ratios
+from benchmarks.zeroth_order import bytes_moved, main, ratios
 from lit_sparse.testing import tiny_llm
 from lit_sparse.zeroth_order import perturbed
 
@@ -26,3 +26,16 @@ def test_a_tied_head_moves_no_more(monkeypatch):
     model = tiny_llm("gpt2")
     assert model.config.tie_word_embeddings
     assert 5 < bytes_moved(model, IDS, lambda: model(input_ids=IDS).logits.mean()) <= 6
+
+
+def test_the_command_measures_all_that_it_names(home, capsys):
+    """Of a model so small that noise and the state of an adapter count: marks may be missed."""
+    assert main(["--base=tiny", "--rows=2", "--tokens=6", "--pairs=2"]) in (0, 1)
+    said = capsys.readouterr().out.splitlines()
+    assert [line[7:].partition(":")[0] for line in said] == [
+        "a step moves 6.00 times the bytes of the weights, at most 6 (the published code",
+        *("rademacher", "gaussian", "LoRA, two losses in one pass", "MeZO", "MeZO on LoRA", "HELENE on LoRA"),
+        *("HELENE", "HELENE, h"),
+    ]
+    assert [bool(line[:6].strip()) for line in said] == [True, True, False, *[True] * 4, False, False]
+    assert said[0].startswith("met   ")

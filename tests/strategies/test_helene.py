@@ -3,8 +3,10 @@
 import copy
 import json
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import pytest
@@ -15,6 +17,8 @@ from torch import nn
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.data import Synthetic
 from lit_sparse.errors import BadInput
+from lit_sparse.export.replay import go_on_from
+from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.optim import trainable
@@ -397,28 +401,64 @@ WAYS = {
 }
 
 
-def trained_on(folder: Path, name: str, sharded: bool, **options: object) -> L.Trainer:
+LOGGED = 2
+"""Steps of the logs that a fit goes on from; the third is taken on what they made."""
+
+
+def settings(name: str) -> dict[str, Any]:
+    return {"epsilon": 1e-2, "refresh_every": 2, **WAYS[name]}
+
+
+def trained_on(folder: Path, name: str, ranks: int, log: SeedLog | None = None, **options: Any) -> L.Trainer:
     made = module("helene", folder / "base", lr=1e-3)
-    made.updates._strategies[0] = HELENE(epsilon=1e-2, refresh_every=2, **WAYS[name])
-    return fit_on(made, sharded, unlike=True, **options)
+    made.updates._strategies[0] = HELENE(**settings(name))
+    made.take_earlier_steps = None if log is None else partial(go_on_from, log)
+    way = {"strategy": "ddp"} if ranks > 1 and name == "replicas" else {}
+    return fit_on(made, ranks > 1, unlike=True, **way, **options)
 
 
 def sent(folder: Path, name: str) -> list[list[int]]:
     """Train on two ranks; return how many numbers each all-reduce of a step has."""
-    callback, ddp = Sent(), {"strategy": "ddp"} if name == "replicas" else {}
-    trained_on(folder, name, True, callbacks=[callback], **ddp).save_checkpoint(folder / f"{name}.ckpt")
+    callback = Sent()
+    trained_on(folder, name, 2, callbacks=[callback]).save_checkpoint(folder / f"{name}.ckpt")
     return [sorted(numbers) for numbers in callback.sent]
+
+
+class Taken(L.Callback):
+    """Save what a fit has after the logged steps."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == LOGGED:
+            trainer.save_checkpoint(self.path)
+
+
+def went_on(folder: Path, name: str) -> int:
+    log = SeedLog.load(folder / f"{name}.safetensors")
+    trainer = trained_on(folder, name, 2, log, callbacks=[Taken(folder / f"{name} taken.ckpt")])
+    trainer.save_checkpoint(folder / f"{name} on.ckpt")
+    return trainer.global_step
 
 
 def two_ranks(folder: Path, rank: int) -> None:
     for name in WAYS:
         attempt(folder, rank, name, lambda name=name: sent(folder, name))
+        attempt(folder, rank, f"{name} on", lambda name=name: went_on(folder, name))
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
+    """A folder with what one process and two trained, and what two made of the one's log."""
     folder = tmp_path_factory.mktemp("pair")
     tiny_llm().save_pretrained(folder / "base")
+    for name in WAYS:
+        trainer = trained_on(folder, name, 1, callbacks=[Taken(folder / f"{name} first.ckpt")])
+        trainer.save_checkpoint(folder / f"{name} one.ckpt")
+        made: Any = trainer.lightning_module
+        update, log = {"class_path": "HELENE", "init_args": settings(name)}, made.updates[0].tape.log[:LOGGED]
+        SeedLog("base", made.base_fingerprint, "float32", [update], log).save(folder / f"{name}.safetensors")
     run_pair(two_ranks, folder)
     return folder
 
@@ -427,7 +467,6 @@ def pair(tmp_path_factory) -> Path:
 def test_two_ranks_train_what_one_does_and_exchange_numbers(name, pair):
     """On shards, and on replicas; the loss of a rank's rows is rounded before it is divided by 2 epsilon."""
     exchanged = [result(pair, name, rank) for rank in range(2)]
-    trained_on(pair, name, False).save_checkpoint(pair / f"{name} one.ckpt")
     got, wanted = (read_checkpoint(pair / file) for file in (f"{name}.ckpt", f"{name} one.ckpt"))
     torch.testing.assert_close(got["state_dict"], wanted["state_dict"], rtol=0, atol=2e-6)
     ours, theirs = moments(got), moments(wanted)
@@ -438,6 +477,22 @@ def test_two_ranks_train_what_one_does_and_exchange_numbers(name, pair):
     probes = 1 + layers * (name == "layers")
     refresh = [1, *[2] * probes, *[3] * 2 * probes, *[layers] * 16 * (name == "quantiles")]  # 1: of the log
     assert exchanged == [[refresh, [1, 3, 3], refresh]] * 2
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_a_log_makes_the_same_weights_on_two_ranks_which_go_on_from_there(name, pair):
+    """To the bit with signs; Gaussian noise of a shard is computed at other places of a vector."""
+    assert [result(pair, f"{name} on", rank) for rank in range(2)] == [3, 3]
+    taken, first, on, straight = (
+        read_checkpoint(pair / f"{name} {file}.ckpt") for file in ("taken", "first", "on", "one")
+    )
+    atol = 1e-7 if name == "quantiles" else 0
+    torch.testing.assert_close(taken["state_dict"], first["state_dict"], rtol=0, atol=atol)
+    for parameter, state in moments(first).items():
+        torch.testing.assert_close(moments(taken)[parameter], state, rtol=0, atol=atol * 100)
+    torch.testing.assert_close(on["state_dict"], straight["state_dict"], rtol=0, atol=2e-6)
+    moved = {key: (value - first["state_dict"][key]).abs().max() for key, value in on["state_dict"].items()}
+    assert min(moved.values()) > 1e-4, "the third step was not taken"
 
 
 # ---- bad input
