@@ -62,8 +62,7 @@ class SMT(UpdateStrategy):
         blocks: How blocks are selected: `gradient` (largest gradients on the first training batches), `random`,
             `diagonal` (one block per row and column of a grid, arXiv 2506.03230), `slab` (one contiguous band of each
             matrix), `coupled` (heads of attention and channels of MLPs in all their matrices, drawn from `seed`: S2FT,
-            arXiv 2412.06289), or a file: what `lit-sparse select` wrote, or the
-            checkpoints/last.ckpt of a run, for that run's blocks.
+            arXiv 2412.06289), or a file: that of `lit-sparse select`, or a run's checkpoints/last.ckpt.
         trainable_fraction: Share of all weights of the model to train. All blocks lie in `targets`.
         num_blocks: Number of blocks to train, instead of trainable_fraction.
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
@@ -78,7 +77,7 @@ class SMT(UpdateStrategy):
         kept_columns: Share of each input's block columns in which blocks may lie, those with the largest scores. Fewer
             columns save fewer activations for backward. Null allows all, as do the matrices of fused experts, of whose
             inputs no columns are packed.
-        selection_batches: Training batches whose gradients are scored.
+        selection_batches: Training batches that are scored.
         warmup: `score_only` keeps all weights fixed during selection. `update` runs full fine-tuning meanwhile, one
             step per batch, as the authors' code does; checkpoints then hold all weights, since those frozen afterwards
             have changed too.
@@ -87,8 +86,7 @@ class SMT(UpdateStrategy):
             unchanged (quantised, or shared), at an extra cost in compute of the trained share; for fused experts, of a
             copy of their tensor in each forward pass. Weight decay then pulls the difference to 0, and so the weights
             back to the base's; in place it pulls the weights themselves to 0.
-        dropout: Probability with which a value that the blocks read is 0 in training (DiaBlo takes 0.05), for
-            `mode: delta`; what the base reads stays whole.
+        dropout: Dropout of what blocks read, for `mode: delta` (DiaBlo takes 0.05). What the base reads stays whole.
         seed: Seed of `random` and `coupled` blocks and of the positions of slabs.
     """
 
