@@ -48,6 +48,8 @@ NAMES = ("meta-llama/Llama-3.2-1B", "meta-llama/Llama-3.1-8B", "NAME")
 EARLIER = {
     "mine": "--config lora.yaml --data rows.jsonl",
     "lora": "--config lora.yaml --data rows.jsonl",
+    "mezo": "--config mezo.yaml --data rows.jsonl",
+    "meft": "--config meft.yaml --data rows.jsonl",
     "low_rank": "--config low_rank.yaml --config models/llama-3m.yaml",
     "general": "--config record_importance.yaml --config data/text.yaml --data.train general.txt",
     "fisher": "--config phases/record_fisher.yaml --config data/text.yaml --data.train general.txt --data.batch_size 1",
@@ -164,6 +166,10 @@ def prepare(command: str) -> None:
     for name in named:
         if not Path(f"runs/{name}-1").exists():
             run(shortened(["fit", *shlex.split(EARLIER[name]), "--run", name]))
+    if (
+        results := "peft/method_comparison/MetaMathQA/results"
+    ) in command:  # in its form, as PEFT's repository has them
+        run(["report", "runs", "--peft_results", results])
     if "--ckpt_path last" in command:  # a run of that name, by the same method
         run(shortened(shlex.split(command.replace("--ckpt_path last", ""))[1:]))
     if "baseline.json" in command:  # which keeps one run of each name
