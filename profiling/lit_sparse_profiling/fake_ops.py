@@ -27,7 +27,7 @@ class Made(NamedTuple):
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
-    offset: int
+    offset: int | torch.SymInt
     device: torch.device
     viewed: bool
 
