@@ -152,7 +152,15 @@ CLIPPED = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
 def by_method(method: str) -> Callable[[Path, bool], L.Trainer]:
     own = any("optimizer" in update.claims for update in module(method, "unused").updates)
     options = FORWARD if own else FULL
-    return lambda folder, sharded: fit(module(method, folder / "llama", **options), sharded)
+
+    def train(folder: Path, sharded: bool) -> L.Trainer:
+        made = module(method, folder / "llama", **options)
+        for update in made.updates:
+            if hasattr(update, "dropout"):  # each rank draws its own
+                setattr(update, "dropout", 0.0)
+        return fit(made, sharded)
+
+    return train
 
 
 def of_kind(kind: str) -> Callable[[Path, bool], L.Trainer]:

@@ -25,7 +25,7 @@ OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "several views": lambda x, y: x.split(1, dim=1),
     "several outputs": lambda x, y: torch.ops.aten.native_layer_norm(x, [3], None, None, 1e-5),
     "in place": lambda x, y: x.add_(y, alpha=2),
-    "a list in place": lambda x, y: torch._foreach_mul_([x, y], 2.0),
+    "a list in place": lambda x, y: torch._foreach_mul_([x, y], 2.0),  # pyright: ignore[reportPrivateImportUsage]
     "another dtype": lambda x, y: x.to(torch.bfloat16),
     "strides kept": lambda x, y: torch.ones_like(x.t()),
     "a shape changed in place": lambda x, y: x.t_(),
