@@ -157,7 +157,7 @@ def by_method(method: str) -> Callable[[Path, bool], L.Trainer]:
         made = module(method, folder / "llama", **options)
         for update in made.updates:
             if hasattr(update, "dropout"):  # each rank draws its own
-                setattr(update, "dropout", 0.0)
+                update.dropout = 0.0
         return fit(made, sharded)
 
     return train
