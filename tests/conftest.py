@@ -62,7 +62,7 @@ def make_home(name: str, model: PreTrainedModel) -> None:
 @pytest.fixture(autouse=True)
 def unpredicted(monkeypatch):
     """Predict no memory, which takes a quarter of a short fit; tests of predictions make them."""
-    monkeypatch.setattr(recorder, "predict", lambda trainer, settings: None)
+    monkeypatch.setattr(recorder, "predict", lambda trainer, settings, seconds: None)
 
 
 CEILINGS = cache(profiler.ceilings)

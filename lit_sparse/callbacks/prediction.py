@@ -27,11 +27,13 @@ from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.sections import Predicted
 from lit_sparse_profiling.trace import Overdue
 
-SECONDS = 5.0
-"""Processor seconds that a prediction may take; what takes longer is left to `lit-sparse plan`."""
-START, LAYER, WITH_STRATEGIES = 0.2, 0.1, 2
+SECONDS = 60.0
+"""Processor seconds that a prediction may take in any fit; what takes longer is left to `lit-sparse plan`."""
+START, LAYER, WITH_STRATEGIES = 0.2, 0.05, 2
 """Seconds that one is expected to take: of any model, and of each of its layers, and how much longer these take where
-strategies choose what trains. On one core: 3.7 s for full fine-tuning of 30 layers, over 5 s for SMT and LoRA."""
+strategies choose what trains. On one core, of 30 layers: 1.7 s for full fine-tuning, 3.5 s for SMT, 5.3 s for LIFT."""
+LONGER = 3
+"""How many times as long one may take: a mixture of experts has many more tensors in a layer."""
 ALWAYS = 1.0
 """Expected seconds of one that is made in any fit: a tenth of what the shortest takes, of which most are imports."""
 FLOPS = {"cpu": 1e11, "cuda": 5e14}
@@ -41,19 +43,20 @@ NAMED = 0.02
 """Share of the peak below which a category is not told."""
 
 
-def predict(trainer: L.Trainer, settings: Mapping[str, Any]) -> Predicted | str:
+def predict(trainer: L.Trainer, settings: Mapping[str, Any], seconds: float) -> Predicted | str:
     """Say and return what a fit is predicted to take; if it cannot be predicted, say and return why not.
 
     Args:
         trainer: The trainer of the fit, whose data are set up.
         settings: The configuration of the fit, of which another module is made.
+        seconds: Processor seconds that it may take.
     """
     try:
         setting = setting_of(trainer)
         with torch.device("cpu"), forked_rng(trainer.strategy.root_device):
-            found = forecast("", build_module(deepcopy(dict(settings))), setting, SECONDS)
+            found = forecast("", build_module(deepcopy(dict(settings))), setting, seconds)
     except Overdue:
-        return refused(OVERDUE.format(SECONDS))
+        return refused(OVERDUE.format(seconds))
     except Exception as error:  # of any strategy's or model's own code: no reason not to train
         reason = error if isinstance(error, BadInput) else f"{type(error).__name__}: {error}"
         return refused(" ".join(str(reason).split()).removesuffix("."))
@@ -73,8 +76,8 @@ def refused(reason: str) -> str:
     return told
 
 
-def costs_too_much(trainer: L.Trainer, module: LitSparse, budget_of: Callable[[float], Budget]) -> str | None:
-    """Say and return why a prediction is not begun, if it is expected to take too much of a fit; else return None.
+def seconds_for(trainer: L.Trainer, module: LitSparse, budget_of: Callable[[float], Budget]) -> float | str:
+    """Return the processor seconds that a prediction may take; if they are too much of the fit, say and return why.
 
     Args:
         trainer: The trainer of the fit, whose data are set up.
@@ -88,11 +91,11 @@ def costs_too_much(trainer: L.Trainer, module: LitSparse, budget_of: Callable[[f
         cost = Cost(0, START + each * config.num_hidden_layers)
         budget.step_seconds = least_seconds(config, positions(trainer, setting), setting.device)
     except Exception:  # whatever is wrong, the prediction says it better
-        return None
+        return SECONDS
     if cost.seconds > SECONDS:
         return refused(OVERDUE.format(SECONDS))
     if cost.seconds <= ALWAYS or budget.allows(cost):
-        return None
+        return min(SECONDS, LONGER * cost.seconds)
     return refused(f"{budget.refusal(cost)}; --profile.predict=true does it nevertheless")
 
 

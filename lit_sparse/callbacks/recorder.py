@@ -21,7 +21,7 @@ from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
 from lit_sparse.callbacks.forgetting import Forgetting
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
 from lit_sparse.callbacks.out_of_memory import describe, is_oom
-from lit_sparse.callbacks.prediction import costs_too_much, predict
+from lit_sparse.callbacks.prediction import SECONDS, predict, seconds_for
 from lit_sparse.callbacks.profile import Profile
 from lit_sparse.callbacks.samples import Samples
 from lit_sparse.callbacks.summary import print_summary
@@ -107,8 +107,9 @@ class Recorder(Profile):
     def _predict(self, trainer: L.Trainer, module: LitSparse) -> None:
         limited = self.plan.predict is None and self.plan.timed is None
         with module.phases(PREDICTION):
-            found = costs_too_much(trainer, module, partial(self.budget, trainer)) if limited else None
-            found = found or predict(trainer, self.settings)
+            found = seconds_for(trainer, module, partial(self.budget, trainer)) if limited else SECONDS
+            if not isinstance(found, str):
+                found = predict(trainer, self.settings, found)
         if isinstance(found, str):
             self._notes.append(found)
         else:

@@ -6,6 +6,7 @@ never fire under FSDP2, and these once a parameter, also where one is tied.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,7 +50,9 @@ class FusedBackward:
         for parameter in self._handles.keys() - groups.keys():
             self._handles.pop(parameter).remove()
         for parameter in groups.keys() - self._handles.keys():
-            hook = partial(self._take, groups[parameter])  # by number: loading a state makes other groups
+            # By number: loading a state makes other groups. Weakly: torch holds a hook where the garbage collector does
+            # not look, and with it all that it refers to, which would keep a model that is given up.
+            hook = partial(_take, weakref.ref(self), groups[parameter])
             self._handles[parameter] = parameter.register_post_accumulate_grad_hook(hook)
 
     def unwatch(self) -> None:
@@ -78,3 +81,9 @@ class FusedBackward:
             assert parameter.grad is not None
             self._squares.append(parameter.grad.float().square().sum())
         parameter.grad = None
+
+
+def _take(fused: weakref.ref[FusedBackward], number: int, parameter: Tensor) -> None:
+    taker = fused()
+    if taker is not None:
+        taker._take(number, parameter)

@@ -22,7 +22,7 @@ F = [
 @pytest.fixture(autouse=True)
 def patient(monkeypatch, unpredicted):
     monkeypatch.setattr(recorder, "predict", prediction.predict)
-    monkeypatch.setattr(prediction, "SECONDS", 60.0)
+    monkeypatch.setattr(prediction, "LONGER", 100)  # on a busy machine
 
 
 def fit(method: str, *words: str) -> RunRecord:
@@ -68,7 +68,7 @@ def test_a_prediction_takes_a_tenth_of_a_fit_or_is_left_out(home, caplog, monkey
     assert "prediction" in {phase.name for phase in record.phases}
     (note,) = [note for note in record.notes if "predicted" in note]
     assert note == (
-        "Memory is not predicted: that takes about 3.6 s, and measuring at most 10% of the fit; "
+        "Memory is not predicted: that takes about 3.3 s, and measuring at most 10% of the fit; "
         "--profile.predict=true does it nevertheless."
     )
     assert note in caplog.text

@@ -1,5 +1,7 @@
 """AdaLomo: torch's Adafactor as its oracle, the fused backward pass, its state, and what it refuses."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -201,3 +203,14 @@ def test_what_a_fused_backward_cannot_honour_is_refused(settings, sentence, no_g
 def test_without_it_they_are_honoured(settings):
     task = fitted(1, fused_backward=False, settings=settings)
     assert not torch.equal(task.build().lm_head.weight, tiny_llm().lm_head.weight)
+
+
+def test_a_model_that_is_given_up_is_freed():
+    """Hooks that refer to the optimizer would keep it, and the garbage collector does not see them."""
+    model, updates = tiny_llm(), Updates([AdaLomo()])
+    updates.attach(model)
+    updates.optimizer(1e-3)
+    gone = weakref.ref(model)
+    del model, updates
+    gc.collect()
+    assert gone() is None
