@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 import statistics
+import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 from benchmarks.measurements import Line, read_lines, table
 from benchmarks.pairing import LEVEL, difference, scores_of, smallest, t_quantile
+from benchmarks.provenance import ROOT
 from benchmarks.race import reached
 from benchmarks.ranking import SCORE, newest_first, row_of, start
 from benchmarks.tradeoff import points, read_study
@@ -27,7 +29,6 @@ from lit_sparse.errors import BadInput
 
 COMMAND = "python -m benchmarks.claims"
 CLAIMS = Path(__file__).with_name("claims.yaml")
-PAGE = Path(__file__).parents[1] / "docs" / "claims.md"
 REPRODUCED, REFUTED, OPEN = "reproduced", "refuted at this scale", "not decidable here"
 MARGIN = 0.005
 """Nats a token that a difference must have to matter, where a rule names no margin."""
@@ -377,17 +378,10 @@ def ledger(results: Path, claims: Sequence[Claim] | None = None) -> str:
 
 
 def main() -> int:
-    """Write the page; return the exit status."""
-    from benchmarks.readme import ROOT, rewritten
-
-    try:
-        text = rewritten(PAGE.read_text(encoding="utf-8"), "docs/claims.md", ROOT / "benchmarks" / "results")
-    except ValueError as error:
-        print(f"claims: {error}", file=sys.stderr)
-        return 2
-    PAGE.write_text(text, encoding="utf-8")
+    """Write the page, as `make readme` does; return the exit status."""
+    made = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "readme.py")], check=False)
     print(ledger(ROOT / "benchmarks" / "results").partition("\n")[0])
-    return 0
+    return made.returncode
 
 
 if __name__ == "__main__":

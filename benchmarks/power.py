@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from benchmarks.pairing import Scores, scores_of, smallest
-from benchmarks.trials import Config, Table
+from benchmarks.measurements import Line
+from benchmarks.pairing import Interval, Scores, scores_of, smallest
+from benchmarks.trials import Arm, Config, Table
 
-if TYPE_CHECKING:
-    from benchmarks.ranking import Row
+
+class Row(Protocol):
+    """The results of one arm, as `benchmarks.ranking.Row` has them."""
+
+    arm: Arm
+    fits: list[Line]
+    beside: Interval | None
+
+    @property
+    def end(self) -> str:
+        """Which end of its sweep the best rate is, if any."""
+        ...
+
 
 FEWEST = 10_000
 """Scored tokens of answers below which a table says that they are too few."""

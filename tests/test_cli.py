@@ -131,7 +131,7 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     assert cli.run(["report", "runs", "-o", "page.html", "--card", "24"]) == 0
     assert_page(Path("page.html").read_text(), run)
     told = [message for message in caplog.messages if message.startswith("Resuming with")]
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"last.ckpt", "previous.ckpt"}
     assert told == ["Resuming with trainer.max_steps = 4; the run had 2."]
     words = [*DATA, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--trainer.accelerator=cpu"]
     cli.run(["validate", "--config", "smt.yaml", "--model.base", "tiny", *words])

@@ -64,7 +64,7 @@ class SMT(UpdateStrategy):
             matrix), `coupled` (heads of attention and channels of MLPs in all their matrices, drawn from `seed`: S2FT,
             arXiv 2412.06289), or a file: that of `lit-sparse select`, or a run's checkpoints/last.ckpt.
         trainable_fraction: Share of all weights of the model to train. All blocks lie in `targets`.
-        num_blocks: Number of blocks to train, instead of trainable_fraction.
+        num_blocks: Blocks to train, not trainable_fraction.
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
             blocks), one number, or height and width. `diagonal` derives its own from trainable_fraction.
         targets: Linear layers and fused experts that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down),

@@ -75,6 +75,8 @@ def keeper(grown: float, steps: int) -> str:
     graphs: list[tuple[int, Any]] = []
     for one in _containers():
         items = _items(one)
+        if not items:  # a thread has emptied it since
+            continue
         some = items[:: -(-len(items) // SAMPLED)]
         size = len(items) * statistics.fmean(_bytes(item, DEPTH_OF_ITEMS) for item in some)
         if FITS[0] * grown <= size <= FITS[1] * grown:

@@ -218,6 +218,7 @@ def test_the_stages_of_a_gpu_host_are_commands_with_limits(tmp_path: Path) -> No
         "benchmarks.weights",
         "benchmarks.kernels",
         "benchmarks.gpu_methods",
+        "benchmarks.planner",
         "benchmarks.deft",
     }
 

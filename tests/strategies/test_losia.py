@@ -112,7 +112,7 @@ def test_the_trained_share_is_what_was_asked_for():
     assert strategy.describe()["entries"] == pytest.approx(0.1 * weight_count(tiny_llm()), rel=0.03)
     for layer in layers_of(model).values():
         shares = [len(own) / n for own, n in zip((layer.rows, layer.columns), layer.weight.shape, strict=True)]
-        assert shares[0] == pytest.approx(shares[1], abs=0.05)
+        assert shares[0] == pytest.approx(shares[1], abs=0.07)
     with pytest.raises(BadInput, match="more than the targets"):
         attached(trainable_fraction=0.99)
 
