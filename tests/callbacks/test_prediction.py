@@ -39,7 +39,8 @@ def test_what_is_said_first_is_what_is_measured_then(home, caplog, capsys, metho
     assert record.predicted is not None
     assert record.memory is not None
     assert record.memory.held is not None
-    assert record.predicted.peak_bytes == pytest.approx(record.memory.held.total, rel=0.05)
+    held = record.memory.held  # less what other tests of this process have left
+    assert record.predicted.peak_bytes == pytest.approx(held.total - held.before, rel=0.05)
     assert record.predicted.batch_size * record.predicted.length == record.memory.examined_positions
     printed = capsys.readouterr().out
     assert printed.index("peak of tensors, predicted") < printed.index("peak of tensors, measured")
