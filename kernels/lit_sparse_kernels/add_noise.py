@@ -190,14 +190,10 @@ def on_host(
                 noise = range_on_host(
                     first, part.stop - start, term.seed, piece.param, stream, kind, term.scale, weight.device
                 )
-                if out.dtype == torch.float32 and term is terms[-1]:
-                    torch.add(value, noise, out=out[part])
-                    continue
                 value = noise.add_(value) if value.dtype == noise.dtype else value + noise
             if stochastic and out.dtype == torch.bfloat16:
                 value = rounded(value, piece.param, first, terms[0].seed)
-            if out.dtype != torch.float32:
-                out[part] = value
+            out[part] = value
 
 
 def rounded(value: Tensor, param: int, first: int, seed: int) -> Tensor:

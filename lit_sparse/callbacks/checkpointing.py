@@ -136,7 +136,7 @@ class LastCheckpoint:
             trainer.strategy.wait_until_saved()
 
     def _save(self, trainer: L.Trainer) -> None:
-        if isinstance(trainer.strategy, FSDP2Strategy):
+        if isinstance(trainer.strategy, FSDP2Strategy):  # what is being written is to be the previous one
             trainer.strategy.wait_until_saved()
         if trainer.is_global_zero and (self._wrote or is_whole(self.path)):
             keep_previous(self.path)

@@ -19,6 +19,7 @@ from lit_sparse.data.loader import Loader
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
+from lit_sparse.modules.loading import load_errors
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.planning.forecast import CONTEXT, Forecast, Setting, forecast
 from lit_sparse.runs import build_module
@@ -86,11 +87,12 @@ def seconds_for(trainer: L.Trainer, module: LitSparse, budget_of: Callable[[floa
     """
     try:
         setting, budget = setting_of(trainer), budget_of(steps_ahead(trainer))
-        config = AutoConfig.from_pretrained(resolve(module.base), trust_remote_code=False).get_text_config()
+        with load_errors(module.base):
+            config = AutoConfig.from_pretrained(resolve(module.base), trust_remote_code=False).get_text_config()
         each = LAYER * (WITH_STRATEGIES if list(module.updates) else 1)
         cost = Cost(0, START + each * config.num_hidden_layers)
         budget.step_seconds = least_seconds(config, positions(trainer, setting), setting.device)
-    except Exception:  # whatever is wrong, the prediction says it better
+    except (BadInput, AttributeError):  # no size of a batch, no model, or no sizes of it: the prediction says it better
         return SECONDS
     if cost.seconds > SECONDS:
         return refused(OVERDUE.format(SECONDS))

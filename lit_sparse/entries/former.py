@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lit_sparse.anatomy import role
 from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
 
 
@@ -112,3 +113,20 @@ class FormerEntries:
             self.left[name] = Former.load(state["left"], layer.get_parameter("weight"))
         if "start" in state:
             self.start[name] = state["start"].to(layer.index.device)
+
+
+def described(trained: Mapping[str, tuple[int, int]], former: Iterable[Former]) -> dict[str, Any]:
+    """Return the numbers of trained entries, and of those that trained before; and the trained share by role.
+
+    Args:
+        trained: Of each layer the number of trained entries, and that of all, by name.
+    """
+    shares: dict[str, list[int]] = {}
+    for name, numbers in trained.items():
+        of_role = shares.setdefault(role(name), [0, 0])
+        of_role[:] = (one + other for one, other in zip(of_role, numbers, strict=True))
+    return {
+        "entries": sum(count for count, _ in trained.values()),
+        "left": sum(len(one.positions) for one in former),
+        "share": {what: count / weights for what, (count, weights) in shares.items()},
+    }

@@ -15,15 +15,15 @@ are in fp32. The warm-up of a subnet that moved scales its update, which is the 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_sparse.anatomy import has_values, replace, role, weight_count
-from lit_sparse.entries.former import Former
+from lit_sparse.anatomy import has_values, replace, weight_count
+from lit_sparse.entries.former import Former, described
 from lit_sparse.entries.scores import random_scores, top_entries
 from lit_sparse.entries.subnet import Importance, SubnetLinear
 from lit_sparse.entries.targets import entry_targets
@@ -72,6 +72,7 @@ class LoSiA(UpdateStrategy):
                 f"({self.reselect}), when the next layer's subnets move."
             )
         self._swapped: dict[str, tuple[nn.Module, SubnetLinear]] = {}
+        self._turns: list[list[str]] = []  # matrices that are measured together, in the order of their layers
         self._measured: dict[str, Importance] = {}
         self._left: dict[str, Former] = {}
         self._before: dict[str, Tensor] = {}  # masters before a step whose update is scaled
@@ -92,6 +93,7 @@ class LoSiA(UpdateStrategy):
         linears = self._targets(model, context.compute)
         share = self._share(model, linears)
         self._swap(model, {name: self._drawn(name, linear.weight.shape, share) for name, linear in linears.items()})
+        self._measure(1)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         linears = self._targets(model, context.compute)
@@ -143,30 +145,19 @@ class LoSiA(UpdateStrategy):
             layer = SubnetLinear(original, rows, columns)  # pyright: ignore[reportArgumentType]
             replace(model, name, layer)
             self._swapped[name] = original, layer
-        self._measure(1)
+        self._turns = _by_layer(places)
 
     # ---- whose turn it is
-
-    @property
-    def _turns(self) -> list[list[str]]:
-        """The matrices that are measured together, those of one layer, in the order of the layers."""
-        out: dict[str, list[str]] = {}
-        for name in self._swapped:
-            number = re.match(r".*?\.\d+(?=\.)", name)
-            out.setdefault(number[0] if number else name, []).append(name)
-        return list(out.values())
 
     def _measure(self, step: int) -> None:
         """Measure the matrices whose turn it is at optimizer step `step` (from 1), and no others."""
         if self.reselect is None:
             return
-        turns = self._turns
-        names = turns[(step - 1) // self.reselect % len(turns)]
+        names = self._turns[(step - 1) // self.reselect % len(self._turns)]
+        self._measured = {}
         for name, (_, layer) in self._swapped.items():
-            if name not in names:
-                layer.observe = None
-                self._measured.pop(name, None)
-            elif name not in self._measured:
+            layer.observe = None
+            if name in names:
                 importance = Importance(self.decay, layer.get_parameter("weight").shape, layer.rows.device)
                 layer.observe, self._measured[name] = importance.add, importance
 
@@ -174,9 +165,10 @@ class LoSiA(UpdateStrategy):
         """Return the matrices whose subnets moved last before optimizer step `step`, and the factor of their update."""
         if self.reselect is None or step <= self.reselect:
             return [], 1.0
-        turns, (slot, place) = self._turns, divmod(step - 1, self.reselect)
+        slot, place = divmod(step - 1, self.reselect)
         steps = self.reselect if self.recovery_steps is None else self.recovery_steps
-        return (turns[(slot - 1) % len(turns)], (place + 1) / steps) if place + 1 < steps else ([], 1.0)
+        names = self._turns[(slot - 1) % len(self._turns)]
+        return (names, (place + 1) / steps) if place + 1 < steps else ([], 1.0)
 
     # ---- training
 
@@ -195,9 +187,10 @@ class LoSiA(UpdateStrategy):
 
     @torch.no_grad()
     def after_step(self, step: int, optimizer: Optimizer) -> bool:
+        factor = self._recovering(step)[1]
         for name, before in self._before.items():
             subnet = self._swapped[name][1].subnet
-            subnet.copy_(before.lerp_(subnet, self._recovering(step)[1]))
+            subnet.copy_(before.lerp_(subnet, factor))
         self._before.clear()
         for _, layer in self._swapped.values():
             layer.write()
@@ -208,8 +201,7 @@ class LoSiA(UpdateStrategy):
                     continue
                 layer = self._swapped[name][1]
                 self._move(name, layer, importance.best(len(layer.rows), len(layer.columns)), optimizer)
-            self._measured.clear()
-        self._measure(step + 1)
+            self._measure(step + 1)
         return False  # the parameters are the same objects, of the same sizes
 
     def _move(self, name: str, layer: SubnetLinear, new: tuple[Tensor, Tensor], optimizer: Optimizer) -> None:
@@ -254,13 +246,15 @@ class LoSiA(UpdateStrategy):
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of trained entries, and of those that trained before; and the trained share by role."""
-        trained: dict[str, list[int]] = {}
-        for name, (_, layer) in self._swapped.items():
-            of_role = trained.setdefault(role(name), [0, 0])
-            of_role[0] += layer.subnet.numel()
-            of_role[1] += math.prod(layer.matrix.shape)
-        return {
-            "entries": sum(n for n, _ in trained.values()),
-            "left": sum(len(former.positions) for former in self._left.values()),
-            "share": {what: n / weights for what, (n, weights) in trained.items()},
-        }
+        layers = {name: layer for name, (_, layer) in self._swapped.items()}
+        numbers = {name: (layer.subnet.numel(), math.prod(layer.matrix.shape)) for name, layer in layers.items()}
+        return described(numbers, self._left.values())
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    """Return the names of matrices by the decoder layer that they are in; what is in none stands alone."""
+    out: dict[str, list[str]] = {}
+    for name in names:
+        number = re.match(r".*?\.\d+(?=\.)", name)
+        out.setdefault(number[0] if number else name, []).append(name)
+    return list(out.values())

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lit_sparse.anatomy import has_values, replace, role, weight_count
+from lit_sparse.anatomy import has_values, replace, weight_count
 from lit_sparse.blocks.principal import principal_scores
 from lit_sparse.entries.batch_scores import BatchScores
-from lit_sparse.entries.former import FormerEntries
+from lit_sparse.entries.former import FormerEntries, described
 from lit_sparse.entries.linear import EntryLinear
 from lit_sparse.entries.scores import GradientSums, InputNorms, random_scores, top_entries
 from lit_sparse.entries.selection import check_selection, counts, read_selection
@@ -354,13 +354,5 @@ class SparseEntries(UpdateStrategy):
 
     def describe(self) -> dict[str, Any]:
         """Return the numbers of trained entries, and of those that trained before; and the trained share by role."""
-        trained: dict[str, list[int]] = {}
-        for name, (_, layer) in self._swapped.items():
-            of_role = trained.setdefault(role(name), [0, 0])
-            of_role[0] += len(layer.index)
-            of_role[1] += math.prod(layer.matrix.shape)
-        return {
-            "entries": sum(n for n, _ in trained.values()),
-            "left": sum(len(former.positions) for former in self._former.left.values()),
-            "share": {what: n / weights for what, (n, weights) in trained.items()},
-        }
+        numbers = {name: (len(layer.index), math.prod(layer.matrix.shape)) for name, layer in self._layers.items()}
+        return described(numbers, self._former.left.values())
