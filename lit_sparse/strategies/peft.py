@@ -180,7 +180,8 @@ class PEFT(UpdateStrategy):
 
     def detach(self, model: nn.Module) -> None:
         if self._wrapper is not None and not self.is_prefix:
-            self._wrapper.merge_and_unload()  # pyright: ignore[reportCallIssue]
+            with torch.no_grad():  # else OFT's merged weights keep the graph of their rotation, and each tensor in it
+                self._wrapper.merge_and_unload()  # pyright: ignore[reportCallIssue]
             self._wrapper = None
             self._start = {}
 
