@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -186,14 +187,17 @@ def on_host(
             value, first = weight[part].to(torch.promote_types(weight.dtype, torch.float32)), piece.first + start
             if keep != 1:
                 value = value * keep
-            for term in terms:
-                noise = range_on_host(
-                    first, part.stop - start, term.seed, piece.param, stream, kind, term.scale, weight.device
-                )
-                value = noise.add_(value) if value.dtype == noise.dtype else value + noise
+            noises = (
+                range_on_host(first, len(value), term.seed, piece.param, stream, kind, term.scale, weight.device)
+                for term in terms
+            )
+            for noise in islice(noises, len(terms) - 1):
+                value = value + noise
+            last = next(noises)
             if stochastic and out.dtype == torch.bfloat16:
-                value = rounded(value, piece.param, first, terms[0].seed)
-            out[part] = value
+                out[part] = rounded(value + last, piece.param, first, terms[0].seed)
+            else:
+                torch.add(value, last, out=out[part])  # computed in fp32; a copy of it would take a fifth of the time
 
 
 def rounded(value: Tensor, param: int, first: int, seed: int) -> Tensor:

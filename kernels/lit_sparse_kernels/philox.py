@@ -51,6 +51,10 @@ CHUNK = 2**20
 """Elements that the torch path makes at a time, so that its temporaries stay in the cache."""
 MULTIPLIERS, WEYL, WORD = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
 ROUNDS = 10
+SIGNS = 1.0 - 2.0 * (torch.arange(256)[:, None] >> torch.arange(8) & 1)
+"""Rademacher noise of eight elements by their bits, (256, 8) fp32."""
+EIGHT = np.dtype("V32")
+"""Eight fp32 numbers as an item."""
 
 
 def splitmix64(value: int) -> int:
@@ -196,24 +200,58 @@ def signed(seed: int) -> int:
 # ---- torch
 
 
+def _word(value: int) -> np.ndarray:
+    return np.array(value, np.uint64)  # numpy takes an array without dimensions in half the time of a scalar
+
+
+def words_in_numpy(calls: np.ndarray, seed: int, param: int, stream: int) -> np.ndarray:
+    """Return `philox`'s words of calls, uint64 (...), as uint32 (..., 4).
+
+    numpy's operations take a third of the time of torch's for a small tensor, of which a model has many, and each
+    writes into an array that is there, since the 100 operations of a call are bound by memory.
+    """
+    k0, k1 = seed % 2**32, seed >> 32
+    word, half, by_c0, by_c2 = _word(WORD), _word(32), _word(MULTIPLIERS[0]), _word(MULTIPLIERS[1])
+    c0, c1, c2, c3 = calls & word, calls >> half, np.full_like(calls, param), np.full_like(calls, stream)
+    low, high = np.empty_like(c0), np.empty_like(c0)
+    for _ in range(ROUNDS):
+        np.multiply(c2, by_c2, low)
+        np.multiply(c0, by_c0, high)
+        for odd, key, product, even in ((c1, k0, low, c2), (c3, k1, high, c0)):
+            np.right_shift(product, half, even)
+            np.bitwise_xor(even, odd, even)
+            np.bitwise_xor(even, _word(key), even)
+            np.bitwise_and(even, word, even)
+        c0, c1, c2, c3, low, high = c2, low, c0, high, c1, c3
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    found = np.empty((*calls.shape, 4), np.uint32)
+    for number, words in enumerate((c0, c1, c2, c3)):
+        found[..., number] = words  # the low 32 bits
+    return found
+
+
 def words_on_host(calls: Tensor, seed: int, param: int, stream: int) -> Tensor:
     """Return the words of calls (...), int64 (..., 4)."""
-    key = seed % 2**32, seed >> 32
     if calls.device.type != "cpu":
-        return torch.stack(philox((calls & WORD, calls >> 32, param, stream), key), -1)
-    # numpy's operations take a third of the time of torch's for a small tensor, of which a model has many.
-    found = calls.numpy().view(np.uint64)
-    words = philox((found & WORD, found >> 32, param, stream), key)
-    return torch.from_numpy(np.stack(words, -1).view(np.int64))
+        return torch.stack(philox((calls & WORD, calls >> 32, param, stream), (seed % 2**32, seed >> 32)), -1)
+    return torch.from_numpy(words_in_numpy(calls.numpy().view(np.uint64), seed, param, stream).astype(np.int64))
 
 
 def signs_on_host(calls: Tensor, seed: int, param: int, stream: int, scale: float = 1.0) -> Tensor:
-    """Return scale times the Rademacher noise of calls (..., G): fp32 (..., 128 G); exact for any fp32 `scale`."""
-    words = words_on_host(calls, seed, param, stream).to(torch.int32)  # the low 32 bits
-    places = torch.arange(31, -1, -1, dtype=torch.int32, device=calls.device)
-    bits = torch.bitwise_left_shift(words.unsqueeze(-1), places)  # the bit in the place of the sign
-    bits = bits.bitwise_and_(-(2**31)).bitwise_xor_(int(torch.tensor(scale, dtype=torch.float32).view(torch.int32)))
-    return bits.view(torch.float32).flatten(-3)
+    """Return scale times the Rademacher noise of calls (..., G): fp32 (..., 128 G); exact for any fp32 `scale`.
+
+    On a CPU the signs of eight elements are looked up at a time. numpy copies items of 32 bytes faster than it or torch
+    shifts and masks 8 words, and twice as fast as torch copies rows.
+    """
+    signs = SIGNS * torch.tensor(scale, dtype=torch.float32)
+    if calls.device.type != "cpu":
+        words = words_on_host(calls, seed, param, stream).unsqueeze(-1)
+        octets = words >> torch.arange(0, 32, 8, device=calls.device) & 0xFF
+        return signs.to(calls.device)[octets].flatten(-4)
+    words = words_in_numpy(calls.numpy().view(np.uint64), seed, param, stream)
+    octets = words.astype("<u4", copy=False).view(np.uint8).astype(np.intp)  # (..., G, 16), the lowest first
+    found = signs.numpy().view(EIGHT)[:, 0].take(octets, mode="clip")  # which checks no index
+    return torch.from_numpy(found.view(np.float32)).flatten(-2)
 
 
 def gaussians_on_host(calls: Tensor, seed: int, param: int, stream: int) -> Tensor:
