@@ -23,6 +23,7 @@ Legend: R rows, W width, G calls of Philox.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -204,26 +205,33 @@ def _word(value: int) -> np.ndarray:
     return np.array(value, np.uint64)  # numpy takes an array without dimensions in half the time of a scalar
 
 
+_LOW, _HALF, _BY_C0, _BY_C2 = map(_word, (WORD, 32, *MULTIPLIERS))
+
+
+@lru_cache(maxsize=4)
+def _keys(seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the two words of each round's key."""
+    k0, k1 = seed % 2**32, seed >> 32
+    return [(_word((k0 + n * WEYL[0]) & WORD), _word((k1 + n * WEYL[1]) & WORD)) for n in range(ROUNDS)]
+
+
 def words_in_numpy(calls: np.ndarray, seed: int, param: int, stream: int) -> np.ndarray:
     """Return `philox`'s words of calls, uint64 (...), as uint32 (..., 4).
 
     numpy's operations take a third of the time of torch's for a small tensor, of which a model has many, and each
     writes into an array that is there, since the 100 operations of a call are bound by memory.
     """
-    k0, k1 = seed % 2**32, seed >> 32
-    word, half, by_c0, by_c2 = _word(WORD), _word(32), _word(MULTIPLIERS[0]), _word(MULTIPLIERS[1])
-    c0, c1, c2, c3 = calls & word, calls >> half, np.full_like(calls, param), np.full_like(calls, stream)
+    c0, c1, c2, c3 = calls & _LOW, calls >> _HALF, np.full_like(calls, param), np.full_like(calls, stream)
     low, high = np.empty_like(c0), np.empty_like(c0)
-    for _ in range(ROUNDS):
-        np.multiply(c2, by_c2, low)
-        np.multiply(c0, by_c0, high)
+    for k0, k1 in _keys(seed):
+        np.multiply(c2, _BY_C2, low)
+        np.multiply(c0, _BY_C0, high)
         for odd, key, product, even in ((c1, k0, low, c2), (c3, k1, high, c0)):
-            np.right_shift(product, half, even)
+            np.right_shift(product, _HALF, even)
             np.bitwise_xor(even, odd, even)
-            np.bitwise_xor(even, _word(key), even)
-            np.bitwise_and(even, word, even)
+            np.bitwise_xor(even, key, even)
+            np.bitwise_and(even, _LOW, even)
         c0, c1, c2, c3, low, high = c2, low, c0, high, c1, c3
-        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
     found = np.empty((*calls.shape, 4), np.uint32)
     for number, words in enumerate((c0, c1, c2, c3)):
         found[..., number] = words  # the low 32 bits
@@ -241,13 +249,12 @@ def signs_on_host(calls: Tensor, seed: int, param: int, stream: int, scale: floa
     """Return scale times the Rademacher noise of calls (..., G): fp32 (..., 128 G); exact for any fp32 `scale`.
 
     On a CPU the signs of eight elements are looked up at a time. numpy copies items of 32 bytes faster than it or torch
-    shifts and masks 8 words, and twice as fast as torch copies rows.
+    shifts and masks eight numbers, and twice as fast as torch copies rows.
     """
     signs = SIGNS * torch.tensor(scale, dtype=torch.float32)
     if calls.device.type != "cpu":
         words = words_on_host(calls, seed, param, stream).unsqueeze(-1)
-        octets = words >> torch.arange(0, 32, 8, device=calls.device) & 0xFF
-        return signs.to(calls.device)[octets].flatten(-4)
+        return signs.to(calls.device)[words >> torch.arange(0, 32, 8, device=calls.device) & 0xFF].flatten(-4)
     words = words_in_numpy(calls.numpy().view(np.uint64), seed, param, stream)
     octets = words.astype("<u4", copy=False).view(np.uint8).astype(np.intp)  # (..., G, 16), the lowest first
     found = signs.numpy().view(EIGHT)[:, 0].take(octets, mode="clip")  # which checks no index

@@ -79,14 +79,26 @@ class Perturbed(TorchFunctionMode):
 
     It sees every operation that Python calls on a parameter. Compiled graphs hide theirs from it: do not compile.
 
+    Args:
+        model: The model.
+        places: Of the weights that are perturbed, by name.
+        make: How.
+        known: Names of the parameters that were met, which several may share: it takes a walk through the model.
+
     Attributes:
         read: Names of the weights that were read.
     """
 
-    def __init__(self, model: nn.Module, places: Mapping[str, Place], make: Make) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        places: Mapping[str, Place],
+        make: Make,
+        known: dict[Tensor, str | None] | None = None,
+    ) -> None:
         super().__init__()
         self._model, self._places, self._make = model, places, make
-        self._known: dict[Tensor, str | None] = {}
+        self._known: dict[Tensor, str | None] = {} if known is None else known
         self.read: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:

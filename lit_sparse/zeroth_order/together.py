@@ -51,7 +51,8 @@ class Together(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, places: Mapping[str, Place], makes: Sequence[Make | None]) -> None:
         super().__init__()
-        self._copies = [Perturbed(model, places, make or _leave) for make in makes]
+        known: dict[Tensor, str | None] = {}
+        self._copies = [Perturbed(model, places, make or _leave, known) for make in makes]
         self.rows = 0
 
     @property
