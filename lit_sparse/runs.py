@@ -89,8 +89,8 @@ def last_checkpoint(root: Path, name: str) -> Path:
         if (folder / LAST).is_file():
             return folder / LAST
     raise BadInput(
-        f"--ckpt_path last was asked for, but no run {name}-<n> under {root}/ has {LAST}; start without "
-        f"--ckpt_path, or name a file."
+        f"--ckpt_path last was asked for, but no run {name}-<n> under {root}/ has {LAST}, which a fit "
+        f"saves every --checkpoint_steps steps and at its end; start without --ckpt_path, or name a file."
     )
 
 

@@ -170,7 +170,7 @@ def prepare(command: str) -> None:
         results := "peft/method_comparison/MetaMathQA/results"
     ) in command:  # in its form, as PEFT's repository has them
         run(["report", "runs", "--peft_results", results])
-    if "--ckpt_path last" in command:  # a run of that name, by the same method
+    if "--ckpt_path last" in command and not named:  # a run of that name, by the same method
         run(shortened(shlex.split(command.replace("--ckpt_path last", ""))[1:]))
     if "baseline.json" in command:  # which keeps one run of each name
         shutil.rmtree("runs")

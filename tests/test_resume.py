@@ -90,10 +90,12 @@ def test_a_run_stopped_in_mid_epoch_goes_on_exactly(home, method, stop, words):
         assert torch.equal(value, expected[name]), name
 
 
-def test_other_data_or_another_batch_size_is_refused(home):
+def test_other_data_or_another_batch_size_is_refused(home, caplog):
     fit("lora", "cut", 4, "--checkpoint_steps=4")
     with pytest.raises(BadInput, match="was written with other training data, seed or rows per step"):
         fit("lora", "cut", 0, "--ckpt_path=last", "--data.batch_size=3")
+    own = "--config runs/cut-1/config.yaml instead of the other --config and --data resumes on the run's own data."
+    assert own in caplog.messages
 
 
 def test_the_learning_rate_is_that_of_this_runs_schedule(home):

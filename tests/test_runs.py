@@ -293,7 +293,9 @@ def test_a_checkpoint_of_a_failed_fit_is_not_taken_up_by_another_run(home):
 def test_a_trial_of_one_batch_leaves_no_run(home, capsys, monkeypatch):
     fit("--trainer.fast_dev_run=true")
     assert not list(Path().glob("runs/*"))
-    assert "no run lora-<n>" in refused(capsys, monkeypatch, "fit", *F, "--ckpt_path=last")
+    told = refused(capsys, monkeypatch, "fit", *F, "--ckpt_path=last")
+    assert "no run lora-<n>" in told
+    assert "which a fit saves every --checkpoint_steps steps" in told
 
 
 def test_without_loggers_everything_is_in_the_runs_folder(home):

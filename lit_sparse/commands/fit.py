@@ -191,9 +191,12 @@ class CLI(LightningCLI):
     def _tell_differences(self, before: Path) -> None:
         """Print the keys that differ from the configuration that the run started with: those given now win."""
         then, now = flat(read_config(before)), flat(yaml.safe_load(self._dumped()))
-        for key in sorted(then.keys() | now.keys()):
-            if then.get(key) != now.get(key) and key.partition(".")[0] in ("task", "model", "data", "trainer"):
+        keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+        for key in keys:
+            if key.partition(".")[0] in ("task", "model", "data", "trainer"):
                 rank_zero_info(f"Resuming with {key} = {now.get(key)!r}; the run had {then.get(key)!r}.")
+        if any(key.startswith("data.") for key in keys):
+            rank_zero_info(f"--config {before} instead of the other --config and --data resumes on the run's own data.")
 
     def _dumped(self) -> str:
         """Return the configuration as it is saved with the run: without a checkpoint, which a new run does not have."""

@@ -20,7 +20,7 @@ EXAMPLES = {
     "fit": (
         "lit-sparse fit --config smt.yaml --config trainers/demo.yaml",
         "lit-sparse fit --config lora.yaml --model.base NAME --data rows.jsonl --run mine",
-        "lit-sparse fit --config lora.yaml --run mine --ckpt_path last",
+        "lit-sparse fit --config runs/mine-1/config.yaml --ckpt_path last",
     ),
     "validate": ("lit-sparse validate --config runs/smt-1/config.yaml --ckpt_path runs/smt-1/checkpoints/last.ckpt",),
     "test": ("lit-sparse test --config runs/smt-1/config.yaml --ckpt_path runs/smt-1/checkpoints/last.ckpt",),

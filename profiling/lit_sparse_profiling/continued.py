@@ -16,6 +16,7 @@ def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
 
     Seconds, calls, steps, tokens and energy are sums, and peaks the highest of both. What only one part measured is
     that part's. The command is the earlier part's; all else, such as the status and the scores at the end, the later's.
+    A later note replaces an earlier one that begins alike, up to a colon: it says the same with its own numbers.
     """
     before = later.outcome.get("before", {}) | earlier.outcome.get("before", {})
     return replace(
@@ -31,7 +32,7 @@ def continued(earlier: RunRecord, later: RunRecord) -> RunRecord:
         kernels=later.kernels or earlier.kernels,
         states=joined_states(earlier.states, later.states),
         outcome={moment: scores for moment, scores in {**later.outcome, "before": before}.items() if scores},
-        notes=list(dict.fromkeys([*earlier.notes, *later.notes])),
+        notes=list({note.partition(":")[0]: note for note in [*earlier.notes, *later.notes]}.values()),
     )
 
 

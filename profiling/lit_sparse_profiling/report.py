@@ -356,7 +356,8 @@ def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:
         yield told
     count = len(findings(record))
     if count and not alone:
-        yield f"{record.name}: {count} of its memory figures are not as expected; report {file.parent} alone."
+        figures = "a memory figure is" if count == 1 else f"{count} memory figures are"
+        yield f"{record.name}: {figures} not as expected: lit-sparse report {file.parent}"
 
 
 def describe_states(noted: list[StateBytes]) -> str:

@@ -37,3 +37,9 @@ def test_the_longer_examined_batch_stays(later: int | None, expected: int) -> No
     assert found is not None
     assert found.examined_positions == expected
     assert found.examined_step == (9 if later in (512, 1024) else 4), "of equal ones the later"
+
+
+def test_a_note_with_other_numbers_replaces_the_earlier_one():
+    earlier = RunRecord(name="a", notes=["Memory was not counted: that takes about 7.0 s", "x"])
+    later = RunRecord(name="a", notes=["Memory was not counted: that takes about 11.9 s", "y: 1", "x"])
+    assert continued(earlier, later).notes == ["Memory was not counted: that takes about 11.9 s", "x", "y: 1"]

@@ -572,7 +572,7 @@ def test_several_runs_are_compared_with_their_reasons(tmp_path: Path, capsys: py
     out = capsys.readouterr().out
     assert "galore-1: oom: out of memory [tried 2 GiB]\n" in out
     assert "cut-1: unreadable: " in out
-    assert f"lisa-1: 1 of its memory figures are not as expected; report {tmp_path / 'lisa-1'} alone." in out
+    assert f"lisa-1: a memory figure is not as expected: lit-sparse report {tmp_path / 'lisa-1'}\n" in out
     assert "where the memory went" not in out
 
 
