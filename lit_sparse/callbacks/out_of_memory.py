@@ -19,11 +19,13 @@ from torch.utils._pytree import tree_leaves
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.callbacks.prediction import amount
 from lit_sparse.modules import LitSparse
+from lit_sparse.planning.levers import levers
 from lit_sparse_profiling.ledger import untyped_storages
 
 WEIGHTS, FROZEN, GRADIENTS, STATE = "trained weights", "frozen weights", "gradients", "optimizer and strategy state"
 SAVED, OTHERS = "saved for backward", "other tensors"
-ACTIVATIONS = (SAVED, OTHERS)
+ACTED_ON = {"activations": (SAVED, OTHERS), "trained": (WEIGHTS, GRADIENTS, STATE), "frozen": (FROZEN,)}
+"""Categories by the part of the memory that a lever acts on."""
 PLACES = {
     "validation_step": "in the evaluation",
     "training_step": "in the forward pass",
@@ -94,7 +96,7 @@ def describe(exception: BaseException, module: LitSparse, optimizer: Optimizer |
         lines += [f"  {one.name}: {amount(one.size)}, {one.category}" for one in sorted(found, reverse=True)[:SHOWN]]
         if module.activation_checkpointing:
             lines.append("What activation checkpointing keeps for the backward pass is not in these lists.")
-    return "\n".join([*lines, "What would help:", *(f"  {way}" for way in levers(module, found))])
+    return "\n".join([*lines, "What would help:", *(f"  {way}" for way in helping(module, found))])
 
 
 def place_of(traceback: TracebackType | None) -> str:
@@ -121,21 +123,20 @@ def totals(found: Iterable[Alive], key: Literal["category", "module"]) -> dict[s
     return dict(sorted(sums.items(), key=lambda part: -part[1]))
 
 
-def levers(module: LitSparse, found: Sequence[Alive]) -> list[str]:
+def helping(module: LitSparse, found: Sequence[Alive]) -> list[str]:
     """Return what would help, that which acts on the most bytes first."""
     sums = totals(found, "category")
-    activations = sum(sums.get(name, 0) for name in ACTIVATIONS)
-    trained = sum(sums.get(name, 0) for name in (WEIGHTS, GRADIENTS, STATE))
-    batch = "--data.batch_size=1 with --trainer.accumulate_grad_batches: the same step in smaller batches"
-    ways = [(activations, batch)]
-    if not module.activation_checkpointing:
-        ways.insert(0, (activations, "--model.activation_checkpointing=true: layers keep their inputs alone"))
-    ways.append((trained, "a method that trains less, such as lora.yaml or smt.yaml: fewer gradients and less state"))
-    if module.frozen_dtype == torch.float32:
-        ways.append((sums.get(FROZEN, 0), "--model.precision=bfloat16: half of the frozen weights and activations"))
+    trainer = module._trainer
+    rows = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    accepted = levers(module, rows, getattr(trainer, "accumulate_grad_batches", 1), module.to_shard)
+    ways = [(sum(sums.get(name, 0) for name in ACTED_ON[one.acts_on]), one) for one in accepted]
     ways = sorted(ways, key=lambda way: -way[0])
     least = SMALL * sum(sums.values())
-    told = [f"{text} (acts on {amount(size)})" if size else text for size, text in ways if size >= least]
+    told = [
+        f"{one.options}: {one.effect}" + (f" (acts on {amount(size)})" if size else "")
+        for size, one in ways
+        if size >= least
+    ]
     return [*told, "lit-sparse plan predicts the memory of each method and batch before it is trained."]
 
 

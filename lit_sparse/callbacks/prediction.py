@@ -8,7 +8,6 @@ from copy import deepcopy
 from typing import Any
 
 import lightning as L
-import psutil
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from transformers import AutoConfig, PreTrainedConfig
@@ -22,8 +21,10 @@ from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_errors
 from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.planning.forecast import CONTEXT, Forecast, Setting, forecast
+from lit_sparse.planning.levers import levers
 from lit_sparse.runs import build_module
 from lit_sparse_profiling.budget import Budget, Cost
+from lit_sparse_profiling.devices import free_of_host
 from lit_sparse_profiling.memory import trim_heap
 from lit_sparse_profiling.sections import Predicted
 from lit_sparse_profiling.trace import Overdue
@@ -55,7 +56,8 @@ def predict(trainer: L.Trainer, settings: Mapping[str, Any], seconds: float) -> 
     try:
         setting = setting_of(trainer)
         with torch.device("cpu"), forked_rng(trainer.strategy.root_device):
-            found = forecast("", build_module(deepcopy(dict(settings))), setting, seconds)
+            module = build_module(deepcopy(dict(settings)))
+            found = forecast("", module, setting, seconds)
     except Overdue:
         return refused(OVERDUE.format(seconds))
     except Exception as error:  # of any strategy's or model's own code: no reason not to train
@@ -66,7 +68,7 @@ def predict(trainer: L.Trainer, settings: Mapping[str, Any], seconds: float) -> 
     predicted = section_of(found, free_bytes(trainer.strategy.root_device))
     rank_zero_info(in_words(predicted, setting.device))
     if not predicted.fits:
-        rank_zero_info(warning(predicted, found))
+        rank_zero_info(warning(predicted, module, setting))
     return predicted
 
 
@@ -176,7 +178,7 @@ def largest_batch(trainer: L.Trainer) -> tuple[int, int]:
 def free_bytes(device: torch.device) -> int:
     """Return the bytes of a device that nobody uses; of a GPU with this process's CUDA context counted as free."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return free_of_host()
     return torch.cuda.mem_get_info(device)[0] + CONTEXT
 
 
@@ -208,11 +210,10 @@ def in_words(predicted: Predicted, device: str) -> str:
     )
 
 
-def warning(predicted: Predicted, found: Forecast) -> str:
-    """Return a warning that a training will not fit, with what to change."""
-    ways = [] if found.checkpointing else ["--model.activation_checkpointing=true"]
-    if predicted.batch_size > 1:
-        ways.append(f"--data.batch_size=1 --trainer.accumulate_grad_batches={predicted.batch_size}")
+def warning(predicted: Predicted, module: LitSparse, setting: Setting) -> str:
+    """Return a warning that the training of `module`, which was traced, will not fit, with what to change."""
+    accepted = levers(module, setting.batch_size, setting.micro_batches, setting.sharded)
+    ways = [one.options for one in accepted if one.acts_on != "trained"]
     ways.append("a method that takes less (lit-sparse plan tells the memory of each)")
     return (
         f"Warning: this will not fit. {amount(predicted.needed_bytes)} are needed, and "

@@ -19,6 +19,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.places import configs_folder
 from lit_sparse.planning.forecast import Forecast, Setting, forecast
+from lit_sparse.planning.levers import CHECKPOINTING, NF4, ONE_ROW, SHARDED
 
 CARDS = {8: 8188, 12: 12282, 16: 15360, 24: 23028, 40: 40448, 48: 46068, 80: 81251, 141: 143771}
 """MiB that the driver reports for cards sold with that many GB; of several cards the least (T4, A10G, A40, A100)."""
@@ -263,8 +264,6 @@ def show_parts(console: Console, plan: Forecast) -> None:
     console.print(largest)
 
 
-CHECKPOINTING, ONE_ROW = "--model.activation_checkpointing=true", "--data.batch_size=1"
-NF4, SHARDED = "--model.quantize=nf4", "--trainer.strategy=fsdp2"
 GPUS = (2, 4, 8)
 """Numbers of GPUs that a model is sharded over where one is too small for it."""
 SPLIT = ("frozen weights", "trained weights", "gradients", "optimizer state")
@@ -299,8 +298,8 @@ def verdict(options: Sequence[str], other: Forecast, room: int) -> str:
 
 
 def levers(plan: Forecast) -> list[list[str]]:
-    """Return the options that may make a plan fit: each that is not taken yet, then both."""
-    ways = [] if plan.checkpointing else [[CHECKPOINTING]]
+    """Return the options that may make a plan fit: each that is accepted and not taken yet, then both."""
+    ways = [[CHECKPOINTING]] if plan.checkpointable and not plan.checkpointing else []
     ways += [] if plan.setting.batch_size == 1 else [[ONE_ROW]]
     return [*ways, [CHECKPOINTING, ONE_ROW]] if len(ways) == 2 else ways
 

@@ -45,6 +45,7 @@ class Forecast:
         seconds: Seconds of the trace.
         checkpointing: Whether activations are recomputed layer by layer.
         compiled: Whether the model is to be compiled; it is traced as it is.
+        checkpointable: Whether activation checkpointing saves memory, and the methods accept it.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Forecast:
     seconds: float
     checkpointing: bool = False
     compiled: bool = False
+    checkpointable: bool = True
 
     @property
     def peak(self) -> Moment:
@@ -145,6 +147,7 @@ def _traced(name: str, module: LitSparse, setting: Setting, seconds: float | Non
         perf_counter() - begin,
         module.activation_checkpointing,
         compiled,
+        module.updates.checkpointable,
     )
 
 

@@ -109,6 +109,8 @@ class UpdateStrategy(ABC):
             entries.
         accumulates: Whether a forward-only method takes a batch some rows at a time (`rows_at_once`) instead of
             accumulating over batches.
+        recomputes: Whether the method recomputes layers in the backward pass itself, and refuses activation
+            checkpointing.
         objective: What a forward-only method minimizes: the `loss`, `accuracy` (its distance from 1), or a metric of
             torchmetrics over labels and the likeliest classes or tokens.
         masters: Whether what trains is kept in fp32 while the frozen weights are in bf16. Forward-only methods, which
@@ -127,6 +129,7 @@ class UpdateStrategy(ABC):
     selects: ClassVar[str] = ""
     gradients: ClassVar[Gradients] = "ignores"
     accumulates: ClassVar[bool] = False
+    recomputes: ClassVar[bool] = False
     objective: Any = "loss"
     masters: ClassVar[bool] = True
 

@@ -75,6 +75,7 @@ class MEFT(UpdateStrategy):
     claims: ClassVar[frozenset[Claim]] = frozenset({"modules", "trainable"})
     base: ClassVar[BaseWeights] = "kept"
     leaves: ClassVar[Leaves] = "own_forward"
+    recomputes: ClassVar[bool] = True
     supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

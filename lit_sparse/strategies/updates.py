@@ -100,14 +100,24 @@ class Updates(Sequence[UpdateStrategy]):
         assert self._model is not None, "attach or restore the strategies first"
         return [(f"{self._prefix}{name}", parameter) for name, parameter in trainable(self._model)]
 
+    @property
+    def checkpointable(self) -> bool:
+        """True if activation checkpointing saves memory: there is a graph, and no method recomputes layers itself."""
+        return self.backward != "none" and not any(strategy.recomputes for strategy in self)
+
+    @property
+    def quantizable(self) -> bool:
+        """True if the base may be quantised: adapters train, and the base's own weights stay as they are."""
+        return all(strategy.base == "kept" for strategy in self) and any("trainable" in s.claims for s in self)
+
     def check_quantizable(self, what: str) -> None:
         """Refuse to train a quantised base itself.
 
         Raises:
             BadInput: naming the strategy that would, after `what` was asked for.
         """
-        changing = [type(strategy).__name__ for strategy in self if strategy.base != "kept"]
-        if changing or not any("trainable" in strategy.claims for strategy in self):
+        if not self.quantizable:
+            changing = [type(strategy).__name__ for strategy in self if strategy.base != "kept"]
             raise BadInput(
                 f"{what}, but {' and '.join(changing) or 'full fine-tuning'} changes the base's own weights, which a "
                 "quantised base cannot follow; take one that is not quantised, or train an adapter that leaves the "

@@ -9,7 +9,9 @@ import pytest
 from lit_sparse import cli
 from lit_sparse.callbacks import prediction, recorder
 from lit_sparse.data.loader import Batches, Loader
+from lit_sparse.planning.forecast import Setting
 from lit_sparse_profiling.record import RunRecord
+from lit_sparse_profiling.sections import Predicted
 
 F = [
     *("--model.base", "tiny", "--data", "Instructions", "--data.train", "rows.jsonl", "--data.heldout=4"),
@@ -54,6 +56,21 @@ def test_what_will_not_fit_is_warned_of_with_what_to_change(home, caplog, monkey
     assert "Warning: this will not fit. 0.5 MiB are needed, and 0.3 MiB are free; try " in caplog.text
     assert "--model.activation_checkpointing=true, or --data.batch_size=1" in caplog.text
     assert "--trainer.accumulate_grad_batches=2" in caplog.text
+    assert "--model.quantize=nf4" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("meft", "--data.batch_size=1 --trainer.accumulate_grad_batches=2, or --model.quantize=nf4, or --model.prec"),
+        ("mezo", "--model.updates.micro_batch=1, or --model.precision=bfloat16, or a method"),
+        ("adalomo", "--model.activation_checkpointing=true, or --data.batch_size=1, or --model.precision=bfloat16, or"),
+    ],
+)
+def test_a_warning_names_what_the_method_accepts(home, method, told):
+    module = cli.make_planned(["--config", f"{method}.yaml", "--model.base=tiny"]).module
+    predicted = Predicted(2**30, 2**30, 2**30, 2**20, "forward", {}, 2, 16, 0.1)
+    assert f"try {told}" in prediction.warning(predicted, module, Setting("cpu", 2, 16))
 
 
 def test_what_takes_too_long_is_left_to_plan(home, caplog, monkeypatch):

@@ -186,6 +186,23 @@ def test_it_says_what_is_alive_and_which_lever_would_make_it_fit(
     assert "us/token, estimated" in printed
 
 
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("meft", "With --data.batch_size=1 it needs"),  # which refuses checkpointing
+        ("mezo", "With --data.batch_size=1 it needs"),  # of which it would change nothing
+    ],
+)
+def test_levers_that_a_method_does_not_take_are_not_tried(
+    base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], method: str, told: str
+) -> None:
+    monkeypatch.setitem(CARDS, 8, 700)
+    assert run(monkeypatch, f"{method}.yaml", "--model.base", base, "--card", "8", "--data.max_length", "32") == 0
+    advice = capsys.readouterr().out.partition(f"{method} does not fit 8 GB")[2]
+    assert told in advice
+    assert "checkpointing" not in advice
+
+
 def test_more_gpus_are_tried_for_a_single_method_that_nothing_else_makes_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

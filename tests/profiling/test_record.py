@@ -173,3 +173,20 @@ def test_a_processor_is_told_by_its_model_and_cores(tmp_path: Path, monkeypatch:
     given.unlink()
     monkeypatch.setattr(devices.platform, "processor", lambda: "")
     assert devices.processor_name().startswith(devices.platform.machine())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_of_the_host_ends_at_a_limit_of_a_cgroup(tmp_path, monkeypatch, version):
+    limit, use, cached = devices.CGROUP_FILES["" if version == 2 else "memory"]
+    job = tmp_path / ("memory" if version == 1 else "") / "job"
+    (job / "step").mkdir(parents=True)
+    for folder, most in (job, 900), (job / "step", "max" if version == 2 else 2**63 - 4096):
+        (folder / limit).write_text(f"{most}\n")
+        (folder / use).write_text("700\n")
+        (folder / "memory.stat").write_text(f"anon 600\n{cached} 50\n")
+    (tmp_path / "self").write_text("7:cpu:/job/step\n" + ("0::/job/step\n" if version == 2 else "4:memory:/job/step\n"))
+    monkeypatch.setattr(devices, "CGROUPS", tmp_path)
+    monkeypatch.setattr(devices, "OWN_CGROUP", tmp_path / "self")
+    assert devices.free_of_host() == 900 - 700 + 50
+    (tmp_path / "self").write_text("0::/\n")  # of a container, that is a cgroup elsewhere
+    assert devices.free_of_host() > 2**20
