@@ -178,12 +178,11 @@ class PEFT(UpdateStrategy):
                 dist.broadcast(projection, 0)
         self._aligned = True
 
+    @torch.no_grad()  # else OFT's merged weights keep the graph of their rotation, and each tensor in it
     def detach(self, model: nn.Module) -> None:
         if self._wrapper is not None and not self.is_prefix:
-            with torch.no_grad():  # else OFT's merged weights keep the graph of their rotation, and each tensor in it
-                self._wrapper.merge_and_unload()  # pyright: ignore[reportCallIssue]
-            self._wrapper = None
-            self._start = {}
+            self._wrapper.merge_and_unload()  # pyright: ignore[reportCallIssue]
+            self._wrapper, self._start = None, {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the adapter's tensors that are not trained (drawn or computed), and how the adapter started.
