@@ -166,6 +166,7 @@ def command(
     ranks: int = 1,
     temporary: Path | None = None,
     act: Callable[[Sequence[str]], object] = cli.run,
+    limit: float = LIMIT,
 ) -> list[Ended]:
     """Run a command line in forked processes, one for each rank, in `folder`; return how each ended.
 
@@ -175,6 +176,7 @@ def command(
         fault: What befalls the last rank. The others are killed with it, as a scheduler does.
         temporary: TMPDIR of the processes.
         act: What runs the command line.
+        limit: Seconds after which the processes are killed.
     """
     fault, port = fault or Fault(), _free_port() if ranks > 1 else 0
     place = {"TMPDIR": str(temporary)} if temporary is not None else {}
@@ -188,7 +190,7 @@ def command(
         if (pid := os.fork()) == 0:
             _be_child(words, folder, own, rank, names, act)
         pids.append(pid)
-    statuses = _wait(pids, time.monotonic() + (fault.seconds or LIMIT))
+    statuses = _wait(pids, time.monotonic() + (fault.seconds or limit))
     return [_ended(folder, rank, status) for rank, status in enumerate(statuses)]
 
 

@@ -20,6 +20,8 @@ EVERY = 20
 """Steps between two readings."""
 FLAT = 0.01
 """Share by which resident memory may be above that of the first half."""
+LIMIT = 3600
+"""Seconds a fit may take; on a quiet core it takes two minutes."""
 
 
 class Readings(L.Callback):
@@ -43,9 +45,10 @@ def soak(bench: Bench, method: str, steps: int = STEPS) -> Found:
         words = ["fit", "--config", f"{method}.yaml", *(word for word in FIXED if "tests.fuzz" not in word)]
         words += [f"--trainer.max_steps={steps}", "--trainer.max_epochs=-1", "--trainer.limit_val_batches=0"]
         words += ["--data.batch_size=2", "--run=mine", "--checkpoint_steps=500"]
-        (ended,) = command([*words, "--trainer.callbacks+=tests.faults.soak.Readings"], place)
+        (ended,) = command([*words, "--trainer.callbacks+=tests.faults.soak.Readings"], place, limit=LIMIT)
         if ended.status:
-            return Found("failed", why=ended.told[-1500:], about={"method": method})
+            why = ended.told[-1500:] or f"it was killed, or did not end within {LIMIT} seconds"
+            return Found("failed", why=why, about={"method": method})
         readings = [json.loads(line) for line in (place / "readings.jsonl").read_text().splitlines()]
     quarter = len(readings) // 4
     early, late = readings[quarter : 2 * quarter], readings[-quarter:]
