@@ -277,7 +277,9 @@ def compare_values(ours: Any, theirs: Any, name: str) -> None:
             compare_values(*pair, f"{name}[{number}]")
     elif isinstance(ours, torch.Tensor):
         assert ours.dtype == theirs.dtype, f"{name} is {ours.dtype} straight, and {theirs.dtype} stopped"
-        assert torch.equal(ours, theirs), f"{name} differs"
+        assert ours.shape == theirs.shape, f"{name} is {ours.shape} straight, and {theirs.shape} stopped"
+        bits = (tensor.detach().flatten().view(torch.uint8) for tensor in (ours, theirs))  # so that NaN is NaN
+        assert torch.equal(*bits), f"{name} differs"
     else:
         assert ours == theirs, f"{name} is {ours} straight, and {theirs} stopped"
 
