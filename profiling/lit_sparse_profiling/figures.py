@@ -82,7 +82,8 @@ def tradeoff(rows: Sequence[Row], measure: Measure, name: str, title: str) -> Fi
     left_out = ""
     if measure is LOSS and points:
         names = Counter(str(loss_name(row.records[0])) for row, _, _ in points)
-        common = names.most_common(1)[0][0]
+        # Training batches after a few steps, which is what `bench` has, say little of quality.
+        common = max(names, key=lambda name: (name != "train_loss", names[name]))
         others = sum(names.values()) - names[common]
         points = [point for point in points if str(loss_name(point[0].records[0])) == common]
         left_out = f" The loss is {safe(common)}" + (

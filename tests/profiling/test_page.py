@@ -165,6 +165,11 @@ def test_losses_of_another_name_are_no_point_of_the_figure() -> None:
     (points,) = [trace["y"] for trace in figure.data if trace["mode"] == "markers+text"]
     assert sorted(points) == [1.02, 1.06]
     assert "1 runs that have another are left out" in figure.caption
+    few = tradeoff(
+        rows_of(gpu_record("smt"), gpu_record("full"), *[replace(other, name=f"{n}") for n in "abc"]), LOSS, "", ""
+    )
+    (points,) = [trace["y"] for trace in few.data if trace["mode"] == "markers+text"]
+    assert sorted(points) == [1.02, 1.06]  # of held-out rows, though more runs have a training loss
 
 
 def test_repetitions_are_one_row_with_their_median_and_range(tmp_path: Path) -> None:

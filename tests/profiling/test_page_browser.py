@@ -163,6 +163,24 @@ def test_the_choice_answers_from_the_records(page) -> None:
     assert "No run of this model answers that: did not end well: 1, more than the card has: 5." in answer.inner_text()
 
 
+def test_a_loss_of_held_out_rows_goes_before_that_of_training(page) -> None:
+    def chosen(rows: str) -> str:
+        page.evaluate(
+            f"const before = data.rows; data.rows = structuredClone(before); {rows}; choose(); data.rows = before"
+        )
+        return page.locator("#answer").inner_text()
+
+    page.select_option("#card", label="NVIDIA H100 80GB HBM3: 79.6 GiB")
+    page.select_option("#goal", label="lowest loss")
+    told = chosen("for (const row of data.rows) if (row.label !== 'smt-1') row.loss = 'train_loss'")
+    assert "Take smt-1" in told
+    assert "another loss than heldout_loss: " in told
+    assert "No rows were held out" not in told
+    told = chosen("for (const row of data.rows) row.loss = 'train_loss'")
+    assert "Take full-1" in told
+    assert "No rows were held out: the loss is that of the last training batches" in told
+
+
 def test_two_are_compared_with_a_verdict(page) -> None:
     verdict = page.locator("#verdict")
     page.select_option("#a", label="full-1 (a/model-8b)")
