@@ -13,6 +13,10 @@ from lit_sparse.anatomy import role
 from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
 
 
+HOST = "cpu"
+"""Device of what is kept on the host; a plan of a GPU's memory, whose tensors are all on the CPU, leaves it out."""
+
+
 @dataclass(frozen=True)
 class Former:
     """Entries of one weight that trained before and keep their value, which a checkpoint must hold.
@@ -28,7 +32,17 @@ class Former:
     @staticmethod
     def none(weight: Tensor) -> Former:
         """Return that of a weight whose entries train from the start, or not at all."""
-        return Former(torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=weight.dtype))
+        return Former.of_size(0, weight)
+
+    @staticmethod
+    def of_size(count: int, weight: Tensor) -> Former:
+        """Return one of `count` entries without values.
+
+        A plan cannot know how many entries a training's changes leave; it takes as many as train.
+        """
+        return Former(
+            torch.empty(count, dtype=torch.int32, device=HOST), torch.empty(count, dtype=weight.dtype, device=HOST)
+        )
 
     @staticmethod
     def load(state: Mapping[str, Tensor], weight: Tensor) -> Former:
@@ -92,6 +106,11 @@ class FormerEntries:
             start[stays] = self.start[name][stayed]
             self.start[name] = start
         return values
+
+    def plan(self, name: str, layer: EntryLinear) -> None:
+        """Hold, in a plan, what changes are taken to leave."""
+        if name not in self.start:
+            self.left[name] = Former.of_size(len(layer.index), layer.get_parameter("weight"))
 
     def clear(self) -> None:
         """Forget all."""

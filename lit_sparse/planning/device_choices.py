@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from lit_sparse import loss
+from lit_sparse.entries import former
 from lit_sparse.modules.precision import HALF
 from lit_sparse.zeroth_order.perturbed import CHUNK
 from lit_sparse_kernels import (
@@ -53,6 +54,7 @@ def choices_of(device: Device) -> Iterator[None]:
             stack.enter_context(patch.object(subspace_adam, "on_host_back", lambda *_: None))
             stack.enter_context(patch.object(philox, "on_host", _noise_on_cuda))
             stack.enter_context(patch.dict(CHUNK, cpu=CHUNK["cuda"]))
+            stack.enter_context(patch.object(former, "HOST", "meta"))
             stack.enter_context(CUDAAutocast())
         yield
 

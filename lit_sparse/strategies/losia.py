@@ -206,7 +206,11 @@ class LoSiA(UpdateStrategy):
 
     def _move(self, name: str, layer: SubnetLinear, new: tuple[Tensor, Tensor], optimizer: Optimizer) -> None:
         weight = layer.get_parameter("weight")
-        if not has_values(weight):  # a planned training: which they are costs nothing
+        if not has_values(weight):  # a planned training, of whose later changes the first stands for all
+            self._left = {
+                other: Former.of_size(one.subnet.numel(), one.get_parameter("weight"))
+                for other, (_, one) in self._swapped.items()
+            }
             return
         optimizer.state.pop(layer.subnet, None)
         old, values = layer.positions, layer.subnet.detach().flatten().clone()

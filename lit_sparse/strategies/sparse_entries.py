@@ -297,7 +297,8 @@ class SparseEntries(UpdateStrategy):
     def _move(self, name: str, layer: EntryLinear, new: Tensor, optimizer: Optimizer) -> None:
         """Train the entries `new` (N,) from now on; values and moments of those that stay move with them."""
         weight, old = layer.get_parameter("weight"), layer.index
-        if not has_values(weight):  # a planned training: which they are costs nothing
+        if not has_values(weight):  # a planned training
+            self._former.plan(name, layer)
             return
         stays, stayed = torch.isin(new, old), torch.isin(old, new)  # both are sorted, so they match in order
         self._move_moments(name, layer, new, stays, stayed, optimizer)

@@ -203,6 +203,21 @@ def test_levers_that_a_method_does_not_take_are_not_tried(
     assert "checkpointing" not in advice
 
 
+@pytest.mark.parametrize("method", ["lift", "losia"])
+def test_entries_that_trained_before_are_planned_on_the_host(base: str, method: str) -> None:
+    """They keep a position and a value each: as many as train, since a plan knows no values to choose others by."""
+
+    def state(device: Any) -> int:
+        made = make_planned(fit_command(f"{method}.yaml", [], [f"--model.base={base}", "--model.updates.reselect=2"]))
+        plan = forecast(method, made.module, Setting(device, 1, 16))
+        trained.append(plan.trainable)
+        return plan.phases["forward"].categories["strategy state"]
+
+    trained: list[int] = []
+    # LoSiA's subnets of the head are in no part of it: they change at no time.
+    assert state("cpu") - state("cuda") == pytest.approx(8 * trained[0], rel=0.0001)
+
+
 def test_more_gpus_are_tried_for_a_single_method_that_nothing_else_makes_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
