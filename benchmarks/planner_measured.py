@@ -11,9 +11,10 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -186,7 +187,7 @@ def work(rank: int, cases: Sequence[Case], configs: dict[str, Path], folder: Pat
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench", "GROUP_RANK": 0}
     mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PAIR, "LOCAL_WORLD_SIZE": PAIR}
     os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
-    dist.all_reduce = reduce
+    dist.all_reduce, dist._broadcast_coalesced = reduce, broadcast
     building.hash_of = lambda named: ""  # it gathers every weight while loading, by gloo's own copies
     setattr(_fsdp_collectives.DefaultAllGather, "__call__", gather)  # noqa: B010 - a method
     setattr(_fsdp_collectives.DefaultReduceScatter, "__call__", scatter)  # noqa: B010
@@ -200,15 +201,36 @@ def work(rank: int, cases: Sequence[Case], configs: dict[str, Path], folder: Pat
     dist.destroy_process_group()
 
 
-SETTLE = 0.002
-"""Seconds after which gloo's thread has let go of a tensor: what it frees itself, the profiler misses."""
+SETTLE, LONGEST = 0.002, 2.0
+"""Seconds between two looks whether gloo's thread has let go of a tensor, and the most to wait for it."""
 all_reduce = dist.all_reduce
+
+
+@contextmanager
+def settled(tensor: torch.Tensor) -> Iterator[None]:
+    """Wait after a collective until gloo's thread has let go of its tensor: what it frees, the profiler misses."""
+    before, end = tensor._use_count(), monotonic() + LONGEST
+    yield
+    sleep(SETTLE)
+    while tensor._use_count() > before and monotonic() < end:
+        sleep(SETTLE)
 
 
 def reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     """Sum over ranks in place, by gloo."""
-    all_reduce(tensor, *args, **kwargs)
-    sleep(SETTLE)
+    with settled(tensor):
+        all_reduce(tensor, *args, **kwargs)
+
+
+def broadcast(group: Any, tensors: Sequence[torch.Tensor], size: int, source: int = 0) -> None:
+    """Send DDP's buffers to the other ranks, flattened by dtype: of gloo's own copies its thread may free the last."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        parts = [tensor.detach() for tensor in tensors if tensor.dtype is dtype]
+        flat = torch.cat([part.flatten() for part in parts])
+        with settled(flat):
+            dist.broadcast(flat, source, group=group)
+        for part, values in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(values.view_as(part))
 
 
 def gather(self: Any, output_tensor: torch.Tensor, input_tensor: torch.Tensor, **options: Any) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from lit_sparse.anatomy import role
 from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
 
-
 HOST = "cpu"
 """Device of what is kept on the host; a plan of a GPU's memory, whose tensors are all on the CPU, leaves it out."""
 
