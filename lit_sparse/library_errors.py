@@ -4,6 +4,7 @@ import errno
 import linecache
 import re
 
+from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_sparse.errors import BadInput
@@ -40,6 +41,12 @@ def understood(error: BaseException) -> BadInput | None:
 
 MALFORMED = (TypeError, AttributeError, KeyError, IndexError)
 """Errors that Python raises where a file of a model has a list, say, in place of an object."""
+
+
+def refusal_of(error: Exception) -> str:
+    """Return why transformers refuses a model: the first line of its error, or all of one on a value in a config."""
+    text = str(error).strip()
+    return " ".join(text.split()) if isinstance(error, StrictDataclassError) else text.splitlines()[0]
 
 
 def met_in_transformers(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
@@ -13,6 +14,7 @@ from lit_sparse.data.loader import Batches, Loader, evaluation_loader
 from lit_sparse.data.module import first_epoch, rank_and_world, require_at_least
 from lit_sparse.demo import DEMO, resolve
 from lit_sparse.errors import BadInput
+from lit_sparse.library_errors import refusal_of
 
 
 class RandomRows(Dataset[Example]):
@@ -37,9 +39,9 @@ def vocabulary(model: str) -> int:
     """
     try:
         return AutoConfig.from_pretrained(resolve(model), trust_remote_code=False).get_text_config().vocab_size
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise BadInput(
-            f"No configuration of {model!r} could be loaded ({str(error).strip().splitlines()[0]}); set `vocab_size`."
+            f"No configuration of {model!r} could be loaded ({refusal_of(error)}); set `vocab_size`."
         ) from error
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -17,7 +18,7 @@ from transformers.utils.hub import cached_file
 from lit_sparse.anatomy import backbone, classification_head, decoder_layers, is_quantized_linear
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
-from lit_sparse.library_errors import MALFORMED, met_in_transformers
+from lit_sparse.library_errors import MALFORMED, met_in_transformers, refusal_of
 from lit_sparse.modules.hollow import (
     Hollow,
     Unreadable,
@@ -153,7 +154,7 @@ def load_errors(base: str, attention: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
         raise BadInput(_reason(base, error, attention if isinstance(error, ValueError) else None)) from error
     except MALFORMED as error:
         if not met_in_transformers(error):
@@ -168,7 +169,7 @@ def load_errors(base: str, attention: str | None = None) -> Iterator[None]:
 
 
 def _reason(base: str, error: Exception, attention: str | None) -> str:
-    reason = str(error).strip().splitlines()[0]
+    reason = refusal_of(error)
     if "trust_remote_code" in str(error):
         return (
             f"{base!r} needs code that it brings along, which lit_sparse does not run; give a model of a family that "

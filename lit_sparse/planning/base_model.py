@@ -87,10 +87,10 @@ def meta_model(module: LitSparse) -> PreTrainedModel:
 
 
 def _check_sizes(base: str, config: PreTrainedConfig) -> None:
-    """Refuse a configuration that leaves sizes to the defaults of its family.
+    """Refuse a configuration that leaves sizes to the defaults of its family, or has none above 0.
 
     Raises:
-        BadInput: naming the sizes that it lacks.
+        BadInput: naming the sizes.
     """
     given, _ = PreTrainedConfig.get_config_dict(resolve(base))
     names = {name for part in (given, *given.values()) if isinstance(part, dict) for name in part}
@@ -100,6 +100,9 @@ def _check_sizes(base: str, config: PreTrainedConfig) -> None:
             f"the configuration of {base} gives no {' and no '.join(missing)}, so that its memory cannot be predicted; "
             "add them, or give another model."
         )
+    text = config.get_text_config()
+    if below := [f"{size} {value}" for size in SIZES if isinstance(value := getattr(text, size, 1), int) and value < 1]:
+        raise BadInput(f"the configuration of {base} has {' and '.join(below)}; give sizes of 1 or more.")
 
 
 class _Ops(TorchDispatchMode):

@@ -287,6 +287,9 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["full.yaml", "--tflops", "0"], "--tflops is 0.0; give the card's dense bf16 TFLOP/s"),
         (["nothing.yaml"], "there is no nothing.yaml"),
         (["full.yaml", "--model.base", "BARE"], "gives no hidden_size and no num_hidden_layers and no vocab_size"),
+        (["full.yaml", "--model.base", "WORDS"], "Field 'num_hidden_layers' expected int, got str (value: 'many')"),
+        (["full.yaml", "--model.base", "UNEVEN"], "The hidden size (66) is not a multiple of the number of attention"),
+        (["full.yaml", "--model.base", "ZERO"], "has hidden_size 0; give sizes of 1 or more"),
         (["full.yaml", "--model.base", "/nowhere/at/all"], "no model could be loaded from '/nowhere/at/all'"),
         (["lora.yaml", "--model.quantize", "int8"], "model.quantize is int8, where what is kept of a batch depends"),
         (["smt.yaml", *SHARDED[1:], "--model.updates.warmup=update"], "trainer.strategy is fsdp2, but SMT"),
@@ -303,9 +306,17 @@ def test_bad_input_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    bare = tmp_path / "config.json"
-    bare.write_text('{"model_type": "llama"}')
-    words = [str(bare) if word == "BARE" else word for word in words]
+    file = tmp_path / "config.json"
+    wrong = {
+        "BARE": {},
+        "WORDS": {"num_hidden_layers": "many"},
+        "UNEVEN": {"hidden_size": 66},
+        "ZERO": {"hidden_size": 0},
+    }
+    for word in set(wrong) & set(words):
+        sizes = wrong[word] and {**SIZES, **wrong[word]}
+        file.write_text(json.dumps({"model_type": "llama", **sizes}))
+        words = [str(file) if one == word else one for one in words]
     model = [] if "--model.base" in words else ["--model.base", base]
     assert run(monkeypatch, *words, *model, "--data.vocab_size", "96", "--data.max_length", "16") == 2
     printed = capsys.readouterr().err.strip()
