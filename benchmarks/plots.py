@@ -58,7 +58,10 @@ def lisa_state(lines: Sequence[Line]) -> Figure:
     full = next(iter(policies.values()))["full_state"] / MIB
     axes[0].axhline(full, color="grey", linestyle=":", label="full fine-tuning")
     axes[0].set(
-        xlabel="switches", ylabel="optimizer and strategy state, MiB", ylim=(0, 1.35 * full), xticks=range(0, 21, 5)
+        xlabel="switches to other layers",
+        ylabel="optimizer and strategy state,\nMiB (less is better)",
+        ylim=(0, 1.35 * full),
+        xticks=range(0, 21, 5),
     )
     axes[0].legend(loc="upper left", ncols=2)
     return figure
