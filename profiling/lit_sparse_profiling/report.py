@@ -23,6 +23,8 @@ from lit_sparse_profiling.peft_export import write_results
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import (
+    RECORD,
+    SETTINGS,
     UNREADABLE,
     Row,
     Runs,
@@ -31,6 +33,7 @@ from lit_sparse_profiling.run_folders import (
     peak_memory,
     read_runs,
     run_name,
+    unrecorded,
 )
 from lit_sparse_profiling.sections import Large, StateBytes
 
@@ -77,6 +80,9 @@ def report(
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if output is None or markdown:
         _print_runs(read, markdown, console)
+    for folder in [] if markdown else unrecorded([Path(run) for run in runs]):
+        going_on = f"lit-sparse fit --config {folder / SETTINGS} --ckpt_path last"
+        _print(console, f"{folder} has no {RECORD}: it was killed, and goes on with {going_on}; or it still runs.")
     if output is not None:
         write_page(read, Path(output), cards or {}, card, command)
         _print(

@@ -13,7 +13,7 @@ from lit_sparse_profiling.peft_results import is_result, to_record
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import CEILINGS
 
-RECORD = "record.json"
+RECORD, SETTINGS = "record.json", "config.yaml"
 SEEDS = ("seed", "seed_everything")
 UNREADABLE = "unreadable"
 """Status of a run whose record cannot be read."""
@@ -68,6 +68,18 @@ def _record_files(path: Path) -> list[Path]:
     if not found:
         raise ValueError(f"{path} was given, but there is no {RECORD} in it or two folders deep; give a run's folder.")
     return sorted(found, key=_natural_key)
+
+
+def unrecorded(paths: Sequence[Path]) -> list[Path]:
+    """Return the folders of runs under `paths` that have settings and no record: killed, or still running."""
+    found = {
+        file.parent.resolve(): file.parent
+        for path in paths
+        for pattern in (SETTINGS, f"*/{SETTINGS}", f"*/*/{SETTINGS}")
+        for file in path.glob(pattern)
+        if not (file.parent / RECORD).is_file()
+    }
+    return sorted(found.values(), key=_natural_key)
 
 
 def _natural_key(path: Path) -> list[str | int]:

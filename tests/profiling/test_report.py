@@ -137,6 +137,20 @@ def test_a_record_that_cannot_be_read_is_told_and_the_rest_goes_on(tmp_path: Pat
     ]
 
 
+def test_a_killed_run_is_told_with_the_command_that_goes_on(tmp_path: Path, capsys: Any) -> None:
+    root = written(tmp_path, CPU)
+    (root / "smt-1" / "config.yaml").write_text("seed_everything: 0\n")
+    killed = root / "lisa-1"
+    killed.mkdir()
+    (killed / "config.yaml").write_text("seed_everything: 0\n")
+    assert report([str(root)]) == 0
+    (told,) = (line for line in capsys.readouterr().out.splitlines() if "killed" in line)
+    assert told.startswith(f"{killed} has no record.json")
+    assert f"lit-sparse fit --config {killed / 'config.yaml'} --ckpt_path last;" in told
+    report([str(root)], markdown=True)
+    assert "killed" not in capsys.readouterr().out
+
+
 def test_a_path_without_records_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match=r"was given, but there is no record\.json in it or two folders deep"):
