@@ -187,7 +187,8 @@ def work(rank: int, cases: Sequence[Case], configs: dict[str, Path], folder: Pat
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench", "GROUP_RANK": 0}
     mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PAIR, "LOCAL_WORLD_SIZE": PAIR}
     os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
-    dist.all_reduce, dist._broadcast_coalesced = reduce, broadcast
+    dist.all_reduce = reduce
+    setattr(dist, "_broadcast_coalesced", broadcast)  # noqa: B010 - private
     building.hash_of = lambda named: ""  # it gathers every weight while loading, by gloo's own copies
     setattr(_fsdp_collectives.DefaultAllGather, "__call__", gather)  # noqa: B010 - a method
     setattr(_fsdp_collectives.DefaultReduceScatter, "__call__", scatter)  # noqa: B010
@@ -209,10 +210,11 @@ all_reduce = dist.all_reduce
 @contextmanager
 def settled(tensor: torch.Tensor) -> Iterator[None]:
     """Wait after a collective until gloo's thread has let go of its tensor: what it frees, the profiler misses."""
-    before, end = tensor._use_count(), monotonic() + LONGEST
+    holders: Any = tensor  # whose number torch's stubs do not know
+    before, end = holders._use_count(), monotonic() + LONGEST
     yield
     sleep(SETTLE)
-    while tensor._use_count() > before and monotonic() < end:
+    while holders._use_count() > before and monotonic() < end:
         sleep(SETTLE)
 
 

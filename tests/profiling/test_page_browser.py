@@ -161,6 +161,7 @@ def test_the_choice_answers_from_the_records(page) -> None:
     assert "Take ia3-1: 0.010 nats/token" in answer.inner_text()
     page.select_option("#card", label="8 GB")
     assert "No run of this model answers that: did not end well: 1, more than the card has: 5." in answer.inner_text()
+    assert "smt-1 takes least: 27.88 GiB." in answer.inner_text()
 
 
 def test_a_loss_of_held_out_rows_goes_before_that_of_training(page) -> None:
