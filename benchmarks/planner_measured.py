@@ -22,6 +22,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import _functional_collectives
 from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -187,7 +188,7 @@ def work(rank: int, cases: Sequence[Case], configs: dict[str, Path], folder: Pat
     there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "bench", "GROUP_RANK": 0}
     mine = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PAIR, "LOCAL_WORLD_SIZE": PAIR}
     os.environ.update({name: str(value) for name, value in {**there, **mine}.items()})
-    dist.all_reduce = reduce
+    dist.all_reduce, _functional_collectives.wait_tensor = reduce, wait
     setattr(dist, "_broadcast_coalesced", broadcast)  # noqa: B010 - private
     building.hash_of = lambda named: ""  # it gathers every weight while loading, by gloo's own copies
     setattr(_fsdp_collectives.DefaultAllGather, "__call__", gather)  # noqa: B010 - a method
@@ -222,6 +223,16 @@ def reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     """Sum over ranks in place, by gloo."""
     with settled(tensor):
         all_reduce(tensor, *args, **kwargs)
+
+
+wait_tensor = _functional_collectives.wait_tensor
+
+
+def wait(tensor: torch.Tensor) -> torch.Tensor:
+    """Wait for a collective of DTensors, and as long as gloo's thread may hold on to what it has sent."""
+    out = wait_tensor(tensor)
+    sleep(SETTLE)
+    return out
 
 
 def broadcast(group: Any, tensors: Sequence[torch.Tensor], size: int, source: int = 0) -> None:
