@@ -171,10 +171,16 @@ def check_imports(value: Any, place: str) -> None:
     Raises:
         BadInput: naming the class and its module.
     """
-    for path in class_paths(value):
+    try:
+        paths = [*class_paths(value)]
+    except RecursionError as error:
+        raise BadInput(f"{place} is a part of itself, or nested too deeply; restore it.") from error
+    for path in paths:
         module = path.partition(".")[0]
         imported = any(path.startswith(f"{name}.") for name in sys.modules if name != "__main__")
-        if module in KNOWN or (imported and path.rpartition(".")[0] in sys.modules) or find_spec(module) is None:
+        if module in KNOWN or (imported and path.rpartition(".")[0] in sys.modules):
+            continue
+        if module != "__main__" and find_spec(module) is None:
             continue
         raise BadInput(
             f"{place} names {path}, and the module {module} is none of lit_sparse or of what it builds on; if it is "
@@ -185,14 +191,24 @@ def check_imports(value: Any, place: str) -> None:
 def class_paths(value: Any) -> Iterator[str]:
     """Yield the texts of a configuration that jsonargparse could take for the path of a class."""
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            if key != "base":  # a file's or a folder's name
-                yield from class_paths(item)
+        for item in value.values():
+            yield from class_paths(item)
     elif isinstance(value, list | tuple):
         for item in value:
             yield from class_paths(item)
-    elif isinstance(value, str) and "." in value and all(part.isidentifier() for part in value.split(".")):
-        yield value
+    elif isinstance(value, str):
+        if "." in value and all(part.isidentifier() for part in value.split(".")):
+            yield value
+        elif value != (held := _held(value)):
+            yield from class_paths(held)
+
+
+def _held(text: str) -> Any:
+    """Return what a text holds as jsonargparse reads it, which takes the YAML of a class for the class."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # the latter of a date that there is not
+        return text
 
 
 def import_modules(names: Collection[str]) -> None:
@@ -216,7 +232,8 @@ def build_module(config: dict[str, Any]) -> LitSparse:
     Raises:
         BadInput: if there is no such task, or it would import a module that nobody asked for.
     """
-    check_imports(config["model"], "the configuration of the run")
+    given = {key: value for key, value in config["model"].items() if key != "base"}  # a text, whatever is in it
+    check_imports(given, "the configuration of the run")
     kind = task_class(config.get("task"))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "model")

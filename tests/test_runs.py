@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import lightning as L
 import pytest
@@ -484,7 +485,12 @@ FORMS = {
     "a method by its name": lambda model: model.update(updates=["stranger.Mine"]),
     "an optimizer": lambda model: model.update(optimizer={"class_path": "stranger.Mine"}),
     "an adapter": lambda model: model["updates"][0]["init_args"].update(config={"class_path": "stranger.Mine"}),
+    "of the program": lambda model: model.update(updates=["__main__.Mine"]),
     "of Python": lambda model: model.update(updates=[{"class_path": "antigravity.Mine"}]),
+    "methods in a text": lambda model: model.update(updates='[{"class_path": "stranger.Mine"}]'),
+    "an optimizer in a text": lambda model: model.update(optimizer="{class_path: stranger.Mine}"),
+    "escaped": lambda model: model.update(optimizer='{"class_path": "\\u0073tranger.Mine"}'),
+    "an adapter in a text": lambda model: model["updates"][0]["init_args"].update(config="class_path: stranger.Mine"),
 }
 
 
@@ -503,6 +509,27 @@ def test_a_configuration_imports_nothing_that_nobody_named(home, capsys, monkeyp
     assert not Path("imported").exists()
     assert "stranger" not in sys.modules
     assert "antigravity" not in sys.modules
+
+
+STARTS = {"class_path": "stranger.Starts"}
+ODD = {
+    "a class for the base": (lambda model: model.update(base=STARTS), "model.base"),
+    "a part of itself": (lambda model: model.update(optimizer="&all {class_path: *all}"), "is a part of itself"),
+    "no date": (lambda model: model.update(optimizer="2026-13-45"), "model.optimizer is 2026-13-45"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), ODD.values(), ids=ODD)
+def test_an_odd_configuration_is_a_sentence_and_makes_no_object(home, capsys, monkeypatch, change, message):
+    fit("--trainer.max_steps=1")
+    stranger = ModuleType("stranger")  # imported already, by whatever is loaded
+    stranger.Starts = type("Starts", (), {"__module__": "stranger", "__init__": lambda self: Path("made").touch()})
+    monkeypatch.setitem(sys.modules, "stranger", stranger)
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    change(config["model"])
+    (RUN / "config.yaml").write_text(yaml.safe_dump(config))
+    assert message in refused(capsys, monkeypatch, "export", str(RUN))
+    assert not Path("made").exists()
 
 
 def test_a_method_of_ones_own_is_exported_once_it_is_named(home, capsys, monkeypatch):

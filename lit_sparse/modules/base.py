@@ -63,7 +63,7 @@ class LitSparse(Scored):
 
     def __init__(
         self,
-        base: Any = DEMO,
+        base: str = DEMO,
         updates: list[UpdateStrategy] = [],  # noqa: B006 - jsonargparse shows and appends to this default; it is copied
         lr: float = 2e-5,
         optimizer: OptimizerCallable | None = None,
