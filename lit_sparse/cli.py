@@ -96,7 +96,10 @@ def run(argv: Sequence[str], phases: Phases | None = None) -> int:
         phases: What came before, such as imports; a run's wall time includes it.
     """
     # Help alone shows docstrings of attributes, for which the source of every class is read: a fifth of a short fit.
-    set_parsing_settings(docstring_parse_attribute_docstrings=any("help" in word for word in argv))
+    set_parsing_settings(
+        docstring_parse_attribute_docstrings=any("help" in word for word in argv),
+        instantiate_subclass_spec_in_any=False,  # a key that takes anything would make an object of any class
+    )
     tidy()
     if argv and argv[0] in RUN_VERBS:
         return RUN_VERBS[argv[0]](argv[1:])

@@ -532,6 +532,16 @@ def test_an_odd_configuration_is_a_sentence_and_makes_no_object(home, capsys, mo
     assert not Path("made").exists()
 
 
+def test_a_class_where_any_value_goes_stays_a_value(home, capsys, monkeypatch):
+    settings = {
+        "console_kwargs": {"stderr": {"class_path": "tarfile.TarFile", "init_args": {"name": "made", "mode": "w"}}}
+    }
+    bar = {"class_path": "lightning.pytorch.callbacks.RichProgressBar", "init_args": settings}
+    Path("stranger.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [bar]}}))
+    refused(capsys, monkeypatch, "fit", *F, "--config=stranger.yaml", "--model.base=nowhere/")
+    assert not Path("made").exists()
+
+
 def test_a_method_of_ones_own_is_exported_once_it_is_named(home, capsys, monkeypatch):
     Path("my_methods.py").write_text(MINE)
     fit("--trainer.max_steps=1", "--model.updates=[my_methods.Mine]")
