@@ -39,8 +39,8 @@ def understood(error: BaseException) -> BadInput | None:
     return None
 
 
-MALFORMED = (TypeError, AttributeError, KeyError, IndexError)
-"""Errors that Python raises where a file of a model has a list, say, in place of an object."""
+MALFORMED = (TypeError, AttributeError, KeyError, IndexError, RecursionError)
+"""Errors that Python raises where a file of a model has a list, say, in place of an object, or is nested too deeply."""
 
 
 def refusal_of(error: Exception) -> str:
@@ -50,11 +50,11 @@ def refusal_of(error: Exception) -> str:
 
 
 def met_in_transformers(error: BaseException) -> bool:
-    """Return whether transformers' own code ran into `error`, as it does on a malformed file."""
+    """Return whether transformers' own code, or its reading of JSON, ran into `error`, as on a malformed file."""
     traceback, name = error.__traceback__, ""
     while traceback is not None:
         name, traceback = str(traceback.tb_frame.f_globals.get("__name__")), traceback.tb_next
-    return name.partition(".")[0] in ("transformers", "tokenizers")
+    return name.partition(".")[0] in ("transformers", "tokenizers", "json")
 
 
 def raised_by(error: BaseException) -> str | None:

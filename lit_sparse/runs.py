@@ -146,7 +146,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     try:
         config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, yaml.YAMLError, RecursionError) as error:
         raise BadInput(
             f"{path} cannot be read as YAML ({type(error).__name__}); restore it, or make the run again."
         ) from error
@@ -207,7 +207,7 @@ def _held(text: str) -> Any:
     """Return what a text holds as jsonargparse reads it, which takes the YAML of a class for the class."""
     try:
         return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):  # the latter of a date that there is not
+    except (yaml.YAMLError, ValueError):  # the latter of a date that does not exist
         return text
 
 

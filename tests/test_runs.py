@@ -515,6 +515,7 @@ STARTS = {"class_path": "stranger.Starts"}
 ODD = {
     "a class for the base": (lambda model: model.update(base=STARTS), "model.base"),
     "a part of itself": (lambda model: model.update(optimizer="&all {class_path: *all}"), "is a part of itself"),
+    "nested deeply": (lambda model: model.update(optimizer=3000 * "[" + 3000 * "]"), "nested too deeply"),
     "no date": (lambda model: model.update(optimizer="2026-13-45"), "model.optimizer is 2026-13-45"),
 }
 

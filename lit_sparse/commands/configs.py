@@ -114,6 +114,8 @@ def read_document(word: str) -> dict[str, Any]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "no YAML"
         place = f"{word} line {mark.line + 1}" if mark is not None else word
         raise BadInput(f"{place} is not valid YAML: {problem}; mend it there, or in the line before.") from error
+    except RecursionError as error:
+        raise BadInput(f"{word} is nested too deeply to be read as YAML; give the YAML of a fit.") from error
     except (ValueError, OmegaConfBaseException) as error:  # the former for what looks like a date and is none
         raise BadInput(f"{word} cannot be read: {str(error).splitlines()[0]}; mend the value, or quote it.") from error
     if not isinstance(document, dict):

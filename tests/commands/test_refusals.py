@@ -169,6 +169,7 @@ YAMLS = {
     "text": ("just text", "a.yaml has no keys"),
     "nothing": ("", "a.yaml has no keys"),
     "bytes": (b"\xff\xfe\x00", "a.yaml is no text in UTF-8"),
+    "nested deeply": ("model: " + 3000 * "[" + 3000 * "]", "a.yaml is nested too deeply"),
 }
 
 
@@ -193,9 +194,13 @@ def test_cut_off_weights_are_refused_in_a_sentence(home, capsys, monkeypatch):
     assert "the weights of 'tiny' are damaged" in refused(capsys, monkeypatch, "fit", *F)
 
 
+DEEP = 100_000 * "[" + 100_000 * "]"
+
+
+@pytest.mark.parametrize("text", ["[]", DEEP], ids=["a list", "nested deeply"])
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
-def test_a_malformed_file_of_a_model_is_refused_in_a_sentence(home, capsys, monkeypatch, name):
-    Path("tiny", name).write_text("[]")
+def test_a_malformed_file_of_a_model_is_refused_in_a_sentence(home, capsys, monkeypatch, name, text):
+    Path("tiny", name).write_text(text)
     assert "'tiny'" in refused(capsys, monkeypatch, "fit", *F)
 
 
