@@ -1,13 +1,14 @@
 """About a hundred trials of `make faults`, the same each time; and the trials themselves find what they are for."""
 
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.faults.__main__ import Campaign, counts
 from tests.faults.child import Fault, command, journal_of, lose_unsynced
-from tests.faults.fits import RUN, bench, words
+from tests.faults.fits import RUN, bench, compared, going_on, words
 
 SOME = {"kills": 2, "power cuts": 2, "damage": 50, "good loads": 20, "full disks": 2, "exports": 2, "odd input": 30}
 
@@ -47,6 +48,25 @@ def test_a_kill_comes_before_the_file_event_that_was_named(campaign):
         (ended,) = command(words("lora", 1), place, Fault(event=1))
         assert ended.status < 0
         assert not (place / RUN).exists()
+
+
+def test_a_file_system_that_is_full_keeps_the_last_checkpoint(campaign):
+    straight, _ = campaign.bench.straight("lora", 1)
+    with campaign.bench.place() as place:
+        disk = place / "runs"
+        disk.mkdir()
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", disk], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("only root may mount a file system")
+        try:
+            (full,) = command(words("lora", 1), place)
+            assert (full.status, "No space left on device. The checkpoint before it is kept" in full.told) == (2, True)
+            subprocess.run(["mount", "-o", "remount,size=50m", disk], check=True)
+            (ended,) = command(going_on("lora", 1, place), place)
+            assert ended.status == 0, ended.told
+            assert compared(place, None, straight, 0, {}).how == "survived"
+        finally:
+            subprocess.run(["umount", disk], check=True)
 
 
 def writes(how: str):
