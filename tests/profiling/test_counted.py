@@ -135,7 +135,7 @@ def test_a_view_saved_twice_keeps_its_whole_storage_once() -> None:
 
 def test_an_address_used_again_is_another_storage() -> None:
     x = torch.ones(1000, requires_grad=True)
-    addresses = set()
+    addresses, again = set(), False
     with Counter(nn.Module(), device=CPU) as saved:
         for _ in range(10_000):  # freed in each round, and laid at an earlier address sooner or later
             other = torch.ones(1000)
