@@ -16,9 +16,8 @@ Legend: C chunks of pieces.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -27,11 +26,10 @@ from torch import Tensor
 from lit_sparse_kernels.jit import FLOATS, enqueue, jit, on_cuda, tl
 from lit_sparse_kernels.master_adamw import addresses, sent, type_of
 from lit_sparse_kernels.philox import (
-    CHUNK,
     DENSE,
     Kind,
     noise_block,
-    range_on_host,
+    parts_on_host,
     rounding_block,
     rounding_on_host,
     signed,
@@ -179,25 +177,32 @@ def on_host(
     stream: int = DENSE,
     stochastic: bool = False,
 ) -> None:
-    """The same by torch, a chunk at a time."""
+    """The same by torch, a part at a time."""
     for piece in pieces:
         out, weight = piece.out.detach().view(-1), piece.weight.detach().view(-1)
-        for start in range(0, weight.numel(), CHUNK):
-            part = slice(start, min(start + CHUNK, weight.numel()))
-            value, first = weight[part].to(torch.promote_types(weight.dtype, torch.float32)), piece.first + start
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        for part, noises in noises_in_parts(piece.first, weight, terms, piece.param, stream, kind):
+            value = weight[part].to(exact)
             if keep != 1:
                 value = value * keep
-            noises = (
-                range_on_host(first, len(value), term.seed, piece.param, stream, kind, term.scale, weight.device)
-                for term in terms
-            )
-            for noise in islice(noises, len(terms) - 1):
+            for noise in noises[:-1]:
                 value = value + noise
-            last = next(noises)
             if stochastic and out.dtype == torch.bfloat16:
-                out[part] = rounded(value + last, piece.param, first, terms[0].seed)
+                out[part] = rounded(value + noises[-1], piece.param, piece.first + part.start, terms[0].seed)
             else:
-                torch.add(value, last, out=out[part])  # computed in fp32; a copy of it would take a fifth of the time
+                torch.add(value, noises[-1], out=out[part])  # computed in the dtype of `value`, and written once
+
+
+def noises_in_parts(
+    first: int, weight: Tensor, terms: Sequence[Term], param: int, stream: int, kind: Kind
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Yield parts of a flat `weight` that begins at the element `first`: the scaled noise of each term, fp32."""
+    made = (
+        parts_on_host(first, weight.numel(), term.seed, param, stream, kind, term.scale, weight.device)
+        for term in terms
+    )
+    for found in zip(*made, strict=True):
+        yield found[0][0], [noise for _, noise in found]
 
 
 def rounded(value: Tensor, param: int, first: int, seed: int) -> Tensor:

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.add_noise import BLOCK, Term, chunks_of, rounded, stochastically
+from lit_sparse_kernels.add_noise import BLOCK, Term, chunks_of, noises_in_parts, rounded, stochastically
 from lit_sparse_kernels.jit import FLOATS, enqueue, jit, on_cuda, tl
 from lit_sparse_kernels.master_adamw import addresses, sent, type_of
-from lit_sparse_kernels.philox import CHUNK, Kind, noise_block, range_on_host, rounding_block, signed
+from lit_sparse_kernels.philox import DENSE, Kind, noise_block, rounding_block, signed
 from lit_sparse_kernels.philox import reference as noise_reference
 
 CASES = [
@@ -198,26 +198,23 @@ def launch(
 def on_host(
     pieces: Sequence[Piece], terms: Sequence[Term], rule: Rule, kind: Kind = "rademacher", stochastic: bool = False
 ) -> None:
-    """The same by torch, a chunk at a time."""
+    """The same by torch, a part at a time."""
+    plain = [Term(term.seed, 1.0) for term in terms]
     for piece in pieces:
         weight, momentum = piece.weight.detach().view(-1), piece.momentum.view(-1)
         curvature = None if piece.curvature is None else piece.curvature.view(-1)
-        for start in range(0, weight.numel(), CHUNK):
-            part = slice(start, min(start + CHUNK, weight.numel()))
-            first, count, m = piece.first + start, part.stop - start, momentum[part]
-            h = None if curvature is None else curvature[part]
-            m.mul_(rule.decay)
+        for part, noises in noises_in_parts(piece.first, weight, plain, piece.param, DENSE, kind):
+            m, h = momentum[part].mul_(rule.decay), None if curvature is None else curvature[part]
             if h is not None and rule.refresh is not None:
                 h.mul_(rule.rest)
-            for number, term in enumerate(terms):
-                z = range_on_host(first, count, term.seed, piece.param, 0, kind, device=weight.device)
-                if h is not None and rule.refresh is not None:
-                    h.add_(z.square().mul_(rule.refresh[number]))
+                for z, factor in zip(noises, rule.refresh, strict=True):
+                    h.add_(z.square().mul_(factor))
+            for z, term in zip(noises, terms, strict=True):
                 m.add_(z.mul_(term.scale))
             moved = m * piece.bound if h is None else m / h.clamp(min=piece.bound).mul_(rule.gamma).add_(rule.eps)
             value = weight[part].to(m.dtype) * rule.keep - moved.mul_(rule.step)
             if stochastic and weight.dtype == torch.bfloat16:
-                value = rounded(value, piece.param, first, terms[0].seed)
+                value = rounded(value, piece.param, piece.first + part.start, terms[0].seed)
             weight[part] = value
 
 

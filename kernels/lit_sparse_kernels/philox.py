@@ -23,6 +23,7 @@ Legend: R rows, W width, G calls of Philox.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -49,10 +50,12 @@ PER_CALL = {"rademacher": 128, "gaussian": 4, "rounding": 8}
 BLOCK = 2048
 """Elements that one program makes."""
 CHUNK = 2**20
-"""Elements that the torch path makes at a time, so that its temporaries stay in the cache."""
+"""Elements whose words the torch path makes at a time: fewer would cost more calls of numpy than work."""
+PART = 2**17
+"""Elements of noise that it has at a time, in a core's cache."""
 MULTIPLIERS, WEYL, WORD = (0xD2511F53, 0xCD9E8D57), (0x9E3779B9, 0xBB67AE85), 0xFFFFFFFF
 ROUNDS = 10
-SIGNS = 1.0 - 2.0 * (torch.arange(256)[:, None] >> torch.arange(8) & 1)
+SIGNS = 1 - 2 * (np.arange(256)[:, None] >> np.arange(8) & 1).astype(np.float32)
 """Rademacher noise of eight elements by their bits, (256, 8) fp32."""
 EIGHT = np.dtype("V32")
 """Eight fp32 numbers as an item."""
@@ -251,14 +254,26 @@ def signs_on_host(calls: Tensor, seed: int, param: int, stream: int, scale: floa
     On a CPU the signs of eight elements are looked up at a time. numpy copies items of 32 bytes faster than it or torch
     shifts and masks eight numbers, and twice as fast as torch copies rows.
     """
-    signs = SIGNS * torch.tensor(scale, dtype=torch.float32)
     if calls.device.type != "cpu":
-        words = words_on_host(calls, seed, param, stream).unsqueeze(-1)
+        signs, words = (
+            torch.from_numpy(SIGNS) * torch.tensor(scale),
+            words_on_host(calls, seed, param, stream).unsqueeze(-1),
+        )
         return signs.to(calls.device)[words >> torch.arange(0, 32, 8, device=calls.device) & 0xFF].flatten(-4)
-    words = words_in_numpy(calls.numpy().view(np.uint64), seed, param, stream)
-    octets = words.astype("<u4", copy=False).view(np.uint8).astype(np.intp)  # (..., G, 16), the lowest first
-    found = signs.numpy().view(EIGHT)[:, 0].take(octets, mode="clip")  # which checks no index
+    octets = _octets(words_in_numpy(calls.numpy().view(np.uint64), seed, param, stream))
+    found = _signs(scale).take(octets, mode="clip")  # which checks no index
     return torch.from_numpy(found.view(np.float32)).flatten(-2)
+
+
+@lru_cache(maxsize=16)
+def _signs(scale: float) -> np.ndarray:
+    """Return scale times SIGNS, a row as an item, (256,)."""
+    return (SIGNS * np.float32(scale)).view(EIGHT)[:, 0]
+
+
+def _octets(words: np.ndarray) -> np.ndarray:
+    """Return the octets of words (..., 4), uint8 (..., 16), the lowest first."""
+    return words.astype("<u4", copy=False).view(np.uint8)
 
 
 def gaussians_on_host(calls: Tensor, seed: int, param: int, stream: int) -> Tensor:
@@ -296,6 +311,48 @@ def range_on_host(
         noise = gaussians_on_host(calls, seed, param, stream)
         noise = noise if scale == 1 else noise.mul_(scale)
     return noise[first % per : first % per + count]
+
+
+def parts_on_host(
+    first: int,
+    count: int,
+    seed: int,
+    param: int,
+    stream: int,
+    kind: Kind,
+    scale: float = 1.0,
+    device: torch.device | None = None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the same in parts that follow on each other: where a part lies, and its noise, fp32 (at most PART,).
+
+    The noise of a part may be overwritten, and is by the next one: a new tensor of the size of a matrix costs a CPU
+    more, in pages that the system has to clear, than the noise in it.
+    """
+    looked_up = kind == "rademacher" and (device is None or device.type == "cpu")
+    step = CHUNK if looked_up else PART
+    for start in range(0, count, step):
+        some = min(step, count - start)
+        if not looked_up:
+            at = slice(start, start + some)
+            yield at, range_on_host(first + start, some, seed, param, stream, kind, scale, device)
+            continue
+        for part, noise in _signs_in_parts(first + start, some, seed, param, stream, scale):
+            yield slice(start + part.start, start + part.stop), noise
+
+
+def _signs_in_parts(
+    first: int, count: int, seed: int, param: int, stream: int, scale: float
+) -> Iterator[tuple[slice, Tensor]]:
+    calls = np.arange(first // 128, -(-(first + count) // 128), dtype=np.uint64)
+    octets = _octets(words_in_numpy(calls, seed, param, stream)).reshape(-1)[first % 128 // 8 :]
+    signs, lead = _signs(scale), first % 8
+    room = np.empty((lead + min(PART, count) + 7) // 8, EIGHT)
+    noise = torch.from_numpy(room.view(np.float32))
+    for start in range(0, count, PART):
+        stop = min(start + PART, count)
+        some = octets[start // 8 : -(-(lead + stop) // 8)]
+        signs.take(some, out=room[: len(some)], mode="clip")  # which checks no index
+        yield slice(start, stop), noise[lead : lead + stop - start]
 
 
 def on_host(firsts_R: Tensor, width: int, seed: int, param: int, stream: int, kind: Kind) -> Tensor:

@@ -107,10 +107,10 @@ class Perturbed(TorchFunctionMode):
 
     def perturbs(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """Return whether a call reads a weight that is perturbed."""
-        if _reads_nothing(func):
+        if not any(True for _ in _not_plain(args, kwargs)) or _reads_nothing(func):
             return False
         read = args[1:] if _writes_first(func) else args
-        return any(self._is_perturbed(value) for value in _tensors(read, kwargs))
+        return any(self._is_perturbed(value) for value in _not_plain(read, kwargs))
 
     def apply(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Return what a call gives with perturbed weights."""
@@ -182,12 +182,16 @@ METADATA = {
 CASTS = {"to", "contiguous", "float", "double", "bfloat16", "half", "type_as"}
 
 
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
+def _not_plain(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield tensors of a subclass, as parameters are: most operations have none, and a pass has thousands of them."""
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        kind = type(value)
+        if kind is Tensor:
+            continue
+        if kind in (list, tuple):
+            yield from _not_plain(value, {})
+        elif isinstance(value, Tensor):
             yield value
-        elif type(value) in (list, tuple):
-            yield from _tensors(value, {})
 
 
 def _length(weight: Tensor) -> int:

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 
+from lit_sparse_kernels import philox
 from lit_sparse_kernels.add_noise import CASES, Piece, Term, add_noise, launch, on_host, reference
 from lit_sparse_kernels.philox import range_on_host
 from tests.kernels.test_master_adamw import guarded, is_guarded
@@ -97,14 +98,15 @@ def test_one_pass_is_what_several_are():
     torch.testing.assert_close(piece.weight, start - update * z + eps * y, rtol=0, atol=1e-8)
 
 
-def test_chunks_are_the_whole(monkeypatch):
-    from lit_sparse_kernels import add_noise as op
-
-    whole, parts = (pieces([(77, 5000)], torch.bfloat16) for _ in range(2))
-    add_noise(whole, TERMS, 0.9, stochastic=True)
-    monkeypatch.setattr(op, "CHUNK", 1000)
-    add_noise(parts, TERMS, 0.9, stochastic=True)
-    assert torch.equal(whole[0].out, parts[0].out)
+@pytest.mark.parametrize("kind", ["rademacher", "gaussian"])
+@pytest.mark.parametrize(("chunk", "part"), [(2**20, 1024), (1024, 512), (1000, 200)])
+def test_parts_are_the_whole(chunk, part, kind, monkeypatch):
+    whole, parts = (pieces([(77, 5000), (3, 1), (128, 4096)], torch.bfloat16) for _ in range(2))
+    add_noise(whole, TERMS, 0.9, kind, stochastic=True)
+    monkeypatch.setattr(philox, "CHUNK", chunk)
+    monkeypatch.setattr(philox, "PART", part)
+    add_noise(parts, TERMS, 0.9, kind, stochastic=True)
+    assert all(torch.equal(one.out, other.out) for one, other in zip(whole, parts, strict=True))
 
 
 def test_stochastic_rounding_keeps_the_mean():

@@ -9,6 +9,7 @@ from benchmarks.zeroth_order import Peaks, peaks
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import HELENE, PEFT, MeZO, UpdateStrategy
 from lit_sparse.zeroth_order import directions, perturbed
+from lit_sparse_kernels import philox
 
 LORA = {"r": 8, "target_modules": "all-linear"}
 
@@ -28,8 +29,8 @@ def small_chunks(monkeypatch):
     """A chunk is to this model what 2^20 elements are to the demo's 135 million weights."""
     for module in (perturbed, directions):
         monkeypatch.setitem(module.CHUNK, "cpu", 2**13)
-    for kernel in ("add_noise", "momentum_noise"):
-        monkeypatch.setattr(f"lit_sparse_kernels.{kernel}.CHUNK", 2**13)
+    monkeypatch.setattr(philox, "CHUNK", 2**13)
+    monkeypatch.setattr(philox, "PART", 2**10)
 
 
 @pytest.mark.parametrize(
