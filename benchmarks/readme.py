@@ -18,7 +18,8 @@ if not __package__:  # run as a script, which is given its own folder only
     sys.path[0] = str(ROOT)  # in place of this folder, whose kernels.py transformers would take for a package
 
 from benchmarks import family_tables, kernel_tables, step_tables  # noqa: E402
-from benchmarks.measurements import caption, newest, read_lines, table  # noqa: E402
+from benchmarks.fault_counts import SUMMED, summed  # noqa: E402
+from benchmarks.measurements import caption, read_lines, table  # noqa: E402
 
 MARKED = re.compile(r"(<!-- begin:(?P<name>[\w.-]+) -->\n).*?(<!-- end:(?P=name) -->)", re.DOTALL)
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{5})")
@@ -158,22 +159,12 @@ def published(results: Path) -> str:
 
 
 def faults(results: Path) -> str:
-    """Return the counts of the campaign of faults, the newest of each kind."""
+    """Return the counts of the campaign of faults, the pieces of each kind summed."""
     command = "python -m tests.faults"
-    lines = newest(read_lines(results / "faults.jsonl", command), key="kind").values()
-    names = ("tried", "survived", "refused", "nothing", "failed", "lost_steps", "corrupted")
-    rows = [[line["kind"], *(f"{line[name]:,}" for name in names)] for line in lines]
-    head = [
-        "fault",
-        "tried",
-        "survived",
-        "refused by name",
-        "came to nothing",
-        "failed",
-        "steps taken again",
-        "corrupted",
-    ]
-    return f"{table(head, rows)}\n\n{caption(command, [*lines])}"
+    lines = read_lines(results / "faults.jsonl", command)
+    rows = [[kind, *(f"{counts[name]:,}" for name in SUMMED)] for kind, counts in summed(lines).items()]
+    heads = ["fault", "tried", "kills", "survived", "refused by name", "came to nothing", "failed"]
+    return f"{table([*heads, 'steps taken again', 'corrupted'], rows)}\n\n{caption(command, lines)}"
 
 
 BLOCKS: dict[str, Callable[[Path], str]] = {

@@ -1,15 +1,21 @@
 """About a hundred trials of `make faults`, the same each time; and the trials themselves find what they are for."""
 
+import json
 import random
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.faults.__main__ import Campaign, counts
+from benchmarks.fault_counts import summed
+from tests.faults import undisturbed
+from tests.faults.__main__ import Campaign
 from tests.faults.child import Fault, command, journal_of, lose_unsynced
 from tests.faults.fits import RUN, bench, compared, going_on, words
+from tests.faults.notes import Notes, counts
+from tests.faults.undisturbed import Undisturbed, keep, read
 
 SOME = {"kills": 2, "power cuts": 2, "damage": 50, "good loads": 20, "full disks": 2, "exports": 2, "odd input": 30}
 
@@ -34,14 +40,44 @@ def test_a_reader_that_believes_damage_is_found_out(campaign):
     path, files, _ = kept["delta"]
     campaign.files.kinds = {"delta": (path, files, Path.read_bytes)}
     try:
-        found = [vars(campaign.files.damage(random.Random(number))) for number in range(5)]
+        found = [{**vars(campaign.files.damage(random.Random(number))), "seconds": 0} for number in range(5)]
     finally:
         campaign.files.kinds = kept
     assert [one["why"] for one in found] == ["believed"] * 5
     assert counts(found) == {
-        **{"tried": 5, "survived": 0, "refused": 0, "nothing": 0, "failed": 5},
-        **{"lost_steps": 0, "corrupted": 5},
+        **{"tried": 5, "killed": 0, "survived": 0, "refused": 0, "nothing": 0, "failed": 5},
+        **{"lost_steps": 0, "corrupted": 5, "seconds": 0},
     }
+
+
+def test_pieces_of_a_campaign_add_up_and_try_no_seed_twice(tmp_path):
+    results, (one, other) = tmp_path / "results.jsonl", (tmp_path / name for name in ("one", "other"))
+    found = {"how": "survived", "lost": 1, "killed": 2, "why": "", "seconds": 1.0}
+    for folder, commit, seeds in [(one, "a", [0, 1]), (one, "b", [2]), (other, "b", [4, 5])]:
+        folder.mkdir(exist_ok=True)
+        notes = Notes("kills", folder, results)
+        for seed in seeds:
+            notes.add({"number": seed, "commit": commit, **found})
+        notes.publish({"commit": "c"})
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["first"], line["tried"], line["commit"]) for line in lines] == [(0, 2, "a"), (2, 1, "b"), (4, 2, "b")]
+    sums = summed(lines)["kills"]
+    assert (sums["tried"], sums["killed"], sums["lost_steps"], sums["failed"]) == (5, 10, 5, 0)
+    assert Notes("kills", tmp_path, results).left(8) == [3, 6, 7]
+    with pytest.raises(ValueError, match="seed 4"):
+        summed([*lines, lines[-1]])
+
+
+def test_an_undisturbed_fit_is_kept_until_its_command_line_or_its_code_changes(tmp_path, monkeypatch):
+    path = tmp_path / "kept" / "lora-1.pt"
+    keep(Undisturbed({"step": torch.ones(2)}, events=3, seconds=0.5), path, ["fit"])
+    kept = read(path, ["fit"])
+    assert kept is not None
+    assert kept.checkpoint is not None
+    assert (kept.events, kept.checkpoint["step"].tolist()) == (3, [1, 1])
+    assert read(path, ["fit", "--run=other"]) is None
+    monkeypatch.setattr(undisturbed, "code", lambda: "other")
+    assert read(path, ["fit"]) is None
 
 
 def test_a_kill_comes_before_the_file_event_that_was_named(campaign):
@@ -52,7 +88,7 @@ def test_a_kill_comes_before_the_file_event_that_was_named(campaign):
 
 
 def test_a_file_system_that_is_full_keeps_the_last_checkpoint(campaign):
-    straight, _ = campaign.bench.straight("lora", 1)
+    straight, *_ = campaign.bench.straight("lora", 1)
     with campaign.bench.place() as place:
         disk = place / "runs"
         disk.mkdir()

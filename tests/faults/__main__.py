@@ -1,25 +1,24 @@
 """The command of `make faults`: trials of faults, counted, and noted so that an interrupted campaign goes on.
 
 Each kind of fault has its number of trials, whose numbers are the seeds of their draws. What was found is noted in
-runs/faults/, one line a trial, and the counts of a kind are appended to benchmarks/results/faults.jsonl whenever it has
-gone on. `python -m tests.faults kills=20` runs the kinds named, up to these numbers.
+runs/faults/, one line a trial. Counts are appended to benchmarks/results/faults.jsonl as pieces: a piece runs the seeds
+that no earlier one has, so that machines add to each other's counts. `python -m tests.faults kills=300 --minutes 20`
+runs the kinds named, up to these numbers, and begins no trial after 20 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
+import math
 import os
 import random
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,12 +26,13 @@ from benchmarks.provenance import of_device
 from tests.faults.damage import Files
 from tests.faults.fits import Bench, Found, Refused, bench, export, full_disk, kill
 from tests.faults.inputs import odd
+from tests.faults.notes import Notes, counts, told
 from tests.faults.soak import METHODS as SOAKED
 from tests.faults.soak import soak
 
 KINDS = {
-    "kills": 1800,
-    "power cuts": 200,
+    "kills": 800,  # about 2,000 kills
+    "power cuts": 100,
     "damage": 2000,
     "good loads": 10_000,
     "full disks": 100,
@@ -42,7 +42,6 @@ KINDS = {
 }
 """Kinds of faults with their number of trials."""
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "faults.jsonl"
-HOW = ("survived", "refused", "nothing", "failed")
 NOTED = 20
 """Trials of a kind between two lines on the screen."""
 
@@ -82,22 +81,21 @@ class Campaign:
             return Found("nothing", why=str(refusal)[:200])
 
 
-def run(campaign: Campaign, kind: str, count: int, notes: Path) -> list[dict[str, Any]]:
-    """Run the trials of a kind that are not noted yet, up to `count`; return all notes of them."""
-    file = notes / f"{kind.replace(' ', '-')}.jsonl"
-    done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    for number in range(len(done), count):
+def run(campaign: Campaign, kind: str, count: int, notes: Notes, commit: str, end: float) -> None:
+    """Run the trials of a kind that are not done yet, with the seeds below `count`, until the time `end`."""
+    left = notes.left(count)
+    for number in left:
         begun = time.monotonic()
+        if begun > end:
+            break
         with quiet():
             found = campaign.trial(kind, number)
-        done.append({"number": number, **vars(found), "seconds": round(time.monotonic() - begun, 3)})
-        with file.open("a") as noted:
-            noted.write(json.dumps(done[-1]) + "\n")
+        took = round(time.monotonic() - begun, 3)
+        notes.add({"number": number, "commit": commit, **vars(found), "seconds": took})
         if found.how == "failed":
             print(f"{kind} {number} failed: {found.about} {found.why}", flush=True)
-        if len(done) % NOTED == 0 or len(done) == count:
-            print(told(kind, done), flush=True)
-    return done
+        if number % NOTED == 0:
+            print(told(kind, [*notes.found.values()]), flush=True)
 
 
 @contextmanager
@@ -113,47 +111,30 @@ def quiet() -> Iterator[None]:
             os.close(before)
 
 
-def counts(done: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the counts of the trials of a kind."""
-    how = Counter(one["how"] for one in done)
-    corrupted = sum(one["why"] == "believed" or "differs" in one["why"] for one in done)
-    lost = {"lost_steps": sum(one["lost"] for one in done), "corrupted": corrupted}
-    return {"tried": len(done), **{name: how[name] for name in HOW}, **lost}
-
-
-def told(kind: str, done: list[dict[str, Any]]) -> str:
-    """Return the counts as a sentence."""
-    found = counts(done)
-    return (
-        f"{kind}: {found['tried']} tried, {found['survived']} survived, {found['refused']} refused by name, "
-        f"{found['nothing']} came to nothing, {found['failed']} failed; {found['lost_steps']} steps taken again, "
-        f"{found['corrupted']} corrupted results"
-    )
-
-
 def main() -> None:
     """Run a campaign; exit with status 1 if a trial failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("kinds", nargs="*", metavar="KIND=COUNT", help=f"default: all, {KINDS}")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no trial after so many minutes")
     parser.add_argument("--into", type=Path, default=Path("runs/faults"), help="folder of the notes")
     parser.add_argument("--results", type=Path, default=RESULTS, help="file of the counts")
     asked = parser.parse_args()
     wanted = {kind: int(count or KINDS[kind]) for kind, _, count in (word.partition("=") for word in asked.kinds)}
-    notes, results = asked.into.resolve(), asked.results.resolve()
-    notes.mkdir(parents=True, exist_ok=True)
+    folder, results, end = asked.into.resolve(), asked.results.resolve(), time.monotonic() + 60 * asked.minutes
+    folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)
     source, failed = of_device("faults", torch.device("cpu")), 0
-    with bench() as made:
+    with bench(folder / "undisturbed") as made:
         campaign = Campaign(made)
         for kind, count in (wanted or KINDS).items():
-            begun = time.monotonic()
-            done = run(campaign, kind, count, notes)
-            failed += counts(done)["failed"]
-            line = {**source, "kind": kind, **counts(done), "seconds": round(time.monotonic() - begun)}
-            with results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(told(kind, done), flush=True)
+            notes = Notes(kind, folder, results)
+            try:
+                run(campaign, kind, count, notes, source["commit"], end)
+            finally:
+                notes.publish(source)
+            failed += counts([*notes.found.values()])["failed"]
+            print(told(kind, [*notes.found.values()]), flush=True)
     sys.exit(failed > 0)
 
 

@@ -173,7 +173,8 @@ def command(
     Args:
         words: The command line, without the program's name.
         folder: The working folder, which is watched.
-        fault: What befalls the last rank. The others are killed with it, as a scheduler does.
+        fault: What befalls the first rank, which writes checkpoints. The others are killed with it, as a scheduler
+            does.
         temporary: TMPDIR of the processes.
         act: What runs the command line.
         limit: Seconds after which the processes are killed.
@@ -185,7 +186,7 @@ def command(
         place |= {"GROUP_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     pids = []
     for rank in range(ranks):
-        own = fault if rank == ranks - 1 else Fault(power=fault.power)
+        own = fault if rank == 0 else Fault(power=fault.power)
         names = {**place, **({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})}
         if (pid := os.fork()) == 0:
             _be_child(words, folder, own, rank, names, act)
@@ -236,7 +237,7 @@ def _be_child(
     try:
         logging.disable(logging.INFO)
         warnings.simplefilter("ignore")
-        recorder.predict = lambda trainer, settings: None  # a planned peak is no subject here
+        recorder.predict = lambda trainer, settings, seconds: None  # a planned peak is no subject here
         os.environ.update(names)
         setattr(rank_zero_only, "rank", rank)  # noqa: B010 - as an import would have it, which was in the parent
         tempfile.tempdir = None

@@ -7,9 +7,10 @@ import os
 import random
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from lit_sparse.runs import LAST
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 from tests.conftest import make_home
+from tests.faults import undisturbed
 from tests.faults.child import Ended, Fault, command, journal_of, lose_unsynced
+from tests.faults.undisturbed import Undisturbed
 from tests.fuzz import FIXED, KEPT, METHODS, compare_values, workplace
 
 STEPS = 6
@@ -42,6 +45,7 @@ class Found:
         how: `survived`, `refused` (named, and an earlier state kept), `nothing` (the fault came to nothing), or
             `failed`.
         lost: Optimizer steps that had been taken and were taken again.
+        killed: Kills that struck.
         why: Of a failure.
     """
 
@@ -49,30 +53,56 @@ class Found:
     lost: int = 0
     why: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    killed: int = 0
 
 
 class Bench:
     """A folder with a tiny model and rows, and of each method an undisturbed run to compare with.
 
+    Args:
+        home: The folder.
+        kept: Where undisturbed runs are kept for the next campaign; by default they are not.
+
     Attributes:
         methods: The methods that trials draw.
     """
 
-    def __init__(self, home: Path) -> None:
-        self.home, self.methods = home, METHODS
-        self._straight: dict[tuple[str, int], tuple[dict[str, Any], int]] = {}
+    def __init__(self, home: Path, kept: Path | None = None) -> None:
+        self.home, self.methods, self._kept = home, METHODS, kept
+        self._straight: dict[tuple[str, int], Undisturbed] = {}
 
-    def straight(self, method: str, ranks: int) -> tuple[dict[str, Any], int]:
-        """Return the last checkpoint of a run without faults, and its number of file events."""
+    def straight(self, method: str, ranks: int) -> tuple[dict[str, Any], int, float]:
+        """Return the last checkpoint of a run without faults, its number of file events, and its seconds.
+
+        Raises:
+            Refused: if the method takes no such fit.
+        """
         if (method, ranks) not in self._straight:
-            with self.place() as place:
-                ended = command(words(method, ranks), place, ranks=ranks)
-                if any(one.status for one in ended):
-                    told = next(one for one in ended if one.status)
-                    raise Refused(told.told)
-                checkpoint = torch.load(place / RUN / LAST, weights_only=True)
-                self._straight[method, ranks] = checkpoint, max(one.events for one in ended)
-        return self._straight[method, ranks]
+            self._straight[method, ranks] = self._read_or_fit(method, ranks)
+        found = self._straight[method, ranks]
+        if found.checkpoint is None:
+            raise Refused(found.refusal)
+        return found.checkpoint, found.events, found.seconds
+
+    def _read_or_fit(self, method: str, ranks: int) -> Undisturbed:
+        line = words(method, ranks)
+        if self._kept is None:
+            return self._fit(line, ranks)
+        path = self._kept / f"{method}-{ranks}.pt"
+        if (found := undisturbed.read(path, line)) is None:
+            found = self._fit(line, ranks)
+            undisturbed.keep(found, path, line)
+        return found
+
+    def _fit(self, line: list[str], ranks: int) -> Undisturbed:
+        begun = time.monotonic()
+        with self.place() as place:
+            ended = command(line, place, ranks=ranks)
+            if refused := [one for one in ended if one.status == 2]:
+                return Undisturbed(None, refusal=refused[0].told)
+            assert all(one.status == 0 for one in ended), said(ended)
+            checkpoint = torch.load(place / RUN / LAST, weights_only=True)
+        return Undisturbed(checkpoint, ended[0].events, time.monotonic() - begun)
 
     @contextmanager
     def place(self) -> Iterator[Path]:
@@ -90,8 +120,8 @@ class Refused(Exception):
 
 
 @contextmanager
-def bench() -> Iterator[Bench]:
-    """Give a bench in a folder that is removed afterwards."""
+def bench(kept: Path | None = None) -> Iterator[Bench]:
+    """Give a bench in a folder that is removed afterwards; undisturbed runs are kept in the folder `kept`, if any."""
     with workplace():
         make_home("plain", tiny_llm("llama"))
         home = Path.cwd() / "home"
@@ -101,7 +131,7 @@ def bench() -> Iterator[Bench]:
                 path.rename(home / path.name)
         os.environ["LIT_SPARSE_CACHE"] = str(home / "cache")
         (home / "cache").mkdir()
-        yield Bench(home)
+        yield Bench(home, kept)
 
 
 def words(method: str, ranks: int, *more: str) -> list[str]:
@@ -122,29 +152,46 @@ def going_on(method: str, ranks: int, place: Path) -> list[str]:
 
 
 def kill(bench: Bench, draw: random.Random, power: bool = False) -> Found:
-    """Kill a fit at a random moment, once or twice, and go on; it must end as the undisturbed one."""
+    """Kill a fit at random moments, up to four times, and go on; it must end as the undisturbed one."""
     method, ranks = draw.choice(bench.methods), 2 if draw.random() < 0.15 else 1
-    about = {"method": method, "ranks": ranks}
-    straight, events = bench.straight(method, ranks)
+    straight, events, seconds = bench.straight(method, ranks)
+    faults: list[str] = []
+    found = Found("survived", about={"method": method, "ranks": ranks, "faults": faults})
     with bench.place() as place, elsewhere(draw) as temporary:
-        lost = 0
-        for _ in range(draw.choice([1, 1, 2])):
-            at_file = power or draw.random() < 0.8
-            fault = Fault(event=draw.randint(1, events), power=power) if at_file else Fault(seconds=draw.uniform(1, 9))
-            about |= {"event": fault.event, "seconds": round(fault.seconds, 2)}
+        left = events
+        for _ in range(draw.randint(1, 4)):
+            fault = moment(draw, left, seconds * (1 + left / events) / 2, power)  # half of it is the start
+            faults.append(f"event {fault.event}" if fault.event else f"{fault.seconds:.2f} s")
             ended = command(going_on(method, ranks, place), place, fault, ranks, temporary)
             if any(one.status > 0 for one in ended):
-                return Found("failed", lost, said(ended), about)
-            lost += lost_steps(place)
-            if power and any(one.status < 0 for one in ended):
-                for rank in range(ranks):
-                    about["lost files"] = about.get("lost files", 0) + lose_unsynced(journal_of(place, rank), draw)
+                return replace(found, how="failed", why=said(ended))
+            found.lost += lost_steps(place)
+            struck = any(one.status < 0 for one in ended)
+            found.killed += struck
+            if power and struck:
+                faults.append(f"{lose(place, ranks, draw)} files lost their ends")
             for rank in range(ranks):
                 journal_of(place, rank).unlink(missing_ok=True)
+            if not struck:
+                break
+            left = max(1, left - fault.event) if (place / RUN / LAST).is_file() else events
         ended = command(going_on(method, ranks, place), place, None, ranks, temporary)
         if any(one.status for one in ended):
-            return Found("failed", lost, said(ended), about)
-        return compared(place, temporary, straight, lost, about)
+            return replace(found, how="failed", why=said(ended))
+        end = compared(place, temporary, straight, found.lost, found.about)
+        return replace(end, killed=found.killed)
+
+
+def moment(draw: random.Random, events: int, seconds: float, power: bool) -> Fault:
+    """Return a fault at one of the file events that are left of a fit, or at a moment of it: four of five at events."""
+    if power or draw.random() < 0.8:
+        return Fault(event=draw.randint(1, events), power=power)
+    return Fault(seconds=draw.uniform(0, seconds))
+
+
+def lose(place: Path, ranks: int, draw: random.Random) -> int:
+    """Lose what no rank has synced; return the number of files that lost something."""
+    return sum(lose_unsynced(journal_of(place, rank), draw) for rank in range(ranks))
 
 
 def compared(place: Path, temporary: Path | None, straight: dict[str, Any], lost: int, about: dict[str, Any]) -> Found:
@@ -166,7 +213,7 @@ def compared(place: Path, temporary: Path | None, straight: dict[str, Any], lost
 def full_disk(bench: Bench, draw: random.Random) -> Found:
     """Let a fit meet the limit of a file's size, as on a full disk; the last good checkpoint stays, and it goes on."""
     method = draw.choice(bench.methods)
-    straight, _ = bench.straight(method, 1)
+    straight, *_ = bench.straight(method, 1)
     with bench.place() as place:
         about: dict[str, Any] = {"method": method}
         if draw.random() < 0.5:  # a checkpoint is there before the disk is full
