@@ -33,7 +33,8 @@ SETTINGS = [
     *("--trainer.limit_val_batches=1", "--trainer.val_check_interval=3", "--trainer.max_epochs=-1"),
 ]
 RANKED = ("--trainer.devices=2", "--trainer.strategy=ddp")
-OTHER_FILE_SYSTEM = Path("/dev/shm")
+FILE_SYSTEMS = (Path("/dev/shm"), Path("/tmp"))
+"""Where TMPDIR may be on another file system than the fits."""
 RUN = Path("runs/mine-1")
 
 
@@ -157,7 +158,7 @@ def kill(bench: Bench, draw: random.Random, power: bool = False) -> Found:
     straight, events, seconds = bench.straight(method, ranks)
     faults: list[str] = []
     found = Found("survived", about={"method": method, "ranks": ranks, "faults": faults})
-    with bench.place() as place, elsewhere(draw) as temporary:
+    with bench.place() as place, elsewhere(bench, draw) as temporary:
         left = events
         for _ in range(draw.randint(1, 4)):
             fault = moment(draw, left, seconds * (1 + left / events) / 2, power)  # half of it is the start
@@ -288,12 +289,14 @@ def fitted(bench: Bench, place: Path) -> None:
 
 
 @contextmanager
-def elsewhere(draw: random.Random) -> Iterator[Path | None]:
+def elsewhere(bench: Bench, draw: random.Random) -> Iterator[Path | None]:
     """Give a folder for TMPDIR on another file system in half of all cases."""
-    if draw.random() < 0.5 or not OTHER_FILE_SYSTEM.is_dir():
+    own = bench.home.stat().st_dev
+    others = [path for path in FILE_SYSTEMS if path.is_dir() and path.stat().st_dev != own]
+    if draw.random() < 0.5 or not others:
         yield None
         return
-    with tempfile.TemporaryDirectory(dir=OTHER_FILE_SYSTEM) as folder:
+    with tempfile.TemporaryDirectory(dir=others[0]) as folder:
         yield Path(folder)
 
 
