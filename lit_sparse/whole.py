@@ -1,8 +1,8 @@
 """Files that are whole or refused, also after a power cut, a full disk, or a flipped bit.
 
-A checkpoint is written beside its target, hashed on the way, flushed to the disk and read back, one part while the next
-is written; only then does it replace the target, in one rename. Its last bytes are a SHA-256 of all bytes before them,
-which every reader checks. torch.load and zip tools ignore those bytes.
+A checkpoint is written beside its target, hashed on the way, flushed to the disk and read back, in parts: one is read
+back while the next is flushed and the one after that is written. Only then does it replace the target, in one rename.
+Its last bytes are a SHA-256 of all bytes before them, which every reader checks. torch.load and zip tools ignore them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ TRAILER = len(MARK) + 64
 ZIP_END, ZIP_END_BYTES = b"PK\x05\x06", 22
 """Record at the end of a zip archive without a comment, such as torch.save writes."""
 CHUNK = 2**20
-PART = 2**24
-"""Bytes that are read back at a time."""
+PARTS = 2**21, 2**24
+"""Bytes of the first part that is flushed and read back, and the most: each is twice the one before it, so that a small
+file has several, and a large one few flushes."""
 LARGE = 2**16
 """Bytes from which hashing takes longer than handing it to another thread."""
 
@@ -41,9 +42,9 @@ class Hashed:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self._back = file, hashlib.sha256(), hashlib.sha256()
-        self._hasher, self._reader = ThreadPoolExecutor(1, "hash"), ThreadPoolExecutor(1, "read back")
+        self._hasher, self._flusher, self._reader = (ThreadPoolExecutor(1, name) for name in ("hash", "flush", "read"))
         self._written = self._sent = 0
-        self._parts: list[Future[None]] = []
+        self._part, self._parts = PARTS[0], list[Future[None]]()
         self.failure: OSError | None = None
 
     def write(self, data: Any) -> int:
@@ -58,19 +59,21 @@ class Hashed:
             if hashed is not None:
                 hashed.result()  # before torch reuses the buffer
         self._written += len(data)
-        if self._written - self._sent >= PART:
+        if self._written - self._sent >= self._part:
             self._read_back()
+            self._part = min(2 * self._part, PARTS[1])
         return count
 
     def flush(self) -> None:
         """Do nothing: `save` flushes."""
 
     def _read_back(self) -> None:
+        """Have what was written since the last part flushed to the disk by one thread, and read back by another."""
         self._file.flush()
-        self._parts.append(
-            self._reader.submit(_hash_of_disk, self._file.fileno(), self._sent, self._written, self._back)
-        )
-        self._sent = self._written
+        file, start, end = self._file.fileno(), self._sent, self._written
+        flushed = self._flusher.submit(os.fsync, file)
+        self._parts.append(self._reader.submit(_hash_of_disk, file, start, end, self._back, flushed))
+        self._sent = end
 
     def save(self, checkpoint: Any) -> bool:
         """Write `checkpoint` and its hash, and wait until the disk has them; return whether it has what was written."""
@@ -80,22 +83,24 @@ class Hashed:
             self._hash.update(end)
             self._file.write(end)
             self._written += len(end)
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._read_back()
             for part in self._parts:
                 part.result()
         except RuntimeError as error:
             raise self.failure or error from error
         finally:
-            self._hasher.shutdown()
-            self._reader.shutdown()
+            for pool in (self._hasher, self._flusher, self._reader):
+                pool.shutdown()
         return self._back.digest() == self._hash.digest()
 
 
-def _hash_of_disk(file: int, start: int, end: int, digest: Any) -> None:
-    """Add the bytes `start` to `end` of an open file to a hash, as the disk has them, not as they are cached."""
-    getattr(os, "fdatasync", os.fsync)(file)
+def _hash_of_disk(file: int, start: int, end: int, digest: Any, flushed: Future[None]) -> None:
+    """Add the bytes `start` to `end` of an open file to a hash, as the disk has them, not as they are cached.
+
+    Args:
+        flushed: Done when the disk has them.
+    """
+    flushed.result()
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file, start, end - start, os.POSIX_FADV_DONTNEED)
     while start < end and (chunk := os.pread(file, min(CHUNK, end - start), start)):
