@@ -19,7 +19,7 @@ def understood(error: BaseException) -> BadInput | None:
     """Return `error`, or one that it was raised from, as an error of the user's; None if it is ours.
 
     Those are `BadInput`, what Lightning raises itself (and not what it runs into), values that the profiler refuses,
-    and the operating system's refusals.
+    and the operating system's refusals, with the notes of `error`, which say how to go on.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -27,9 +27,8 @@ def understood(error: BaseException) -> BadInput | None:
             return cause
         if isinstance(cause, OSError) and errno.errorcode.get(cause.errno or 0) in OF_THE_SYSTEM:
             place = f"{cause.filename}: " if cause.filename is not None else ""
-            return BadInput(
-                f"{place}{cause.strerror}; make room or give another path, then go on from the last checkpoint."
-            )
+            then = " ".join(getattr(error, "__notes__", ["Then run the command again."]))
+            return BadInput(f"{place}{cause.strerror}; make room or give another path. {then}")
         library = "lightning" if isinstance(cause, MisconfigurationException) else raised_by(cause)
         if library in LIBRARIES:
             return BadInput(in_a_sentence(LIBRARIES[library], cause))

@@ -174,12 +174,11 @@ def keep_previous(path: str | Path) -> None:
 
 def not_written(path: Path, error: OSError) -> BadInput:
     """Return the error of a checkpoint that could not be written to `path`."""
-    kept = "The checkpoint before it is kept" if path.is_file() else "There is none before it"
     advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see to it"
-    return BadInput(
-        f"the checkpoint {path} could not be written: {error.strerror or error}. {kept}; {advice}, and go on with "
-        "--ckpt_path."
-    )
+    kept = f"The checkpoint before it is kept; {advice}, and go on with --ckpt_path {path}."
+    none = f"There is none before it; {advice}, and begin again."
+    reason = error.strerror or error
+    return BadInput(f"the checkpoint {path} could not be written: {reason}. {kept if path.is_file() else none}")
 
 
 def replace_text(text: str, path: Path) -> None:

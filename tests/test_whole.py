@@ -79,10 +79,12 @@ def test_a_full_disk_is_a_sentence_and_keeps_the_checkpoint_before(file, monkeyp
 
     before, init = file.read_bytes(), whole.Hashed.__init__
     monkeypatch.setattr(whole.Hashed, "__init__", lambda self, file: init(self, Full(file)))  # pyright: ignore
-    with pytest.raises(BadInput, match=r"last\.ckpt could not be written: No space left on device\. The .* is kept"):
+    with pytest.raises(BadInput, match=r"No space left on device\. The .* is kept; free some space, and go on with"):
         write_whole(SAVED, file)
     assert file.read_bytes() == before
     assert not draft_of(file).exists()
+    with pytest.raises(BadInput, match=r"There is none before it; free some space, and begin again\.$"):
+        write_whole(SAVED, file.with_name("first.ckpt"))
 
 
 def test_what_reads_back_otherwise_never_replaces_the_checkpoint_before(file, monkeypatch):

@@ -227,8 +227,9 @@ class Recorder(Profile):
         if trainer.state.fn == "fit" and is_oom(exception):  # before anything is freed
             optimizer = trainer.optimizers[0] if trainer.optimizers else None
             exception.add_note(describe(exception, pl_module, optimizer, trainer.global_step + 1))
-            if self.moved and self.checkpoint.path.is_file():
-                exception.add_note(f"The last checkpoint stays: go on from it with --ckpt_path {self.checkpoint.path}.")
+        saved = trainer.state.fn == "fit" and self.moved and self.checkpoint.path.is_file()
+        if saved and (is_oom(exception) or isinstance(exception, OSError)):
+            exception.add_note(f"The last checkpoint stays: go on from it with --ckpt_path {self.checkpoint.path}.")
         super().on_exception(trainer, pl_module, exception)
         if trainer.state.fn == "fit" and trainer.is_global_zero and self.leaves_record(exception):
             self._write_config()

@@ -238,16 +238,25 @@ def test_other_verbs_are_refused_alike(home, capsys, monkeypatch, words, message
     assert message in refused(capsys, monkeypatch, *words)
 
 
-def test_a_full_disk_is_a_sentence_and_status_2(home, capsys, monkeypatch):
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_full_disk_is_a_sentence_that_says_how_to_go_on_if_there_is_a_checkpoint(home, capsys, monkeypatch, saved):
+    save = LastCheckpoint.after_batch
+
     def full(self, trainer):
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/lora-1/metrics.csv")
+        if trainer.global_step == 1 and saved:
+            save(self, trainer)
+        else:
+            raise OSError(errno.ENOSPC, "No space left on device", "runs/lora-1/metrics.csv")
 
     monkeypatch.setattr(LastCheckpoint, "after_batch", full)
-    monkeypatch.setattr(sys, "argv", ["lit-sparse", "fit", *F, "--trainer.max_steps=2"])
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", "fit", *F, "--trainer.max_steps=2", "--checkpoint_steps=1"])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
     assert exit_.value.code == 2
-    assert "runs/lora-1/metrics.csv: No space left on device; make room" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "runs/lora-1/metrics.csv: No space left on device; make room or give another path. " in told
+    assert ("go on from it with --ckpt_path runs/lora-1/checkpoints/last.ckpt" in told) is saved
+    assert ("Then run the command again" in told) is not saved
 
 
 def test_only_what_lightning_raises_itself_is_the_users():
