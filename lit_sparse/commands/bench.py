@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +22,7 @@ import lit_sparse_profiling
 from lit_sparse.commands.configs import found
 from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
+from lit_sparse.library_errors import understood
 from lit_sparse.places import configs_folder
 from lit_sparse_profiling.cooling import Cooling
 from lit_sparse_profiling.record import RunRecord
@@ -187,12 +188,29 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
             relay = Relay(root / f"{turn.job.name}.log", progress)
             if turn.folder is None and turn.job.against is None:  # interleaved runs measure no energy
                 cooling.wait(progress.refresh)
-            done.append(turn.folder or execute(turn.job, root, limit, tick=relay.tick))
+            done.append(turn.folder or execute_or_refuse(turn.job, root, limit, relay.tick))
             progress.console.print(outcome(turn, done[-1]), highlight=False, markup=False)
             progress.advance(task)
     report([str(folder) for folder in done])
     console.print(f"The same again: lit-sparse report {root}", highlight=False, markup=False)
     return int(any(RunRecord.read(folder / "record.json").status == "failed" for folder in done))
+
+
+def execute_or_refuse(job: Job, root: Path, limit: float | None, tick: Callable[[], None]) -> Path:
+    """Run a job as `execute` does.
+
+    Raises:
+        BadInput: if its folder cannot be written, as on a full disk.
+    """
+    try:
+        return execute(job, root, limit, tick=tick)
+    except OSError as error:
+        if understood(error) is None:
+            raise
+        raise BadInput(
+            f"a run of {job.name} could not be written under {root}: {error.strerror}; make room or give another "
+            "folder with --into. The same command again makes what is missing."
+        ) from error
 
 
 class Relay:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from lit_sparse_profiling.drafts import replace_text
 from lit_sparse_profiling.paired import PairedRun, compare_rounds, dependence, interleave
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.run_folders import folders, next_folder
@@ -106,9 +108,22 @@ def execute(job: Job, root: Path, limit: float | None = None, tick: Callable[[],
         root: Folder in which the command creates its own. No other process may create runs there meanwhile.
         limit: Seconds after which the process is killed; None for no limit.
         tick: Called a few times a second while the process runs.
+
+    Raises:
+        OSError: if the folder cannot be written, as on a full disk; nothing is left of it.
     """
     folder, log = next_folder(root, job.name), root / f"{job.name}.log"
     root.mkdir(parents=True, exist_ok=True)
+    try:
+        _run_into(folder, log, job, limit, tick)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        log.unlink(missing_ok=True)
+        raise
+    return folder
+
+
+def _run_into(folder: Path, log: Path, job: Job, limit: float | None, tick: Callable[[], None]) -> None:
     deadline = None if limit is None else time.monotonic() + limit
     if job.against is None:
         code, rounds = _run_until(job.command, log, deadline, tick), []
@@ -123,8 +138,7 @@ def execute(job: Job, root: Path, limit: float | None = None, tick: Callable[[],
     elif job.against is not None:
         _with_pair(record, job.against.name, rounds).write(folder / RECORD)
     # Last: a bench that is killed before this line leaves a folder without identity, and repeats the run.
-    (folder / JOB).write_text(json.dumps({"identity": job.identity, "command": job.command}), encoding="utf-8")
-    return folder
+    replace_text(folder / JOB, json.dumps({"identity": job.identity, "command": job.command}))
 
 
 def _run_until(command: Sequence[str], log: Path, deadline: float | None, tick: Callable[[], None]) -> int | None:

@@ -1,5 +1,6 @@
 """The verb `bench`: its options and those of each fit, its comparisons, and real runs of tiny models."""
 
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,7 @@ from lit_sparse.commands import bench as verb
 from lit_sparse.errors import BadInput
 from lit_sparse.places import configs_folder
 from lit_sparse.testing import tiny_llm
+from lit_sparse_profiling import runner
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.runner import Job, Repeat
 from lit_sparse_profiling.speed_sections import Throughput
@@ -275,6 +277,18 @@ def test_a_run_beyond_the_limit_has_failed(capsys):
     endless = Job("endless", [sys.executable, "-IS", "-c", "import time; time.sleep(60)"], {})
     assert verb.run([endless], Path("out"), 1, 0.5) == 1
     assert "endless-1: failed it was stopped after " in capsys.readouterr().out
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_no_part_of_a_run(monkeypatch):
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "replace_text", full)
+        with pytest.raises(BadInput, match=r"could not be written under out: No space left on device; make room"):
+            verb.run([quick("one", "{}")], Path("out"), 1, None)
+    assert [*Path("out").iterdir()] == []
+    assert verb.run([quick("one", "{}")], Path("out"), 1, None) == 0
 
 
 @pytest.mark.parametrize("against", [None, "other"])
