@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
+from lit_sparse.aliases import TooManyValues, check_aliases
 from lit_sparse.checkpoints import LAST, TOKENIZER, read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier, LitSparse
@@ -145,11 +146,12 @@ def read_config(path: Path) -> dict[str, Any]:
         BadInput: if it is no YAML with a model in it.
     """
     try:
-        config = yaml.safe_load(path.read_text())
+        text = path.read_text()
+        check_aliases(text)
+        config = yaml.safe_load(text)
     except (OSError, yaml.YAMLError, RecursionError) as error:
-        raise BadInput(
-            f"{path} cannot be read as YAML ({type(error).__name__}); restore it, or make the run again."
-        ) from error
+        reason = error.problem if isinstance(error, TooManyValues) else type(error).__name__
+        raise BadInput(f"{path} cannot be read as YAML ({reason}); restore it, or make the run again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise BadInput(f"{path} configures no model; restore it, or make the run again.")
     return config
@@ -173,8 +175,10 @@ def check_imports(value: Any, place: str) -> None:
     """
     try:
         paths = [*class_paths(value)]
-    except RecursionError as error:
-        raise BadInput(f"{place} is a part of itself, or nested too deeply; restore it.") from error
+    except (RecursionError, TooManyValues) as error:
+        raise BadInput(
+            f"{place} is a part of itself, nested too deeply, or has too many aliases; restore it."
+        ) from error
     for path in paths:
         module = path.partition(".")[0]
         imported = any(path.startswith(f"{name}.") for name in sys.modules if name != "__main__")
@@ -206,7 +210,10 @@ def class_paths(value: Any) -> Iterator[str]:
 def _held(text: str) -> Any:
     """Return what a text holds as jsonargparse reads it, which takes the YAML of a class for the class."""
     try:
+        check_aliases(text)
         return yaml.safe_load(text)
+    except TooManyValues:
+        raise
     except (yaml.YAMLError, ValueError):  # the latter of a date that does not exist
         return text
 

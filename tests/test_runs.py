@@ -512,10 +512,12 @@ def test_a_configuration_imports_nothing_that_nobody_named(home, capsys, monkeyp
 
 
 STARTS = {"class_path": "stranger.Starts"}
+LAUGHS = "[&a0 [x, x]" + "".join(f", &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]" for n in range(1, 10)) + "]"
 ODD = {
     "a class for the base": (lambda model: model.update(base=STARTS), "model.base"),
     "a part of itself": (lambda model: model.update(optimizer="&all {class_path: *all}"), "is a part of itself"),
     "nested deeply": (lambda model: model.update(optimizer=3000 * "[" + 3000 * "]"), "nested too deeply"),
+    "aliases that multiply in a text": (lambda model: model.update(optimizer=LAUGHS), "has too many aliases"),
     "no date": (lambda model: model.update(optimizer="2026-13-45"), "model.optimizer is 2026-13-45"),
 }
 
@@ -531,6 +533,12 @@ def test_an_odd_configuration_is_a_sentence_and_makes_no_object(home, capsys, mo
     (RUN / "config.yaml").write_text(yaml.safe_dump(config))
     assert message in refused(capsys, monkeypatch, "export", str(RUN))
     assert not Path("made").exists()
+
+
+def test_aliases_that_multiply_are_a_sentence_soon(home, capsys, monkeypatch):
+    RUN.mkdir(parents=True)
+    (RUN / "config.yaml").write_text(f"model: {{base: tiny, optimizer: {LAUGHS}}}")
+    assert "its aliases stand for more than 100,000 values" in refused(capsys, monkeypatch, "export", str(RUN))
 
 
 def test_a_class_where_any_value_goes_stays_a_value(home, capsys, monkeypatch):

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lit_sparse.aliases import check_aliases
 from lit_sparse.errors import BadInput
 from lit_sparse.places import configs_folder
 
@@ -158,6 +159,7 @@ def check_sections(word: str, document: dict[str, Any]) -> None:
 
 def load(text: str) -> Any:
     """Load YAML, with interpolations such as ${model.lr}; `profile: false` as the keys that it stands for."""
+    check_aliases(text)
     value = get_loader("yaml")(text)
     if not isinstance(value, dict | list):
         return value

@@ -144,6 +144,7 @@ def test_a_command_line_that_cannot_work_is_refused_in_a_sentence(home, capsys, 
     assert message in refused(capsys, monkeypatch, "fit", *F, *words)
 
 
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join(9 * [f'*a{n - 1}'])}]\n" for n in range(1, 10))
 YAMLS = {
     "number for a section": ("model: 3.5", "a.yaml has model: 3.5, but model has keys of its own"),
     "list for a section": ("trainer: [1, 2]", "a.yaml has trainer: [1, 2], but trainer has keys of its own"),
@@ -170,6 +171,11 @@ YAMLS = {
     "nothing": ("", "a.yaml has no keys"),
     "bytes": (b"\xff\xfe\x00", "a.yaml is no text in UTF-8"),
     "nested deeply": ("model: " + 3000 * "[" + 3000 * "]", "a.yaml is nested too deeply"),
+    "aliases that multiply": (
+        LAUGHS,
+        "a.yaml line 1 is not valid YAML: its aliases stand for more than",
+    ),
+    "a part of itself": ("model: &all {updates: *all}", "its aliases stand for more than 100,000 values"),
 }
 
 
