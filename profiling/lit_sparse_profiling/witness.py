@@ -53,6 +53,7 @@ class Growth:
         self._steps, self._stride = 0, 1
         self._samples: list[tuple[int, int]] = []
         self._settled, self._garbage = 0, 0.0
+        self._searched, self._keeper = 0, ""
 
     def sample(self) -> None:
         """Note the memory in use at the end of a step."""
@@ -116,9 +117,14 @@ class Growth:
         return rise and (rise - self._garbage if self._garbage < GARBAGE * rise else 0.0)
 
     def keeper(self) -> str:
-        """Return in what the items are that memory grew by, "" if that is not found. It takes about a second."""
+        """Return in what the items are that memory grew by, "" if that is not found.
+
+        It takes about a second, so that it is searched again only after as many steps as before: each save asks.
+        """
         grown = self.per_step()
-        return keeper(grown * self._steps, self._steps) if grown else ""
+        if grown and self._steps >= 2 * self._searched:
+            self._keeper, self._searched = keeper(grown * self._steps, self._steps), self._steps
+        return self._keeper if grown else ""
 
 
 class PlainSteps:

@@ -561,3 +561,18 @@ def test_weights_have_their_names() -> None:
     assert ("trainable", "embedding.weight", [4000, WIDTH]) in [
         (one.category, one.module, one.shape) for one in largest
     ]
+
+
+def test_who_keeps_growing_memory_is_searched_again_only_after_as_many_steps(monkeypatch):
+    growth, searched = witness.Growth(torch.device("cpu")), []
+    monkeypatch.setattr(growth, "per_step", lambda: 10.0)
+    monkeypatch.setattr(witness, "keeper", lambda grown, steps: searched.append(steps) or f"kept since {steps}")
+    found = []
+    for step in range(1, 101):
+        growth.sample()
+        if step % 10 == 0:  # as each save does
+            found.append(growth.keeper())
+    assert searched == [10, 20, 40, 80]
+    assert (found[0], found[2], found[-1]) == ("kept since 10", "kept since 20", "kept since 80")
+    monkeypatch.setattr(growth, "per_step", lambda: 0.0)
+    assert growth.keeper() == ""
