@@ -23,7 +23,7 @@ from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord
 from tests.conftest import make_home
 from tests.faults import undisturbed
-from tests.faults.child import Ended, Fault, command, journal_of, lose_unsynced
+from tests.faults.child import LIMIT, Ended, Fault, command, journal_of, lose_unsynced
 from tests.faults.undisturbed import Undisturbed
 from tests.fuzz import FIXED, KEPT, METHODS, compare_values, workplace
 
@@ -328,5 +328,6 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def said(ended: list[Ended]) -> str:
-    """Return what the processes said that ended by themselves."""
-    return " / ".join(f"status {one.status}: {one.told[-1500:]}" for one in ended if one.status > 0 or one.told)
+    """Return what the processes said that ended by themselves, or that none did."""
+    told = [f"status {one.status}: {one.told[-1500:]}" for one in ended if one.status > 0 or one.told]
+    return " / ".join(told) or f"it did not end within {LIMIT} s"
