@@ -86,7 +86,8 @@ def few(made: Table, found: Sequence[Row]) -> Iterator[str]:
     """Yield that too few tokens are scored, if they are known to be."""
     kept = [scores for row in found if (scores := scores_of(row.fits)) is not None and scores.tokens is not None]
     exact = min((int(scores.tokens.sum()) for scores in kept if scores.tokens is not None), default=None)
-    count, unit = (exact, "tokens of answers") if exact is not None else most_scored(made.workload)
+    most, unit = most_scored(made.workload)
+    count = most if exact is None else exact
     if count is not None and count < FEWEST:
         said = "only" if exact is not None or unit == "labels" else "at most"
         yield f"{said} {count:,} {unit} are scored ({FEWEST:,} are needed)"

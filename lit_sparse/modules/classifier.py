@@ -164,11 +164,11 @@ class Classifier(LitSparse):
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         with self.autocast():
-            loss, output = self.compute(self.loss, batch)
+            losses, _, hits, _ = self.compute(self.row_losses, batch)
         name = self._set_name(dataloader_idx)
         if name not in self.scores:
             self.scores[name] = ClassScores().to(self.device)
-        self.scores[name].update(loss, output.logits.argmax(-1), batch["labels"])
+        self.scores[name].update(losses, hits)
 
     def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self.validation_step(batch, batch_idx, dataloader_idx)

@@ -54,11 +54,11 @@ class ClassScores(Metric):
         for state in ("nll", "hits", "rows"):
             self.add_state(state, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, loss: Tensor, predicted: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss (scalar), its predicted classes and its labels, both (B,) int64."""
-        self.nll += loss * len(labels)
-        self.hits += (predicted == labels).sum()
-        self.rows += len(labels)
+    def update(self, losses: Tensor, hits: Tensor) -> None:
+        """Add a batch: the loss of each row in nats, (B,), and how many rows have the right class, a scalar."""
+        self.nll += losses.sum()
+        self.hits += hits
+        self.rows += len(losses)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores as fp64 scalars; nan if there was no row."""

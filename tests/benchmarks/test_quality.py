@@ -426,6 +426,9 @@ def test_kept_rows_are_paired_and_counted(write: Write) -> None:
     assert line is not None
     del line["rows"]
     assert "over rows where both arms kept them (5 of 6 trainings did)" in ranking.notes(runner.made, runner.results)
+    found = ranking.rows(runner.made, runner.results)
+    runner.made.workload["data"]["class_path"] = "lit_sparse.data.Labelled"
+    assert [*power.few(runner.made, found)] == ["only 400 labels are scored (10,000 are needed)"]
 
 
 # ---- publishing
