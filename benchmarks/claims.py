@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measurements import Line, read_lines, table
-from benchmarks.pairing import LEVEL, difference, scores_of, smallest, t_quantile
+from benchmarks.pairing import LEVEL, Interval, difference, scores_of, smallest, t_quantile
 from benchmarks.provenance import ROOT
 from benchmarks.race import reached
 from benchmarks.ranking import SCORE, newest_first, row_of, start
+from benchmarks.rewinding import beside_end
 from benchmarks.tradeoff import points, read_study
 from benchmarks.trials import Table, read_table, read_yaml
 from lit_sparse.errors import BadInput
@@ -164,13 +165,9 @@ def forgetting(rule: Rule, results: Path) -> tuple[list[Evidence], str]:
     for measured in newest_first(results / "forgetting.jsonl"):
         found = {f"{one.curve.name} {one.strength:g}": one for one in points(study, measured) if one.strength}
         if {rule["arm"], rule["than"]} <= found.keys():
-            chosen = [found[rule[key]] for key in ("arm", "than")]
-            names = (rule["arm"], rule["than"])
-            out = [
-                Evidence(name, one.lines, one.rate, one.end, (one.rate,))
-                for name, one in zip(names, chosen, strict=True)
-            ]
-            return out, scale_of(study.table, [one.lines for one in chosen])
+            chosen = [(rule[key], found[rule[key]]) for key in ("arm", "than")]
+            out = [Evidence(name, one.lines, one.rate, one.end, (one.rate,)) for name, one in chosen]
+            return out, scale_of(study.table, [one.lines for _, one in chosen])
     raise Undecided("not measured yet: `python -m benchmarks.forgetting_study`")
 
 
@@ -188,9 +185,7 @@ def scale_of(made: Table, fits: Sequence[Sequence[Line]]) -> str:
 def lower(rule: Rule, results: Path) -> Verdict:
     ours, theirs, scale = evidence(rule, results)
     gap, told = compared(rule, ours, theirs)
-    if gap.high < 0:
-        return Verdict(REPRODUCED, told, scale)
-    return Verdict(REFUTED if gap.low > -rule.get("margin", MARGIN) else OPEN, told, scale)
+    return Verdict(below([gap], rule), told, scale)
 
 
 def tie(rule: Rule, results: Path) -> Verdict:
@@ -200,6 +195,23 @@ def tie(rule: Rule, results: Path) -> Verdict:
     if -margin < gap.low and gap.high < margin:
         return Verdict(REPRODUCED, told, scale)
     return Verdict(REFUTED if gap.low >= margin or gap.high <= -margin else OPEN, told, scale)
+
+
+def rewound(rule: Rule, results: Path) -> Verdict:
+    """Decide by the scores of an arm's runs at a scale of their changes, beside those at their end."""
+    try:
+        gaps, made, end = beside_end(rule["arm"], rule["scale"], results / "rewinding.jsonl")
+    except LookupError as reason:
+        raise Undecided(reason.args[0]) from reason
+    told = "; ".join(f"{name.replace('_', ' ')} {gap}" for name, gap in gaps.items())
+    return Verdict(below([*gaps.values()], rule), told, scale_of(made, [end]))
+
+
+def below(gaps: Sequence[Interval], rule: Rule) -> str:
+    """Return the verdict on differences that should all be below 0."""
+    if all(gap.high < 0 for gap in gaps):
+        return REPRODUCED
+    return REFUTED if any(gap.low > -rule.get("margin", MARGIN) for gap in gaps) else OPEN
 
 
 def compared(rule: Rule, ours: Evidence, theirs: Evidence) -> tuple[Any, str]:
@@ -311,6 +323,7 @@ RULES: dict[str, Callable[[Rule, Path], Verdict]] = {
     "lower": lower,
     "tie": tie,
     "rate": rate,
+    "rewound": rewound,
     "ratio": ratio,
     "record": record,
 }
@@ -330,6 +343,10 @@ def in_words(rule: Rule) -> str:
         return f"{where}: {arms} {told}"
     if kind == "rate":
         return f"{where}: best rate of {rule['arm']} / {rule['than']} from {rule['between'][0]} to {rule['between'][1]}"
+    if kind == "rewound":
+        margin = rule.get("margin", MARGIN)
+        told = f"held-out and text loss of {rule['arm']} at scale {rule['scale']:g} - at its end, both below 0"
+        return f"`rewinding`: {told}; refuted if either is above -{margin:g}"
     if kind == "ratio":
         return f"{where}: {rule['of'].replace('_', ' ')} of {rule['arm']} / {rule['than']} {bound}"
     value = rule["value"] if isinstance(rule["value"], str) else str(rule["value"][0])
@@ -364,14 +381,8 @@ def ledger(results: Path, claims: Sequence[Claim] | None = None) -> str:
         counts[verdict.verdict] += 1
         known = " *(the record was there before the rule)*" if claim.known else ""
         scale = f" ({verdict.scale})" if verdict.scale else ""
-        rows.append(
-            [
-                f"{claim.says} {link(claim.source)}: {claim.there}",
-                f"{in_words(claim.rule)}{known}",
-                f"{verdict.found}{scale}",
-                f"**{verdict.verdict}**",
-            ]
-        )
+        said = f"{claim.says} {link(claim.source)}: {claim.there}"
+        rows.append([said, f"{in_words(claim.rule)}{known}", f"{verdict.found}{scale}", f"**{verdict.verdict}**"])
     told = ", ".join(f"{counts[name]} {name}" for name in (REPRODUCED, REFUTED, OPEN))
     made = table(["statement", "rule", "found here", "verdict"], rows).replace("---:", "---")
     return f"{len(rows)} statements: {told}. Decided by `{COMMAND}` from the records in benchmarks/results.\n\n{made}"

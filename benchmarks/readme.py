@@ -55,6 +55,13 @@ def pareto(results: Path) -> str:
     return "![Held-out loss over memory, step time and forgetting](../../benchmarks/figures/pareto.svg)"
 
 
+def rewinding(results: Path) -> str:
+    """Return the scores of runs whose changes are scaled, as far as they are measured."""
+    from benchmarks.rewinding import published  # loads torch, as above
+
+    return published(results / "rewinding.jsonl")
+
+
 def methods(_results: Path) -> str:
     """Return a row for each configs/*.yaml: its first comment, and what the classes that it names say of themselves."""
     import yaml
@@ -185,6 +192,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "forgetting": forgetting,
     "claims": claims,
     "pareto": pareto,
+    "rewinding": rewinding,
     "configuration": configuration,
     "command_line": command_line,
     **{f"families-{task}": partial(family_tables.families, task) for task in ("CausalLM", "Classifier")},

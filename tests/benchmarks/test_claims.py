@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import claims, readme, trials
+from benchmarks import claims, readme, rewinding, trials
 from benchmarks.claims import OPEN, REFUTED, REPRODUCED
 from benchmarks.provenance import ROOT
 from benchmarks.ranking import Results
@@ -105,6 +105,34 @@ def test_learning_rates_decide_to_half_a_step_of_the_sweep(records: Path, betwee
     found = of_gap(records, 0.0, FAR, kind="rate", between=between)
     assert found.verdict == expected
     assert found.found == "0.003 / 0.0003 = 10.0 [3.3, 30.0]"
+
+
+@pytest.mark.parametrize(
+    ("heldout", "text", "seeds", "expected"),
+    [
+        (-0.02, -0.03, 3, REPRODUCED),
+        (-0.02, 0.03, 3, REFUTED),  # better on the task alone
+        (0.02, -0.03, 3, REFUTED),
+        (-0.02, -0.003, 3, OPEN),
+        (-0.02, -0.03, 2, OPEN),  # a seed is missing
+    ],
+)
+def test_a_scaled_run_must_be_better_on_both(
+    records: Path, heldout: float, text: float, seeds: int, expected: str
+) -> None:
+    made, results = read_table(str(rewinding.STUDY)), Results(records / "rewinding.jsonl", STACK)
+    for trial in rewinding.trials_of(made):
+        if trial.arm.name == "lora":
+            off = (0.0, 0.004, -0.004)[trial.seed]
+            about = {**ABOUT, "identity": trial.identity(STACK), "seed": trial.seed, "seconds": 1.0, "before": {}}
+            end = {"heldout_loss": 1.0, "text_loss": 4.0}
+            results.append({**about, "untrained": trial.untrained(STACK), "after": end})
+            if trial.seed < seeds:
+                scaled = {"heldout_loss": 1.0 + heldout + off, "text_loss": 4.0 + text + off}
+                results.append({**about, "kind": "test", "test": {"scale": 0.5}, "after": scaled})
+    found = verdict(records, kind="rewound", arm="lora", scale=0.5)
+    assert found.verdict == expected
+    assert verdict(records, kind="rewound", arm="full", scale=0.5).verdict == OPEN
 
 
 @pytest.mark.parametrize(
