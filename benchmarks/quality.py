@@ -44,6 +44,7 @@ QUIET = (
     "--samples=0",
     "--profile.examine=false",
     "--profile.profiled=0",
+    "--profile.predict=false",
     "--trainer.enable_progress_bar=false",
     "--trainer.enable_model_summary=false",
 )
