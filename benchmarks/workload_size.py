@@ -1,7 +1,7 @@
 """Count what a quality table scores, and estimate its hours: `python -m benchmarks.workload_size TABLE`.
 
-A trial is taken to last as long as those of `blocks_0.84` on this kind of device, in proportion to its tokens: each one
-that is trained on counts as three that are scored (forward, and a backward pass of two).
+A trial is taken to last as long as the median one of `blocks_0.84` on this kind of device, in proportion to its tokens:
+each one that is trained on counts as three that are scored (forward, and a backward pass of two).
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def hours(made: Table, results: Results, found: Mapping[str, tuple[int, int, int
     if not seconds:
         return None
     share = work_of(made.workload, found) / work_of(like.workload, sets(like.workload))
-    return left(made, results)[0] * statistics.fmean(seconds) * share / 3600
+    # The median: a few of them shared their core with other processes.
+    return left(made, results)[0] * statistics.median(seconds) * share / 3600
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
