@@ -17,6 +17,7 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks.measurements import Line, newest, read_lines
 from benchmarks.ranking import TEXT, Results, newest_first, row_of, rows
+from benchmarks.rewinding import curves
 from benchmarks.tradeoff import changes
 from benchmarks.trials import Table, read_table
 
@@ -228,6 +229,21 @@ def costs_of(fits: Sequence[Line], made: Table, results: Results) -> dict[str, f
     return out
 
 
+def rewinding(arms: Mapping[str, Sequence[tuple[float, float, float]]]) -> Figure:
+    """Draw what each arm learns over what it forgets, as the changes of its runs are scaled from nothing to all."""
+    figure, (axes,) = _figure(1)
+    for (name, points), marker in zip(arms.items(), MARKERS, strict=False):
+        scales, losses, texts = zip(*points, strict=True)
+        (line,) = axes.plot(texts, losses, marker=marker, markersize=4, label=LABELS.get(name, name))
+        for scale, x, y in zip(scales, texts, losses, strict=True):
+            axes.annotate(
+                f"{scale:g}", (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6, color=line.get_color()
+            )
+    axes.set(xlabel="loss on general text, nats a token", ylabel="held-out loss, nats a token")
+    axes.legend(title="number: scale of the changes")
+    return figure
+
+
 def spread(values: Sequence[float]) -> float:
     """Return the standard deviation; nan, and so no error bar, for one value."""
     return statistics.stdev(values) if len(values) > 1 else math.nan
@@ -286,6 +302,7 @@ def main(results: Path = RESULTS, into: Path = FIGURES) -> int:
         "lisa_norms": (lisa_norms, [line for line in found if "norms" in line]),
         "cost": (cost, arms_of(lines_of(results / "arm_memory.jsonl"), results / "quality.jsonl")),
         "pareto": (pareto, compared(results / "quality.jsonl")),
+        "rewinding": (rewinding, curves(results / "rewinding.jsonl")),
         "planner": (planner, lines_of(results / "planner.jsonl")),
         "forgetting": (forgetting, changes(results / "forgetting.jsonl")),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,6 +39,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "rewinding.jsonl"
 SCALES = (0.5, 0.7, 0.85)
 """Scales that a run is scored at, beside its end."""
 END = 1.0
+FIGURE = "![Held-out loss over text loss, from the base to the end](../../benchmarks/figures/rewinding.svg)"
 HEAD = ["arm", "scale", "held-out loss", "text loss", "held-out, beside the end", "text, beside the end", "seeds"]
 
 
@@ -201,11 +203,39 @@ def published(path: Path) -> str:
     made = read_table(str(STUDY))
     for results in newest_first(path):
         lines = [*belonging(made, results), *results.tests.values()]
-        counts = [len(at_scale(made, arm, scale, results)) for arm in made.arms for scale in (*SCALES, END)]
-        if min(counts) < 2:
-            return f"Under way: {len(lines)} of {len(made.seeds) * len(counts)} scores are made; `{COMMAND}` goes on."
-        return f"{caption(COMMAND, lines)}\n\n{about(made, results)}\n\n{table(HEAD, cells(made, results))}"
+        if not enough(made, results):
+            asked = len(trials_of(made)) * (1 + len(SCALES))
+            return f"Under way: {len(lines)} of {asked} scores are made; `{COMMAND}` goes on."
+        text = f"{caption(COMMAND, lines)}\n\n{about(made, results)}\n\n{table(HEAD, cells(made, results))}"
+        return f"{text}\n\n{FIGURE}" if (path.parent.parent / "figures" / "rewinding.svg").exists() else text
     return f"Not measured yet: `{COMMAND}` measures this table."
+
+
+def enough(made: Table, results: Results) -> bool:
+    """Return true if every arm has two seeds at all scales."""
+    return all(len(at_scale(made, arm, scale, results)) > 1 for arm in made.arms for scale in (*SCALES, END))
+
+
+def curves(path: Path) -> dict[str, list[tuple[float, float, float]]]:
+    """Return scale, mean held-out loss and mean text loss of each arm from base to end; {} before they are shown."""
+    made = read_table(str(STUDY))
+    for results in newest_first(path):
+        if enough(made, results):
+            return {arm.name: curve(made, arm, results) for arm in made.arms}
+    return {}
+
+
+def curve(made: Table, arm: Arm, results: Results) -> list[tuple[float, float, float]]:
+    """Return the points of an arm, its base first, if that was scored."""
+    at = {scale: [line["after"] for line in at_scale(made, arm, scale, results)] for scale in (*SCALES, END)}
+    base = [results.before(trial) for trial in trials_of(made) if trial.arm == arm]
+    scores = {0.0: [one for one in base if one is not None], **at}
+    return [(scale, mean(found, SCORE), mean(found, TEXT)) for scale, found in scores.items() if found]
+
+
+def mean(found: Sequence[Mapping[str, float]], name: str) -> float:
+    """Return the mean of an outcome."""
+    return statistics.fmean(float(one[name]) for one in found)
 
 
 def about(made: Table, results: Results) -> str:

@@ -1,4 +1,4 @@
-"""The figure of losses over costs: which arms no other beats in both."""
+"""The figures of losses: over costs, where no other arm beats those in front in both, and over what is forgotten."""
 
 from benchmarks import plots
 
@@ -20,3 +20,11 @@ def test_each_table_has_a_panel_for_each_cost_and_names_its_arms() -> None:
     named = [[text.get_text() for text in panel.texts] for panel in panels]
     assert named == [["smt", "lora"], ["smt", "lora"], ["lora"]]
     assert list(panels[0].lines[1].get_xdata()) == [2.0]  # the front: both learn alike, one in less memory
+
+
+def test_a_curve_leads_from_the_base_to_the_end_of_each_arm() -> None:
+    points = [(0.0, 1.2, 4.0), (0.5, 1.0, 3.9), (1.0, 0.9, 4.1)]
+    (axes,) = plots.rewinding({"lora": points, "smt": points[:2]}).get_axes()
+    assert [list(line.get_xdata()) for line in axes.lines] == [[4.0, 3.9, 4.1], [4.0, 3.9]]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[1.2, 1.0, 0.9], [1.2, 1.0]]
+    assert [text.get_text() for text in axes.texts] == ["0", "0.5", "1", "0", "0.5"]

@@ -103,9 +103,10 @@ def planted(arms: Sequence[str], seeds: Sequence[int]) -> Path:
     for trial in rewinding.trials_of(made):
         for scale in (*SCALES, rewinding.END) if trial.arm.name in arms and trial.seed in seeds else ():
             shared = {**about, "identity": trial.identity(results.stack), "seed": trial.seed, "seconds": 1.0}
+            base = {"heldout_loss": 2 + trial.seed / 100, "text_loss": 4.0}
             after = {"heldout_loss": 2 - scale + trial.seed / 100, "text_loss": 4 + scale}
             kind = (
-                {"kind": "test", "test": {"scale": scale}} if scale < rewinding.END else {"kind": "fit", "before": {}}
+                {"kind": "test", "test": {"scale": scale}} if scale < rewinding.END else {"kind": "fit", "before": base}
             )
             kept = {"rows": {"heldout": rows, "text": rows}}
             results.append({**shared, **kind, "untrained": trial.untrained(results.stack), "after": after, **kept})
@@ -115,11 +116,14 @@ def planted(arms: Sequence[str], seeds: Sequence[int]) -> Path:
 def test_the_table_waits_for_two_seeds_of_all_arms() -> None:
     assert rewinding.published(Path("none.jsonl")).startswith("Not measured yet: `python -m benchmarks.rewinding`")
     assert rewinding.published(planted(["smt"], [0, 1])).startswith("Under way: 8 of 16 scores are made; ")
+    assert rewinding.curves(Path("planted.jsonl")) == {}
     Path("planted.jsonl").unlink()
     shown = rewinding.published(planted(["smt", "lora"], [0, 1]))
     assert "scored on 2 rows of heldout (7 tokens) and 2 rows of text (7 tokens)" in shown
     lines = [line for line in shown.splitlines() if line.startswith("| lora")]
     assert lines[0].startswith("| lora | 0.5 | 1.5050 ± 0.0071 | 4.5000 ± 0.0000 | ")
+    points = rewinding.curves(Path("planted.jsonl"))["lora"]
+    assert points == [(scale, pytest.approx(2.005 - scale), 4 + scale) for scale in (0.0, *SCALES, rewinding.END)]
     assert lines[-1] == "| lora | 1 | 1.0050 ± 0.0071 | 5.0000 ± 0.0000 | - | - | 2 |"
 
 
