@@ -460,10 +460,9 @@ def test_a_table_under_way_shows_no_number(
     run("mine", tables, seeds=[0])
     assert readme.main([], tmp_path) == 0
     said = (tmp_path / "README.md").read_text()
-    assert re.search(
-        r"Under way: \d+ trainings are done, and the learning rates of (\d) of the \1 arms are swept", said
-    )
-    assert "`python -m benchmarks.quality mine` goes on" in said and "| arm |" not in said
+    assert re.search(r"Under way: \d+ trainings are done, and the learning rates of (\d) of the \1 arms are", said)
+    assert "`python -m benchmarks.quality mine` goes on" in said
+    assert "| arm |" not in said
     run("mine", tables)
     assert readme.main([], tmp_path) == 0
     assert "| random | 1 % | 1,000 (1.00%) | 0.002 | 1.5100 ± 0.0100 |" in (tmp_path / "README.md").read_text()
