@@ -160,7 +160,10 @@ def check_sections(word: str, document: dict[str, Any]) -> None:
 def load(text: str) -> Any:
     """Load YAML, with interpolations such as ${model.lr}; `profile: false` as the keys that it stands for."""
     check_aliases(text)
-    value = get_loader("yaml")(text)
+    try:
+        value = get_loader("yaml")(text)
+    except TypeError as error:  # jsonargparse's, which compares a lone key with the text
+        raise yaml.MarkedYAMLError(problem=f"a key of {text.strip()[:40]!r} is no text") from error
     if not isinstance(value, dict | list):
         return value
     document = OmegaConf.to_object(OmegaConf.load(io.StringIO(text)))

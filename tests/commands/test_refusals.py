@@ -175,6 +175,8 @@ YAMLS = {
         LAUGHS,
         "a.yaml line 1 is not valid YAML: its aliases stand for more than",
     ),
+    "a lone key without a name": ("?", "a.yaml is not valid YAML: a key of '?' is no text"),
+    "a lone number": ("1:", "a.yaml is not valid YAML: a key of '1:' is no text"),
     "a part of itself": ("model: &all {updates: *all}", "its aliases stand for more than 100,000 values"),
 }
 
