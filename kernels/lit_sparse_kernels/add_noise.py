@@ -16,8 +16,9 @@ Legend: C chunks of pieces.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -181,28 +182,18 @@ def on_host(
     for piece in pieces:
         out, weight = piece.out.detach().view(-1), piece.weight.detach().view(-1)
         exact = torch.promote_types(weight.dtype, torch.float32)
-        for part, noises in noises_in_parts(piece.first, weight, terms, piece.param, stream, kind):
+        parts = parts_on_host(piece.first, weight.numel(), terms, piece.param, stream, kind, weight.device)
+        for part, noises in parts:
             value = weight[part].to(exact)
             if keep != 1:
                 value = value * keep
-            for noise in noises[:-1]:
+            for noise in islice(noises, len(terms) - 1):
                 value = value + noise
+            last = next(noises)
             if stochastic and out.dtype == torch.bfloat16:
-                out[part] = rounded(value + noises[-1], piece.param, piece.first + part.start, terms[0].seed)
+                out[part] = rounded(value + last, piece.param, piece.first + part.start, terms[0].seed)
             else:
-                torch.add(value, noises[-1], out=out[part])  # computed in the dtype of `value`, and written once
-
-
-def noises_in_parts(
-    first: int, weight: Tensor, terms: Sequence[Term], param: int, stream: int, kind: Kind
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Yield parts of a flat `weight` that begins at the element `first`: the scaled noise of each term, fp32."""
-    made = (
-        parts_on_host(first, weight.numel(), term.seed, param, stream, kind, term.scale, weight.device)
-        for term in terms
-    )
-    for found in zip(*made, strict=True):
-        yield found[0][0], [noise for _, noise in found]
+                torch.add(value, last, out=out[part])  # computed in the dtype of `value`, and written once
 
 
 def rounded(value: Tensor, param: int, first: int, seed: int) -> Tensor:

@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lit_sparse_kernels.add_noise import BLOCK, Term, chunks_of, noises_in_parts, rounded, stochastically
+from lit_sparse_kernels.add_noise import BLOCK, Term, chunks_of, rounded, stochastically
 from lit_sparse_kernels.jit import FLOATS, enqueue, jit, on_cuda, tl
 from lit_sparse_kernels.master_adamw import addresses, sent, type_of
-from lit_sparse_kernels.philox import DENSE, Kind, noise_block, rounding_block, signed
+from lit_sparse_kernels.philox import DENSE, Kind, noise_block, parts_on_host, rounding_block, signed
 from lit_sparse_kernels.philox import reference as noise_reference
 
 CASES = [
@@ -203,14 +203,15 @@ def on_host(
     for piece in pieces:
         weight, momentum = piece.weight.detach().view(-1), piece.momentum.view(-1)
         curvature = None if piece.curvature is None else piece.curvature.view(-1)
-        for part, noises in noises_in_parts(piece.first, weight, plain, piece.param, DENSE, kind):
+        parts = parts_on_host(piece.first, weight.numel(), plain, piece.param, DENSE, kind, weight.device)
+        for part, noises in parts:
             m, h = momentum[part].mul_(rule.decay), None if curvature is None else curvature[part]
             if h is not None and rule.refresh is not None:
                 h.mul_(rule.rest)
-                for z, factor in zip(noises, rule.refresh, strict=True):
-                    h.add_(z.square().mul_(factor))
-            for z, term in zip(noises, terms, strict=True):
-                m.add_(z.mul_(term.scale))
+            for number, z in enumerate(noises):
+                if h is not None and rule.refresh is not None:
+                    h.add_(z.square().mul_(rule.refresh[number]))
+                m.add_(z.mul_(terms[number].scale))
             moved = m * piece.bound if h is None else m / h.clamp(min=piece.bound).mul_(rule.gamma).add_(rule.eps)
             value = weight[part].to(m.dtype) * rule.keep - moved.mul_(rule.step)
             if stochastic and weight.dtype == torch.bfloat16:

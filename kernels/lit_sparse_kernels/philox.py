@@ -23,7 +23,7 @@ Legend: R rows, W width, G calls of Philox.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -316,43 +316,60 @@ def range_on_host(
 def parts_on_host(
     first: int,
     count: int,
-    seed: int,
+    terms: Sequence[tuple[int, float]],
     param: int,
     stream: int,
     kind: Kind,
-    scale: float = 1.0,
-    device: torch.device | None = None,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the same in parts that follow on each other: where a part lies, and its noise, fp32 (at most PART,).
+    device: torch.device,
+) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    """Yield parts of a range of elements that follow on each other, of at most PART: where one lies, and its noises.
 
-    The noise of a part may be overwritten, and is by the next one: a new tensor of the size of a matrix costs a CPU
-    more, in pages that the system has to clear, than the noise in it.
+    Those are of each term, a seed and a factor, in turn: fp32, as long as the part, each until the next is asked for.
+    A new tensor of the size of a matrix costs a CPU more, in pages that the system has to clear, than the noise in it.
     """
-    looked_up = kind == "rademacher" and (device is None or device.type == "cpu")
-    step = CHUNK if looked_up else PART
-    for start in range(0, count, step):
-        some = min(step, count - start)
-        if not looked_up:
-            at = slice(start, start + some)
-            yield at, range_on_host(first + start, some, seed, param, stream, kind, scale, device)
-            continue
-        for part, noise in _signs_in_parts(first + start, some, seed, param, stream, scale):
-            yield slice(start + part.start, start + part.stop), noise
+    if kind == "rademacher" and device.type == "cpu":
+        for start in range(0, count, CHUNK):
+            some = range(start, min(start + CHUNK, count))
+            yield from _signs_in_parts(first, some, terms, param, stream)
+        return
+    for start in range(0, count, PART):
+        part = slice(start, min(start + PART, count))
+        size = part.stop - start
+        yield (
+            part,
+            (range_on_host(first + start, size, seed, param, stream, kind, scale, device) for seed, scale in terms),
+        )
 
 
 def _signs_in_parts(
-    first: int, count: int, seed: int, param: int, stream: int, scale: float
-) -> Iterator[tuple[slice, Tensor]]:
-    calls = np.arange(first // 128, -(-(first + count) // 128), dtype=np.uint64)
-    octets = _octets(words_in_numpy(calls, seed, param, stream)).reshape(-1)[first % 128 // 8 :]
-    signs, lead = _signs(scale), first % 8
-    room = np.empty((lead + min(PART, count) + 7) // 8, EIGHT)
+    first: int, some: range, terms: Sequence[tuple[int, float]], param: int, stream: int
+) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    """Yield the parts of `some` elements of a range that begins at `first`; their words are made at once."""
+    begin = first + some.start
+    calls = np.arange(begin // 128, -(-(first + some.stop) // 128), dtype=np.uint64)
+    found = [
+        (_octets(words_in_numpy(calls, seed, param, stream)).reshape(-1)[begin % 128 // 8 :], _signs(scale))
+        for seed, scale in terms
+    ]
+    lead = begin % 8
+    room = np.empty((lead + min(PART, len(some)) + 7) // 8, EIGHT)
     noise = torch.from_numpy(room.view(np.float32))
-    for start in range(0, count, PART):
-        stop = min(start + PART, count)
-        some = octets[start // 8 : -(-(lead + stop) // 8)]
-        signs.take(some, out=room[: len(some)], mode="clip")  # which checks no index
-        yield slice(start, stop), noise[lead : lead + stop - start]
+    for start in range(0, len(some), PART):
+        stop = min(start + PART, len(some))
+        octets = slice(start // 8, -(-(lead + stop) // 8))
+        yield (
+            slice(some.start + start, some.start + stop),
+            _in_turn(found, octets, room, noise[lead : lead + stop - start]),
+        )
+
+
+def _in_turn(
+    found: Sequence[tuple[np.ndarray, np.ndarray]], octets: slice, room: np.ndarray, noise: Tensor
+) -> Iterator[Tensor]:
+    """Yield `noise`, which is in `room`, with the signs of each term's octets."""
+    for all_octets, signs in found:
+        signs.take(all_octets[octets], out=room[: octets.stop - octets.start], mode="clip")  # which checks no index
+        yield noise
 
 
 def on_host(firsts_R: Tensor, width: int, seed: int, param: int, stream: int, kind: Kind) -> Tensor:

@@ -271,6 +271,7 @@ class Profiler:
         """End the loop and stop sampling the device."""
         self.pause()
         self._stage = None
+        self._steps.growth.end()
         if self.nvml is not None:
             self.nvml.stop()
 

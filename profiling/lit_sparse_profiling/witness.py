@@ -53,7 +53,7 @@ class Growth:
         self._steps, self._stride = 0, 1
         self._samples: list[tuple[int, int]] = []
         self._settled, self._garbage = 0, 0.0
-        self._searched, self._keeper = 0, ""
+        self._searched, self._keeper, self._ended = 0, "", False
 
     def sample(self) -> None:
         """Note the memory in use at the end of a step."""
@@ -116,13 +116,18 @@ class Growth:
         rise = self.rise()
         return rise and (rise - self._garbage if self._garbage < GARBAGE * rise else 0.0)
 
+    def end(self) -> None:
+        """Note that no step follows."""
+        self._ended = True
+
     def keeper(self) -> str:
         """Return in what the items are that memory grew by, "" if that is not found.
 
-        It takes about a second, so that it is searched again only after as many steps as before: each save asks.
+        It takes about a second, so that it is searched again only after as many steps as before, since each save asks;
+        and at the end.
         """
         grown = self.per_step()
-        if grown and self._steps >= 2 * self._searched:
+        if grown and (self._ended or self._steps >= 2 * self._searched):
             self._keeper, self._searched = keeper(grown * self._steps, self._steps), self._steps
         return self._keeper if grown else ""
 

@@ -563,7 +563,7 @@ def test_weights_have_their_names() -> None:
     ]
 
 
-def test_who_keeps_growing_memory_is_searched_again_only_after_as_many_steps(monkeypatch):
+def test_the_keeper_of_growing_memory_is_searched_again_after_as_many_steps_and_at_the_end(monkeypatch):
     growth, searched = witness.Growth(torch.device("cpu")), []
     monkeypatch.setattr(growth, "per_step", lambda: 10.0)
     monkeypatch.setattr(witness, "keeper", lambda grown, steps: searched.append(steps) or f"kept since {steps}")
@@ -574,5 +574,7 @@ def test_who_keeps_growing_memory_is_searched_again_only_after_as_many_steps(mon
             found.append(growth.keeper())
     assert searched == [10, 20, 40, 80]
     assert (found[0], found[2], found[-1]) == ("kept since 10", "kept since 20", "kept since 80")
+    growth.end()
+    assert growth.keeper() == "kept since 100"
     monkeypatch.setattr(growth, "per_step", lambda: 0.0)
     assert growth.keeper() == ""

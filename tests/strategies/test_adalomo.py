@@ -144,7 +144,8 @@ def test_clipping_in_two_passes_is_clipping():
     found = {name: dict(fitted(**way).build().named_parameters()) for name, way in zip(names, ways, strict=True)}
     apart = 0.0
     for name, value in found["clipped"].items():
-        torch.testing.assert_close(value, found["in two passes"][name], rtol=0, atol=1e-7)
+        # The two norms are summed in another order, which may round a weight of 1 to its neighbour: 2^-23.
+        torch.testing.assert_close(value, found["in two passes"][name], rtol=2**-22, atol=1e-7)
         apart = max(apart, float((value - found["free"][name]).detach().abs().max()))
     assert apart > 1e-6
 

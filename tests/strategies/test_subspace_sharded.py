@@ -17,8 +17,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 SETTINGS = {"lr": 1e-3, "warmup_steps": 0}
 ATOLS = {"basis": 1e-4, "limiter": 1e-3, "row": 1e-8, "column": 1e-8}
 """Of state; a basis has entries of 0.1 and depends on gaps between singular values, a limiter is about 10."""
-ATOL = 2e-6
-"""Of weights and moments: a step is 1e-3, and a subspace about 1e-5 apart."""
+ATOL = 5e-6
+"""Of weights and moments: a step is 1e-3, and a subspace about 1e-5 apart. AdaLomo divides a gradient by its own size,
+and that of a key's bias is rounding alone, since no shift of the scores moves a softmax."""
 
 
 def subspace(**fields: object) -> dict:
