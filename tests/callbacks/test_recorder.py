@@ -1,6 +1,7 @@
 """The record of a fit: the fields of strategies are plain values, and leaks are told from what a fit does anyway."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ class Leaky(L.Callback):
         self.kept = []
 
     def on_train_batch_end(self, *args):
-        self.kept.append(np.ones(2**15))
+        self.kept.append(np.ones(2**18))  # 68 MiB in all: no test before this one left a container of that size
 """
 
 
@@ -42,8 +43,8 @@ def test_a_leak_is_told_at_the_defaults_and_nothing_of_a_clean_fit(home, capsys,
     record = RunRecord.read("runs/lora-1/record.json")
     printed = " ".join(capsys.readouterr().out.split())
     if leaky:
-        assert record.memory.growth == pytest.approx(2**18, rel=0.2)
-        assert "Memory in use grows by 25" in printed
+        assert record.memory.growth == pytest.approx(2**21, rel=0.2)
+        assert re.search(r"Memory in use grows by (1\.9|2\.0)\d MiB", printed)
         assert f"or state that keeps growing: Leaky.kept ({steps} items)." in printed
     else:
         assert not record.memory.growth
