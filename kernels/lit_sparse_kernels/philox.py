@@ -255,10 +255,8 @@ def signs_on_host(calls: Tensor, seed: int, param: int, stream: int, scale: floa
     shifts and masks eight numbers, and twice as fast as torch copies rows.
     """
     if calls.device.type != "cpu":
-        signs, words = (
-            torch.from_numpy(SIGNS) * torch.tensor(scale),
-            words_on_host(calls, seed, param, stream).unsqueeze(-1),
-        )
+        words = words_on_host(calls, seed, param, stream).unsqueeze(-1)
+        signs = torch.from_numpy(SIGNS) * torch.tensor(scale)
         return signs.to(calls.device)[words >> torch.arange(0, 32, 8, device=calls.device) & 0xFF].flatten(-4)
     octets = _octets(words_in_numpy(calls.numpy().view(np.uint64), seed, param, stream))
     found = _signs(scale).take(octets, mode="clip")  # which checks no index
@@ -333,12 +331,9 @@ def parts_on_host(
             yield from _signs_in_parts(first, some, terms, param, stream)
         return
     for start in range(0, count, PART):
-        part = slice(start, min(start + PART, count))
-        size = part.stop - start
-        yield (
-            part,
-            (range_on_host(first + start, size, seed, param, stream, kind, scale, device) for seed, scale in terms),
-        )
+        size = min(PART, count - start)
+        made = (range_on_host(first + start, size, seed, param, stream, kind, scale, device) for seed, scale in terms)
+        yield slice(start, start + size), made
 
 
 def _signs_in_parts(
@@ -347,20 +342,16 @@ def _signs_in_parts(
     """Yield the parts of `some` elements of a range that begins at `first`; their words are made at once."""
     begin = first + some.start
     calls = np.arange(begin // 128, -(-(first + some.stop) // 128), dtype=np.uint64)
-    found = [
-        (_octets(words_in_numpy(calls, seed, param, stream)).reshape(-1)[begin % 128 // 8 :], _signs(scale))
-        for seed, scale in terms
-    ]
+    octets_of = (_octets(words_in_numpy(calls, seed, param, stream)).reshape(-1) for seed, _ in terms)
+    found = [(each[begin % 128 // 8 :], _signs(term[1])) for each, term in zip(octets_of, terms, strict=True)]
     lead = begin % 8
     room = np.empty((lead + min(PART, len(some)) + 7) // 8, EIGHT)
     noise = torch.from_numpy(room.view(np.float32))
     for start in range(0, len(some), PART):
         stop = min(start + PART, len(some))
         octets = slice(start // 8, -(-(lead + stop) // 8))
-        yield (
-            slice(some.start + start, some.start + stop),
-            _in_turn(found, octets, room, noise[lead : lead + stop - start]),
-        )
+        signs = _in_turn(found, octets, room, noise[lead : lead + stop - start])
+        yield slice(some.start + start, some.start + stop), signs
 
 
 def _in_turn(
