@@ -38,8 +38,8 @@ def test_matrices_take_torchs_steps_and_the_rest_adamws(clip):
         optimizer.grad_scale = None
     for name, value in ours.named_parameters():
         # Clipped gradients are rounded in another order, and Newton-Schulz is in bf16, where its factor of 3.4 an
-        # iteration makes a third of an element of one rounding (2^-9) of a gradient's: a third of three steps of 0.2 lr.
-        # On two kinds of processors, 15 and 23 % were seen.
+        # iteration makes a third of an element of one rounding (2^-9) of a gradient's: a third of three steps of
+        # 0.2 lr. On two kinds of processors, 15 and 23 % were seen.
         atol = 0 if clip is None else 0.2 * LR
         torch.testing.assert_close(value, theirs.get_parameter(name), rtol=0, atol=atol)
 
