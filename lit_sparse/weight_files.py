@@ -1,47 +1,52 @@
-"""Files of weights that are known by their hashes: those of exports, and those in the cache of the Hugging Face Hub.
+"""Folders of weights and settings that are known by their hashes: exports, and those in the Hugging Face Hub's cache.
 
-safetensors itself does not notice a flipped bit. An export's mark has the SHA-256 of its files of weights; the Hub's
-cache names such files by theirs.
+safetensors itself does not notice a flipped bit. An export's mark has the SHA-256 of its files; the Hub's cache names
+large files by theirs, and small ones by the hash that git has of them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from lit_sparse.errors import BadInput
-from lit_sparse.hashed_files import sha256_of
+from lit_sparse.sealed import hash_of
 
-MARK = "lit_sparse.json"
-"""A file that marks a folder as an export, with its origin, the hashes of its weights, and the error of its cast."""
-WEIGHTS = "*.safetensors"
+MARK, CARD = "lit_sparse.json", "README.md"
+"""A file that marks a folder as an export, with its origin, the hashes of its files, and the error of its cast; and the
+model card, which is everyone's to change."""
+BLOB = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
 
 
 def hashes_of(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file of weights in a folder, by its name."""
-    return {path.name: _hash(path) for path in sorted(folder.glob(WEIGHTS))}
+    """Return the SHA-256 of each file in a folder but its mark and its card, by its name."""
+    return {path.name: hash_of(path) for path in sorted(folder.iterdir()) if path.name not in (MARK, CARD)}
 
 
-def check_weights(folder: Path) -> None:
-    """Check the files of weights in a folder of which the hashes are known.
+def check_hashes(folder: Path) -> None:
+    """Check the files in a folder of which the hashes are known.
 
     Raises:
         BadInput: naming the first that is missing, or has other contents.
     """
+    mark = folder / MARK
+    yours = f", or if the change is yours, remove its line from {mark}" if mark.is_file() else ""
     for name, digest in known_hashes(folder):
         path = folder / name
         if not path.is_file():
             raise BadInput(f"{path} is missing, which {MARK} beside it names; bring or export the model again.")
-        if _hash(path) != digest:
-            raise BadInput(f"{path} is damaged: its hash is not that of its contents; bring or export the model again.")
+        if digest != (hash_of(path) if len(digest) == 64 else git_hash_of(path)):
+            raise BadInput(
+                f"{path} is damaged: its hash is not that of its contents; bring or export the model again{yours}."
+            )
 
 
 def known_hashes(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield names and hashes of the files of weights in a folder: of its mark, and of links into the Hub's cache."""
+    """Yield names and hashes of the files in a folder: of its mark, and of links into the Hub's cache."""
     mark = folder / MARK
     try:
         marked = json.loads(mark.read_text(encoding="utf-8")).get("files", {}) if mark.is_file() else {}
@@ -50,17 +55,11 @@ def known_hashes(folder: Path) -> Iterator[tuple[str, str]]:
         raise BadInput(f"{mark} is damaged ({error}); export the run again, or remove the file.") from error
     for path in sorted(folder.iterdir()):
         blob = Path(os.path.realpath(path)).name
-        if path.is_symlink() and re.fullmatch("[0-9a-f]{64}", blob):
+        if path.is_symlink() and BLOB.fullmatch(blob):
             yield path.name, blob
 
 
-def _hash(path: Path) -> str:
-    found = path.stat()
-    return _hash_once(str(path), found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-@lru_cache(maxsize=256)
-def _hash_once(path: str, size: int, changed: int, inode: int) -> str:
-    """Return the hash of a file, read once in a process as long as its size and time of change stay."""
-    with open(path, "rb") as file:
-        return sha256_of(file)
+def git_hash_of(path: Path) -> str:
+    """Return the hash that git has of a file's contents: a SHA-1, in hexadecimal digits."""
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()

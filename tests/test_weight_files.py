@@ -16,7 +16,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import MEFT
 from lit_sparse.testing import tiny_llm
-from lit_sparse.weight_files import MARK, check_weights
+from lit_sparse.weight_files import MARK, check_hashes
 from tests.test_cli import DATA, SMALL, fit, refused
 from tests.test_whole import flip
 
@@ -45,27 +45,40 @@ def test_a_damaged_export_is_refused_as_a_base(exported, capsys, monkeypatch):
     assert "out/model.safetensors is missing" in refused(capsys, monkeypatch, *words, "--run=next")
 
 
-def test_a_mark_has_the_hashes_of_its_weights(exported):
-    for folder, name in ((exported, "model.safetensors"), (Path("adapter"), "adapter_model.safetensors")):
+def test_a_mark_has_the_hashes_of_its_files(exported):
+    for folder, names in (
+        (exported, {"model.safetensors", "config.json", "tokenizer.json"}),
+        (Path("adapter"), {"adapter_model.safetensors", "adapter_config.json"}),
+    ):
         files = json.loads((folder / MARK).read_text())["files"]
-        assert files == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest()}
+        assert names <= files.keys()
+        assert files == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
         (folder / "README.md").write_text("my own")  # which is no damage
-        check_weights(folder)
+        check_hashes(folder)
+    (exported / "config.json").write_text((exported / "config.json").read_text().replace("1e-06", "1e-05"))
+    with pytest.raises(BadInput, match=r"out/config\.json is damaged.*change is yours, remove its line from out/"):
+        check_hashes(exported)
     (exported / MARK).write_text("{")
     with pytest.raises(BadInput, match=r"lit_sparse\.json is damaged"):
-        check_weights(exported)
+        check_hashes(exported)
 
 
 def test_a_damaged_blob_of_the_hubs_cache_is_refused(home, capsys, monkeypatch):
     words = ["fit", "--config", "lora.yaml", "--model.base", "cached", *DATA, *SMALL, "--trainer.max_steps=1"]
     shutil.copytree("tiny", "cached")
-    digest = hashlib.sha256(Path("tiny/model.safetensors").read_bytes()).hexdigest()
     Path("blobs").mkdir()
-    os.rename("cached/model.safetensors", f"blobs/{digest}")
-    Path("cached/model.safetensors").symlink_to(f"../blobs/{digest}")
+    small = Path("cached/config.json").read_bytes()
+    git = hashlib.sha1(b"blob %d\0" % len(small) + small).hexdigest()
+    large = hashlib.sha256(Path("tiny/model.safetensors").read_bytes()).hexdigest()
+    for name, digest in (("config.json", git), ("model.safetensors", large)):
+        os.rename(f"cached/{name}", f"blobs/{digest}")
+        Path("cached", name).symlink_to(f"../blobs/{digest}")
     cli.run(words)
-    flip(Path("blobs", digest), lowest_bit(Path("blobs", digest)))
+    flip(Path("blobs", large), lowest_bit(Path("blobs", large)))
     assert "cached/model.safetensors is damaged" in refused(capsys, monkeypatch, *words)
+    flip(Path("blobs", large), lowest_bit(Path("blobs", large)))
+    Path("blobs", git).write_bytes(small + b" ")
+    assert "cached/config.json is damaged" in refused(capsys, monkeypatch, *words)
 
 
 @pytest.mark.parametrize("verb", ["fit", "export"])

@@ -7,7 +7,6 @@ that equal selections are equal tensors.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lit_sparse.blocks.sharded import Pieces
-from lit_sparse.checkpoints import strategy_state
 from lit_sparse.errors import BadInput
+from lit_sparse.selections import read_state
 
 Size = tuple[int, int]
 AUTO_SIZES = (256, 128, 64, 32, 16, 8)
@@ -109,7 +108,7 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
         BadInput: if the file is missing or malformed, or names a matrix or block that the model does not have.
     """
     try:
-        raw = strategy_state(path, strategy) if path.suffix == ".ckpt" else json.loads(path.read_text())
+        raw = read_state(path, strategy)
         choice = {
             name: Blocks.of(
                 (int(entry["size"][0]), int(entry["size"][1])), torch.as_tensor(entry["index"]).reshape(-1, 2)

@@ -1,21 +1,19 @@
 """The verb `select`: what a method chooses before training, in a file that `fit` reads."""
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import LightningCLI
 
 from lit_sparse.callbacks.rank_watch import RankWatch
 from lit_sparse.commands.bench import take
 from lit_sparse.commands.fit import CLI, start
 from lit_sparse.errors import BadInput
-from lit_sparse.whole import replace_text
+from lit_sparse.selections import write_selection
 
 
 def select_parser() -> argparse.ArgumentParser:
@@ -81,18 +79,3 @@ class Selecting(CLI):
             own = selecting[0].selects
             key = f"--model.updates.{own}" if len(self.model.updates) == 1 else own
             print(f"Wrote {self.output}: fit with {key} {self.output} trains what it names.")
-
-
-def write_selection(state: Mapping[str, Any], path: Path) -> None:
-    """Write the state of a method that selects as JSON, in one rename.
-
-    Raises:
-        BadInput: if it cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(json.dumps(state, default=torch.Tensor.tolist) + "\n", path)
-    except OSError as error:
-        raise BadInput(
-            f"{path} could not be written ({error.strerror or error}); give --output another name."
-        ) from error

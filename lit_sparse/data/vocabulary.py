@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_sparse.demo import cache_folder
 from lit_sparse.errors import BadInput
+from lit_sparse.sealed import damaged_file, seal
 
 END = "<|endoftext|>"
 """The only special token, 0: it ends a text, and pads."""
@@ -43,7 +44,7 @@ def trained_vocabulary(texts: Iterable[str], size: int) -> PreTrainedTokenizerFa
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_suffix(".lock")):  # ranks and runs beside this one take what the first has made
-            if not folder.is_dir():
+            if not folder.is_dir() or damaged_file(folder) is not None:
                 rank_zero_info(f"Training a vocabulary of {size:,} tokens on the text, once, into {folder.parent}.")
                 write(train(used, size), folder)
     except OSError as error:
@@ -81,10 +82,12 @@ def train(texts: list[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def write(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the tokenizer to `folder`, which is complete or not there."""
+    """Write the tokenizer to `folder`, which is complete or not there, in place of a damaged one."""
     draft = folder.with_name(f".{uuid4().hex}")
     try:
         tokenizer.save_pretrained(draft)
+        seal(draft)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         os.replace(draft, folder)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

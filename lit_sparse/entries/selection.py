@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_sparse.blocks.selection import shares
-from lit_sparse.checkpoints import strategy_state
 from lit_sparse.errors import BadInput
+from lit_sparse.selections import read_state
 
 LIMIT = 2**31
 """Entries of a weight above which their positions are no int32."""
@@ -46,7 +45,7 @@ def read_selection(path: Path, weights: Mapping[str, Tensor], strategy: str) -> 
         BadInput: if the file is missing or malformed, or names a weight or an entry that the model does not have.
     """
     try:
-        raw = strategy_state(path, strategy) if path.suffix == ".ckpt" else json.loads(path.read_text())
+        raw = read_state(path, strategy)
         chosen = {name: torch.as_tensor(entry["index"]).reshape(-1) for name, entry in raw["matrices"].items()}
         if any(len(index) and index.is_floating_point() for index in chosen.values()):
             raise ValueError("positions are whole numbers")

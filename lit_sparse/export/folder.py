@@ -28,10 +28,7 @@ from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import own_ends, set_ends
 from lit_sparse.modules.hollow import release
 from lit_sparse.runs import import_modules, load_run
-from lit_sparse.weight_files import MARK, hashes_of
-
-CARD = "README.md"
-"""The model card of an exported folder, and of a repository on the Hub."""
+from lit_sparse.weight_files import CARD, MARK, hashes_of
 
 OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter", "seedlog": "seedlog.safetensors"}
 """Default names of exports in the run's folder."""
@@ -251,7 +248,7 @@ def origin(run: str, module: LitSparse) -> dict[str, Any]:
 
 
 def write_mark(folder: Path, entries: dict[str, Any]) -> None:
-    """Write the file that marks `folder` as an export, with the hashes of its weights."""
+    """Write the file that marks `folder` as an export, with the hashes of its files."""
     (folder / MARK).write_text(json.dumps({**entries, "files": hashes_of(folder)}, indent=2) + "\n")
 
 

@@ -29,7 +29,7 @@ from lit_sparse.modules.hollow import (
     file_values,
     initialize,
 )
-from lit_sparse.weight_files import check_weights
+from lit_sparse.weight_files import check_hashes
 
 Quantization = Literal["nf4", "int8"]
 
@@ -139,7 +139,7 @@ def check_files(base: str) -> None:
         place = cached_file(place, CONFIG_NAME, _raise_exceptions_for_missing_entries=False) or place
     folder = Path(place) if Path(place).is_dir() else Path(place).parent
     if not is_drawn(base) and folder.is_dir():
-        check_weights(folder)
+        check_hashes(folder)
 
 
 @contextmanager

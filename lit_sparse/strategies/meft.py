@@ -28,7 +28,7 @@ from lit_sparse.reversible.decoder import Recipe, Seen, adapters_of, check_model
 from lit_sparse.reversible.segment import NO_DROPOUT, Form
 from lit_sparse.reversible.stack import Stack
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
-from lit_sparse.weight_files import check_weights
+from lit_sparse.weight_files import check_hashes
 
 CONFIG, WEIGHTS = "meft.json", "meft.safetensors"
 """Files of a saved adapter."""
@@ -232,7 +232,7 @@ class MEFT(UpdateStrategy):
         folder = Path(folder)
         if not (folder / CONFIG).is_file():
             raise BadInput(f"{folder} has no {CONFIG}; give a folder that `lit-sparse export --to adapter` wrote.")
-        check_weights(folder)
+        check_hashes(folder)
         try:
             strategy, values = cls(**json.loads((folder / CONFIG).read_text())), load_file(folder / WEIGHTS)
         except (OSError, ValueError, TypeError, SafetensorError) as error:

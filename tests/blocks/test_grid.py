@@ -5,6 +5,7 @@ import torch
 
 from lit_sparse.blocks.grid import Blocks, automatic_size, read_choice
 from lit_sparse.errors import BadInput
+from lit_sparse.selections import write_selection
 
 
 def test_read_and_write_are_inverse_on_ragged_blocks():
@@ -44,11 +45,22 @@ def test_a_choice_is_read_from_json_or_a_run(tmp_path):
         read_choice(tmp_path / "other.ckpt", {"q": torch.zeros(8, 8)}, "SMT")
 
 
+def test_a_damaged_choice_is_refused(tmp_path):
+    state = {"q": {"size": [4, 2], "index": torch.tensor([[1, 0], [0, 3]], dtype=torch.int32)}}
+    write_selection(state, path := tmp_path / "blocks.json")
+    text = path.read_text()
+    assert torch.equal(read_choice(path, {"q": torch.zeros(8, 8)}, "SMT")["q"].index, state["q"]["index"])
+    path.write_text(text.replace("[0, 3]", "[0, 2]"))
+    with pytest.raises(BadInput, match=r"could be read from .*blocks\.json \(it is damaged, or was changed by hand"):
+        read_choice(path, {"q": torch.zeros(8, 8)}, "SMT")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "no choice of blocks could be read"),
         ("{", "no choice of blocks could be read"),
+        ("[]", "no choice of blocks could be read"),
         ('{"q": {"size": [4]}}', "no choice of blocks could be read"),
         ('{"v": {"size": [4, 4], "index": [[0, 0]]}}', "selects blocks of v, which is not among"),
         ('{"q": {"size": [4, 4], "index": [[0, 2]]}}', "a block outside the 2 x 2 blocks of q"),

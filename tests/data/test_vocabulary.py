@@ -4,6 +4,7 @@ import pytest
 
 from lit_sparse.data import Text, vocabulary
 from lit_sparse.data.vocabulary import END, trained_vocabulary
+from lit_sparse.demo import cache_folder
 from lit_sparse.errors import BadInput
 
 TEXTS = ["the cat sat on the mat and the answer is on the mat\n" * 20, "Ünïcode — too. 1 + 1 = 2"]
@@ -28,6 +29,16 @@ def test_it_is_trained_once_for_a_text_and_a_size(monkeypatch):
     trained_vocabulary(TEXTS, 265)
     trained_vocabulary(TEXTS[:1], 270)
     assert made == [270, 265, 270]
+
+
+def test_a_damaged_one_is_made_again():
+    before = trained_vocabulary(TEXTS, 270).get_vocab()
+    (found,) = cache_folder().glob("vocabularies/*/tokenizer.json")
+    for text in (found.read_text().replace("mat", "cat"), "{", ""):
+        found.write_text(text)
+        assert trained_vocabulary(TEXTS, 270).get_vocab() == before
+    found.unlink()
+    assert trained_vocabulary(TEXTS, 270).get_vocab() == before
 
 
 def test_it_learns_from_the_beginning_of_a_large_text_only(monkeypatch):

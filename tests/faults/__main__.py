@@ -33,7 +33,7 @@ from tests.faults.soak import soak
 KINDS = {
     "kills": 800,  # about 2,000 kills
     "power cuts": 100,
-    "damage": 2000,
+    "damage": 2800,
     "good loads": 10_000,
     "full disks": 100,
     "exports": 100,

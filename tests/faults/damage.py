@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,10 @@ from lit_sparse.export.delta import contents as delta_contents
 from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules import CausalLM
 from lit_sparse.runs import LAST
-from lit_sparse.weight_files import check_weights
+from lit_sparse.selections import read_state
+from lit_sparse.strategies import MEFT
+from lit_sparse.testing import tiny_llm
+from lit_sparse.weight_files import CARD, MARK, check_hashes
 from lit_sparse.whole import damage as damage_of
 from lit_sparse_profiling.record import RunRecord
 from tests.faults.child import command
@@ -47,10 +51,24 @@ def read_base(path: Path) -> Any:
     return sums_of(sorted(model.named_parameters()))
 
 
-def read_weights(path: Path) -> Any:
-    """Read the weights of an export, or of an adapter."""
-    check_weights(path.parent)
-    return path.read_bytes()
+def read_export(path: Path) -> Any:
+    """Read the files of an export, or of an adapter."""
+    check_hashes(path.parent)
+    return [(file.name, file.read_bytes()) for file in sorted(path.parent.iterdir()) if file.name not in (MARK, CARD)]
+
+
+def read_meft(path: Path) -> Any:
+    """Put MEFT's adapters on a base."""
+    strategy = MEFT.load(path.parent, tiny_llm("llama"))
+    return [asdict(strategy), strategy.state_dict(), {name: p.detach() for name, p in strategy._saved().items()}]
+
+
+def read_choices(path: Path) -> Any:
+    """Read what `lit-sparse select` wrote."""
+    try:
+        return read_state(path, "")
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # as those do who read it
+        raise BadInput(f"{path}: {error}") from error
 
 
 def read_log(path: Path) -> Any:
@@ -82,19 +100,23 @@ class Files:
             (cache, *_) = sorted((bench.home / "cache" / "tokens").glob("*.npz"))
             self._copy(cache, "token cache", read_cache)
             for to, file in (("hf", "model"), ("adapter", "adapter_model")):
-                self._run(["export", str(RUN), "--to", to, "--output", to], place)
-                shutil.copytree(place / to, folder / to)
-                path = folder / to / f"{file}.safetensors"
-                self.kinds[f"export ({to})"] = path, [path], read_weights
+                self._export(place, to, f"export ({to})", file, read_export)
             base = folder / "base"
             shutil.copytree((place / "dropout").resolve(), base)
             shutil.copy(place / RUN / LAST, base / "last.ckpt")
             path = base / "model.safetensors"
             self.kinds["base under a run"] = path, [path], read_base
         with bench.place() as place:
-            self._fit(place, "smt")
-            self._run(["export", str(RUN), "--to", "delta", "--output", "delta"], place)
-            self._copy(place / "delta", "delta", read_delta)
+            self._fit(place, "meft")
+            self._export(place, "adapter", "export (meft)", "meft", read_meft)
+        for method, own in (("smt", "blocks"), ("lift", "entries"), ("losia", None)):
+            with bench.place() as place:
+                self._fit(place, method)
+                self._run(["export", str(RUN), "--to", "delta", "--output", "delta"], place)
+                self._copy(place / "delta", f"delta ({method})", read_delta)
+                if own is not None:
+                    self._run(["select", *words(method, 1)[1:], "--output", "selection.json"], place)
+                    self._copy(place / "selection.json", f"selection of {own}", read_choices)
         with bench.place() as place:
             self._fit(place, "mezo")
             self._run(["export", str(RUN), "--to", "seedlog", "--output", "log"], place)
@@ -113,6 +135,14 @@ class Files:
     def _run(self, line: list[str], place: Path, ranks: int = 1) -> None:
         for ended in command(line, place, ranks=ranks):
             assert ended.status == 0, ended.told
+
+    def _export(self, place: Path, to: str, kind: str, file: str, reader: Reader) -> None:
+        """Export a run; its weights are what the reader reads, and any of its files but the card may be damaged."""
+        self._run(["export", str(RUN), "--to", to, "--output", to], place)
+        folder = self.folder / kind.replace(" ", "-")
+        shutil.copytree(place / to, folder)
+        files = [path for path in sorted(folder.iterdir()) if path.name != CARD]
+        self.kinds[kind] = folder / f"{file}.safetensors", files, reader
 
     def _copy(self, path: Path, kind: str, reader: Reader) -> None:
         copy = self.folder / f"{kind.replace(' ', '-')}-{path.name}"
