@@ -76,6 +76,8 @@ def explain(message: str, options: Iterable[str], verb: str) -> str:
     if "Unable to load config" in text:
         key = key.partition(".")[0]
         return f"{key} has keys of its own; give those, as in {next(one for one in keys if one.startswith(key + '.'))}."
+    if "unsupported operand type(s) for +" in text:  # jsonargparse's own, of a mapping such as `?` or `1:`
+        return f"{key} is a mapping whose only key is no text; give a plain value, or quote it."
     return class_refused(text, key) or value_refused(text, key) or text
 
 
