@@ -43,7 +43,7 @@ REFUSED = {
     "no value": (["--model.lr"], "--model.lr was given without a value"),
     # Values
     "no number": (["--model.lr=fast"], "model.lr is fast; it must be a number"),
-    "a lone key": (["--model.lr=?"], "model.lr is a mapping whose only key is no text; give a plain value, or quote it."),
+    "a lone key": (["--model.lr=?"], "model.lr is a mapping whose only key is no text; give a plain value"),
     "no whole number": (["--checkpoint_steps=1.5"], "checkpoint_steps is 1.5; it must be a whole number"),
     "no number of the data": (["--data.heldout=many"], "data.heldout is many; it must be a whole number"),
     "none of the choices": (["--model.schedule=linaer"], "it must be linear, cosine or constant; did you mean linear?"),
