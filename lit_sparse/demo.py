@@ -182,17 +182,15 @@ def fetched(asset: Asset, convert: Callable[[zipfile.ZipFile, Path], None]) -> P
         asset.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(asset.path.with_name(f".{asset.folder}.lock")):
             if not usable(asset):  # another process may have built it while this one waited
+                if asset.path.is_dir():
+                    print(f"{damaged_file(asset.path)} is damaged, or missing; it is made again.", file=sys.stderr)
                 build(asset, convert)
     return asset.path
 
 
 def usable(asset: Asset) -> bool:
     """Return whether the folder of `asset` is there, and its files are as they were written."""
-    if not asset.path.is_dir():
-        return False
-    if (found := damaged_file(asset.path)) is not None:
-        print(f"{found} is damaged, or missing; the folder is made again.", file=sys.stderr)
-    return found is None
+    return asset.path.is_dir() and damaged_file(asset.path) is None
 
 
 @contextlib.contextmanager

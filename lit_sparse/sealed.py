@@ -14,7 +14,7 @@ LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 def seal(folder: Path) -> None:
     """Write the hashes of all files in `folder`, which is complete, and to be moved to its place now."""
-    lines = [f"{hash_of(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    lines = [f"{hash_of_file(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
@@ -31,10 +31,10 @@ def damaged_file(folder: Path) -> Path | None:
     hashes = {folder / line[2]: line[1] for line in lines if line}
     if not lines or len(hashes) < len(lines):
         return sums
-    return next((path for path, digest in hashes.items() if not path.is_file() or hash_of(path) != digest), None)
+    return next((path for path, digest in hashes.items() if not path.is_file() or hash_of_file(path) != digest), None)
 
 
-def hash_of(path: Path) -> str:
+def hash_of_file(path: Path) -> str:
     """Return the SHA-256 of a file, which a process reads once as long as its size and time of change stay."""
     found = path.stat()
     return _hash_once(str(path), found.st_size, found.st_mtime_ns, found.st_ino)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_sparse.errors import BadInput
-from lit_sparse.sealed import hash_of
+from lit_sparse.sealed import hash_of_file
 
 MARK, CARD = "lit_sparse.json", "README.md"
 """A file that marks a folder as an export, with its origin, the hashes of its files, and the error of its cast; and the
@@ -24,7 +24,8 @@ BLOB = re.compile("[0-9a-f]{64}|[0-9a-f]{40}")
 
 def hashes_of(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of each file in a folder but its mark and its card, by its name."""
-    return {path.name: hash_of(path) for path in sorted(folder.iterdir()) if path.name not in (MARK, CARD)}
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {path.name: hash_of_file(path) for path in files if path.name not in (MARK, CARD)}
 
 
 def check_hashes(folder: Path) -> None:
@@ -39,7 +40,7 @@ def check_hashes(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise BadInput(f"{path} is missing, which {MARK} beside it names; bring or export the model again.")
-        if digest != (hash_of(path) if len(digest) == 64 else git_hash_of(path)):
+        if digest != (hash_of_file(path) if len(digest) == 64 else git_hash_of_file(path)):
             raise BadInput(
                 f"{path} is damaged: its hash is not that of its contents; bring or export the model again{yours}."
             )
@@ -59,7 +60,7 @@ def known_hashes(folder: Path) -> Iterator[tuple[str, str]]:
             yield path.name, blob
 
 
-def git_hash_of(path: Path) -> str:
+def git_hash_of_file(path: Path) -> str:
     """Return the hash that git has of a file's contents: a SHA-1, in hexadecimal digits."""
     data = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
