@@ -11,7 +11,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -90,17 +90,22 @@ def mark(phase: str) -> None:
         pass
 
 
+def marked(act: Callable[..., None]) -> Callable[..., None]:
+    """Return `act` as a part of the phase of selection."""
+
+    def within(*args: Any) -> None:
+        mark("selection")
+        act(*args)
+        mark("between")
+
+    return within
+
+
 def measured(case: Case, config: Path) -> Measured:
     """Train a case on this CPU with Lightning's trainer, and add up the allocator's events."""
     module, marks = module_of(case, config), Marks()
-    attach = module.updates.attach
-
-    def marked(*args: Any) -> None:
-        mark("selection")
-        attach(*args)
-        mark("between")
-
-    module.updates.attach = marked  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("attach", "on_shard"):
+        setattr(module.updates, name, marked(getattr(module.updates, name)))
     before, scales = 0, 0
     if case.way == "nf4":  # threads load and pack it, and the profiler misses what they free
         before, scales = bytes_of(module.build())

@@ -1,13 +1,15 @@
 """Next-token cross-entropy that never holds all the logits.
 
 With today's vocabularies the logits outweigh everything else that a training step keeps. Here they exist one chunk of
-tokens at a time: the gradient with respect to the hidden states is formed while the chunk's logits are at hand. torch's
-own `linear_cross_entropy` (2.13) does the same, but took 3.5 to 4 times as long on a CPU with a frozen head, and is not
-there in 2.11; so this one function serves all.
+tokens at a time: the gradient with respect to the hidden states is formed while the chunk's logits are at hand. Where
+none is wanted, they exist some rows of the head at a time, so that each is read once for all tokens. torch's own
+`linear_cross_entropy` (2.13) does the same with gradients, but took 3.5 to 4 times as long on a CPU with a frozen head,
+and is not there in 2.11; so these functions serve all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +28,9 @@ GPU_CHUNK_LOGITS = 2**27
 
 With the host's chunk, 130 tokens, the head is read 32 times for 4,096 tokens and its products fill no GPU.
 """
+HEAD_WEIGHTS = {"cpu": 2**20, "cuda": 2**24}
+"""Weights of the head that are read at a time where no gradient is wanted, each once: where a method perturbs them, as
+many perturbed ones exist."""
 
 
 def chunk_tokens(vocabulary: int, device: torch.device) -> int:
@@ -40,10 +45,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor, with_graph: bool
+        ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_T: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # torch says that a trainable head needs its gradient also where it makes no graph.
-        want_hidden, want_weight, want_bias = (with_graph and wanted for wanted in ctx.needs_input_grad[:3])
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         count = (labels_T != IGNORED).sum().clamp_min(1)
         loss = hidden_TH.new_zeros((), dtype=torch.float32)
         hits = torch.zeros_like(count)
@@ -80,7 +84,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         d_hidden = None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype)
         d_weight = None if d_weight is None else (d_weight * (d_loss / count)).to(ctx.weight_dtype)
         d_bias = None if d_bias is None else (d_bias * (d_loss / count)).to(ctx.weight_dtype)
-        return d_hidden, d_weight, d_bias, None, None
+        return d_hidden, d_weight, d_bias, None
 
 
 def _parts(tokens: int, weight_VH: Tensor) -> list[slice]:
@@ -105,6 +109,38 @@ def _are_likeliest(logits: Tensor, target: Tensor) -> Tensor:
         return logits.argmax(-1) == target
     # argmax takes ten times as long as amax on a CPU. They differ in ties, which fp32 hardly has.
     return logits.gather(1, target[:, None])[:, 0] == logits.amax(-1)
+
+
+# ---- without gradients
+
+LEAST = torch.finfo(torch.float32).min
+"""A logit below all others, but those that are -inf."""
+
+
+def _logits_by_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first of some rows of the head, and their logits (T, rows) in fp32."""
+    (vocabulary, width), device = weight.shape, weight.device
+    held = chunk_tokens(vocabulary, device) * vocabulary
+    step = max(1, min(held // max(1, len(hidden)), HEAD_WEIGHTS.get(device.type, HEAD_WEIGHTS["cuda"]) // width))
+    for start in range(0, len(weight), step):
+        rows = slice(start, min(start + step, len(weight)))
+        yield start, F.linear(hidden, weight[rows], None if bias is None else bias[rows]).float()
+
+
+def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return nll (T,) fp32, 0 where ignored, and whether each label was the likeliest token, (T,) bool."""
+    best, total, own = (hidden.new_full((len(hidden),), fill, dtype=torch.float32) for fill in (LEAST, 0.0, 0.0))
+    likeliest = torch.zeros_like(labels)
+    for start, logits in _logits_by_rows(hidden, weight, bias):
+        highest, at = logits.max(-1)
+        place = labels - start
+        inside = (place >= 0) & (place < logits.shape[1])
+        own = torch.where(inside, logits.gather(1, torch.where(inside, place, 0)[:, None])[:, 0], own)
+        likeliest = torch.where(highest > best, at + start, likeliest)
+        before, best = best, torch.maximum(best, highest)
+        total = total * (before - best).exp() + logits.sub_(best[:, None]).exp_().sum(-1)
+    kept = labels != IGNORED
+    return torch.where(kept, best + total.log() - own, 0.0), (likeliest == labels) & kept
 
 
 def _flat(
@@ -144,7 +180,10 @@ def next_token_loss_and_hits(
 ) -> tuple[Tensor, Tensor]:
     """The same loss, and the number of labelled tokens that were the likeliest of all, an int64 scalar."""
     flat = _flat(hidden, weight, bias, labels, scored)
-    return _ChunkedCrossEntropy.apply(*flat, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+    if torch.is_grad_enabled():
+        return _ChunkedCrossEntropy.apply(*flat)  # pyright: ignore[reportReturnType]
+    nll, hits = _scores(*flat)
+    return nll.sum() / (flat[-1] != IGNORED).sum().clamp_min(1), hits.sum()
 
 
 @torch.no_grad()
@@ -158,19 +197,20 @@ def next_token_scores(
     """
     shape = (labels.shape[0], labels.shape[1] - 1)
     hidden, weight, bias, labels = _flat(hidden, weight, bias, labels, scored)
-    nlls, hits = [], []
-    for part in _parts(len(labels), weight):
-        logits, nll, target, kept = _chunk(hidden[part], weight, bias, labels[part])
-        nlls.append(nll)
-        hits.append((logits.argmax(-1) == target) & kept)
-    return _placed(torch.cat(nlls), scored, shape), _placed(torch.cat(hits), scored, shape)
+    nll, hits = _scores(hidden, weight, bias, labels)
+    return _placed(nll, scored, shape), _placed(hits, scored, shape)
 
 
 @torch.no_grad()
 def likeliest_tokens(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
     """Return the token with the largest logit for each hidden state, (T,) int64."""
-    parts = _parts(len(hidden_TH), weight_VH)
-    return torch.cat([F.linear(hidden_TH[part], weight_VH, bias_V).argmax(-1) for part in parts])
+    best = hidden_TH.new_full((len(hidden_TH),), LEAST, dtype=torch.float32)
+    likeliest = torch.zeros_like(best, dtype=torch.int64)
+    for start, logits in _logits_by_rows(hidden_TH, weight_VH, bias_V):
+        highest, at = logits.max(-1)
+        likeliest = torch.where(highest > best, at + start, likeliest)
+        best = torch.maximum(best, highest)
+    return likeliest
 
 
 def _placed(values: Tensor, scored: Tensor | None, shape: tuple[int, int]) -> Tensor:

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from lit_sparse import loss as module
-from lit_sparse.loss import chunk_tokens, next_token_loss, next_token_loss_and_hits, next_token_scores
+from lit_sparse.loss import (
+    chunk_tokens,
+    likeliest_tokens,
+    next_token_loss,
+    next_token_loss_and_hits,
+    next_token_scores,
+)
 
 
 def example(dtype=torch.float64, bias=True):
@@ -105,13 +111,44 @@ def test_leaving_the_others_out_changes_nothing():
         torch.testing.assert_close(some, whole)
 
 
-def test_scores_are_the_tokens_losses_and_hits():
+@pytest.mark.parametrize("rows", [1, 7, 2**24])
+def test_scores_are_the_tokens_losses_and_hits(rows, monkeypatch):
+    monkeypatch.setitem(module.HEAD_WEIGHTS, "cpu", 12 * rows)
     hidden, weight, offset, labels = example(torch.float32)
     nll, hits = next_token_scores(hidden, weight, offset, labels)
     logits = F.linear(hidden[:, :-1], weight, offset)
     expected = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="none")
     torch.testing.assert_close(nll, expected)
     assert torch.equal(hits, (logits.argmax(-1) == labels[:, 1:]))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 2**24])
+def test_without_gradients_the_head_is_read_once_and_the_loss_is_the_same(rows, monkeypatch):
+    monkeypatch.setitem(module.HEAD_WEIGHTS, "cpu", 12 * rows)
+    monkeypatch.setattr(module, "CHUNK_LOGITS", 31 * 5)
+    hidden, weight, offset, labels = example(torch.float32)
+    wanted, wanted_hits = next_token_loss_and_hits(hidden, weight, offset, labels)
+    read, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, b: read.append(len(w)) or linear(x, w, b))
+    with torch.no_grad():
+        loss, hits = next_token_loss_and_hits(hidden, weight, offset, labels)
+    torch.testing.assert_close(loss, wanted.detach())
+    assert hits == wanted_hits
+    assert sum(read) == 31
+    assert max(read) * 24 <= 31 * 5  # logits at a time
+
+
+@pytest.mark.parametrize("rows", [1, 7, 2**24])
+def test_the_likeliest_token_is_the_first_of_the_largest_logits(rows, monkeypatch):
+    monkeypatch.setitem(module.HEAD_WEIGHTS, "cpu", 12 * rows)
+    hidden, weight = (4 * part.detach().round() for part in example(torch.float32)[:2])  # no product is rounded
+    twice, flat = torch.cat([weight, weight]), hidden.flatten(0, 1)  # each logit is there twice
+    assert torch.equal(likeliest_tokens(flat, twice, None), F.linear(flat, weight).argmax(-1))
+    barred = torch.full((62,), -torch.inf)
+    barred[50] = 0.0
+    assert set(likeliest_tokens(flat, twice, barred).tolist()) == {50}
+    labels = torch.full((3, 9), 50)
+    assert not next_token_scores(hidden, twice, barred, labels)[0].any(), "the only token that may come is certain"
 
 
 @pytest.mark.parametrize("chunk", [1, 31 * 5, 2**24])

@@ -281,8 +281,9 @@ class BuiltModel(Task):
             if not self._sharded:
                 self._shard()
             self._sharded[0].check_dtypes()
-            with forked_rng(self.device_to_be):
+            with forked_rng(self.device_to_be), self.phases("selection"):
                 self.updates.on_shard()
+            self._sharded[0].reshard()  # pyright: ignore[reportCallIssue] - what a pass without a backward leaves
 
     def _upcast(self) -> None:
         """Upcast what trains to fp32; FSDP2 cannot change a sharded dtype, so the optimizer keeps masters there."""

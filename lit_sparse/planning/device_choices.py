@@ -53,7 +53,8 @@ def choices_of(device: Device) -> Iterator[None]:
                 stack.enter_context(patch.object(kernel, "on_host", lambda *_: None))
             stack.enter_context(patch.object(subspace_adam, "on_host_back", lambda *_: None))
             stack.enter_context(patch.object(philox, "on_host", _noise_on_cuda))
-            stack.enter_context(patch.dict(CHUNK, cpu=CHUNK["cuda"]))
+            for chunk in (CHUNK, loss.HEAD_WEIGHTS):
+                stack.enter_context(patch.dict(chunk, cpu=chunk["cuda"]))
             stack.enter_context(patch.object(former, "HOST", "meta"))
             stack.enter_context(CUDAAutocast())
         yield

@@ -41,7 +41,9 @@ def _counts(groups: Sequence[Sequence[Tensor]], bounds: Sequence[float]) -> Tens
     """Return how many elements of each group are below its bound, on all ranks; float64 on the CPU."""
     counts = []
     for group, bound in zip(groups, bounds, strict=True):
-        parts = [_shards(t) * (part < bound).sum() for t in group for part in local_shard(t).view(-1).split(CHUNK)]
+        parts = [
+            _shards(t) * (part < bound).count_nonzero() for t in group for part in local_shard(t).view(-1).split(CHUNK)
+        ]
         counts.append(torch.stack(parts).sum())
     return all_reduce_mean(torch.stack(counts).double()).cpu()
 

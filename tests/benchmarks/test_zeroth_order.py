@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks.zeroth_order import bytes_moved, main, ratios
+from lit_sparse import loss
 from lit_sparse.testing import tiny_llm
 from lit_sparse.zeroth_order import perturbed
 
@@ -11,6 +12,13 @@ IDS = torch.arange(3, 15).view(2, 6)
 
 def test_a_step_moves_at_most_six_times_the_weights():
     """Each of two passes reads and writes them once, and the update does; of the embedding only the batch's rows."""
+    assert 5 < bytes_moved(tiny_llm(), IDS) <= 6
+
+
+def test_a_longer_batch_moves_no_more(monkeypatch):
+    """Its logits do not fit into a chunk, but the head is read once for all tokens."""
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 96 * 3)
+    monkeypatch.setitem(loss.HEAD_WEIGHTS, "cpu", 2**8)
     assert 5 < bytes_moved(tiny_llm(), IDS) <= 6
 
 

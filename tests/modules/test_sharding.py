@@ -599,8 +599,12 @@ def refusal(wish: Callable[[], object]) -> str:
 
 
 def gathered_layers(folder: Path, rank: int) -> dict[str, list[int]]:
-    """Return how many layers have whole weights in each step of MEFT's passes, and after a fit."""
+    """Return how many layers have whole weights in each step of MEFT's passes, and after a fit.
+
+    Also how many parameters are whole when the optimizer is made: it would train those in place of the shards.
+    """
     made, plain, seen = module("meft", folder / "llama", **FULL), segment.Segment.value, list[int]()
+    make, before = made.updates.optimizer, list[int]()
 
     def whole() -> int:
         layers = decoder_layers(made.build())
@@ -610,12 +614,16 @@ def gathered_layers(folder: Path, rank: int) -> dict[str, list[int]]:
         seen.append(whole())
         return plain(self, *args)
 
-    segment.Segment.value = noting
+    def optimizer(*args):
+        before.append(sum(not isinstance(parameter, DTensor) for parameter in made.build().parameters()))
+        return make(*args)
+
+    segment.Segment.value, made.updates.optimizer = noting, optimizer
     try:
         fit(made, True, 1)
     finally:
         segment.Segment.value = plain
-    return {"in steps": seen, "after": [whole()]}
+    return {"in steps": seen, "before": before, "after": [whole()]}
 
 
 def detached(folder: Path, rank: int) -> str:
@@ -854,6 +862,7 @@ def test_one_layer_at_a_time_is_gathered_where_states_are_computed_back(pair):
         found = result(pair, "gathered layers", rank)
         assert set(found["in steps"]) == {1}
         assert len(found["in steps"]) >= 2 * 2 * 5
+        assert found["before"] == [0]
         assert found["after"] == [0]
 
 

@@ -6,6 +6,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.zeroth_order import Peaks, peaks
+from lit_sparse import loss
 from lit_sparse.modules import CausalLM
 from lit_sparse.strategies import HELENE, PEFT, MeZO, UpdateStrategy
 from lit_sparse.zeroth_order import directions, perturbed
@@ -27,8 +28,8 @@ def of(*updates: UpdateStrategy) -> Peaks:
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """A chunk is to this model what 2^20 elements are to the demo's 135 million weights."""
-    for module in (perturbed, directions):
-        monkeypatch.setitem(module.CHUNK, "cpu", 2**13)
+    for chunk in (perturbed.CHUNK, directions.CHUNK, loss.HEAD_WEIGHTS):
+        monkeypatch.setitem(chunk, "cpu", 2**13)
     monkeypatch.setattr(philox, "CHUNK", 2**13)
     monkeypatch.setattr(philox, "PART", 2**10)
 
