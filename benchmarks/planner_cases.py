@@ -68,8 +68,11 @@ ON_GPU: dict[str, PreTrainedConfig] = {
 }
 """Models for a GPU, of random weights."""
 SHAPES_ON_GPU = ((4, 512), (1, 1024))
-SHORT = ("--model.updates.interval=2",)
-"""Options of methods that change what they train every so many steps: soon enough for a measurement."""
+SHORT = {
+    **dict.fromkeys(("badam", "lisa", "lisa_grad_norm", "ows"), "interval=2"),
+    **{"lift": "reselect=4", "losia": "reselect=4", "spiel": "reselect=8"},
+}
+"""Settings of methods that change what they train every so many steps: soon, since each step's events are kept."""
 PAIR, PAIRED = 2, ("llama", "gpt2", "qwen3")
 """Ranks that train together, and the families that they train."""
 
@@ -156,8 +159,8 @@ def module_of(case: Case, config: Path) -> LitSparse:
     options = [f"--model.base={config}", f"--model.activation_checkpointing={str(case.checkpointing).lower()}"]
     if case.way == "nf4":
         options += [f"--model.base={weights_of(config)}", "--model.quantize=nf4"]
-    more = (*(SHORT if case.method.startswith("lisa") else ()), *OPTIONS.get(case.way, ()))
-    return make_planned([*fit_command(f"{case.method}.yaml", [], options), *more]).module
+    short = [f"--model.updates.{SHORT[case.method]}"] if case.method in SHORT else []
+    return make_planned([*fit_command(f"{case.method}.yaml", [], options), *short, *OPTIONS.get(case.way, ())]).module
 
 
 OPTIONS = {"compiled": ("--model.compile=true",)}
