@@ -21,7 +21,7 @@ import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from benchmarks.provenance import of_device
-from lit_sparse.whole import write_whole
+from lit_sparse.storage.whole import write_whole
 
 RESULTS = Path(__file__).parent / "results" / "saving.jsonl"
 TARGET = 1.15

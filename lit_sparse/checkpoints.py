@@ -19,9 +19,9 @@ from torch.nn.functional import pad
 from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import part_of, sum_over_shards
-from lit_sparse.shard_folders import KEY
-from lit_sparse.shards import check_shards, read_shards
-from lit_sparse.whole import check_whole, previous_of
+from lit_sparse.storage.shard_folders import KEY
+from lit_sparse.storage.shards import check_shards, read_shards
+from lit_sparse.storage.whole import check_whole, previous_of
 
 SAMPLES_PER_TENSOR = 2**16
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

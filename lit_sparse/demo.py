@@ -29,7 +29,7 @@ from filelock import FileLock
 
 from lit_sparse.errors import BadInput
 from lit_sparse.places import configs_folder
-from lit_sparse.sealed import damaged_file, seal
+from lit_sparse.storage.sealed import damaged_file, seal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

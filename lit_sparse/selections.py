@@ -15,7 +15,7 @@ import torch
 
 from lit_sparse.checkpoints import strategy_state
 from lit_sparse.errors import BadInput
-from lit_sparse.whole import replace_text
+from lit_sparse.storage.whole import replace_text
 
 CHECKSUM = "sha256"
 """Key of the hash of all others."""

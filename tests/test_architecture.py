@@ -27,6 +27,7 @@ NEVER_REACHES = {
     "demo": {"strategies", "data", "checkpoints", *TASKS},
     "data": {"strategies", "checkpoints", *TASKS},
     "checkpoints": TASKS,
+    "storage": {"strategies", "data", "demo", "checkpoints", "runs", *TASKS},
     "modules": TASKS - {"modules"},
     "planning": {"callbacks", "export", *TOP},
     "callbacks": TOP,

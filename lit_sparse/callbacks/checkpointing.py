@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lit_sparse.checkpoints import is_whole
 from lit_sparse.modules.sharding import FSDP2Strategy
-from lit_sparse.whole import keep_previous
+from lit_sparse.storage.whole import keep_previous
 
 CHECKPOINT_STEPS = 100
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_sparse.errors import BadInput
-from lit_sparse.whole import replace_text
+from lit_sparse.storage.whole import replace_text
 
 
 class Rows(ExperimentWriter):

@@ -17,7 +17,7 @@ from lit_sparse.data.rows import IGNORED, parse
 from lit_sparse.data.sources import Row, locate_errors, row_digest
 from lit_sparse.demo import cache_folder
 from lit_sparse.errors import BadInput
-from lit_sparse.whole import damage, sign
+from lit_sparse.storage.whole import damage, sign
 
 Overlong = Literal["drop", "truncate"]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_sparse.demo import cache_folder
 from lit_sparse.errors import BadInput
-from lit_sparse.sealed import damaged_file, seal
+from lit_sparse.storage.sealed import damaged_file, seal
 
 END = "<|endoftext|>"
 """The only special token, 0: it ends a text, and pads."""

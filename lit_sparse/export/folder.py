@@ -28,7 +28,7 @@ from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import own_ends, set_ends
 from lit_sparse.modules.hollow import release
 from lit_sparse.runs import import_modules, load_run
-from lit_sparse.weight_files import CARD, MARK, hashes_of
+from lit_sparse.storage.weight_files import CARD, MARK, hashes_of
 
 OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter", "seedlog": "seedlog.safetensors"}
 """Default names of exports in the run's folder."""

@@ -18,7 +18,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import set_ends
 from lit_sparse.runs import build_module, import_modules, load_run
-from lit_sparse.whole import replace_text
+from lit_sparse.storage.whole import replace_text
 from lit_sparse_profiling.documents import printable
 
 Device = Literal["auto", "cpu", "cuda"]

@@ -1,4 +1,4 @@
-"""Lightning's reading and writing of checkpoints, by `lit_sparse.whole` and `lit_sparse.shards`."""
+"""Lightning's reading and writing of checkpoints, by `lit_sparse.storage.whole` and `lit_sparse.storage.shards`."""
 
 from pathlib import Path
 from typing import Any
@@ -8,13 +8,13 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.distributed.device_mesh import DeviceMesh
 
 from lit_sparse.checkpoints import offering_previous
-from lit_sparse.shard_folders import remove_orphans, remove_shards
-from lit_sparse.shards import check_shards, read_shards
-from lit_sparse.whole import check_whole, write_whole
+from lit_sparse.storage.shard_folders import remove_orphans, remove_shards
+from lit_sparse.storage.shards import check_shards, read_shards
+from lit_sparse.storage.whole import check_whole, write_whole
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's checkpoint files, written and checked by `lit_sparse.whole` where they are local.
+    """Lightning's checkpoint files, written and checked by `lit_sparse.storage.whole` where they are local.
 
     Lightning itself collects a file in host memory and stages it in $TMPDIR, and moving it from there to another file
     system is a copy, which leaves a torn file if it is interrupted.

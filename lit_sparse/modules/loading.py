@@ -29,7 +29,7 @@ from lit_sparse.modules.hollow import (
     file_values,
     initialize,
 )
-from lit_sparse.weight_files import check_hashes
+from lit_sparse.storage.weight_files import check_hashes
 
 Quantization = Literal["nf4", "int8"]
 

@@ -26,7 +26,7 @@ from lit_sparse.anatomy import decoder_layers
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints, is_remote
 from lit_sparse.optim import shard_like
-from lit_sparse.shards import BackgroundWriter, write_sharded
+from lit_sparse.storage.shards import BackgroundWriter, write_sharded
 
 NAME = "fsdp2"
 """The strategy's name for trainer.strategy."""
@@ -164,10 +164,10 @@ def _main_dtype(parameters: Sequence[Tensor]) -> torch.dtype:
 class FSDP2Strategy(ModelParallelStrategy):
     """The Lightning strategy `trainer.strategy: fsdp2`: all ranks shard one model, through `Sharded`.
 
-    Each rank writes its shards of a checkpoint, and reads them again (`lit_sparse.shards`); a run can resume on any
-    number of ranks, and on one device. To a URL, or with a checkpoint plugin of the user's, rank 0 writes one file, the
-    same as on one device, for which it gathers one tensor after the other in its host memory. A parameter of fewer than
-    32 bits is saved as the fp32 master that its optimizer keeps.
+    Each rank writes its shards of a checkpoint, and reads them again (`lit_sparse.storage.shards`); a run can resume on
+    any number of ranks, and on one device. To a URL, or with a checkpoint plugin of the user's, rank 0 writes one file,
+    the same as on one device, for which it gathers one tensor after the other in its host memory. A parameter of fewer
+    than 32 bits is saved as the fp32 master that its optimizer keeps.
 
     Args:
         replicas: Groups of ranks that each have the whole model, sharded within the group (HSDP): gradients are reduced

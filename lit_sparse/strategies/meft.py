@@ -27,8 +27,8 @@ from lit_sparse.reversible.coupling import LIMIT, Coupling
 from lit_sparse.reversible.decoder import Recipe, Seen, adapters_of, check_model, draws, parallels, reversible
 from lit_sparse.reversible.segment import NO_DROPOUT, Form
 from lit_sparse.reversible.stack import Stack
+from lit_sparse.storage.weight_files import check_hashes
 from lit_sparse.strategies.base import BaseWeights, Claim, Context, Leaves, Probe, UpdateStrategy
-from lit_sparse.weight_files import check_hashes
 
 CONFIG, WEIGHTS = "meft.json", "meft.safetensors"
 """Files of a saved adapter."""

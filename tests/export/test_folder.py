@@ -26,7 +26,7 @@ from lit_sparse.export.folder import MARK, export
 from lit_sparse.export.merge import CastError, cast_error
 from lit_sparse.modules import LitSparse
 from lit_sparse.runs import LAST, build_module, load_run
-from lit_sparse.shards import write_sharded
+from lit_sparse.storage.shards import write_sharded
 from lit_sparse.testing import TINY, tiny_llm
 from lit_sparse_profiling.memory import heap_in_use
 

@@ -21,10 +21,10 @@ from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules import CausalLM
 from lit_sparse.runs import LAST
 from lit_sparse.selections import read_state
+from lit_sparse.storage.weight_files import CARD, MARK, check_hashes
+from lit_sparse.storage.whole import damage as damage_of
 from lit_sparse.strategies import MEFT
 from lit_sparse.testing import tiny_llm
-from lit_sparse.weight_files import CARD, MARK, check_hashes
-from lit_sparse.whole import damage as damage_of
 from lit_sparse_profiling.record import RunRecord
 from tests.faults.child import command
 from tests.faults.fits import RUN, Bench, Found, words

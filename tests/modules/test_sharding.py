@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tiny_models import FAMILIES
-from lit_sparse import cli, shards
+from lit_sparse import cli
 from lit_sparse.anatomy import decoder_layers
 from lit_sparse.blocks.linear import BlockLinear
 from lit_sparse.callbacks.checkpointing import Stopped
@@ -42,16 +42,17 @@ from lit_sparse.modules import CausalLM, hollow
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.optim import trainable
 from lit_sparse.reversible import segment
-from lit_sparse.shard_folders import folders_of
-from lit_sparse.shards import check_shards
+from lit_sparse.storage import shards
+from lit_sparse.storage.shard_folders import folders_of
+from lit_sparse.storage.shards import check_shards
+from lit_sparse.storage.whole import write_whole
 from lit_sparse.strategies import LISA, MEFT, SMT
 from lit_sparse.testing import tiny_llm
-from lit_sparse.whole import write_whole
 from lit_sparse_profiling.step_plan import Plan
 from tests.methods import METHODS, module
 from tests.pair import attempt, result, run_pair
+from tests.storage.test_whole import flip
 from tests.test_ranks import Signalled
-from tests.test_whole import flip
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed runs save otherwise
 SENTENCE = "trainer.strategy is fsdp2, but {} with these settings cannot train a sharded model"

@@ -6,7 +6,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
-from lit_sparse.hashed_files import sha256_of
+from lit_sparse.storage.hashed_files import sha256_of
 
 SUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lit_sparse.errors import BadInput
-from lit_sparse.sealed import hash_of_file
+from lit_sparse.storage.sealed import hash_of_file
 
 MARK, CARD = "lit_sparse.json", "README.md"
 """A file that marks a folder as an export, with its origin, the hashes of its files, and the error of its cast; and the

@@ -35,9 +35,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import empty as empty_dtensor
 
 from lit_sparse.errors import BadInput
-from lit_sparse.hashed_files import HashedFiles, sha256_of
-from lit_sparse.shard_folders import ENDING, KEY, folders_of, remove_orphans
-from lit_sparse.whole import not_written, sync, write_whole
+from lit_sparse.storage.hashed_files import HashedFiles, sha256_of
+from lit_sparse.storage.shard_folders import ENDING, KEY, folders_of, remove_orphans
+from lit_sparse.storage.whole import not_written, sync, write_whole
 
 METADATA = ".metadata"
 

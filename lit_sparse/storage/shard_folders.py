@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lit_sparse.whole import previous_of
+from lit_sparse.storage.whole import previous_of
 
 KEY = "shards"
 """Entry of a checkpoint: the name of the folder beside it, and the SHA-256 of each of its files."""

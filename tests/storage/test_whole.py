@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_sparse import cli, whole
+from lit_sparse import cli
 from lit_sparse.checkpoints import read_checkpoint
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
 from lit_sparse.runs import LAST
-from lit_sparse.whole import check_whole, damage, draft_of, keep_previous, write_whole
+from lit_sparse.storage import whole
+from lit_sparse.storage.whole import check_whole, damage, draft_of, keep_previous, write_whole
 from tests.test_cli import DATA, SMALL, fit, refused
 
 SAVED = {"lit_sparse": {"updates": []}, "state_dict": {"a": torch.arange(64.0), "b": torch.ones(3, dtype=torch.int8)}}
@@ -103,7 +104,7 @@ def test_what_reads_back_otherwise_never_replaces_the_checkpoint_before(file, mo
 
 WRITER = """
 import sys, torch
-from lit_sparse.whole import write_whole
+from lit_sparse.storage.whole import write_whole
 saved = {"lit_sparse": {}, "a": torch.zeros(4_000_000)}
 print("ready", flush=True)
 while True:

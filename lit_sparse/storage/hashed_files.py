@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from lit_sparse.whole import CHUNK
+from lit_sparse.storage.whole import CHUNK
 
 
 class HashedFiles(FileSystem):

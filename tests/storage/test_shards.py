@@ -14,14 +14,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lit_sparse import hashed_files, shards, whole
 from lit_sparse.checkpoints import read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checkpoint_io import WholeCheckpoints
-from lit_sparse.shard_folders import KEY, folders_of, remove_orphans
-from lit_sparse.shards import BackgroundWriter, write_sharded
-from lit_sparse.whole import keep_previous
-from tests.test_whole import flip
+from lit_sparse.storage import hashed_files, shards, whole
+from lit_sparse.storage.shard_folders import KEY, folders_of, remove_orphans
+from lit_sparse.storage.shards import BackgroundWriter, write_sharded
+from lit_sparse.storage.whole import keep_previous
+from tests.storage.test_whole import flip
 
 WEIGHT, MOMENT, BIAS = torch.arange(35.0).reshape(7, 5), torch.ones(7, 5).bfloat16(), torch.arange(3)
 

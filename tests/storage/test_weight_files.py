@@ -14,11 +14,11 @@ from lit_sparse import cli
 from lit_sparse.checkpoints import fingerprint, sums_of
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
+from lit_sparse.storage.weight_files import MARK, check_hashes
 from lit_sparse.strategies import MEFT
 from lit_sparse.testing import tiny_llm
-from lit_sparse.weight_files import MARK, check_hashes
+from tests.storage.test_whole import flip
 from tests.test_cli import DATA, SMALL, fit, refused
-from tests.test_whole import flip
 
 
 def lowest_bit(path: Path) -> int:
