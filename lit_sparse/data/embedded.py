@@ -5,6 +5,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_sparse import demo
+from lit_sparse.data.examples import Overlong
 from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, require_at_least
 from lit_sparse.data.sources import Row, read, split
 
@@ -20,7 +21,8 @@ class Embedded(TokenData):
     Args:
         task: Task to learn: `gsm8k` (1,319 worked word problems), or the multiple-choice questions of `arc_easy`
             (2,946), `sciq` (1,000), `piqa` (1,838) or `hellaswag` (10,042).
-        heldout: Number of rows that are scored and not trained on, and of passages of English novels (LAMBADA).
+        heldout: Number of rows that are scored and not trained on, and of passages of English novels (LAMBADA), which
+            are cut at `max_length`.
     """
 
     def __init__(self, task: Task = "gsm8k", heldout: int = 64, **common: Any) -> None:
@@ -44,3 +46,7 @@ class Embedded(TokenData):
         # No run trains on the passages: of the split, only the held-out part is used.
         _, text = split(read(str(demo.dataset_file("text"))), self.heldout, "text")
         return {TRAIN: train, HELDOUT: heldout, "text": text}
+
+    def overlong_of(self, name: str) -> Overlong:
+        """Return `truncate` for the passages: prose has no answer at its end, and few would be left of short rows."""
+        return "truncate" if name == "text" else self.overlong

@@ -106,9 +106,13 @@ class TokenData(L.LightningDataModule, ABC):
     def tokenise(self) -> dict[str, Examples]:
         """Return the tokenised rows by name, from the cache if they are in it."""
         return {
-            name: tokenise_cached(rows, self.encoder, self.max_length, self.overlong)
+            name: tokenise_cached(rows, self.encoder, self.max_length, self.overlong_of(name))
             for name, rows in self.rows.items()
         }
+
+    def overlong_of(self, name: str) -> Overlong:
+        """Return what becomes of too long rows of a set: `overlong`, if a data module does not know better."""
+        return self.overlong
 
     def prepare_data(self) -> None:
         """Read and tokenise all rows into the cache. Lightning calls this in one process per machine.

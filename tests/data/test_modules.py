@@ -60,6 +60,19 @@ def decoded(data: Any, batch: dict[str, Any]) -> list[str]:
 
 
 @pytest.mark.usefixtures("assets")
+def test_passages_are_cut_where_questions_are_left_out(chat_tokenizer):
+    long = {"text": "the mat " * 60, "question": "the cat " * 60, "choices": ["yes", "no"], "label": 0}
+    for name in ("sciq", "text"):
+        file = demo.DATA.path / f"{name}.jsonl"
+        file.write_text(file.read_text() + 20 * (json.dumps(long) + "\n"))
+    data = ready(Embedded("sciq", tokenizer=chat_tokenizer, heldout=30, max_length=60))
+    assert not data.examples["text"].dropped
+    assert data.examples["text"].cut
+    assert data.examples["heldout"].dropped
+    assert not data.examples["heldout"].cut
+
+
+@pytest.mark.usefixtures("assets")
 def test_embedded_choices(chat_tokenizer):
     data = ready(Embedded("sciq", tokenizer=chat_tokenizer, heldout=6, batch_size=4), "test")
     assert data.test_names == ["choices"]
