@@ -61,8 +61,8 @@ def decoded(data: Any, batch: dict[str, Any]) -> list[str]:
 
 @pytest.mark.usefixtures("assets")
 def test_passages_are_cut_where_questions_are_left_out(chat_tokenizer):
-    long = {"text": "the mat " * 60, "question": "the cat " * 60, "choices": ["yes", "no"], "label": 0}
-    for name in ("sciq", "text"):
+    question = {"question": "the cat " * 60, "choices": ["yes", "no"], "label": 0}
+    for name, long in (("sciq", question), ("text", {"text": "the mat " * 60})):
         file = demo.DATA.path / f"{name}.jsonl"
         file.write_text(file.read_text() + 20 * (json.dumps(long) + "\n"))
     data = ready(Embedded("sciq", tokenizer=chat_tokenizer, heldout=30, max_length=60))
