@@ -61,10 +61,11 @@ def decoded(data: Any, batch: dict[str, Any]) -> list[str]:
 
 @pytest.mark.usefixtures("assets")
 def test_passages_are_cut_where_questions_are_left_out(chat_tokenizer):
-    question = {"question": "the cat " * 60, "choices": ["yes", "no"], "label": 0}
-    for name, long in (("sciq", question), ("text", {"text": "the mat " * 60})):
-        file = demo.DATA.path / f"{name}.jsonl"
-        file.write_text(file.read_text() + 20 * (json.dumps(long) + "\n"))
+    long = [f"{'the cat ' * 60}{n}" for n in range(20)]
+    of = {"sciq": [{**CHOICES[0], "question": text} for text in long], "text": [{"text": text} for text in long]}
+    for name, rows in of.items():
+        with (demo.DATA.path / f"{name}.jsonl").open("a") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
     data = ready(Embedded("sciq", tokenizer=chat_tokenizer, heldout=30, max_length=60))
     assert not data.examples["text"].dropped
     assert data.examples["text"].cut
