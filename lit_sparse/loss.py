@@ -127,17 +127,28 @@ def _logits_by_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iter
         yield start, F.linear(hidden, weight[rows], None if bias is None else bias[rows]).float()
 
 
+def _none_yet(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest logits and the likeliest tokens of no rows, (T,) each."""
+    best = hidden.new_full((len(hidden),), LEAST, dtype=torch.float32)
+    return best, torch.zeros_like(best, dtype=torch.int64)
+
+
+def _best_of(best: Tensor, likeliest: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both with the rows from `start` on, whose logits (T, rows) are given; of equals the first is likeliest."""
+    highest, at = logits.max(-1)
+    return torch.maximum(best, highest), torch.where(highest > best, at + start, likeliest)
+
+
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Return nll (T,) fp32, 0 where ignored, and whether each label was the likeliest token, (T,) bool."""
-    best, total, own = (hidden.new_full((len(hidden),), fill, dtype=torch.float32) for fill in (LEAST, 0.0, 0.0))
-    likeliest = torch.zeros_like(labels)
+    best, likeliest = _none_yet(hidden)
+    total, own = torch.zeros_like(best), torch.zeros_like(best)
     for start, logits in _logits_by_rows(hidden, weight, bias):
-        highest, at = logits.max(-1)
         place = labels - start
         inside = (place >= 0) & (place < logits.shape[1])
         own = torch.where(inside, logits.gather(1, torch.where(inside, place, 0)[:, None])[:, 0], own)
-        likeliest = torch.where(highest > best, at + start, likeliest)
-        before, best = best, torch.maximum(best, highest)
+        before = best
+        best, likeliest = _best_of(best, likeliest, start, logits)
         total = total * (before - best).exp() + logits.sub_(best[:, None]).exp_().sum(-1)
     kept = labels != IGNORED
     return torch.where(kept, best + total.log() - own, 0.0), (likeliest == labels) & kept
@@ -204,12 +215,9 @@ def next_token_scores(
 @torch.no_grad()
 def likeliest_tokens(hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None) -> Tensor:
     """Return the token with the largest logit for each hidden state, (T,) int64."""
-    best = hidden_TH.new_full((len(hidden_TH),), LEAST, dtype=torch.float32)
-    likeliest = torch.zeros_like(best, dtype=torch.int64)
+    best, likeliest = _none_yet(hidden_TH)
     for start, logits in _logits_by_rows(hidden_TH, weight_VH, bias_V):
-        highest, at = logits.max(-1)
-        likeliest = torch.where(highest > best, at + start, likeliest)
-        best = torch.maximum(best, highest)
+        best, likeliest = _best_of(best, likeliest, start, logits)
     return likeliest
 
 
