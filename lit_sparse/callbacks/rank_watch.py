@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
@@ -23,6 +24,8 @@ SILENCE = 20.0
 """Seconds without one after which a rank counts as dead. They come from a thread of their own, also in a long step."""
 GRACE = 10.0
 """Seconds that a rank has to end by itself after another one has failed."""
+OPERATIONS = "torch.distributed.", "lightning.fabric.utilities.distributed"
+"""Modules whose operations all ranks take part in."""
 
 
 class RankWatch(L.Callback):
@@ -52,6 +55,8 @@ class RankWatch(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._thread is None:
+            if trainer.world_size > 1 and lost_partner(exception):  # before `setup`: in the wait for the data
+                self._exit("another rank has ended")
             return
         if type(exception) is RuntimeError and (reason := self._other_failed()):  # an operation lost its partner
             self._exit(reason)
@@ -113,9 +118,34 @@ class RankWatch(L.Callback):
         os._exit(1)  # the main thread may be in an operation that waits for the other rank
 
 
+def lost_partner(error: BaseException) -> bool:
+    """Return whether an operation of several ranks raised `error`, as it does when one of them is gone."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or not isinstance(error, RuntimeError):
+        return False
+    if isinstance(error, dist.DistError):
+        return True
+    return str(traceback.tb_frame.f_globals.get("__name__")).startswith(OPERATIONS)
+
+
 def own_store() -> Any:
-    """Return the store at which the ranks met, through a connection of its own: another one may be waiting."""
-    return _get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue] - torch's stubs lack it
+    """Return the store at which the ranks met, through a connection of its own: another one may be waiting.
+
+    Raises:
+        torch.distributed.DistError: if the process that has it is gone: after `SILENCE`, where torch tries to connect
+            for as long as operations may take, half an hour.
+    """
+    store: Any = _get_default_store()  # torch's stubs lack two of its methods
+    usual = store.timeout
+    store.set_timeout(timedelta(seconds=SILENCE))
+    try:
+        own = store.clone()
+    finally:
+        store.set_timeout(usual)
+    own.set_timeout(usual)
+    return own
 
 
 def rank_of_this() -> int:

@@ -14,24 +14,38 @@ from lit_sparse.testing import tiny_llm
 
 ROOT = Path(__file__).parents[2]
 ENDING = '''
-import os, signal
+import os, signal, time
 import lightning as L
 from lit_sparse.callbacks import rank_watch
+from lit_sparse.data import Synthetic
 
 rank_watch.BEAT, rank_watch.SILENCE, rank_watch.GRACE = 0.5, 5.0, 2.0
 
 
 class Ending(L.Callback):
-    """Rank 1 ends in its third step."""
+    """A rank ends in its third step."""
 
-    def __init__(self, how: str = "") -> None:
-        self.how = how
+    def __init__(self, how: str = "", rank: int = 1) -> None:
+        self.how, self.rank = how, rank
+
+    def setup(self, trainer, pl_module, stage) -> None:
+        if self.how == "failed at once":
+            if trainer.global_rank == self.rank:
+                raise ArithmeticError("the setup is planted")
+            time.sleep(6)  # until that rank has gone
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if trainer.global_rank == 1 and batch_idx == 2:
+        if trainer.global_rank == self.rank and batch_idx == 2:
             if self.how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ArithmeticError("the third batch is planted")
+
+
+class Lethal(Synthetic):
+    """Data whose preparation kills rank 0, while rank 1 waits for them."""
+
+    def prepare_data(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
 '''
 
 
@@ -78,25 +92,45 @@ def words(tmp_path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
+    ("how", "rank", "reason"),
     [
-        ("killed", "rank 1 has died: it gave no sign of life for 5 s"),
-        ("failed", "rank 1 failed (ArithmeticError: the third batch is planted)"),
+        ("killed", 1, "rank 1 has died: it gave no sign of life for 5 s"),
+        ("killed", 0, "rank 0 has died: the store that it keeps is gone"),
+        ("failed", 1, "rank 1 failed (ArithmeticError: the third batch is planted)"),
     ],
 )
-def test_a_rank_that_ends_ends_the_others_with_the_reason(how, reason, words, tmp_path):
-    callback = {"class_path": "ending.Ending", "init_args": {"how": how}}
+def test_a_rank_that_ends_ends_the_others_with_the_reason(how, rank, reason, words, tmp_path):
+    callback = {"class_path": "ending.Ending", "init_args": {"how": how, "rank": rank}}
     (tmp_path / "ending.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     before = time.monotonic()
-    first, second = ranks_of(tmp_path, *words, "--config", "ending.yaml")
+    ended = ranks_of(tmp_path, *words, "--config", "ending.yaml")
     assert time.monotonic() - before < 120  # of which most is the start
-    assert first.returncode == 1
-    assert second.returncode == (-9 if how == "killed" else 1)
-    (told,) = sentences(first, second)
+    assert ended[1 - rank].returncode == 1
+    assert ended[rank].returncode == (-9 if how == "killed" else 1)
+    (told,) = sentences(*ended)
     assert (
         told == f"lit-sparse: {reason}; the other ranks end too. Go on from the last checkpoint with --ckpt_path last."
     )
-    assert "Traceback" not in first.stderr
+    assert "Traceback" not in ended[1 - rank].stderr
+
+
+def test_a_rank_that_dies_before_the_fit_ends_the_others_with_a_sentence(words, tmp_path):
+    first, second = ranks_of(tmp_path, *words, "--data", "ending.Lethal")
+    assert (first.returncode, second.returncode) == (-9, 1)
+    (told,) = sentences(first, second)
+    assert told.startswith("lit-sparse: another rank has ended; the other ranks end too.")
+    assert "Traceback" not in second.stderr
+
+
+def test_a_rank_that_fails_at_once_ends_one_that_comes_late(words, tmp_path):
+    callback = {"class_path": "ending.Ending", "init_args": {"how": "failed at once", "rank": 0}}
+    (tmp_path / "ending.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    first, second = ranks_of(tmp_path, *words, "--config", "ending.yaml")
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert "ArithmeticError: the setup is planted" in first.stderr
+    (told,) = sentences(second)
+    assert told.startswith("lit-sparse: another rank has ended; the other ranks end too.")
+    assert "Traceback" not in second.stderr
 
 
 def test_a_refusal_of_all_ranks_is_printed_once(words, tmp_path):

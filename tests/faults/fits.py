@@ -164,7 +164,7 @@ def kill(bench: Bench, draw: random.Random, power: bool = False) -> Found:
             fault = moment(draw, left, seconds * (1 + left / events) / 2, power)  # half of it is the start
             faults.append(f"event {fault.event}" if fault.event else f"{fault.seconds:.2f} s")
             ended = command(going_on(method, ranks, place), place, fault, ranks, temporary)
-            if any(one.status > 0 for one in ended):
+            if unbidden(ended):
                 return replace(found, how="failed", why=said(ended))
             found.lost += lost_steps(place)
             struck = any(one.status < 0 for one in ended)
@@ -181,6 +181,12 @@ def kill(bench: Bench, draw: random.Random, power: bool = False) -> Found:
             return replace(found, how="failed", why=said(ended))
         end = compared(place, temporary, straight, found.lost, found.about)
         return replace(end, killed=found.killed)
+
+
+def unbidden(ended: list[Ended]) -> bool:
+    """Return whether a rank ended with an error, and not because the first one was killed: then it ends with 1."""
+    struck = ended[0].status < 0
+    return any(one.status > 0 and not (struck and one.status == 1) for one in ended)
 
 
 def moment(draw: random.Random, events: int, seconds: float, power: bool) -> Fault:
