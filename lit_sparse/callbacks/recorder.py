@@ -33,6 +33,7 @@ from lit_sparse.modules.checks import check_monitors
 from lit_sparse.modules.owed import run_though_done
 from lit_sparse.optim import trainable
 from lit_sparse.storage.shard_folders import remove_orphans
+from lit_sparse.storage.held import Held
 from lit_sparse.storage.whole import remove_drafts, replace_text
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse_profiling.budget import SHARE
@@ -84,6 +85,7 @@ class Recorder(Profile):
         self.predicted: Predicted | None = None
         self.samples = Samples(samples)
         self.checkpoint = LastCheckpoint(folder / "checkpoints", checkpoint_steps)
+        self.held = Held(folder)
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
         self.states: list[StateBytes] = []
@@ -99,6 +101,8 @@ class Recorder(Profile):
                 "Forgetting comes after the Recorder, which would write the record before it has scored; list it first."
             )
         super().setup(trainer, pl_module, stage)
+        if stage == "fit" and trainer.is_global_zero and self.folder.is_dir():
+            self.held.take()
         self.moved, self.earlier, self.predicted, self._recorded = False, None, None, False
         if stage == "fit" and self.plan.predict is not False and self.settings and trainer.is_global_zero:
             pl_module.before_loading = lambda: self._predict(trainer, pl_module)
@@ -148,6 +152,7 @@ class Recorder(Profile):
         self.moved = True
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.held.take()
             remove_drafts(self.folder)
             remove_orphans(self.checkpoint.path.parent)
             self._write_config()
@@ -233,6 +238,11 @@ class Recorder(Profile):
         super().on_exception(trainer, pl_module, exception)
         if trainer.state.fn == "fit" and trainer.is_global_zero and self.leaves_record(exception):
             self._write_config()
+        self.held.release()  # Lightning tears nothing down after an exception
+
+    def teardown(self, trainer: L.Trainer, pl_module: LitSparse, stage: str) -> None:  # pyright: ignore
+        super().teardown(trainer, pl_module, stage)
+        self.held.release()
 
     def leaves_record(self, exception: BaseException) -> bool:
         """Return whether a fit that ended by `exception` leaves a record; a run that went on keeps its own."""

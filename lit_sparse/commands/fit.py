@@ -88,6 +88,9 @@ class CLI(LightningCLI):
             verb = self._parser(sys.argv[1])
             raise BadInput(explain(str(error), verb._option_string_actions, sys.argv[1])) from error
 
+    def _parse_ckpt_path(self) -> None:
+        """Take no settings from a checkpoint: who forges one would choose classes, and replace what was asked for."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--task",

@@ -21,9 +21,6 @@ class Parsers(CLI):
         """Return the parser of the verb that was given."""
         return next(iter(self._subcommand_parsers.values()))
 
-    def _parse_ckpt_path(self) -> None:
-        """Look for no checkpoint."""
-
     def _set_seed(self) -> None:
         """Draw nothing."""
 

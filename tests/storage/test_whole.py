@@ -2,6 +2,7 @@
 
 import errno
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -163,6 +164,37 @@ def test_every_verb_of_the_trainer_refuses_a_damaged_checkpoint(damaged, capsys,
     )
     assert "last.ckpt is damaged" in told
     assert damaged.read_bytes() == before
+
+
+FOREIGN = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "flipped": lambda data: data[:300] + bytes([data[300] ^ 1]) + data[301:],
+    "text": lambda data: b"model:\n  lr: 1\n",
+    "pickle": lambda data: pickle.dumps({"state_dict": Path("x")}),
+}
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate", "test"])
+@pytest.mark.parametrize("other", FOREIGN.values(), ids=FOREIGN)
+def test_a_file_given_by_its_path_is_checked_before_anything_is_read(damaged, capsys, monkeypatch, verb, other):
+    damaged.write_bytes(other(damaged.read_bytes()))
+    words = ["--config", "lora.yaml", "--model.base", "tiny", *DATA, f"--ckpt_path={damaged}"]
+    told = refused(capsys, monkeypatch, verb, *words, *(SMALL if verb == "fit" else ["--trainer.accelerator=cpu"]))
+    assert "last.ckpt is damaged" in told
+
+
+def test_a_checkpoint_chooses_no_settings_and_imports_nothing(home, monkeypatch):
+    """Lightning would take `hyper_parameters` of the file for the model's settings, whatever was asked for."""
+    fit("--config", "lora.yaml", "--trainer.max_steps=2")
+    last = Path("runs/lora-1") / LAST
+    Path("stranger.py").write_text("open('it-ran', 'w').close()")
+    monkeypatch.syspath_prepend(".")
+    forged = {"lr": 5.0, "updates": [{"class_path": "stranger.Any"}]}
+    write_whole({**torch.load(last, weights_only=True), "hyper_parameters": forged}, last)
+    fit("--config", "lora.yaml", "--trainer.max_steps=4", "--model.lr=0.01", f"--ckpt_path={last}")
+    assert not Path("it-ran").exists()
+    assert "lr: 0.01" in Path("runs/lora-1/config.yaml").read_text()
 
 
 def test_the_checkpoint_before_a_damaged_one_is_offered_and_goes_on(home, capsys, monkeypatch):
