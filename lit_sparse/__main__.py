@@ -133,9 +133,12 @@ def main() -> None:
     hush_torch()
     if sys.stderr.isatty():
         print("Loading torch and transformers.", file=sys.stderr, flush=True)
-    from lit_sparse.cli import main as run
+    try:
+        from lit_sparse.cli import main as run
 
-    run()
+        run()
+    except KeyboardInterrupt:  # before a fit trains: then it saves first
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from lit_sparse.commands.report import compare, report_parser
 from lit_sparse.commands.screen import tidy
 from lit_sparse.commands.select import select, select_parser
 from lit_sparse.commands.shipped import laid_out, listing
+from lit_sparse.commands.streams import outlived
 from lit_sparse.commands.words import switched_on
 from lit_sparse.errors import BadInput
 from lit_sparse.export import generate
@@ -130,6 +131,10 @@ def in_full(error: BaseException) -> str:
     )
 
 
+LEAVING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+"""Signals that end a verb which trains nothing."""
+
+
 def leave(number: int, frame: Any) -> None:
     """End with the status of a signal, but not at once: what is half written is removed."""
     sys.exit(128 + number)
@@ -140,15 +145,27 @@ def main() -> None:
     phases = Phases.of_process()
     for message in NOISE:
         warnings.filterwarnings("ignore", message)
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in LEAVING}
     if sys.argv[1:] and sys.argv[1] not in FIT_VERBS:  # which save first
-        signal.signal(signal.SIGTERM, leave)
+        for number, handler in before.items():
+            if handler != signal.SIG_IGN:  # nohup
+                signal.signal(number, leave)
     try:
-        sys.exit(run(sys.argv[1:], phases))
+        with outlived():
+            sys.exit(status_of(sys.argv[1:], phases))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def status_of(argv: Sequence[str], phases: Phases) -> int:
+    """Run a command line; return its exit status, having told in a sentence what the user can mend."""
+    try:
+        return run(argv, phases)
     except Stopped as stopped:
         tell_once(str(stopped), "stopped")
         # Rank 0 has the run's status: Lightning kills it as soon as a rank that it started ends with another than 0.
-        sys.exit(128 + stopped.number if rank_of_this() == 0 else 0)
+        return 128 + stopped.number if rank_of_this() == 0 else 0
     except Exception as error:
         told = understood(error)
         if told is None and not is_oom(error):
@@ -157,9 +174,7 @@ def main() -> None:
             tell_once(in_full(error), "out of memory")
         else:
             tell_once(" ".join(str(told).split()))
-        sys.exit(2)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return 2
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
 """The command before torch is imported: help, version, and verbs that there are not."""
 
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,9 @@ from lit_sparse.commands.parsers import help_of
 from lit_sparse.commands.shipped import laid_out
 
 ROOT = Path(__file__).parents[1]
+HERE = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "profiling"))}
+"""Environment in which the modules are those of this checkout."""
+COMMAND = [sys.executable, "-m", "lit_sparse"]
 WATCHED = """
 import runpy, sys
 try:
@@ -23,10 +29,8 @@ finally:
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
-    search = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "profiling"))
     code = f"import sys; sys.argv[1:] = {list(words)!r}\n{WATCHED}"
-    environment = {**os.environ, "PYTHONPATH": search}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=HERE)
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)], ids=str)
@@ -95,13 +99,26 @@ def test_a_choice_of_the_user_holds(name, monkeypatch):
     assert os.environ.get("OMP_WAIT_POLICY") == ("7" if name == "OMP_WAIT_POLICY" else None)
 
 
-@pytest.mark.parametrize("word", ["--help", "list"])
-def test_a_reader_that_leaves_is_no_error(word):
+@pytest.mark.parametrize("words", [("--help",), ("list",), ("completion", "bash")], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(words):
     reads, writes = os.pipe()
     os.close(reads)
-    search = os.pathsep.join(str(ROOT / folder) for folder in ("", "kernels", "profiling"))
-    command = [sys.executable, "-m", "lit_sparse", word]
-    environment = {**os.environ, "PYTHONPATH": search}
-    found = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True, env=environment)
+    found = subprocess.run([*COMMAND, *words], stdout=writes, stderr=subprocess.PIPE, text=True, env=HERE)
     os.close(writes)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_streams_that_are_closed_are_no_error():
+    script = f'{shlex.join(COMMAND)} completion bash <&- >&-; echo "$?"'
+    found = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=HERE)
+    assert (found.stdout, found.stderr) == ("0\n", "")
+
+
+def test_ctrl_c_while_libraries_load_leaves_no_traceback():
+    process = subprocess.Popen([*COMMAND, "plan", "lora.yaml"], stderr=subprocess.PIPE, text=True, env=HERE)
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    told = process.communicate()[1]
+    assert process.returncode == 130
+    assert "Traceback" not in told

@@ -15,8 +15,8 @@ from lit_sparse.modules.sharding import FSDP2Strategy
 from lit_sparse.storage.whole import keep_previous
 
 CHECKPOINT_STEPS = 100
-STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Signals after which a fit saves and ends: Ctrl-C, and what schedulers send before they kill."""
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+"""Signals after which a fit saves and ends: Ctrl-C, a closed terminal's, and what schedulers send before they kill."""
 
 
 class Stopped(Exception):
@@ -46,7 +46,7 @@ class StopSignals:
         """Note signals from now on. Python allows it in the main thread only; elsewhere this does nothing."""
         self.received = None
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in STOPPING}
+            self._before = {number: signal.signal(number, self._note) for number in STOPPING if not kept_off(number)}
 
     def _note(self, number: int, frame: Any) -> None:
         self.received = number
@@ -57,6 +57,11 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+
+
+def kept_off(number: int) -> bool:
+    """Return whether `nohup` started this process, so that a closed terminal does not end it."""
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
 
 
 def first_of_all(received: int | None) -> int:

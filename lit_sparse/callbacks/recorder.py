@@ -32,8 +32,8 @@ from lit_sparse.modules import LitSparse
 from lit_sparse.modules.checks import check_monitors
 from lit_sparse.modules.owed import run_though_done
 from lit_sparse.optim import trainable
-from lit_sparse.storage.shard_folders import remove_orphans
 from lit_sparse.storage.held import Held
+from lit_sparse.storage.shard_folders import remove_orphans
 from lit_sparse.storage.whole import remove_drafts, replace_text
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse_profiling.budget import SHARE

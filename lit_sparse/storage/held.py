@@ -14,7 +14,7 @@ except ImportError:  # Windows
     fcntl = None
 
 PATIENCE = 10.0
-"""Seconds to wait for a folder: the data loader's workers of a killed process hold it until they notice, within five."""
+"""Seconds to wait for a folder: the data loader's workers of a killed process have it until they notice it."""
 
 
 class Held:
