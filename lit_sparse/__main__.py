@@ -131,7 +131,7 @@ def main() -> None:
         show(text)
     wait_passively()
     hush_torch()
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():
         print("Loading torch and transformers.", file=sys.stderr, flush=True)
     try:
         from lit_sparse.cli import main as run
