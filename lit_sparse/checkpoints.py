@@ -7,6 +7,7 @@ import random
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn.functional import pad
 from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import part_of, sum_over_shards
-from lit_sparse.storage.shard_folders import KEY
+from lit_sparse.storage.shard_folders import KEY, odd_shards
 from lit_sparse.storage.shards import check_shards, read_shards
 from lit_sparse.storage.whole import check_whole, previous_of
 
@@ -142,10 +143,57 @@ def _read(
         raise BadInput(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}: it is of another kind)."
         ) from error
-    if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
-        raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")
+    check_form(checkpoint, path)
     check_shards(checkpoint, path, together)
     return read_shards(checkpoint, path, keys, mesh)
+
+
+KINDS: dict[str, tuple[type, ...]] = {
+    "base": (str,),
+    "updates": (list,),
+    "base_sums": (str, NoneType),
+    "init_seed": (int, NoneType),
+    "precision": (str, NoneType),
+    "tokens_seen": (int, NoneType),
+    "skipped": (int, NoneType),
+    "rng": (list, Mapping, NoneType),
+    "owed": (Mapping, NoneType),
+    "classes": (Mapping, NoneType),
+}
+"""Kinds of the entries of a checkpoint's `lit_sparse`; older checkpoints lack some, which may be None here."""
+
+
+def check_form(checkpoint: Any, path: str | Path) -> None:
+    """Refuse a checkpoint, as it was read from the file `path`, whose contents are of another form than a run writes.
+
+    Raises:
+        BadInput: naming what is odd.
+    """
+    if not isinstance(checkpoint, dict) or "lit_sparse" not in checkpoint:
+        raise BadInput(f"{path} is not a checkpoint of a lit_sparse run.")
+    if (odd := oddity(checkpoint)) is not None:
+        raise BadInput(f"{path} is no checkpoint that a run wrote: {odd}; give another checkpoint, or a copy of it.")
+
+
+def oddity(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return what the form of a checkpoint has that no run writes, None if there is nothing."""
+    ours, values = checkpoint["lit_sparse"], checkpoint.get("state_dict")
+    if not isinstance(ours, Mapping):
+        return f"its lit_sparse is {ours!r:.40}"
+    for key, kinds in KINDS.items():
+        if not isinstance(ours.get(key), kinds):
+            return f"its lit_sparse has {ours[key]!r:.40} as {key}" if key in ours else f"its lit_sparse has no {key}"
+    for update in ours["updates"]:
+        if not isinstance(update, Mapping) or not isinstance(update.get("class"), str) or "state" not in update:
+            return f"a method of its lit_sparse is {update!r:.40}"
+    if not isinstance(values, Mapping):
+        return f"its state_dict is {values!r:.40}"
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            return f"its state_dict has {value!r:.40} as {name!r:.80}"
+        if value.layout != torch.strided or (value.is_meta and KEY not in checkpoint):
+            return f"its state_dict has a {'meta' if value.is_meta else 'sparse'} tensor as {name}"
+    return odd_shards(checkpoint[KEY]) if KEY in checkpoint else None
 
 
 def trained_values(checkpoint: Mapping[str, Any], path: str | Path) -> Iterator[Mapping[str, Tensor]]:

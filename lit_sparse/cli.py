@@ -22,7 +22,6 @@ from lit_sparse.commands.parsers import Parsers, help_of
 from lit_sparse.commands.plan import parser as plan_parser
 from lit_sparse.commands.plan import plan
 from lit_sparse.commands.planned import make_planned
-from lit_sparse.commands.refusals import explain
 from lit_sparse.commands.report import compare, report_parser
 from lit_sparse.commands.screen import tidy
 from lit_sparse.commands.select import select, select_parser
@@ -33,6 +32,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.export import generate
 from lit_sparse.export.folder import export
 from lit_sparse.library_errors import understood
+from lit_sparse.refusals import explain
 from lit_sparse_profiling.phases import Phases
 
 NOISE = (

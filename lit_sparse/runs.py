@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_sparse.strategies  # noqa: F401 - short class names in YAML resolve among what is imported
 from lit_sparse.aliases import TooManyValues, check_aliases
 from lit_sparse.checkpoints import LAST, TOKENIZER, read_checkpoint, trained_values
 from lit_sparse.errors import BadInput
+from lit_sparse.library_errors import MALFORMED
 from lit_sparse.modules import CausalLM, Classifier, LitSparse
+from lit_sparse.refusals import explain
 from lit_sparse_profiling.run_folders import folders, next_folder
 
 TASKS: dict[str, type[LitSparse]] = {"CausalLM": CausalLM, "Classifier": Classifier}
@@ -36,6 +38,16 @@ def check_name(name: str) -> None:
         raise BadInput(f"--run {name!r} names no folder under the folder of all runs; give a name such as mine or a/b.")
     if not name.isprintable() or "::" in name or "://" in name:  # which Lightning's file systems take for a URL
         raise BadInput(f"--run {name!r} has '::' or '://', or characters that do not print; leave them out.")
+
+
+def check_root(root: str | Path | None) -> None:
+    """Refuse a folder of all runs that no file system can have.
+
+    Raises:
+        BadInput: if it is None, or has a null character.
+    """
+    if root is None or "\0" in str(root):
+        raise BadInput(f"trainer.default_root_dir is {root!r}, which names no folder; give a path, such as runs.")
 
 
 @rank_zero_only
@@ -143,17 +155,20 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a run's configuration.
 
     Raises:
-        BadInput: if it is no YAML with a model in it.
+        BadInput: if it is no YAML with a model in it, or its data are no mapping.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         check_aliases(text)
         config = yaml.safe_load(text)
-    except (OSError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, ValueError, *MALFORMED) as error:  # PyYAML raises many, as a KeyError of !!bool x
         reason = error.problem if isinstance(error, TooManyValues) else type(error).__name__
         raise BadInput(f"{path} cannot be read as YAML ({reason}); restore it, or make the run again.") from error
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
         raise BadInput(f"{path} configures no model; restore it, or make the run again.")
+    data = config.get("data") or {}
+    if not isinstance(data, dict) or not isinstance(data.get("init_args") or {}, dict):
+        raise BadInput(f"the data in {path}, or their init_args, are no mapping; restore it, or make the run again.")
     return config
 
 
@@ -214,7 +229,9 @@ def _held(text: str) -> Any:
         return yaml.safe_load(text)
     except TooManyValues:
         raise
-    except (yaml.YAMLError, ValueError):  # the latter of a date that does not exist
+    except RecursionError:
+        raise
+    except (yaml.YAMLError, ValueError, *MALFORMED):  # as of a date that does not exist
         return text
 
 
@@ -227,24 +244,34 @@ def import_modules(names: Collection[str]) -> None:
     if names and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     for name in names:
+        if not name or name.startswith("."):
+            raise BadInput(f"--modules {name!r} names no module; give it as Python imports it, such as my_methods.")
         try:
             import_module(name)
         except ImportError as error:
             raise BadInput(f"--modules {name} cannot be imported ({error}); give it as Python imports it.") from error
 
 
-def build_module(config: dict[str, Any]) -> LitSparse:
+def build_module(config: dict[str, Any], place: str = "the configuration of the run") -> LitSparse:
     """Create the module that a run's configuration describes; its model is loaded later, by `build`.
 
+    Args:
+        config: The configuration.
+        place: What has it, for messages.
+
     Raises:
-        BadInput: if there is no such task, or it would import a module that nobody asked for.
+        BadInput: if there is no such task, class or key, a value is of another type, or it would import a module that
+            nobody asked for.
     """
     given = {key: value for key, value in config["model"].items() if key != "base"}  # a text, whatever is in it
-    check_imports(given, "the configuration of the run")
+    check_imports(given, place)
     kind = task_class(config.get("task"))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, "model")
-    return parser.instantiate(parser.parse_object({"model": config["model"]})).model
+    try:
+        return parser.instantiate(parser.parse_object({"model": config["model"]})).model
+    except ArgumentError as error:
+        raise BadInput(f"in {place}, {explain(str(error), parser._option_string_actions, 'fit')}") from error
 
 
 def task_class(name: Any) -> type[LitSparse]:
@@ -254,6 +281,6 @@ def task_class(name: Any) -> type[LitSparse]:
         BadInput: if there is none.
     """
     name = next(iter(TASKS)) if name is None else name
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise BadInput(f"the task {name!r} was asked for; there is {', '.join(TASKS)}.")
     return TASKS[name]

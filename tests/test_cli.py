@@ -21,12 +21,12 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_sparse import cli
 from lit_sparse.commands import configs, usage
-from lit_sparse.commands.refusals import subclasses
 from lit_sparse.commands.shipped import methods
 from lit_sparse.commands.words import find_data
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.places import configs_folder
+from lit_sparse.refusals import subclasses
 from lit_sparse.strategies import UpdateStrategy
 from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling.record import RunRecord

@@ -519,6 +519,13 @@ ODD = {
     "nested deeply": (lambda model: model.update(optimizer=3000 * "[" + 3000 * "]"), "nested too deeply"),
     "aliases that multiply in a text": (lambda model: model.update(optimizer=LAUGHS), "has too many aliases"),
     "no date": (lambda model: model.update(optimizer="2026-13-45"), "model.optimizer is 2026-13-45"),
+    "no boolean": (lambda model: model.update(optimizer="!!bool x"), "in the configuration of the run, "),
+    "no such key": (lambda model: model.update(zzz=1), "in the configuration of the run, there is no key zzz"),
+    "a key that is no text": (lambda model: model.update({5: 1}), "in the configuration of the run, "),
+    "no such class": (lambda model: model.update(updates=["NoSuch"]), "model.updates is NoSuch, and there is no such"),
+    "no list": (lambda model: model.update(updates=5), "model.updates is 5; it must be a list"),
+    "no method": (lambda model: model.update(updates=["torch.hub.load"]), "torch.hub.load, which is no UpdateStrategy"),
+    "another precision": (lambda model: model.update(precision="float99"), "model.precision is float99; it must be au"),
 }
 
 
@@ -531,8 +538,53 @@ def test_an_odd_configuration_is_a_sentence_and_makes_no_object(home, capsys, mo
     config = yaml.safe_load((RUN / "config.yaml").read_text())
     change(config["model"])
     (RUN / "config.yaml").write_text(yaml.safe_dump(config))
-    assert message in refused(capsys, monkeypatch, "export", str(RUN))
+    for words in (["export", str(RUN)], ["generate", str(RUN), "1"]):
+        assert message in refused(capsys, monkeypatch, *words)
     assert not Path("made").exists()
+
+
+UNREADABLE = {
+    "not UTF-8": (b"model: {base: caf\xe9}", "cannot be read as YAML (UnicodeDecodeError)"),
+    "no date": (b"model: {base: 2026-13-45}", "cannot be read as YAML (ValueError)"),
+    "no boolean": (b"model: {base: !!bool x}", "cannot be read as YAML (KeyError)"),
+    "data that are a number": (
+        b"model: {base: tiny}\ndata: 5",
+        "the data in runs/lora-1/config.yaml, or their init_args",
+    ),
+    "init_args that are a number": (b"model: {base: tiny}\ndata: {init_args: 5}", "or their init_args, are no mapping"),
+    "a list of tasks": (b"model: {base: tiny}\ntask: [1]", "the task [1] was asked for; there is CausalLM, Classifier"),
+    "a mapping of tasks": (b"model: {base: tiny}\ntask: {a: 1}", "the task {'a': 1} was asked for"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_configuration_of_another_form_is_a_sentence(home, capsys, monkeypatch, text, message):
+    RUN.mkdir(parents=True)
+    (RUN / "config.yaml").write_bytes(text)
+    for words in (["export", str(RUN)], ["generate", str(RUN), "1"]):
+        assert message in refused(capsys, monkeypatch, *words)
+
+
+@pytest.mark.parametrize("task", ["[1]", "{a: 1}"])
+def test_a_task_that_is_no_text_is_refused(home, capsys, monkeypatch, task):
+    Path("odd.yaml").write_text(f"task: {task}\n")
+    assert "the task " in refused(capsys, monkeypatch, "fit", *F, "--config=odd.yaml")
+
+
+@pytest.mark.parametrize("root", ["null", '"a\\0b"'])
+def test_runs_in_a_folder_that_cannot_be_are_refused(home, capsys, monkeypatch, root):
+    Path("odd.yaml").write_text(f"trainer: {{default_root_dir: {root}}}\n")
+    for verb in ("fit", "validate"):
+        words = F if verb == "fit" else F[: F.index("--samples=0")]
+        told = refused(capsys, monkeypatch, verb, *words, "--config=odd.yaml")
+        assert "trainer.default_root_dir is " in told
+        assert "which names no folder" in told
+
+
+@pytest.mark.parametrize("name", ["", ".x"])
+def test_modules_without_a_name_are_refused(home, capsys, monkeypatch, name):
+    for words in (["export", str(RUN)], ["generate", str(RUN), "1"]):
+        assert "names no module" in refused(capsys, monkeypatch, *words, f"--modules={name}")
 
 
 def test_aliases_that_multiply_are_a_sentence_soon(home, capsys, monkeypatch):

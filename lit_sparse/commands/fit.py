@@ -35,16 +35,17 @@ from lit_sparse.commands.configs import (
     read_whole_numbers_first,
     without_twins,
 )
-from lit_sparse.commands.refusals import check_trainer_words, explain
 from lit_sparse.commands.screen import shown
 from lit_sparse.commands.words import find_data, named_task, unmeasured
 from lit_sparse.errors import BadInput
 from lit_sparse.export.replay import go_on_from
 from lit_sparse.export.seedlog import SeedLog
 from lit_sparse.modules.sharding import TIMEOUT
+from lit_sparse.refusals import check_trainer_words, explain
 from lit_sparse.runs import (
     TASKS,
     check_name,
+    check_root,
     folder_of,
     last_checkpoint,
     make_folder,
@@ -135,6 +136,7 @@ class CLI(LightningCLI):
         for key in ("callbacks", "logger"):
             config.trainer[key] = without_twins(as_plain(config.trainer[key]))
         self.folder: Path | None = None
+        check_root(config.trainer.default_root_dir)
         self.root = Path(config.trainer.default_root_dir)
         if config.trainer.max_epochs is None:
             config.trainer.max_epochs = 1 if config.trainer.max_steps == -1 else -1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import glob
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,19 +17,21 @@ from safetensors import SafetensorError
 
 from lit_sparse.errors import BadInput
 
-NEW, OLD, LOCK = "new", "old", "lock"
-"""In the hidden folder of a draft: the export, the one that it replaces, and a file that its process keeps locked."""
+NEW, OLD, LOCK, PLAIN = "new", "old", "lock", "plain"
+"""In the hidden folder of a draft: the export, the one that it replaces, a file that its process keeps locked, and one
+that shows the mode of new files."""
 RELATIVE_TO_CWD, EXCHANGE = -100, 2
 """AT_FDCWD and RENAME_EXCHANGE of renameat2(2)."""
 
 
 @contextmanager
 def written(output: Path) -> Iterator[Path]:
-    """Give a path to write at; it replaces `output` at the end, or is removed on an error.
+    """Give a path to write at; it replaces `output` at the end, or is removed on an error. A link stays one.
 
     Raises:
         BadInput: if it cannot be written.
     """
+    output = Path(os.path.realpath(output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with (
@@ -44,7 +47,8 @@ def written(output: Path) -> Iterator[Path]:
 
 def remove_leftovers(output: Path) -> None:
     """Remove the drafts of `output` that killed processes left, and put back what one of them had moved away."""
-    for folder in output.parent.glob(f".{glob.escape(output.name)}-*"):
+    output = Path(os.path.realpath(output))
+    for folder in drafts(output):
         try:
             with FileLock(folder / LOCK, timeout=0):
                 if (folder / OLD).exists() and not output.exists():
@@ -54,10 +58,25 @@ def remove_leftovers(output: Path) -> None:
             continue  # its process lives
 
 
+def drafts(output: Path) -> list[Path]:
+    """Return the folders beside `output` that have the name and the contents of its drafts, and not the user's own."""
+    name = re.compile(rf"\.{re.escape(output.name)}-[a-z0-9_]{{8}}")  # as tempfile makes them
+    beside = output.parent.iterdir() if output.parent.is_dir() else ()
+    return [path for path in beside if name.fullmatch(path.name) and is_draft(path)]
+
+
+def is_draft(folder: Path) -> bool:
+    """Return whether a folder holds a lock, and nothing that is not of a draft."""
+    if folder.is_symlink() or not folder.is_dir() or not set(os.listdir(folder)) <= {NEW, OLD, LOCK, PLAIN}:
+        return False
+    lock = folder / LOCK
+    return os.path.lexists(lock) and stat.S_ISREG(lock.lstat().st_mode)
+
+
 def unveil(folder: Path) -> None:
     """Give all files in `folder` the mode of a new file here: safetensors writes such that only their owner reads."""
-    (folder / "plain").touch()
-    mode = (folder / "plain").stat().st_mode
+    (folder / PLAIN).touch()
+    mode = (folder / PLAIN).stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)

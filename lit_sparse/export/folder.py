@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_sparse import demo
 from lit_sparse.data.encoding import load_named
 from lit_sparse.errors import BadInput
-from lit_sparse.export import hub
+from lit_sparse.export import delta, hub, seedlog
 from lit_sparse.export.adapter import write_adapter
 from lit_sparse.export.card import TAG, card, read_record
 from lit_sparse.export.compatibility import add_old_keys, copy_sentencepiece, make_loadable
@@ -92,9 +93,10 @@ def export(
         raise BadInput("a private repository was asked for, but none to push to; give --push user/name.")
     import_modules([modules] if isinstance(modules, str) else modules or [])
     target = output or run / OUTPUTS[to]
+    check_output(target, to, overwrite)
     for path in (target, card_of(target)):
         remove_leftovers(path)
-    check_output(target, to, overwrite)
+    check_output(target, to, overwrite)  # again: an earlier export may have been put back
     if push is not None:
         hub.check_pushable(push, overwrite)
     write = {
@@ -288,22 +290,38 @@ def check_output(output: Path, to: str, overwrite: bool) -> None:
     """Refuse to overwrite anything but an earlier export.
 
     Raises:
-        BadInput: if something is there that is not an earlier export, or is one and `overwrite` is false.
+        BadInput: if `output` names no file or folder, if something is there that is not an earlier export, or is one
+            and `overwrite` is false.
     """
+    if output.name in ("", ".."):
+        raise BadInput(f"--output {output} has no name for the export; give one, such as exports/{OUTPUTS[to]}.")
     if to in FILES and output.is_dir():
         raise BadInput(f"{output} is a folder, but a {FILES[to]} is one file; give --output a file's name.")
     if to not in FILES and output.is_file():
         raise BadInput(f"{output} is a file, but --to {to} writes a folder; give --output another name.")
+    if output.exists() and not output.is_file() and not output.is_dir():
+        raise BadInput(f"{output} is a device, a pipe or a socket, not a file; give --output another name.")
     if to in FILES:
         check_card(card_of(output), overwrite)
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
         raise BadInput(f"{output} is there already; give --output another name, or --overwrite true to replace it.")
-    if output.is_dir() and not (output / MARK).is_file():
+    if not is_export(output):
         raise BadInput(
             f"{output} holds something else than an export of lit-sparse, which is not overwritten; remove it."
         )
+
+
+def is_export(output: Path) -> bool:
+    """Return whether the folder or file at `output` is an earlier export."""
+    if output.is_dir():
+        return (output / MARK).is_file()
+    try:
+        with safe_open(output, framework="pt") as file:
+            return bool({delta.FORMAT, seedlog.FORMAT} & (file.metadata() or {}).keys())
+    except (SafetensorError, OSError):  # no safetensors file, or an empty one
+        return False
 
 
 def check_card(path: Path, overwrite: bool) -> None:
@@ -312,7 +330,7 @@ def check_card(path: Path, overwrite: bool) -> None:
     Raises:
         BadInput: if something else is there, or the card is and `overwrite` is false.
     """
-    if path.exists() and not (overwrite and path.is_file() and f"- {TAG}\n" in path.read_text(encoding="utf-8")):
+    if path.exists() and not (overwrite and path.is_file() and f"- {TAG}\n".encode() in path.read_bytes()):
         raise BadInput(
             f"{path}, where the file's model card is to stand, is there already; give --output another name, or "
             "remove it."

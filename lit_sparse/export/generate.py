@@ -15,6 +15,7 @@ from lit_sparse.data.encoding import Encoder, load_tokenizer
 from lit_sparse.data.rows import BadRow, Chat, Choice, Message, parse
 from lit_sparse.data.sources import READERS, Row, locate_errors, read
 from lit_sparse.errors import BadInput
+from lit_sparse.export.merge import check_converged
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.ends import set_ends
 from lit_sparse.runs import build_module, import_modules, load_run
@@ -61,8 +62,8 @@ def generate(
         modules: Modules of your own with classes that the run was trained with; no others are imported.
 
     Raises:
-        BadInput: if the run cannot be loaded, its base has no tokenizer, a prompt is empty or longer than the model's
-            positions, or a number makes no sense.
+        BadInput: if the run cannot be loaded or diverged, its base has no tokenizer, a prompt is empty or longer than
+            the model's positions, or a number makes no sense.
     """
     if max_new_tokens < 1 or not temperature >= 0:
         raise BadInput(
@@ -75,6 +76,7 @@ def generate(
     module, config = load_run(run)
     if not isinstance(module, CausalLM):
         raise BadInput(f"{run} was trained to classify, so it generates no text; export it with --to hf.")
+    check_converged(module, run.resolve().name)
     sampling, encoder = Sampling(max_new_tokens, temperature, seed), encoder_of(module, config)
     models: dict[str, LitSparse] = {run.resolve().name: module}
     if base:

@@ -142,8 +142,12 @@ class SeedLog:
         updates.detach(model)
 
     def strategies(self) -> Updates:
-        """Return the run's strategies as they were before its first step."""
-        return build_module({"model": {"updates": self.updates}}).updates.fresh()
+        """Return the run's strategies as they were before its first step.
+
+        Raises:
+            BadInput: if there is no such strategy, or it has no such settings.
+        """
+        return build_module({"model": {"updates": self.updates}}, "the seed log").updates.fresh()
 
     def check(self, found: str, dtypes: Collection[torch.dtype]) -> None:
         """Refuse a model that is not the base of the run.

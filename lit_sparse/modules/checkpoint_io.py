@@ -7,7 +7,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch.distributed.device_mesh import DeviceMesh
 
-from lit_sparse.checkpoints import offering_previous
+from lit_sparse.checkpoints import check_form, offering_previous
 from lit_sparse.storage.shard_folders import remove_orphans, remove_shards
 from lit_sparse.storage.shards import check_shards, read_shards
 from lit_sparse.storage.whole import check_whole, write_whole
@@ -38,6 +38,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         with offering_previous(path):
             check_whole(path)
             checkpoint = super().load_checkpoint(path, *args, **options)
+            check_form(checkpoint, path)
             check_shards(checkpoint, Path(path), together=dist.is_available() and dist.is_initialized())
         return read_shards(checkpoint, path, mesh=self.mesh)
 

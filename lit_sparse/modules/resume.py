@@ -133,7 +133,7 @@ class Resumable(BuiltModel):
             self.trained |= set(checkpoint["state_dict"])
 
     def _check_fits(self, values: Mapping[str, Any]) -> None:
-        """Refuse values that the model has no place for: loading would drop them without a word."""
+        """Refuse values that the model has no place for: loading would drop or cast them without a word."""
         own = self.state_dict()
         for name, value in values.items():
             shape = tuple(own[name].shape) if name in own else None
@@ -142,6 +142,11 @@ class Resumable(BuiltModel):
                     f"the checkpoint has {name} of shape {tuple(value.shape)}, and this model "
                     + (f"one of {shape}" if shape is not None else "has no such parameter")
                     + "; give the configuration of the run that wrote it, or an undamaged checkpoint."
+                )
+            if value.is_floating_point() != own[name].is_floating_point():
+                raise BadInput(
+                    f"the checkpoint has {name} in {value.dtype}, and this model in {own[name].dtype}; give the "
+                    "configuration of the run that wrote it, or an undamaged checkpoint."
                 )
 
     def on_train_start(self) -> None:

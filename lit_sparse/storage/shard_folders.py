@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,4 +52,16 @@ def _names(file: Path, shards: Path) -> bool:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # damaged, or of another kind: not ours to judge
         return True
-    return isinstance(checkpoint, dict) and checkpoint.get(KEY, {}).get("folder") == shards.name
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        return False
+    return odd_shards(checkpoint[KEY]) is not None or checkpoint[KEY]["folder"] == shards.name
+
+
+def odd_shards(entry: Any) -> str | None:
+    """Return what a checkpoint's entry on its shards has that no run writes, None if there is nothing."""
+    folder, files = (entry.get("folder"), entry.get("files")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(folder, str) or ENDING not in folder or Path(folder).name != folder:
+        return f"its {KEY} name no folder beside it"
+    if not isinstance(files, dict) or not all(isinstance(one, str) for pair in files.items() for one in pair):
+        return f"its {KEY} name no files with their hashes"
+    return next((f"its {KEY} name the file {name!r:.80}" for name in files if Path(name).name != name), None)

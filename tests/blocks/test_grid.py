@@ -34,13 +34,13 @@ def test_automatic_size_divides_and_leaves_a_choice():
 def test_a_choice_is_read_from_json_or_a_run(tmp_path):
     state = {"q": {"size": [4, 2], "index": torch.tensor([[1, 0], [0, 3]], dtype=torch.int32)}}
     updates = [{"class": "PEFT", "state": {}}, {"class": "SMT", "state": state}]
-    torch.save({"lit_sparse": {"updates": updates}}, tmp_path / "last.ckpt")
+    torch.save({"lit_sparse": {"base": "", "updates": updates}, "state_dict": {}}, tmp_path / "last.ckpt")
     (tmp_path / "blocks.json").write_text('{"q": {"size": [4, 2], "index": [[1, 0], [0, 3]]}}')
     for name in ("last.ckpt", "blocks.json"):
         back = read_choice(tmp_path / name, {"q": torch.zeros(8, 8)}, "SMT")
         assert back["q"].size == (4, 2)
         assert torch.equal(back["q"].index, state["q"]["index"])
-    torch.save({"lit_sparse": {"updates": []}}, tmp_path / "other.ckpt")
+    torch.save({"lit_sparse": {"base": "", "updates": []}, "state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(BadInput, match=r"no choice of blocks could be read .*it was trained without SMT"):
         read_choice(tmp_path / "other.ckpt", {"q": torch.zeros(8, 8)}, "SMT")
 

@@ -48,6 +48,57 @@ def test_what_a_killed_writer_leaves_is_removed_and_the_earlier_export_is_there(
     assert list(earlier.iterdir()) == [earlier / "earlier"]
 
 
+def folder_of(*names: str):
+    def make(path: Path) -> None:
+        path.mkdir()
+        for name in names:
+            (path / name).touch()
+
+    return make
+
+
+def link_to_a_draft(path: Path) -> None:
+    folder_of("lock", "new")(Path("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def draft_with_a_linked_lock(path: Path) -> None:
+    folder_of("new")(path)
+    Path("precious").write_text("precious")
+    (path / "lock").symlink_to(Path("precious").resolve())
+
+
+OTHERS = {
+    "another name": (".out-backup", folder_of("lock", "new")),
+    "no lock": (".out-abcd_123", folder_of("new", "old")),
+    "something beside": (".out-abcd_123", folder_of("lock", "new", "thesis.txt")),
+    "a file": (".out-abcd_123", Path.touch),
+    "a link": (".out-abcd_123", link_to_a_draft),
+    "a linked lock": (".out-abcd_123", draft_with_a_linked_lock),
+}
+
+
+@pytest.mark.parametrize(("name", "make"), OTHERS.values(), ids=OTHERS)
+def test_what_is_no_draft_stays(earlier, name, make):
+    make(Path(name))
+    before = sorted(Path().rglob("*"))
+    remove_leftovers(earlier)
+    assert sorted(Path().rglob("*")) == before
+    assert not Path("precious").exists() or Path("precious").read_text() == "precious"
+
+
+def test_a_link_stays_one(earlier):
+    Path("deep").mkdir()
+    Path("deep/file").write_text("earlier")
+    Path("link").symlink_to("deep/file")
+    with written(Path("link")) as draft:
+        draft.write_text("later")
+    assert Path("link").is_symlink()
+    assert Path("deep/file").read_text() == "later"
+    assert not hidden()
+    assert [path.name for path in Path("deep").iterdir()] == ["file"]
+
+
 def test_a_draft_of_a_living_process_stays(earlier):
     with written(earlier) as draft:
         draft.mkdir()

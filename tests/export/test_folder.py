@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import lightning as L
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -373,6 +375,76 @@ def test_leaves_other_things_alone(smt: Run, tmp_path: Path) -> None:
     assert files(tmp_path) == before
     (tmp_path / "empty").mkdir()
     assert (export(smt.folder, output=tmp_path / "empty") / "config.json").is_file()
+
+
+def safetensors_of_another_kind(path: Path) -> None:
+    save_file({"log": torch.zeros(2)}, path, {"format": "pt"})
+
+
+OTHER_FILES = {
+    "text": lambda path: path.write_text("model: {}\n"),
+    "empty": Path.touch,
+    "safetensors": safetensors_of_another_kind,
+}
+
+
+@pytest.mark.parametrize("to", ["delta", "seedlog"])
+@pytest.mark.parametrize("make", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_a_file_that_is_no_export_is_not_replaced(make: Any, to: Any, smt: Run, tmp_path: Path) -> None:
+    make(output := tmp_path / "file")
+    before = output.read_bytes()
+    with pytest.raises(BadInput, match="something else than an export"):
+        export(smt.folder, to, output, overwrite=True)
+    assert output.read_bytes() == before
+    assert files(tmp_path) == {output}
+
+
+def test_a_card_that_is_no_text_is_not_replaced(smt: Run, tmp_path: Path) -> None:
+    (tmp_path / "out.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadInput, match="the file's model card is to stand"):
+        export(smt.folder, "delta", tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("to", ["hf", "delta"])
+@pytest.mark.parametrize("name", ["", ".", "/", ".."])
+def test_an_output_without_a_name_is_refused(name: str, to: Any, smt: Run, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="has no name for the export; give one, such as exports/"):
+        export(smt.folder, to, Path(name), overwrite=True)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["hf", "delta"])
+def test_a_pipe_is_not_replaced(to: Any, smt: Run, tmp_path: Path) -> None:
+    os.mkfifo(output := tmp_path / "pipe")
+    with pytest.raises(BadInput, match="is a device, a pipe or a socket"):
+        export(smt.folder, to, output, overwrite=True)
+    assert output.is_fifo()
+
+
+def draft_like(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "lock").touch()
+    (folder / "new").touch()
+
+
+def test_a_refused_export_removes_nothing(smt: Run, tmp_path: Path) -> None:
+    draft_like(tmp_path / ".out-abcd_123")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    before = files(tmp_path)
+    with pytest.raises(BadInput, match="something else than an export"):
+        export(smt.folder, output=tmp_path / "out", overwrite=True)
+    assert files(tmp_path) == before
+
+
+def test_an_earlier_export_that_a_killed_writer_had_moved_away_is_not_overwritten(smt: Run, tmp_path: Path) -> None:
+    draft_like(tmp_path / ".out-abcd_123")
+    (tmp_path / ".out-abcd_123" / "old").write_text("earlier")
+    with pytest.raises(BadInput, match="is there already"):
+        export(smt.folder, "delta", tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "earlier"
+    assert files(tmp_path) == {tmp_path / "out"}
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lit_sparse import cli
-from lit_sparse.checkpoints import alike
+from lit_sparse.checkpoints import alike, fingerprint
 from lit_sparse.errors import BadInput
 from lit_sparse.export.seedlog import FORMAT, SeedLog
 from lit_sparse.runs import load_run
@@ -135,6 +135,22 @@ def test_a_log_of_another_run_is_refused_and_leaves_nothing(home, capsys, monkey
     call[0] = "validate"
     assert "fit goes on from a seed log, and validate takes checkp" in refused(capsys, monkeypatch, *call)
     assert not list(Path("runs").glob("other*"))
+
+
+@pytest.mark.parametrize(
+    ("updates", "message"),
+    [
+        ([{"class_path": "NoSuch"}], "in the seed log, model.updates is NoSuch, and there is no such class"),
+        ([{}], "in the seed log, model.updates is "),
+        ([{"class_path": "MeZO", "init_args": {"epsilon": "x"}}], "epsilon is x; it must be a number"),
+    ],
+)
+def test_a_log_of_odd_methods_is_refused(home, capsys, monkeypatch, updates, message):
+    base = fingerprint(AutoModelForCausalLM.from_pretrained("tiny"))
+    SeedLog("tiny", base, "float32", updates, torch.zeros(2, 2, dtype=torch.float64)).save("odd.safetensors")
+    words = [*DATA, *SMALL, "--trainer.max_steps=4", "--ckpt_path=odd.safetensors"]
+    assert message in refused(capsys, monkeypatch, "fit", "--config", "mezo.yaml", "--model.base", "tiny", *words)
+    assert not list(Path().glob("runs/*"))
 
 
 def test_a_log_of_a_run_whose_settings_changed_is_refused(home):

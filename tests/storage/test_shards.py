@@ -40,7 +40,7 @@ def checkpoint(mesh, factor: int = 1) -> dict:
     return {
         "state_dict": {"model.a": weight, "model.b": BIAS},
         "optimizer_states": states,
-        "lit_sparse": {"updates": [parked]},
+        "lit_sparse": {"base": "", "updates": [parked]},
     }
 
 
@@ -109,6 +109,16 @@ def test_the_previous_one_keeps_its_folder(file, one_rank):
     WholeCheckpoints().save_checkpoint({"lit_sparse": {}, "state_dict": {}}, file)  # by one device
     assert len(folders_of(file)) == 1
     assert torch.equal(read_checkpoint(file.with_name("previous.ckpt"))["state_dict"]["model.a"], 2 * WEIGHT)
+
+
+@pytest.mark.parametrize("entry", [5, {}, {"folder": 5, "files": {}}], ids=str)
+def test_shards_of_a_checkpoint_with_an_odd_entry_stay(file, entry):
+    saved = torch.load(file, weights_only=True)
+    whole.write_whole({**saved, KEY: entry}, file)
+    remove_orphans(file.parent)
+    assert folders_of(file)
+    with pytest.raises(BadInput, match="is no checkpoint that a run wrote: its shards name no folder beside it"):
+        read_checkpoint(file)
 
 
 def test_a_removed_one_leaves_nothing(file):

@@ -4,6 +4,7 @@ import errno
 import os
 import pickle
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,14 @@ from lit_sparse.modules.checkpoint_io import WholeCheckpoints
 from lit_sparse.runs import LAST
 from lit_sparse.storage import whole
 from lit_sparse.storage.whole import check_whole, damage, draft_of, keep_previous, write_whole
+from lit_sparse.testing import tiny_llm
+from tests.conftest import make_home
 from tests.test_cli import DATA, SMALL, fit, refused
 
-SAVED = {"lit_sparse": {"updates": []}, "state_dict": {"a": torch.arange(64.0), "b": torch.ones(3, dtype=torch.int8)}}
+SAVED = {
+    "lit_sparse": {"base": "", "updates": []},
+    "state_dict": {"a": torch.arange(64.0), "b": torch.ones(3, dtype=torch.int8)},
+}
 
 
 def flip(path: Path, bit: int) -> None:
@@ -283,6 +289,73 @@ def test_what_a_checkpoint_restores_is_checked(home, capsys, monkeypatch, change
     assert not Path("runs/smt-1/hf").exists()
     words = ["--model.base", "tiny", *DATA, *SMALL, "--trainer.max_steps=4", "--ckpt_path=last"]
     assert message in refused(capsys, monkeypatch, "fit", "--config", "smt.yaml", *words)
+
+
+def with_first(change):
+    """A change of the first trained value."""
+
+    def act(saved):
+        name = next(iter(saved["state_dict"]))
+        saved["state_dict"][name] = change(saved["state_dict"][name])
+
+    return act
+
+
+ODD_SHARDS = {"folder": "../base", "files": {}}
+ODD_FILES = {"folder": "last.ckpt.shards-0", "files": {"../config.yaml": "0"}}
+FORMS = {
+    "no mapping": (lambda saved: saved.update(lit_sparse=5), "its lit_sparse is 5"),
+    "empty": (lambda saved: saved.update(lit_sparse={}), "its lit_sparse has no base"),
+    "base": (lambda saved: saved["lit_sparse"].update(base=5), "its lit_sparse has 5 as base"),
+    "seed": (lambda saved: saved["lit_sparse"].update(init_seed="x"), "its lit_sparse has 'x' as init_seed"),
+    "updates": (lambda saved: saved["lit_sparse"].update(updates=5), "its lit_sparse has 5 as updates"),
+    "an update": (lambda saved: saved["lit_sparse"].update(updates=[5]), "a method of its lit_sparse is 5"),
+    "no values": (lambda saved: saved.pop("state_dict"), "its state_dict is None"),
+    "none as values": (lambda saved: saved.update(state_dict=None), "its state_dict is None"),
+    "a number": (with_first(lambda value: 5), "its state_dict has 5 as 'model."),
+    "meta": (with_first(lambda value: value.to("meta")), "its state_dict has a meta tensor as model."),
+    "sparse": (with_first(lambda value: value.to_sparse()), "its state_dict has a sparse tensor as model."),
+    "complex": (
+        with_first(lambda value: value.to(torch.complex64)),
+        "in torch.complex64, and this model in ",
+    ),
+    "integers": (with_first(lambda value: value.long()), "in torch.int64, and this model in "),
+    "shards": (lambda saved: saved.update(shards=5), "its shards name no folder beside it"),
+    "shards elsewhere": (lambda saved: saved.update(shards=ODD_SHARDS), "its shards name no folder beside it"),
+    "files elsewhere": (lambda saved: saved.update(shards=ODD_FILES), "its shards name the file '../config.yaml'"),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run whose checkpoint tests change."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("LIT_SPARSE_CACHE", str(folder / "cache"))
+        make_home("tiny", tiny_llm("llama"))
+        fit("--config", "lora.yaml", "--trainer.max_steps=1")
+    return folder
+
+
+@pytest.mark.parametrize(("change", "message"), FORMS.values(), ids=FORMS)
+def test_a_checkpoint_of_another_form_is_a_sentence(trained, tmp_path, capsys, monkeypatch, change, message):
+    shutil.copytree(trained, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    monkeypatch.setenv("LIT_SPARSE_CACHE", str(trained / "cache"))
+    run = Path("runs/lora-1")
+    rewrite(run / LAST, change)
+    before = (run / LAST).read_bytes()
+    given = ["--config", "lora.yaml", "--model.base", "tiny", *DATA]
+    for words in (
+        ["export", str(run)],
+        ["generate", str(run), "1"],
+        ["fit", *given, *SMALL, "--trainer.max_steps=2", "--ckpt_path=last"],
+        ["validate", *given, "--trainer.accelerator=cpu", f"--ckpt_path={run / LAST}"],
+    ):
+        assert message in refused(capsys, monkeypatch, *words)
+    assert (run / LAST).read_bytes() == before
+    assert not (run / "hf").exists()
 
 
 def test_layers_of_lisa_that_are_not_there_are_refused(home, capsys, monkeypatch):
