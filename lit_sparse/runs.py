@@ -227,9 +227,7 @@ def _held(text: str) -> Any:
     try:
         check_aliases(text)
         return yaml.safe_load(text)
-    except TooManyValues:
-        raise
-    except RecursionError:
+    except (TooManyValues, RecursionError):
         raise
     except (yaml.YAMLError, ValueError, *MALFORMED):  # as of a date that does not exist
         return text
