@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib.metadata import version
 from typing import NamedTuple, NoReturn
@@ -71,6 +73,13 @@ OTHERS = {
 """Verbs that other programs have, with what to do here."""
 
 
+WHOLE_NUMBERS = (
+    *("PL_GLOBAL_SEED", "RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "JSM_NAMESPACE_RANK"),
+    *("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
+)
+"""Environment variables that Lightning reads as whole numbers."""
+
+
 def help_text() -> str:
     """Return the verbs in groups, with what each does and an example."""
     width = max(map(len, VERBS))
@@ -113,6 +122,29 @@ def show(text: str) -> NoReturn:
     sys.exit(0)
 
 
+def fault(verb: str, words: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """Return a sentence on words, environment or current folder that only `report` can use; None if all is well.
+
+    Each would end in an error deep inside of Lightning, of YAML or of a tokenizer.
+    """
+    if verb == "report":
+        return None
+    for word in words:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # by which Python stands in for other bytes
+            return f"{word!a} is not UTF-8, which files of runs are written in; give a name or text in UTF-8."
+    for name in WHOLE_NUMBERS:
+        value = environment.get(name)
+        if value is not None and not re.fullmatch(r"\s*[+-]?[0-9]{1,20}\s*", value):
+            return (
+                f"the environment variable {name} is {value!a}; it must be a whole number: set it to one, or unset it."
+            )
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder is not there any more; change to another."
+    return None
+
+
 def main() -> None:
     """Run the command; exit with status 2 if the verb is unknown."""
     verb = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -129,6 +161,9 @@ def main() -> None:
         show(listing())
     if sys.argv[2:] in (["-h"], ["--help"]) and (text := short_help(verb)):
         show(text)
+    if found := fault(verb, sys.argv[2:], os.environ):
+        print(f"lit-sparse: {found}", file=sys.stderr)
+        sys.exit(2)
     wait_passively()
     hush_torch()
     if sys.stderr is not None and sys.stderr.isatty():

@@ -12,7 +12,7 @@ import jsonargparse
 from jsonargparse import auto_cli, set_parsing_settings
 
 from lit_sparse.callbacks.checkpointing import Stopped
-from lit_sparse.callbacks.out_of_memory import asked_for, is_oom
+from lit_sparse.callbacks.out_of_memory import asked_for
 from lit_sparse.callbacks.rank_watch import rank_of_this, tell_once
 from lit_sparse.commands import usage
 from lit_sparse.commands.bench import bench
@@ -31,7 +31,7 @@ from lit_sparse.commands.words import switched_on
 from lit_sparse.errors import BadInput
 from lit_sparse.export import generate
 from lit_sparse.export.folder import export
-from lit_sparse.library_errors import understood
+from lit_sparse.library_errors import is_oom, understood
 from lit_sparse.refusals import explain
 from lit_sparse_profiling.phases import Phases
 

@@ -3,9 +3,12 @@
 import errno
 import linecache
 import re
+from pickle import UnpicklingError
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
 
 from lit_sparse.errors import BadInput
 
@@ -38,22 +41,58 @@ def understood(error: BaseException) -> BadInput | None:
     return None
 
 
-MALFORMED = (TypeError, AttributeError, KeyError, IndexError, RecursionError)
-"""Errors that Python raises where a file of a model has a list, say, in place of an object, or is nested too deeply."""
+OOM = (
+    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
+    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
+)
+"""Messages of out-of-memory errors outside of the CUDA allocator, which torch raises as plain RuntimeErrors."""
+
+
+def is_oom(exception: BaseException) -> bool:
+    """Return true if the device or the host ran out of memory."""
+    if isinstance(exception, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(exception, RuntimeError) and any(text in str(exception) for text in OOM)
+
+
+REFUSED = (OSError, ValueError, SafetensorError, StrictDataclassError)
+"""Errors by which transformers refuses the files of a model."""
+MALFORMED = (
+    *(TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, EOFError),
+    *(RecursionError, UnpicklingError),
+)
+"""Errors that transformers and torch run into where a file of a model has a list, say, or a 0 that it must not have."""
+
+
+def due_to_files(error: Exception) -> bool:
+    """Return whether `error`, raised while a tokenizer or a model is made of its files, is about what they have."""
+    # A plain RuntimeError: errors of the device and of other ranks, and a lack of memory, have classes of their own.
+    met = isinstance(error, MALFORMED) or (type(error) is RuntimeError and not is_oom(error))
+    return isinstance(error, REFUSED) or (met and met_in_transformers(error))
 
 
 def refusal_of(error: Exception) -> str:
-    """Return why transformers refuses a model: the first line of its error, or all of one on a value in a config."""
+    """Return why the files of a model are refused: the first line of an error, or all of one on a value in a config.
+
+    Of an error that Python or torch raised on the way, it is named what kind of error that is.
+    """
     text = str(error).strip()
-    return " ".join(text.split()) if isinstance(error, StrictDataclassError) else text.splitlines()[0]
+    if isinstance(error, UnpicklingError):  # torch's text tells how to run the code
+        return "it is no file of weights, or it has code in it, which is not run; give weights in safetensors"
+    if isinstance(error, StrictDataclassError):
+        return " ".join(text.split())
+    line = next(iter(text.splitlines()), "")
+    return line if isinstance(error, REFUSED) else f"{type(error).__name__}: {line}"
 
 
 def met_in_transformers(error: BaseException) -> bool:
-    """Return whether transformers' own code, or its reading of JSON, ran into `error`, as on a malformed file."""
-    traceback, name = error.__traceback__, ""
+    """Return whether transformers, or what it called itself, ran into `error`: no code of ours was called since."""
+    traceback, met = error.__traceback__, False
     while traceback is not None:
-        name, traceback = str(traceback.tb_frame.f_globals.get("__name__")), traceback.tb_next
-    return name.partition(".")[0] in ("transformers", "tokenizers", "json")
+        name = str(traceback.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        met = name in ("transformers", "tokenizers") or (met and not name.startswith("lit_sparse"))
+        traceback = traceback.tb_next
+    return met
 
 
 def raised_by(error: BaseException) -> str | None:

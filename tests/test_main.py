@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lit_sparse import cli
-from lit_sparse.__main__ import VERBS, wait_passively
+from lit_sparse.__main__ import VERBS, fault, main, wait_passively
 from lit_sparse.commands.parsers import help_of
 from lit_sparse.commands.shipped import laid_out
 
@@ -122,3 +122,33 @@ def test_ctrl_c_while_libraries_load_leaves_no_traceback():
     told = process.communicate()[1]
     assert process.returncode == 130
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "said"),
+    [
+        (["runs/a-1", "caf\udce9"], {}, r"'caf\udce9' is not UTF-8"),
+        ([], {"PL_GLOBAL_SEED": "abc"}, "the environment variable PL_GLOBAL_SEED is 'abc'; it must be a whole number"),
+        ([], {"LOCAL_RANK": ""}, "LOCAL_RANK is ''"),
+        ([], {"SLURM_NTASKS": "2(x3)"}, "SLURM_NTASKS is '2(x3)'"),
+        ([], {"PL_GLOBAL_SEED": "1" * 5000}, "PL_GLOBAL_SEED is "),
+        (["café"], {"PL_GLOBAL_SEED": "7", "LOCAL_RANK": "0"}, None),
+    ],
+    ids=range(6),
+)
+def test_words_and_environment_that_no_fit_can_work_with_are_told(words, environment, said):
+    found = fault("fit", words, environment)
+    assert found == said or (said is not None and found is not None and said in found)
+    assert fault("report", words, environment) is None
+
+
+def test_a_current_folder_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir("gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(sys, "argv", ["lit-sparse", "fit", "--config", "lora.yaml"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert capsys.readouterr().err == "lit-sparse: the current folder is not there any more; change to another.\n"

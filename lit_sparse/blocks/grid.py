@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_sparse.blocks.sharded import Pieces
 from lit_sparse.errors import BadInput
-from lit_sparse.selections import read_state
+from lit_sparse.selections import index_of, read_state
 
 Size = tuple[int, int]
 AUTO_SIZES = (256, 128, 64, 32, 16, 8)
@@ -110,10 +111,7 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
     try:
         raw = read_state(path, strategy)
         choice = {
-            name: Blocks.of(
-                (int(entry["size"][0]), int(entry["size"][1])), torch.as_tensor(entry["index"]).reshape(-1, 2)
-            )
-            for name, entry in raw.items()
+            name: Blocks.of(_size_of(entry["size"]), index_of(entry["index"], columns=2)) for name, entry in raw.items()
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadInput(
@@ -124,6 +122,13 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
     return choice
 
 
+def _size_of(values: Any) -> Size:
+    # Not isinstance: true and false are ints, too.
+    if isinstance(values, list | tuple) and len(values) == 2 and all(type(side) is int and side > 0 for side in values):
+        return values[0], values[1]
+    raise ValueError("`size` must be [height, width], in whole numbers from 1 on")
+
+
 def check_choice(choice: Mapping[str, Blocks], matrices: Mapping[str, Tensor], source: str) -> None:
     """Refuse blocks that the matrices do not have: reading and writing would pass over them without a word.
 
@@ -131,13 +136,19 @@ def check_choice(choice: Mapping[str, Blocks], matrices: Mapping[str, Tensor], s
         source: What chose them, for the message.
 
     Raises:
-        BadInput: naming the first matrix that lacks a block, or is not there.
+        BadInput: naming the first matrix that lacks a block, has one twice, or is not there; or if there is no block.
     """
+    longest = max((side for matrix in matrices.values() for side in matrix.shape), default=0)
     for name, blocks in choice.items():
         if name not in matrices:
             raise BadInput(
                 f"{source} selects blocks of {name}, which is not among the {len(matrices)} target matrices; give a "
                 f"file of the same model and targets."
+            )
+        if max(blocks.size) > longest:  # a block is held whole, with zeros past a ragged end
+            raise BadInput(
+                f"{source} selects blocks of {blocks.size[0]:,} x {blocks.size[1]:,} of {name}, but no target matrix "
+                f"has a side longer than {longest:,}; give a file of the same model."
             )
         rows, columns = grid(matrices[name], blocks.size)
         if len(blocks.index) and not (
@@ -149,3 +160,10 @@ def check_choice(choice: Mapping[str, Blocks], matrices: Mapping[str, Tensor], s
                 f"{source} selects a block outside the {rows} x {columns} blocks of {name}; give a file of the same "
                 f"model."
             )
+        found, times = blocks.index.unique(dim=0, return_counts=True)
+        if len(found) < len(blocks.index):
+            raise BadInput(
+                f"{source} selects the block {found[times > 1][0].tolist()} of {name} twice; name each block once."
+            )
+    if not any(len(blocks.index) for blocks in choice.values()):
+        raise BadInput(f"{source} selects no block; give a file that names some.")

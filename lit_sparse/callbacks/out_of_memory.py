@@ -38,23 +38,11 @@ SMALL = 0.01
 """Share below which a category or a lever is not told."""
 SHOWN = 6
 """Most lines of modules and of tensors."""
-OOM = (
-    *("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory"),
-    *("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"),
-)
-"""Messages of out-of-memory errors outside of the CUDA allocator, which torch raises as plain RuntimeErrors."""
 FORMS = (
     (r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", lambda found: found[1]),
     (r"tried to allocate (\d+) bytes", lambda found: amount(int(found[1]))),
 )
 """How allocators tell what was asked for."""
-
-
-def is_oom(exception: BaseException) -> bool:
-    """Return true if the device or the host ran out of memory."""
-    if isinstance(exception, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(exception, RuntimeError) and any(text in str(exception) for text in OOM)
 
 
 def asked_for(exception: BaseException) -> str:

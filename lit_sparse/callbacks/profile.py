@@ -16,8 +16,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
 
-from lit_sparse.callbacks.out_of_memory import is_oom
-from lit_sparse.library_errors import understood
+from lit_sparse.library_errors import is_oom, understood
 from lit_sparse_profiling.budget import Budget
 from lit_sparse_profiling.nvml import NVML, open_nvml
 from lit_sparse_profiling.phases import Phases

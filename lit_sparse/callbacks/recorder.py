@@ -20,7 +20,7 @@ from peft import PeftConfig
 from lit_sparse.callbacks.checkpointing import CHECKPOINT_STEPS, LastCheckpoint
 from lit_sparse.callbacks.forgetting import Forgetting
 from lit_sparse.callbacks.logs import RunCSV, RunTensorBoard
-from lit_sparse.callbacks.out_of_memory import describe, is_oom
+from lit_sparse.callbacks.out_of_memory import describe
 from lit_sparse.callbacks.prediction import SECONDS, predict, seconds_for
 from lit_sparse.callbacks.profile import Profile
 from lit_sparse.callbacks.samples import Samples
@@ -28,6 +28,7 @@ from lit_sparse.callbacks.summary import print_summary
 from lit_sparse.checkpoints import TOKENIZER
 from lit_sparse.data import Text
 from lit_sparse.errors import BadInput
+from lit_sparse.library_errors import is_oom
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.checks import check_monitors
 from lit_sparse.modules.owed import run_though_done

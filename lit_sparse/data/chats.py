@@ -14,6 +14,9 @@ from lit_sparse.data.rows import BadRow, Chat, Message
 GENERATION_MARKS = re.compile(r"\{%-?\s*generation\b")
 """The block by which a chat template marks the assistant's tokens itself."""
 
+OF_TEMPLATES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""Errors that Python raises in a template's expressions, such as {{ 1 / 0 }}."""
+
 SENTINELS = tuple(f"Sentinel{index}x" for index in range(4))
 """Contents of a trial conversation's turns. Templates leave letters and digits as they are."""
 
@@ -86,8 +89,10 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 turns, tools=[dict(tool) for tool in chat.tools] or None, **options
             )
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        except TemplateError as error:
             raise BadRow(f"the tokenizer's chat template refuses it ({error})") from error
+        except OF_TEMPLATES as error:
+            raise BadRow(f"the tokenizer's chat template fails on it ({type(error).__name__}: {error})") from error
 
     # ---- the end of an answer
 

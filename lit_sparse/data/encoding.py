@@ -15,7 +15,7 @@ from lit_sparse import demo
 from lit_sparse.data.chats import TRIAL, ChatTemplate, Rendered, Span, last_prompt, plain_text
 from lit_sparse.data.rows import IGNORED, BadRow, Chat, Choice, Item, Message, Passage, Tokens
 from lit_sparse.errors import BadInput
-from lit_sparse.library_errors import MALFORMED, met_in_transformers
+from lit_sparse.library_errors import REFUSED, due_to_files, refusal_of
 
 Template = Literal["auto", "chat", "plain"]
 
@@ -52,10 +52,10 @@ def load_named(name: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(demo.resolve(name), trust_remote_code=False)
-    except (OSError, ValueError, *MALFORMED) as error:
-        if isinstance(error, MALFORMED) and not met_in_transformers(error):
+    except Exception as error:  # what transformers meets in malformed files is of any class
+        if isinstance(error, BadInput) or not due_to_files(error):
             raise
-        said = " ".join(str(error).split())[:200]
+        said = " ".join((str(error) if isinstance(error, REFUSED) else refusal_of(error)).split())[:200]
         raise BadInput(
             f"No tokenizer could be loaded from {name!r} ({said}); give a folder or a name that has one."
         ) from error

@@ -17,7 +17,7 @@ from lit_sparse import demo
 from lit_sparse.data.collate import Padding
 from lit_sparse.data.encoding import load_tokenizer
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
-from lit_sparse.data.module import HELDOUT, TRAIN, first_epoch, rank_and_world, require_at_least
+from lit_sparse.data.module import HELDOUT, TRAIN, check_multiple, first_epoch, rank_and_world, require_at_least
 from lit_sparse.data.rows import BadRow, text_field
 from lit_sparse.data.sources import Row, locate_errors, read, split
 from lit_sparse.errors import BadInput
@@ -98,6 +98,7 @@ class Labelled(L.LightningDataModule):
         super().__init__()
         require_at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
         require_at_least(0, heldout=heldout, num_workers=num_workers, seed=seed)
+        check_multiple(pad_to_multiple_of, max_length)
         self.train, self.validation, self.heldout, self.config = train, validation, heldout, config
         self.tokenizer_name = tokenizer
         self.max_length, self.batch_size, self.num_workers = max_length, batch_size, num_workers

@@ -72,6 +72,7 @@ class TokenData(L.LightningDataModule, ABC):
         super().__init__()
         require_at_least(1, max_length=max_length, batch_size=batch_size, pad_to_multiple_of=pad_to_multiple_of)
         require_at_least(0, num_workers=num_workers, seed=seed, num_samples=num_samples)
+        check_multiple(pad_to_multiple_of, max_length)
         if packing and not shuffle:
             raise BadInput("`packing` joins rows by their lengths, and cannot keep their order; set `shuffle` to true.")
         self.tokenizer_name = tokenizer
@@ -204,6 +205,15 @@ def require_at_least(lowest: int, **settings: int) -> None:
     for name, value in settings.items():
         if value < lowest:
             raise BadInput(f"`{name}` is {value}; it must be {lowest} or more.")
+
+
+def check_multiple(pad_to_multiple_of: int, max_length: int) -> None:
+    """Raise BadInput if rows would be padded to more than the longest of them may have."""
+    if pad_to_multiple_of > max_length:
+        raise BadInput(
+            f"`pad_to_multiple_of` is {pad_to_multiple_of}, but rows have at most `max_length` {max_length} tokens; "
+            f"set it to {max_length} or less."
+        )
 
 
 def first_epoch(trainer: L.Trainer | None) -> int:

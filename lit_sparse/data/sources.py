@@ -109,7 +109,9 @@ def parse_json(content: str, where: str) -> Any:
     """Parse the JSON value in `content`; raise BadInput if it is invalid, or an object has a key twice."""
     try:
         return json.loads(content, object_pairs_hook=lambda pairs: unique(pairs, where))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except BadInput:  # a ValueError, too
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of more digits than Python converts
         raise BadInput(f"{where}: not valid JSON ({error}).") from error
 
 

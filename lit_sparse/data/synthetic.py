@@ -4,7 +4,6 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig
 
@@ -14,7 +13,7 @@ from lit_sparse.data.loader import Batches, Loader, evaluation_loader
 from lit_sparse.data.module import first_epoch, rank_and_world, require_at_least
 from lit_sparse.demo import DEMO, resolve
 from lit_sparse.errors import BadInput
-from lit_sparse.library_errors import refusal_of
+from lit_sparse.library_errors import due_to_files, refusal_of
 
 
 class RandomRows(Dataset[Example]):
@@ -39,7 +38,9 @@ def vocabulary(model: str) -> int:
     """
     try:
         return AutoConfig.from_pretrained(resolve(model), trust_remote_code=False).get_text_config().vocab_size
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except Exception as error:  # what transformers meets in malformed files is of any class
+        if isinstance(error, BadInput) or not due_to_files(error):
+            raise
         raise BadInput(
             f"No configuration of {model!r} could be loaded ({refusal_of(error)}); set `vocab_size`."
         ) from error

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from lit_sparse.blocks.selection import shares
 from lit_sparse.errors import BadInput
-from lit_sparse.selections import read_state
-
-LIMIT = 2**31
-"""Entries of a weight above which their positions are no int32."""
+from lit_sparse.selections import index_of, read_state
 
 
 def counts(weights: Mapping[str, Tensor], wanted: int) -> dict[str, int]:
@@ -46,9 +42,7 @@ def read_selection(path: Path, weights: Mapping[str, Tensor], strategy: str) -> 
     """
     try:
         raw = read_state(path, strategy)
-        chosen = {name: torch.as_tensor(entry["index"]).reshape(-1) for name, entry in raw["matrices"].items()}
-        if any(len(index) and index.is_floating_point() for index in chosen.values()):
-            raise ValueError("positions are whole numbers")
+        chosen = {name: index_of(entry["index"]) for name, entry in raw["matrices"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise BadInput(
             f"SparseEntries: no choice of entries could be read from {path} ({error}); give principal, gradient, "

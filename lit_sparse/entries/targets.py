@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from lit_sparse.anatomy import role, target_experts, target_linears
-from lit_sparse.entries.selection import LIMIT
 from lit_sparse.errors import BadInput
+from lit_sparse.selections import LIMIT
 
 
 def entry_targets(

@@ -30,6 +30,9 @@ UNANSWERED = {"prompt": "completion", "instruction": "output", "question": "answ
 STAND_IN = {"messages": {"role": "assistant", "content": "-"}, "conversations": {"from": "gpt", "value": "-"}}
 """The same for rows of turns."""
 
+COLDEST = 1e-6
+"""Least temperature above 0: logits divided by it are far from the largest number of float32."""
+
 
 def generate(
     run: Path,
@@ -69,6 +72,13 @@ def generate(
         raise BadInput(
             f"max_new_tokens is {max_new_tokens} and temperature {temperature}; at least 1 and at least 0 are wanted."
         )
+    if 0 < temperature < COLDEST:
+        raise BadInput(
+            f"temperature is {temperature}, too small to divide logits by; give 0, which takes the likeliest token, or "
+            f"{COLDEST} or more."
+        )
+    if not -(2**63) <= seed < 2**64:  # torch takes no other
+        raise BadInput(f"seed is {seed}; it must be a whole number below 2^64.")
     asked = [*typed([prompt] if isinstance(prompt, str) else prompt), *(read_prompts(file) if file else ())]
     check_wishes(asked, base, chat, output)
     place = device_of(device)
@@ -281,10 +291,13 @@ def prompt_ids(encoder: Encoder, prompt: Prompt, module: LitSparse) -> list[int]
     """Return the token ids of `prompt` as they precede the answer in a training row.
 
     Raises:
-        BadInput: if the chat template rejects it, or it leaves no position for an answer.
+        BadInput: if it is not Unicode, the chat template rejects it, or it leaves no position for an answer.
     """
     try:
+        prompt.text.encode()
         ids = encoder.encode_prompt(prompt.item)
+    except UnicodeEncodeError as error:  # Python reads bytes that are not UTF-8 as halves of surrogate pairs
+        raise BadInput(f"{prompt.where} is no text in UTF-8: {prompt.text!a}; write it in UTF-8.") from error
     except BadRow as error:
         raise BadInput(f"{prompt.where} cannot be asked: {error}.") from error
     room = positions(module)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from transformers.utils.hub import cached_file
 from lit_sparse.anatomy import backbone, classification_head, decoder_layers, is_quantized_linear
 from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
-from lit_sparse.library_errors import MALFORMED, met_in_transformers, refusal_of
+from lit_sparse.library_errors import REFUSED, due_to_files, refusal_of
 from lit_sparse.modules.hollow import (
     Hollow,
     Unreadable,
@@ -71,14 +72,16 @@ def load_base(
         options["device_map"] = {"": device or torch.device("cpu")}
     with load_errors(base, attention):
         config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False, **(config_options or {}))
+        check_sizes(base, config)
         check_files(base)
         if quantize is not None:  # given None, transformers itself skips the head of a language model
             options["quantization_config"].llm_int8_skip_modules = head_names(auto_class, config) or None
         if is_drawn(base):
             return draw_model(auto_class, config, options, seed)
-        model, found = auto_class.from_pretrained(
-            resolve(base), config=config, output_loading_info=True, trust_remote_code=False, **options
-        )
+        # What differs is told by check_complete: transformers' error only points to a table in the log.
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = auto_class.from_pretrained(resolve(base), config=config, trust_remote_code=False, **options)
+    check_complete(base, model, found)
     draw_head(model, found["missing_keys"])
     for module in model.modules():
         if is_quantized_linear(module):
@@ -109,6 +112,7 @@ def load_hollow(
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     with load_errors(base, attention):
         config = AutoConfig.from_pretrained(resolve(base), trust_remote_code=False, **(config_options or {}))
+        check_sizes(base, config)
         check_files(base)
         try:
             options["dtype"] = (config.dtype or dtype_in_files(resolve(base))) if dtype == "auto" else dtype
@@ -154,18 +158,15 @@ def load_errors(base: str, attention: str | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, SafetensorError, StrictDataclassError) as error:
-        raise BadInput(_reason(base, error, attention if isinstance(error, ValueError) else None)) from error
-    except MALFORMED as error:
-        if not met_in_transformers(error):
-            raise
-        raise BadInput(
-            f"a file of {base!r} is malformed ({type(error).__name__}: {error}); bring the model again."
-        ) from error
     except ImportError as error:
         if attention is None:
             raise
         raise BadInput(_reason(base, error, attention)) from error
+    except Exception as error:  # what transformers and torch meet in malformed files is of any class
+        if isinstance(error, BadInput) or not due_to_files(error):
+            raise
+        of_attention = isinstance(error, ValueError) and not isinstance(error, StrictDataclassError)
+        raise BadInput(_reason(base, error, attention if of_attention else None)) from error
 
 
 def _reason(base: str, error: Exception, attention: str | None) -> str:
@@ -177,12 +178,73 @@ def _reason(base: str, error: Exception, attention: str | None) -> str:
         )
     if isinstance(error, SafetensorError):
         return f"the weights of {base!r} are damaged ({reason}); bring the model again."
+    if not isinstance(error, (*REFUSED, ImportError, UnpicklingError)):
+        return f"no model can be made of the files of {base!r} ({reason}); correct its config.json, or bring it again."
     if attention is None:
         return f"no model could be loaded from {base!r}: {reason}"
     return (
         f"no model could be loaded from {base!r} with model.attention {attention}: {reason.rstrip('.')}; leave it out "
         "for transformers' own choice, or give --model.attention eager."
     )
+
+
+LEAST = {"hidden_size": 1, "num_hidden_layers": 1, "vocab_size": 2}
+"""Sizes that a model's configuration must give, with the least of each; families name them differently."""
+
+
+def check_sizes(base: str, config: PreTrainedConfig) -> None:
+    """Refuse a configuration whose sizes make no model, on which torch would fail later or not at all.
+
+    Raises:
+        BadInput: naming the sizes.
+    """
+    text = config.get_text_config()
+    sizes = {size: getattr(text, size, None) for size in (*LEAST, "num_attention_heads", "num_key_value_heads")}
+    if below := [
+        f"{size} {value} (at least {LEAST[size]})"
+        for size, value in sizes.items()
+        if size in LEAST and isinstance(value, int) and value < LEAST[size]
+    ]:
+        raise BadInput(f"the configuration of {base} has {' and '.join(below)}; correct it, or bring the model again.")
+    heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise BadInput(
+            f"the configuration of {base} has num_attention_heads {heads} and num_key_value_heads {shared}, which must "
+            "divide it; correct it, or bring the model again."
+        )
+
+
+SHOWN = 3
+"""Most names of weights in a message."""
+
+
+def check_complete(base: str, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Refuse files that lack weights of `model`, which transformers draws, or have them in another shape.
+
+    A classification head may be missing: it is drawn.
+
+    Args:
+        found: What transformers tells of the loading (`output_loading_info`): names, without tied weights and those
+            that the model's class says may be missing; and names with two shapes.
+
+    Raises:
+        BadInput: naming the first weights, and how many there are.
+    """
+    if other := sorted(found["mismatched_keys"]):
+        name, there, wanted = other[0]
+        more = f" ({len(other)} weights differ)" if len(other) > 1 else ""
+        raise BadInput(
+            f"the files of {base!r} have {name} in the shape {tuple(there)}, but its config.json asks for "
+            f"{tuple(wanted)}{more}; correct the config.json, or bring the model again."
+        )
+    heads = tuple(f"{name}." for name in classification_head(model))
+    own = {name for name, _ in model.named_parameters()}  # buffers are computed
+    if lost := sorted(name for name in found["missing_keys"] if name in own and not name.startswith(heads)):
+        more = f" and {len(lost) - SHOWN} more" if len(lost) > SHOWN else ""
+        raise BadInput(
+            f"the files of {base!r} lack {len(lost)} of the weights that its config.json asks for: "
+            f"{', '.join(lost[:SHOWN])}{more}; correct the config.json, or bring the model again."
+        )
 
 
 def trained_classes(base: Any) -> list[str]:

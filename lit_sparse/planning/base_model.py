@@ -17,13 +17,11 @@ from lit_sparse.demo import resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.hollow import Hollow
-from lit_sparse.modules.loading import load_errors
+from lit_sparse.modules.loading import LEAST, check_sizes, load_errors
 from lit_sparse.planning import pretended, quantized
 from lit_sparse.planning.device_choices import Device
 from lit_sparse_profiling.trace import Trace
 
-SIZES = ("hidden_size", "num_hidden_layers", "vocab_size")
-"""Sizes that a model's configuration must give; families name them differently."""
 VIEWS = {
     "device",
     "view",
@@ -79,30 +77,28 @@ def meta_model(module: LitSparse) -> PreTrainedModel:
         raise BadInput(f"model.base is {module.base!r}; it must be a name, a folder, or a config.json.")
     with load_errors(module.base):
         config = AutoConfig.from_pretrained(resolve(module.base), trust_remote_code=False, **module.config_options)
-        _check_sizes(module.base, config)
+        _check_given(module.base, config)
         with torch.device("meta"):
             return module.auto_class.from_config(
                 config, dtype=module.frozen_dtype, attn_implementation=module.attention
             )
 
 
-def _check_sizes(base: str, config: PreTrainedConfig) -> None:
-    """Refuse a configuration that leaves sizes to the defaults of its family, or has none above 0.
+def _check_given(base: str, config: PreTrainedConfig) -> None:
+    """Refuse a configuration that leaves sizes to the defaults of its family, or whose sizes make no model.
 
     Raises:
         BadInput: naming the sizes.
     """
     given, _ = PreTrainedConfig.get_config_dict(resolve(base))
     names = {name for part in (given, *given.values()) if isinstance(part, dict) for name in part}
-    missing = [size for size in SIZES if not {size, config.attribute_map.get(size)} & names]
+    missing = [size for size in LEAST if not {size, config.attribute_map.get(size)} & names]
     if missing:
         raise BadInput(
             f"the configuration of {base} gives no {' and no '.join(missing)}, so that its memory cannot be predicted; "
             "add them, or give another model."
         )
-    text = config.get_text_config()
-    if below := [f"{size} {value}" for size in SIZES if isinstance(value := getattr(text, size, 1), int) and value < 1]:
-        raise BadInput(f"the configuration of {base} has {' and '.join(below)}; give sizes of 1 or more.")
+    check_sizes(base, config)
 
 
 class _Ops(TorchDispatchMode):

@@ -55,6 +55,23 @@ def test_a_damaged_choice_is_refused(tmp_path):
         read_choice(path, {"q": torch.zeros(8, 8)}, "SMT")
 
 
+NO_INDEX = [
+    *("[[1099511627776, 0]]", "[[4294967296, 0]]", "[[-1, 0]]", f"[[{10**30}, 0]]"),
+    *(
+        "[[0.5, 0]]",
+        "[[true, false]]",
+        "[[0, true]]",
+        "[[[0, 0]]]",
+        "[0, 0]",
+        "[[0, 0, 0]]",
+        "null",
+        '"00"',
+        '{"0": 0}',
+    ),
+]
+NO_SIZE = ["[8.5, 8]", "[0, 4]", "[-4, 4]", "[true, 4]", "[4, 4, 4]", "null"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -64,7 +81,17 @@ def test_a_damaged_choice_is_refused(tmp_path):
         ('{"q": {"size": [4]}}', "no choice of blocks could be read"),
         ('{"v": {"size": [4, 4], "index": [[0, 0]]}}', "selects blocks of v, which is not among"),
         ('{"q": {"size": [4, 4], "index": [[0, 2]]}}', "a block outside the 2 x 2 blocks of q"),
+        *((f'{{"q": {{"size": [4, 4], "index": {index}}}}}', r"`index` must be \[\[row, column") for index in NO_INDEX),
+        *((f'{{"q": {{"size": {size}, "index": [[0, 0]]}}}}', r"`size` must be \[height, width") for size in NO_SIZE),
+        ('{"q": {"size": [1000000000, 4], "index": [[0, 0]]}}', "no target matrix has a side longer than 8"),
+        (f'{{"q": {{"size": [{10**30}, 4], "index": [[0, 0]]}}}}', "no target matrix has a side longer than 8"),
+        ('{"q": {"size": [4, 4], "index": [[0, 1], [0, 1]]}}', r"selects the block \[0, 1\] of q twice"),
+        ('{"q": {"size": [4, 4], "index": []}}', "selects no block"),
+        ("{}", "selects no block"),
+        ('{"q": {"size": [4, 4], "index": []}, "q": {"size": [4, 4], "index": [[0, 0]]}}', "q is there twice"),
+        ('{"a":' * 9000 + "1" + "}" * 9000, "nested too deeply"),
     ],
+    ids=lambda value: str(value)[:60],
 )
 def test_a_bad_file_is_one_sentence(tmp_path, content, message):
     path = tmp_path / "blocks.json"

@@ -289,7 +289,7 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["full.yaml", "--model.base", "BARE"], "gives no hidden_size and no num_hidden_layers and no vocab_size"),
         (["full.yaml", "--model.base", "WORDS"], "Field 'num_hidden_layers' expected int, got str (value: 'many')"),
         (["full.yaml", "--model.base", "UNEVEN"], "The hidden size (66) is not a multiple of the number of attention"),
-        (["full.yaml", "--model.base", "ZERO"], "has hidden_size 0; give sizes of 1 or more"),
+        (["full.yaml", "--model.base", "ZERO"], "has hidden_size 0 (at least 1); correct it"),
         (["full.yaml", "--model.base", "/nowhere/at/all"], "no model could be loaded from '/nowhere/at/all'"),
         (["lora.yaml", "--model.quantize", "int8"], "model.quantize is int8, where what is kept of a batch depends"),
         (["smt.yaml", *SHARDED[1:], "--model.updates.warmup=update"], "trainer.strategy is fsdp2, but SMT"),

@@ -235,3 +235,19 @@ def test_weight_0_and_what_comes_before_a_completion_are_not_learnt() -> None:
         " mat\n<|end|>"
     ]
     assert learnt(made, {"prompt": CHAT["messages"][:3], "completion": CHAT["messages"][3:]}) == [" mat\n<|end|>"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "named"),
+    [
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("1 + 'a'", "TypeError: "),
+        ("'{:d}'.format('a')", "ValueError: "),
+        ("range(10**9)", "OverflowError: "),
+        ("messages[0].content.nothing()", "no attribute 'nothing'"),
+    ],
+)
+def test_an_error_inside_of_a_template_is_the_templates(chat_tokenizer, fault, named) -> None:
+    chat_tokenizer.chat_template = f"{{{{ {fault} }}}}{chat_tokenizer.chat_template}"
+    with pytest.raises(BadRow, match=rf"the tokenizer's chat template (fails on|refuses) it \(.*{named}"):
+        Encoder(chat_tokenizer, "chat").encode(parse({"prompt": "a", "completion": "b"}))

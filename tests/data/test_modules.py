@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_sparse import demo
-from lit_sparse.data import Embedded, Instructions, Synthetic, Text
+from lit_sparse.data import Embedded, Instructions, Labelled, Synthetic, Text
 from lit_sparse.data.evaluation import samples
 from lit_sparse.data.rows import parse
 from lit_sparse.errors import BadInput
@@ -143,6 +143,12 @@ def test_cuts_and_ignored_keys_are_printed(chat_tokenizer, jsonl, caplog):
     assert caplog.text.count("train: 1 rows have over 20 tokens and are cut there.") == 2
     assert "train: nothing is read from `source` (1 rows)." in caplog.text
     assert "answers end with <|im_end|>" in caplog.text
+
+
+@pytest.mark.parametrize("module", [Instructions, Labelled])
+def test_padding_beyond_the_longest_row_is_refused(module, jsonl):
+    with pytest.raises(BadInput, match="`pad_to_multiple_of` is 1000000000, but rows have at most `max_length` 20"):
+        module(jsonl(PASSAGES), heldout=0, max_length=20, pad_to_multiple_of=10**9)
 
 
 def test_a_prompt_that_the_template_refuses_is_placed(chat_tokenizer, jsonl):

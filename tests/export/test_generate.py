@@ -93,6 +93,25 @@ def test_refuses_a_run_that_diverged(tmp_path: Path) -> None:
         generate(run.folder, "t5")
 
 
+@pytest.mark.parametrize("wish", [{"temperature": 1e-320}, {"seed": 10**30}, {"seed": -(10**30)}], ids=str)
+def test_refuses_numbers_beyond_those_of_torch(wish: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"{next(iter(wish))} is "):
+        generate(tmp_path, "t5", **wish)
+
+
+def test_the_coldest_temperature_takes_the_likeliest_token(talking: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for temperature in (0.0, 1e-6):
+        generate(talking.folder, "t5 t6", max_new_tokens=8, temperature=temperature)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_refuses_a_prompt_that_is_not_unicode(talking: Run) -> None:
+    with pytest.raises(BadInput, match=r"the prompt is no text in UTF-8: 't5 \\udce9'"):
+        generate(talking.folder, "t5 \udce9")
+
+
 @pytest.fixture(scope="module")
 def fluent(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose base has a chat template."""

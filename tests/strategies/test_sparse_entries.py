@@ -234,6 +234,9 @@ def test_as_many_as_a_lora_has():
     assert all(len(layer.index) == 2 * sum(layer.weight.shape) for layer in layers_of(model).values())
 
 
+NO_INDEX = [[0.5], [True], [1, True], [2**32], [2**40], [10**30], [-1], [[1]], None, "1", 1]
+
+
 def test_a_selection_is_read_from_a_file(tmp_path):
     name = next(iter(linears(tiny_llm())))
     (tmp_path / "chosen.json").write_text(json.dumps({"matrices": {name: {"index": [7, 3]}}}))
@@ -244,7 +247,9 @@ def test_a_selection_is_read_from_a_file(tmp_path):
         json.dumps({"matrices": {"head": {"index": [1]}}}): "not among the",
         json.dumps({"matrices": {name: {"index": [10**6]}}}): "outside the",
         json.dumps({"matrices": {name: {"index": []}}}): "selects no entry",
-        json.dumps({"matrices": {name: {"index": [0.5]}}}): "whole numbers",
+        **{json.dumps({"matrices": {name: {"index": index}}}): "whole numbers" for index in NO_INDEX},
+        f'{{"matrices": {{"{name}": {{"index": [1]}}, "{name}": {{"index": [2]}}}}}}': "is there twice",
+        '{"matrices":' * 9000 + "1" + "}" * 9000: "nested too deeply",
     }.items():
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(BadInput, match=message):
