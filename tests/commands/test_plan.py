@@ -1,6 +1,8 @@
 """The command `lit-sparse plan`: what it predicts, what it prints, and what it refuses."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,7 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["smt.yaml", *SHARDED[1:], "--model.updates.warmup=update"], "trainer.strategy is fsdp2, but SMT"),
         ([*SHARDED, "--trainer.strategy.offload=true"], "trainer.strategy has offload, whose host memory plan does"),
         ([*SHARDED, "--trainer.strategy.replicas=2"], "replicas 2, which do not divide 1 ranks; give a divisor"),
+        (["full.yaml", "--json", "."], "The plan was to be written to ., which is a folder; name a file."),
         (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written"),
     ],
 )
@@ -322,6 +325,31 @@ def test_bad_input_is_one_sentence(
     printed = capsys.readouterr().err.strip()
     assert said in printed.replace("\n", " ")
     assert printed.startswith("lit-sparse: ")
+
+
+def test_json_replaces_plans_only_and_keeps_them_where_the_disk_is_full(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["full.yaml", "--model.base", base, "--data.vocab_size", "96", "--data.max_length", "16"]
+    file = tmp_path / "plans.json"
+    file.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "planned", lambda *_: pytest.fail("it was planned"))
+        assert run(monkeypatch, *words, "--json", str(file)) == 2
+    assert "no earlier plan; give another path, or remove it." in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    file.write_text("")
+    plans(monkeypatch, tmp_path, *words)
+    before = plans(monkeypatch, tmp_path, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        assert run(monkeypatch, *words, "--json", str(file)) == 2
+    assert "plans.json cannot be written: No space left on device; give another file." in capsys.readouterr().err
+    assert json.loads(file.read_text()) == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_trace_ends_at_its_limit_of_time(base: str) -> None:

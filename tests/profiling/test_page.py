@@ -325,7 +325,7 @@ def test_a_file_that_is_no_record_is_told_in_the_page(tmp_path: Path) -> None:
 def test_report_writes_the_page_in_place_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_runs(tmp_path / "runs", gpu_record("smt"))
     out = tmp_path / "page.html"
-    out.write_text("old")
+    out.touch()
     assert report([str(root)], output=str(out), cards=CARDS) == 0
     assert re.fullmatch(r"Page of 1 runs: .*page.html \(\d\.\d MB, opens offline\)\n", capsys.readouterr().out)
     assert out.read_text().startswith("<!DOCTYPE html>")

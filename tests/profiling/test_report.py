@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
@@ -12,7 +13,6 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lit_sparse_profiling import gate as gate_file
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import details, markdown, report, table, tables
@@ -509,7 +509,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_baseline(baseline: Path, monkeyp
         raise OSError("no space left on device")
 
     before = baseline.read_text()
-    monkeypatch.setattr(gate_file.os, "replace", no_disk)
+    monkeypatch.setattr(os, "replace", no_disk)
     with pytest.raises(OSError, match="no space"):
         save_baseline(runs(OOM), baseline)
     assert baseline.read_text() == before
