@@ -590,6 +590,21 @@ def test_several_runs_are_compared_with_their_reasons(tmp_path: Path, capsys: py
     assert "where the memory went" not in out
 
 
+@pytest.mark.parametrize("value", [str(10**400), "1e999", "NaN", '"Infinity"', "-1", "0"])
+def test_a_forged_number_is_told_or_shown_and_the_other_runs_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    written(tmp_path, CPU, replace(GPU, name="odd-1", seconds=-7.5, memory=replace(GPU.memory, growth=-7.5)))
+    odd = tmp_path / "odd-1" / "record.json"
+    document = json.loads(odd.read_text())
+    odd.write_text(json.dumps({**document, "sha256": None}).replace("-7.5", value))
+    assert report([str(tmp_path)]) == 0
+    assert report([str(tmp_path)], output=str(tmp_path / "page.html")) == 0
+    out = capsys.readouterr().out
+    assert ("odd-1: unreadable: " in out) == (len(value) > 400)
+    assert "smt-1" in out
+
+
 def test_a_run_without_measurements_has_no_details(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report([str(written(tmp_path, OOM))]) == 0
     assert "where the memory went" not in capsys.readouterr().out
