@@ -18,7 +18,7 @@ from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.places import configs_folder
-from lit_sparse.planning.forecast import Forecast, Setting, forecast
+from lit_sparse.planning.forecast import MOST_TOKENS, Forecast, Setting, forecast
 from lit_sparse.planning.levers import CHECKPOINTING, NF4, ONE_ROW, SHARDED
 from lit_sparse.storage.whole import replace_text
 from lit_sparse_profiling.drafts import begins, check_replaceable
@@ -181,13 +181,14 @@ def largest_batch(first: Forecast, at: Callable[[int], Forecast], card: int) -> 
     """Return the largest batch that fits a card, 0 if none does.
 
     A second plan gives the slope in the batch size. Segments of the allocator make it a rough one, so that a batch that
-    was found gives a better one, for another try. The result is planned itself, and reduced until it fits.
+    was found gives a better one, for another try. The result is planned itself, and reduced until it fits. It has at
+    most `MOST_TOKENS`.
     """
     size, room = first.setting.batch_size, CARDS[card] * 2**20
     known, best = at(2 * size), 0
     for _ in range(2):
         slope = max(1.0, (known.needed - first.needed) / (known.setting.batch_size - size))
-        guess = int(size + (room - first.needed) / slope)
+        guess = min(int(size + (room - first.needed) / slope), MOST_TOKENS // first.setting.length)
         while guess > best:
             plan = at(guess)
             if plan.needed <= room:
