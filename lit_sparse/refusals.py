@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch import callbacks
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.profilers import Profiler
@@ -48,6 +49,8 @@ LEAST: dict[str, tuple[float, str]] = {
     "log_every_n_steps": (1, "but it is a number of steps; give 1 or more, or trainer.logger=false"),
 }
 """Keys of `trainer` with the least number that makes sense, and why."""
+MOST_BATCHES = 10**6
+"""Bound of `accumulate_grad_batches`, far below the number at which torch can no longer divide a loss by it."""
 
 
 # ---- jsonargparse
@@ -207,14 +210,36 @@ def check_trainer_words(trainer: Mapping[str, Any]) -> None:
     check_word("profiler", trainer["profiler"], ["simple", "advanced", "pytorch"])
     accelerator = check_accelerator(trainer["accelerator"])
     check_devices(trainer["devices"], accelerator)
-    for key, (least, why) in LEAST.items():
-        if isinstance(trainer[key], int | float) and not trainer[key] >= least:  # nor NaN
-            raise BadInput(f"trainer.{key} is {trainer[key]}, {why}.")
+    check_trainer_numbers(trainer)
     if trainer["barebones"]:
         raise BadInput(
             "trainer.barebones is true, which keeps no log, checkpoint or score of a fit; leave it out, or measure "
             "steps with lit-sparse bench."
         )
+
+
+def check_trainer_numbers(trainer: Mapping[str, Any]) -> None:
+    """Refuse numbers of `trainer` that make no sense, and those that are too large to count with.
+
+    Raises:
+        BadInput: naming the key.
+    """
+    for key, (least, why) in LEAST.items():
+        if isinstance(trainer[key], int | float) and not trainer[key] >= least:  # nor NaN
+            raise BadInput(f"trainer.{key} is {trainer[key]}, {why}.")
+    if trainer["accumulate_grad_batches"] > MOST_BATCHES:
+        raise BadInput(
+            f"trainer.accumulate_grad_batches is {trainer['accumulate_grad_batches']}, but it is a number of batches "
+            f"in a step; give 1 to {MOST_BATCHES:,}."
+        )
+    try:
+        if isinstance(trainer["max_time"], str | dict):
+            callbacks.Timer(trainer["max_time"])
+    except OverflowError as error:
+        raise BadInput(
+            f"trainer.max_time is {trainer['max_time']}, longer than Python can count; give days:hours:minutes:seconds "
+            "such as 00:08:00:00, or null."
+        ) from error
 
 
 def check_word(key: str, word: Any, names: Sequence[str]) -> None:

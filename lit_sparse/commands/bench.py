@@ -29,6 +29,8 @@ from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report
 from lit_sparse_profiling.runner import Job, Repeat, execute, hash_sources, plan_repeats
 
+MOST_REPEATS, MOST_MINUTES = 10_000, 10**6
+"""Bounds of --repeat, each run of which is planned ahead, and of --minutes: two years."""
 UNENDING = 10**6
 """`max_steps` of a measured fit, so large that the learning rate stays at the start of its schedule."""
 GRACE = 600.0
@@ -81,6 +83,13 @@ def bench(argv: Sequence[str]) -> int:
             f"--repeat {asked.repeat}, --steps {asked.steps} and --minutes {asked.minutes} were asked for; "
             "give numbers above 0."
         )
+    if asked.repeat > MOST_REPEATS or asked.steps >= UNENDING or (asked.minutes or 0) > MOST_MINUTES:
+        raise BadInput(
+            f"--repeat {asked.repeat}, --steps {asked.steps} and --minutes {asked.minutes} were asked for; give at "
+            f"most {MOST_REPEATS} repeats, {UNENDING - 1} steps and {MOST_MINUTES} minutes."
+        )
+    if Path(asked.into).exists() and not Path(asked.into).is_dir():
+        raise BadInput(f"--into {asked.into} is a file, and the runs need a folder; give another path, or remove it.")
     against = None if asked.against is None else job(asked.against, asked, [*passed, *TIMED_ONLY])
     jobs = [
         replace(job(yaml_, asked, passed), against=against)

@@ -3,6 +3,7 @@
 import functools
 import io
 import operator
+import os
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from enum import Enum
@@ -101,6 +102,8 @@ def read_document(word: str) -> dict[str, Any]:
     Raises:
         BadInput: naming the file, and the line of an error in it.
     """
+    if os.path.exists(word) and not os.path.isfile(word) and not os.path.isdir(word):  # reading a pipe may not end
+        raise BadInput(f"--config {word} is a pipe or a device, which is read more than once; give the path of a YAML.")
     try:
         text = Path(word).read_text(encoding="utf-8")
     except OSError as error:

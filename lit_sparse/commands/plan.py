@@ -18,8 +18,10 @@ from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.places import configs_folder
-from lit_sparse.planning.forecast import Forecast, Setting, forecast
+from lit_sparse.planning.forecast import MOST_TOKENS, Forecast, Setting, forecast
 from lit_sparse.planning.levers import CHECKPOINTING, NF4, ONE_ROW, SHARDED
+from lit_sparse.storage.whole import replace_text
+from lit_sparse_profiling.drafts import begins, check_replaceable
 
 CARDS = {8: 8188, 12: 12282, 16: 15360, 24: 23028, 40: 40448, 48: 46068, 80: 81251, 141: 143771}
 """MiB that the driver reports for cards sold with that many GB; of several cards the least (T4, A10G, A40, A100)."""
@@ -32,6 +34,8 @@ COMPILED = (
     "model.compile is set: weights, gradients and state are exact; what is saved and temporary is that of the model as "
     "it is, an estimate and no bound."
 )
+BEGINNING = r'^\s*\[\s*\{\s*"name":\s*"(\\.|[^"\\])*",\s*"setting":\s*\{'
+"""How a file of --json begins."""
 WIDTH = 150
 """Characters of a line where there is no terminal."""
 OWN = ("--device", "--card", "--json", "--largest", "--tflops", "--config", "-c", "-h", "--help")
@@ -84,6 +88,8 @@ def plan(argv: Sequence[str], make: Make) -> int:
         raise BadInput("--largest was asked for without a card; add --card 24, or another size in GB.")
     if asked.tflops is not None and not asked.tflops > 0:
         raise BadInput(f"--tflops is {asked.tflops}; give the card's dense bf16 TFLOP/s, such as 312 for an A100.")
+    if asked.json is not None:
+        check_json(Path(asked.json))
     console, found = Console(), []
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -175,13 +181,14 @@ def largest_batch(first: Forecast, at: Callable[[int], Forecast], card: int) -> 
     """Return the largest batch that fits a card, 0 if none does.
 
     A second plan gives the slope in the batch size. Segments of the allocator make it a rough one, so that a batch that
-    was found gives a better one, for another try. The result is planned itself, and reduced until it fits.
+    was found gives a better one, for another try. The result is planned itself, and reduced until it fits. It has at
+    most `MOST_TOKENS`.
     """
     size, room = first.setting.batch_size, CARDS[card] * 2**20
     known, best = at(2 * size), 0
     for _ in range(2):
         slope = max(1.0, (known.needed - first.needed) / (known.setting.batch_size - size))
-        guess = int(size + (room - first.needed) / slope)
+        guess = min(int(size + (room - first.needed) / slope), MOST_TOKENS // first.setting.length)
         while guess > best:
             plan = at(guess)
             if plan.needed <= room:
@@ -330,6 +337,25 @@ def write(path: Path, found: Sequence[Found]) -> None:
         for one in found
     ]
     try:
-        path.write_text(json.dumps(plans, indent=1) + "\n", encoding="utf-8")
+        replace_text(json.dumps(plans, indent=1) + "\n", path)
     except OSError as error:
-        raise BadInput(f"--json {path} cannot be written: {error.strerror or error}; give another file.") from error
+        raise not_written(path, error) from error
+
+
+def check_json(path: Path) -> None:
+    """Refuse a file for --json that may not be replaced, before the plans, which take minutes.
+
+    Raises:
+        BadInput: if anything but an earlier file of --json is at `path`.
+    """
+    try:
+        check_replaceable(path, "plan", lambda file: begins(file, BEGINNING))
+    except OSError as error:
+        raise not_written(path, error) from error
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def not_written(path: Path, error: OSError) -> BadInput:
+    """Return the error of a file for --json that cannot be written."""
+    return BadInput(f"--json {path} cannot be written: {error.strerror or error}; give another file.")

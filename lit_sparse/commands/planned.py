@@ -7,6 +7,7 @@ from typing import Any
 
 from lit_sparse.commands.fit import CLI, start
 from lit_sparse.commands.plan import Planned
+from lit_sparse.commands.refusals import check_trainer_numbers
 from lit_sparse.errors import BadInput
 
 
@@ -26,10 +27,12 @@ class Planning(CLI):
         """Return the module, and what else decides its memory.
 
         Raises:
-            BadInput: if the ranks keep what they shard in host memory, or are no whole groups.
+            BadInput: if the ranks keep what they shard in host memory, or are no whole groups, or a number of the
+                trainer makes no sense.
         """
         config, data = self.config["fit"], self.datamodule
         trainer = config.trainer
+        check_trainer_numbers(trainer)
         ranks = devices_of(trainer.devices) * trainer.num_nodes
         options = getattr(trainer.strategy, "init_args", {})
         replicas = options.get("replicas", 1)

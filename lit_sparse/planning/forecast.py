@@ -18,7 +18,7 @@ from lit_sparse.modules.loading import quantization
 from lit_sparse.optim import trainable
 from lit_sparse.planning import quantized
 from lit_sparse.planning.device_choices import ON_CPU, choices_of
-from lit_sparse.planning.training import Setting, batch_of, trace_training
+from lit_sparse.planning.training import MICRO_BATCHES, Setting, batch_of, trace_training
 from lit_sparse_profiling.caching import replay
 from lit_sparse_profiling.timeline import BOUNDARY, Moment
 from lit_sparse_profiling.trace import Trace
@@ -27,6 +27,9 @@ from lit_sparse_profiling.workspaces import cpu_workspace
 CONTEXT = 760 * 2**20
 """Bytes of a CUDA context with its kernels, beside the allocator: as measured on an H200 (benchmarks/results/gpu.jsonl,
 `nvml_process` less `reserved`)."""
+
+MOST_TOKENS, MOST_RANKS = 2**23, 10**6
+"""Bounds of the tokens of a batch and of the ranks: the time and the memory of a trace grow with both."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,9 @@ def _traced(name: str, module: LitSparse, setting: Setting, seconds: float | Non
     if setting.device == "cuda":
         reserved = replay(trace.events, [block.size for block in trace.blocks]).reserved
     model = module.build()
+    traced = min(setting.micro_batches, MICRO_BATCHES)
+    repeated = ("optimizer step",) if module.updates.backward == "none" else ("forward", "backward")
+    flops = {phase: n * setting.micro_batches // traced if phase in repeated else n for phase, n in trace.flops.items()}
     steps = max(1, sum(phase == "optimizer step" for _, phase in trace.marks) - 1)  # the last one is a repetition
     return Forecast(
         name,
@@ -143,7 +149,7 @@ def _traced(name: str, module: LitSparse, setting: Setting, seconds: float | Non
         reserved,
         phases,
         kept,
-        sum(flops for phase, flops in trace.flops.items() if phase != "selection") // steps,
+        sum(n for phase, n in flops.items() if phase != "selection") // steps,
         perf_counter() - begin,
         module.activation_checkpointing,
         compiled,
@@ -155,8 +161,18 @@ def _check(module: LitSparse, setting: Setting) -> None:
     """Refuse what is not traced, and what a fit would refuse.
 
     Raises:
-        BadInput: naming the key to leave out.
+        BadInput: naming the key to leave out, or a number that is too large.
     """
+    if setting.batch_size * setting.length > MOST_TOKENS:
+        raise BadInput(
+            f"a batch of {setting.batch_size} x {setting.length} tokens was to be planned, but at most {MOST_TOKENS:,} "
+            "tokens can be; set data.batch_size or data.max_length lower."
+        )
+    if setting.ranks > MOST_RANKS:
+        raise BadInput(
+            f"{setting.ranks} ranks were to be planned, but at most {MOST_RANKS:,} can be; set trainer.devices or "
+            "trainer.num_nodes lower."
+        )
     if module.quantize == "nf4":
         quantization("", module.quantize, torch.float32)  # refuses without bitsandbytes
     if setting.sharded:

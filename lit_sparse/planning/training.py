@@ -14,8 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_sparse.data.collate import Padded, Padding
-from lit_sparse.data.encoding import Example
+from lit_sparse.data.collate import scored_positions
 from lit_sparse.modules import CausalLM, LitSparse
 from lit_sparse.modules.forward_only import WindowLoss
 from lit_sparse.optim import AdamW, trainable
@@ -27,6 +26,8 @@ from lit_sparse_profiling.trace import Trace
 
 CUBLAS_WORKSPACE = 32 * 2**20
 """Bytes that cuBLAS keeps for each thread that multiplies, on Hopper; 8 MiB on older cards."""
+MICRO_BATCHES = 2
+"""Batches of a step that are traced: the second finds the gradients of the first, and each later one is like it."""
 
 
 @dataclass(frozen=True)
@@ -130,12 +131,11 @@ def steps_of(module: LitSparse) -> list[int]:
 
 def batch_of(module: LitSparse, setting: Setting) -> dict[str, Tensor]:
     """Return a batch of full rows, all of whose tokens are scored; a classifier has a label for each row."""
-    row = [1 + number % 7 for number in range(setting.length)]
-    batch = Padded(Padding())([Example(row, row)] * setting.batch_size)
+    rows = (torch.arange(setting.length) % 7 + 1).repeat(setting.batch_size, 1)
+    batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows)}
     if isinstance(module, CausalLM):
-        return batch
-    names = ("input_ids", "attention_mask")
-    return {**{name: batch[name] for name in names}, "labels": torch.zeros(setting.batch_size, dtype=torch.int64)}
+        return {**batch, "labels": rows.clone(), "scored": scored_positions(rows)}
+    return {**batch, "labels": torch.zeros(setting.batch_size, dtype=torch.int64)}
 
 
 def _probe_of(module: LitSparse, batch: Mapping[str, Tensor], trace: Trace, device: Device) -> Any:
@@ -164,12 +164,13 @@ def _step(
         trace.phase("optimizer step")
         updates.before_step(step, optimizer)
         with torch.no_grad():
-            optimizer.step(WindowLoss(module, [batch] * micro_batches))  # pyright: ignore[reportArgumentType, reportCallIssue]
+            batches = [batch] * min(micro_batches, MICRO_BATCHES)
+            optimizer.step(WindowLoss(module, batches))  # pyright: ignore[reportArgumentType, reportCallIssue]
     else:
         if updates.backward == "fused":
             updates.before_step(step, optimizer)
         loss: Tensor | None = None
-        for _ in range(min(micro_batches, 2)):
+        for _ in range(min(micro_batches, MICRO_BATCHES)):
             trace.phase("forward")
             loss = module.weighed_loss(batch, micro_batches)
             trace.phase("backward")

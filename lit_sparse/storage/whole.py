@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from lit_sparse.errors import BadInput
+from lit_sparse_profiling.drafts import ENDING
 
 MARK = b"\nlit_sparse sha256 "
 TRAILER = len(MARK) + 64
@@ -183,6 +184,7 @@ def not_written(path: Path, error: OSError) -> BadInput:
 
 def replace_text(text: str, path: Path) -> None:
     """Write a text file to `path` in one rename, so that a reader sees the old text or the new one."""
+    path = Path(os.path.realpath(path))  # a link stays one
     draft = draft_of(path)
     try:
         with draft.open("w", encoding="utf-8", newline="") as file:
@@ -201,7 +203,7 @@ def draft_of(path: Path) -> Path:
 
 def remove_drafts(run: Path) -> None:
     """Remove what killed processes have left in a run's folder of files that they were writing."""
-    for pattern in (".*.part", "checkpoints/.*.part", ".record.json.*"):
+    for pattern in (".*.part", "checkpoints/.*.part", f".record.json.*{ENDING}"):
         for draft in run.glob(pattern):
             draft.unlink(missing_ok=True)
 
@@ -251,6 +253,9 @@ def _archive_damage(path: Path) -> str | None:
     """Return what is wrong with a zip archive, by the CRC-32 of each entry."""
     try:
         with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type != zipfile.ZIP_STORED:  # a few bytes may stand for gigabytes
+                    return f"its part {entry.filename} is compressed, which torch.save never does"
             bad = archive.testzip()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         return str(error)

@@ -11,6 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters, which a terminal obeys, and those that turn the direction of a text around."""
 
+MOST = 10**30
+"""Bound of whole numbers in a document: beyond any count, far below where Python cannot divide them as floats."""
+
 
 def printable(text: str) -> str:
     """Return a text of a document with a mark in place of what a terminal or a browser would obey."""
@@ -48,7 +51,8 @@ def parse_as(value: Any, wanted: Any, where: str) -> Any:
         where: Path of the value in its document, for the error message.
 
     Raises:
-        ValueError: if the value has another type, or an object has unknown or missing fields.
+        ValueError: if the value has another type, is a whole number above `MOST`, or an object has unknown or missing
+            fields.
     """
     if wanted is Any:
         return value
@@ -62,6 +66,8 @@ def parse_as(value: Any, wanted: Any, where: str) -> Any:
         return {key: parse_as(item, get_args(wanted)[1], f"{where}.{key}") for key, item in value.items()}
     if get_origin(wanted) is Literal and value in get_args(wanted):
         return value
+    if type(value) is int and abs(value) > MOST:
+        raise ValueError(f"{where} is a number above {MOST:.0e} in size, which no measurement gives")
     if wanted is float and (type(value) is int or value in ("NaN", "Infinity", "-Infinity")):
         return float(value)
     if type(value) is wanted:  # not isinstance: True is an int, and must not pass for a number of bytes

@@ -4,7 +4,41 @@ from __future__ import annotations
 
 import glob
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+
+ENDING = ".lit-sparse-draft"
+"""Ending of a draft's name, after the number of its process: `.report.html.20261128` may be a user's copy."""
+
+
+def check_replaceable(path: Path, what: str, ours: Callable[[Path], bool]) -> None:
+    """Refuse to write to `path` if that would destroy anything but an earlier file of the same kind.
+
+    Args:
+        path: Where a file is to be written; an empty file there may be replaced.
+        what: The kind of file, as in "page".
+        ours: Returns whether the file at a path is of that kind, by its contents.
+
+    Raises:
+        ValueError: if a folder, a device, a pipe or another kind of file is there.
+        OSError: if it cannot be read.
+    """
+    asked = f"The {what} was to be written to {path}"
+    if path.is_dir():
+        raise ValueError(f"{asked}, which is a folder; name a file.")
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError(f"{asked}, which is a device or a pipe; name a file.")
+    if path.stat().st_size and not ours(path):
+        raise ValueError(f"{asked}, but the file there is no earlier {what}; give another path, or remove it.")
+
+
+def begins(path: Path, pattern: str) -> bool:
+    """Return whether a regular expression is found in the beginning of the file at `path`, however long that is."""
+    with path.open("rb") as file:
+        return re.search(pattern.encode(), file.read(4096)) is not None
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -13,8 +47,9 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: if it cannot be written; what was there stays, and no draft.
     """
+    path = Path(os.path.realpath(path))  # a link stays one
     remove_left(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
+    draft = path.with_name(f".{path.name}.{os.getpid()}{ENDING}")  # same folder: across file systems, renames copy
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)
@@ -26,10 +61,10 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def remove_left(path: Path) -> None:
-    """Remove the drafts of the file at `path` that killed processes left: their names end in a process's number."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        number = left.name.rpartition(".")[2]
-        if number.isdigit() and not _lives(int(number)):
+    """Remove the drafts of the file at `path` that killed processes left."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{ENDING}"):
+        number = left.name.removesuffix(ENDING).rpartition(".")[2]
+        if re.fullmatch("[0-9]{1,9}", number) and not _lives(int(number)):
             left.unlink(missing_ok=True)
 
 

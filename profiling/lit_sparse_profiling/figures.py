@@ -266,6 +266,8 @@ def read_metrics(file: Path) -> dict[str, list[tuple[float, float]]]:
     """Return the (step, value) pairs of each column of the metrics.csv beside a record; {} if there is none."""
     path = file.parent / METRICS
     columns: dict[str, list[tuple[float, float]]] = {}
+    if not path.is_file():  # reading a pipe may not end
+        return {}
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as lines:
             for line in csv.DictReader(lines):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lit_sparse_profiling.drawing import BLUE, GREY, Figure, axes, bars, filled, merged, safe, unique, wrapped
@@ -16,6 +16,8 @@ from lit_sparse_profiling.sections import Level
 from lit_sparse_profiling.speed_sections import Kernel, Kernels
 
 MOST_KERNELS = 15
+MOST_LAYERS = 10_000
+"""Bound of a layer's number, since a figure has a row for each: damaged files have others."""
 STEP_PHASES = ("forward", "backward", "optimizer step")
 CATEGORY_PARTS = {
     "frozen": "frozen weights",
@@ -232,26 +234,31 @@ def states(record: RunRecord) -> Figure | None:
 
 
 def chosen(record: RunRecord, key: str) -> dict[str, Any] | None:
-    """Return the first table that a method says it chose under `key`: shares of layers and roles, or layers by step.
+    """Return the first of the tables that `every_chosen` finds; None if there is none."""
+    return next(every_chosen(record, key), None)
 
-    Records come from anywhere: None if there is none in that form.
+
+def every_chosen(record: RunRecord, key: str) -> Iterator[dict[str, Any]]:
+    """Yield the tables that methods say they chose under `key`: shares of layers and roles, or layers by step.
+
+    Records come from anywhere: what has another form is left out.
     """
     for update in record.updates:
         told = update.get("chosen")
         found = told.get(key) if isinstance(told, dict) else None
         cells = [_cells(part, key) for part in found.values()] if isinstance(found, dict) else []
         if isinstance(found, dict) and None not in cells and any(cells):
-            return found
-    return None
+            yield found
 
 
 def _cells(part: Any, key: str) -> list[float] | None:
     """Return the numbers of a layer's shares or of the layers of a step; None if it has another form."""
     if key == "share":
-        cells, kinds = list(part.values()) if isinstance(part, dict) else None, (int, float)
+        cells, kinds, most = list(part.values()) if isinstance(part, dict) else None, (int, float), 1
     else:
-        cells, kinds = part, (int,)
-    return cells if isinstance(cells, list) and all(isinstance(cell, kinds) for cell in cells) else None
+        cells, kinds, most = part, (int,), MOST_LAYERS
+    fits = isinstance(cells, list) and all(isinstance(cell, kinds) and 0 <= cell <= most for cell in cells)
+    return cells if fits else None
 
 
 OF_ONE: Sequence[tuple[str, Callable[[RunRecord], Figure | None], str]] = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_sparse_profiling.documents import parse_as, spell_nonfinite
-from lit_sparse_profiling.drafts import remove_left
+from lit_sparse_profiling.drafts import begins, check_replaceable, replace_text
 from lit_sparse_profiling.reconcile import format_bytes
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.run_folders import (
@@ -28,6 +27,8 @@ from lit_sparse_profiling.run_folders import (
 )
 
 BASELINE_SCHEMA = 1
+BEGINNING = r'^\s*\{\s*"schema":\s*\d+,\s*"runs":\s*\{'
+"""How a baseline of any schema begins."""
 IRRELEVANT = (*SEEDS, "default_root_dir", "turns")
 """Settings that may differ from the baseline's."""
 ABSENT = "nothing"
@@ -95,8 +96,10 @@ def save_baseline(runs: Runs, path: Path) -> None:
 
     Raises:
         ValueError: if a record cannot be read, if runs of one name are not repetitions of each other, or if the folder
-            of `path` does not exist.
+            of `path` does not exist, or `path` is another kind of file.
+        OSError: if it cannot be written; what was there stays.
     """
+    check_replaceable(path, "baseline", lambda file: begins(file, BEGINNING))
     groups: dict[str, list[RunRecord]] = {}
     for _, record in runs:
         if isinstance(record, str):
@@ -106,13 +109,7 @@ def save_baseline(runs: Runs, path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"A baseline was to be saved as {path}, but there is no folder {path.parent}; make it first.")
     document = json.dumps(asdict(_Baseline(BASELINE_SCHEMA, entries)), indent=1, allow_nan=False) + "\n"
-    remove_left(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder: a rename across file systems is a copy
-    try:
-        draft.write_text(document, encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    replace_text(path, document)
 
 
 def _entry(records: list[RunRecord]) -> _Entry:
@@ -183,9 +180,11 @@ def check(runs: Runs, baseline: Path, tolerance: float) -> list[Verdict]:
 
 
 def _read_baseline(path: Path) -> _Baseline:
+    if path.exists() and not path.is_file():  # reading a pipe may not end
+        raise ValueError(f"{path} is no file, so it is no baseline; save one with --save_baseline.")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as a baseline ({error}); save one with --save_baseline.") from error
     schema = document.get("schema") if isinstance(document, dict) else None
     if schema != BASELINE_SCHEMA:

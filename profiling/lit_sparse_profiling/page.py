@@ -13,7 +13,7 @@ from typing import Any
 
 from lit_sparse_profiling import utilization
 from lit_sparse_profiling.documents import printable, spell_nonfinite
-from lit_sparse_profiling.drafts import replace_text
+from lit_sparse_profiling.drafts import begins, check_replaceable, replace_text
 from lit_sparse_profiling.drawing import device_name, one_line
 from lit_sparse_profiling.figures import ACROSS
 from lit_sparse_profiling.figures_of_one import OF_ONE
@@ -25,6 +25,8 @@ from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import Row, Runs, grouped, run_name, without
 
 TEMPLATE = "page.html"
+TITLE = "<title>lit-sparse report: "
+"""Begins the title of every page, by which an earlier one is known."""
 NO_MODEL = "unknown model"
 WIDEST = 300
 """Characters of a setting that the page shows."""
@@ -41,12 +43,11 @@ def write_page(runs: Runs, path: Path, cards: Mapping[int, int], own: int | None
         command: Command line that makes the page, for its head.
 
     Raises:
-        ValueError: if no record can be read, or the file cannot be written.
+        ValueError: if no record can be read, the file cannot be written, or another kind of file is there.
     """
     if not any(isinstance(record, RunRecord) for _, record in runs):
         raise ValueError(f"A page of {len(runs)} records was asked for, but none can be read: {runs[0][1]}")
-    if path.is_dir():
-        raise ValueError(f"The page was to be written to {path}, which is a folder; name a file, such as report.html.")
+    check_replaceable(path, "page", lambda file: begins(file, TITLE))
     document = render(runs, cards, own, command)
     try:
         replace_text(path, document)

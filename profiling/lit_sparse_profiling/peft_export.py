@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lit_sparse_profiling.documents import spell_nonfinite
-from lit_sparse_profiling.drafts import replace_text
+from lit_sparse_profiling.drafts import check_replaceable, replace_text
 from lit_sparse_profiling.measures import accuracy, forgetting, loss, seconds, tokens_per_second
+from lit_sparse_profiling.peft_results import is_result
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.run_folders import Runs, device_kind, peak_memory
+from lit_sparse_profiling.run_folders import Runs, device_kind, document_of, peak_memory
+
+OURS = "lit_sparse_record"
+"""Key of a result that only ours have: the whole record."""
 
 
 def write_results(runs: Runs, folder: Path) -> int:
@@ -21,7 +25,8 @@ def write_results(runs: Runs, folder: Path) -> int:
     PEFT's application reads them from a folder such as `method_comparison/lit-sparse/results`.
 
     Raises:
-        ValueError: if no run ended, two have one name, or the folder cannot be written to.
+        ValueError: if no run ended, two have one name, the folder cannot be written to, or has a file of such a name
+            that is no result of ours; nothing is written then.
     """
     ended = [record for _, record in runs if isinstance(record, RunRecord) and record.status == "ok"]
     names = [re.sub(r"[^\w.+-]", "_", record.name) for record in ended]
@@ -31,6 +36,8 @@ def write_results(runs: Runs, folder: Path) -> int:
         raise ValueError(f"Two of these runs are called {twice[0]}, and each is to be a file; give one of them.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            check_replaceable(folder / f"{name}.json", "result", is_ours)
         for name, record in zip(names, ended, strict=True):
             document = json.dumps(spell_nonfinite(to_result(record)), indent=2, allow_nan=False)
             replace_text(folder / f"{name}.json", document + "\n")
@@ -39,6 +46,12 @@ def write_results(runs: Runs, folder: Path) -> int:
             f"Results could not be written to {folder} ({error.strerror or error}); name a folder that can be written."
         ) from error
     return len(ended)
+
+
+def is_ours(file: Path) -> bool:
+    """Return whether a file is a result that `write_results` wrote."""
+    document = document_of(file)
+    return is_result(document) and OURS in document
 
 
 def to_result(record: RunRecord) -> dict[str, Any]:
@@ -98,5 +111,5 @@ def to_result(record: RunRecord) -> dict[str, Any]:
             "system_info": {"accelerator": "" if record.device is None else record.device.name},
             "pytorch_info": "",
         },
-        "lit_sparse_record": asdict(record),
+        OURS: asdict(record),
     }

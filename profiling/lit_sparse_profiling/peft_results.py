@@ -7,8 +7,10 @@ PEFT keeps one JSON document per experiment in `method_comparison/<task>/results
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from lit_sparse_profiling.documents import parse_as
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.sections import Device, ModelSize, Phase
 from lit_sparse_profiling.speed_sections import Throughput
@@ -37,8 +39,8 @@ def to_record(document: Mapping[str, Any], name: str) -> RunRecord:
         ValueError: if the document lacks a figure, or has another type of one.
     """
     try:
-        return _record(document, name)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        return parse_as(asdict(_record(document, name)), RunRecord, "the result")
+    except (KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise ValueError(f"the result lacks {error}, or has it in another form") from error
 
 
@@ -79,7 +81,7 @@ def _memory(train: Mapping[str, Any], which: str) -> int:
 def _throughput(metrics: list[dict[str, Any]]) -> Throughput | None:
     """Return tokens and seconds of the steps, without evaluation: the sums of the intervals."""
     steps = [one for one in metrics if "tokens / sec" in one and "train time" in one]
-    if not steps:
+    if not steps or steps[-1]["step"] < 1:
         return None
     taken = sum(float(one["train time"]) for one in steps)
     tokens = round(sum(float(one["tokens / sec"]) * float(one["train time"]) for one in steps))

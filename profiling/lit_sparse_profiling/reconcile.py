@@ -5,6 +5,7 @@ No figure is adjusted: a gap has a line and a name of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -291,7 +292,8 @@ def _other_steps(record: RunRecord, memory: Memory, limit: float) -> Iterator[st
             f"{format_bytes(memory.allocator.requested)}: a longer batch, or memory that only some steps take."
         )
     whole = _training_peak(record) or plain or 0
-    if memory.growth is not None and memory.growth > max(LEAK_SHARE * whole / 100, LEAK_FLOOR):
+    # Infinity is what a damaged record has, and no number of bytes.
+    if memory.growth is not None and math.inf > memory.growth > max(LEAK_SHARE * whole / 100, LEAK_FLOOR):
         cause = "state that keeps growing, or a leak: no list, dict or set of Python holds as much."
         if memory.keeper:
             cause = f"a leak, or state that keeps growing: {memory.keeper}."

@@ -132,9 +132,11 @@ class RunRecord:
         """Read the record in the file `path`.
 
         Raises:
-            ValueError: if the file is not a complete record of this schema.
+            ValueError: if the file is not a complete record of this schema, or is no regular file.
             FileNotFoundError: if the file does not exist.
         """
+        if Path(path).exists() and not Path(path).is_file():  # reading a pipe may not end
+            raise ValueError(f"{path} is a folder, a device or a pipe; give a run's record.json.")
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:

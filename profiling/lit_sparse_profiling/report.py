@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lit_sparse_profiling import utilization, walltime
 from lit_sparse_profiling.documents import plain_markdown, printable
+from lit_sparse_profiling.figures_of_one import every_chosen
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.kernel_times import table as kernel_table
 from lit_sparse_profiling.page import write_page
@@ -344,9 +345,8 @@ def _print_runs(runs: Runs, as_markdown: bool, console: Console) -> None:
         if alone.kernels is not None:
             console.print(kernel_table(alone.kernels))
     if isinstance(alone, RunRecord) and not as_markdown:
-        for update in alone.updates:
-            if share := update.get("chosen", {}).get("share"):
-                console.print(share_map(share))
+        for share in every_chosen(alone, "share"):
+            console.print(share_map(share))
 
 
 def _remarks(file: Path, record: RunRecord | str, alone: bool) -> Iterator[str]:

@@ -64,7 +64,7 @@ def _record_files(path: Path) -> list[Path]:
     if (path / RECORD).is_file():
         return [path / RECORD]
     found = [*path.glob(f"*/{RECORD}"), *path.glob(f"*/*/{RECORD}")]
-    found += [file for file in path.glob("*.json") if is_result(_document(file))]
+    found += [file for file in path.glob("*.json") if is_result(document_of(file))]
     if not found:
         raise ValueError(f"{path} was given, but there is no {RECORD} in it or two folders deep; give a run's folder.")
     return sorted(found, key=_natural_key)
@@ -89,17 +89,17 @@ def _natural_key(path: Path) -> list[str | int]:
 
 
 def _read(file: Path) -> RunRecord | str:
-    document = _document(file)
+    document = document_of(file)
     try:
         return to_record(document, file.stem) if is_result(document) else RunRecord.read(file)
     except (ValueError, OSError) as error:
         return str(error)
 
 
-def _document(file: Path) -> Any:
+def document_of(file: Path) -> Any:
     """Return the JSON in a file; None if it is none, of which `RunRecord.read` says why."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None  # reading a pipe may not end
     except (ValueError, OSError, RecursionError):
         return None
 

@@ -5,6 +5,7 @@ Sizes are bytes and times are seconds. A figure that was not measured is None, n
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,6 +21,9 @@ class Kernel:
         flops: Floating-point operations, computed from shapes; None where no formula is known.
         bytes: Bytes of the op's inputs and outputs, each counted once; None where they were not seen.
         ours: True for a kernel or op of this project.
+
+    Raises:
+        ValueError: if a figure is negative or not finite.
     """
 
     name: str
@@ -29,6 +33,11 @@ class Kernel:
     flops: float | None = None
     bytes: float | None = None
     ours: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("calls", "seconds", "flops", "bytes"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
+                raise ValueError(f"`{name}` of a kernel is {getattr(self, name)}; it must be finite and not negative.")
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,9 @@ class Kernels:
         count: Number of distinct kernels.
         top: The slowest kernels, slowest first.
         trace: File of the Chrome trace, if one was requested.
+
+    Raises:
+        ValueError: if the seconds or a ceiling, by which others are divided, is not positive and finite.
     """
 
     steps: int
@@ -61,6 +73,11 @@ class Kernels:
     trace: str | None = None
     flops_measured: list[float] = field(default_factory=list)
     bytes_measured: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "flops_ceiling", "bytes_ceiling"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"`{name}` of kernels is {getattr(self, name)}; it must be finite and above 0.")
 
     def share(self, kernel: Kernel) -> float:
         """Return the kernel's fraction of the step, 0 to 1."""
@@ -103,7 +120,7 @@ class Throughput:
             they were interleaved with another run's, and in records of before it was kept apart from `seconds`.
 
     Raises:
-        ValueError: if `seconds` is not positive, or if `padded_tokens` is below `tokens`.
+        ValueError: if `seconds` or `steps` is not positive, or if `padded_tokens` is below `tokens`.
     """
 
     tokens: int | None
@@ -121,9 +138,10 @@ class Throughput:
     between: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:  # not `<= 0`: a NaN must be refused too
+        if not self.seconds > 0 or self.steps < 1:  # not `<= 0`: a NaN must be refused too
             raise ValueError(
-                f"A throughput needs timed steps, but `seconds` is {self.seconds}; time at least one step."
+                f"A throughput needs timed steps, but `seconds` is {self.seconds} and `steps` is {self.steps}; time at "
+                "least one step."
             )
         if (self.padded_tokens or 0) < (self.tokens or 0):
             raise ValueError(

@@ -14,6 +14,8 @@ INSTRUMENTS = {"lead-in": ("lead-in", "examined"), "kernels": ("kernels",)}
 """Stages that are given up with one of them."""
 COSTS = {"lead-in": MEMORY, "kernels": KERNELS}
 """Costs of the stages that begin an instrument."""
+MOST_STEPS = 10**6
+"""Bound of the steps of each kind, each of which is planned ahead."""
 PROFILED = 2
 """Steps in which kernels are timed."""
 
@@ -38,7 +40,7 @@ class Plan:
             of another run; null does not wait.
 
     Raises:
-        ValueError: if a number is negative.
+        ValueError: if a number is negative or above `MOST_STEPS`.
     """
 
     warmup: int = 2
@@ -53,6 +55,8 @@ class Plan:
         for name in ("warmup", "profiled", "timed"):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"profile.{name} is {getattr(self, name)}; it must be 0 or more.")
+            if (getattr(self, name) or 0) > MOST_STEPS:
+                raise ValueError(f"profile.{name} is {getattr(self, name)}; it must be at most {MOST_STEPS:,}.")
 
     def stages(self) -> deque[Stage]:
         """Return the stages of the steps before the timed ones."""

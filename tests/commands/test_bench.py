@@ -89,6 +89,13 @@ REFUSED = {
     "negative": ("smt.yaml --repeat -1", "--repeat -1, .* above 0"),
     "no number": ("smt.yaml --minutes nan", "--minutes nan .* above 0"),
     "no end": ("smt.yaml --minutes inf", "--minutes inf .* above 0"),
+    "too many": ("smt.yaml --repeat 1000000000", "--repeat 1000000000, .* at most 10000 repeats"),
+    "too many steps": ("smt.yaml --steps 1000000", "--steps 1000000 .* at most 10000 repeats, 999999 steps"),
+    "too long": ("smt.yaml --minutes 1e300", "--minutes 1e.300 .* and 1000000 minutes"),
+    "into a file": (
+        "smt.yaml --into mine/smt.yaml",
+        "--into mine/smt.yaml is a file, and the runs need a folder; give",
+    ),
 }
 
 

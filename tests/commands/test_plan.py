@@ -1,6 +1,9 @@
 """The command `lit-sparse plan`: what it predicts, what it prints, and what it refuses."""
 
+import errno
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,10 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 from lit_sparse.cli import main, make_planned
 from lit_sparse.commands import plan as planning
 from lit_sparse.commands.plan import CARDS, card_of, fit_command
-from lit_sparse.planning.forecast import Setting, forecast
+from lit_sparse.data.collate import Padded, Padding
+from lit_sparse.data.encoding import Example
+from lit_sparse.planning.forecast import Forecast, Setting, forecast
+from lit_sparse.planning.training import batch_of
 from lit_sparse.strategies import Updates
 from lit_sparse_profiling.trace import Overdue, Trace
 
@@ -295,6 +301,19 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["smt.yaml", *SHARDED[1:], "--model.updates.warmup=update"], "trainer.strategy is fsdp2, but SMT"),
         ([*SHARDED, "--trainer.strategy.offload=true"], "trainer.strategy has offload, whose host memory plan does"),
         ([*SHARDED, "--trainer.strategy.replicas=2"], "replicas 2, which do not divide 1 ranks; give a divisor"),
+        (
+            ["full.yaml", "--data.batch_size", "1000000000"],
+            "1000000000 x 16 tokens was to be planned, but at most 8,388",
+        ),
+        (
+            ["full.yaml", "--trainer.devices", "1000000000"],
+            "1000000000 ranks were to be planned, but at most 1,000,000",
+        ),
+        (
+            ["full.yaml", "--trainer.accumulate_grad_batches=0"],
+            "trainer.accumulate_grad_batches is 0, but a step needs",
+        ),
+        (["full.yaml", "--json", "."], "The plan was to be written to ., which is a folder; name a file."),
         (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written"),
     ],
 )
@@ -322,6 +341,57 @@ def test_bad_input_is_one_sentence(
     printed = capsys.readouterr().err.strip()
     assert said in printed.replace("\n", " ")
     assert printed.startswith("lit-sparse: ")
+
+
+def test_json_replaces_plans_only_and_keeps_them_where_the_disk_is_full(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    words = ["full.yaml", "--model.base", base, "--data.vocab_size", "96", "--data.max_length", "16"]
+    file = tmp_path / "plans.json"
+    file.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "planned", lambda *_: pytest.fail("it was planned"))
+        assert run(monkeypatch, *words, "--json", str(file)) == 2
+    assert "no earlier plan; give another path, or remove it." in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    file.write_text("")
+    plans(monkeypatch, tmp_path, *words)
+    before = plans(monkeypatch, tmp_path, *words)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        assert run(monkeypatch, *words, "--json", str(file)) == 2
+    assert "plans.json cannot be written: No space left on device; give another file." in capsys.readouterr().err
+    assert json.loads(file.read_text()) == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_batch_is_that_of_the_collator(base: str) -> None:
+    row = [1, 2, 3, 4, 5, 6, 7, 1, 2]
+    module = make_planned(fit_command("full.yaml", [], [f"--model.base={base}"])).module
+    made, collated = batch_of(module, Setting("cpu", 3, len(row))), Padded(Padding())([Example(row, row)] * 3)
+    assert made.keys() == collated.keys()
+    assert all(torch.equal(made[name], collated[name]) for name in made)
+
+
+@pytest.mark.parametrize("method", ["full.yaml", "mezo.yaml"])
+def test_a_step_of_many_batches_is_traced_as_one_of_two(base: str, method: str) -> None:
+    def at(micro_batches: int) -> Forecast:
+        module = make_planned(fit_command(method, [], [f"--model.base={base}"])).module
+        return forecast("x", module, Setting("cpu", 1, 16, micro_batches))
+
+    one, two, many = at(1), at(2), at(10**6)
+    assert many.allocated == two.allocated
+    assert many.flops == one.flops + (10**6 - 1) * (two.flops - one.flops)
+
+
+def test_the_largest_batch_has_no_more_tokens_than_can_be_planned(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "MOST_TOKENS", 160)
+    module = make_planned(fit_command("full.yaml", [], [f"--model.base={base}"])).module
+    first = forecast("x", module, Setting("cuda", 2, 16))
+    assert planning.largest_batch(first, lambda size: replace(first, setting=Setting("cuda", size, 16)), 24) == 10
 
 
 def test_a_trace_ends_at_its_limit_of_time(base: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -80,6 +81,15 @@ REFUSED = {
     "XLA's profiler": (["--trainer.profiler=xla"], "there is advanced, pytorch or simple"),
     # Trainer
     "barebones": (["--trainer.barebones=true"], "trainer.barebones is true, which keeps no log"),
+    "endless accumulation": (
+        [f"--trainer.accumulate_grad_batches={10**30}"],
+        "but it is a number of batches in a step; give 1 to 1,000,000.",
+    ),
+    "endless warm-up": ([f"--profile.warmup={10**30}"], "it must be at most 1,000,000."),
+    "endless time": (
+        ["--trainer.max_time=1000000000:00:00:00"],
+        "trainer.max_time is 1000000000:00:00:00, longer than Python can count; give days:hours:minutes:seconds",
+    ),
     "no accumulation": (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0"),
     "negative clipping": (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val is -1"),
     "nothing to train on": (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches is 0"),
@@ -186,6 +196,12 @@ YAMLS = {
 def test_a_yaml_that_cannot_work_is_refused_in_a_sentence(home, capsys, monkeypatch, text, message):
     Path("a.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     assert message in refused(capsys, monkeypatch, "fit", *F, "--config", "a.yaml")
+
+
+def test_a_pipe_in_place_of_a_yaml_is_not_waited_for(home, capsys, monkeypatch):
+    os.mkfifo("a.yaml")
+    told = refused(capsys, monkeypatch, "fit", *F, "--config", "a.yaml")
+    assert "--config a.yaml is a pipe or a device, which is read more than once; give the path of a YAML." in told
 
 
 def test_a_models_own_code_is_neither_run_nor_asked_about(home, capsys, monkeypatch):

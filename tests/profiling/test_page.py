@@ -1,6 +1,8 @@
 """The page of `lit-sparse report -o`: what is in it, what is left out, and what it does with texts from anywhere."""
 
 import json
+import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -269,13 +271,16 @@ def test_hostile_texts_are_not_obeyed_by_a_terminal(tmp_path: Path, capsys: pyte
     "told",
     [
         *(None, [], "x", {"share": 1}, {"share": {}}, {"share": {"0": {}}}, {"share": {"0": {"q": "much"}}}),
+        *({"share": {"0": {"q": 10**400}}}, {"share": {"0": {"q": -1}}}, {"share": {"0": {"q": math.nan}}}),
+        *({"draws": {"1": [10**12]}}, {"draws": {"1": [-1]}}),
         *({"share": {"0": [1]}}, {"draws": {"1": "all"}}, {"draws": {"1": ["a"]}}, {"draws": {}}, {"draws": {"1": []}}),
     ],
 )
-def test_a_choice_in_another_form_is_no_figure(told: Any) -> None:
+def test_a_choice_in_another_form_is_no_figure(tmp_path: Path, told: Any) -> None:
     record = replace(gpu_record("full"), updates=[{"class": "X", "chosen": told}, {}])
     assert chosen_share(record) is None
     assert drawn_layers(record) is None
+    assert report([str(write_runs(tmp_path, record))]) == 0
 
 
 def test_plotly_takes_no_text_for_markup() -> None:
@@ -315,8 +320,14 @@ def test_a_file_that_is_no_record_is_told_in_the_page(tmp_path: Path) -> None:
     deep = root / "deep-1" / "record.json"
     deep.parent.mkdir()
     deep.write_text("[" * 100_000)
+    (root / "pipe-1").mkdir()
+    os.mkfifo(root / "pipe-1" / "record.json")
+    os.mkfifo(root / "pipe.json")
+    (root / "smt-1" / "metrics.csv").unlink()
+    os.mkfifo(root / "smt-1" / "metrics.csv")
     page = render(read_runs([root]), CARDS)
-    assert "2 records could not be read" in page
+    assert "3 records could not be read" in page
+    assert "pipe-1/record.json is a folder, a device or a pipe" in page
     assert "has unknown fields: wrong" in page
     assert "deep-1/record.json is not a complete JSON document" in page
     assert len(blocks(page)[0]["runs"]) == 1
@@ -325,7 +336,7 @@ def test_a_file_that_is_no_record_is_told_in_the_page(tmp_path: Path) -> None:
 def test_report_writes_the_page_in_place_of_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_runs(tmp_path / "runs", gpu_record("smt"))
     out = tmp_path / "page.html"
-    out.write_text("old")
+    out.touch()
     assert report([str(root)], output=str(out), cards=CARDS) == 0
     assert re.fullmatch(r"Page of 1 runs: .*page.html \(\d\.\d MB, opens offline\)\n", capsys.readouterr().out)
     assert out.read_text().startswith("<!DOCTYPE html>")

@@ -37,6 +37,13 @@ def document(path: Path, **changes: object) -> Path:
     return path
 
 
+KERNEL = {"name": "a", "op": "b", "calls": 1, "seconds": 1}
+KERNELS = {
+    **{"steps": 1, "seconds": 1, "gaps": 0, "dtype": "float32", "flops_ceiling": 1, "bytes_ceiling": 1, "count": 1},
+    "top": [KERNEL],
+}
+
+
 @pytest.mark.parametrize("record", [FULL, RunRecord(name="x", status="oom", reason="out of memory")])
 def test_what_is_written_is_read_back(tmp_path: Path, record: RunRecord) -> None:
     record.write(tmp_path / "record.json")
@@ -147,6 +154,24 @@ def test_another_schema_is_refused(tmp_path: Path) -> None:
         ({"model": {"base": "a", "parameters": True, "trainable": 0}}, r"model\.parameters is True where int"),
         ({"outcome": {"after": {"loss": None}}}, r"outcome\.after\.loss is None where float"),
         ({"throughput": {"tokens": 1, "padded_tokens": 1, "seconds": 0.0, "steps": 1}}, "needs timed steps"),
+        ({"throughput": {"tokens": 1, "padded_tokens": 1, "seconds": 1.0, "steps": 0}}, "`steps` is 0; time at least"),
+        (
+            {"throughput": {"tokens": 10**400, "padded_tokens": 1, "seconds": 1.0, "steps": 1}},
+            "tokens is a number above",
+        ),
+        ({"seconds": 10**400}, r"record\.seconds is a number above 1e\+30 in size, which no measurement gives"),
+        ({"ledger": {"frozen": -(10**31)}}, r"record\.ledger\.frozen is a number above"),
+        ({"outcome": {"after": {"loss": 10**400}}}, r"outcome\.after\.loss is a number above"),
+        (
+            {"kernels": {**KERNELS, "flops_ceiling": 0}},
+            "`flops_ceiling` of kernels is 0.0; it must be finite and above 0",
+        ),
+        ({"kernels": {**KERNELS, "seconds": "NaN"}}, "`seconds` of kernels is nan"),
+        (
+            {"kernels": {**KERNELS, "top": [{**KERNEL, "bytes": -1}]}},
+            r"`bytes` of a kernel is -1\.0; it must be finite",
+        ),
+        ({"kernels": {**KERNELS, "top": [{**KERNEL, "flops": "Infinity"}]}}, "`flops` of a kernel is inf"),
         ({"throughput": {"tokens": 2, "padded_tokens": 1, "seconds": 1.0, "steps": 1}}, "`padded_tokens` is 1"),
     ],
 )
@@ -156,6 +181,12 @@ def test_a_malformed_record_is_refused_and_the_place_named(
     path = document(tmp_path / "record.json", **changes)
     with pytest.raises(ValueError, match=rf"record\.json is not a valid run record: .*{finding}.*repeat the run"):
         RunRecord.read(path)
+
+
+def test_a_pipe_in_place_of_a_record_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "record.json")
+    with pytest.raises(ValueError, match=r"record\.json is a folder, a device or a pipe; give a run's record\.json"):
+        RunRecord.read(tmp_path / "record.json")
 
 
 def test_a_record_without_a_later_field_is_read(tmp_path: Path) -> None:

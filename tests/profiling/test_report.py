@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from io import StringIO
@@ -12,7 +13,6 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from lit_sparse_profiling import gate as gate_file
 from lit_sparse_profiling.gate import check, parse_share, save_baseline
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import details, markdown, report, table, tables
@@ -509,7 +509,7 @@ def test_a_write_that_is_cut_off_leaves_the_old_baseline(baseline: Path, monkeyp
         raise OSError("no space left on device")
 
     before = baseline.read_text()
-    monkeypatch.setattr(gate_file.os, "replace", no_disk)
+    monkeypatch.setattr(os, "replace", no_disk)
     with pytest.raises(OSError, match="no space"):
         save_baseline(runs(OOM), baseline)
     assert baseline.read_text() == before
@@ -588,6 +588,21 @@ def test_several_runs_are_compared_with_their_reasons(tmp_path: Path, capsys: py
     assert "cut-1: unreadable: " in out
     assert f"lisa-1: a memory figure is not as expected: lit-sparse report {tmp_path / 'lisa-1'}\n" in out
     assert "where the memory went" not in out
+
+
+@pytest.mark.parametrize("value", [str(10**400), "1e999", "NaN", '"Infinity"', "-1", "0"])
+def test_a_forged_number_is_told_or_shown_and_the_other_runs_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    written(tmp_path, CPU, replace(GPU, name="odd-1", seconds=-7.5, memory=replace(GPU.memory, growth=-7.5)))
+    odd = tmp_path / "odd-1" / "record.json"
+    document = json.loads(odd.read_text())
+    odd.write_text(json.dumps({**document, "sha256": None}).replace("-7.5", value))
+    assert report([str(tmp_path)]) == 0
+    assert report([str(tmp_path)], output=str(tmp_path / "page.html")) == 0
+    out = capsys.readouterr().out
+    assert ("odd-1: unreadable: " in out) == (len(value) > 400)
+    assert "smt-1" in out
 
 
 def test_a_run_without_measurements_has_no_details(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

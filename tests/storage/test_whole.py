@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,35 @@ def test_a_file_that_torch_saved_is_checked_by_its_archive(tmp_path):
         flip(path, bit)
         assert damage(path) is not None
         flip(path, bit)
+
+
+def test_a_compressed_archive_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
+    path = tmp_path / "bomb.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb/data.pkl", bytes(2**20))
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda _: pytest.fail("it is inflated"))
+    with pytest.raises(BadInput, match=r"bomb\.ckpt is damaged.*its part bomb/data\.pkl is compressed, which"):
+        check_whole(path)
+
+
+def test_a_text_behind_a_link_is_replaced_and_the_link_stays(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "file")
+    whole.replace_text("new", tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / "file").read_text() == "new"
+
+
+def test_a_run_s_folder_keeps_copies_that_the_user_made(tmp_path):
+    for name in (
+        ".record.json.1234.lit-sparse-draft",
+        ".metrics.csv.part",
+        ".record.json.20261128",
+        ".record.json.bak",
+    ):
+        (tmp_path / name).touch()
+    whole.remove_drafts(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".record.json.20261128", ".record.json.bak"]
 
 
 def test_a_full_disk_is_a_sentence_and_keeps_the_checkpoint_before(file, monkeypatch):
