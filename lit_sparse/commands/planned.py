@@ -7,8 +7,8 @@ from typing import Any
 
 from lit_sparse.commands.fit import CLI, start
 from lit_sparse.commands.plan import Planned
-from lit_sparse.commands.refusals import check_trainer_numbers
 from lit_sparse.errors import BadInput
+from lit_sparse.refusals import check_trainer_numbers
 
 
 class Planning(CLI):
