@@ -40,7 +40,7 @@ quality: $(BUILT)     ## fill a quality table (TABLE=blocks_0.84) for MINUTES, a
 fuzz: $(BUILT)     ## stop and resume random fits of METHODS (all by default), EXAMPLES of each (200)
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:profiling $(BIN)/python -m tests.fuzz $(METHODS) --examples $(or $(EXAMPLES),200)
 
-faults: $(BUILT)     ## kill, damage and starve fits and files at random (KINDS="kills=100 damage"); hours, goes on where it was
+faults: $(BUILT)     ## kill, damage and starve fits and files at random (KINDS="kills=100 damage"); two hours, goes on where it was
 	OMP_NUM_THREADS=1 PYTHONPATH=.:kernels:profiling $(BIN)/python -m tests.faults $(KINDS)
 
 readme: $(BUILT)     ## write the generated tables, pages and figures
