@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import NamedTuple, NoReturn
 
 from lit_sparse.commands.shipped import listing, short_help
+from lit_sparse.commands.streams import outlived
 
 
 class Verb(NamedTuple):
@@ -115,10 +116,8 @@ def hush_torch() -> None:
 
 def show(text: str) -> NoReturn:
     """Print `text` and exit; a reader that leaves, such as `head`, is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes as it exits
+    with outlived():
+        print(text)
     sys.exit(0)
 
 

@@ -4,6 +4,7 @@ import errno
 import linecache
 import re
 from pickle import UnpicklingError
+from traceback import walk_tb
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -97,14 +98,16 @@ def met_in_transformers(error: BaseException) -> bool:
 
 def raised_by(error: BaseException) -> str | None:
     """Return the name of the package whose statement `raise` raised `error`; None if no such statement did."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
-        return None
-    code = traceback.tb_frame.f_code
-    line = linecache.getline(code.co_filename, traceback.tb_lineno).strip()
-    return str(traceback.tb_frame.f_globals.get("__name__")).partition(".")[0] if line.startswith("raise ") else None
+    module, line = origin(error)
+    return module.partition(".")[0] if line.startswith("raise ") else None
+
+
+def origin(error: BaseException) -> tuple[str, str]:
+    """Return the module in which `error` began, and the line of code there; two empty texts if it was never raised."""
+    name = line = ""
+    for frame, number in walk_tb(error.__traceback__):
+        name, line = str(frame.f_globals.get("__name__")), linecache.getline(frame.f_code.co_filename, number).strip()
+    return name, line
 
 
 def in_a_sentence(library: str, error: BaseException) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 from torch.distributed.distributed_c10d import _get_default_store
 
+from lit_sparse.library_errors import origin
 from lit_sparse_profiling.documents import printable
 
 BEAT = 2.0
@@ -120,14 +121,9 @@ class RankWatch(L.Callback):
 
 def lost_partner(error: BaseException) -> bool:
     """Return whether an operation of several ranks raised `error`, as it does when one of them is gone."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None or not isinstance(error, RuntimeError):
-        return False
     if isinstance(error, dist.DistError):
         return True
-    return str(traceback.tb_frame.f_globals.get("__name__")).startswith(OPERATIONS)
+    return isinstance(error, RuntimeError) and origin(error)[0].startswith(OPERATIONS)
 
 
 def own_store() -> Any:

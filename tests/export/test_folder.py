@@ -4,8 +4,9 @@ import gc
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.export import folder as exporting
 from lit_sparse.export.delta import ChangedBlocks, ChangedEntries, Delta
 from lit_sparse.export.folder import MARK, export
+from lit_sparse.export.generate import generate
 from lit_sparse.export.merge import CastError, cast_error
 from lit_sparse.modules import LitSparse
 from lit_sparse.runs import LAST, build_module, load_run
@@ -307,13 +309,14 @@ def test_refuses_a_merge_that_changes_the_outputs(tmp_path: Path) -> None:
         export(run.folder)
 
 
-def test_refuses_a_run_that_diverged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", [export, partial(generate, prompt="t5")], ids=["export", "generate"])
+def test_refuses_a_run_that_diverged(verb: Callable[[Path], object], tmp_path: Path) -> None:
     run = make_run(tmp_path, "llama", METHODS["smt"])
     checkpoint = torch.load(run.folder / LAST, weights_only=True)
     next(iter(checkpoint["state_dict"].values()))[0, 0, 0] = torch.nan
     torch.save(checkpoint, run.folder / LAST)
     with pytest.raises(BadInput, match=r"try-1 diverged: .*\.blocks is not finite"):
-        export(run.folder)
+        verb(run.folder)
 
 
 def test_refuses_what_is_no_run(smt: Run, tmp_path: Path) -> None:
