@@ -406,6 +406,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.minutes is not None and not asked.minutes >= 0:
             raise BadInput(f"--minutes {asked.minutes} was asked for; give 0 or more.")
         made = read_table(asked.table, asked.workload, asked.steps, asked.seeds)
+        if made.base is not None:
+            with claim(asked.into / "claims" / made.base.path.name, wait=True):
+                made.base.write()
         results = Results(asked.results, stack_of(made.workload))
         runner = Runner(made, results, asked.into)
         code = ended(runner, asked.minutes)

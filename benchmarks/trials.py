@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 import lit_sparse.strategies
+from benchmarks.changed_base import ChangedBase
 from lit_sparse.commands.configs import found
 from lit_sparse.errors import BadInput
 
@@ -24,7 +25,8 @@ TABLES = Path(__file__).parent / "quality"
 SEEDS = (0, 1, 2)
 SEED = "${seed}"
 """Placeholder of the trial's seed, for updates that draw without a `seed` of their own, such as PEFT's SHiRA."""
-TABLE_KEYS = {"title", "workload", "test", "seeds", "arms", "also", "against", "reduce", "race", "costs", "widen"}
+TABLE_KEYS = {"title", "workload", "base", "test", "seeds", "arms", "race", "widen"}
+TABLE_KEYS |= {"also", "against", "reduce", "costs"}  # outcomes to show
 ARM_KEYS = {"updates", "method", "model", "lr", "group", "seeds"}
 RACE_KEYS = {"every", "to", "whole", "without"}
 Config = dict[str, Any]
@@ -112,6 +114,7 @@ class Table:
         race: How soon arms reach a loss, or None.
         costs: Whether peak memory and step time stand beside the losses.
         widen: How often a sweep goes on beyond its rates while the best one is at an end.
+        base: The model of all trials where it is to be made first, or None for the workload's.
     """
 
     name: str
@@ -126,6 +129,7 @@ class Table:
     race: Race | None = None
     costs: bool = False
     widen: int = 0
+    base: ChangedBase | None = None
 
     def seeds_of(self, arm: Arm) -> tuple[int, ...]:
         """Return the seeds that an arm is trained with."""
@@ -181,11 +185,12 @@ def table_of(
     also, less = (_outcomes(document, key, str(path)) for key in ("also", "reduce"))
     if not isinstance(document["arms"], dict) or not document["arms"]:
         raise BadInput(f"{path}: `arms` names no arm; give each a name, its updates and its learning rates.")
-    raced = _race(document, str(path))
+    raced, base = _race(document, str(path)), _base(document, str(path))
+    config = _workload(read_yaml(file), steps, str(file), raced)
     return Table(
         path.stem,
         str(document["title"]),
-        _workload(read_yaml(file), steps, str(file), raced),
+        config if base is None else merged(config, {"model": {"base": str(base.path)}}),
         test,
         _seeds(seeds, str(path)),
         tuple(_arm(arm, body, f"{path}: arm {arm}") for arm, body in document["arms"].items()),
@@ -195,6 +200,7 @@ def table_of(
         raced,
         _flag(document, "costs", str(path)),
         _count(document, "widen", 0, str(path)) or 0,
+        base,
     )
 
 
@@ -255,6 +261,16 @@ def _count(document: Config, key: str, least: int, where: str) -> int | None:
     if given is not None and (type(given) is not int or given < least):
         raise BadInput(f"{where}: `{key}` is {given!r}; give a whole number from {least} on, or leave it out.")
     return given
+
+
+def _base(document: Config, where: str) -> ChangedBase | None:
+    given = document.get("base")
+    if given is None:
+        return None
+    whole = isinstance(given, dict) and isinstance(given.get("of"), str) and isinstance(given.get("config"), dict)
+    if not whole or len(given) > 2 or not given["config"]:
+        raise BadInput(f"{where}: `base` is {given!r}; give the model it is made `of`, and the `config` it is to have.")
+    return ChangedBase(given["of"], given["config"])
 
 
 def _against(document: Config, also: Sequence[str], less: Sequence[str], where: str) -> str | None:

@@ -18,10 +18,8 @@ def mode(name, saved):
     return {**ABOUT, "mode": name, "trainable": 5, "trainable_share": 0.5, "saved_bytes": saved * 2**20}
 
 
-@pytest.mark.parametrize(
-    ("name", "ours", "original"), [("deft", "density", "demo"), ("deft_minilm", "density_classify", "classify")]
-)
-def test_penalised_arms_differ_in_the_penalty_alone(name, ours, original):
+@pytest.mark.parametrize("name", ["deft", "deft_minilm", "deft_relu"])
+def test_penalised_arms_differ_in_the_penalty_alone(name):
     made = read_table(name)
     plain, *penalised = made.arms
     assert plain.name == made.against == "lora"
@@ -30,12 +28,24 @@ def test_penalised_arms_differ_in_the_penalty_alone(name, ours, original):
         *others, penalty = arm.model["updates"]
         assert (others, penalty["class_path"]) == (plain.model["updates"], "ActivationDensity")
         assert ActivationDensity(**penalty["init_args"]).weight > 0
+
+
+@pytest.mark.parametrize(("ours", "original"), [("density", "demo"), ("density_classify", "classify")])
+def test_trials_that_count_activations_are_those_that_do_not_but_shorter(ours, original):
     workloads = [read_yaml(trials.TABLES / "workloads" / f"{file}.yaml") for file in (ours, original)]
     assert workloads[0].pop("trainer")["callbacks"] == ["lit_sparse.callbacks.DensityMonitor"]
     assert workloads[1].pop("trainer").keys() == {"max_steps"}
     rows = [workload["data"]["init_args"].pop("heldout") for workload in workloads]
     assert rows[0] >= rows[1]
     assert workloads[0] == workloads[1]
+
+
+def test_the_model_with_relu_is_trained_twice_as_long():
+    gelu, relu = (read_table(name).workload for name in ("deft_minilm", "deft_relu"))
+    assert relu["trainer"]["max_steps"] == 2 * gelu["trainer"]["max_steps"]
+    assert relu["model"]["warmup_steps"] == 2 * gelu["model"]["warmup_steps"]
+    assert relu["model"]["base"] == "runs/bases/minilm-hidden_act_relu"
+    assert relu["data"] == gelu["data"]
 
 
 def test_the_two_differ_in_the_penalty_alone():

@@ -522,6 +522,8 @@ BAD = {
         r"arm a: `seeds` is \[0\]; give a whole number from 1 on",
     ),
     "a race that is none": ({"race": 5}, "`race` is 5"),
+    "a base that is only named": ({"base": "minilm"}, "`base` is 'minilm'; give the model it is made `of`"),
+    "a base that changes nothing": ({"base": {"of": "minilm", "config": {}}}, "and the `config` it is to have"),
 }
 
 
@@ -550,6 +552,39 @@ def test_the_command_refuses_in_a_sentence(words: list[str], finding: str, capsy
     assert said.startswith("quality: ")
     assert finding in said
     assert "\n" not in said
+
+
+# ---- a base that is made first
+
+
+def test_a_base_with_another_configuration_is_the_model_of_all_trials(write: Write, tmp_path: Path) -> None:
+    write_tiny(tmp_path / "tiny")
+    given = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    made = read_table(write(base={"of": "tiny", "config": {"hidden_act": "relu"}}))
+    assert made.base is not None
+    made.base.write()
+    assert made.workload["model"]["base"] == str(made.base.path) == "runs/bases/tiny-hidden_act_relu"
+    changed = json.loads((made.base.path / "config.json").read_text())
+    assert changed == {**given, "hidden_act": "relu"} != given
+    weights = {file.name for file in made.base.path.iterdir() if file.suffix == ".safetensors"}
+    assert weights == {file.name for file in (tmp_path / "tiny").iterdir() if file.suffix == ".safetensors"} != set()
+    assert (made.base.path / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("base", "finding"),
+    [
+        ({"of": "tiny", "config": {"hidden_akt": "relu"}}, "base.config has hidden_akt, which tiny has not"),
+        ({"of": "nowhere", "config": {"hidden_act": "relu"}}, "base.of is nowhere, which has no config.json"),
+    ],
+)
+def test_a_base_that_cannot_be_made_is_refused(
+    base: dict[str, Any], finding: str, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny(tmp_path / "tiny")
+    assert quality.main([write(base=base), "--minutes", "0", "--results", "q.jsonl"]) == 2
+    assert finding in capsys.readouterr().err
+    assert not list(Path("runs").rglob("*.safetensors"))
 
 
 # ---- the tables that come with it
