@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -86,7 +88,7 @@ def plan(argv: Sequence[str], make: Make) -> int:
     card = card_of(asked.card)
     if asked.largest and card is None:
         raise BadInput("--largest was asked for without a card; add --card 24, or another size in GB.")
-    if asked.tflops is not None and not asked.tflops > 0:
+    if asked.tflops is not None and not 0 < asked.tflops < math.inf:
         raise BadInput(f"--tflops is {asked.tflops}; give the card's dense bf16 TFLOP/s, such as 312 for an A100.")
     if asked.json is not None:
         check_json(Path(asked.json))
@@ -343,11 +345,13 @@ def write(path: Path, found: Sequence[Found]) -> None:
 
 
 def check_json(path: Path) -> None:
-    """Refuse a file for --json that may not be replaced, before the plans, which take minutes.
+    """Refuse a file for --json that may not be replaced or has no folder, before the plans, which take minutes.
 
     Raises:
-        BadInput: if anything but an earlier file of --json is at `path`.
+        BadInput: if anything but an earlier file of --json is at `path`, or its folder is missing.
     """
+    if not path.absolute().parent.is_dir():
+        raise not_written(path, FileNotFoundError(errno.ENOENT, f"there is no folder {path.parent}"))
     try:
         check_replaceable(path, "plan", lambda file: begins(file, BEGINNING))
     except OSError as error:

@@ -58,11 +58,19 @@ class Planning(CLI):
 
 
 def devices_of(asked: Any) -> int:
-    """Return the number of devices of a machine that `trainer.devices` asks for; 1 where only that machine knows."""
-    numbers = asked if isinstance(asked, list) else str(asked).strip("[] ").split(",")
-    if len(numbers) > 1:
-        return len([number for number in numbers if str(number).strip()])
-    return max(1, int(numbers[0])) if str(numbers[0]).strip().isdigit() else 1
+    """Return the number of devices of a machine that `trainer.devices` asks for; 1 where only that machine knows.
+
+    Raises:
+        BadInput: if it is no number of devices, no list of their indices, and neither auto nor -1.
+    """
+    text = str(asked).strip("[] ")
+    if text in ("auto", "-1"):
+        return 1
+    numbers = [one.strip() for one in text.split(",") if one.strip()]
+    indices = isinstance(asked, list) or "," in text
+    if not numbers or not all(one.isdecimal() for one in numbers) or (not indices and int(text) == 0):
+        raise BadInput(f"trainer.devices is {asked}; give a number of devices, a list of their indices, or auto.")
+    return len(numbers) if indices else int(text)
 
 
 def make_planned(argv: Sequence[str]) -> Planned:

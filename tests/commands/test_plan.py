@@ -291,6 +291,10 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         (["full.yaml", "--card", "23"], "--card 23 was asked for; the known sizes in GB are 8, 12, 16, 24"),
         (["full.yaml", "--largest"], "--largest was asked for without a card; add --card 24"),
         (["full.yaml", "--tflops", "0"], "--tflops is 0.0; give the card's dense bf16 TFLOP/s"),
+        (["full.yaml", "--tflops", "inf"], "--tflops is inf; give the card's dense bf16 TFLOP/s"),
+        (["full.yaml", "--trainer.devices", "x"], "trainer.devices is x; give a number of devices, a list of their"),
+        (["full.yaml", "--trainer.devices", "0"], "trainer.devices is 0; give a number of devices"),
+        (["full.yaml", "--trainer.devices", "0,b"], "trainer.devices is 0,b; give a number of devices"),
         (["nothing.yaml"], "there is no nothing.yaml"),
         (["full.yaml", "--model.base", "BARE"], "gives no hidden_size and no num_hidden_layers and no vocab_size"),
         (["full.yaml", "--model.base", "WORDS"], "Field 'num_hidden_layers' expected int, got str (value: 'many')"),
@@ -314,7 +318,7 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             "trainer.accumulate_grad_batches is 0, but a step needs",
         ),
         (["full.yaml", "--json", "."], "The plan was to be written to ., which is a folder; name a file."),
-        (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written"),
+        (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written: there is no folder"),
     ],
 )
 def test_bad_input_is_one_sentence(
