@@ -60,6 +60,7 @@ class Text(TokenData):
     ) -> None:
         super().__init__(**common)
         require_at_least(0, heldout=heldout)
+        require_at_least(2, max_length=self.max_length)  # the first token of a block is not predicted
         self.train, self.validation, self.heldout = train, validation, heldout
         self.vocabulary, self.stream = vocabulary, stream
         self.val_names = [HELDOUT] if heldout or validation else []
@@ -110,7 +111,7 @@ class Text(TokenData):
         if self.stream:
             return {HELDOUT: self._held_blocks}
         blocks = sets[TRAIN]
-        what = f"blocks of {self.max_length} tokens"
+        what = f"block{'s' * (len(blocks) != 1)} of {self.max_length} tokens"
         cut = len(blocks) - heldout_count(self.heldout, len(blocks), "The text makes", what)
         return {TRAIN: blocks.take(0, cut), HELDOUT: blocks.take(cut, len(blocks))}
 

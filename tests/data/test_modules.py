@@ -223,7 +223,7 @@ def test_blocks_of_text_begin_with_the_begin_token(plain_tokenizer, tmp_path):
 def test_text_that_is_missing_empty_or_short(chat_tokenizer, tmp_path):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("the cat")
-    for name, says in {"none": "no data file", "empty": "is empty", "short": "1 blocks of 512 tokens"}.items():
+    for name, says in {"none": "no data file", "empty": "is empty", "short": "1 block of 512 tokens"}.items():
         with pytest.raises(BadInput, match=says):
             Text(str(tmp_path / f"{name}.txt"), tokenizer=chat_tokenizer).prepare_data()
 

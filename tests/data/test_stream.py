@@ -210,6 +210,11 @@ def test_a_stream_needs_a_number_of_steps(tmp_path, chat_tokenizer):
         stream(tmp_path / "a.txt", chat_tokenizer, packing=True)
 
 
+def test_a_block_of_one_token_is_refused(tmp_path, chat_tokenizer):
+    with pytest.raises(BadInput, match="`max_length` is 1; it must be 2 or more"):
+        Text(str(tmp_path / "a.txt"), tokenizer=chat_tokenizer, max_length=1)
+
+
 def test_rows_begin_with_the_begin_token(tmp_path, plain_tokenizer):
     encoder = Encoder(plain_tokenizer)
     begin = plain_tokenizer.get_vocab()["<s>"]
