@@ -318,7 +318,10 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
             "trainer.accumulate_grad_batches is 0, but a step needs",
         ),
         (["full.yaml", "--json", "."], "The plan was to be written to ., which is a folder; name a file."),
-        (["full.yaml", "--json", "/nowhere/at/all.json"], "--json /nowhere/at/all.json cannot be written: there is no folder"),
+        (
+            ["full.yaml", "--json", "/nowhere/at/all.json"],
+            "--json /nowhere/at/all.json cannot be written: there is no folder",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
