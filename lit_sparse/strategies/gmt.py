@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lit_sparse.anatomy import decoder_layers
@@ -97,11 +98,13 @@ class GMT(UpdateStrategy):
         if not gradients:
             return
         chosen = masks(gradients, self.kept_share, self.scope)
-        total = _energy(gradients)
+        before = [_energy(gradient) for gradient in gradients]
         for gradient, mask in zip(gradients, chosen, strict=True):
             local_shard(gradient).masked_fill_(~mask, 0)
-        kept = torch.stack([mask.sum() for mask in chosen]).sum()
-        sums = sum_over_shards(torch.stack([kept, _energy(gradients), total]), gradients[0])
+        after = [torch.stack([mask.sum(), _energy(gradient)]) for gradient, mask in zip(gradients, chosen, strict=True)]
+        found = torch.cat([torch.stack(after), torch.stack(before)[:, None]], 1)
+        sharded = torch.tensor([isinstance(gradient, DTensor) for gradient in gradients], device=found.device)
+        sums = _over_ranks(found[~sharded].sum(0), found[sharded].sum(0), gradients)
         weights = sum(gradient.numel() for gradient in gradients)
         self._numbers = {
             "gmt_kept_share": sums[0] / weights,
@@ -156,15 +159,25 @@ def _thresholds(gradients: Sequence[Tensor], rows: Sequence[int], share: float) 
     left = torch.tensor([max(1, round(share * size)) for size in sizes], device=local_shard(gradients[0]).device)
     found = torch.zeros_like(left)
     for shift, width in DIGITS:
-        counts = found.new_zeros(len(sizes), 2**width)
+        plain, sharded = found.new_zeros(2, len(sizes), 2**width)
         for row, gradient in zip(rows, gradients, strict=True):
-            counts[row] += _counts(_bits(gradient), found[row], shift, width)
-        counts = sum_over_shards(counts, gradients[0])
+            own = sharded if isinstance(gradient, DTensor) else plain
+            own[row] += _counts(_bits(gradient), found[row], shift, width)
+        counts = _over_ranks(plain, sharded, gradients)
         reach = counts.flip(1).cumsum(1).flip(1)  # entries with this digit or a larger one
         digit = (reach >= left[:, None]).sum(1, keepdim=True) - 1
         left = left - (reach - counts).gather(1, digit).squeeze(1)
         found = found * 2**width + digit.squeeze(1)
     return found
+
+
+def _over_ranks(plain: Tensor, sharded: Tensor, gradients: Sequence[Tensor]) -> Tensor:
+    """Return `plain`, of gradients that are whole on all ranks, plus the sum over ranks of `sharded`, of parts of others.
+
+    Under FSDP2 masters of blocks and entries are whole beside the shards of a classifier's head.
+    """
+    like = next((gradient for gradient in gradients if isinstance(gradient, DTensor)), gradients[0])
+    return plain + sum_over_shards(sharded, like).to(plain.device)
 
 
 def _counts(bits: Tensor, found: Tensor, shift: int, width: int) -> Tensor:
@@ -181,9 +194,9 @@ def _bits(gradient: Tensor) -> Tensor:
     return local_shard(gradient).float().abs().view(torch.int32)
 
 
-def _energy(gradients: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the squares of this rank's shards."""
-    return torch.stack([local_shard(gradient).float().square().sum() for gradient in gradients]).sum()
+def _energy(gradient: Tensor) -> Tensor:
+    """Return the sum of the squares of this rank's shard."""
+    return local_shard(gradient).float().square().sum()
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

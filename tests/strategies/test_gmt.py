@@ -334,16 +334,18 @@ def work(folder: Path, rank: int) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     for scope in ("per_tensor", "global"):
         attempt(folder, rank, scope, lambda scope=scope: sharded_masks(scope))
+        attempt(folder, rank, f"mixed {scope}", lambda scope=scope: sharded_masks(scope, whole=2))
     for dtype in ("float32", "bfloat16"):
         attempt(folder, rank, dtype, lambda dtype=dtype: stepped(getattr(torch, dtype), True))
     torch.distributed.destroy_process_group()
     attempt(folder, rank, "ddp", lambda: by_ddp(folder))
 
 
-def sharded_masks(scope):
+def sharded_masks(scope, whole=0):
+    """Return this rank's masks where all gradients are sharded but the first `whole` ones."""
     mesh = init_device_mesh("cpu", (2,))
-    shards = [distribute_tensor(gradient, mesh, [Shard(0)]) for gradient in gradients()]
-    return [mask.flatten().tolist() for mask in masks(shards, 0.3, scope)]
+    shards = [distribute_tensor(gradient, mesh, [Shard(0)]) for gradient in gradients()[whole:]]
+    return [mask.flatten().tolist() for mask in masks([*gradients()[:whole], *shards], 0.3, scope)]
 
 
 def stepped(dtype, sharded):
@@ -381,6 +383,14 @@ def test_shards_have_the_masks_of_the_whole(scope, pair):
     shards = [result(pair, scope, rank) for rank in (0, 1)]
     wanted = [mask.flatten().tolist() for mask in masks(gradients(), 0.3, scope)]
     assert [first + second for first, second in zip(*shards, strict=True)] == wanted
+
+
+@pytest.mark.parametrize("scope", ["per_tensor", "global"])
+def test_gradients_that_are_whole_beside_shards_have_their_own_masks(scope, pair):
+    first, second = (result(pair, f"mixed {scope}", rank) for rank in (0, 1))
+    wanted = [mask.flatten().tolist() for mask in masks(gradients(), 0.3, scope)]
+    assert first[:2] == second[:2] == wanted[:2]
+    assert first[2] + second[2] == wanted[2]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
