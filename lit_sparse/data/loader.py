@@ -3,6 +3,7 @@
 import hashlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -178,12 +179,10 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.batches.start = self.position
-        try:
+        with own_refusals():
             for batch in super().__iter__():
                 self.position += 1
                 yield batch
-        except BadInput as error:  # of a worker: torch puts its traceback before the sentence
-            raise BadInput(str(error).strip().rpartition("BadInput: ")[2]) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch, the number of batches yielded in it, and a hash of the order that they refer to."""
@@ -203,6 +202,15 @@ class Loader(DataLoader[Any]):
                 "from its weights."
             )
         self.position = state["epoch"] * len(self) + state["batch"]
+
+
+@contextmanager
+def own_refusals() -> Iterator[None]:
+    """Raise the BadInput of a worker process with its sentence only: torch puts the worker's traceback before it."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(str(error).strip().rpartition("BadInput: ")[2]) from error
 
 
 def ignore_interrupts(worker: int) -> None:

@@ -190,7 +190,8 @@ def read_hub(name: str, config: str | None) -> Iterator[Row]:
     except (OSError, ValueError) as error:  # no such set, split or configuration; no network
         said = " ".join(str(error).split())
         raise BadInput(
-            f"{name} is not a file here, and no data set of this name could be loaded ({said}); check the name."
+            f"{name} is not a file here, and no data set of this name could be loaded ({said}); check the name, and "
+            "`config` if it has several configurations."
         ) from error
     for number, value in enumerate(rows, 1):
         yield Row(f"{name} row {number}", value)

@@ -11,183 +11,23 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lit_sparse.data.encoding import Encoder, Example
-from lit_sparse.data.loader import Collate, ignore_interrupts
+from lit_sparse.data.loader import Collate, ignore_interrupts, own_refusals
+from lit_sparse.data.pieces import Piece, Pieces
 from lit_sparse.data.rows import IGNORED
-from lit_sparse.data.sources import import_extra
 from lit_sparse.errors import BadInput
 
-PIECE_BYTES = 1 << 14
-"""Bytes of a local text in a piece, up to the next line break: small ones give every lane some of a single file."""
-
-SHUFFLED = 10_000
-"""Rows of a Hugging Face data set among which the next one is drawn."""
+FRUITLESS = 20
+"""Passes in which a row's share of the text may be blank before its training is given up."""
 
 ENDLESS = 2**31 - 1
 """Batches of an epoch. Of a loader without a length, Lightning fetches a batch ahead, which a checkpoint would skip."""
-
-
-# ---- where text comes from
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some text, and whether its document ends with it."""
-
-    text: str
-    ends: bool = True
-
-
-class Pieces(Protocol):
-    """Pieces of text in passes, each in an order that depends on the pass only."""
-
-    def of_pass(self, number: int, skip: int) -> Iterator[Callable[[], Piece]]:
-        """Yield, for each piece of pass `number` but the first `skip`, a function that reads it."""
-        ...
-
-    def held_out(self) -> Iterator[str]:
-        """Yield all pieces in an order that no seed changes, of which the first are held out."""
-        ...
-
-    def fingerprint(self) -> list[Any]:
-        """Return everything on which the pieces and their order depend."""
-        ...
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A piece of a file: the lines that begin within these bytes."""
-
-    path: str
-    begin: int
-    end: int
-    size: int
-
-    def read(self) -> Piece:
-        """Return the lines.
-
-        Raises:
-            BadInput: if they are not in UTF-8.
-        """
-        with Path(self.path).open("rb") as file:
-            file.seek(max(0, self.begin - 1))
-            if self.begin:
-                file.readline()  # the rest of a line that began before, or the line break before one that begins here
-            left = self.end - file.tell()
-            lines = file.read(max(0, left))
-            lines += file.readline() if lines and not lines.endswith(b"\n") else b""
-            stop = file.tell()
-        try:
-            return Piece(lines.decode("utf-8-sig"), stop == self.size)
-        except UnicodeDecodeError as error:
-            raise BadInput(f"{self.path} is not UTF-8 (behind byte {self.begin}); save it as UTF-8.") from error
-
-
-def cut_file(path: Path) -> list[Cut]:
-    """Return the pieces of a text file; empty ones where a line is longer than a piece."""
-    size = path.stat().st_size
-    return [Cut(str(path), begin, min(size, begin + PIECE_BYTES), size) for begin in range(0, size, PIECE_BYTES)]
-
-
-class LocalPieces:
-    """Pieces of local text, shuffled anew in each pass.
-
-    Args:
-        pieces: Texts, or cuts of files.
-        seed: Seed of the order; None keeps that of the text.
-        held: Pieces that no pass has: the first of an order that the seed does not change.
-
-    Raises:
-        BadInput: if they are all that there are.
-    """
-
-    def __init__(self, pieces: Sequence[Cut | str], seed: int | None, held: int = 0) -> None:
-        if held >= len(pieces):
-            raise BadInput(
-                f"All {len(pieces)} pieces of text are held out, and none is left to train on; set `heldout` to 0, or "
-                "give more text."
-            )
-        self.pieces, self.seed, self.held = pieces, seed, held
-        self._order = np.random.default_rng(0).permutation(len(pieces))
-
-    def held_out(self) -> Iterator[str]:
-        """Yield all pieces in the order of which the first `held` are held out."""
-        return (self._read(index).text for index in self._order)
-
-    def of_pass(self, number: int, skip: int) -> Iterator[Callable[[], Piece]]:
-        order = np.sort(self._order[self.held :])
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, number]).permutation(order)
-        return (lambda index=index: self._read(index) for index in order[skip:])
-
-    def _read(self, index: int) -> Piece:
-        piece = self.pieces[index]
-        return Piece(piece) if isinstance(piece, str) else piece.read()
-
-    def fingerprint(self) -> list[Any]:
-        texts = [hashlib.sha256(one.encode()).hexdigest() for one in self.pieces if isinstance(one, str)]
-        return [texts, [astuple(one) for one in self.pieces if isinstance(one, Cut)], self.seed, self.held]
-
-
-class HubPieces:
-    """The rows of a Hugging Face data set, read as they come and shuffled a few thousand at a time.
-
-    Each worker process of each rank reads all of them, and tokenises those of its lanes.
-
-    Args:
-        name: Name of the data set, and a colon and a split if that is not `train`.
-        config: Its configuration, if it has several.
-        seed: Seed of the order; None keeps that of the data set.
-        held: Rows that no pass has: the first.
-
-    Raises:
-        BadInput: if there is no such data set, or its rows have no `text`.
-    """
-
-    def __init__(self, name: str, config: str | None, seed: int | None, held: int = 0) -> None:
-        self.name, self.config, self.seed, self.held = name, config, seed, held
-
-    def _rows(self) -> Any:
-        datasets = import_extra("datasets", self.name)
-        where, _, split = self.name.partition(":")
-        try:
-            return datasets.load_dataset(where, name=self.config, split=split or "train", streaming=True)
-        except (OSError, ValueError) as error:  # no such set, split or configuration; no network
-            said = " ".join(str(error).split())
-            raise BadInput(
-                f"{self.name} is no file or folder here, and no data set of this name could be read ({said}); check "
-                "the name."
-            ) from error
-
-    def held_out(self) -> Iterator[str]:
-        """Yield all rows' texts in the order of which the first `held` are held out."""
-        return (self._text(row).text for row in self._rows())
-
-    def of_pass(self, number: int, skip: int) -> Iterator[Callable[[], Piece]]:
-        rows = self._rows().skip(self.held)
-        if self.seed is not None:
-            rows = rows.shuffle(seed=self.seed, buffer_size=SHUFFLED)
-            rows.set_epoch(number)
-        return (lambda row=row: self._text(row) for row in rows.skip(skip))
-
-    def _text(self, row: dict[str, Any]) -> Piece:
-        if not isinstance(row.get("text"), str):
-            raise BadInput(f"The rows of {self.name} have {', '.join(row)} and no `text`; give a data set of texts.")
-        return Piece(row["text"])
-
-    def fingerprint(self) -> list[Any]:
-        return [self.name, self.config, self.seed, self.held]
-
-
-# ---- rows
 
 
 @dataclass(frozen=True)
@@ -291,8 +131,13 @@ class Rows(IterableDataset[Any]):
         return Example(ids, labels)
 
     def _next(self, lane: Lane, reader: Iterator[None]) -> None:
-        """Read the lane's next piece that has tokens left, which on resuming is the one that it was in."""
-        while True:
+        """Read the lane's next piece that has tokens left, which on resuming is the one that it was in.
+
+        Raises:
+            BadInput: if all of its pieces are blank.
+        """
+        begun = lane.place.number
+        while lane.place.number <= begun + FRUITLESS:
             while not lane.waiting:
                 next(reader)
             place, load = lane.waiting.popleft()
@@ -302,6 +147,10 @@ class Rows(IterableDataset[Any]):
             lane.reading = True
             if lane.place.token < len(lane.tokens):
                 return
+        raise BadInput(
+            f"A row of the batch found nothing but blank text in {FRUITLESS} passes; give more text, or fewer rows a "
+            "step."
+        )
 
     def _tokens(self, piece: Piece) -> tuple[list[int], list[int]]:
         if not piece.text.strip():
@@ -342,10 +191,11 @@ class StreamLoader:
             worker_init_fn=ignore_interrupts,
         )
         found = iter(loader)
-        while True:
-            batch = list(islice(found, len(self.rows.lanes)))
-            self.rows.places = {lane: place for lane, (_, place) in zip(self.rows.lanes, batch, strict=True)}
-            yield self.collate([row for row, _ in batch])
+        with own_refusals():
+            while True:
+                batch = list(islice(found, len(self.rows.lanes)))
+                self.rows.places = {lane: place for lane, (_, place) in zip(self.rows.lanes, batch, strict=True)}
+                yield self.collate([row for row, _ in batch])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the places of all ranks' lanes, and a hash of what they refer to. Every rank must call it."""

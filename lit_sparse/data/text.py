@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 from transformers import PreTrainedTokenizerFast
 
 from lit_sparse import demo
@@ -15,9 +16,10 @@ from lit_sparse.data.encoding import Encoder, Example, load_tokenizer
 from lit_sparse.data.examples import Examples, load_or_make
 from lit_sparse.data.loader import Loader
 from lit_sparse.data.module import HELDOUT, TRAIN, TokenData, rank_and_world, require_at_least
+from lit_sparse.data.pieces import Cut, HubPieces, LocalPieces, Pieces, cut_file
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.data.sources import READERS, Row, heldout_count, read, read_text, row_digest
-from lit_sparse.data.stream import Cut, HubPieces, LocalPieces, Pieces, Rows, StreamLoader, cut_file, without_marks
+from lit_sparse.data.stream import Rows, StreamLoader, without_marks
 from lit_sparse.data.vocabulary import trained_vocabulary
 from lit_sparse.errors import BadInput
 
@@ -47,6 +49,7 @@ class Text(TokenData):
             run, and exported.
         stream: Tokenise as training goes on, without end: for text that is large, or on the Hub. It needs
             trainer.max_steps. With false, all text is tokenised before, and an epoch has every block once.
+        config: Configuration of the Hugging Face data sets, if they have several.
     """
 
     def __init__(
@@ -56,13 +59,14 @@ class Text(TokenData):
         heldout: int = 64,
         vocabulary: int | str | None = None,
         stream: bool = False,
+        config: str | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
         require_at_least(0, heldout=heldout)
         require_at_least(2, max_length=self.max_length)  # the first token of a block is not predicted
         self.train, self.validation, self.heldout = train, validation, heldout
-        self.vocabulary, self.stream = vocabulary, stream
+        self.vocabulary, self.stream, self.config = vocabulary, stream, config
         self.val_names = [HELDOUT] if heldout or validation else []
         if stream and self.packing:
             raise BadInput("`stream` fills every row already; set `packing` to false.")
@@ -90,18 +94,28 @@ class Text(TokenData):
 
     def read_rows(self) -> dict[str, list[Row]]:
         """Return one row per file or row of data; of a stream, those for validation only."""
-        rows = {} if self.stream else {TRAIN: read_texts(self.train)}
-        return rows | {HELDOUT: read_texts(self.validation)} if self.validation is not None else rows
+        rows = {} if self.stream else {TRAIN: read_texts(self.train, self.config)}
+        return rows | {HELDOUT: read_texts(self.validation, self.config)} if self.validation is not None else rows
 
     def setup(self, stage: str) -> None:
         """Load the blocks from the cache.
 
         Raises:
-            BadInput: if a stream is to be fitted without a number of steps.
+            BadInput: if a stream is to be fitted without a number of steps, or begun again in each epoch.
         """
-        if self.stream and stage == "fit" and self.trainer is not None and self.trainer.max_steps == -1:
-            raise BadInput("data.stream has no end; set trainer.max_steps to the number of optimizer steps to train.")
+        if self.stream and stage == "fit" and self.trainer is not None:
+            self._check_stream(self.trainer)
         super().setup(stage)
+
+    @staticmethod
+    def _check_stream(trainer: L.Trainer) -> None:
+        if trainer.max_steps == -1:
+            raise BadInput("data.stream has no end; set trainer.max_steps to the number of optimizer steps to train.")
+        if trainer.reload_dataloaders_every_n_epochs:  # pyright: ignore[reportAttributeAccessIssue]
+            raise BadInput(
+                "data.stream goes on from epoch to epoch, but trainer.reload_dataloaders_every_n_epochs would begin it "
+                "again; leave that out."
+            )
 
     def tokenise(self) -> dict[str, Examples]:
         """Return the blocks of the training text, unless that is a stream, and of the held-out text."""
@@ -142,8 +156,13 @@ class Text(TokenData):
         """Return where the training text comes from, but for its first `held` pieces."""
         seed = self.seed if self.shuffle else None
         names = [self.train] if isinstance(self.train, str) else self.train
-        if len(names) == 1 and is_hub_name(names[0]):
-            return HubPieces(names[0], None, seed, held)
+        if on_hub := [name for name in names if is_hub_name(name)]:
+            if len(names) > 1:
+                raise BadInput(
+                    f"data.stream reads a Hugging Face data set by itself, but data.train names {on_hub[0]} among "
+                    f"{len(names)} sources; give it alone, or set data.stream to false."
+                )
+            return HubPieces(names[0], self.config, seed, held)
         return LocalPieces([piece for name in names for piece in cut_source(name)], seed, held)
 
     @cached_property
@@ -158,15 +177,17 @@ class Text(TokenData):
     def _held(self) -> tuple[Examples, int]:
         """The held-out blocks of a stream, and the pieces that they were cut from: at most a quarter of those here."""
         rows: list[Row] = []
-        pieces, tokens = self._pieces(0), 0
+        pieces, tokens, read = self._pieces(0), 0, 0
         most = max(1, len(pieces.pieces) // 4) if isinstance(pieces, LocalPieces) else None
-        for text in islice(pieces.held_out(), most):
-            rows.append(Row(f"piece {len(rows)}", {"text": text}))
+        for read, text in enumerate(islice(pieces.held_out(), most), 1):
+            if not text.strip():
+                continue
+            rows.append(Row(f"piece {read}", {"text": text}))
             tokens += len(self.encoder.encode_text(text)) + 1
             if tokens >= self.heldout * self.max_length:
                 break
         blocks = cut_blocks(rows, self.encoder, self.max_length)
-        return blocks.take(0, min(self.heldout, len(blocks))), len(rows)
+        return blocks.take(0, min(self.heldout, len(blocks))), read
 
 
 def is_hub_name(name: str) -> bool:
@@ -192,13 +213,16 @@ def cut_source(name: str) -> Sequence[Cut | str]:
     return [row.data["text"] for row in read_source(name)]
 
 
-def read_texts(names: str | list[str]) -> list[Row]:
+def read_texts(names: str | list[str], config: str | None = None) -> list[Row]:
     """Read text sources into rows with a `text`; raise BadInput if one is missing or has none."""
-    return [row for name in ([names] if isinstance(names, str) else names) for row in read_source(name)]
+    return [row for name in ([names] if isinstance(names, str) else names) for row in read_source(name, config)]
 
 
-def read_source(name: str) -> list[Row]:
+def read_source(name: str, config: str | None = None) -> list[Row]:
     """Read a source of text: a file, a folder, rows of data with a `text`, or `embedded`.
+
+    Args:
+        config: Configuration of a Hugging Face data set, if it has several.
 
     Raises:
         BadInput: if it is missing, or has no text.
@@ -209,7 +233,7 @@ def read_source(name: str) -> list[Row]:
     if path.is_dir():
         return [row for file in text_files(path) for row in read_file(file)]
     if path.suffix.lower() in READERS or is_hub_name(name):
-        rows = read(name)
+        rows = read(name, config)
         for row in rows:
             if not isinstance(row.data.get("text"), str):
                 raise BadInput(f"{row.where} has {', '.join(row.data)} and no `text`; give rows with a text.")

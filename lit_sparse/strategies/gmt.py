@@ -172,7 +172,7 @@ def _thresholds(gradients: Sequence[Tensor], rows: Sequence[int], share: float) 
 
 
 def _over_ranks(plain: Tensor, sharded: Tensor, gradients: Sequence[Tensor]) -> Tensor:
-    """Return `plain`, of gradients that are whole on all ranks, plus the sum over ranks of `sharded`, of parts of others.
+    """Return `plain`, of gradients that ranks have whole, plus the sum over ranks of `sharded`, of the others' parts.
 
     Under FSDP2 masters of blocks and entries are whole beside the shards of a classifier's head.
     """

@@ -12,7 +12,8 @@ import torch
 from lit_sparse.data import Text
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Encoder
-from lit_sparse.data.stream import PIECE_BYTES, HubPieces, LocalPieces, Rows, StreamLoader, cut_file
+from lit_sparse.data.pieces import PIECE_BYTES, HubPieces, LocalPieces, cut_file
+from lit_sparse.data.stream import Rows, StreamLoader
 from lit_sparse.errors import BadInput
 
 TEXTS = [f"text {number}: " + "the cat sat on the mat. " * (number % 5) for number in range(23)]
@@ -109,14 +110,48 @@ def test_held_out_pieces_are_in_no_pass(encoder):
 
 
 @pytest.mark.parametrize("lines", [["a\n"] * 30_000, ["é" * 40_000 + "\n", "b\n" * 9, "ü" * 30_000], ["x" * 100]])
-def test_the_cuts_of_a_file_are_whole_lines_and_all_of_them(tmp_path, lines):
+def test_the_cuts_of_a_file_are_whole_lines_or_parts_of_long_ones_and_all_of_them(tmp_path, lines):
     path = tmp_path / "one.txt"
     path.write_text("".join(lines), encoding="utf-8")
     pieces = [cut.read() for cut in cut_file(path)]
     assert "".join(piece.text for piece in pieces) == "".join(lines)
     full = [piece for piece in pieces if piece.text]
     assert [piece.ends for piece in full] == [False] * (len(full) - 1) + [True]
-    assert all(piece.text.endswith("\n") for piece in full[:-1])
+    assert max(len(piece.text.encode()) for piece in full) < 2 * PIECE_BYTES
+    if max(map(len, lines)) < PIECE_BYTES:
+        assert all(piece.text.endswith("\n") for piece in full[:-1])
+
+
+def test_words_of_a_long_line_stay_whole(tmp_path):
+    words = " ".join(f"word{number}" for number in range(9000))
+    (tmp_path / "a.txt").write_text(words)
+    pieces = [cut.read().text for cut in cut_file(tmp_path / "a.txt")]
+    assert len(pieces) > 4
+    assert [word for piece in pieces for word in piece.split()] == words.split()
+
+
+def test_text_without_line_breaks_fills_all_rows_and_is_held_out(tmp_path, chat_tokenizer):
+    (tmp_path / "a.txt").write_text("the cat sat on the mat " * 9000)
+    data = stream(tmp_path / "a.txt", chat_tokenizer)
+    data.prepare_data()
+    data.setup("fit")
+    end = data.encoder.text_end
+    assert all(row.input_ids.count(end) <= 1 for row in data.examples["heldout"])
+    (batch,) = steps(data.train_dataloader(), 1)
+    assert all(row.count(end) == 0 for row in batch)
+
+
+def test_blank_text_ends_in_a_sentence(encoder):
+    rows = Rows(LocalPieces([" ", "\n"], 0), encoder, 16, range(2), 2)
+    with pytest.raises(BadInput, match="found nothing but blank text in 20 passes; give more text"):
+        next(iter(rows))
+
+
+def test_a_refusal_of_a_worker_is_its_sentence_alone(tmp_path, encoder):
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n" * 9)
+    rows = Rows(LocalPieces(cut_file(tmp_path / "a.txt"), 0), encoder, 16, range(2), 2)
+    with pytest.raises(BadInput, match=r"^/.*a\.txt is not UTF-8 .*; save it as UTF-8\.$"):
+        next(iter(StreamLoader(rows, Padded(Padding()), 2)))
 
 
 def test_a_document_ends_once_however_many_pieces_it_has(tmp_path, encoder):
@@ -136,26 +171,38 @@ def test_a_line_that_is_not_utf8_is_named(tmp_path):
 # ---- a data set as the Hub has them
 
 
-@pytest.fixture
-def hub(monkeypatch):
-    rows = datasets.IterableDataset.from_generator(lambda: ({"text": text, "id": 1} for text in TEXTS))
+@pytest.fixture(params=[1, 2])
+def hub(request, monkeypatch):
+    """A data set of as many shards as the parameter says."""
+    parts = [TEXTS[number :: request.param] for number in range(request.param)]
+    rows = datasets.IterableDataset.from_generator(
+        lambda parts: ({"text": text, "id": 1} for part in parts for text in part), gen_kwargs={"parts": parts}
+    )
+    assert rows.num_shards == request.param
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
 
 
-def test_rows_of_a_data_set_are_all_read_and_go_on(hub, encoder):
-    def made(held: int = 0) -> StreamLoader:
-        return StreamLoader(Rows(HubPieces("a/b", None, 0, held), encoder, 16, range(ROWS), ROWS), Padded(Padding()), 0)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_of_a_data_set_are_all_read_and_go_on(hub, encoder, workers):
+    def made(workers: int = 0) -> StreamLoader:
+        rows = Rows(HubPieces("a/b", None, 0), encoder, 16, range(ROWS), ROWS)
+        return StreamLoader(rows, Padded(Padding()), workers)
 
     straight = steps(made(), 40)
     seen = {text for lane in range(ROWS) for text in texts(encoder, [batch[lane] for batch in straight])}
     assert seen == set(TEXTS)
-    first, second = made(), made()
+    first, second = made(workers), made(workers)
     steps(first, 30)
     second.load_state_dict(first.state_dict())
     assert steps(second, 10) == straight[30:]
-    assert list(islice(HubPieces("a/b", None, 0).held_out(), 2)) == TEXTS[:2]
-    left = {load().text for load in HubPieces("a/b", None, 0, held=2).of_pass(0, 0)}
-    assert left == set(TEXTS[2:])
+
+
+def test_a_pass_of_a_data_set_has_an_order_of_its_own_without_what_is_held_out(hub):
+    out = list(islice(HubPieces("a/b", None, 0).held_out(), 2))
+    first, second = ([load().text for load in HubPieces("a/b", None, 0, held=2).of_pass(n, 0)] for n in (0, 1))
+    assert sorted(first) == sorted(second) == sorted(set(TEXTS) - set(out))
+    assert first != second
+    assert [load().text for load in HubPieces("a/b", None, 0, held=2).of_pass(1, 7)] == second[7:]
 
 
 def test_rows_without_a_text_and_data_sets_that_are_not_there_are_refused(monkeypatch):
@@ -206,6 +253,13 @@ def test_a_stream_needs_a_number_of_steps(tmp_path, chat_tokenizer):
     data.prepare_data()
     with pytest.raises(BadInput, match=r"data\.stream has no end; set trainer\.max_steps"):
         data.setup("fit")
+    data.trainer = L.Trainer(
+        logger=False, enable_checkpointing=False, max_steps=1, accelerator="cpu", reload_dataloaders_every_n_epochs=1
+    )
+    with pytest.raises(BadInput, match="reload_dataloaders_every_n_epochs would begin it again; leave that out"):
+        data.setup("fit")
+    with pytest.raises(BadInput, match="data.train names a/b among 2 sources; give it alone"):
+        stream(tmp_path, chat_tokenizer, train=[str(tmp_path / "a.txt"), "a/b"]).setup("fit")
     with pytest.raises(BadInput, match="`stream` fills every row already; set `packing` to false"):
         stream(tmp_path / "a.txt", chat_tokenizer, packing=True)
 
