@@ -166,6 +166,12 @@ def experts(model: nn.Module) -> dict[str, Experts]:
     }
 
 
+def transposed_weights(model: nn.Module) -> set[nn.Parameter]:
+    """Return the weights within the decoder layers that are stored as (in, out): GPT-2's, and some fused experts."""
+    conv1d = {linear.weight for linear in linears(model).values() if isinstance(linear, Conv1D)}
+    return conv1d | {fused.parameter for fused in experts(model).values() if fused.transposed}
+
+
 def _is_transposed(module: nn.Module, name: str, parameter: Tensor) -> bool:
     stated = getattr(module, "is_transposed", None)
     if stated is not None:

@@ -16,7 +16,7 @@ from lit_sparse_kernels.adamw_arguments import Rule
 
 Role = Literal["matrix", "embed", "head", "vector"]
 """Of a parameter: a `matrix` of a decoder layer (or a stack of them, such as fused experts), `embed` for embeddings and
-other matrices outside the layers, the `head`, or a `vector` (a norm, a bias)."""
+other matrices outside the layers, the `head`, or a `vector` (a norm, a bias, a kernel (C, 1, K) of channels)."""
 
 Policy = Literal["layers", "layers_and_head"]
 """Which parameters are matrices: those of decoder layers, or the head's too, as a `matrix` in place of a `head`."""
@@ -63,7 +63,8 @@ def roles_of(model: nn.Module, policy: Policy = "layers") -> dict[nn.Parameter, 
     of_head: Role = "head" if policy == "layers" else "matrix"
 
     def role(name: str, parameter: nn.Parameter) -> Role:
-        if parameter.ndim < 2 or name.endswith("bias"):
+        kernel = parameter.ndim > 2 and min(parameter.shape[-2:]) == 1  # Mamba and LFM2 have a filter for each channel
+        if parameter.ndim < 2 or kernel or name.endswith("bias"):
             return "vector"
         return "matrix" if parameter in inside else of_head if parameter in head else "embed"
 

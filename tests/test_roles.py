@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.optim import trainable
 from lit_sparse.roles import ORDER, partition_params, roles_of
 from lit_sparse.testing import TINY, tiny_encoder, tiny_llm
@@ -52,6 +53,15 @@ def test_the_policy_makes_the_head_a_matrix():
     found = parts(model, policy="layers_and_head")
     assert found["head"] == []
     assert found["matrix"][-1] == "lm_head.weight"
+
+
+@pytest.mark.parametrize("name", ["Mamba", "LFM2"])
+def test_a_filter_for_each_channel_is_a_vector(name):
+    model = FAMILIES[name].tiny()
+    found = parts(model)
+    kernels = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+    assert kernels
+    assert set(kernels) <= set(found["vector"])
 
 
 def test_what_is_added_to_a_layer_has_the_role_of_its_shape():

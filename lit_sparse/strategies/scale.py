@@ -11,11 +11,12 @@ Adam's epsilon is where torch has it; a tied head is an embedding, and has no mo
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from lit_sparse.anatomy import transposed_weights
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import gradient, local_shard, sum_over_shards
 from lit_sparse.roles import ByRole, sizes_of
@@ -61,19 +62,25 @@ class SCALE(OptimizerMethod, UpdateStrategy):
         made.momentum, made.lr_factor = self.momentum, self.vector_lr_factor
         return made
 
+    def _follow(self, optimizer: Any, model: nn.Module) -> None:
+        super()._follow(optimizer, model)
+        optimizer.transposed = transposed_weights(model)
+
     def optimizer_bytes(self, model: nn.Module) -> int:
         sizes = sizes_of(model)
         return 4 * sizes["head"] * (self.momentum > 0) + 8 * sizes["vector"]
 
 
 class Normalized(ByRole):
-    """Updates of root mean square 1 in each row of a matrix, and in each column of an embedding.
+    """Updates of root mean square 1 for each output of a matrix, and for each column of an embedding.
 
     Attributes:
         momentum: Of the head.
+        transposed: Matrices that are stored as (in, out).
     """
 
     momentum: float = 0.9
+    transposed: Collection[Tensor] = ()
 
     def takes(self, parameter: Tensor) -> bool:
         return self.roles[parameter] != "vector"
@@ -95,9 +102,10 @@ class Normalized(ByRole):
             weight.addcdiv_(grad.to(weight.dtype), self._deviation(grad, parameter).to(weight.dtype), value=-rule.lr)
 
     def _deviation(self, grad: Tensor, parameter: Tensor) -> Tensor:
-        """Return the root mean square of each row (of an embedding, each column) of the full gradient."""
-        if self.roles[parameter] == "embed":
+        """Return the root mean square of the full gradient over each output's inputs, or over an embedding's rows."""
+        embedding, columns = self.roles[parameter] == "embed", parameter in self.transposed
+        if embedding or (columns and parameter.ndim == 2):  # over all rows, of which a rank may have some
             squares = sum_over_shards(grad.square().sum(0, keepdim=True), parameter) / len(parameter)
         else:
-            squares = grad.square().mean(-1, keepdim=True)
+            squares = grad.square().mean(-2 if columns else -1, keepdim=True)
         return squares.to(grad.device).sqrt_().clamp_(min=FLOOR)

@@ -123,7 +123,10 @@ class SubspaceAdam(FusedMethod, UpdateStrategy):  # pyright: ignore[reportIncomp
             name: parameter
             for name, parameter in model.named_parameters()
             if roles[parameter] == "matrix" and parameter.ndim in (2, 3)
-            if layers[parameter] == "head" or any(is_target(n, self.targets) for n in (name, name.rpartition(".")[0]))
+            if layers[parameter] == "head"
+            or is_target(name.rpartition(".")[0], self.targets)
+            # Experts are called by their parameter's name; so would factors be, whose parameters are up and down.
+            or (parameter.ndim == 3 and is_target(name, self.targets))
         }
 
     def _ranks(self, model: nn.Module) -> dict[nn.Parameter, int]:

@@ -258,7 +258,7 @@ def test_a_stream_needs_a_number_of_steps(tmp_path, chat_tokenizer):
     )
     with pytest.raises(BadInput, match="reload_dataloaders_every_n_epochs would begin it again; leave that out"):
         data.setup("fit")
-    with pytest.raises(BadInput, match="data.train names a/b among 2 sources; give it alone"):
+    with pytest.raises(BadInput, match=r"data\.train names a/b among 2 sources; give it alone"):
         stream(tmp_path, chat_tokenizer, train=[str(tmp_path / "a.txt"), "a/b"]).setup("fit")
     with pytest.raises(BadInput, match="`stream` fills every row already; set `packing` to false"):
         stream(tmp_path / "a.txt", chat_tokenizer, packing=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.errors import BadInput
 from lit_sparse.roles import partition_params
 from lit_sparse.strategies import SCALE, SMT, Updates
@@ -11,9 +12,9 @@ from lit_sparse.testing import tiny_llm
 LR = 1e-2
 
 
-def run(steps: int = 1, kind: str = "llama", **options):
+def run(steps: int = 1, kind: str = "llama", model=None, **options):
     """Take steps; return the model, the weights before the last one, its gradients and the optimizer."""
-    model, updates = tiny_llm(kind).train(), Updates([SCALE(**options)])
+    model, updates = (model or tiny_llm(kind)).train(), Updates([SCALE(**options)])
     updates.attach(model)
     optimizer = updates.optimizer(LR)
     before, grads = {}, {}
@@ -40,6 +41,16 @@ def test_a_row_of_a_matrix_moves_by_a_root_mean_square_of_one():
         rms = grads[name].square().mean(1, keepdim=True).sqrt()
         torch.testing.assert_close(update, grads[name] / rms, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(update.square().mean(1), torch.ones(len(update)), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("family", "end"), [("GPT-2", "0.mlp.c_fc.weight"), ("gpt-oss", "0.mlp.experts.down_proj")])
+def test_an_output_of_a_matrix_that_is_stored_transposed_does_too(family, end):
+    model, before, grads, _ = run(model=FAMILIES[family].tiny())
+    (name,) = [one for one in names(model, "matrix") if one.endswith(end)]
+    update, rms = (before[name] - model.get_parameter(name).detach()) / LR, grads[name].square().mean(-2).sqrt()
+    seen = rms > 1e-9  # an expert that no token reaches has no gradient
+    assert seen.float().mean() > 0.5
+    torch.testing.assert_close(update.square().mean(-2)[seen], torch.ones_like(rms)[seen], rtol=2e-3, atol=2e-3)
 
 
 def test_a_feature_of_an_embedding_does_over_the_vocabulary():

@@ -12,7 +12,7 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import AdamW, trainable
 from lit_sparse.roles import roles_of
-from lit_sparse.strategies import LISA, SubspaceAdam, Updates
+from lit_sparse.strategies import LISA, LowRank, SubspaceAdam, Updates
 from lit_sparse.strategies.subspace_adam import Projected
 from lit_sparse.strategies.subspaces import Exact, Layout, Sketch, seed_of
 from lit_sparse.testing import contract, tiny_llm
@@ -335,6 +335,14 @@ def test_a_state_goes_through_a_file(tmp_path):
 def test_values_out_of_range_are_refused(fields, sentence):
     with pytest.raises(BadInput, match=sentence):
         SubspaceAdam(**fields)
+
+
+def test_targets_are_roles_of_layers_and_not_the_names_of_factors():
+    model, low_rank = tiny_llm(), LowRank(rank=4, targets=["q", "down"])
+    Updates([low_rank]).attach(model)
+    found = SubspaceAdam(rank=2, targets=["down"])._targeted(model)
+    assert found
+    assert all(".mlp.down_proj." in name for name in found)
 
 
 def test_a_rank_above_a_side_and_targets_that_are_not_there_are_refused():
