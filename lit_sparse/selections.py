@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,41 @@ def read_state(path: Path, strategy: str) -> Any:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return fields
+
+
+def wanted(method: str, fraction: float, total: int, there: int, targets: Sequence[str]) -> float:
+    """Return how many of a model's `total` weights a method is to train.
+
+    Raises:
+        BadInput: if that is more than `there` are in its targets.
+    """
+    if fraction * total > there:
+        raise BadInput(
+            f"{method}: {fraction:.3%} of the weights is more than the targets {targets} have ({there:,}); give a "
+            "smaller trainable_fraction, or more targets."
+        )
+    return fraction * total
+
+
+def check_shapes(entries: Mapping[str, Any], matrices: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a selection of matrices that have other shapes here: its positions would be other weights.
+
+    Args:
+        entries: What the selection has of each matrix; a file that was written by hand may leave `shape` out.
+        matrices: The matrices by name, of all that are selected.
+        source: What selects, for the message.
+
+    Raises:
+        BadInput: naming the first such matrix.
+    """
+    for name, entry in entries.items():
+        here = list(matrices[name].shape)
+        if entry.get("shape", here) != here:
+            there, sides = entry["shape"], " x ".join(map(str, here))
+            raise BadInput(
+                f"{source} was made for another model: its {name} has the shape {there}, and this one is {sides}; give "
+                "a file of the same model, or select anew."
+            )
 
 
 def index_of(values: Any, columns: int | None = None) -> Tensor:

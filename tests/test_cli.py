@@ -77,11 +77,17 @@ def test_select_writes_what_fit_would_choose_and_fit_reads_it(home, capsys, monk
     blocks = {name: entry["index"] for name, entry in found.items()}
     assert blocks == selected(update)
     first = next(iter(found))
+    Path("others.json").write_text(json.dumps({**found, first: {**found[first], "shape": [7, 9]}}))
+    said = refused(capsys, monkeypatch, "fit", *words, "--model.updates.blocks=others.json")
+    assert f"others.json was made for another model: its {first} has the shape [7, 9], and this one is" in said
     found[first]["index"] = found[first]["index"][:1]  # so that another choice would be seen
     Path("blocks.json").write_text(json.dumps(found))
     assert selected([*update, "--model.updates.blocks=blocks.json"]) == {**blocks, first: blocks[first][:1]}
     again = refused(capsys, monkeypatch, "select", *words, "--output", "blocks.json")
     assert again == "lit-sparse: blocks.json is there already; give --output another name, or remove it."
+    lift = ["--config", "lift.yaml", *words[2:-2]]
+    assert cli.run(["select", *lift, "--output", "entries.json"]) == 0
+    assert "trains what it names. But SparseEntries: reselect is 100, but entries is the f" in capsys.readouterr().out
     lora = ["--config", "lora.yaml", *words[2:-2]]
     assert "select writes what one method selects before training, and PEFT has 0" in refused(
         capsys, monkeypatch, "select", *lora

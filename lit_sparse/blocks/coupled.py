@@ -20,7 +20,7 @@ from lit_sparse.errors import BadInput
 
 HEADS, CHANNELS = ("q", "k", "v", "o"), ("gate", "up", "down")
 BY_COLUMNS = ("o", "down")
-"""Roles of which a head or channel is columns; of the others it is rows."""
+"""Roles of which a head or channel is columns, and a slab too; of the others it is rows."""
 
 
 def coupled_blocks(matrices: Mapping[str, Tensor], config: Any, weights: float, seed: int) -> dict[str, Blocks]:

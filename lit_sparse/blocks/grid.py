@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from lit_sparse.blocks.sharded import Pieces
 from lit_sparse.errors import BadInput
-from lit_sparse.selections import index_of, read_state
+from lit_sparse.selections import check_shapes, index_of, read_state
 
 Size = tuple[int, int]
 AUTO_SIZES = (256, 128, 64, 32, 16, 8)
@@ -99,7 +99,8 @@ def automatic_size(matrices: Mapping[str, Tensor], weights: float) -> Size:
 def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> dict[str, Blocks]:
     """Read a selection of blocks from a run's checkpoint (.ckpt), or from a JSON file of the same form.
 
-    The form is {name of the linear layer: {"size": [height, width], "index": [[row, column], ...]}}.
+    The form is {name of the linear layer: {"size": [height, width], "index": [[row, column], ...]}}, and the `shape` of
+    each layer's matrix [out, in], which may be left out.
 
     Args:
         matrices: The matrices (out, in) that may have blocks, by the layer's name; only their shapes are read.
@@ -119,6 +120,7 @@ def read_choice(path: Path, matrices: Mapping[str, Tensor], strategy: str) -> di
             "coupled, or a file written by a run."
         ) from error
     check_choice(choice, matrices, str(path))
+    check_shapes(raw, matrices, str(path))
     return choice
 
 

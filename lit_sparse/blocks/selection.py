@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from lit_sparse.anatomy import Experts, has_values
+from lit_sparse.anatomy import Experts, has_values, role
+from lit_sparse.blocks.coupled import BY_COLUMNS, coupled_blocks
 from lit_sparse.blocks.grid import Blocks, Size, grid
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import part_of
 
+BY_SHAPE = ("diagonal", "slab", "coupled")
+"""Kinds of blocks that follow from the shapes of the matrices, and of which the share of weights is the number."""
 Score = Literal["abs_mean", "mean_abs", "l2"]
 Ranking = Literal["global", "per_matrix"]
 
@@ -74,6 +77,21 @@ def random_scores(grids: Mapping[str, tuple[int, int]], seed: int) -> dict[str, 
     # Drawn by sorted name, so that the order of the model's modules does not matter.
     draws = {name: torch.rand(grids[name], generator=generator) for name in sorted(grids)}
     return {name: draws[name] for name in grids}
+
+
+def blocks_by_shape(
+    kind: str, matrices: Mapping[str, Tensor], weights: float, seed: int, config: Any
+) -> dict[str, Blocks]:
+    """Return the blocks of a kind among `BY_SHAPE`, about `weights` weights in all.
+
+    Args:
+        config: The model's configuration, which has its heads.
+    """
+    if kind == "diagonal":
+        return diagonal_blocks(matrices, weights)
+    if kind == "coupled":
+        return coupled_blocks(matrices, config.get_text_config(), weights, seed)
+    return slab_blocks(matrices, [name for name in matrices if role(name) in BY_COLUMNS], weights, seed)
 
 
 def diagonal_blocks(matrices: Mapping[str, Tensor], weights: float) -> dict[str, Blocks]:

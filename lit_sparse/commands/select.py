@@ -1,6 +1,7 @@
 """The verb `select`: what a method chooses before training, in a file that `fit` reads."""
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from lit_sparse.commands.bench import take
 from lit_sparse.commands.fit import CLI, start
 from lit_sparse.errors import BadInput
 from lit_sparse.selections import write_selection
+from lit_sparse.strategies import UpdateStrategy
 
 
 def select_parser() -> argparse.ArgumentParser:
@@ -78,4 +80,14 @@ class Selecting(CLI):
             write_selection(state, self.output)
             own = selecting[0].selects
             key = f"--model.updates.{own}" if len(self.model.updates) == 1 else own
-            print(f"Wrote {self.output}: fit with {key} {self.output} trains what it names.")
+            more = caveat(selecting[0], self.output)
+            print(f"Wrote {self.output}: fit with {key} {self.output} trains what it names.{more}")
+
+
+def caveat(update: UpdateStrategy, path: Path) -> str:
+    """Return what else has to change in a method's keys for it to read the file, as the end of a line; or nothing."""
+    try:
+        dataclasses.replace(update, **{update.selects: str(path)})  # pyright: ignore[reportArgumentType]
+    except BadInput as error:
+        return f" But {error}"
+    return ""

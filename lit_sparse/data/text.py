@@ -45,11 +45,10 @@ class Text(TokenData):
             a stream the first of an order that is drawn once.
         heldout: Number of held-out blocks.
         vocabulary: In place of the base's tokenizer, train one of so many tokens on the training text (byte-level BPE),
-            or take that of a folder or Hugging Face name; for a base that is a bare config.json. It is kept with the
-            run, and exported.
+            or take that of a folder or Hugging Face name; for a bare config.json. It is kept with the run and exported.
         stream: Tokenise as training goes on, without end: for text that is large, or on the Hub. It needs
             trainer.max_steps. With false, all text is tokenised before, and an epoch has every block once.
-        config: Configuration of the Hugging Face data sets, if they have several.
+        config: Configuration of the Hugging Face data sets.
     """
 
     def __init__(

@@ -64,8 +64,8 @@ class BatchScores:
 
     @property
     def seen(self) -> bool:
-        """False if layers are watched and no step was seen: all were skipped."""
-        return all(scores.steps for scores in self.by_name.values())
+        """False if layers are watched and no step was seen: all were skipped. Of some, no token may have been there."""
+        return not self.by_name or any(scores.steps for scores in self.by_name.values())
 
     def scale(self, factor: Tensor) -> None:
         """Multiply by `factor` the gradients that were added since the last step."""

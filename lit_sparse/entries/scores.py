@@ -57,6 +57,8 @@ def random_scores(shape: torch.Size, seed: int, step: int, name: str) -> Tensor:
 class GradientSums:
     """Sums over optimizer steps of the gradient of one weight, for its candidates: the largest in the first batch.
 
+    A weight that no token reaches has no gradient: its candidates are the first entries, with sums of 0.
+
     Args:
         count: Number of candidates, C.
         device: Where they are kept.
@@ -69,7 +71,7 @@ class GradientSums:
 
     def __init__(self, count: int, device: torch.device) -> None:
         self.steps, self._empty = 0, True
-        self.candidates = torch.zeros(count, dtype=torch.int32, device=device)
+        self.candidates = torch.arange(count, dtype=torch.int32, device=device)
         self.sums, self.squares, self.window = (torch.zeros(count, device=device) for _ in range(3))
 
     def add(self, gradient: Tensor) -> None:
@@ -107,7 +109,6 @@ class GradientSums:
         Args:
             pool: Which candidates count, bool; None is all.
         """
-        assert self.steps, "no gradient was seen"
         scores = self.sums.abs() if pool is None else self.sums.abs().where(pool, -1.0)
         return self.candidates[top_entries(scores, count)]
 
@@ -116,9 +117,8 @@ class GradientSums:
 
         With these, bias corrections of a count of `step` steps give updates of the usual size (as SpIEL's code does).
         """
-        assert self.steps, "no gradient was seen"
         place = torch.searchsorted(self.candidates, index)
-        mean, square = (sums[place] / self.steps for sums in (self.sums, self.squares))
+        mean, square = (sums[place] / max(1, self.steps) for sums in (self.sums, self.squares))
         return mean * (1 - betas[0] ** step), square * (1 - betas[1] ** step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,8 +169,8 @@ class InputNorms:
 
     def scores(self, weight: Tensor, transposed: bool) -> Tensor:
         """Return the scores of `weight`, (out, in) or (in, out) if `transposed`, in fp32 of its shape."""
-        assert self.squares is not None, "no input was seen"
-        norms = self.squares.sqrt()
+        sides = weight.shape[0] if transposed else weight.shape[1]
+        norms = weight.new_zeros(sides) if self.squares is None else self.squares.sqrt()  # zeros: no token reached it
         return weight.float().abs() * (norms[:, None] if transposed else norms)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_sparse.blocks.selection import shares
 from lit_sparse.errors import BadInput
-from lit_sparse.selections import index_of, read_state
+from lit_sparse.selections import check_shapes, index_of, read_state
 
 
 def counts(weights: Mapping[str, Tensor], wanted: int) -> dict[str, int]:
@@ -31,7 +31,8 @@ def counts(weights: Mapping[str, Tensor], wanted: int) -> dict[str, int]:
 def read_selection(path: Path, weights: Mapping[str, Tensor], strategy: str) -> dict[str, Tensor]:
     """Read a selection of entries from a run's checkpoint (.ckpt), or from a JSON file of the same form.
 
-    The form is {"matrices": {name of the linear layer: {"index": [position, ...]}}}.
+    The form is {"matrices": {name of the linear layer: {"index": [position, ...], "shape": [rows, columns]}}}, and the
+    shape may be left out.
 
     Args:
         weights: The weights that may have entries, by the layer's name; only their shapes are read.
@@ -49,6 +50,7 @@ def read_selection(path: Path, weights: Mapping[str, Tensor], strategy: str) -> 
             "magnitude, smallest, wanda, random, or a file written by a run."
         ) from error
     check_selection(chosen, weights, str(path))
+    check_shapes(raw["matrices"], weights, str(path))
     return {name: index.unique().int() for name, index in chosen.items()}
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from lit_sparse.anatomy import role, target_experts, target_linears
+from lit_sparse.anatomy import decoder_layers, role, target_experts, target_linears
+from lit_sparse.calls import unreached
 from lit_sparse.errors import BadInput
 from lit_sparse.selections import LIMIT
 
@@ -15,7 +16,7 @@ from lit_sparse.selections import LIMIT
 def entry_targets(
     model: nn.Module, targets: Sequence[str], compute: Callable[..., Any], strategy: str
 ) -> dict[str, Any]:
-    """Return the linear layers that `targets` name.
+    """Return the linear layers that `targets` name, but those of layers that text does not reach (Mllama has some).
 
     Args:
         compute: As for `target_linears`.
@@ -24,7 +25,9 @@ def entry_targets(
     Raises:
         BadInput: if fused experts are among the targets, or a weight with too many entries for positions of 32 bits.
     """
-    found = target_linears(model, targets, compute)
+    found, layers = target_linears(model, targets, compute), decoder_layers(model)
+    unread = {module for number in unreached(model, layers, compute) for module in layers[number].modules()}
+    found = {name: linear for name, linear in found.items() if linear not in unread}
     if fused := [*target_experts(model, targets)]:
         roles = sorted({role(name) for name in found})
         raise BadInput(

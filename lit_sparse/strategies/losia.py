@@ -28,6 +28,7 @@ from lit_sparse.entries.scores import random_scores, top_entries
 from lit_sparse.entries.subnet import Importance, SubnetLinear
 from lit_sparse.entries.targets import entry_targets
 from lit_sparse.errors import BadInput
+from lit_sparse.selections import wanted
 from lit_sparse.strategies.base import Attaches, Claim, Context, Need, Probe, UpdateStrategy
 
 
@@ -120,13 +121,8 @@ class LoSiA(UpdateStrategy):
 
     def _share(self, model: nn.Module, linears: Mapping[str, Any]) -> float:
         """Return the share of each target that trains."""
-        wanted, there = self.trainable_fraction * weight_count(model), sum(x.weight.numel() for x in linears.values())
-        if wanted > there:
-            raise BadInput(
-                f"LoSiA: {self.trainable_fraction:.3%} of the weights is more than the targets {self.targets} have "
-                f"({there:,}); give a smaller trainable_fraction, or more targets."
-            )
-        return wanted / there
+        there = sum(linear.weight.numel() for linear in linears.values())
+        return wanted("LoSiA", self.trainable_fraction, weight_count(model), there, self.targets) / there
 
     def _drawn(self, name: str, shape: torch.Size, share: float) -> tuple[Tensor, Tensor]:
         """Return random rows and columns, so many of each that together they are `share` of a weight."""

@@ -25,19 +25,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_sparse.anatomy import Experts, replace, role, weight_count
-from lit_sparse.blocks.coupled import coupled_blocks
+from lit_sparse.anatomy import Experts, replace, weight_count
 from lit_sparse.blocks.experts import BlockExperts, Choice
 from lit_sparse.blocks.grid import Blocks, Size, automatic_size, check_choice, grid, read_choice
 from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput
 from lit_sparse.blocks.principal import principal_block_scores
 from lit_sparse.blocks.selection import (
+    BY_SHAPE,
     Ranking,
     Score,
     ScoreSheet,
-    diagonal_blocks,
+    blocks_by_shape,
     random_scores,
-    slab_blocks,
     top_blocks,
     within_columns,
 )
@@ -45,10 +44,9 @@ from lit_sparse.blocks.targets import Targets, shape_of, trained_share
 from lit_sparse.calls import shared_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, device_of
+from lit_sparse.selections import wanted
 from lit_sparse.strategies.base import ALONE, Attaches, Claim, Context, Need, Probe, UpdateStrategy
 
-INPUT_SIDE = ("o", "down")
-"""Roles whose slabs are bands of input columns: those belong to heads (o) or to channels of the MLP (down)."""
 WARMUP_BETAS = (0.9, 0.95)
 WARMUP_CLIP = 1.0
 """Betas and gradient clipping of the authors' full fine-tuning before selection."""
@@ -64,9 +62,9 @@ class SMT(UpdateStrategy):
             matrix), `coupled` (heads of attention and channels of MLPs in all their matrices, drawn from `seed`: S2FT,
             arXiv 2412.06289), or a file: that of `lit-sparse select`, or a run's checkpoints/last.ckpt.
         trainable_fraction: Share of all weights of the model to train. All blocks lie in `targets`.
-        num_blocks: Blocks to train, not trainable_fraction.
+        num_blocks: Blocks to train, not trainable_fraction. It is for gradient and random blocks.
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
-            blocks), one number, or height and width. `diagonal` derives its own from trainable_fraction.
+            blocks), one number, or height and width. `diagonal`, `slab` and `coupled` have their own.
         targets: Linear layers and fused experts that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down),
             endings of module names, or `all`. Blocks are selected in the matrix of each expert by itself.
         score: Score of a block with gradient g: `abs_mean` (mean of |g|), `mean_abs` (|mean of g|, as in the authors'
@@ -113,8 +111,11 @@ class SMT(UpdateStrategy):
     def __post_init__(self) -> None:
         if not 0 < self.trainable_fraction <= 1:
             raise BadInput(f"SMT: trainable_fraction is {self.trainable_fraction}; it must be above 0 and at most 1.")
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise BadInput(f"SMT: num_blocks is {self.num_blocks}; it must be at least 1.")
+        if self.num_blocks is not None and (self.num_blocks < 1 or self.blocks not in ("gradient", "random")):
+            raise BadInput(
+                f"SMT: num_blocks is {self.num_blocks} with blocks {self.blocks!r}; it must be at least 1, and works "
+                "with gradient and random blocks only, since others have a number of their own."
+            )
         if self.selection_batches < 1:
             raise BadInput(f"SMT: selection_batches is {self.selection_batches}; it must be at least 1.")
         numbers = self.block_size if isinstance(self.block_size, tuple) else (self.block_size,)
@@ -142,6 +143,7 @@ class SMT(UpdateStrategy):
         self._fused: dict[str, tuple[nn.Module, BlockExperts]] = {}
         self._groups: list[SharedInput] = []
         self._share: dict[str, dict[str, float]] = {}
+        self._shapes: dict[str, list[int]] = {}
         self._compute = ALONE.compute
 
     @property
@@ -221,7 +223,10 @@ class SMT(UpdateStrategy):
         self._fused.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: {"size": list(blocks.size), "index": blocks.index} for name, blocks in self.choice.items()}
+        return {
+            name: {"size": list(blocks.size), "index": blocks.index, "shape": self._shapes[name]}
+            for name, blocks in self.choice.items()
+        }
 
     def describe(self) -> dict[str, Any]:
         """Return the trained share of each matrix, and the number of packed input columns [kept, available]."""
@@ -239,13 +244,10 @@ class SMT(UpdateStrategy):
 
     def _select(self, model: nn.Module, targets: Targets, probe: Probe) -> dict[str, Blocks]:
         matrices = targets.shapes
-        weights = self.trainable_fraction * weight_count(model)
-        if self.blocks == "diagonal":
-            return diagonal_blocks(matrices, weights)
-        if self.blocks == "slab":
-            return slab_blocks(matrices, [name for name in matrices if role(name) in INPUT_SIDE], weights, self.seed)
-        if self.blocks == "coupled":
-            return coupled_blocks(matrices, model.config.get_text_config(), weights, self.seed)  # pyright: ignore
+        if self.blocks in BY_SHAPE:
+            there = sum(matrix.numel() for matrix in matrices.values())
+            weights = wanted("SMT", self.trainable_fraction, weight_count(model), there, self.targets)
+            return blocks_by_shape(self.blocks, matrices, weights, self.seed, model.config)
         if self.blocks not in ("gradient", "random"):
             return read_choice(Path(self.blocks), matrices, type(self).__name__)
         size = self._size(model, matrices)
@@ -275,18 +277,18 @@ class SMT(UpdateStrategy):
         return size
 
     def _count(self, model: nn.Module, size: Size, available: int) -> int:
-        wanted = self.num_blocks or int(self.trainable_fraction * weight_count(model) / (size[0] * size[1]))
-        if wanted < 1:
+        count = self.num_blocks or int(self.trainable_fraction * weight_count(model) / (size[0] * size[1]))
+        if count < 1:
             raise BadInput(
                 f"SMT: {self.trainable_fraction:.3%} of the weights is less than one block of {size[0]} x "
                 f"{size[1]}; give a larger trainable_fraction or a smaller block_size."
             )
-        if wanted > available:
+        if count > available:
             raise BadInput(
-                f"SMT: {wanted} blocks were asked for, but the targets {self.targets} have {available} of "
+                f"SMT: {count} blocks were asked for, but the targets {self.targets} have {available} of "
                 f"{size[0]} x {size[1]}; give a smaller trainable_fraction or num_blocks, or more targets."
             )
-        return wanted
+        return count
 
     def _score(
         self, model: nn.Module, targets: Targets, matrices: Mapping[str, Tensor], size: Size, probe: Probe
@@ -357,6 +359,7 @@ class SMT(UpdateStrategy):
     def _swap(self, model: nn.Module, choice: Mapping[str, Blocks], targets: Targets) -> None:
         shapes = targets.shapes
         self._groups, self._share = [], trained_share(choice, shapes)
+        self._shapes = {name: list(shapes[name].shape) for name in choice}
         self._swap_fused(model, choice, targets.fused)
         for group in shared_inputs(model, [name for name in choice if name in targets.linears], self._compute):
             # Packed columns have one width, so layers with other block widths (diagonal, slabs) get their own copy.

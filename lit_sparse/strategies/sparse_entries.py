@@ -66,11 +66,12 @@ class SparseEntries(UpdateStrategy):
             training keep their value. `grow_and_prune` (SpIEL) replaces the entries that have moved least by those with
             the largest gradients, and gives the former back the base's value.
         replaced_share: Share of the entries that `grow_and_prune` replaces, of 0 to 1.
-        replaced_until: Optimizer step by which that share has fallen to 0 linearly; null keeps it.
+        replaced_until: Optimizer step by which that share has fallen to 0 linearly, in SpIEL the last one; null keeps
+            it.
         scoring_steps: Optimizer steps before a new choice whose gradients (or inputs) are summed; at most all.
         moments: What becomes of the optimizer's moments at a new choice: `carried` keeps those of entries that stay and
-            starts newcomers at 0; `seeded` starts newcomers at the moments of their scored gradients; `reset` drops all
-            moments and the count of steps.
+            starts newcomers at 0; `seeded` starts newcomers at the moments of their scored gradients, as they are
+            before trainer.gradient_clip_val; `reset` drops all moments and the count of steps.
         seed: Seed of `random`.
     """
 
@@ -120,7 +121,11 @@ class SparseEntries(UpdateStrategy):
                 "SparseEntries: policy is grow_and_prune, but reselect is null, so that nothing ever grows; set "
                 "reselect to the number of steps between two changes, such as 20."
             )
-        if self.policy == "choose" and self.reselect is not None and self.entries not in KINDS:
+        if (
+            self.policy == "choose"
+            and self.reselect is not None
+            and (Path(self.entries).is_file() or Path(self.entries).suffix in (".json", ".ckpt"))
+        ):
             raise BadInput(
                 f"SparseEntries: reselect is {self.reselect}, but entries is the file {self.entries}, which chooses "
                 "once; set reselect to null, or policy to grow_and_prune."
@@ -272,6 +277,18 @@ class SparseEntries(UpdateStrategy):
                 f"{type(optimizer).__module__}.{type(optimizer).__qualname__}; set moments to carried."
             )
 
+    def _check_moments(self, optimizer: Optimizer) -> None:
+        """Refuse moments of which single ones cannot move, such as those in 8 bits with a scale for each block."""
+        for layer in self._layers.values():
+            for key, value in optimizer.state.get(layer.entries, {}).items():
+                plain = type(value) is Tensor and value.is_floating_point()
+                if isinstance(value, Tensor) and value.shape == layer.entries.shape and not plain:
+                    raise BadInput(
+                        f"SparseEntries: moments is carried, but {type(optimizer).__qualname__} keeps {key} as "
+                        f"{type(value).__name__} of {value.dtype}, of which single entries cannot move; set moments to "
+                        "reset, or reselect to null."
+                    )
+
     def before_step(self, step: int, optimizer: Optimizer) -> None:
         self._scores.end_step()
 
@@ -284,6 +301,8 @@ class SparseEntries(UpdateStrategy):
             layer.write()
         if self.reselect is None:
             return False
+        if not self._step and self.moments == "carried":
+            self._check_moments(optimizer)
         self._step = step
         if step % self.reselect == 0:
             for name, layer in self._layers.items() if self._scores.seen else ():
@@ -347,7 +366,9 @@ class SparseEntries(UpdateStrategy):
     def _state_of(self, name: str) -> dict[str, Any]:
         scores = self._scores.by_name.get(name)
         former = self._former.state_of(name)
-        return {"index": self._swapped[name][1].index, **former, **({} if scores is None else scores.state_dict())}
+        layer = self._swapped[name][1]
+        shape = list(layer.get_parameter("weight").shape)
+        return {"index": layer.index, "shape": shape, **former, **({} if scores is None else scores.state_dict())}
 
     def held(self) -> Any:
         """Return the state, and what is being summed for the next choice."""

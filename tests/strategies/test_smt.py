@@ -324,6 +324,10 @@ def test_autocast_matches_a_bf16_model():
         ({"trainable_fraction": 1e-6}, "is less than one block of 8 x 8"),
         ({"targets": ["nowhere"]}, "no linear layer of LlamaForCausalLM is among the targets"),
         ({"blocks": "no/such/file.json"}, "no choice of blocks could be read"),
+        *(
+            ({"blocks": kind, "trainable_fraction": 0.9}, "SMT: 90.000% of the weights is more than the targets")
+            for kind in ("diagonal", "slab", "coupled")
+        ),
     ],
 )
 def test_impossible_blocks_are_refused_in_one_sentence(options, message):
@@ -337,6 +341,7 @@ def test_impossible_blocks_are_refused_in_one_sentence(options, message):
         {"trainable_fraction": 0.0},
         {"trainable_fraction": 1.5},
         {"num_blocks": 0},
+        {"num_blocks": 8, "blocks": "diagonal"},
         {"selection_batches": 0},
         {"block_size": "large"},
         {"block_size": -8},

@@ -9,12 +9,14 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.tiny_models import FAMILIES
 from lit_sparse.anatomy import linears, weight_count
 from lit_sparse.blocks.principal import principal_scores
 from lit_sparse.entries.linear import EntryLinear, read_entries, write_entries
-from lit_sparse.entries.scores import GradientSums, top_entries
+from lit_sparse.entries.scores import GradientSums, InputNorms, top_entries
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, trainable
 from lit_sparse.strategies import SparseEntries, Updates
@@ -239,7 +241,8 @@ NO_INDEX = [[0.5], [True], [1, True], [2**32], [2**40], [10**30], [-1], [[1]], N
 
 def test_a_selection_is_read_from_a_file(tmp_path):
     name = next(iter(linears(tiny_llm())))
-    (tmp_path / "chosen.json").write_text(json.dumps({"matrices": {name: {"index": [7, 3]}}}))
+    shape = list(linears(tiny_llm())[name].weight.shape)
+    (tmp_path / "chosen.json").write_text(json.dumps({"matrices": {name: {"index": [7, 3], "shape": shape}}}))
     model, _ = attached(probe=no_probe, entries=str(tmp_path / "chosen.json"))
     assert {name: index.tolist() for name, index in positions(model).items()} == {name: [3, 7]}
     for text, message in {
@@ -247,6 +250,7 @@ def test_a_selection_is_read_from_a_file(tmp_path):
         json.dumps({"matrices": {"head": {"index": [1]}}}): "not among the",
         json.dumps({"matrices": {name: {"index": [10**6]}}}): "outside the",
         json.dumps({"matrices": {name: {"index": []}}}): "selects no entry",
+        json.dumps({"matrices": {name: {"index": [1], "shape": [9, 9]}}}): "was made for another model: its model.lay",
         **{json.dumps({"matrices": {name: {"index": index}}}): "whole numbers" for index in NO_INDEX},
         f'{{"matrices": {{"{name}": {{"index": [1]}}, "{name}": {{"index": [2]}}}}}}': "is there twice",
         '{"matrices":' * 9000 + "1" + "}" * 9000: "nested too deeply",
@@ -455,6 +459,7 @@ def test_bad_fields_are_refused(fields, message):
     ("fields", "message"),
     [
         ({"entries": "nowhere.json"}, "no choice of entries could be read from nowhere.json"),
+        ({"entries": "magnitudes", "reselect": 2}, "no choice of entries could be read from magnitudes .* magnitude"),
         ({"trainable_fraction": 0.9}, "but the targets have"),
         ({"trainable_fraction": 1e-9}, "larger trainable_fraction"),
         ({"targets": ["nothing"]}, "no linear layer"),
@@ -469,6 +474,46 @@ def test_seeds_need_adams_moments():
     model, strategy = attached(entries="gradient", reselect=2, moments="seeded")
     with pytest.raises(BadInput, match=r"the optimizer is torch\.optim\.sgd\.SGD; set moments to carried"):
         strategy.regrouped(torch.optim.SGD([p for _, p in trainable(model)], lr=1.0))
+
+
+def test_moments_of_which_single_ones_cannot_move_are_refused_before_the_first_change():
+    model, strategy = attached(entries="magnitude", reselect=4)
+    layer = next(iter(layers_of(model).values()))
+    optimizer = AdamW([parameter for _, parameter in trainable(model)], lr=1e-2)
+    optimizer.state[layer.entries]["state1"] = torch.zeros(
+        layer.entries.shape, dtype=torch.uint8
+    )  # bitsandbytes' codes
+    with pytest.raises(BadInput, match=r"keeps state1 as Tensor of torch\.uint8, of which single entries cannot move"):
+        strategy.after_step(1, optimizer)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"entries": "gradient"}, {"entries": "wanda"}, {"entries": "random", "policy": "grow_and_prune"}],
+    ids=str,
+)
+def test_layers_that_text_does_not_reach_train_no_entries(options):
+    """Mllama's cross-attention waits for an image: its layer has no gradients and no inputs."""
+    given = {"text_config": FAMILIES["Mllama"].sizes["text_config"]}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mllama", **given))
+    strategy = SparseEntries(**options, trainable_fraction=0.05, reselect=1)
+    strategy.attach(model, probe_of(model), ALONE)
+    before = positions(model)
+    assert before
+    assert not any(".layers.1." in name for name in before)
+    optimizer = AdamW([parameter for _, parameter in trainable(model)], lr=1e-2)
+    loss_of(model, 1).backward()
+    strategy.before_step(1, optimizer)
+    optimizer.step()
+    strategy.after_step(1, optimizer)
+    assert any(not torch.equal(index, before[name]) for name, index in positions(model).items())
+
+
+def test_an_expert_that_no_token_reaches_has_a_choice_all_the_same():
+    sums = GradientSums(4, torch.device("cpu"))
+    assert sums.best(2).tolist() == [0, 1]
+    assert [one.tolist() for one in sums.moments(torch.tensor([1]), (0.9, 0.999), 3)] == [[0.0], [0.0]]
+    assert InputNorms().scores(torch.ones(2, 3), False).tolist() == [[0.0] * 3] * 2
 
 
 @pytest.mark.parametrize(
