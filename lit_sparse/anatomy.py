@@ -85,6 +85,14 @@ def unread_by_text(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter not in read]
 
 
+def settle_trainable(model: nn.Module) -> None:
+    """Let the head of a classifier train whatever is frozen, and freeze what text never reaches."""
+    for name in classification_head(model):
+        model.get_submodule(name).requires_grad_(True)
+    for parameter in unread_by_text(model):  # the batches have no images: these would have no gradient
+        parameter.requires_grad_(False)
+
+
 def embedded_tokens(model: PreTrainedModel) -> int:
     """Return the number of tokens that `model` has embeddings for."""
     return model.get_input_embeddings().weight.shape[0]  # pyright: ignore

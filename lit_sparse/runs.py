@@ -133,8 +133,8 @@ def open_run(folder: Path) -> tuple[LitSparse, dict[str, Any], dict[str, Any]]:
     module = build_module({**config, "model": {**config["model"], "compile": False}})
     checkpoint = read_checkpoint(folder / LAST, ("lit_sparse",), mapped=True)
     module.take_seed(checkpoint["lit_sparse"])
-    if module.quantize is not None or module.is_drawn:
-        # These weights were quantised or drawn in the run's precision; `auto` may mean another one on this machine.
+    if module.quantize is not None or module.is_drawn or not module.updates.masters:
+        # These weights were quantised, drawn or trained in the run's precision; `auto` may mean another one here.
         module.precision = checkpoint["lit_sparse"].get("precision", module.precision)  # older checkpoints lack it
     if (folder / TOKENIZER).is_dir():
         module.tokenizer_name = str(folder / TOKENIZER)

@@ -151,7 +151,7 @@ def about(module: LitSparse, to: str) -> str:
 def loading(module: LitSparse, to: str) -> str:
     """Return the code that loads the export, and the versions that it needs."""
     auto = module.auto_class.__name__
-    fetched, base = base_code(module)
+    fetched, base = base_code(module, exact=to in ("delta", "seedlog"))
     importing, putting = "from peft import PeftModel", 'model = PeftModel.from_pretrained(base, "FOLDER")'
     if (own := own_loader(module)) is not None:
         name, home = type(own).__name__, type(own).__module__
@@ -196,19 +196,26 @@ def loading(module: LitSparse, to: str) -> str:
     return "```python\n" + "\n".join(code) + f"\n```\n\n{where}. {least}."
 
 
-def base_code(module: LitSparse) -> tuple[list[str], str]:
-    """Return the imports, beside that of the Auto class, and the line that load the base."""
+def base_code(module: LitSparse, exact: bool) -> tuple[list[str], str]:
+    """Return the imports, beside that of the Auto class, and the line that load the base.
+
+    Args:
+        exact: Whether it has to be the run's to the bit: in its dtype where that was trained, and with its head, which
+            transformers draws otherwise where a classifier's base has none.
+    """
     auto, embedded = module.auto_class.__name__, module.base in (DEMO, MINILM)
     options = dict(module.config_options)
     if getattr(module, "pad_token", None) is not None:  # a decoder classifies at the last token before the padding
         options["pad_token_id"] = module.pad_token
-    if module.is_drawn:
+    if module.is_drawn or (exact and options):
         how = [f"config_options={options!r}"] if options else []
         given = [auto, repr(module.base), str(module.frozen_dtype), repr(module.attention), *how]
         imports = ["import torch", "from lit_sparse.modules.loading import load_base"]
-        return imports, f"base = load_base({', '.join([*given, f'seed={module.init_seed}'])})"
+        seed = [f"seed={module.init_seed}"] if module.is_drawn else []
+        return imports, f"base = load_base({', '.join([*given, *seed])})"
     given = f"resolve({module.base!r})" if embedded else repr(module.base)
-    arguments = ", ".join([given, *(f"{name}={value!r}" for name, value in options.items())])
+    dtype = {} if not exact or module.updates.masters else {"dtype": str(module.frozen_dtype).removeprefix("torch.")}
+    arguments = ", ".join([given, *(f"{name}={value!r}" for name, value in (options | dtype).items())])
     return ["from lit_sparse.demo import resolve"] if embedded else [], f"base = {auto}.from_pretrained({arguments})"
 
 

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lit_sparse.anatomy import settle_trainable
 from lit_sparse.checkpoints import fingerprint
 from lit_sparse.errors import BadInput
 from lit_sparse.export.delta import checksum
@@ -128,6 +129,7 @@ class SeedLog:
         self.check(fingerprint(model), {p.dtype for p in model.parameters()})
         updates = self.strategies()
         updates.attach(model)
+        settle_trainable(model)  # as a run does
         optimizer = updates.optimizer(0.0)
         take_again(updates, optimizer, self.log)
         return updates, optimizer

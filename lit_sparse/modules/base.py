@@ -32,6 +32,9 @@ from lit_sparse.optim import AdamW, match_by_name
 from lit_sparse.ranks import all_reduce_sum, average_gradients
 from lit_sparse.strategies import UpdateStrategy
 
+MAX_SKIPPED = 10
+"""Steps in a row whose loss may be no finite number, by default."""
+
 
 class LitSparse(Scored):
     """Train a Hugging Face model with update strategies.
@@ -75,7 +78,7 @@ class LitSparse(Scored):
         compile: bool = False,
         full_checkpoints: bool = False,
         quantize: Quantization | None = None,
-        max_skipped: int = 10,
+        max_skipped: int = MAX_SKIPPED,
     ) -> None:
         super().__init__(
             base,
@@ -92,6 +95,11 @@ class LitSparse(Scored):
                 raise BadInput(f"model.{name} is {value}; it must be a number from 0 on.")
         if max_skipped < 0:
             raise BadInput(f"model.max_skipped is {max_skipped}; it must be 0 or more.")
+        if max_skipped != MAX_SKIPPED and self.updates.backward == "none":
+            raise BadInput(
+                f"model.max_skipped is {max_skipped}, but {self.updates.names} counts the steps that it skips itself; "
+                "set its own max_skipped."
+            )
         self.lr, self.make_optimizer = lr, optimizer
         self.guard.most = max_skipped
         self.schedule: Schedule = schedule
@@ -115,6 +123,7 @@ class LitSparse(Scored):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self._batches.clear()  # of a step that an earlier fit did not take
         if self.take_earlier_steps is not None:
             self.take_earlier_steps(self)
             self._moved = True

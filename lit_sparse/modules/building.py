@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lit_sparse.anatomy import decoder_layers, is_quantized, unread_by_text, weights_in
+from lit_sparse.anatomy import decoder_layers, is_quantized, settle_trainable, weights_in
 from lit_sparse.checkpoints import forked_rng, hash_of, read_checkpoint, sums_of
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checks import check_updates_alike
@@ -73,6 +73,11 @@ class BuiltModel(Task):
         self._hollow: Hollow | None = None  # until the model is sharded
         self.base: Any = type(base).__name__ if self._given else base
         self.updates = Updates(updates, prefix="model.")
+        if compile and (again := [type(update).__name__ for update in self.updates if update.recomputes]):
+            raise BadInput(
+                f"model.compile is true, but {again[0]} computes layers again in the backward pass, where what is not "
+                "compiled rounds otherwise; set model.compile to false."
+            )
         if quantize is not None:
             self.updates.check_quantizable(f"model.quantize is {quantize}")
             if self._given:
@@ -264,10 +269,7 @@ class BuiltModel(Task):
 
     def _after_attach(self) -> None:
         model, self._attached = self.build(), True
-        for parameter in self.always_trained():
-            parameter.requires_grad_(True)
-        for parameter in unread_by_text(model):  # the batches have no images: these would have no gradient
-            parameter.requires_grad_(False)
+        settle_trainable(model)
         self._upcast()
         self._casts = cast_norm_inputs(model)
         if not trainable(model):

@@ -134,7 +134,7 @@ class CausalLM(LitSparse):
             cap = getattr(
                 model.config.get_text_config(), "final_logit_softcapping", None
             )  # hardly seen in small logits
-            self._head_is_plain = cap is None and torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6)
+            self._head_is_plain = cap is None and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-6)
             if not self._head_is_plain:
                 rank_zero_info(f"{type(model).__name__} changes its logits after the head: they are held whole.")
         return self._head_is_plain

@@ -1,14 +1,13 @@
 """The task of text classification; scored by loss and accuracy."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from lit_sparse.anatomy import classification_head
 from lit_sparse.data import Labelled
 from lit_sparse.demo import MINILM
 from lit_sparse.errors import BadInput
@@ -120,10 +119,6 @@ class Classifier(LitSparse):
         if self.labels is not None and own not in (0, len(self.labels)):
             way_out = f"load it with num_labels={len(self.labels)}." if self._given else WITHOUT_HEAD
             raise BadInput(f"the base's head has {own} classes, but {len(self.labels)} were asked for; {way_out}")
-
-    def always_trained(self) -> Iterator[nn.Parameter]:
-        for name in classification_head(self.build()):
-            yield from self.build().get_submodule(name).parameters()
 
     @property
     def classes(self) -> dict[str, Any]:

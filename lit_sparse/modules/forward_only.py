@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.building import BuiltModel
-from lit_sparse.ranks import all_reduce_mean
+from lit_sparse.ranks import all_reduce_mean, largest_of_ranks
 from lit_sparse.strategies.base import UpdateStrategy
 from lit_sparse.zeroth_order.together import Together
 
@@ -32,13 +32,18 @@ class WindowLoss:
     def __init__(self, task: BuiltModel, batches: Sequence[Mapping[str, Tensor]]) -> None:
         self._task, self._batches = task, batches
         self.accuracy = torch.zeros(())
+        self._passes = 0  # that each rank makes
+        if task.to_shard and task.updates.rows_at_once is not None:
+            self._passes = int(largest_of_ranks([len(list(self._own_parts()))]))
 
     def __call__(self) -> Tensor:
         """Return the loss with penalties, over all scored tokens; or 1 - the objective, with penalties; fp32 scalar."""
         objective = self._task.updates.objective
         if isinstance(objective, Metric):
             objective.to(self._task.device).reset()
-        loss = self._mean([self._sums(batch, objective) for batch in self._parts()])
+        sums = [self._sums(batch, objective) for batch in self._own_parts()]
+        self._keep_pace(lambda batch: self._sums(batch, "loss"))
+        loss = self._mean(sums)
         return loss + lost(objective) if isinstance(objective, Metric) else loss
 
     def of_rows(self) -> tuple[Tensor, Tensor]:
@@ -46,7 +51,8 @@ class WindowLoss:
 
         Penalties are not in the rows' losses, and rows without a scored token are left out.
         """
-        found = [self._row_losses(batch) for batch in self._parts()]
+        found = [self._row_losses(batch) for batch in self._own_parts()]
+        self._keep_pace(self._row_losses)
         return self._mean([sums for sums, _ in found]), torch.cat([rows for _, rows in found])
 
     def of_probes(self, probes: Together) -> tuple[Tensor, Tensor]:
@@ -65,7 +71,8 @@ class WindowLoss:
                 "it to 1."
             )
         self._task.compute(self._task.look_at_head)
-        found = [self._probe_losses(batch, probes) for batch in self._parts()]
+        found = [self._probe_losses(batch, probes) for batch in self._own_parts()]
+        self._keep_pace(lambda batch: self._probe_losses(batch, probes))
         return self._mean([sums for sums, _ in found]), torch.cat([rows for _, rows in found], 1)
 
     def _mean(self, parts: Sequence[Tensor]) -> Tensor:
@@ -75,9 +82,18 @@ class WindowLoss:
         self.accuracy = (right / tokens).mean()
         return total / tokens
 
-    def _parts(self) -> Iterator[Mapping[str, Tensor]]:
+    def _own_parts(self) -> Iterator[Mapping[str, Tensor]]:
         for batch in self._batches:
             yield from split_rows(batch, self._task.updates.rows_at_once)
+
+    def _keep_pace(self, run: Callable[[Mapping[str, Tensor]], object]) -> None:
+        """Make passes for nothing until this rank has made as many as the others: a sharded model's are collectives.
+
+        The last step of an epoch may have a row more on one rank than on another.
+        """
+        first, *others = self._own_parts()
+        for _ in range(self._passes - 1 - len(others)):
+            run(first)
 
     def _sums(self, batch: Mapping[str, Tensor], objective: Any) -> Tensor:
         """Return sums over scored tokens: of losses with penalties, of tokens, of right ones; (3,) fp32."""

@@ -1,11 +1,11 @@
 """The interface of a task: the loss of a batch, its predictions, and what the model needs for them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import lightning as L
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Task(L.LightningModule, ABC):
@@ -51,10 +51,6 @@ class Task(L.LightningModule, ABC):
     def config_options(self) -> dict[str, Any]:
         """Entries of the base's configuration that the task sets when it loads the base."""
         return {}
-
-    def always_trained(self) -> Iterator[nn.Parameter]:
-        """Yield what trains whatever the strategies freeze: parts of the model that are the task's own."""
-        return iter(())
 
     def check_data(self) -> None:
         """Check the trainer's data against the model, once it is loaded and before anything is computed."""

@@ -95,12 +95,16 @@ class ForwardOnlyMethod(ABC):
         return self.micro_batch
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:
-        self._model, self._tape = model, Tape(recipe([self, *context.siblings]))
+        self._model, self._tape = model, self._new_tape(model, context)
 
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
-        self._model, self._tape = model, Tape(recipe([self, *context.siblings]))
+        self._model, self._tape = model, self._new_tape(model, context)
         self._skips.total, self._skips.row = state["skipped"]
         self._tape.load(state)
+
+    def _new_tape(self, model: nn.Module, context: Context) -> Tape:
+        dtype = next(model.parameters()).dtype
+        return Tape({**recipe([self, *context.siblings]), "model.precision": str(dtype).removeprefix("torch.")})
 
     def optimizer(self, groups: list[dict[str, Any]], lr: float) -> Optimizer:
         self._optimizer = ForwardOnly(groups, lr, self.weight_decay, self._fields, self._take)

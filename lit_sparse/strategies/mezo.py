@@ -32,7 +32,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lit_sparse.errors import BadInput
-from lit_sparse.strategies.base import UpdateStrategy
+from lit_sparse.strategies.base import Need, UpdateStrategy
 from lit_sparse.strategies.forward_only import (
     MEASURING,
     ForwardOnlyMethod,
@@ -127,6 +127,11 @@ class MeZO(ForwardOnlyMethod, UpdateStrategy):
     @property
     def _fields(self) -> list[str]:
         return ["momentum"] if self.momentum or self._direction.needs_mean else []
+
+    @property
+    def needs(self) -> frozenset[Need]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """A mean of steps follows the same weights throughout: LISA would drop it whenever it draws others."""
+        return frozenset({"fixed_set"} if self._fields else ())
 
     # ---- a step
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
-from lit_sparse.optim import part_of
+from lit_sparse.optim import device_of, part_of
 from lit_sparse.zeroth_order.directions import Part
 from lit_sparse.zeroth_order.perturbed import Make, Perturbed, Place, places_of
 from lit_sparse.zeroth_order.together import RandomState, Together, random_state, set_random_state
@@ -179,7 +179,7 @@ class Losses:
 
     def _replay_random(self) -> None:
         """Give each forward pass the random state that the first one had."""
-        device = next(self._model.parameters()).device
+        device = device_of(next(self._model.parameters()))  # of a shard in host memory the GPU, which draws the masks
         if self._random is None:
             self._random = random_state(device)
         else:
@@ -230,7 +230,7 @@ class Skips:
         if self.row > self._most:
             raise BadInput(
                 f"{self._method}: the losses of {self.row} steps in a row are not finite, and were skipped; lower "
-                "model.lr or epsilon, or check the data."
+                "model.lr or epsilon, check the data, or raise the method's max_skipped."
             )
 
     def go_on(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from lit_sparse.anatomy import has_values
 from lit_sparse.errors import BadInput
 
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
@@ -252,6 +253,8 @@ def _embedding(
 
 def _item(mode: Perturbed, weight: Tensor, index: Any) -> Tensor | None:
     """Perturb only what is taken of the first dimension, as one expert of those in a tensor."""
+    if isinstance(index, Tensor) and index.ndim == 0 and index.dtype == torch.int64 and has_values(index):
+        index = int(index)  # transformers' loops over experts
     place = mode.place(weight) if isinstance(index, int | slice) else None
     if place is None:
         return None
@@ -299,6 +302,11 @@ def _float(mode: Perturbed, weight: Tensor, *_: Any, **__: Any) -> Tensor | None
     return _in_fp32(mode, weight)
 
 
+def _to(mode: Perturbed, weight: Tensor, *args: Any, **options: Any) -> Tensor | None:
+    wanted = (*args, *options.values())
+    return _in_fp32(mode, weight) if len(wanted) == 1 and wanted[0] is torch.float32 else None
+
+
 RULES: dict[Any, Callable[..., Tensor | None]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
@@ -309,5 +317,6 @@ RULES: dict[Any, Callable[..., Tensor | None]] = {
     torch.mul: _mul,
     F.layer_norm: _layer_norm,
     Tensor.float: _float,
+    Tensor.to: _to,
 }
 """Operations that read a large weight by its rows, or a norm's in fp32; None leaves it to perturb the whole."""

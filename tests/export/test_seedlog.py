@@ -69,6 +69,26 @@ def test_a_log_makes_the_runs_weights_and_state_again(home, method):
         log.apply(half)
 
 
+def test_a_log_is_of_the_precision_that_the_run_had(home):
+    """On a GPU `auto` is bfloat16, and the machine that exports may have none; resuming in another is told."""
+    words = ["--config", "mezo.yaml", "--run", "zo", "--model.lr=1e-2"]
+    fit(*words, "--trainer.max_steps=2", "--model.precision=bfloat16")
+    config = Path("runs/zo-1/config.yaml")
+    config.write_text(config.read_text().replace("precision: bfloat16", "precision: auto", 1))
+    cli.run(["export", "runs/zo-1", "--to", "seedlog"])
+    log = SeedLog.load("runs/zo-1/seedlog.safetensors")
+    assert log.dtype == "bfloat16"
+    (card,) = (path.read_text() for path in Path("runs/zo-1").glob("seedlog*.md"))
+    scope: dict = {}
+    exec(card.split("```python\n")[1].split("```")[0].replace("FILE", "runs/zo-1/seedlog.safetensors"), scope)
+    trained = load_run(Path("runs/zo-1"))[0].build()
+    for name, p in scope["base"].named_parameters():
+        assert torch.equal(p, trained.get_parameter(name)), name
+    fit(*words, "--trainer.max_steps=4", "--ckpt_path=last", "--model.precision=float32")
+    with pytest.raises(BadInput, match=r"had other settings \(model\.precision was bfloat16\)"):
+        SeedLog.of(*load_run(Path("runs/zo-1")))
+
+
 def test_a_damaged_log_is_refused(home, tmp_path):
     with pytest.raises(BadInput, match="there is no seed log at nowhere"):
         SeedLog.load("nowhere")

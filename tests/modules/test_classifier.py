@@ -191,6 +191,12 @@ def test_a_run_records_and_exports_and_loads(base, rows, tmp_path, monkeypatch):
     assert list(again.config.id2label.values()) == sorted(WORDS)
     with pytest.raises(BadInput, match="its head was trained too, which the adapter lacks"):
         export(tmp_path / "runs" / "lora-1", to="adapter")
+    delta = export(tmp_path / "runs" / "lora-1", "delta", tmp_path / "delta")
+    code = (tmp_path / "delta.md").read_text().split("```python\n")[1].split("```")[0]
+    scope: dict[str, Any] = {}
+    exec(code.replace("FILE", str(delta)), scope)  # transformers would draw another head for this base
+    with torch.no_grad():
+        torch.testing.assert_close(scope["base"].eval()(input_ids=ids).logits, expected)
 
 
 def test_a_record_of_a_fit_from_python(base, rows, tmp_path):

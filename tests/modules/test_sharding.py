@@ -235,6 +235,14 @@ def offloaded(folder: Path, sharded: bool) -> L.Trainer:
     return fit(lisa(folder), sharded, 4, gradient_clip_val=0.05, **way)
 
 
+def uneven_micro_batches(folder: Path, sharded: bool) -> L.Trainer:
+    """The second step of an epoch has a row less on the second rank, which makes a pass of no use to keep pace."""
+    made = module("mezo", folder / "llama", **FORWARD)
+    (mezo,) = made.updates
+    mezo.micro_batch = 1
+    return fit(made, sharded, data_rows=2 * ROWS - 1)
+
+
 SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     **{method: by_method(method) for method in METHODS if method not in {*REFUSED, *ELSEWHERE, "velora"}},
     **{kind: of_kind(kind) for kind in ("qwen2", "gpt2")},  # tied heads
@@ -251,6 +259,7 @@ SAME: dict[str, Callable[[Path, bool], L.Trainer]] = {
     "offloaded": offloaded,
     "kept to the base": kept_to_base,
     "blocks kept to the base": blocks_kept_to_base,
+    "uneven micro-batches": uneven_micro_batches,
 }
 KEPT: dict[str, dict] = {
     "reset": {},
