@@ -28,7 +28,7 @@ from lit_sparse.data.loader import evaluation_loader
 from lit_sparse.data.module import TRAIN, require_at_least
 from lit_sparse.data.rows import IGNORED
 from lit_sparse.data.sources import READERS, Row, read, row_digest
-from lit_sparse.data.text import Text, read_texts
+from lit_sparse.data.text import Text, is_hub_name, read_texts
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.modules.metrics import TokenScores, right_choices
@@ -186,15 +186,31 @@ class Trained:
         plain = [name for name in names if Path(name).expanduser().is_file() and Path(name).suffix not in READERS]
         rows = [row for name in names if name not in plain for row in rows_of(name, "text")]
         texts, own = read_texts(plain), data.rows.get(TRAIN, []) if isinstance(data, TokenData) else []
+        if isinstance(data, Text) and data.stream:
+            own = streamed(data)
         (texts if isinstance(data, Text) else rows).extend(own)
         self._marks = {row_digest(row) for row in rows}
         self._texts = [unbroken(row.data["text"]) for row in texts]
 
     def has(self, row: Row) -> bool:
-        """Return true if `row` is one of the rows, or a passage of the plain text."""
+        """Return true if `row` is one of the rows, or the plain text has its passage, or its question and answer."""
         passage = row.data.get("text")
+        if row.data.keys() >= {"question", "choices", "label"}:
+            passage = f"{row.data['question']} {row.data['choices'][row.data['label']]}"
         stands = isinstance(passage, str) and any(unbroken(passage) in text for text in self._texts)
         return stands or row_digest(row) in self._marks
+
+
+def streamed(data: Text) -> list[Row]:
+    """Return the text that a stream reads here; of a data set on the Hub, say that nothing of it can be left out."""
+    names = [data.train] if isinstance(data.train, str) else data.train
+    if any(map(is_hub_name, names)):
+        rank_zero_info(
+            f"Forgetting cannot tell what the stream of {', '.join(names)} has, and leaves nothing of it out: give it "
+            "text and questions that are not there."
+        )
+        return []
+    return read_texts(names)
 
 
 def unbroken(text: str) -> str:

@@ -90,7 +90,7 @@ ROUNDING = 64
 experts. Tiny ones in fp32 make 0 to 10; text that is seen makes more than 100,000."""
 
 
-def check_packing(model: PreTrainedModel) -> None:
+def check_packing(model: PreTrainedModel, rows: int = 2) -> None:
     """Check that `model` does not let the examples of a packed row attend to each other.
 
     An example's logits must not depend on what precedes it in the row, bit for bit, and must equal those of the example
@@ -99,6 +99,7 @@ def check_packing(model: PreTrainedModel) -> None:
 
     Args:
         model: A Hugging Face causal language model.
+        rows: Packed rows of a batch. transformers' flash attention keeps examples apart in a single one only.
 
     Raises:
         BadInput: if the examples affect each other, as in a model with recurrent state or with positions of its own.
@@ -106,7 +107,9 @@ def check_packing(model: PreTrainedModel) -> None:
     # Multiples of primes give ids spread over the vocabulary, without a random generator to disturb.
     size, tokens = 9, model.config.get_text_config().vocab_size
     first, second = torch.arange(1, 7) * 997 % tokens, torch.arange(size) * 1009 % tokens
-    behind_one, behind_other = (packed_logits(model, [before, second])[-size:] for before in (first, first.flip(0)))
+    behind_one, behind_other = (
+        packed_logits(model, [before, second], rows)[-size:] for before in (first, first.flip(0))
+    )
     alone = packed_logits(model, [second])
     apart, bound = (behind_one - behind_other).abs().max(), alone.new_zeros(())
     if any(hasattr(module, "num_experts") for module in model.modules()):
@@ -114,7 +117,7 @@ def check_packing(model: PreTrainedModel) -> None:
     if apart > bound or (behind_one - alone).abs().mean() > TOLERANCE * alone.std():
         raise BadInput(
             f"{type(model).__name__} lets the examples of a packed row see each other; set `packing` to false, or "
-            "choose another attention implementation."
+            "choose another attention implementation (flash attention keeps them apart with data.batch_size 1)."
         )
 
 
@@ -127,13 +130,14 @@ def precision(model: PreTrainedModel) -> float:
 
 
 @torch.no_grad()
-def packed_logits(model: PreTrainedModel, sequences: Sequence[Tensor]) -> Tensor:
-    """Return the logits (tokens, vocabulary) of `sequences` in one packed row, in fp32 and without dropout."""
+def packed_logits(model: PreTrainedModel, sequences: Sequence[Tensor], rows: int = 1) -> Tensor:
+    """Return the logits (tokens, vocabulary) of `sequences` in the first of equal packed rows, in fp32, no dropout."""
     device, training = next(model.parameters()).device, model.training
     ids, positions = torch.cat(list(sequences)), torch.cat([torch.arange(len(one)) for one in sequences])
     model.eval()
     try:
-        out = model(input_ids=ids[None].to(device), position_ids=positions[None].to(device), use_cache=False)
+        ids, positions = (values.to(device).expand(rows, -1) for values in (ids, positions))
+        out = model(input_ids=ids, position_ids=positions, use_cache=False)
     finally:
         model.train(training)
     return out.logits[0].float()

@@ -51,7 +51,7 @@ class CausalLM(LitSparse):
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(data, TokenData) and data.packing:
             with self.autocast():  # what trains may be in another type than what does not
-                check_packing(self.build())
+                check_packing(self.build(), min(2, data.batch_size))
 
     def take_task(self, checkpoint: Mapping[str, Any]) -> None:
         if "classes" in checkpoint["lit_sparse"]:

@@ -227,7 +227,7 @@ class MEFT(UpdateStrategy):
         """Put saved adapters on `model`, the base that they were trained on, and return the strategy.
 
         Raises:
-            BadInput: if the folder is of no such adapter, or of one for another model.
+            BadInput: if the folder is of no such adapter, or of one for a model of other sizes.
         """
         folder = Path(folder)
         if not (folder / CONFIG).is_file():

@@ -34,12 +34,10 @@ from lit_sparse.anatomy import classification_head, experts, is_linear, unread_b
 from lit_sparse.calls import uncalled
 from lit_sparse.checkpoints import fingerprint, run_checkpoint
 from lit_sparse.errors import BadInput
+from lit_sparse.strategies.adapter_kinds import check_config
 from lit_sparse.strategies.base import Attaches, Claim, Context, Leaves, Need, Probe, UpdateStrategy
 from lit_sparse.strategies.lora_start import ADAPTER, Factors, as_difference, lora_layers, split, subtract
 from lit_sparse.strategies.prefix import language_task, put_prefix
-
-DATA_DRIVEN = ("corda", "eva", "lora_ga", "loftq")
-"""Initialisations of LoRA for which PEFT needs a separate program, which reads data or quantises first."""
 
 READS_NO_WEIGHT = (GloraConfig, IA3Config, LoraConfig, ShiraConfig)
 """Adapters that start from shapes and random numbers alone, unless one of `READS` is set."""
@@ -69,21 +67,7 @@ class PEFT(UpdateStrategy):
     supports_sharding: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        name, start = type(self.config).__name__, str(getattr(self.config, "init_lora_weights", "")).lower()
-        if self.config.is_prompt_learning and not self.is_prefix:
-            raise BadInput(
-                f"{name} prepends to the input instead of changing modules, which PEFT() here cannot train; use "
-                "peft.PrefixTuningConfig, or an adapter such as peft.LoraConfig."
-            )
-        if start in DATA_DRIVEN:
-            raise BadInput(
-                f"init_lora_weights is {start}, which needs a program of PEFT's to run before training, and PEFT() "
-                "here runs none; set it to true, pissa or olora."
-            )
-        if getattr(self.config, "kasa_config", None) is not None:
-            raise BadInput(
-                "kasa_config truncates the base's weights in a way that a small checkpoint cannot repeat; leave it out."
-            )
+        check_config(self.config, self.is_prefix)
         self._placed = self.config  # with the names of the layers that all-linear stands for
         self._wrapper: PeftModel | None = None
         self._start: dict[str, Factors] = {}
@@ -122,9 +106,10 @@ class PEFT(UpdateStrategy):
     def attaches_to(self) -> Attaches:  # pyright: ignore[reportIncompatibleVariableOverride]
         """`shapes` for adapters that read no weight as they start; others need the `whole` model.
 
-        LoRA reads them for DoRA's norms, a start as a part of the base, and copies of whole modules.
+        LoRA reads them for DoRA's norms, MiCA's directions, a start as a part of the base, and copies of whole modules.
         """
         reads = self.splits_base or self.start_from is not None or any(getattr(self.config, n, None) for n in READS)
+        reads = reads or str(getattr(self.config, "init_lora_weights", "")).lower() == "mica"
         return "shapes" if isinstance(self.config, READS_NO_WEIGHT) and not reads else "whole"
 
     def attach(self, model: nn.Module, probe: Probe, context: Context) -> None:

@@ -21,7 +21,7 @@ CHUNK = 2**20
 def quantiles(groups: Sequence[Sequence[Tensor]], share: float) -> list[float]:
     """Return of each group the largest number that at most `share` of its elements are below, rounded down to bf16.
 
-    The bits are found one after the other, by counting: fifteen passes, in each of which ranks exchange a number a
+    The bits are found one after the other, by counting: sixteen passes, in each of which ranks exchange a number a
     group. Every rank must call it.
 
     Args:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lit_sparse.callbacks.forgetting import Forgetting, Trained, rows_of, untrained
 from lit_sparse.callbacks.recorder import Recorder
 from lit_sparse.data import Instructions, Labelled, Text
+from lit_sparse.data.sources import Row
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.testing import tiny_encoder, tiny_llm
@@ -154,6 +155,22 @@ def test_passages_of_plain_text_are_left_out(tmp_path):
     assert sorted(row.data["text"] for row in left) == sorted(row["text"] for row in PASSAGES[9:])
     with pytest.raises(BadInput, match="all rows of text are trained on"):
         untrained(rows[:6], Trained([], data), 6, "text")
+
+
+def test_what_a_stream_reads_and_answers_in_plain_text_are_left_out(tmp_path, caplog):
+    question = {"question": "What is it ?", "choices": ["w1", "w2"], "label": 1}
+    (tmp_path / "own.txt").write_text("\n".join([PASSAGES[0]["text"], "What is it ?  w2 w3"]))
+    data = Text(str(tmp_path / "own.txt"), stream=True, tokenizer=word_tokenizer(), max_length=8)
+    trained = Trained([], data)
+    assert trained.has(Row("a", PASSAGES[0]))
+    assert not trained.has(Row("b", PASSAGES[1]))
+    assert trained.has(Row("c", question))
+    assert not trained.has(Row("d", {**question, "label": 0}))
+    with caplog.at_level("INFO"):
+        assert not Trained([], Text("a/b", stream=True, tokenizer=word_tokenizer(), max_length=8)).has(
+            Row("e", question)
+        )
+    assert "Forgetting cannot tell what the stream of a/b has" in caplog.text
 
 
 def test_a_demo_set_is_the_one_that_is_named(tmp_path, monkeypatch):

@@ -84,6 +84,21 @@ def test_check_refuses_models_that_mix_them(name, monkeypatch):
         check_packing(net)
 
 
+def test_check_has_as_many_rows_as_a_batch(monkeypatch):
+    """transformers' flash attention keeps examples apart in one row, and attends over whole rows in several."""
+    net = model(next(iter(CONFIGS)), "sdpa")
+    whole = net.forward
+
+    def flash(input_ids: torch.Tensor, **inputs: Any) -> Any:
+        mask = {"attention_mask": torch.ones_like(input_ids)} if len(input_ids) > 1 else {}
+        return whole(input_ids=input_ids, **mask, **inputs)
+
+    monkeypatch.setattr(net, "forward", flash)
+    check_packing(net, 1)
+    with pytest.raises(BadInput, match=r"flash attention keeps them apart with data\.batch_size 1"):
+        check_packing(net, 2)
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3"])
 def test_check_accepts_experts(family, monkeypatch):
     """An expert sums in another order with another number of tokens, so the logits are equal up to rounding only."""

@@ -132,6 +132,37 @@ def test_data_driven_initialisations_are_refused(start):
         PEFT(config)
 
 
+def keyed(key: str) -> LoraConfig:
+    """A configuration with a key that another kind of adapter has."""
+    config = LoraConfig()
+    setattr(config, key, True)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            LoraConfig(alora_invocation_tokens=[5], task_type="CAUSAL_LM"),
+            "alora_invocation_tokens finds its",
+        ),
+        (keyed("use_asa"), "use_asa chooses its subspaces in a call after each step"),  # AdaMSS needs scikit-learn
+        (keyed("monteclora_config"), "monteclora_config adds losses of its distributions"),
+        (peft.AdaLoraConfig(total_step=10, target_r=4, init_r=8), "AdaLoraConfig moves ranks between layers in a call"),
+        (peft.ShadowConfig(), "ShadowConfig adds the loss of its shadow model, and PEFT"),
+    ],
+    ids=["alora", "adamss", "monteclora", "adalora", "shadow"],
+)
+def test_adapters_with_a_part_beside_their_layers_are_refused(config, says):
+    with pytest.raises(BadInput, match=says):
+        PEFT(config)
+
+
+def test_minor_components_are_of_the_bases_weights():
+    assert lora().attaches_to == "shapes"
+    assert lora(init_lora_weights="mica").attaches_to == "whole"
+
+
 def test_refusals_of_peft_become_one_sentence():
     with pytest.raises(BadInput, match=r"PEFT cannot put it on LlamaForCausalLM \(Target modules .*nowhere.*; give"):
         PEFT(LoraConfig(target_modules=["nowhere"])).attach(tiny_llm("llama"), no_probe, ALONE)
