@@ -26,6 +26,7 @@ from lit_sparse_kernels.jit import (
     Listed,
     check_matrix,
     enqueue,
+    fp32_is_exact,
     jit,
     listed,
     on_cuda,
@@ -168,7 +169,7 @@ def _launch(
         M=m,
         N=n,
         K=k,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        PRECISION="ieee" if fp32_is_exact() else "tf32",
         num_warps=8 if m * n > 64 * 64 else 4,
         num_stages=5,  # the table's loads, on which the others' addresses wait, share them: two tiles run ahead
     )

@@ -81,6 +81,17 @@ def runs_directly(*tensors: Tensor) -> bool:
     )
 
 
+def fp32_is_exact() -> bool:
+    """Return whether torch computes products of fp32 matrices on a GPU in fp32, and not in TF32.
+
+    Both of torch's settings count: once the newer one was used, the older one's getter raises.
+    """
+    matmul = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if matmul is None:  # before torch 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return (torch.backends.fp32_precision if matmul == "none" else matmul) != "tf32"  # pyright: ignore
+
+
 def enqueue(kernel: Any, programs: Sequence[int], device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Launch a kernel on the device of its tensors: Triton takes the current one, wherever the tensors are."""
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lit_sparse_kernels.adamw_arguments import Rule
-from lit_sparse_kernels.jit import enqueue, jit, on_cuda, power_of_2, tl
+from lit_sparse_kernels.jit import enqueue, fp32_is_exact, jit, on_cuda, power_of_2, tl
 
 CASES = [
     # matrices, rows, columns, rank, dtype of the gradient, transposed
@@ -172,7 +172,7 @@ def launch_back(
         return
     stacked, grads = (tensor if tensor.ndim == 3 else tensor[None] for tensor in (weight, grad))
     rank = basis.shape[-1]
-    exact = torch.get_float32_matmul_precision() == "highest"  # what torch's own products are computed in
+    exact = fp32_is_exact()  # what torch's own products are computed in
     enqueue(
         _subspace_back_kernel,
         (-(-rows // SIDE), -(-columns // SIDE), len(stacked)),

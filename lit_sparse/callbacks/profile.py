@@ -93,7 +93,8 @@ class Profile(Callback):
         self.profiler: Profiler | None = None
         self.phases = self._given = phases
         self._pace = Pace()
-        self._step, self._ranks = 0, 1
+        self._first = self._step = 0
+        self._ranks = 1
         self._part: str | None = None
         self._else: str | None = None
         self._nvml: NVML | None = None
@@ -147,7 +148,8 @@ class Profile(Callback):
         self.profiler.notes += [note for note in self._notes if note not in self.profiler.notes]
         if len(trainer.optimizers) > 1:
             self.profiler.notes.append(f"The ledger has the first of {len(trainer.optimizers)} optimizers only.")
-        self._step, self._part, self._pace = trainer.global_step, None, Pace()
+        self._first = self._step = trainer.global_step
+        self._part, self._pace = None, Pace()
         self._ranks = trainer.world_size
         self._else = None if pl_module.automatic_optimization else "forward"
 
@@ -165,9 +167,11 @@ class Profile(Callback):
         return Budget(self.phases, steps, seconds)
 
     def plan_of(self, module: L.LightningModule) -> Plan:
-        """Return the plan; its trace goes to the run's folder, and only rank 0 writes one."""
-        writes = self.plan.trace is not None and module.trainer.is_global_zero
-        return dataclasses.replace(self.plan, trace=str(self.folder / str(self.plan.trace)) if writes else None)
+        """Return the plan; its trace goes to the run's folder, and only rank 0 writes one, and takes turns."""
+        if not module.trainer.is_global_zero:
+            return dataclasses.replace(self.plan, trace=None, turns=None)
+        trace = None if self.plan.trace is None else str(self.folder / self.plan.trace)
+        return dataclasses.replace(self.plan, trace=trace)
 
     def about(self, module: L.LightningModule) -> dict[str, Any]:
         """Return further arguments of the profiler, taken from the module."""
@@ -194,8 +198,19 @@ class Profile(Callback):
         self.profiler.end_step()
         self._step = trainer.global_step
         self._log(trainer, pl_module)
-        if self.profiler.done:
+        if self._is_done(trainer):
             trainer.should_stop = True
+
+    def _is_done(self, trainer: L.Trainer) -> bool:
+        """Return whether all ranks have taken their timed steps: one that ended alone would leave the others waiting.
+
+        Ranks differ in how long their steps took, and in which of them they examined.
+        """
+        assert self.profiler is not None
+        plan = self.profiler.plan
+        if plan.timed is None or trainer.global_step - self._first < plan.timed:  # no rank can be done
+            return False
+        return trainer.strategy.reduce_boolean_decision(self.profiler.done)
 
     def _log(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Log this rank's speed and memory since the step that was logged before, instrumented steps included."""

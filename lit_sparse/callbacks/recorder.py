@@ -102,6 +102,9 @@ class Recorder(Profile):
                 "Forgetting comes after the Recorder, which would write the record before it has scored; list it first."
             )
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":  # a rank that started later, or elsewhere, may have found another free name
+            self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+            self.checkpoint.path = self.folder / "checkpoints" / self.checkpoint.path.name
         if stage == "fit" and trainer.is_global_zero and self.folder.is_dir():
             self.held.take()
         self.moved, self.earlier, self.predicted, self._recorded = False, None, None, False

@@ -48,6 +48,9 @@ class Samples:
         data = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         count = QUESTIONS if self.count is None else self.count
         samples = data.samples[:count] if isinstance(data, TokenData) else []
+        if self.answers:  # of before training, or of the run that goes on, whatever is asked for now
+            earlier = {answer["prompt"] for answer in self.answers}
+            samples = [sample for sample in data.samples if sample["prompt"] in earlier] if count else []
         if not samples or not isinstance(module, CausalLM):
             return
         batch = Questions(data.padding)([Question(sample["prompt_ids"], "") for sample in samples])
@@ -59,8 +62,10 @@ class Samples:
             texts = module.answer(*asked, SAMPLE_TOKENS)
         if not self.answers:
             self.answers = [{"prompt": s["prompt"], "reference": s["reference"]} for s in samples]
-        for answer, text in zip(self.answers, texts, strict=True):
-            answer[moment] = text.strip()
+        said = {sample["prompt"]: text.strip() for sample, text in zip(samples, texts, strict=True)}
+        for answer in self.answers:
+            if answer["prompt"] in said:
+                answer[moment] = said[answer["prompt"]]
 
     def _fits(self, trainer: L.Trainer, module: CausalLM, asked: tuple[Tensor, Tensor], budget: Budget) -> bool:
         """Return whether answering before and after training takes little of the fit, on every rank."""

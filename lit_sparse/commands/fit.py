@@ -37,6 +37,7 @@ from lit_sparse.commands.configs import (
 )
 from lit_sparse.commands.screen import shown
 from lit_sparse.commands.words import find_data, named_task, unmeasured
+from lit_sparse.data import TokenData
 from lit_sparse.errors import BadInput
 from lit_sparse.export.replay import go_on_from
 from lit_sparse.export.seedlog import SeedLog
@@ -226,6 +227,8 @@ class CLI(LightningCLI):
         """Return a trainer that leaves a run in `folder`, and nothing elsewhere."""
         plan, samples, steps = (self._get(self.config_init, key) for key in ("profile", "samples", "checkpoint_steps"))
         plan, text = dataclasses.replace(plan, turns=self.turns), self._dumped()
+        if samples is not None and isinstance(self.datamodule, TokenData):
+            self.datamodule.num_samples = max(self.datamodule.num_samples, samples)
         if config.profiler == "pytorch" or isinstance(config.profiler, PyTorchProfiler):
             rank_zero_info(
                 "trainer.profiler is torch's, of which one can run: no steps are examined or profiled beside."

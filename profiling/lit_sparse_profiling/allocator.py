@@ -60,6 +60,7 @@ def measure_allocations(device: torch.device | None = None) -> Iterator[Allocati
 @contextmanager
 def _on_cuda(device: torch.device) -> Iterator[Allocations]:
     result = Allocations(method=CUDA)
+    torch.cuda.init()  # else torch refuses an indexed device
     before = torch.cuda.memory_stats(device).get("requested_bytes.all.current", 0)  # empty before CUDA is initialised
     torch.cuda.reset_peak_memory_stats(device)
     yield result

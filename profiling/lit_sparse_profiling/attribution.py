@@ -90,7 +90,8 @@ class Shares:
             return None
         ours = self._own_pid()
         grown = max(self._context.used - self._others, 0)
-        return (grown if ours is None else self._context.processes.get(ours)) or None
+        whole = grown if ours is None else self._context.processes.get(ours) or 0
+        return max(whole - self._held, 0) or None  # of what was held already, torch keeps the account
 
     def _add_sizes(self, reading: Reading) -> None:
         # A driver that hides sizes from a container lists its processes with 0 bytes: that is not a size.

@@ -28,7 +28,7 @@ from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, Memory
 from lit_sparse_profiling.speed_sections import Kernels, Throughput
 from lit_sparse_profiling.stages import Stages
-from lit_sparse_profiling.step_plan import INTERRUPTED, Plan, Stage
+from lit_sparse_profiling.step_plan import INTERRUPTED, Plan, Stage, plan_on
 from lit_sparse_profiling.stopwatch import Tokens, count_positions, count_tokens, largest
 from lit_sparse_profiling.timed_steps import TimedSteps
 from lit_sparse_profiling.witness import PlainSteps
@@ -79,11 +79,11 @@ class Profiler:
     ) -> None:
         first = next(model.parameters())
         self.model, self.optimizer, self.state = model, optimizer, state
-        self.plan = plan = plan or Plan()
+        self.notes: list[str] = []
         self.device = resolve_index(device or first.device)
+        self.plan = plan = plan_on(self.device, plan or Plan(), self.notes)
         self.dtype = dtype or next((p.dtype for p in model.parameters() if p.dtype in DTYPES), first.dtype)
         self.phases = phases or Phases(self.device)
-        self.notes: list[str] = []
         self.nvml = nvml or open_nvml(self.device, self.notes)
         self._stages = Stages(plan, self.device, self.phases, budget, self.notes)
         self._stage: Stage | None = None

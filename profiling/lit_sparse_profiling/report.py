@@ -24,6 +24,7 @@ from lit_sparse_profiling.peft_export import write_results
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import (
+    LAST,
     RECORD,
     SETTINGS,
     UNREADABLE,
@@ -82,8 +83,10 @@ def report(
     if output is None or markdown:
         _print_runs(read, markdown, console)
     for folder in [] if markdown else unrecorded([Path(run) for run in runs]):
-        going_on = f"lit-sparse fit --config {folder / SETTINGS} --ckpt_path last"
-        _print(console, f"{folder} has no {RECORD}: it was killed, and goes on with {going_on}; or it still runs.")
+        saved = folder / LAST
+        going_on = f"goes on with lit-sparse fit --config {folder / SETTINGS} --ckpt_path {saved}"
+        going_on = going_on if saved.is_file() else "has no checkpoint to go on from"
+        _print(console, f"{folder} has no {RECORD}: it was killed, and {going_on}; or it still runs.")
     if output is not None:
         write_page(read, Path(output), cards or {}, card, command)
         _print(

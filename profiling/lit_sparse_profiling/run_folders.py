@@ -13,7 +13,7 @@ from lit_sparse_profiling.peft_results import is_result, to_record
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.sections import CEILINGS
 
-RECORD, SETTINGS = "record.json", "config.yaml"
+RECORD, SETTINGS, LAST = "record.json", "config.yaml", "checkpoints/last.ckpt"
 SEEDS = ("seed", "seed_everything")
 UNREADABLE = "unreadable"
 """Status of a run whose record cannot be read."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from lit_sparse_profiling.budget import KERNELS, MEMORY
 
@@ -74,3 +76,11 @@ class Plan:
         if self.timed is not None:
             return ()
         return ("lead-in",) * (self.examine is None) + ("kernels",) * (self.profiled is None)
+
+
+def plan_on(device: torch.device, plan: Plan, notes: list[str]) -> Plan:
+    """Return the plan without what cannot be measured on the device, of which a note is left."""
+    if device.type in ("cpu", "cuda") or (plan.examine is False and plan.profiled == 0):
+        return plan
+    notes.append(f"Memory by category and kernels were not measured: on {device.type} neither has an account.")
+    return replace(plan, examine=False, profiled=0)

@@ -7,9 +7,13 @@ import pytest
 import torch
 
 from lit_sparse.callbacks.samples import SAMPLE_TOKENS, TRIED, Samples
+from lit_sparse.data import Text
+from lit_sparse.modules import CausalLM
+from lit_sparse.testing import tiny_llm
 from lit_sparse_profiling import phases
 from lit_sparse_profiling.budget import Budget
 from lit_sparse_profiling.phases import Phases
+from tests.modules.words import word_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,17 @@ def test_answers_take_a_tenth_of_a_fit_or_are_left_out(
     assert asked == [TRIED]
     whole = 2.0 + steps * 2.0
     assert ((2 * SAMPLE_TOKENS * token_seconds + 2 * TRIED * token_seconds) <= 0.1 * whole and agreed) is fits
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_that_goes_on_answers_the_questions_it_has(count: int) -> None:
+    """Whatever number is asked for now: `before` and `after` stand side by side."""
+    prepared = [{"prompt": f"q{n}", "reference": "", "prompt_ids": [n]} for n in range(3)]
+    data = Text("unused.txt", heldout=0, tokenizer=word_tokenizer())
+    data.samples = prepared
+    module = CausalLM(tiny_llm())
+    module.answer = lambda ids, mask, tokens: [f"a{one}" for one in ids[:, -1].tolist()]  # pyright: ignore
+    samples, trainer = Samples(count), SimpleNamespace(datamodule=data)
+    samples.answers = [{"prompt": f"q{n}", "reference": "", "before": "b"} for n in range(2)]
+    samples.ask(trainer, module, "after")  # pyright: ignore[reportArgumentType]
+    assert [answer["after"] for answer in samples.answers] == ["a0", "a1"]

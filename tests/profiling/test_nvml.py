@@ -245,6 +245,13 @@ def test_the_context_of_a_device_delta_is_what_use_rose_by(fake: FakeNVML) -> No
     assert (nvml.result().attribution, nvml.result().context) == ("device delta", 450 * MIB)
 
 
+def test_what_torch_held_before_is_no_context(fake: FakeNVML) -> None:
+    nvml = NVML(UUID, api=fake, held=300 * MIB)
+    fake.compute = {OURS: 750 * MIB}
+    nvml.mark_context()
+    assert nvml.result().context == 450 * MIB
+
+
 def test_a_context_that_was_not_marked_is_none(fake: FakeNVML) -> None:
     unmarked, early = NVML(UUID, api=fake), NVML(UUID, api=fake)
     early.mark_context()

@@ -31,7 +31,7 @@ from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.reconcile import findings, residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.stages import MAX_ATTEMPTS
-from lit_sparse_profiling.step_plan import Plan
+from lit_sparse_profiling.step_plan import Plan, plan_on
 from lit_sparse_profiling.stopwatch import Stopwatch, Tokens, count_tokens
 from tests.profiling.fake_nvml import MIB, UUID, FakeNVML
 from tests.profiling.pages import touch
@@ -1054,3 +1054,12 @@ def test_a_real_card() -> None:
     assert (sizes.reserved or 0) >= (sizes.allocated or 0) >= sizes.requested
     assert record.throughput.tokens == 2 * TOKENS
     assert record.kernels.top
+
+
+def test_a_device_without_accounts_is_timed_only() -> None:
+    """Lightning trains on Apple's mps where a machine has one."""
+    notes: list[str] = []
+    plan = plan_on(torch.device("mps"), Plan(warmup=1, profiled=2, timed=3), notes)
+    assert (plan.examine, plan.profiled, plan.timed) == (False, 0, 3)
+    assert notes == ["Memory by category and kernels were not measured: on mps neither has an account."]
+    assert plan_on(torch.device("cuda"), PLAN, notes) is PLAN

@@ -146,7 +146,13 @@ def test_a_killed_run_is_told_with_the_command_that_goes_on(tmp_path: Path, caps
     assert report([str(root)]) == 0
     (told,) = (line for line in capsys.readouterr().out.splitlines() if "killed" in line)
     assert told.startswith(f"{killed} has no record.json")
-    assert f"lit-sparse fit --config {killed / 'config.yaml'} --ckpt_path last;" in told
+    assert "it was killed, and has no checkpoint to go on from; or it still runs" in told
+    (killed / "checkpoints").mkdir()
+    (killed / "checkpoints" / "last.ckpt").touch()
+    report([str(root)])
+    (told,) = (line for line in capsys.readouterr().out.splitlines() if "killed" in line)
+    last = killed / "checkpoints" / "last.ckpt"  # not `last`, which is that of the newest run of this name
+    assert f"goes on with lit-sparse fit --config {killed / 'config.yaml'} --ckpt_path {last};" in told
     report([str(root)], markdown=True)
     assert "killed" not in capsys.readouterr().out
 
