@@ -281,8 +281,9 @@ class SparseEntries(UpdateStrategy):
         """Refuse moments of which single ones cannot move, such as those in 8 bits with a scale for each block."""
         for layer in self._layers.values():
             for key, value in optimizer.state.get(layer.entries, {}).items():
-                plain = type(value) is Tensor and value.is_floating_point()
-                if isinstance(value, Tensor) and value.shape == layer.entries.shape and not plain:
+                if not isinstance(value, Tensor) or value.shape != layer.entries.shape or not has_values(value):
+                    continue
+                if type(value) is not Tensor or not value.is_floating_point():
                     raise BadInput(
                         f"SparseEntries: moments is carried, but {type(optimizer).__qualname__} keeps {key} as "
                         f"{type(value).__name__} of {value.dtype}, of which single entries cannot move; set moments to "

@@ -168,6 +168,7 @@ def test_cuda_peaks_are_those_of_the_block(monkeypatch: pytest.MonkeyPatch, befo
     stats = Stats(before, levels(130, 900))
     monkeypatch.setattr(torch.cuda, "memory_stats", stats)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", stats.reset)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     with measure_allocations(ON_CUDA) as found:
         assert stats.resets == 1
     held = before.get("requested_bytes.all.current", 0)
@@ -179,6 +180,7 @@ def test_without_a_device_it_is_the_gpu_if_there_is_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_stats", stats)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", stats.reset)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
     with measure_allocations() as found:
         pass
     assert found.method == CUDA
