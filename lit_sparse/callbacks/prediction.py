@@ -20,13 +20,13 @@ from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
 from lit_sparse.modules.loading import load_errors
 from lit_sparse.modules.sharding import FSDP2Strategy
-from lit_sparse.planning.forecast import CONTEXT, Forecast, Setting, forecast
+from lit_sparse.planning.forecast import Forecast, Setting, forecast
 from lit_sparse.planning.levers import levers
 from lit_sparse.runs import build_module
 from lit_sparse_profiling.budget import Budget, Cost
 from lit_sparse_profiling.devices import free_of_host
 from lit_sparse_profiling.memory import trim_heap
-from lit_sparse_profiling.sections import Predicted
+from lit_sparse_profiling.sections import CONTEXT_BYTES, Predicted
 from lit_sparse_profiling.trace import Overdue
 
 SECONDS = 60.0
@@ -179,7 +179,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes of a device that nobody uses; of a GPU with this process's CUDA context counted as free."""
     if device.type != "cuda":
         return free_of_host()
-    return torch.cuda.mem_get_info(device)[0] + CONTEXT
+    return torch.cuda.mem_get_info(device)[0] + CONTEXT_BYTES
 
 
 def section_of(found: Forecast, free: int) -> Predicted:

@@ -20,13 +20,10 @@ from lit_sparse.planning import quantized
 from lit_sparse.planning.device_choices import ON_CPU, choices_of
 from lit_sparse.planning.training import MICRO_BATCHES, Setting, batch_of, trace_training
 from lit_sparse_profiling.caching import replay
+from lit_sparse_profiling.sections import CONTEXT_BYTES
 from lit_sparse_profiling.timeline import BOUNDARY, Moment
 from lit_sparse_profiling.trace import Trace
 from lit_sparse_profiling.workspaces import cpu_workspace
-
-CONTEXT = 760 * 2**20
-"""Bytes of a CUDA context with its kernels, beside the allocator: as measured on an H200 (benchmarks/results/gpu.jsonl,
-`nvml_process` less `reserved`)."""
 
 MOST_TOKENS, MOST_RANKS = 2**23, 10**6
 """Bounds of the tokens of a batch and of the ranks: the time and the memory of a trace grow with both."""
@@ -73,7 +70,7 @@ class Forecast:
     @property
     def needed(self) -> int:
         """Bytes that a card must have: what is reserved, and the CUDA context."""
-        return self.reserved + (CONTEXT if self.setting.device == "cuda" else 0)
+        return self.reserved + (CONTEXT_BYTES if self.setting.device == "cuda" else 0)
 
     @property
     def tokens(self) -> int:

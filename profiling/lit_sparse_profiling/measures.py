@@ -12,7 +12,14 @@ from lit_sparse_profiling import walltime
 from lit_sparse_profiling.reconcile import residue
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.run_folders import device_kind, peak_memory
-from lit_sparse_profiling.sections import CEILINGS, EXAMINATION, INSTRUMENTED_PHASES, PREDICTION, is_longer
+from lit_sparse_profiling.sections import (
+    CEILINGS,
+    CONTEXT_BYTES,
+    EXAMINATION,
+    INSTRUMENTED_PHASES,
+    PREDICTION,
+    is_longer,
+)
 
 GIB = 2**30
 UNTRAINED = ("general_loss", "text_loss")
@@ -52,6 +59,13 @@ def peak_gib(record: RunRecord) -> float | None:
     """Return the memory peak in GiB: reserved on a GPU, resident on a CPU."""
     peak = peak_memory(record, device_kind(record))
     return None if peak is None else peak / GIB
+
+
+def context_gib(record: RunRecord) -> float:
+    """Return the GiB that a card needs beside the peak: of the CUDA context, 0 on a CPU."""
+    if device_kind(record) != "cuda":
+        return 0.0
+    return ((record.driver.context if record.driver is not None else None) or CONTEXT_BYTES) / GIB
 
 
 def loss_name(record: RunRecord) -> str | None:

@@ -18,7 +18,7 @@ from lit_sparse_profiling.drawing import device_name, one_line
 from lit_sparse_profiling.figures import ACROSS
 from lit_sparse_profiling.figures_of_one import OF_ONE
 from lit_sparse_profiling.gate import IRRELEVANT, flat
-from lit_sparse_profiling.measures import GIB, MEASURES, loss_name
+from lit_sparse_profiling.measures import GIB, MEASURES, context_gib, loss_name
 from lit_sparse_profiling.memory_figures import Cards
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile
 from lit_sparse_profiling.record import RunRecord
@@ -108,6 +108,7 @@ def table_of(runs: Sequence[tuple[Path, RunRecord]], rows: Sequence[Row], cards:
                 "model": model_name(row),
                 "device": device_name(row),
                 "loss": loss_name(row.records[0]),
+                "context": max(context_gib(record) for record in row.records),
                 "runs": [places[id(record)] for record in row.records],
                 "values": {m.key: [m.median(row.records), *extremes(m.of(row.records))] for m in MEASURES},
                 "settings": {key: short(one.get(key)) for key in keys},

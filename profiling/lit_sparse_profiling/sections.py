@@ -300,6 +300,10 @@ class StateBytes:
 
 # ---- driver
 
+CONTEXT_BYTES = 760 * 2**20
+"""Bytes of a CUDA context with its kernels, beside the allocator, where none was observed: as measured on an H200
+(benchmarks/results/gpu.jsonl, `nvml_process` less `reserved`)."""
+
 Attribution = Literal["own pid", "only process", "device delta"]
 
 
