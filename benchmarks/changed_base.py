@@ -11,6 +11,7 @@ from typing import Any
 
 from lit_sparse import demo
 from lit_sparse.errors import BadInput
+from lit_sparse.storage.sealed import SUMS
 
 FOLDER = Path("runs/bases")
 
@@ -51,7 +52,7 @@ class ChangedBase:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         for file in whole.iterdir():
-            if file.suffix == ".safetensors" or file.name.startswith("tokenizer"):
+            if file.is_file() and file.name != SUMS:  # which hash the configuration, too
                 shutil.copy2(file, draft)
         (draft / "config.json").write_text(json.dumps({**config, **self.config}, indent=2), encoding="utf-8")
         draft.rename(self.path)

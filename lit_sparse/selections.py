@@ -1,4 +1,4 @@
-"""Files of selections: what a method chose before training, as JSON with a checksum.
+"""Selections: how many weights a method is to train, and files of what it chose, as JSON with a checksum.
 
 Who writes one by hand leaves the checksum out; one that is there must fit.
 """

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
-from lit_sparse.data.sources import import_extra
+from lit_sparse.data.sources import load_hub
 from lit_sparse.errors import BadInput
 
 PIECE_BYTES = 1 << 14
@@ -154,16 +154,7 @@ class HubPieces:
         self.name, self.config, self.seed, self.held = name, config, seed, held
 
     def _rows(self) -> Any:
-        datasets = import_extra("datasets", self.name)
-        where, _, split = self.name.partition(":")
-        try:
-            return datasets.load_dataset(where, name=self.config, split=split or "train", streaming=True)
-        except (OSError, ValueError) as error:  # no such set, split or configuration; no network
-            said = " ".join(str(error).split())
-            raise BadInput(
-                f"{self.name} is no file or folder here, and no data set of this name could be read ({said}); check "
-                "the name, and `config` if it has several configurations."
-            ) from error
+        return load_hub(self.name, self.config, "is no file or folder here", streaming=True)
 
     def held_out(self) -> Iterator[str]:
         """Yield all rows' texts in the order of which the first `held` are held out."""

@@ -183,18 +183,31 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 def read_hub(name: str, config: str | None) -> Iterator[Row]:
     """Read the rows of a Hugging Face data set, `name` or `name:split`."""
+    rows: Iterable[dict[str, Any]] = load_hub(name, config, "is not a file here")
+    for number, value in enumerate(rows, 1):
+        yield Row(f"{name} row {number}", value)
+
+
+def load_hub(name: str, config: str | None, absent: str, **options: Any) -> Any:
+    """Return the split of a Hugging Face data set that `name`, or `name:split`, stands for.
+
+    Args:
+        absent: What `name` is not, for the message, such as "is not a file here".
+        options: Of `datasets.load_dataset`.
+
+    Raises:
+        BadInput: if there is none.
+    """
     datasets = import_extra("datasets", name)
     where, _, split = name.partition(":")
     try:
-        rows: Iterable[dict[str, Any]] = datasets.load_dataset(where, name=config, split=split or "train")
+        return datasets.load_dataset(where, name=config, split=split or "train", **options)
     except (OSError, ValueError) as error:  # no such set, split or configuration; no network
         said = " ".join(str(error).split())
         raise BadInput(
-            f"{name} is not a file here, and no data set of this name could be loaded ({said}); check the name, and "
-            "`config` if it has several configurations."
+            f"{name} {absent}, and no data set of this name could be loaded ({said}); check the name, and `config` if "
+            "it has several configurations."
         ) from error
-    for number, value in enumerate(rows, 1):
-        yield Row(f"{name} row {number}", value)
 
 
 def import_extra(module: str, wanted_for: str) -> Any:

@@ -91,6 +91,8 @@ class WindowLoss:
 
         The last step of an epoch may have a row more on one rank than on another.
         """
+        if not self._passes:
+            return
         first, *others = self._own_parts()
         for _ in range(self._passes - 1 - len(others)):
             run(first)
