@@ -377,7 +377,9 @@ def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
     out.add_argument("table", help="name of a table in benchmarks/quality, or a YAML file")
     out.add_argument("--minutes", type=float, help="begin nothing after so many minutes; 0 only shows the table")
-    out.add_argument("--seeds", type=int, nargs="+", help="instead of the table's; the first is the sweeps'")
+    out.add_argument(
+        "--seeds", type=int, nargs="+", help="instead of the table's, for all arms; the first is the sweeps'"
+    )
     out.add_argument("--steps", type=int, help="optimizer steps of each training, instead of the table's")
     out.add_argument("--workload", type=Path, help="YAML of model, data and trainer, instead of the table's")
     out.add_argument("--into", type=Path, default=Path("runs/quality"), help="folder of the runs")

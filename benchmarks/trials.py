@@ -164,7 +164,7 @@ def read_table(
         name: Name of a table in benchmarks/quality, or a YAML file.
         workload: A YAML of `lit-sparse fit` that replaces the table's workload.
         steps: Optimizer steps of each trial; replaces the workload's.
-        seeds: Replace the table's seeds.
+        seeds: Replace the table's seeds, and are those of every arm, also where it has fewer.
 
     Raises:
         BadInput: if there is no such table, or something in it makes none.
@@ -181,18 +181,17 @@ def table_of(
     file, test = workload or path.parent / str(document["workload"]), document.get("test")
     if not isinstance(test, dict | None):
         raise BadInput(f"{path}: `test` is {test!r}; give keys of `lit-sparse test`, or leave it out.")
-    seeds = document.get("seeds", SEEDS) if seeds is None else seeds
     also, less = (_outcomes(document, key, str(path)) for key in ("also", "reduce"))
     if not isinstance(document["arms"], dict) or not document["arms"]:
         raise BadInput(f"{path}: `arms` names no arm; give each a name, its updates and its learning rates.")
     raced, base = _race(document, str(path)), _base(document, str(path))
     config = _workload(read_yaml(file), steps, str(file), raced)
-    return Table(
+    made = Table(
         path.stem,
         str(document["title"]),
         config if base is None else merged(config, {"model": {"base": str(base.path)}}),
         test,
-        _seeds(seeds, str(path)),
+        _seeds(document.get("seeds", SEEDS), str(path)),
         tuple(_arm(arm, body, f"{path}: arm {arm}") for arm, body in document["arms"].items()),
         also,
         _against(document, also, less, str(path)),
@@ -202,6 +201,10 @@ def table_of(
         _count(document, "widen", 0, str(path)) or 0,
         base,
     )
+    if seeds is None:
+        return made
+    arms = tuple(dataclasses.replace(arm, seeds=None) for arm in made.arms)
+    return dataclasses.replace(made, seeds=_seeds(seeds, str(path)), arms=arms)
 
 
 def _table_file(name: str) -> Path:

@@ -351,6 +351,8 @@ def test_arms_may_have_fewer_seeds(write: Write) -> None:
     shown = cells(runner)
     assert (shown["random"][-2:], shown["lora"][-2:]) == (["4", "best"], ["3", "tie"])
     assert shown["lora"][5] == "+0.0050 [-0.0447, +0.0547]"  # of the three seeds that both have
+    asked = read_table(write(arms=arms), seeds=[0, 1, 2, 3])
+    assert [asked.seeds_of(arm) for arm in asked.arms] == [(0, 1, 2, 3)] * 2
 
 
 def test_a_sweep_goes_on_while_the_best_rate_is_at_an_end(write: Write) -> None:
