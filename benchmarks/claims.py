@@ -306,9 +306,9 @@ def skew(line: Line) -> float:
     return next(norm for name, norm in norms.items() if "embed" in name) / middle
 
 
-def added(line: Line) -> float:
-    """Return the seconds a sample that recording adds to the run."""
-    return line["seconds_a_sample"] * (1 - 1 / line["ratio_median"])
+def added_at_most(line: Line) -> float:
+    """Return the seconds a sample that recording adds to the run, by the upper end of the interval of its ratio."""
+    return line["seconds_a_sample"] / line["ratio_median"] * (line["ratio_high"] - 1)
 
 
 def bounded(rule: Rule, low: float, high: float) -> str:
@@ -318,7 +318,7 @@ def bounded(rule: Rule, low: float, high: float) -> str:
     return REPRODUCED if low >= rule["least"] else REFUTED if high < rule["least"] else OPEN
 
 
-NUMBERS: dict[str, Callable[[Line], float]] = {"skew": skew, "added": added}
+NUMBERS: dict[str, Callable[[Line], float]] = {"skew": skew, "added_at_most": added_at_most}
 RULES: dict[str, Callable[[Rule, Path], Verdict]] = {
     "lower": lower,
     "tie": tie,
@@ -351,6 +351,7 @@ def in_words(rule: Rule) -> str:
         return f"{where}: {rule['of'].replace('_', ' ')} of {rule['arm']} / {rule['than']} {bound}"
     value = rule["value"] if isinstance(rule["value"], str) else str(rule["value"][0])
     over = f" / that of {named(rule['over'])}" if "over" in rule else ""
+    over += f" ({rule['over_value'].replace('_', ' ')})" if "over_value" in rule else ""
     return f"{where}: {value.replace('_', ' ')} of {named(rule['where'])}{over} {bound}"
 
 

@@ -6,14 +6,16 @@ import argparse
 import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal, get_origin
 
 from docstring_parser import parse
 
 from lit_sparse import callbacks, cli
 from lit_sparse.__main__ import VERBS
 from lit_sparse.commands import usage
+from lit_sparse.data import Synthetic, TokenData
 from lit_sparse.modules import CausalLM, Classifier
 from lit_sparse.optim import AdamW
 from lit_sparse_profiling.step_plan import Plan
@@ -28,7 +30,8 @@ def configuration() -> str:
         section("model, with task: CausalLM", CausalLM),
         section("model, with task: Classifier", Classifier),
         *(section(f"model.updates: {kind.__name__}", kind) for kind in by_name(usage.update_strategies())),
-        *(section(f"data: {kind.__name__}", kind) for kind in by_name(usage.data_modules())),
+        section("data: every class but Labelled and Synthetic", TokenData),
+        *(section(f"data: {kind.__name__}", kind) for kind in by_name([*usage.data_modules(), Synthetic])),
         *(
             section(f"trainer.callbacks: {name}", getattr(callbacks, name))
             for name in sorted(vars(callbacks))
@@ -49,12 +52,13 @@ def section(title: str, kind: type) -> str:
     """Return a heading, the first line of a class's docstring, and a table of its parameters."""
     said = (inspect.getdoc(kind) or "").partition("\n\n")[0].replace("\n", " ")
     rows = [
-        (name, annotation(parameter.annotation), default(kind, parameter), described(kind, name))
+        (name, annotation(parameter.annotation, kind), default(kind, parameter), described(kind, name))
         for name, parameter in inspect.signature(kind).parameters.items()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD and not name.startswith("_")
     ]
     more = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in inspect.signature(kind).parameters.values())
-    said += " It has the keys of the class above, too." if more else ""
+    where = "under `task: CausalLM`" if kind is Classifier else "under `data: every class`"
+    said += f" It has the keys {where}, too." if more else ""
     return f"## {title}\n\n{said}\n\n{table(('key', 'type', 'default', 'meaning'), rows)}"
 
 
@@ -67,10 +71,16 @@ def described(kind: type, name: str) -> str:
     return ""
 
 
-def annotation(value: Any) -> str:
-    """Return a type as a user writes it."""
+def annotation(value: Any, of: Any) -> str:
+    """Return a type of a class or function `of` as a user writes it: names of literals by their values."""
     text = inspect.formatannotation(value) if not isinstance(value, str) else value
-    return PATHS.sub("", text)
+    modules = [sys.modules[one.__module__] for one in (inspect.getmro(of) if inspect.isclass(of) else [of])]
+
+    def spelt(name: re.Match[str]) -> str:
+        found = next((vars(module)[name.group()] for module in modules if name.group() in vars(module)), None)
+        return inspect.formatannotation(found) if get_origin(found) is Literal else name.group()
+
+    return PATHS.sub("", re.sub(r"\b[A-Z]\w*", spelt, text))
 
 
 def default(kind: Any, parameter: inspect.Parameter) -> str:
@@ -100,7 +110,7 @@ def function(call: Callable[..., Any]) -> str:
     rows = [
         (
             name if one.default is inspect.Parameter.empty else f"--{name}",
-            annotation(one.annotation),
+            annotation(one.annotation, call),
             default(call, one),
             texts.get(name, ""),
         )

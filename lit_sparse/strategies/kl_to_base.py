@@ -34,7 +34,7 @@ class KLToBase(UpdateStrategy):
 
     The penalty is weight * T^2 * KL(base || model) of the next-token distribution at temperature T, in nats per token,
     averaged over all tokens that are not padding, prompts included. The base runs on every batch too, without a graph
-    (2.4 times the step time of LoRA alone, `python -m benchmarks.forgetting_study --only cost`). It shares frozen
+    (twice the step time of LoRA alone, `python -m benchmarks.forgetting_study --only cost`). It shares frozen
     weights with the model: stacked on LoRA it needs no memory for weights, on full fine-tuning a full copy. Under FSDP2
     it has a copy of its own in any case, sharded as the model is, whose weights are gathered once more for each batch.
 

@@ -54,7 +54,7 @@ class MEFT(UpdateStrategy):
             closer to the base, and loses more: a reconstruction multiplies errors by 1 / factor a layer (in variant 3
             by its square).
         exact: Streams in fixed point: the reconstruction is exact at any depth, and stores log2(1 / factor) bits a
-            hidden unit and layer (twice that in variant 3). `factor` must be 1/2, 1/4, 1/8, ... It excludes
+            hidden unit and layer (twice that in variant 3). `factor` must be 1, 1/2, 1/4, ... 1/128. It excludes
             `checkpoint_every`, and dropout within the layers.
         checkpoint_every: With `exact: false`, store the streams every so many layers and compute back only in between;
             null stores the last ones alone.

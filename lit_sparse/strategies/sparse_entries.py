@@ -65,7 +65,7 @@ class SparseEntries(UpdateStrategy):
         policy: What a new choice is: `choose` repeats the first one on what the weights are then; entries that stop
             training keep their value. `grow_and_prune` (SpIEL) replaces the entries that have moved least by those with
             the largest gradients, and gives the former back the base's value.
-        replaced_share: Share of the entries that `grow_and_prune` replaces, of 0 to 1.
+        replaced_share: Share of the entries that `grow_and_prune` replaces, above 0 and at most 1.
         replaced_until: Optimizer step by which that share has fallen to 0 linearly, in SpIEL the last one; null keeps
             it.
         scoring_steps: Optimizer steps before a new choice whose gradients (or inputs) are summed; at most all.
