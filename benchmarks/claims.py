@@ -142,17 +142,19 @@ def trained(rule: Rule, results: Path) -> tuple[list[Evidence], str]:
     arms = {arm.name: arm for arm in made.arms}
     if absent := [rule[key] for key in ("arm", "than") if rule[key] not in arms]:
         raise BadInput(f"the table {made.name} has no arm {absent[0]}, which a statement is about.")
+    begun = False
     for measured in newest_first(results / "quality.jsonl"):
         rows = [row_of(made, arms[rule[key]], measured) for key in ("arm", "than")]
-        if all(row.fits for row in rows):
-            if not all(row.swept and len(row.fits) == len(made.seeds_of(row.arm)) for row in rows):
-                raise Undecided(f"measured in part: `{command(made)}` goes on")
+        begun |= all(row.fits for row in rows)
+        if all(row.swept and len(row.fits) == len(made.seeds_of(row.arm)) for row in rows):
             before, fits = start(made, measured), [row.fits for row in rows]
             found = [
                 Evidence(row.arm.name, row.fits, row.best.rate if row.best else math.nan, row.end, row.rates, before)
                 for row in rows
             ]
             return found, scale_of(made, fits)
+    if begun:
+        raise Undecided(f"measured in part: `{command(made)}` goes on")
     raise Undecided(f"not measured yet: `{command(made)}`")
 
 
@@ -166,6 +168,8 @@ def forgetting(rule: Rule, results: Path) -> tuple[list[Evidence], str]:
         found = {f"{one.curve.name} {one.strength:g}": one for one in points(study, measured) if one.strength}
         if {rule["arm"], rule["than"]} <= found.keys():
             chosen = [(rule[key], found[rule[key]]) for key in ("arm", "than")]
+            if any(len(one.lines) < len(study.table.seeds) for _, one in chosen):
+                raise Undecided("measured in part: `python -m benchmarks.forgetting_study` goes on")
             out = [Evidence(name, one.lines, one.rate, one.end, (one.rate,)) for name, one in chosen]
             return out, scale_of(study.table, [one.lines for _, one in chosen])
     raise Undecided("not measured yet: `python -m benchmarks.forgetting_study`")
@@ -191,10 +195,11 @@ def lower(rule: Rule, results: Path) -> Verdict:
 def tie(rule: Rule, results: Path) -> Verdict:
     ours, theirs, scale = evidence(rule, results)
     gap, told = compared(rule, ours, theirs)
-    margin = rule.get("margin", MARGIN)
-    if -margin < gap.low and gap.high < margin:
+    margin, side = rule.get("margin", MARGIN), rule.get("side")
+    least, most = (-math.inf if side == "not_worse" else -margin), (math.inf if side == "not_better" else margin)
+    if least < gap.low and gap.high < most:
         return Verdict(REPRODUCED, told, scale)
-    return Verdict(REFUTED if gap.low >= margin or gap.high <= -margin else OPEN, told, scale)
+    return Verdict(REFUTED if gap.low >= most or gap.high <= least else OPEN, told, scale)
 
 
 def rewound(rule: Rule, results: Path) -> Verdict:
@@ -211,7 +216,7 @@ def below(gaps: Sequence[Interval], rule: Rule) -> str:
     """Return the verdict on differences that should all be below 0."""
     if all(gap.high < 0 for gap in gaps):
         return REPRODUCED
-    return REFUTED if any(gap.low > -rule.get("margin", MARGIN) for gap in gaps) else OPEN
+    return REFUTED if any(gap.high >= 0 and gap.low > -rule.get("margin", MARGIN) for gap in gaps) else OPEN
 
 
 def compared(rule: Rule, ours: Evidence, theirs: Evidence) -> tuple[Any, str]:
@@ -233,19 +238,32 @@ def rate(rule: Rule, results: Path) -> Verdict:
     )
     least, most = rule["between"]
     told = f"{ours.rate:g} / {theirs.rate:g} = {found:.1f} [{found / half:.1f}, {found * half:.1f}]"
-    if least <= found <= most:
+    if least <= found / half and found * half <= most:
         return Verdict(REPRODUCED, told, scale)
     return Verdict(REFUTED if found * half < least or found / half > most else OPEN, told, scale)
 
 
 def ratio(rule: Rule, results: Path) -> Verdict:
-    """Decide by the ratio of an outcome, seed by seed: Student's t on the logarithms."""
+    """Decide by the ratio of an outcome, seed by seed: Student's t on the logarithms.
+
+    Where an arm does not reach the other's loss with every seed, its steps are at least those that it took.
+    """
     ours, theirs, scale = evidence(rule, results)
-    values = [{line["seed"]: outcome(line, rule["of"], one, theirs) for line in one.fits} for one in (ours, theirs)]
-    shared = sorted(values[0].keys() & values[1].keys())
+    mine, base = ({line["seed"]: line for line in one.fits} for one in (ours, theirs))
+    shared = sorted(mine.keys() & base.keys())
     if len(shared) < 2:
         raise Undecided(f"{ours.name} and {theirs.name} share {len(shared)} seeds; two are needed")
-    logs = [math.log(values[0][seed] / values[1][seed]) for seed in shared]
+    if rule["of"] in ("steps", "passes"):
+        found = [spent(rule["of"], mine[seed], base[seed], ours.before) for seed in shared]
+        values = [value for value, _ in found]
+        if not all(arrived for _, arrived in found):
+            told = f"{ours.name} does not reach the loss of {theirs.name} with every seed: {rule['of']} from "
+            never = "most" in rule and min(values) > rule["most"]
+            told += f"{min(values):.3f} to {max(values):.3f} times, or more"
+            return Verdict(REFUTED if never else OPEN, told, scale)
+    else:
+        values = [outcome(mine[seed], rule["of"], ours) / outcome(base[seed], rule["of"], theirs) for seed in shared]
+    logs = [math.log(value) for value in values]
     middle, half = (
         statistics.fmean(logs),
         t_quantile((1 + LEVEL) / 2, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs)),
@@ -255,14 +273,15 @@ def ratio(rule: Rule, results: Path) -> Verdict:
     return Verdict(bounded(rule, low, high), told, scale)
 
 
-def outcome(line: Line, name: str, arm: Evidence, base: Evidence) -> float:
-    """Return a number of a training: an outcome, a cost, or the steps or passes to the final loss of the other arm."""
-    if name in ("steps", "passes"):
-        target = statistics.fmean(float(one["after"][SCORE]) for one in base.fits)
-        steps = float(line["steps"]) if arm is base else reached(arm.before, line["curve"], target)
-        if steps is None:
-            raise Undecided(f"{arm.name} does not reach the loss of {base.name} with every seed")
-        return steps * (line["passes"] if name == "passes" else 1.0)
+def spent(name: str, mine: Line, base: Line, before: float) -> tuple[float, bool]:
+    """Return the steps or passes to the final loss of another training, in its own, and whether they lead there."""
+    steps = reached(before, mine["curve"], float(base["after"][SCORE]))
+    passes = mine["passes"] / base["passes"] if name == "passes" else 1.0
+    return (mine["steps"] if steps is None else steps) / base["steps"] * passes, steps is not None
+
+
+def outcome(line: Line, name: str, arm: Evidence) -> float:
+    """Return a number of a training: an outcome or a cost."""
     value = line["after"].get(name, line.get(name))
     if value is None or not 0 < float(value) < math.inf:
         raise Undecided(f"{arm.name} has no {name}")
@@ -277,8 +296,15 @@ def record(rule: Rule, results: Path) -> Verdict:
     low, high = (number(line, rule[end]) if end in rule else middle for end in ("low", "high"))
     if "over" in rule:
         scale = number(matching(lines, rule["over"]), rule.get("over_value", rule["value"]))
+        if scale <= 0:
+            raise Undecided(f"{rule['over_value'].replace('_', ' ')} is 0: nothing can be divided by it")
         low, middle, high = low / scale, middle / scale, high / scale
-    told = in_figures(middle) + (f" [{in_figures(low)}, {in_figures(high)}]" if low < high else "")
+    if rule.get("over_value") in BOUNDS:
+        high = math.inf
+    at_least = "at least " if high == math.inf else ""
+    told = (
+        at_least + in_figures(middle) + (f" [{in_figures(low)}, {in_figures(high)}]" if low < high < math.inf else "")
+    )
     return Verdict(bounded(rule, low, high), told, f"{line.get('model', '')} on {line['device']}".strip())
 
 
@@ -286,7 +312,7 @@ def matching(lines: Sequence[Line], where: Mapping[str, Any]) -> Line:
     found = [line for line in lines if all(line.get(key) == value for key, value in where.items())]
     if not found:
         raise Undecided(f"no record has {', '.join(f'{key} {value}' for key, value in where.items())}")
-    return max(found, key=lambda line: line["date"])
+    return max(reversed(found), key=lambda line: line["date"])
 
 
 def number(line: Line, value: str | Sequence[str | int]) -> float:
@@ -319,6 +345,8 @@ def bounded(rule: Rule, low: float, high: float) -> str:
 
 
 NUMBERS: dict[str, Callable[[Line], float]] = {"skew": skew, "added_at_most": added_at_most}
+BOUNDS = {"added_at_most"}
+"""Those that are upper bounds, so that a ratio over one is a lower bound."""
 RULES: dict[str, Callable[[Rule, Path], Verdict]] = {
     "lower": lower,
     "tie": tie,
@@ -339,7 +367,9 @@ def in_words(rule: Rule) -> str:
     if kind in ("lower", "tie"):
         arms = f"{rule.get('of', SCORE).replace('_', ' ')} of {rule['arm']} - {rule['than']}"
         margin = rule.get("margin", MARGIN)
-        told = f"below 0; refuted above -{margin:g}" if kind == "lower" else f"within ±{margin:g}; refuted outside"
+        ends = {"not_worse": f"below {margin:g}", "not_better": f"above -{margin:g}"}
+        within = ends.get(rule.get("side", ""), f"within ±{margin:g}")
+        told = f"below 0; refuted above -{margin:g}" if kind == "lower" else f"{within}; refuted outside"
         return f"{where}: {arms} {told}"
     if kind == "rate":
         return f"{where}: best rate of {rule['arm']} / {rule['than']} from {rule['between'][0]} to {rule['between'][1]}"

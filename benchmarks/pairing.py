@@ -208,7 +208,7 @@ def pooled(values: Array) -> tuple[float, float]:
 
 
 def smallest(arms: Sequence[Scores]) -> float | None:
-    """Return the smallest difference of two of these arms that 80 of 100 tables tell (two-sided 95 %).
+    """Return the smallest difference of two of these arms that about 80 of 100 tables tell (two-sided 95 %).
 
     None with fewer than two arms or two shared seeds.
     """
@@ -217,7 +217,7 @@ def smallest(arms: Sequence[Scores]) -> float | None:
     error, freedom = standard_error(shared)
     seeds = len(shared[0].seeds)
     by_bootstrap = shared[0].sums is not None and seeds >= BOOTSTRAPPED
-    half = reach(LEVEL, seeds) if by_bootstrap else t_quantile((1 + LEVEL) / 2, freedom / (len(arms) - 1))
+    half = t_quantile((1 + LEVEL) / 2, seeds - 1 if by_bootstrap else freedom / (len(arms) - 1))
     return (half + t_quantile(POWER, freedom)) * error
 
 

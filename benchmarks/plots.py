@@ -16,7 +16,7 @@ from matplotlib.rcsetup import cycler
 from matplotlib.ticker import PercentFormatter
 
 from benchmarks.measurements import Line, newest, read_lines
-from benchmarks.ranking import TEXT, Results, newest_first, row_of, rows
+from benchmarks.ranking import TEXT, Results, newest_first, row_of, rows, score
 from benchmarks.rewinding import curves
 from benchmarks.tradeoff import changes
 from benchmarks.trials import Table, read_table
@@ -157,7 +157,9 @@ def arms_of(lines: Sequence[Line], quality: Path) -> list[tuple[str, float, Sequ
     for line in newest(lines, key="arm").values():
         made = read_table(line["table"])
         arm = next(arm for arm in made.arms if arm.name == line["arm"])
-        losses = next((row_of(made, arm, results).losses for results in newest_first(quality)), [])
+        losses = next(
+            (fits.losses for results in newest_first(quality) if (fits := row_of(made, arm, results)).fits), []
+        )
         if losses:
             found.append((arm.name, line["peak_resident"], losses))
     return found
@@ -201,15 +203,21 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def compared(quality: Path) -> dict[str, list[tuple[str, float, dict[str, float]]]]:
-    """Return name, mean held-out loss and costs of the arms of each table that was measured and did not diverge."""
+    """Return name, mean held-out loss and costs of the arms of each table that were measured and did not diverge.
+
+    Means are over the seeds that all of them have; a table is left out while one of them has a single seed.
+    """
     out = {}
     for name in COMPARED:
         made = read_table(name)
         for results in newest_first(quality):
             found = [row for row in rows(made, results) if row.fits and all(map(math.isfinite, row.losses))]
-            if found:
+            if found and all(len(row.fits) > 1 for row in found):
+                seeds = set.intersection(*({line["seed"] for line in row.fits} for row in found))
+                fits = {row.arm.name: [line for line in row.fits if line["seed"] in seeds] for row in found}
                 arms = [
-                    (row.arm.name, statistics.fmean(row.losses), costs_of(row.fits, made, results)) for row in found
+                    (name, statistics.fmean(map(score, lines)), costs_of(lines, made, results))
+                    for name, lines in fits.items()
                 ]
                 out[name] = [arm for arm in arms if arm[2]]
                 break
@@ -273,7 +281,7 @@ def planner(lines: Sequence[Line]) -> Figure:
     axes[1].axhline(0, color="grey", linestyle=":", zorder=0)
     axes[1].set(xlabel="peak measured, MiB", ylabel="error, % (above 0: too much predicted)", xscale="log")
     for axis in (axes[0].xaxis, axes[1].xaxis, axes[0].yaxis):
-        axis.set_ticks([2, 3, 5, 10], ["2", "3", "5", "10"])
+        axis.set_ticks(ticks := [2, 3, 5, 10, 30, 100, 300, 1000], [str(tick) for tick in ticks])
         axis.set_ticks([], minor=True)
     axes[0].legend(loc="upper left")
     return figure

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 from benchmarks.measurements import Line
-from benchmarks.pairing import Interval, Scores, scores_of, smallest
+from benchmarks.pairing import Interval, scores_of, smallest
 from benchmarks.trials import Arm, Config, Table
 
 
@@ -34,12 +34,11 @@ def power_of(made: Table, found: Sequence[Row]) -> Iterator[str]:
         return
     if reasons := [*lost(made, found, ranked)]:
         yield f"**This table has lost its power:** {'; '.join(reasons)}."
-    differences = {group: smallest(of_most_seeds(rows)) for group, rows in ranked.items()}
-    told = [f"{value:.4f} in {group}" for group, value in differences.items() if value is not None]
+    told = [f"{values} in {group}" for group, rows in ranked.items() if (values := tellable(rows))]
     if told:
         yield (
-            f"Smallest difference of the held-out loss that it can tell (two-sided 95 %, power 80 %), in nats a token: "
-            f"{', '.join(told)}; from the residuals of its own arms, paired over {basis(ranked)}."
+            f"Smallest difference to the best arm of a group that it can tell (two-sided 95 %, power 80 %), in nats a "
+            f"token of the held-out loss: {', '.join(told)}; pair by pair, over {basis(ranked)}."
         )
     if diverged := [row.arm.name for row in found if row.fits and scores_of(row.fits) is None]:
         yield f"Diverged, and in no interval: {', '.join(diverged)}."
@@ -51,11 +50,16 @@ def groups(found: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: [row for row in found if row.arm.group == name] for name in names}
 
 
-def of_most_seeds(rows: Sequence[Row]) -> list[Scores]:
-    """Return the scores of the rows with the most seeds; of all, where only one has so many."""
-    scores = [one for row in rows if (one := scores_of(row.fits)) is not None]
-    most = [one for one in scores if len(one.seeds) == max(len(other.seeds) for other in scores)]
-    return most if len(most) > 1 else scores
+def tellable(rows: Sequence[Row]) -> str:
+    """Format the least and the largest of the smallest differences to a group's best row; "" where there is none.
+
+    They differ with the arms: some have more seeds, and some change more from seed to seed.
+    """
+    scores = {row.arm.name: one for row in rows if (one := scores_of(row.fits)) is not None}
+    best = next((row.arm.name for row in rows if row.beside is None and row.arm.name in scores), None)
+    pairs = [smallest([scores[row.arm.name], scores[best]]) for row in rows if best and row.beside is not None]
+    found = sorted({f"{value:.4f}" for value in pairs if value is not None})
+    return " to ".join([found[0], found[-1]] if len(found) > 1 else found)
 
 
 def basis(ranked: Mapping[str, Sequence[Row]]) -> str:

@@ -29,7 +29,7 @@ from rich.table import Table as RichTable
 
 from benchmarks import race
 from benchmarks.measurements import Line, table
-from benchmarks.provenance import ROOT, provenance
+from benchmarks.provenance import ROOT, commit, provenance
 from benchmarks.ranking import SCORE, Results, cells, chosen, head, notes, score, swept
 from benchmarks.row_scores import RowScores, rows_of
 from benchmarks.trials import Arm, Config, Table, Trial, merged, read_table
@@ -194,10 +194,10 @@ class Runner:
         Raises:
             RuntimeError: if the training gave no result; it says why.
         """
-        begun = time.monotonic()
+        begun, source = time.monotonic(), commit()
         folder = self._fit(trial)
         record, seconds = RunRecord.read(folder / "record.json"), time.monotonic() - begun
-        line = fit_line(trial, record, self.results.stack, seconds, self.bench)
+        line = fit_line(trial, record, self.results.stack, seconds, self.bench) | {"commit": source}
         if rows := rows_of(folder):
             line["rows"] = rows
         if self.made.race is not None:

@@ -42,7 +42,7 @@ def reached(start: float, points: Sequence[Sequence[float]], target: float) -> f
     if start <= target:
         return 0.0
     before, above = 0.0, start
-    for step, loss in points:
+    for step, loss in ((step, float(loss)) for step, loss in points):  # what is no number is a word in JSON
         if loss <= target:
             return before + (step - before) * (above - target) / (above - loss) if above > loss else before
         before, above = step, loss
@@ -57,7 +57,7 @@ def steps_of(race: Race, arms: Mapping[str, Sequence[Line]], start: float) -> di
     """
     if not arms.get(race.to) or not math.isfinite(start):
         return dict.fromkeys(arms)
-    target = statistics.fmean(line["after"][SCORE] for line in arms[race.to])
+    target = statistics.fmean(float(line["after"][SCORE]) for line in arms[race.to])
     found: dict[str, float | None] = {}
     for name, lines in arms.items():
         steps = [reached(start, line["curve"], target) for line in lines]

@@ -76,8 +76,11 @@ class Results:
         """Append a line, and flush it to disk at once."""
         text = json.dumps(spell_nonfinite(line), allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
+        with self.path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - 1, 0))
+            cut = file.read(1) not in (b"", b"\n")  # by a full disk
+            file.write(("\n" * cut + text + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
         self._take(json.loads(text))
@@ -107,6 +110,7 @@ def read_results(path: Path) -> list[Line]:
         BadInput: if one is no measurement of ours.
     """
     text = path.read_text(encoding="utf-8") if path.exists() else ""
+    text = text[: text.rfind("\n") + 1]  # another process may be writing the last line
     try:
         lines = [(n, parsed(line, f"{path}:{n}")) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
     except ValueError as error:
@@ -119,8 +123,8 @@ def read_results(path: Path) -> list[Line]:
 
 def newest_first(path: Path) -> Iterator[Results]:
     """Yield the results of each stack in the file, that of the newest line first."""
-    stacks = {key(line["stack"]): line["stack"] for line in sorted(read_results(path), key=lambda line: line["date"])}
-    for stack in reversed(stacks.values()):
+    lines = sorted(read_results(path), key=lambda line: line["date"])
+    for stack in {key(line["stack"]): line["stack"] for line in reversed(lines)}.values():
         yield Results(path, stack)
 
 
@@ -243,7 +247,10 @@ def judge(group: Sequence[Row]) -> None:
 
 
 def best_of(group: Sequence[Row]) -> Row:
-    """Return the row with the lowest mean loss, over the seeds that all rows of the group have."""
+    """Return the row with the lowest mean loss, over the seeds that all rows of the group have.
+
+    Rows with more seeds may tell that another one is lower: then it is that one.
+    """
     losses = {row.arm.name: {line["seed"]: score(line) for line in row.fits} for row in group}
     shared = set.intersection(*(set(of) for of in losses.values()))
 
@@ -251,7 +258,14 @@ def best_of(group: Sequence[Row]) -> Row:
         own = losses[row.arm.name]
         return statistics.fmean(own[seed] for seed in shared or own)
 
-    return min(group, key=mean)
+    best = min(group, key=mean)
+    for _ in group:
+        gaps = [(difference(row.fits, best.fits), row) for row in group if row is not best]
+        lower = [(gap.difference, row) for gap, row in gaps if gap is not None and gap.high < 0]
+        if not lower:
+            break
+        best = min(lower, key=lambda one: one[0])[1]
+    return best
 
 
 def missing(made: Table, row: Row) -> Iterator[str]:
@@ -261,8 +275,19 @@ def missing(made: Table, row: Row) -> Iterator[str]:
         return
     if not row.swept:
         yield "incomplete: not all learning rates were tried"
+    if unlike := unlike_rows(row.fits):
+        yield f"its seeds were scored on unlike rows of {unlike[0]}"
     if len(row.fits) < (wanted := max(ENOUGH, len(made.seeds_of(row.arm)))):
         yield f"incomplete: {len(row.fits)} of {wanted} seeds"
+
+
+def unlike_rows(lines: Sequence[Line]) -> list[str]:
+    """Return the sets of rows that are not the same in all lines that keep them."""
+    hashes: dict[str, set[str]] = {}
+    for line in lines:
+        for name, kept in line.get("rows", {}).items():
+            hashes.setdefault(name, set()).add(kept["of"])
+    return [name for name, found in hashes.items() if len(found) > 1]
 
 
 # ---- beside one arm
@@ -420,6 +445,8 @@ def notes(made: Table, results: Results) -> str:
         "group: the difference on the same seeds, and rows where they are kept, with its interval of 95 %, not "
         "corrected for the number of arms; a tie: it contains 0."
     )
+    if len({len(row.fits) for row in found if row.fits}) > 1:
+        about += " Arms have unlike numbers of seeds, so that means in different rows are of different trainings."
     raced = race.told(made.race, fits_of(found), start(made, results)) if made.race else ()
     power = " ".join(power_of(made, found))
     text = " ".join([about, *unknown(made, lines), *comparison(made, results), *raced])

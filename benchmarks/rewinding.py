@@ -24,7 +24,7 @@ from benchmarks.measurements import Line, caption, table
 from benchmarks.pairing import SCORE, Interval, difference
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.quality import Runner, Work, ended, stack_of
-from benchmarks.ranking import TEXT, Results, belonging, mean_spread, newest_first
+from benchmarks.ranking import TEXT, Results, belonging, mean_spread, newest_first, unlike_rows
 from benchmarks.row_scores import TokensByRow, described
 from benchmarks.trials import Arm, Table, Trial, read_table
 from lit_sparse.data import TokenData
@@ -184,30 +184,40 @@ def beside_end(name: str, scale: float, path: Path) -> tuple[dict[str, Interval]
     """
     made = read_table(str(STUDY))
     arm = next(arm for arm in made.arms if arm.name == name)
+    begun = False
     for results in newest_first(path):
         ours, end = (at_scale(made, arm, one, results) for one in (scale, END))
+        begun |= bool(ours)
         if min(len(ours), len(end)) < len(made.seeds):
-            raise LookupError(f"measured in part: `{COMMAND}` goes on")
+            continue
         gaps = {loss: gap for loss in (SCORE, TEXT) if (gap := difference(ours, end, loss)) is not None}
         if len(gaps) < 2:
             raise LookupError(f"{name} diverged, or has no {TEXT}")
         return gaps, made, end
-    raise LookupError(f"not measured yet: `{COMMAND}`")
+    raise LookupError(f"measured in part: `{COMMAND}` goes on" if begun else f"not measured yet: `{COMMAND}`")
 
 
 def published(path: Path) -> str:
     """Return the table for docs/, of the newest stack that it was measured on, or how far it is.
 
     No number is shown before every arm has two seeds at all scales.
+
+    Raises:
+        BadInput: if runs were scored on unlike rows.
     """
-    made = read_table(str(STUDY))
+    made, begun = read_table(str(STUDY)), 0
     for results in newest_first(path):
         lines = [*belonging(made, results), *results.tests.values()]
+        begun = begun or len(lines)
         if not enough(made, results):
-            asked = len(trials_of(made)) * (1 + len(SCALES))
-            return f"Under way: {len(lines)} of {asked} scores are made; `{COMMAND}` goes on."
+            continue
+        if unlike := unlike_rows(lines):
+            raise BadInput(f"{path}: runs were scored on unlike rows of {unlike[0]}; delete the older lines.")
         text = f"{caption(COMMAND, lines)}\n\n{about(made, results)}\n\n{table(HEAD, cells(made, results))}"
         return f"{text}\n\n{FIGURE}" if (path.parent.parent / "figures" / "rewinding.svg").exists() else text
+    if begun:
+        asked = len(trials_of(made)) * (1 + len(SCALES))
+        return f"Under way: {begun} of {asked} scores are made; `{COMMAND}` goes on."
     return f"Not measured yet: `{COMMAND}` measures this table."
 
 

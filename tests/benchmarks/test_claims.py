@@ -73,10 +73,15 @@ def of_gap(records: Path, gap: float, spread: Sequence[float], **rule: Any) -> c
         ("tie", 0.01, FAR, REFUTED),
         ("tie", 0.005, FAR, OPEN),
         ("tie", 0.0, WIDE, OPEN),
+        ("tie not_worse", -0.01, FAR, REPRODUCED),
+        ("tie not_worse", 0.01, FAR, REFUTED),
+        ("tie not_better", 0.01, FAR, REPRODUCED),
+        ("tie not_better", -0.01, FAR, REFUTED),
     ],
 )
 def test_differences_decide(records: Path, kind: str, gap: float, spread: Sequence[float], expected: str) -> None:
-    found = of_gap(records, gap, spread, kind=kind)
+    kind, _, side = kind.partition(" ")
+    found = of_gap(records, gap, spread, kind=kind, **({"side": side} if side else {}))
     assert found.verdict == expected
     assert found.found.startswith("new - old: ")
     assert float(found.found.split()[3]) == pytest.approx(gap, abs=1e-4)
@@ -92,7 +97,8 @@ def test_differences_decide(records: Path, kind: str, gap: float, spread: Sequen
         ({"of": "density", "most": 0.6}, -0.4, WIDE, OPEN),
         ({"of": "steps", "most": 0.9}, -0.5, FAR, REPRODUCED),  # to 1.0 from 3.0: 80 of 100 steps
         ({"of": "passes", "least": 0.9}, -0.5, FAR, REFUTED),
-        ({"of": "steps", "most": 0.9}, 0.5, FAR, OPEN),  # it never gets there
+        ({"of": "steps", "most": 0.9}, 0.5, FAR, REFUTED),  # it never gets there
+        ({"of": "steps", "most": 1.0}, 0.5, FAR, OPEN),  # but the other took as many
         ({"of": "step_seconds", "most": 0.9}, -0.5, FAR, OPEN),  # which is not recorded
     ],
 )
@@ -100,7 +106,7 @@ def test_ratios_decide(records: Path, rule: Any, gap: float, spread: Sequence[fl
     assert of_gap(records, gap, spread, kind="ratio", **rule).verdict == expected
 
 
-@pytest.mark.parametrize(("between", "expected"), [([8, 15], REPRODUCED), ([40, 50], REFUTED), ([11, 15], OPEN)])
+@pytest.mark.parametrize(("between", "expected"), [([2, 50], REPRODUCED), ([40, 50], REFUTED), ([8, 15], OPEN)])
 def test_learning_rates_decide_to_half_a_step_of_the_sweep(records: Path, between: list[int], expected: str) -> None:
     found = of_gap(records, 0.0, FAR, kind="rate", between=between)
     assert found.verdict == expected
@@ -135,6 +141,9 @@ def test_a_scaled_run_must_be_better_on_both(
     assert verdict(records, kind="rewound", arm="full", scale=0.5).verdict == OPEN
 
 
+COST = {"where": {"pair": "b"}, "value": ["ratio"], "over": {"pair": "d"}, "over_value": "added_at_most"}
+
+
 @pytest.mark.parametrize(
     ("rule", "expected"),
     [
@@ -143,6 +152,8 @@ def test_a_scaled_run_must_be_better_on_both(
         ({"where": {"pair": "a"}, "value": ["ratio"], "low": ["low"], "high": ["high"], "most": 0.6}, OPEN),
         ({"where": {"pair": "a"}, "value": ["sizes", -1], "over": {"pair": "b"}, "most": 0.16}, REPRODUCED),
         ({"where": {"pair": "c"}, "value": ["ratio"], "most": 1}, OPEN),
+        ({**COST, "least": 4}, REPRODUCED),  # 1.0 over what recording adds at most, 0.2
+        ({**COST, "least": 6}, OPEN),  # a bound refutes nothing
     ],
 )
 def test_records_decide(records: Path, rule: Any, expected: str) -> None:
@@ -150,7 +161,8 @@ def test_records_decide(records: Path, rule: Any, expected: str) -> None:
     old = {**about, "date": "2026-11-01", "pair": "a", "ratio": 9.0, "sizes": [1, 9], "low": 9.0, "high": 9.0}
     new = {**about, "pair": "a", "ratio": 0.5, "low": 0.4, "high": 0.7, "sizes": [1, 3]}
     other = {**about, "pair": "b", "ratio": 1.0, "sizes": [1, 20]}
-    (records / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (new, old, other)))
+    added = {**about, "pair": "d", "seconds_a_sample": 2.0, "ratio_median": 1.0, "ratio_high": 1.1}
+    (records / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (new, old, other, added)))
     assert verdict(records, kind="record", file="mine", **rule).verdict == expected
 
 

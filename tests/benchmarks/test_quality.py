@@ -351,6 +351,7 @@ def test_arms_may_have_fewer_seeds(write: Write) -> None:
     shown = cells(runner)
     assert (shown["random"][-2:], shown["lora"][-2:]) == (["4", "best"], ["3", "tie"])
     assert shown["lora"][5] == "+0.0050 [-0.0447, +0.0547]"  # of the three seeds that both have
+    assert "unlike numbers of seeds" in ranking.notes(runner.made, runner.results)
     asked = read_table(write(arms=arms), seeds=[0, 1, 2, 3])
     assert [asked.seeds_of(arm) for arm in asked.arms] == [(0, 1, 2, 3)] * 2
 
@@ -385,11 +386,11 @@ def test_a_table_says_what_it_can_tell_and_what_it_lost(write: Write) -> None:
     # Of two arms, the pooled error is that of their paired t test: 0.0115 with two degrees of freedom.
     assert text.startswith(
         "**This table has lost its power:** at an end of the sweep (or the only one tried) is the best learning "
-        "rate of lora, full; all arms tie. Smallest difference of the held-out loss"
+        "rate of lora, full; all arms tie. Smallest difference to the best arm of a group"
     )
     told = f"{(4.30265 + 1.06066) * 0.02 / 3**0.5:.4f}"
-    assert f"(two-sided 95 %, power 80 %), in nats a token: {told} in 1 %; from the residuals" in text
-    assert "paired over seeds alone: the losses of rows were not kept" in text
+    assert f"in nats a token of the held-out loss: {told} in 1 %; pair by pair, over seeds alone" in text
+    assert "over seeds alone: the losses of rows were not kept" in text
     unmeasured = Fake(read_table(write()), Path("none.jsonl"))
     assert "Smallest difference" not in ranking.notes(unmeasured.made, unmeasured.results)
 
@@ -422,7 +423,7 @@ def test_kept_rows_are_paired_and_counted(write: Write) -> None:
             line["rows"] = {"heldout": rows, "text": rows}
     text = ranking.notes(runner.made, runner.results)
     assert "only 400 tokens of answers are scored (10,000 are needed)" in text
-    assert "paired over seeds and scored rows" in text
+    assert "pair by pair, over seeds and scored rows" in text
     runner.results.fits.popitem()  # full's last, which no group has
     line = runner.results.fit(runner.made.trial(runner.made.arms[1], 5e-4, 2))
     assert line is not None

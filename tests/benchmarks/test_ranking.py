@@ -8,6 +8,7 @@ import pytest
 from benchmarks import ranking
 from benchmarks.ranking import Results
 from benchmarks.trials import Arm, Table
+from lit_sparse.errors import BadInput
 
 STACK = {"device": "cpu"}
 ABOUT = {"commit": "abc", "date": "2026-11-22", "device": "a CPU", "versions": {}, "stack": STACK, "kind": "fit"}
@@ -89,3 +90,21 @@ def test_a_table_that_compares_nothing_says_nothing(tmp_path: Path) -> None:
     plain = Table("mine", "Mine.", WORKLOAD, None, (0, 1, 2), ARMS)
     assert ranking.head(plain) == [*ranking.HEAD, *ranking.TAIL]
     assert told(plain, results(plain, tmp_path, lora=PLAIN)) == ""
+
+
+def test_a_line_that_is_cut_off_is_left_alone(made: Table, tmp_path: Path) -> None:
+    path, found = tmp_path / "q.jsonl", results(made, tmp_path, lora=PLAIN)
+    whole = path.read_text()
+    path.write_text(whole + '{"kind": "fi')  # by another process, or a full disk
+    assert len(ranking.read_results(path)) == len(whole.splitlines())
+    found.append(next(iter(found.fits.values())))
+    with pytest.raises(BadInput, match="is no JSON"):  # it is told, once something stands behind it
+        ranking.read_results(path)
+    path.write_text(path.read_text().replace('{"kind": "fi\n', ""))
+    assert len(ranking.read_results(path)) == len(whole.splitlines()) + 1
+
+
+def test_unlike_rows_are_told() -> None:
+    lines = [{"rows": {"heldout": {"of": "a"}, "text": {"of": of}}} for of in "bc"]
+    assert ranking.unlike_rows(lines) == ["text"]
+    assert ranking.unlike_rows([*lines[:1], {}]) == []
