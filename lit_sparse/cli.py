@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jsonargparse
 from jsonargparse import auto_cli, set_parsing_settings
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_sparse.callbacks.checkpointing import Stopped
 from lit_sparse.callbacks.out_of_memory import asked_for
@@ -166,6 +167,9 @@ def status_of(argv: Sequence[str], phases: Phases) -> int:
         tell_once(str(stopped), "stopped")
         # Rank 0 has the run's status: Lightning kills it as soon as a rank that it started ends with another than 0.
         return 128 + stopped.number if rank_of_this() == 0 else 0
+    except SIGTERMException:  # Lightning's, outside of training
+        tell_once("SIGTERM ended it, and nothing was trained since the last checkpoint.", "stopped")
+        return 128 + signal.SIGTERM if rank_of_this() == 0 else 0
     except Exception as error:
         told = understood(error)
         if told is None and not is_oom(error):

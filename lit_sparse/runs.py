@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,9 +44,9 @@ def check_root(root: str | Path | None) -> None:
     """Refuse a folder of all runs that no file system can have.
 
     Raises:
-        BadInput: if it is None, or has a null character.
+        BadInput: if it is None or a URL, or has a null character.
     """
-    if root is None or "\0" in str(root):
+    if root is None or "\0" in str(root) or "://" in str(root):
         raise BadInput(f"trainer.default_root_dir is {root!r}, which names no folder; give a path, such as runs.")
 
 
@@ -90,6 +90,20 @@ def folder_of(checkpoint: Path, root: Path) -> Path | None:
         return None
     known = re.fullmatch(r".+-\d+", folder.resolve().name) and folder.resolve().is_relative_to(root.resolve())
     return folder if known else None
+
+
+def name_of(folder: Path, root: Path) -> str:
+    """Return the name of a run under `root`: that of its folder, without its number."""
+    return re.sub(r"-\d+$", "", folder.resolve().relative_to(root.resolve()).as_posix())
+
+
+def own_checkpoint(configs: Iterable[Any], root: Path) -> Path | None:
+    """Return the last checkpoint of the run under `root` whose own configuration is among the files; None without."""
+    for path in reversed([Path(str(config)) for config in configs]):
+        checkpoint = path.parent / LAST
+        if path.name == "config.yaml" and checkpoint.is_file() and folder_of(checkpoint, root) is not None:
+            return checkpoint
+    return None
 
 
 def last_checkpoint(root: Path, name: str) -> Path:

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 import yaml
 from jsonargparse import ActionConfigFile  # pyright: ignore[reportPrivateImportUsage]
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_sparse import cli
 from lit_sparse.commands import configs, usage
@@ -143,8 +145,15 @@ def test_a_run_is_a_folder_and_goes_on_by_name(home, caplog):
     words = [*DATA, "--ckpt_path", str(run / "checkpoints" / "last.ckpt"), "--trainer.accelerator=cpu"]
     cli.run(["validate", "--config", "smt.yaml", "--model.base", "tiny", *words])
     assert [p.name for p in Path("runs").iterdir()] == ["smt-1"]
+    cli.run(["validate", "--config", "smt.yaml", "--model.base", "tiny", *DATA, "--trainer.accelerator=cpu"])
+    assert "No --ckpt_path was given, so that the base itself is scored." in caplog.messages
     fit("--config", "smt.yaml", "--trainer.max_steps=1")
     assert Path("runs/smt-2").is_dir()
+    fit("--config", str(run / "config.yaml"), "--trainer.max_steps=5", "--ckpt_path=last")
+    fit("--config", "smt.yaml", "--run=x", "--trainer.max_steps=6", f"--ckpt_path={run}/checkpoints/last.ckpt")
+    steps = [torch.load(f"runs/smt-{n}/checkpoints/last.ckpt", weights_only=True)["global_step"] for n in (1, 2)]
+    assert steps == [6, 1]  # its own last one, and not the newest of that name
+    assert yaml.safe_load((run / "config.yaml").read_text())["run"] == "smt"
 
 
 def assert_page(page: str, run: Path) -> None:
@@ -263,6 +272,16 @@ BAD = {
         ["--config", "smt.yaml", "--ckpt_path=last"],
         "no run smt-<n> under runs/ has checkpoints/last.ckpt",
     ),
+    "nothing to train": (
+        ["--config", "smt.yaml", "--trainer.max_epochs=0"],
+        "trainer.max_epochs is 0, so that a new run",
+    ),
+    "a URL for runs": (["--config", "smt.yaml", "--trainer.default_root_dir=s3://a/runs"], "which names no folder"),
+    "a URL to go on from": (
+        ["--config", "smt.yaml", "--ckpt_path=s3://a/last.ckpt"],
+        "is a URL, and a fit goes on from",
+    ),
+    "a long seed": (["--config", "smt.yaml", f"--model.updates.seed={2**64}"], "it must fit into 64 bits"),
     "trainer's precision": (["--config", "smt.yaml", "--trainer.precision=bf16-mixed"], "leave it at 32-true"),
 }
 
@@ -290,6 +309,15 @@ def test_a_constructors_refusal_is_printed_as_it_stands(home, capsys, monkeypatc
     assert told.startswith(f"lit-sparse: {message}")
     assert "Union" not in told
     assert not list(Path().glob("runs/*"))
+
+
+def test_sigterm_outside_of_training_is_no_success(monkeypatch, capsys):
+    def ended(*_: object) -> int:
+        raise SIGTERMException
+
+    monkeypatch.setattr(cli, "run", ended)
+    assert cli.status_of(["validate"], cli.Phases()) == 128 + signal.SIGTERM
+    assert "SIGTERM ended it" in capsys.readouterr().err
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch):

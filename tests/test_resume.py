@@ -109,6 +109,17 @@ def test_the_learning_rate_is_that_of_this_runs_schedule(home):
     assert [lr for lr, _ in again] == pytest.approx([0.01, 0.0075, 0.005, 0.0025]), "a rate given now wins"
 
 
+def test_a_setting_of_the_optimizer_is_this_runs_and_its_class_the_first_ones(home):
+    adamw = ("--model.optimizer=lit_sparse.optim.AdamW", "--model.optimizer.weight_decay")
+    limits = ("--trainer.max_steps=2", "--checkpoint_steps=2")
+    fit("full", "cut", 0, *limits, adamw[0], f"{adamw[1]}=0.01")
+    fit("full", "cut", 0, "--trainer.max_steps=4", adamw[0], f"{adamw[1]}=0.1", "--ckpt_path=last")
+    (state,) = torch.load("runs/cut-1/checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.1, 0.0]
+    with pytest.raises(BadInput, match=r"has the state of lit_sparse.*AdamW, and this run's optimizer is torch.*SGD"):
+        fit("full", "cut", 0, "--trainer.max_steps=6", "--model.optimizer=torch.optim.SGD", "--ckpt_path=last")
+
+
 def scores(run: str) -> list[dict[str, str]]:
     """The rows of a run's metrics.csv, without what is measured."""
     measured = ("tokens_per_second", "peak_memory_gib")

@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -59,6 +61,12 @@ def test_callbacks_of_several_yamls_add_up(home):
     found = config["trainer"]["callbacks"]
     assert classes(found) == ["DensityMonitor", "Timer", "DensityMonitor", "LearningRateMonitor"]
     assert [found[0]["init_args"]["error"], found[2]["init_args"]["error"]] == [0.1, 0.2]
+
+
+def test_a_method_that_is_given_twice_alike_is_there_once(home):
+    penalty = {"model": {"updates": [{"class_path": "L2SP"}]}}
+    config = fit("--trainer.max_steps=1", a=penalty, b=penalty)
+    assert classes(config["model"]["updates"]) == ["PEFT", "L2SP"]
 
 
 def test_an_option_replaces_the_lists_of_yamls(home):
@@ -165,8 +173,26 @@ def test_early_stopping_and_a_time_limit_end_a_run(home):
     stop = callback("EarlyStopping", monitor="heldout_loss", patience=1, min_delta=10.0)
     fit("--trainer.val_check_interval=2", a={"trainer": {"callbacks": stop}})
     assert step_of(RUN) == 4
+    fit("--trainer.val_check_interval=2", "--ckpt_path=last", a={"trainer": {"callbacks": stop}})
+    assert step_of(RUN) == 6  # it goes on within its epoch, and has no better loss either
     cli.run(["fit", *F, "--run=limited", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:01"])
     assert step_of(Path("runs/limited-1")) > 0
+
+
+def test_a_run_that_a_time_limit_ended_within_an_epoch_goes_on(home, monkeypatch, caplog):
+    def up(timer: Timer, trainer: L.Trainer) -> None:
+        trainer.should_stop |= trainer.global_step == 3
+
+    limited = ["fit", *F, "--run=limited", "--trainer.max_time=00:01:00:00"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Timer, "_check_time_remaining", up)
+        cli.run(limited)
+    assert step_of(Path("runs/limited-1")) == 3
+    cli.run([*limited, "--ckpt_path=last"])
+    assert step_of(Path("runs/limited-1")) == 10
+    monkeypatch.setattr(Timer, "time_elapsed", lambda *_: 3600.0)
+    cli.run([*limited, "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert "the time limit is spent by the 3600 s up to the checkpoint at step 10" in caplog.messages[-1]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch Profiler default schedule will be overridden")

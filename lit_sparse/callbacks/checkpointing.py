@@ -93,6 +93,9 @@ class LastCheckpoint:
         self._done, self._stopping = trainer.global_step, None
         self._saved = trainer.global_step if self.path.is_file() else -1  # a run that goes on has this step
         self.signals.listen()
+        if trainer.received_sigterm:  # before training, where Lightning listens, which would end it unsaved
+            trainer._signal_connector.received_sigterm = False
+            self.signals.received = signal.SIGTERM
 
     def after_batch(self, trainer: L.Trainer) -> None:
         """Save if it is time, at the end of an epoch, after the last step, and if the fit was asked to end.

@@ -26,8 +26,8 @@ from lit_sparse.data.evaluation import scored_choices
 from lit_sparse.data.examples import encode
 from lit_sparse.data.loader import evaluation_loader
 from lit_sparse.data.module import TRAIN, require_at_least
-from lit_sparse.data.rows import IGNORED
-from lit_sparse.data.sources import READERS, Row, read, row_digest
+from lit_sparse.data.rows import IGNORED, Choice, parse
+from lit_sparse.data.sources import READERS, Row, locate_errors, read, row_digest
 from lit_sparse.data.text import Text, is_hub_name, read_texts
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
@@ -196,7 +196,9 @@ class Trained:
         """Return true if `row` is one of the rows, or the plain text has its passage, or its question and answer."""
         passage = row.data.get("text")
         if row.data.keys() >= {"question", "choices", "label"}:
-            passage = f"{row.data['question']} {row.data['choices'][row.data['label']]}"
+            with locate_errors(row):
+                item = parse(row.data)
+            passage = f"{item.question} {item.choices[item.label]}" if isinstance(item, Choice) else None
         stands = isinstance(passage, str) and any(unbroken(passage) in text for text in self._texts)
         return stands or row_digest(row) in self._marks
 

@@ -199,6 +199,8 @@ class Recorder(Profile):
         else:
             self.after = scores
             if not trainer.fit_loop._should_accumulate():  # else gradients are pending, which no checkpoint holds
+                if trainer.should_stop and self.moved:  # EarlyStopping: at the end, this epoch counts as finished
+                    self.checkpoint.at_end(trainer)
                 self.checkpoint.save_if_asked(trainer)
                 self.checkpoint.leave(trainer)
 

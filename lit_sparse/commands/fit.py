@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 import jsonargparse
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.profilers import PyTorchProfiler
 from lightning.pytorch.strategies import DDPStrategy
@@ -50,6 +50,8 @@ from lit_sparse.runs import (
     folder_of,
     last_checkpoint,
     make_folder,
+    name_of,
+    own_checkpoint,
     read_config,
     remove_unused,
     task_class,
@@ -136,6 +138,9 @@ class CLI(LightningCLI):
                 raise BadInput(f"{key} is {config[key]}; it must be 0 or more.")
         for key in ("callbacks", "logger"):
             config.trainer[key] = without_twins(as_plain(config.trainer[key]))
+        config.trainer.plugins, config.model.updates = map(
+            without_twins, (config.trainer.plugins, config.model.updates)
+        )
         self.folder: Path | None = None
         check_root(config.trainer.default_root_dir)
         self.root = Path(config.trainer.default_root_dir)
@@ -149,6 +154,8 @@ class CLI(LightningCLI):
         if config.ckpt_path is not None:
             config.ckpt_path = str(self._checkpoint(config))
         if self.subcommand != "fit":
+            if config.ckpt_path is None:
+                rank_zero_info("No --ckpt_path was given, so that the base itself is scored.")
             return
         if config.samples is None and config.profile.examine is False and config.profile.profiled == 0:
             config.samples = 0
@@ -157,6 +164,7 @@ class CLI(LightningCLI):
         if config.ckpt_path is not None:
             self.folder = folder_of(Path(config.ckpt_path), self.root)
             if self.folder is not None:
+                config.run = name_of(self.folder, self.root)  # whatever this command would call a new one
                 self._tell_differences(self.folder / "config.yaml")
 
     def _run_name(self, config: Any) -> str:
@@ -186,7 +194,11 @@ class CLI(LightningCLI):
             BadInput: if there is none.
         """
         if config.ckpt_path == "last":
-            return last_checkpoint(self.root, config.run)
+            return own_checkpoint(config.config or [], self.root) or last_checkpoint(self.root, config.run)
+        if self.subcommand == "fit" and "://" in config.ckpt_path:
+            raise BadInput(
+                f"--ckpt_path {config.ckpt_path} is a URL, and a fit goes on from a file; copy it here first."
+            )
         if not Path(config.ckpt_path).is_file() and "://" not in config.ckpt_path:
             raise BadInput(
                 f"--ckpt_path {config.ckpt_path} was asked for, but there is no such file; give a checkpoint's path, "
@@ -200,7 +212,8 @@ class CLI(LightningCLI):
         keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
         for key in keys:
             if key.partition(".")[0] in ("task", "model", "data", "trainer"):
-                rank_zero_info(f"Resuming with {key} = {now.get(key)!r}; the run had {then.get(key)!r}.")
+                kept = " What it has chosen stays." if key.startswith("model.updates") else ""
+                rank_zero_info(f"Resuming with {key} = {now.get(key)!r}; the run had {then.get(key)!r}.{kept}")
         if any(key.startswith("data.") for key in keys):
             rank_zero_info(f"--config {before} instead of the other --config and --data resumes on the run's own data.")
 
@@ -215,6 +228,7 @@ class CLI(LightningCLI):
         if self.subcommand != "fit" or config.fast_dev_run:  # which leave no run
             return super().instantiate_trainer(logger=config.logger or False, **shown(config, config.callbacks or []))
         if self.folder is None:
+            check_trains(config)
             name = self.config[str(self.subcommand)].run
             self.folder = make_folder(self.root, name) or next_folder(self.root, name)
         try:
@@ -244,6 +258,7 @@ class CLI(LightningCLI):
             enable_checkpointing=more,
             default_root_dir=str(folder),
         )
+        trainer.callbacks.sort(key=lambda one: not isinstance(one, Timer))  # the recorder must see that time is up
         recorder.listen(trainer)
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:  # torch's is half an hour
@@ -324,6 +339,19 @@ def scores(evaluate: Callable[..., Any], arguments: dict[str, Any]) -> bool:
         return any(evaluate(**{**arguments, "weights_only": True}))  # a checkpoint is data, and runs no code
 
 
+def check_trains(trainer: Any) -> None:
+    """Refuse a new run whose limits leave it nothing to train.
+
+    Raises:
+        BadInput: naming the limit.
+    """
+    for key in ("max_steps", "max_epochs"):
+        if trainer[key] == 0:
+            raise BadInput(
+                f"trainer.{key} is 0, so that a new run has nothing to train; give a number from 1 on, or -1."
+            )
+
+
 def start_fresh(trainer: L.Trainer, checkpoint: str | None) -> None:
     """Let no checkpoint mean none: Lightning looks for those of SLURM jobs and failed fits, which are of other runs."""
     if checkpoint is None:
@@ -334,7 +362,13 @@ def tell_end(trainer: L.Trainer) -> None:
     """Say why a fit ended before it was to, or that there was nothing to do."""
     step, asked = trainer.global_step, trainer.max_steps
     recorder = next((callback for callback in listed_callbacks(trainer) if isinstance(callback, Recorder)), None)
-    if recorder is not None and not recorder.moved:
+    timer = next((callback for callback in listed_callbacks(trainer) if isinstance(callback, Timer)), None)
+    if recorder is not None and not recorder.moved and timer is not None and timer.time_remaining() == 0:
+        rank_zero_info(
+            f"Nothing was done: the time limit is spent by the {timer.time_elapsed():.0f} s up to the checkpoint at "
+            f"step {step}; set --trainer.max_time higher to train on. {recorder.folder} is as it was."
+        )
+    elif recorder is not None and not recorder.moved:
         rank_zero_info(
             f"Nothing was left to do: the checkpoint is at step {step}, with max_steps {asked} and max_epochs "
             f"{trainer.max_epochs}; set one higher to train on. {recorder.folder} is as it was."

@@ -17,7 +17,15 @@ from lit_sparse import demo
 from lit_sparse.data.collate import Padding
 from lit_sparse.data.encoding import load_tokenizer
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
-from lit_sparse.data.module import HELDOUT, TRAIN, check_multiple, first_epoch, rank_and_world, require_at_least
+from lit_sparse.data.module import (
+    HELDOUT,
+    TRAIN,
+    check_multiple,
+    first_epoch,
+    overfitted,
+    rank_and_world,
+    require_at_least,
+)
 from lit_sparse.data.rows import BadRow, text_field
 from lit_sparse.data.sources import Row, locate_errors, read, split
 from lit_sparse.errors import BadInput
@@ -196,6 +204,7 @@ class Labelled(L.LightningDataModule):
     def train_dataloader(self) -> Loader:
         """Return training batches in an order that depends on seed and epoch only. Checkpoints hold its position."""
         rows: Any = self.examples[TRAIN]
+        rows = rows[: overfitted(self.trainer, self.batch_size, len(rows))]
         batches = Batches(token_counts(rows), self.batch_size, self.seed, *rank_and_world(self.trainer), self.shuffle)
         return Loader(rows, batches, self._collate, self.num_workers, first_epoch(self.trainer))
 

@@ -151,7 +151,8 @@ class TokenData(L.LightningDataModule, ABC):
 
         Checkpoints hold its position.
         """
-        rows, collate = self._limit_overfit(self.examples[TRAIN]), Padded(self.padding)
+        rows, collate = self.examples[TRAIN], Padded(self.padding)
+        rows = rows.take(0, overfitted(self.trainer, self.batch_size, len(rows)))
         if self.packing:
             rows, collate = PackedRows(rows, rows.lengths, self.max_length), Packed(self.padding)
         batches = Batches(rows.lengths, self.batch_size, self.seed, *rank_and_world(self.trainer), self.shuffle)
@@ -182,22 +183,22 @@ class TokenData(L.LightningDataModule, ABC):
         """Return the highest token and the number of tokens of the longest row of each set, after its name."""
         return [(name, int(one.ids.max(initial=0)), max(one.lengths, default=0)) for name, one in self.examples.items()]
 
-    def _limit_overfit(self, examples: Examples) -> Examples:
-        """Return the rows that `Trainer(overfit_batches=...)` trains on.
-
-        Lightning only limits the number of batches. With an order that is new in every epoch, each epoch would have
-        other rows, and nothing would be overfitted.
-        """
-        asked = self.trainer.overfit_batches if self.trainer else 0  # pyright: ignore[reportAttributeAccessIssue]
-        if not asked:
-            return examples
-        of_all = self.batch_size * rank_and_world(self.trainer)[1]
-        rows = asked * of_all if isinstance(asked, int) else round(asked * len(examples))
-        return examples.take(0, min(rows, len(examples)))
-
     def _evaluation_loader(self, data: Any, lengths: Sequence[int], collate: Callable[[Any], Any]) -> DataLoader[Any]:
         rank, world = rank_and_world(self.trainer)
         return evaluation_loader(data, lengths, self.batch_size, collate, rank, world, self.num_workers)
+
+
+def overfitted(trainer: Any, batch_size: int, rows: int) -> int:
+    """Return how many of the rows, the first ones, `Trainer(overfit_batches=...)` trains on; all if it is not set.
+
+    Lightning only limits the number of batches. With an order that is new in every epoch, each epoch would have other
+    rows, and nothing would be overfitted.
+    """
+    asked = trainer.overfit_batches if trainer else 0
+    if not asked:
+        return rows
+    of_all = batch_size * rank_and_world(trainer)[1]
+    return min(rows, asked * of_all if isinstance(asked, int) else round(asked * rows))
 
 
 def require_at_least(lowest: int, **settings: int) -> None:

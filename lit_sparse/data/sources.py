@@ -202,7 +202,7 @@ def load_hub(name: str, config: str | None, absent: str, **options: Any) -> Any:
     where, _, split = name.partition(":")
     try:
         return datasets.load_dataset(where, name=config, split=split or "train", **options)
-    except (OSError, ValueError) as error:  # no such set, split or configuration; no network
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:  # none such; no network; unlike files
         said = " ".join(str(error).split())
         raise BadInput(
             f"{name} {absent}, and no data set of this name could be loaded ({said}); check the name, and `config` if "

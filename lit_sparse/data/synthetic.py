@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from lit_sparse.data.collate import Padded, Padding
 from lit_sparse.data.encoding import Example
 from lit_sparse.data.loader import Batches, Loader, evaluation_loader
-from lit_sparse.data.module import first_epoch, rank_and_world, require_at_least
+from lit_sparse.data.module import first_epoch, overfitted, rank_and_world, require_at_least
 from lit_sparse.demo import DEMO, resolve
 from lit_sparse.errors import BadInput
 from lit_sparse.library_errors import due_to_files, refusal_of
@@ -92,7 +92,7 @@ class Synthetic(L.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Return training batches. Checkpoints hold their position."""
-        lengths = [self.max_length] * len(self.train_rows)
+        lengths = [self.max_length] * overfitted(self.trainer, self.batch_size, len(self.train_rows))
         batches = Batches(lengths, self.batch_size, self.seed, *rank_and_world(self.trainer))
         return Loader(self.train_rows, batches, Padded(Padding()), self.num_workers, first_epoch(self.trainer))
 

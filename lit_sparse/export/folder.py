@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -31,6 +30,8 @@ from lit_sparse.modules.hollow import release
 from lit_sparse.runs import import_modules, load_run
 from lit_sparse.storage.weight_files import CARD, MARK, hashes_of
 
+MOST = 100
+"""Largest scale: what lies beyond the run is an extrapolation, of which nothing is known."""
 OUTPUTS = {"hf": "hf", "delta": "delta.safetensors", "adapter": "adapter", "seedlog": "seedlog.safetensors"}
 """Default names of exports in the run's folder."""
 
@@ -82,8 +83,10 @@ def export(
         raise BadInput(f"export to {to!r} was asked for; there is {', '.join(OUTPUTS)}.")
     if to != "hf" and dtype != "base":
         raise BadInput(f"{to} in {dtype} was asked for, but it keeps the trained float32 values; leave dtype out.")
-    if not 0 <= scale < math.inf:
-        raise BadInput(f"a scale of {scale} was asked for; give a number from 0, the base, to 1, the run, or above.")
+    if not 0 <= scale <= MOST:
+        raise BadInput(
+            f"a scale of {scale} was asked for; give a number from 0, the base, to 1, the run, or above, up to {MOST}."
+        )
     if to in ("adapter", "seedlog") and scale != 1:
         raise BadInput(
             f"{to} at a scale of {scale} was asked for, but it keeps what was trained as it is; give --to hf or --to "

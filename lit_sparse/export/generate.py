@@ -17,6 +17,7 @@ from lit_sparse.data.sources import READERS, Row, locate_errors, read
 from lit_sparse.errors import BadInput
 from lit_sparse.export.merge import check_converged
 from lit_sparse.modules import CausalLM, LitSparse
+from lit_sparse.modules.checks import positions
 from lit_sparse.modules.ends import set_ends
 from lit_sparse.runs import build_module, import_modules, load_run
 from lit_sparse.storage.whole import replace_text
@@ -260,7 +261,7 @@ class Sampling:
         tokenizer, ids = encoder.tokenizer, torch.tensor([prompt], device=module.device)
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         drawn = {"do_sample": True, "temperature": self.temperature}
-        room = positions(module)
+        room = positions(module.build())
         with torch.random.fork_rng(), torch.no_grad(), module.autocast():
             torch.manual_seed(self.seed)
             out = module.build().generate(  # pyright: ignore[reportCallIssue]
@@ -281,12 +282,6 @@ class Printed(TextStreamer):
         super().on_finalized_text(printable(text), stream_end)
 
 
-def positions(module: LitSparse) -> int | None:
-    """Return the number of positions of the model; None if it has no limit."""
-    found = getattr(module.build().config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def prompt_ids(encoder: Encoder, prompt: Prompt, module: LitSparse) -> list[int]:
     """Return the token ids of `prompt` as they precede the answer in a training row.
 
@@ -300,7 +295,7 @@ def prompt_ids(encoder: Encoder, prompt: Prompt, module: LitSparse) -> list[int]
         raise BadInput(f"{prompt.where} is no text in UTF-8: {prompt.text!a}; write it in UTF-8.") from error
     except BadRow as error:
         raise BadInput(f"{prompt.where} cannot be asked: {error}.") from error
-    room = positions(module)
+    room = positions(module.build())
     if room is not None and len(ids) >= room:
         raise BadInput(
             f"{prompt.where} has {len(ids)} tokens, but the model has {room} positions (max_position_embeddings), of "

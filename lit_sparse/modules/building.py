@@ -144,6 +144,9 @@ class BuiltModel(Task):
 
     def _load(self) -> PreTrainedModel:
         rank_zero_info(f"Loading {self.base}.")
+        whole = [type(update).__name__ for update in self.updates if update.attaches_to == "whole"]
+        if self.to_shard and self.trainer.state.fn == "fit" and whole:
+            rank_zero_info(f"Each rank loads all of {self.base}: {whole[0]} has to see the whole model.")
         if self._may_be_hollow:
             how = (self.frozen_dtype, self.attention, self.config_options, self.init_seed)
             found = load_hollow(self.auto_class, self.base, *how)

@@ -18,7 +18,7 @@ from lit_sparse.data.packing import check_packing
 from lit_sparse.errors import BadInput
 from lit_sparse.loss import IGNORED, likeliest_tokens, next_token_loss_and_hits, next_token_scores
 from lit_sparse.modules.base import LitSparse
-from lit_sparse.modules.checks import check_tokens
+from lit_sparse.modules.checks import check_tokens, positions
 from lit_sparse.modules.ends import set_ends
 from lit_sparse.modules.metrics import TokenScores, right_choices
 
@@ -192,13 +192,15 @@ class CausalLM(LitSparse):
 
     @torch.no_grad()
     def answer(self, prompt_ids: Tensor, prompt_mask: Tensor, tokens: int) -> list[str]:
-        """Greedy continuations of left-padded prompts (B, S), at most `tokens` long, decoded."""
+        """Greedy continuations of left-padded prompts (B, S), `tokens` long or up to the last position, decoded."""
         model, data = self.build(), self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
         if not isinstance(data, TokenData):
             raise BadInput(
                 f"answers need a tokenizer, but {type(data).__name__} has none; use data of lit_sparse.data."
             )
-        tokenizer = data.tokenizer
+        tokenizer, room = data.tokenizer, positions(model)
+        if room is not None:
+            tokens = max(1, min(tokens, room - prompt_ids.shape[1]))
         with self.autocast(), evaluating(model):
             generate = partial(
                 model.generate,  # pyright: ignore[reportArgumentType]

@@ -37,18 +37,24 @@ def check_tokens(model: PreTrainedModel, data: TokenData) -> None:
         BadInput: naming the token, or the length.
     """
     size = embedded_tokens(model)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = positions(model)
     for name, highest, longest in data.extremes():
         if highest >= size:
             raise BadInput(
                 f"the {name} rows have the token {highest} ({data.tokenizer.convert_ids_to_tokens(highest)!r}), but "
                 f"the model has embeddings for {size} tokens only; give the tokenizer that belongs to the model."
             )
-        if positions is not None and 0 < positions < longest:
+        if room is not None and room < longest:
             raise BadInput(
-                f"the longest of the {name} rows has {longest} tokens, but the model has {positions} positions "
-                f"(max_position_embeddings); set data.max_length to {positions} or less."
+                f"the longest of the {name} rows has {longest} tokens, but the model has {room} positions "
+                f"(max_position_embeddings); set data.max_length to {room} or less."
             )
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Return the number of positions of a model; None if it has no limit."""
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def check_data_alike(trainer: L.Trainer) -> None:

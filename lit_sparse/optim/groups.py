@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from lit_sparse.errors import BadInput
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
+PLAIN = (bool, int, float, str, tuple, type(None))
+"""Types of an optimizer's settings that can be compared, and stand in a checkpoint."""
 
 
 def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -62,15 +64,34 @@ def match_by_name(optimizer: Optimizer) -> Optimizer:
     """Make `optimizer` load its state by parameter name instead of by position, and return it.
 
     torch matches by position, which fails as soon as a strategy trains other parameters than at the time of saving.
+    A setting of the groups that was another one when the state's optimizer was made is this optimizer's; torch would
+    take the saved one without a word.
 
     `optimizer.load_state_dict` then raises:
-        BadInput: if the state belongs to other parameters than those of the optimizer.
+        BadInput: if the state belongs to other parameters than those of the optimizer, or to another optimizer.
     """
-    optimizer.register_load_state_dict_pre_hook(_reorder)
+    given = {"class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}", "groups": _settings(optimizer)}
+    optimizer.register_state_dict_post_hook(lambda _, state: {**state, "given": given})
+    optimizer.register_load_state_dict_pre_hook(lambda made, state: _reorder(made, state, given))
     return optimizer
 
 
-def _reorder(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def _settings(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return the settings of each group that are plain values, but for the learning rate, which the schedule sets."""
+    others = ("params", "param_names", "lr", "initial_lr")
+    return [
+        {key: value for key, value in group.items() if key not in others and isinstance(value, PLAIN)}
+        for group in optimizer.param_groups
+    ]
+
+
+def _reorder(optimizer: Optimizer, state: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    before = state.get("given", given)  # older checkpoints lack it
+    if before["class"] != given["class"]:
+        raise BadInput(
+            f"the checkpoint has the state of {before['class']}, and this run's optimizer is {given['class']}, which "
+            "cannot go on with it; set model.optimizer as it was, or begin a new run."
+        )
     position = {
         name: index
         for group in state["param_groups"]
@@ -84,8 +105,17 @@ def _reorder(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
             f"{len(wanted)}; the first that differs is {differing[0]}. Resume with the configuration of the run that "
             "wrote it."
         )
+    changed = [
+        {key: value for key, value in now.items() if then.get(key, value) != value}
+        for now, then in zip(given["groups"], before["groups"], strict=True)
+    ]
     groups = [
-        {**saved, "params": [position[name] for name in group["param_names"]], "param_names": group["param_names"]}
-        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+        {
+            **saved,
+            **new,
+            "params": [position[name] for name in group["param_names"]],
+            "param_names": group["param_names"],
+        }
+        for saved, new, group in zip(state["param_groups"], changed, optimizer.param_groups, strict=True)
     ]
     return {**state, "param_groups": groups}

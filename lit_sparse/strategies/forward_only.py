@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import trainable
-from lit_sparse.strategies.base import Backward, BaseWeights, Claim, Context, Probe
+from lit_sparse.strategies.base import Attaches, Backward, BaseWeights, Claim, Context, Probe
 from lit_sparse.strategies.updates import Updates
 from lit_sparse.zeroth_order.directions import Part
 from lit_sparse.zeroth_order.optimizer import Closure, ForwardOnly, Losses, Recorded, Skips, finite, named_errors
@@ -38,6 +38,7 @@ class ForwardOnlyMethod(ABC):
     claims: ClassVar[frozenset[Claim]] = frozenset({"optimizer", "backward"})
     backward: ClassVar[Backward] = "none"
     base: ClassVar[BaseWeights] = "kept"
+    attaches_to: ClassVar[Attaches] = "either"
     accumulates: ClassVar[bool] = True
     masters: ClassVar[bool] = False
     probing: ClassVar[frozenset[str]] = MEASURING

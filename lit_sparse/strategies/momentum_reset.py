@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW
-from lit_sparse.strategies.base import BaseWeights, Claim, Need, UpdateStrategy
+from lit_sparse.strategies.base import Attaches, BaseWeights, Claim, Need, UpdateStrategy
 
 FLOOR = 0.001
 """Factor of the learning rate at the first step after a reset."""
@@ -41,6 +41,7 @@ class MomentumReset(UpdateStrategy):
     base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
 
     def __post_init__(self) -> None:
         if self.every < 1:

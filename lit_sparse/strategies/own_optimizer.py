@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import FusedBackward
 from lit_sparse.roles import ByRole, roles_of
-from lit_sparse.strategies.base import Backward, BaseWeights, Claim, Context, Need, Probe
+from lit_sparse.strategies.base import Attaches, Backward, BaseWeights, Claim, Context, Need, Probe
 
 
 class OptimizerMethod(ABC):
@@ -25,6 +25,7 @@ class OptimizerMethod(ABC):
     base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
 
     _model: nn.Module | None = None
 

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import local_shard, sum_over_shards
-from lit_sparse.strategies.base import BaseWeights, Context, Gradients, Need, UpdateStrategy
+from lit_sparse.strategies.base import Attaches, BaseWeights, Context, Gradients, Need, UpdateStrategy
 
 EPS = 1e-8
 
@@ -51,6 +51,7 @@ class StableSPAM(UpdateStrategy):
     base: ClassVar[BaseWeights] = "kept"
     needs: ClassVar[frozenset[Need]] = frozenset({"gradients"})
     supports_sharding: ClassVar[bool] = True
+    attaches_to: ClassVar[Attaches] = "either"
     gradients: ClassVar[Gradients] = "scales"
 
     def __post_init__(self) -> None:

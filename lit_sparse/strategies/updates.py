@@ -333,7 +333,7 @@ class Updates(Sequence[UpdateStrategy]):
 
 
 def check_finite(strategy: UpdateStrategy) -> None:
-    """Refuse NaN and infinity among a strategy's numbers: most comparisons of theirs let NaN pass.
+    """Refuse NaN and infinity among a strategy's numbers, which most comparisons let pass, and seeds of over 64 bits.
 
     Raises:
         BadInput: naming the field.
@@ -341,3 +341,5 @@ def check_finite(strategy: UpdateStrategy) -> None:
     for name, value in vars(strategy).items():
         if isinstance(value, float) and not name.startswith("_") and not math.isfinite(value):
             raise BadInput(f"{type(strategy).__name__}: {name} is {value}; it must be a finite number.")
+    if not -(2**63) <= (seed := getattr(strategy, "seed", 0)) < 2**64:
+        raise BadInput(f"{type(strategy).__name__}: seed is {seed}; it must fit into 64 bits.")

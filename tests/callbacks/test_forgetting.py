@@ -162,6 +162,9 @@ def test_what_a_stream_reads_and_answers_in_plain_text_are_left_out(tmp_path, ca
     (tmp_path / "own.txt").write_text("\n".join([PASSAGES[0]["text"], "What is it ?  w2 w3"]))
     data = Text(str(tmp_path / "own.txt"), stream=True, tokenizer=word_tokenizer(), max_length=8)
     trained = Trained([], data)
+    for label in (7, "A"):
+        with pytest.raises(BadInput, match=r"^mine line 1: "):
+            trained.has(Row("mine line 1", {"question": "Which?", "choices": ["a", "b"], "label": label}))
     assert trained.has(Row("a", PASSAGES[0]))
     assert not trained.has(Row("b", PASSAGES[1]))
     assert trained.has(Row("c", question))

@@ -12,6 +12,7 @@ import torch
 from lit_sparse import demo
 from lit_sparse.data import Embedded, Instructions, Labelled, Synthetic, Text
 from lit_sparse.data.evaluation import samples
+from lit_sparse.data.module import overfitted
 from lit_sparse.data.rows import parse
 from lit_sparse.errors import BadInput
 from lit_sparse_profiling.stopwatch import count_tokens
@@ -314,6 +315,16 @@ def test_overfitting_sees_the_same_rows_in_every_epoch(chat_tokenizer, tmp_path)
     rows = [sorted(str(row) for batch in epoch for row in batch) for epoch in epochs]
     assert len(rows[0]) == 8
     assert len({len(str(row)) for row in rows}) == 1
+
+
+def test_overfitting_limits_random_rows_too():
+    data = Synthetic(vocab_size=96, max_length=4, rows=40, batch_size=4)
+    data.trainer = SimpleNamespace(distributed_sampler_kwargs=None, overfit_batches=2, current_epoch=0)  # pyright: ignore
+    loader = data.train_dataloader()
+    epochs = [[tuple(row) for batch in loader for row in batch["input_ids"].tolist()] for _ in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert len(epochs[0]) == 8
+    assert [overfitted(data.trainer, 4, rows) for rows in (40, 6)] == [8, 6]
 
 
 @pytest.mark.usefixtures("assets")

@@ -85,11 +85,17 @@ def test_hub_name_split_and_config_are_passed_on(monkeypatch):
     assert asked == [("openai/gsm8k", "main", "test"), ("openai/gsm8k", None, "train")]
 
 
-def test_unknown_hub_name_is_one_sentence(monkeypatch):
-    def load_dataset(path, name, split):
-        raise FileNotFoundError("not on the Hub\nnor anywhere")
+class DatasetsError(Exception):
+    """The base of what the package `datasets` raises where its files do not fit together."""
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, DatasetsError])
+def test_unknown_hub_name_is_one_sentence(monkeypatch, kind):
+    def load_dataset(path, name, split):
+        raise kind("not on the Hub\nnor anywhere")
+
+    errors = SimpleNamespace(DatasetsError=DatasetsError)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, exceptions=errors))
     with pytest.raises(BadInput, match=r"no/where is not a file here.*not on the Hub nor anywhere"):
         read("no/where")
 

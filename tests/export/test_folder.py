@@ -214,7 +214,12 @@ def test_a_run_is_rewound(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("to", "scale", "message"),
-    [("hf", -0.5, "a scale of -0.5"), ("hf", float("nan"), "a scale of nan"), ("adapter", 0.5, "give --to hf")],
+    [
+        ("hf", -0.5, "a scale of -0.5"),
+        ("hf", float("nan"), "a scale of nan"),
+        ("hf", 1e39, r"a scale of 1e\+39"),
+        ("adapter", 0.5, "give --to hf"),
+    ],
 )
 def test_a_scale_that_cannot_be_is_refused(to: Any, scale: float, message: str, smt: Run, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=message):
