@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.profilers import Profiler as LightningProfiler
 
+from lit_sparse.errors import BadInput
 from lit_sparse.library_errors import is_oom, understood
 from lit_sparse_profiling.budget import Budget
 from lit_sparse_profiling.nvml import NVML, open_nvml
@@ -23,6 +24,7 @@ from lit_sparse_profiling.phases import Phases
 from lit_sparse_profiling.profiler import Profiler
 from lit_sparse_profiling.ranks import combined, note_of_one
 from lit_sparse_profiling.record import RunRecord, Status
+from lit_sparse_profiling.run_folders import RECORD
 from lit_sparse_profiling.step_plan import Plan
 from lit_sparse_profiling.stopwatch import Pace
 
@@ -64,6 +66,19 @@ def is_data(action: str) -> bool:
     return hook in DATA_HOOKS or (hook == "setup" and action.startswith("[LightningDataModule]"))
 
 
+def check_trace(name: str | None) -> None:
+    """Refuse a path for a trace, at which the user may have a file, and the name of the run's record.
+
+    Raises:
+        BadInput: naming it.
+    """
+    if name is not None and (Path(name).name != name or not name.endswith((".json", ".json.gz")) or name == RECORD):
+        raise BadInput(
+            f"profile.trace is {name!r}, but the trace is written to the run's folder; give a file name without "
+            f"folders that ends in .json or .json.gz, such as trace.json ({RECORD} is taken)."
+        )
+
+
 class Profile(Callback):
     """Measures a fit and leaves `folder/record.json`: `Trainer(callbacks=[Profile("runs/mine")])`, for any module.
 
@@ -80,6 +95,9 @@ class Profile(Callback):
         settings: The configuration of the run, for the record.
         phases: What came before the first fit, such as imports, which its wall time then includes; by default, a fit's
             wall time begins with its setup.
+
+    Raises:
+        BadInput: if the plan's trace is no name of a file in the folder.
     """
 
     def __init__(
@@ -90,6 +108,7 @@ class Profile(Callback):
         phases: Phases | None = None,
     ) -> None:
         self.folder, self.plan, self.settings = Path(folder), plan or Plan(), dict(settings or {})
+        check_trace(self.plan.trace)
         self.profiler: Profiler | None = None
         self.phases = self._given = phases
         self._pace = Pace()

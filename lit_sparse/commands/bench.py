@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 import lit_sparse
 import lit_sparse_kernels
 import lit_sparse_profiling
+from lit_sparse.commands.bench_inputs import content, states_of_inputs
 from lit_sparse.commands.configs import found
 from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
 from lit_sparse.library_errors import understood
 from lit_sparse.places import configs_folder
+from lit_sparse.storage.held import Held
 from lit_sparse_profiling.cooling import Cooling
 from lit_sparse_profiling.record import RunRecord
 from lit_sparse_profiling.report import report
-from lit_sparse_profiling.runner import Job, Repeat, execute, hash_sources, plan_repeats
+from lit_sparse_profiling.runner import Job, Repeat, execute, hash_sources, log_of, plan_repeats
 
 MOST_REPEATS, MOST_MINUTES = 10_000, 10**6
 """Bounds of --repeat, each run of which is planned ahead, and of --minutes: two years."""
@@ -71,10 +74,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def bench(argv: Sequence[str]) -> int:
-    """Measure the methods in `argv`; return the exit status, 1 if a run failed.
+    """Measure the methods in `argv`; return the exit status, 1 if a run failed or all were refused.
 
     Raises:
-        BadInput: if an option is invalid. A run that is refused is a result, not an error.
+        BadInput: if an option is invalid, or another bench runs in the folder. A run that is refused beside others
+            that are not is a result, not an error.
     """
     own, passed = take(argv, OWN)
     asked = parser().parse_intermixed_args(own)  # YAMLs may stand between options
@@ -129,7 +133,8 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
     Raises:
         BadInput: if there is no such file.
     """
-    files = [*map(existing, asked.config), *map(existing, name.split("+"))]
+    parts = parts_of(name)
+    files = [*map(existing, asked.config), *map(existing, parts)]
     if not has_data(files, passed):
         files.insert(0, configs_folder() / "data" / "synthetic.yaml")
     configs = [f"--config={path}" for path in files]
@@ -138,13 +143,19 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
     packages = [Path(package.__path__[0]) for package in (lit_sparse, lit_sparse_kernels, lit_sparse_profiling)]
     settings = {
         **{str(path): path.read_text(encoding="utf-8", errors="surrogateescape") for path in files},
+        "inputs": "\n".join(sorted(states_of_inputs(files, passed, asked.into))),
         **{package: version(package) for package in ("torch", "transformers", "peft", "lightning")},
         "devices": f"{torch.cuda.device_count()} with CUDA",
         "code": hash_sources(packages),
     }
-    stems = "+".join(Path(part).stem for part in name.split("+"))
+    stems = "+".join(Path(part).stem for part in parts)
     place = [f"--trainer.default_root_dir={asked.into}", f"--run={stems}", f"--profile.timed={asked.steps}"]
     return Job(stems, [*command, *place], settings)
+
+
+def parts_of(name: str) -> list[str]:
+    """Return the YAMLs of a way to train, joined by + in its name; a file whose own path has a + is one."""
+    return [name] if os.path.isfile(name) else name.split("+")
 
 
 def existing(name: str) -> Path:
@@ -167,12 +178,8 @@ def has_data(files: Sequence[Path], passed: Sequence[str]) -> bool:
 
 
 def _names_data(path: Path) -> bool:
-    """Return true if a YAML names the data; false if it cannot be read, which its fit reports."""
-    try:
-        document = yaml.safe_load(path.read_bytes())
-    except (yaml.YAMLError, ValueError):  # the latter for what looks like a date and is none
-        return False
-    data = document.get("data") if isinstance(document, dict) else None
+    """Return true if a YAML names the data."""
+    data = content(path).get("data")
     return isinstance(data, str) or (isinstance(data, dict) and "class_path" in data)
 
 
@@ -183,7 +190,42 @@ def max_time(minutes: float) -> str:
 
 
 def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> int:
-    """Make the missing runs, with a progress bar, and compare all of them; return the exit status."""
+    """Make the missing runs, with a progress bar, and compare all of them; return the exit status.
+
+    Raises:
+        BadInput: if another bench runs in `root`, or a run cannot be written there.
+    """
+    with alone_in(root):
+        done = make(jobs, root, repeat, limit)
+        report([str(folder) for folder in done])
+    Console().print(f"The same again: lit-sparse report {root}", highlight=False, markup=False)
+    statuses = {RunRecord.read(folder / "record.json").status for folder in done}
+    return int("failed" in statuses or statuses == {"refused"})
+
+
+@contextmanager
+def alone_in(root: Path) -> Iterator[None]:
+    """Keep other benches out of `root`, which is made: two would take the same numbers for their runs.
+
+    Raises:
+        BadInput: if another bench runs in it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    held = Held(root)
+    try:
+        held.take()
+    except BadInput as error:  # which speaks of a training
+        raise BadInput(
+            f"another bench makes its runs in {root}; wait until it ends, or give another folder with --into."
+        ) from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def make(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> list[Path]:
+    """Make the missing runs, with a progress bar; return the folders of all."""
     console = Console()
     done: list[Path] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -194,15 +236,13 @@ def run(jobs: Sequence[Job], root: Path, repeat: int, limit: float | None) -> in
         cooling = Cooling(partial(progress.console.print, highlight=False, markup=False))
         for turn in plan:
             progress.update(task, description=f"{turn.job.name} ({turn.number} of {repeat})")
-            relay = Relay(root / f"{turn.job.name}.log", progress)
+            relay = Relay(turn.job.name, log_of(turn.job, root), progress)
             if turn.folder is None and turn.job.against is None:  # interleaved runs measure no energy
                 cooling.wait(progress.refresh)
             done.append(turn.folder or execute_or_refuse(turn.job, root, limit, relay.tick))
             progress.console.print(outcome(turn, done[-1]), highlight=False, markup=False)
             progress.advance(task)
-    report([str(folder) for folder in done])
-    console.print(f"The same again: lit-sparse report {root}", highlight=False, markup=False)
-    return int(any(RunRecord.read(folder / "record.json").status == "failed" for folder in done))
+    return done
 
 
 def execute_or_refuse(job: Job, root: Path, limit: float | None, tick: Callable[[], None]) -> Path:
@@ -226,12 +266,13 @@ class Relay:
     """Shows what a run says of its memory before its first step, as soon as it is in its log.
 
     Args:
+        name: Name of the run, with which lines begin.
         log: File that the run writes to.
         progress: The progress bar above which lines are printed.
     """
 
-    def __init__(self, log: Path, progress: Progress) -> None:
-        self.log, self.progress, self._read = log, progress, 0
+    def __init__(self, name: str, log: Path, progress: Progress) -> None:
+        self.name, self.log, self.progress, self._read = name, log, progress, 0
 
     def tick(self) -> None:
         """Print new lines about predicted memory, and refresh the progress bar."""
@@ -242,7 +283,7 @@ class Relay:
             self._read += len(whole)
             for line in whole.decode("utf-8", errors="replace").splitlines():
                 if line.startswith(TOLD):
-                    self.progress.console.print(f"{self.log.stem}: {line}", highlight=False, markup=False)
+                    self.progress.console.print(f"{self.name}: {line}", highlight=False, markup=False)
         self.progress.refresh()
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from lit_sparse.commands.bench import existing, has_data, take
+from lit_sparse.commands.bench import existing, has_data, parts_of, take
 from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
@@ -135,15 +135,16 @@ def card_of(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    digits = text.upper().removesuffix("GB").strip()
-    if not digits.isdigit() or int(digits) not in CARDS:
-        raise BadInput(f"--card {text} was asked for; the known sizes in GB are {', '.join(map(str, CARDS))}.")
-    return int(digits)
+    sizes = {str(size): size for size in CARDS}
+    size = sizes.get(text.upper().removesuffix("GB").strip())
+    if size is None:
+        raise BadInput(f"--card {text} was asked for; the known sizes in GB are {', '.join(sizes)}.")
+    return size
 
 
 def fit_command(name: str, common: Sequence[str], passed: Sequence[str]) -> list[str]:
     """Return the options of `fit` for a method, or several joined by +."""
-    files = [*map(existing, common), *map(existing, name.split("+"))]
+    files = [*map(existing, common), *map(existing, parts_of(name))]
     if not has_data(files, passed):
         files.insert(0, configs_folder() / "data" / "synthetic.yaml")
     return [*(f"--config={path}" for path in files), *passed]
@@ -159,7 +160,7 @@ class Found(NamedTuple):
 
 def planned(name: str, make: Make, command: Sequence[str], device: str, card: int | None) -> Found:
     """Plan one method; with a card, search the largest batch, too."""
-    stem = "+".join(Path(part).stem for part in name.split("+"))
+    stem = "+".join(Path(part).stem for part in parts_of(name))
 
     def at(batch_size: int | None) -> Forecast:
         made = make(command)

@@ -33,6 +33,8 @@ class Planning(CLI):
         config, data = self.config["fit"], self.datamodule
         trainer = config.trainer
         check_trainer_numbers(trainer)
+        if trainer.num_nodes < 1:
+            raise BadInput(f"trainer.num_nodes is {trainer.num_nodes}, but it is a number of machines; give 1 or more.")
         ranks = devices_of(trainer.devices) * trainer.num_nodes
         options = getattr(trainer.strategy, "init_args", {})
         replicas = options.get("replicas", 1)

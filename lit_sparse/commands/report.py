@@ -33,8 +33,8 @@ def compare(argv: Sequence[str]) -> int:
     """Run the verb `report`; return its exit status, 1 if a baseline's gate failed.
 
     Raises:
-        BadInput: if a path has no record, the card is not known, a baseline cannot be read, or a file cannot be
-            written.
+        BadInput: if a path has no record, none can be read, the card is not known, a baseline cannot be read, or a file
+            cannot be written.
     """
     asked = report_parser().parse_args(argv)
     asked.card = card_of(asked.card)

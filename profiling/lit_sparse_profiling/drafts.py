@@ -41,6 +41,14 @@ def begins(path: Path, pattern: str) -> bool:
         return re.search(pattern.encode(), file.read(4096)) is not None
 
 
+def draft_of(path: Path) -> Path:
+    """Return the path at which this process writes what is to replace `path`: hidden, so that no user has a file there.
+
+    It is in the same folder: across file systems, a rename copies.
+    """
+    return path.with_name(f".{path.name}.{os.getpid()}{ENDING}")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path` in one rename, once the disk has it; remove drafts of it that killed processes left.
 
@@ -49,7 +57,7 @@ def replace_text(path: Path, text: str) -> None:
     """
     path = Path(os.path.realpath(path))  # a link stays one
     remove_left(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}{ENDING}")  # same folder: across file systems, renames copy
+    draft = draft_of(path)
     try:
         with draft.open("w", encoding="utf-8") as file:
             file.write(text)

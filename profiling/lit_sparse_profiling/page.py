@@ -22,7 +22,7 @@ from lit_sparse_profiling.measures import GIB, MEASURES, context_gib, loss_name
 from lit_sparse_profiling.memory_figures import Cards
 from lit_sparse_profiling.reconcile import findings, format_bytes, reconcile
 from lit_sparse_profiling.record import RunRecord
-from lit_sparse_profiling.run_folders import Row, Runs, grouped, run_name, without
+from lit_sparse_profiling.run_folders import Row, Runs, check_readable, grouped, run_name, without
 
 TEMPLATE = "page.html"
 TITLE = "<title>lit-sparse report: "
@@ -45,8 +45,7 @@ def write_page(runs: Runs, path: Path, cards: Mapping[int, int], own: int | None
     Raises:
         ValueError: if no record can be read, the file cannot be written, or another kind of file is there.
     """
-    if not any(isinstance(record, RunRecord) for _, record in runs):
-        raise ValueError(f"A page of {len(runs)} records was asked for, but none can be read: {runs[0][1]}")
+    check_readable(runs, "page")
     check_replaceable(path, "page", lambda file: begins(file, TITLE))
     document = render(runs, cards, own, command)
     try:

@@ -30,6 +30,7 @@ from lit_sparse_profiling.run_folders import (
     UNREADABLE,
     Row,
     Runs,
+    check_readable,
     device_kind,
     grouped,
     peak_memory,
@@ -74,11 +75,12 @@ def report(
         Exit status: 1 if the check failed, else 0.
 
     Raises:
-        ValueError: if a path has no record, if the baseline or the tolerance cannot be read, or if a file cannot be
-            written.
+        ValueError: if a path has no record, if no record can be read, if the baseline or the tolerance cannot, or if a
+            file cannot be written.
     """
     allowed = parse_share(tolerance)
     read = read_runs([Path(run) for run in runs])
+    check_readable(read, "report")
     console = Console(width=None if sys.stdout.isatty() else PIPE_WIDTH)
     if output is None or markdown:
         _print_runs(read, markdown, console)
@@ -89,9 +91,8 @@ def report(
         _print(console, f"{folder} has no {RECORD}: it was killed, and {going_on}; or it still runs.")
     if output is not None:
         write_page(read, Path(output), cards or {}, card, command)
-        _print(
-            console, f"Page of {len(read)} runs: {output} ({Path(output).stat().st_size / 1e6:.1f} MB, opens offline)"
-        )
+        size = Path(output).stat().st_size / 1e6
+        _print(console, f"Page of {len(read)} runs: {output} ({size:.1f} MB, opens offline)")
     if peft_results is not None:
         _print(console, f"Results in PEFT's format: {write_results(read, Path(peft_results))} files in {peft_results}")
     passed = check is None or _print_gate(read, Path(check), allowed, console)

@@ -58,6 +58,16 @@ def read_runs(paths: Sequence[Path]) -> list[tuple[Path, RunRecord | str]]:
     return [(file, _read(file)) for file in files.values()]
 
 
+def check_readable(runs: Runs, what: str) -> None:
+    """Refuse to make a report of runs none of which can be read; `what` is its kind, as in "page".
+
+    Raises:
+        ValueError: naming the number of records, and why the first cannot be read.
+    """
+    if not any(isinstance(record, RunRecord) for _, record in runs):
+        raise ValueError(f"A {what} of {len(runs)} records was asked for, but none can be read: {runs[0][1]}")
+
+
 def _record_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from lit_sparse_profiling.drafts import replace_text
+from lit_sparse_profiling.drafts import draft_of, remove_left, replace_text
 from lit_sparse_profiling.paired import PairedRun, compare_rounds, dependence, interleave
 from lit_sparse_profiling.record import RunRecord, Status
 from lit_sparse_profiling.run_folders import folders, next_folder
@@ -27,8 +27,11 @@ RECORD, JOB, LOG = "record.json", "bench.json", "log.txt"
 REFUSAL = re.compile(r"^lit-sparse: (.+)$", re.MULTILINE)
 REFUSED = 2
 """Exit status of a process that refused its input. Its last line begins with `lit-sparse: ` and says why."""
-FINAL_STATUSES: tuple[Status, ...] = ("ok", "oom", "refused")
-"""Statuses of a result. A run with another status, or without a record, is repeated."""
+FINAL_STATUSES: tuple[Status, ...] = ("ok", "oom")
+"""Statuses of a result. A run with another status, or without a record, is repeated.
+
+A refusal is repeated too: it takes seconds, and its reason may be gone, such as a file that was missing.
+"""
 PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
 ROOT_OPTION = "--trainer.default_root_dir="
 """Option of a command that sets where it creates its folder."""
@@ -110,17 +113,32 @@ def execute(job: Job, root: Path, limit: float | None = None, tick: Callable[[],
         tick: Called a few times a second while the process runs.
 
     Raises:
-        OSError: if the folder cannot be written, as on a full disk; nothing is left of it.
+        OSError: if the folder cannot be written, as on a full disk; it is removed, unless it has a record.
     """
-    folder, log = next_folder(root, job.name), root / f"{job.name}.log"
+    folder, log = next_folder(root, job.name), log_of(job, root)
     root.mkdir(parents=True, exist_ok=True)
+    remove_left(_named_log(job, root))
     try:
         _run_into(folder, log, job, limit, tick)
     except OSError:
-        shutil.rmtree(folder, ignore_errors=True)
-        log.unlink(missing_ok=True)
+        if not (folder / RECORD).exists():  # a record is kept, whichever process wrote it
+            shutil.rmtree(folder, ignore_errors=True)
         raise
+    finally:
+        log.unlink(missing_ok=True)  # it is in the folder, unless the run was cut short
     return folder
+
+
+def log_of(job: Job, root: Path) -> Path:
+    """Return the file in `root` that a process of this job writes to, until it is moved into the run's folder.
+
+    It is hidden and has this process's number: the user may have a `lora.log`, or write this bench's own output there.
+    """
+    return draft_of(_named_log(job, root))
+
+
+def _named_log(job: Job, root: Path) -> Path:
+    return root / f"{job.name}.log"
 
 
 def _run_into(folder: Path, log: Path, job: Job, limit: float | None, tick: Callable[[], None]) -> None:

@@ -14,10 +14,11 @@ from rich.progress import Progress
 
 from lit_sparse import cli
 from lit_sparse.commands import bench as verb
+from lit_sparse.commands import bench_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.places import configs_folder
+from lit_sparse.storage import held
 from lit_sparse.testing import tiny_llm
-from lit_sparse_profiling import runner
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.runner import Job, Repeat
 from lit_sparse_profiling.speed_sections import Throughput
@@ -165,6 +166,16 @@ def test_joined_yamls_are_one_job_on_a_common_base(planned):
     assert "--run=mine+smt+other" in jobs["mine+smt+other"].command
 
 
+def test_a_file_whose_path_has_a_plus_is_one(planned):
+    """As a run of two methods leaves it."""
+    path = Path("runs", "lora+deft-1", "config.yaml")
+    path.parent.mkdir(parents=True)
+    path.write_text("model:\n  lr: 1.0e-3\n")
+    jobs, *_ = planned(str(path))
+    assert list(jobs) == ["config"]
+    assert config_files(jobs["config"])[-1] == str(path)
+
+
 DATA = {
     "none": ("", "", True),
     "by class": ("--data Text", "", False),
@@ -237,6 +248,52 @@ def test_the_same_command_asks_for_the_same_and_anything_else_for_something_else
     assert len(set(seen)) == len(seen)
 
 
+INPUTS = {
+    "rows": ("", "--data rows.jsonl", "rows.jsonl"),
+    "rows joined by =": ("", "--data=rows.jsonl", "rows.jsonl"),
+    "a key of the data": ("", "--data Text --data.validation=rows.jsonl", "rows.jsonl"),
+    "several": ("", "--data Text --data.train [here.txt,rows.jsonl]", "rows.jsonl"),
+    "a folder": ("", "--data books/", "books/deep/one.txt"),
+    "a folder with the runs": ("", "--data ./", "rows.jsonl"),
+    "rows in a YAML": ("data:\n  class_path: Text\n  init_args:\n    train: [rows.jsonl]\n", "", "rows.jsonl"),
+    "a base": ("", "--model.base base", "base/model.safetensors"),
+    "a base in a YAML": ("model:\n  base: ${oc.env:PLACE}/base\n", "", "base/model.safetensors"),
+}
+
+
+@pytest.mark.parametrize(("content", "words", "changed"), INPUTS.values(), ids=INPUTS)
+def test_runs_on_other_rows_or_another_base_are_no_repetitions(planned, monkeypatch, home, content, words, changed):
+    monkeypatch.setenv("PLACE", str(home))
+    Path("mine.yaml").write_text(content)
+    for path in ("rows.jsonl", "books/deep/one.txt", "base/model.safetensors", "out/mine-1/log.txt", "other.jsonl"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("one")
+
+    def identity() -> str:
+        return planned("mine.yaml", *words.split(), "--into", "out")[0]["mine"].identity
+
+    seen = [identity()]
+    Path("out", "mine-1", "log.txt").write_text("of another run")
+    if "./" not in words:
+        Path("other.jsonl").write_text("another")
+    assert identity() == seen[0]
+    time = Path(changed).stat().st_mtime_ns
+    os.utime(changed, ns=(time, time + 10**9))
+    seen.append(identity())
+    Path(changed).write_text("longer")
+    os.utime(changed, ns=(time, time))
+    seen.append(identity())
+    Path(changed).unlink()
+    seen.append(identity())
+    assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("text", ["a\0b", "~a\0b", "[", "[*a]", "~nobody/x", "x" * 300, "\udcff"])
+def test_what_is_no_path_names_no_file(text, home):
+    words = ["--data.train", text]
+    assert [*bench_inputs.states_of_inputs([], words, "out")] == []
+
+
 # ---- a course, with quick processes in place of fits
 
 QUICK = f"""
@@ -255,13 +312,14 @@ STATUS: dict[str, tuple[list[str], int]] = {
     "all well": (["{}"], 0),
     "oom": (["{}", '{"status": "oom", "reason": "full"}'], 0),
     "refused": (['{"status": "refused", "reason": "no"}', "{}"], 0),
+    "all refused": (['{"status": "refused", "reason": "no"}'] * 2, 1),
     "failed": (["{}", '{"status": "failed", "reason": "a bug"}', "{}"], 1),
     "no record": (["{}", "no JSON"], 1),
 }
 
 
 @pytest.mark.parametrize(("records", "status"), STATUS.values(), ids=STATUS)
-def test_the_exit_status_tells_of_failures_only(records, status):
+def test_the_exit_status_tells_of_failures_and_of_nothing_measured(records, status):
     assert verb.run([quick(f"r{i}", fields) for i, fields in enumerate(records)], Path("out"), 1, None) == status
 
 
@@ -287,15 +345,28 @@ def test_a_run_beyond_the_limit_has_failed(capsys):
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_no_part_of_a_run(monkeypatch):
-    def full(path: Path, text: str) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "replace_text", full)
+        patch.setattr(RunRecord, "write", full)
         with pytest.raises(BadInput, match=r"could not be written under out: No space left on device; make room"):
-            verb.run([quick("one", "{}")], Path("out"), 1, None)
+            verb.run([Job("one", [sys.executable, "-IS", "-c", ""], {})], Path("out"), 1, None)
     assert [*Path("out").iterdir()] == []
     assert verb.run([quick("one", "{}")], Path("out"), 1, None) == 0
+
+
+def test_a_folder_in_which_another_bench_runs_is_refused_and_left_as_it_is(monkeypatch):
+    assert verb.run([quick("one", "{}")], Path("out"), 1, None) == 0
+    monkeypatch.setattr(held, "PATIENCE", 0.0)
+    other = held.Held(Path("out"))
+    other.take()
+    with pytest.raises(BadInput, match=r"^another bench makes its runs in out; wait until it ends, or give .*--into"):
+        verb.run([quick("two", "{}")], Path("out"), 1, None)
+    assert [path.name for path in Path("out").iterdir()] == ["one-1"]
+    other.release()
+    for _ in range(2):
+        assert verb.run([quick("two", "{}")], Path("out"), 1, None) == 0
 
 
 @pytest.mark.parametrize("against", [None, "other"])
@@ -375,8 +446,11 @@ def test_methods_are_measured_side_by_side_and_only_what_is_missing_is_made(caps
 
     before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path("out").rglob("*")}
     assert cli.run(words) == 0
-    assert capsys.readouterr().out.count("(made earlier)") == 3
-    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path("out").rglob("*")} == before
+    said = capsys.readouterr().out
+    assert said.count("(made earlier)") == 2
+    assert "broken-2: refused " in said  # again: it takes seconds, and its reason may be gone
+    assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in before} == before
+    assert {path for path in Path("out").rglob("*") if "broken-2" not in path.parts} == before.keys()
 
     Path("faulty.py").write_text(FAULTY)
     Path("faulty.yaml").write_text("model:\n  updates+:\n    - class_path: faulty.Faulty\n")
@@ -387,16 +461,17 @@ def test_methods_are_measured_side_by_side_and_only_what_is_missing_is_made(caps
     assert {name: record.status for name, record in made.items()} == {
         "full-1": "ok",
         "broken-1": "refused",
+        "broken-2": "refused",
         "smt+slow-1": "ok",
-        "broken-2": "ok",
+        "broken-3": "ok",
         "faulty-1": "failed",
     }
     assert made["faulty-1"].reason == "RuntimeError: a bug in a strategy"
 
 
 def test_what_a_run_says_of_its_memory_is_shown_once_while_it_runs(tmp_path: Path) -> None:
-    log, out = tmp_path / "lora.log", io.StringIO()
-    relay = verb.Relay(log, Progress(console=Console(file=out, width=200), auto_refresh=False))
+    log, out = tmp_path / ".lora.log.1.lit-sparse-draft", io.StringIO()
+    relay = verb.Relay("lora", log, Progress(console=Console(file=out, width=200), auto_refresh=False))
     relay.tick()  # the run has written nothing yet
     log.write_text("Seed set to 0\nPredicted peak of memory: 1.00 GiB of tensors\nWarning: this will")
     relay.tick()

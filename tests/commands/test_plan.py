@@ -289,11 +289,14 @@ def test_methods_stack(base: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     ("words", "said"),
     [
         (["full.yaml", "--card", "23"], "--card 23 was asked for; the known sizes in GB are 8, 12, 16, 24"),
+        (["full.yaml", "--card", "²"], "--card ² was asked for; the known sizes in GB are 8, 12, 16, 24"),
         (["full.yaml", "--largest"], "--largest was asked for without a card; add --card 24"),
         (["full.yaml", "--tflops", "0"], "--tflops is 0.0; give the card's dense bf16 TFLOP/s"),
         (["full.yaml", "--tflops", "inf"], "--tflops is inf; give the card's dense bf16 TFLOP/s"),
         (["full.yaml", "--trainer.devices", "x"], "trainer.devices is x; give a number of devices, a list of their"),
         (["full.yaml", "--trainer.devices", "0"], "trainer.devices is 0; give a number of devices"),
+        (["full.yaml", "--trainer.num_nodes", "0"], "trainer.num_nodes is 0, but it is a number of machines; give 1"),
+        (["full.yaml", "--trainer.num_nodes", "-1"], "trainer.num_nodes is -1, but it is a number of machines; give 1"),
         (["full.yaml", "--trainer.devices", "0,b"], "trainer.devices is 0,b; give a number of devices"),
         (["nothing.yaml"], "there is no nothing.yaml"),
         (["full.yaml", "--model.base", "BARE"], "gives no hidden_size and no num_hidden_layers and no vocab_size"),
@@ -431,3 +434,19 @@ def test_a_method_that_reads_values_is_refused_with_a_bound(base: str, monkeypat
 def test_a_card_may_be_given_with_its_unit() -> None:
     assert card_of("24GB") == card_of("24") == 24
     assert card_of(None) is None
+
+
+@pytest.mark.parametrize("text", ["²", "9" * 5000, "", "-24", "2.4"])
+def test_a_card_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(planning.BadInput, match=r"^--card .* was asked for; the known sizes in GB are 8, 12, 16, 24"):
+        card_of(text)
+
+
+def test_a_yaml_whose_path_has_a_plus_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a run of two methods leaves it."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("runs", "lora+deft-1", "config.yaml")
+    path.parent.mkdir(parents=True)
+    path.write_text("data: Text\n")
+    assert fit_command(str(path), [], []) == [f"--config={path}"]
+    assert len(fit_command("lora.yaml+deft.yaml", [], ["--data=Text"])) == 3

@@ -157,6 +157,20 @@ def test_a_killed_run_is_told_with_the_command_that_goes_on(tmp_path: Path, caps
     assert "killed" not in capsys.readouterr().out
 
 
+def test_runs_none_of_which_can_be_read_are_refused(tmp_path: Path) -> None:
+    root = written(tmp_path, CPU, replace(CPU, name="smt-2"))
+    cut, foreign = (root / name / "record.json" for name in ("smt-1", "smt-2"))
+    cut.write_text(cut.read_text()[:100])
+    foreign.write_text('{"loss": 1.0}')
+    for page in (None, str(tmp_path / "page.html")):
+        with pytest.raises(
+            ValueError, match=r"^A report of 2 records was .* none can be read: .*smt-1/record\.json is"
+        ):
+            report([str(root)], output=page)
+        with pytest.raises(ValueError, match=r"of 1 records was .*: .*smt-2/record\.json is JSON but not a run record"):
+            report([str(foreign.parent)], output=page)
+
+
 def test_a_path_without_records_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(ValueError, match=r"was given, but there is no record\.json in it or two folders deep"):

@@ -1,5 +1,6 @@
 """The bench: records of processes however they end, repetitions, and the loss of at most one run if it is killed."""
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import psutil
 import pytest
 
 from lit_sparse_profiling import runner
+from lit_sparse_profiling.drafts import ENDING
 from lit_sparse_profiling.record import SCHEMA, RunRecord
 from lit_sparse_profiling.run_folders import folders, next_folder
 from lit_sparse_profiling.runner import Job, execute, finished_runs, hash_sources, plan_repeats
@@ -121,7 +123,33 @@ def test_a_process_leaves_a_result_however_it_ends(tmp_path, body, status, reaso
 def test_the_log_has_what_the_process_said(tmp_path):
     made("print('out', flush=True); print('err', file=sys.stderr); record()", tmp_path)
     assert (tmp_path / "a-1" / "log.txt").read_text() == "out\nerr\n"
-    assert not (tmp_path / "a.log").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a-1"]
+
+
+def test_a_log_of_the_users_stays_and_that_of_a_killed_bench_goes(tmp_path):
+    (tmp_path / "a.log").write_text("mine")
+    ended = subprocess.Popen([sys.executable, "-IS", "-c", ""])
+    ended.wait()
+    left = tmp_path / f".a.log.{ended.pid}{ENDING}"
+    left.touch()
+    made("print('theirs'); record()", tmp_path)
+    assert (tmp_path / "a.log").read_text() == "mine"
+    assert (tmp_path / "a-1" / "log.txt").read_text() == "theirs\n"
+    assert not left.exists()
+
+
+def test_a_folder_with_a_record_is_not_removed_where_a_file_cannot_be_written(tmp_path, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(runner, "replace_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        execute(job(tmp_path), tmp_path)
+    assert RunRecord.read(tmp_path / "a-1" / "record.json").status == "ok"
+    monkeypatch.setattr(RunRecord, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        execute(job(tmp_path, body="pass"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-1"]
 
 
 def test_a_process_is_stopped_at_its_limit(tmp_path):
@@ -148,6 +176,7 @@ def test_an_interrupted_bench_ends_its_process(tmp_path):
         execute(job(tmp_path, body="record(); hold()"), tmp_path, tick=interrupt)
     assert is_dead(int(pid.read_text()))
     assert finished_runs(tmp_path, job(tmp_path, body="record(); hold()")) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"a-1", "hold"}
 
 
 # ---- turns
@@ -166,7 +195,8 @@ def test_jobs_are_interleaved_and_results_are_kept(tmp_path):
     assert [turn.folder.name for turn in plan_repeats(jobs, tmp_path, 1)] == ["a-1", "b-1", "c-1"]
 
 
-def test_only_failed_runs_are_repeated(tmp_path):
+def test_failed_and_refused_runs_are_repeated(tmp_path):
+    """The reason of a refusal may be gone, such as a file that was missing."""
     bodies = {
         "a": "record(status='oom', reason='full')",
         "b": "print('lit-sparse: no.'); sys.exit(2)",
@@ -175,7 +205,7 @@ def test_only_failed_runs_are_repeated(tmp_path):
     }
     jobs = [job(tmp_path, name, body) for name, body in bodies.items()]
     assert make(jobs, tmp_path) == ["a-1", "b-1", "c-1", "d-1"]
-    assert make(jobs, tmp_path) == ["c-2", "d-2"]
+    assert make(jobs, tmp_path) == ["b-2", "c-2", "d-2"]
 
 
 CHANGED: dict[str, Callable[[Job], Job]] = {
@@ -351,10 +381,10 @@ def was_killed(folder: Path, status: str, file: str, line: int) -> bool:
     before = stamps(root / "a-1")
     code = started(jobs, root, file, line).wait(SECONDS)
     noted = [path.name for path in finished_runs(root, jobs[1])]
-    assert (code, noted) in [(0, ["b-1"]), (-signal.SIGKILL, ["b-1"]), (-signal.SIGKILL, [])]
+    final = ["b-1"] if status in runner.FINAL_STATUSES else []
+    assert (code, noted) in [(0, final), (-signal.SIGKILL, final), (-signal.SIGKILL, [])]
     assert len(make(jobs, root)) == 1 - len(noted)
-    (result,) = finished_runs(root, jobs[1])
-    assert RunRecord.read(result / "record.json").status == status
+    assert RunRecord.read(folders(root, "b")[-1] / "record.json").status == status
     assert finished_runs(root, jobs[0]) == [root / "a-1"]
     assert stamps(root / "a-1") == before
     return code != 0
