@@ -258,7 +258,8 @@ class CLI(LightningCLI):
             enable_checkpointing=more,
             default_root_dir=str(folder),
         )
-        trainer.callbacks.sort(key=lambda one: not isinstance(one, Timer))  # the recorder must see that time is up
+        in_order: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        in_order.sort(key=lambda one: not isinstance(one, Timer))  # the recorder must see that time is up
         recorder.listen(trainer)
         strategy = trainer.strategy
         if isinstance(strategy, DDPStrategy) and strategy._timeout == default_pg_timeout:  # torch's is half an hour
