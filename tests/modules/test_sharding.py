@@ -992,9 +992,8 @@ def test_a_run_goes_on_with_another_number_of_processes(name, pair):
     straight = saved(pair / f"llama {name}" / "straight.ckpt")
     trainer = fit(lisa(pair, **KEPT[name]), False, 6, pair / f"llama {name}" / "step=3.ckpt", seed=1)
     trainer.save_checkpoint(pair / f"llama {name}" / "on one.ckpt")
-    atol = (
-        2e-3 if "precision" in KEPT[name] else ATOL
-    )  # there gradients of the halves are rounded to bf16: 2^-8 of lr a step
+    # In bf16 gradients of the halves are rounded: 2^-8 of lr a step. A slope is a difference of losses over 0.2.
+    atol = 2e-3 if "precision" in KEPT[name] else 1e-5 if name == "forward" else ATOL
     assert_alike(saved(pair / f"llama {name}" / "on one.ckpt"), straight, atol)
     alone = saved(pair / f"one {name}" / "straight.ckpt")
     assert_alike(saved(pair / f"llama {name}" / "from one.ckpt"), alone, atol)
