@@ -212,7 +212,7 @@ def compared(quality: Path) -> dict[str, list[tuple[str, float, dict[str, float]
         made = read_table(name)
         for results in newest_first(quality):
             found = [row for row in rows(made, results) if row.fits and all(map(math.isfinite, row.losses))]
-            if found and all(len(row.fits) > 1 for row in found):
+            if any(row.arm.group for row in found) and all(len(row.fits) > 1 for row in found):  # not references alone
                 seeds = set.intersection(*({line["seed"] for line in row.fits} for row in found))
                 fits = {row.arm.name: [line for line in row.fits if line["seed"] in seeds] for row in found}
                 arms = [

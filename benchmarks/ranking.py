@@ -476,7 +476,7 @@ def published(name: str, path: Path) -> str:
     for results in newest_first(path):
         if lines := belonging(made, results):
             found = rows(made, results)
-            if any(len(row.fits) == 1 for row in found):
+            if any(len(row.fits) < 2 for row in found):
                 return under_way(found, lines, command)
             text = f"{caption(command, lines)}\n\n{notes(made, results)}"
             return f"{text}\n\n{table(head(made), cells(made, results))}"
