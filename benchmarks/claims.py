@@ -297,14 +297,11 @@ def record(rule: Rule, results: Path) -> Verdict:
     if "over" in rule:
         scale = number(matching(lines, rule["over"]), rule.get("over_value", rule["value"]))
         if scale <= 0:
-            raise Undecided(f"{rule['over_value'].replace('_', ' ')} is 0: nothing can be divided by it")
+            raise Undecided(f"that of {named(rule['over'])} is {in_figures(scale)}: nothing can be divided by it")
         low, middle, high = low / scale, middle / scale, high / scale
+    told = in_figures(middle) + (f" [{in_figures(low)}, {in_figures(high)}]" if low < high else "")
     if rule.get("over_value") in BOUNDS:
-        high = math.inf
-    at_least = "at least " if high == math.inf else ""
-    told = (
-        at_least + in_figures(middle) + (f" [{in_figures(low)}, {in_figures(high)}]" if low < high < math.inf else "")
-    )
+        high, told = math.inf, f"at least {told}"
     return Verdict(bounded(rule, low, high), told, f"{line.get('model', '')} on {line['device']}".strip())
 
 

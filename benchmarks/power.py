@@ -58,8 +58,8 @@ def tellable(rows: Sequence[Row]) -> str:
     scores = {row.arm.name: one for row in rows if (one := scores_of(row.fits)) is not None}
     best = next((row.arm.name for row in rows if row.beside is None and row.arm.name in scores), None)
     pairs = [smallest([scores[row.arm.name], scores[best]]) for row in rows if best and row.beside is not None]
-    found = sorted({f"{value:.4f}" for value in pairs if value is not None})
-    return " to ".join([found[0], found[-1]] if len(found) > 1 else found)
+    found = [value for value in pairs if value is not None]
+    return " to ".join(dict.fromkeys(f"{end(found):.4f}" for end in (min, max))) if found else ""
 
 
 def basis(ranked: Mapping[str, Sequence[Row]]) -> str:
