@@ -92,8 +92,11 @@ def bench(argv: Sequence[str]) -> int:
             f"--repeat {asked.repeat}, --steps {asked.steps} and --minutes {asked.minutes} were asked for; give at "
             f"most {MOST_REPEATS} repeats, {UNENDING - 1} steps and {MOST_MINUTES} minutes."
         )
-    if Path(asked.into).exists() and not Path(asked.into).is_dir():
-        raise BadInput(f"--into {asked.into} is a file, and the runs need a folder; give another path, or remove it.")
+    if os.path.lexists(asked.into) and not os.path.isdir(asked.into):
+        raise BadInput(
+            f"--into {asked.into} is a file or leads nowhere, and the runs need a folder; give another path, or "
+            "remove it."
+        )
     against = None if asked.against is None else job(asked.against, asked, [*passed, *TIMED_ONLY])
     jobs = [
         replace(job(yaml_, asked, passed), against=against)
@@ -101,7 +104,10 @@ def bench(argv: Sequence[str]) -> int:
     ]
     names = [one.name for one in jobs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise BadInput(f"{twice[0]} is asked for twice; name each way to train once, and give --repeat.")
+        raise BadInput(
+            f"{twice[0]} is asked for twice; name each way to train once, and give --repeat, or give files of one "
+            "name others."
+        )
     return run(jobs, Path(asked.into), asked.repeat, None if asked.minutes is None else asked.minutes * 60 + GRACE)
 
 
@@ -148,14 +154,20 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
         "devices": f"{torch.cuda.device_count()} with CUDA",
         "code": hash_sources(packages),
     }
-    stems = "+".join(Path(part).stem for part in parts)
-    place = [f"--trainer.default_root_dir={asked.into}", f"--run={stems}", f"--profile.timed={asked.steps}"]
-    return Job(stems, [*command, *place], settings)
+    called = name_of(name)
+    place = [f"--trainer.default_root_dir={asked.into}", f"--run={called}", f"--profile.timed={asked.steps}"]
+    return Job(called, [*command, *place], settings)
 
 
 def parts_of(name: str) -> list[str]:
     """Return the YAMLs of a way to train, joined by + in its name; a file whose own path has a + is one."""
     return [name] if os.path.isfile(name) else name.split("+")
+
+
+def name_of(name: str) -> str:
+    """Return what a way to train is called: its YAMLs, or the run whose config.yaml it is."""
+    files = map(Path, parts_of(name))
+    return "+".join(file.parent.name or file.stem if file.name == "config.yaml" else file.stem for file in files)
 
 
 def existing(name: str) -> Path:

@@ -95,8 +95,9 @@ REFUSED = {
     "too long": ("smt.yaml --minutes 1e300", "--minutes 1e.300 .* and 1000000 minutes"),
     "into a file": (
         "smt.yaml --into mine/smt.yaml",
-        "--into mine/smt.yaml is a file, and the runs need a folder; give",
+        "--into mine/smt.yaml is a file or leads nowhere, and the runs need a folder; give",
     ),
+    "into what is gone": ("smt.yaml --into dangling", "--into dangling is a file or leads nowhere"),
 }
 
 
@@ -105,6 +106,7 @@ def test_invalid_words_are_refused_before_anything_runs(planned, words, message)
     Path("folder.yaml").mkdir()
     Path("mine").mkdir()
     Path("mine", "smt.yaml").write_text("")
+    Path("dangling").symlink_to("gone")
     with pytest.raises(BadInput, match=message):
         planned(*words.split())
     assert not Path("runs").exists()
@@ -166,14 +168,15 @@ def test_joined_yamls_are_one_job_on_a_common_base(planned):
     assert "--run=mine+smt+other" in jobs["mine+smt+other"].command
 
 
-def test_a_file_whose_path_has_a_plus_is_one(planned):
-    """As a run of two methods leaves it."""
-    path = Path("runs", "lora+deft-1", "config.yaml")
-    path.parent.mkdir(parents=True)
-    path.write_text("model:\n  lr: 1.0e-3\n")
-    jobs, *_ = planned(str(path))
-    assert list(jobs) == ["config"]
-    assert config_files(jobs["config"])[-1] == str(path)
+def test_settings_of_runs_are_called_after_the_runs_even_of_two_methods(planned):
+    """A file whose path has a + is one file."""
+    paths = [Path("runs", name, "config.yaml") for name in ("lora+deft-1", "lora+deft-2")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.write_text("model:\n  lr: 1.0e-3\n")
+    jobs, *_ = planned(*map(str, paths), "smt.yaml")
+    assert list(jobs) == ["lora+deft-1", "lora+deft-2", "smt"]
+    assert [config_files(jobs[path.parent.name])[-1] for path in paths] == list(map(str, paths))
 
 
 DATA = {
