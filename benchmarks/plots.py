@@ -176,7 +176,8 @@ COSTS = {
 
 def pareto(tables: Mapping[str, Sequence[tuple[str, float, Mapping[str, float]]]]) -> Figure:
     """Draw held-out loss over each cost, a row of panels for each table; arms that none beats in both are joined."""
-    figure = Figure(figsize=(12, 4 * len(tables)), layout="constrained")
+    figure = Figure(figsize=(12, 4.5 * len(tables)), layout="constrained")
+    named: list[tuple[Axes, list[tuple[float, float, str]]]] = []
     grid = figure.subplots(len(tables), len(COSTS), squeeze=False)
     for panels, (name, arms) in zip(grid, tables.items(), strict=True):
         for axes, (cost, label) in zip(panels, COSTS.items(), strict=True):
@@ -186,11 +187,40 @@ def pareto(tables: Mapping[str, Sequence[tuple[str, float, Mapping[str, float]]]
             best = front([point[:2] for point in points])
             axes.plot(*zip(*(point[:2] for point in points), strict=True), "o", color="grey", markersize=4)
             axes.plot(*zip(*best, strict=True), "o-", drawstyle="steps-post", markersize=5)
-            for x, y, arm in points:
-                axes.annotate(arm, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=6)
             axes.set(xlabel=f"{label} (less is better)", title=name)
+            named.append((axes, points))
         panels[0].set_ylabel("held-out loss, nats a token (lower is better)")
+    figure.draw_without_rendering()  # names are placed where the layout has put the points
+    for axes, points in named:
+        name_points(axes, points)
     return figure
+
+
+def name_points(axes: Axes, points: Sequence[tuple[float, float, str]], size: float = 6) -> None:
+    """Write each point's name beside it, or as near as other names leave room, joined to it by a line.
+
+    Args:
+        axes: Axes whose place in the figure is known.
+        points: Coordinates and name of each.
+        size: Size of the names in points.
+    """
+    scale, taken = 72 / axes.figure.dpi, list[tuple[float, float, float]]()  # left, bottom and width of each name
+    shifts = sorted((step * (size + 1) for step in range(-20, 21)), key=abs)
+    for x, y, name in sorted(points, key=lambda point: point[1]):
+        left, bottom = axes.transData.transform((x, y)) * scale + 3
+        width = 0.6 * size * len(name)
+        free = (
+            shift
+            for shift in shifts
+            if all(
+                abs(bottom + shift - low) > size or left + width < start or start + wide < left
+                for start, low, wide in taken
+            )
+        )
+        shift = next(free, 0.0)
+        taken.append((left, bottom + shift, width))
+        arrow = {"arrowstyle": "-", "linewidth": 0.3} if shift else None
+        axes.annotate(name, (x, y), (3, 3 + shift), textcoords="offset points", fontsize=size, arrowprops=arrow)
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
