@@ -154,9 +154,9 @@ def job(name: str, asked: argparse.Namespace, passed: Sequence[str]) -> Job:
         "devices": f"{torch.cuda.device_count()} with CUDA",
         "code": hash_sources(packages),
     }
-    called = name_of(name)
-    place = [f"--trainer.default_root_dir={asked.into}", f"--run={called}", f"--profile.timed={asked.steps}"]
-    return Job(called, [*command, *place], settings)
+    label = label_of(name)
+    place = [f"--trainer.default_root_dir={asked.into}", f"--run={label}", f"--profile.timed={asked.steps}"]
+    return Job(label, [*command, *place], settings)
 
 
 def parts_of(name: str) -> list[str]:
@@ -164,10 +164,10 @@ def parts_of(name: str) -> list[str]:
     return [name] if os.path.isfile(name) else name.split("+")
 
 
-def name_of(name: str) -> str:
+def label_of(name: str) -> str:
     """Return what a way to train is called: its YAMLs, or the run whose config.yaml it is."""
     files = map(Path, parts_of(name))
-    return "+".join(file.parent.name or file.stem if file.name == "config.yaml" else file.stem for file in files)
+    return "+".join(file.parent.resolve().name if file.name == "config.yaml" else file.stem for file in files)
 
 
 def existing(name: str) -> Path:

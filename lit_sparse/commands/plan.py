@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from lit_sparse.commands.bench import existing, has_data, name_of, parts_of, take
+from lit_sparse.commands.bench import existing, has_data, label_of, parts_of, take
 from lit_sparse.commands.shipped import methods
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import LitSparse
@@ -160,7 +160,7 @@ class Found(NamedTuple):
 
 def planned(name: str, make: Make, command: Sequence[str], device: str, card: int | None) -> Found:
     """Plan one method; with a card, search the largest batch, too."""
-    called = name_of(name)
+    label = label_of(name)
 
     def at(batch_size: int | None) -> Forecast:
         made = make(command)
@@ -174,7 +174,7 @@ def planned(name: str, make: Make, command: Sequence[str], device: str, card: in
             made.sharded,
             made.replicas,
         )
-        return forecast(called, made.module, setting)
+        return forecast(label, made.module, setting)
 
     first = at(None)
     return Found(first, command, None if card is None else largest_batch(first, at, card))

@@ -179,6 +179,19 @@ def test_settings_of_runs_are_called_after_the_runs_even_of_two_methods(planned)
     assert [config_files(jobs[path.parent.name])[-1] for path in paths] == list(map(str, paths))
 
 
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "./config.yaml", "../mine-1/config.yaml", "checkpoints/../config.yaml"]
+)
+def test_a_run_is_called_the_same_from_inside_of_it(tmp_path, monkeypatch, name):
+    folder = tmp_path / "mine-1"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").write_text("")
+    monkeypatch.chdir(folder)
+    assert verb.label_of(name) == "mine-1"
+    monkeypatch.chdir(folder / "checkpoints")
+    assert verb.label_of("../config.yaml") == "mine-1"
+
+
 DATA = {
     "none": ("", "", True),
     "by class": ("--data Text", "", False),
