@@ -55,8 +55,9 @@ def test_a_command_is_one_that_parses(command, monkeypatch, capsys):
     if verb in ("bench", "plan"):
         module, switches = (bench, ()) if verb == "bench" else (plan, ("--largest",))
         own, words = bench.take(words, module.OWN, switches)
-        assert all(bench.existing(name).is_file() for name in module.parser().parse_args(own).yamls)
-        verb = "fit"
+        yamls = [bench.existing(name) for name in module.parser().parse_args(own).yamls]
+        assert all(yaml.is_file() for yaml in yamls)
+        verb, words = "fit", [*(f"--config={yaml}" for yaml in yamls[:1]), *words]
     if "--help" in words:
         assert cli.run([verb, *words]) == 0
         assert "usage:" in capsys.readouterr().out
