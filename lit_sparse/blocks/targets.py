@@ -10,10 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import Experts, matrix, role, target_experts, target_linears
+from lit_sparse.anatomy import Experts, experts, matrix, role, target_experts, target_linears
 from lit_sparse.blocks.grid import Blocks
 from lit_sparse.blocks.selection import ScoreSheet
 from lit_sparse.errors import BadInput
+
+OF_ATTENTION = ("q", "k", "v", "qkv")
+LEARN_MOST = ("v", "qkv", "up", "gate_up", "down")
+"""What `auto` stands for. In docs/studies/which-weights.md blocks in v, up and down of a dense model learn more than in
+q, k and v, as LIFT's entries do (arXiv 2506.00772). Blocks of fused experts take the gradient of a whole tensor, and
+cannot be sharded: a model that has them keeps to the paper's targets."""
 
 
 def shape_of(linear: nn.Module) -> Tensor:
@@ -25,8 +31,9 @@ def shape_of(linear: nn.Module) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """The linear layers and the fused experts in which blocks may lie, by name."""
+    """The linear layers and the fused experts in which blocks may lie, by name, and the targets that name them."""
 
+    targets: Sequence[str]
     linears: Mapping[str, nn.Linear | Conv1D]
     fused: Mapping[str, Experts]
 
@@ -35,18 +42,21 @@ class Targets:
         """Return those that `targets` name.
 
         Args:
+            targets: Roles, endings of names, `all` or `auto`: `LEARN_MOST`, or `OF_ATTENTION` if experts are fused.
             compute: Runs a function that uses the model, whose parameters may be sharded.
 
         Raises:
             BadInput: if there are none, or if fused experts among them are sharded.
         """
+        automatic = OF_ATTENTION if experts(model) else LEARN_MOST
+        targets = [name for target in targets for name in (automatic if target == "auto" else (target,))]
         fused = target_experts(model, targets)
         if sharded := [name for name, tensor in fused.items() if isinstance(tensor.parameter, DTensor)]:
             raise BadInput(
                 f"trainer.strategy is fsdp2, but SMT trains no blocks of sharded fused experts, such as {sharded[0]}; "
                 "give targets without them, or set trainer.strategy to ddp, where each rank has the full model."
             )
-        return cls(target_linears(model, targets, compute), fused)
+        return cls(targets, target_linears(model, targets, compute), fused)
 
     @property
     def shapes(self) -> dict[str, Tensor]:

@@ -19,19 +19,13 @@ from lit_sparse.checkpoints import forked_rng, hash_of, read_checkpoint, sums_of
 from lit_sparse.errors import BadInput
 from lit_sparse.modules.checks import check_updates_alike
 from lit_sparse.modules.hollow import Hollow
-from lit_sparse.modules.loading import (
-    Quantization,
-    checkpoint_activations,
-    compile_model,
-    is_drawn,
-    load_base,
-    load_hollow,
-)
+from lit_sparse.modules.loading import Quantization, compile_model, is_drawn, load_base, load_hollow
 from lit_sparse.modules.precision import DTYPES, Masters, Precision, cast_norm_inputs
 from lit_sparse.modules.sharding import FSDP2Strategy, Sharded
 from lit_sparse.modules.task import Task
 from lit_sparse.modules.window import weigh_batches
 from lit_sparse.optim import trainable
+from lit_sparse.recompute import checkpoint_activations
 from lit_sparse.strategies import Context, Updates, UpdateStrategy
 from lit_sparse.strategies.base import Attaches
 from lit_sparse.strategies.updates import ATTACHES

@@ -1,8 +1,7 @@
-"""Load a base model, quantise it, draw a missing classification head, and turn on activation checkpointing."""
+"""Load a base model, quantise it, draw a missing classification head, and compile it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -10,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from packaging.version import Version
 from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -330,17 +328,6 @@ def quantization(base: str, quantize: Quantization, dtype: torch.dtype | Literal
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32 if dtype == "auto" else dtype,
     )
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Turn on activation checkpointing: each layer recomputes its activations in the backward pass (non-reentrant)."""
-    if Version(version("transformers")) >= Version("5.18"):
-        model.activation_checkpointing_enable()
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # transformers makes the embeddings' output require grad, which only reentrant checkpointing needs. Undo it: with
-    # frozen lower layers the backward pass would run down to the embeddings for nothing.
-    model.disable_input_require_grads()
 
 
 def compile_model(model: PreTrainedModel, by_layer: bool) -> None:

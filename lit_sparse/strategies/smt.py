@@ -44,6 +44,7 @@ from lit_sparse.blocks.targets import Targets, shape_of, trained_share
 from lit_sparse.calls import shared_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, device_of
+from lit_sparse.recompute import recomputing
 from lit_sparse.selections import wanted
 from lit_sparse.strategies.base import ALONE, Attaches, Claim, Context, Need, Probe, UpdateStrategy
 
@@ -66,7 +67,9 @@ class SMT(UpdateStrategy):
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
             blocks), one number, or height and width. `diagonal`, `slab` and `coupled` have their own.
         targets: Linear layers and fused experts that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down),
-            endings of module names, or `all`. Blocks are selected in the matrix of each expert by itself.
+            endings of module names, `all`, or `auto` (v, qkv, up, gate_up and down, which learn the most at the same
+            share; q, k, v and qkv of a model with fused experts). Blocks are selected in the matrix of each expert by
+            itself.
         score: Score of a block with gradient g: `abs_mean` (mean of |g|), `mean_abs` (|mean of g|, as in the authors'
             code), or `l2` (root of the sum of g^2). `principal` needs no data: the mean magnitude of the matrix's best
             low-rank approximation (LIFT's blocks, arXiv 2506.00772; it is for block sizes of 4 to 16, ranked per
@@ -246,7 +249,7 @@ class SMT(UpdateStrategy):
         matrices = targets.shapes
         if self.blocks in BY_SHAPE:
             there = sum(matrix.numel() for matrix in matrices.values())
-            weights = wanted("SMT", self.trainable_fraction, weight_count(model), there, self.targets)
+            weights = wanted("SMT", self.trainable_fraction, weight_count(model), there, targets.targets)
             return blocks_by_shape(self.blocks, matrices, weights, self.seed, model.config)
         if self.blocks not in ("gradient", "random"):
             return read_choice(Path(self.blocks), matrices, type(self).__name__)
@@ -260,7 +263,7 @@ class SMT(UpdateStrategy):
         if self.kept_columns is not None:
             scores = within_columns(scores, shared_inputs(model, targets.linears, self._compute), self.kept_columns)
         available = sum(int(values.isfinite().sum()) for values in scores.values())
-        return top_blocks(scores, size, self._count(model, size, available), self.ranking)
+        return top_blocks(scores, size, self._count(model, targets, size, available), self.ranking)
 
     def _size(self, model: nn.Module, matrices: Mapping[str, Tensor]) -> Size:
         if isinstance(self.block_size, str):
@@ -276,7 +279,7 @@ class SMT(UpdateStrategy):
                 )
         return size
 
-    def _count(self, model: nn.Module, size: Size, available: int) -> int:
+    def _count(self, model: nn.Module, targets: Targets, size: Size, available: int) -> int:
         count = self.num_blocks or int(self.trainable_fraction * weight_count(model) / (size[0] * size[1]))
         if count < 1:
             raise BadInput(
@@ -285,7 +288,7 @@ class SMT(UpdateStrategy):
             )
         if count > available:
             raise BadInput(
-                f"SMT: {count} blocks were asked for, but the targets {self.targets} have {available} of "
+                f"SMT: {count} blocks were asked for, but the targets {list(targets.targets)} have {available} of "
                 f"{size[0]} x {size[1]}; give a smaller trainable_fraction or num_blocks, or more targets."
             )
         return count
@@ -293,20 +296,20 @@ class SMT(UpdateStrategy):
     def _score(
         self, model: nn.Module, targets: Targets, matrices: Mapping[str, Tensor], size: Size, probe: Probe
     ) -> dict[str, Tensor]:
-        self._count(
-            model, size, sum(math.prod(grid(weight, size)) for weight in matrices.values())
-        )  # refuse before the work
+        available = sum(math.prod(grid(weight, size)) for weight in matrices.values())
+        self._count(model, targets, size, available)  # refuse before the work
         if self.score == "principal":
             trained = self.num_blocks * math.prod(size) if self.num_blocks else None
             return principal_block_scores(targets, size, trained or self.trainable_fraction * weight_count(model))
         sheet = ScoreSheet(matrices, size, self.score, device_of(next(model.parameters())))
         try:
-            if self.warmup == "update":
-                self._fine_tune(model, targets, sheet, probe)
-            elif self.mode == "delta" and not any(isinstance(weight, DTensor) for weight in model.parameters()):
-                self._score_outputs(model, targets, sheet, probe)
-            else:
-                self._score_weights(targets, sheet, probe)
+            with recomputing(model):  # the steps keep fewer activations, and these few batches shall need no more
+                if self.warmup == "update":
+                    self._fine_tune(model, targets, sheet, probe)
+                elif self.mode == "delta" and not any(isinstance(weight, DTensor) for weight in model.parameters()):
+                    self._score_outputs(model, targets, sheet, probe)
+                else:
+                    self._score_weights(targets, sheet, probe)
         finally:  # hooks that stay after an error would go on adding, and hold the gradients' graph
             scores = sheet.close()
             model.requires_grad_(False)

@@ -9,7 +9,7 @@ from peft import LoraConfig
 from lit_sparse.anatomy import linears
 from lit_sparse.errors import BadInput
 from lit_sparse.importance.matrices import displacement, gradient_of, trained_matrices, watch
-from lit_sparse.modules.loading import checkpoint_activations
+from lit_sparse.recompute import checkpoint_activations
 from lit_sparse.strategies import PEFT
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, tiny_llm

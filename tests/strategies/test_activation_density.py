@@ -20,7 +20,7 @@ from transformers import (
 from lit_sparse.anatomy import decoder_layers, mlps
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
-from lit_sparse.modules.loading import checkpoint_activations
+from lit_sparse.recompute import checkpoint_activations
 from lit_sparse.strategies import LISA, PEFT, SMT, ActivationDensity, Updates, UpdateStrategy, compose
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.testing import TINY, contract, tiny_llm

@@ -13,8 +13,8 @@ from lit_sparse import cli
 from lit_sparse.errors import BadInput
 from lit_sparse.export.folder import export
 from lit_sparse.modules.forward_only import WindowLoss
-from lit_sparse.modules.loading import checkpoint_activations
 from lit_sparse.optim import trainable
+from lit_sparse.recompute import checkpoint_activations
 from lit_sparse.runs import load_run
 from lit_sparse.strategies import HELENE, PEFT, ActivationDensity, MeZO, UpdateStrategy, compose
 from lit_sparse.strategies.base import ALONE, Context, no_probe

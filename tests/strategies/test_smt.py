@@ -9,12 +9,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import linears, matrix
+from benchmarks.families import FAMILIES
+from lit_sparse.anatomy import linears, matrix, role
 from lit_sparse.blocks.grid import Blocks
 from lit_sparse.blocks.linear import BlockLinear, DeltaLinear, SharedInput, _SharedBlocks
 from lit_sparse.errors import BadInput
 from lit_sparse.modules import CausalLM
 from lit_sparse.optim import trainable
+from lit_sparse.recompute import checkpoint_activations
 from lit_sparse.strategies.base import ALONE, no_probe
 from lit_sparse.strategies.smt import SMT
 from lit_sparse.testing import TINY, contract, tiny_llm
@@ -284,6 +286,55 @@ def test_checkpointed_gradients_are_the_plain_ones(kind):
         assert torch.equal(a.grad, b.grad), name
 
 
+@pytest.mark.parametrize("mode", ["in_place", "delta"])
+@pytest.mark.parametrize("already", [False, True])
+def test_choosing_recomputes_activations_and_finds_the_same_blocks(mode, already):
+    chosen, peaks, used = [], [], []
+    for able in (True, False):
+        model = tiny_llm("llama").train()
+        if already:
+            checkpoint_activations(model)
+        model.supports_gradient_checkpointing = able
+        strategy = SMT(trainable_fraction=0.05, block_size=8, selection_batches=2, targets=["auto"], mode=mode)
+        with Counter(model) as saved:
+            strategy.attach(model, probe_of(model), ALONE)
+        chosen.append({name: blocks.index.tolist() for name, blocks in strategy.choice.items()})
+        peaks.append(saved.saved_peak)
+        used.append(model.model.layers[0].gradient_checkpointing)
+    assert chosen[0] == chosen[1]
+    assert used == [already, already]  # as it was before
+    assert peaks[0] == peaks[1] if already else peaks[0] < 0.7 * peaks[1]
+
+
+def test_activations_are_kept_again_after_a_refusal():
+    model = tiny_llm("llama").train()
+    with pytest.raises(BadInput, match="training batches are needed"):
+        SMT(targets=["auto"], block_size=8).attach(model, no_probe, ALONE)
+    assert not any(layer.gradient_checkpointing for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles"),
+    [
+        ("Llama", {"v", "up", "down"}),
+        ("GPT-2", {"qkv", "up", "down"}),
+        ("Phi-3", {"qkv", "gate_up", "down"}),
+        ("Mixtral", {"q", "k", "v"}),
+    ],
+)
+def test_automatic_targets_are_those_that_learn_most_and_leave_fused_experts_out(kind, roles):
+    model = FAMILIES[kind].tiny()
+    strategy = SMT(trainable_fraction=0.05, block_size=8, targets=["auto"], blocks="random", ranking="per_matrix")
+    strategy.attach(model, no_probe, ALONE)
+    assert {role(name) for name in strategy.choice} == roles
+
+
+def test_automatic_targets_are_named_where_they_do_not_suffice():
+    model = FAMILIES["Mixtral"].tiny()
+    with pytest.raises(BadInput, match=r"targets \['q', 'k', 'v', 'qkv'\] have"):
+        SMT(trainable_fraction=0.9, block_size=8, targets=["auto"], blocks="random").attach(model, no_probe, ALONE)
+
+
 def test_accumulated_gradients_add_up():
     model, _ = attached("llama")
     single = []
@@ -542,8 +593,8 @@ def test_the_share_of_each_matrix_is_told_by_layer_and_role():
     told = 0.0
     for layer, roles in share.items():
         assert set(roles) <= {"q", "down"}
-        for role, part in roles.items():
-            block = "self_attn.q_proj" if role == "q" else "mlp.down_proj"
+        for what, part in roles.items():
+            block = "self_attn.q_proj" if what == "q" else "mlp.down_proj"
             told += part * sizes[f"model.layers.{layer}.{block}"]
     assert told == pytest.approx(trained)
 
