@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from lit_sparse.anatomy import Experts, experts, matrix, role, target_experts, target_linears
+from lit_sparse.anatomy import Experts, decoder_layers, experts, matrix, role, target_experts, target_linears
 from lit_sparse.blocks.grid import Blocks
 from lit_sparse.blocks.selection import ScoreSheet
 from lit_sparse.errors import BadInput
@@ -79,6 +79,20 @@ class Targets:
         for name, tensor in self.fused.items():
             tensor.parameter.requires_grad_(True)
             sheet.watch_experts(name, tensor, keep)
+
+
+def by_layer(model: nn.Module, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
+    """Yield parts of the groups of modules, each in one decoder layer or outside all.
+
+    A layer may be sharded, or recomputed, by itself: all cross-attentions of an encoder-decoder model read the output of
+    the encoder, but none may compute for another.
+    """
+    layer_of = {module: number for number, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
+    for group in groups:
+        parts: dict[int | None, list[str]] = {}
+        for name in group:
+            parts.setdefault(layer_of.get(model.get_submodule(name)), []).append(name)
+        yield from parts.values()
 
 
 def trained_share(choice: Mapping[str, Blocks], shapes: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:

@@ -40,7 +40,7 @@ from lit_sparse.blocks.selection import (
     top_blocks,
     within_columns,
 )
-from lit_sparse.blocks.targets import Targets, shape_of, trained_share
+from lit_sparse.blocks.targets import Targets, by_layer, shape_of, trained_share
 from lit_sparse.calls import shared_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, device_of
@@ -364,7 +364,8 @@ class SMT(UpdateStrategy):
         self._groups, self._share = [], trained_share(choice, shapes)
         self._shapes = {name: list(shapes[name].shape) for name in choice}
         self._swap_fused(model, choice, targets.fused)
-        for group in shared_inputs(model, [name for name in choice if name in targets.linears], self._compute):
+        linears = [name for name in choice if name in targets.linears]
+        for group in by_layer(model, shared_inputs(model, linears, self._compute)):
             # Packed columns have one width, so layers with other block widths (diagonal, slabs) get their own copy.
             for width in sorted({choice[name].size[1] for name in group}):
                 names = [name for name in group if choice[name].size[1] == width]
