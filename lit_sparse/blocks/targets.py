@@ -84,8 +84,8 @@ class Targets:
 def by_layer(model: nn.Module, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
     """Yield parts of the groups of modules, each in one decoder layer or outside all.
 
-    A layer may be sharded, or recomputed, by itself: all cross-attentions of an encoder-decoder model read the output of
-    the encoder, but none may compute for another.
+    A layer may be sharded, or recomputed, by itself: all cross-attentions of an encoder-decoder model read what the
+    encoder gives, but none may compute for another.
     """
     layer_of = {module: number for number, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
     for group in groups:
