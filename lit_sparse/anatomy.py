@@ -322,7 +322,8 @@ def target_experts(model: nn.Module, targets: Sequence[str]) -> dict[str, Expert
 
 def is_target(name: str, targets: Sequence[str]) -> bool:
     """Return true if `targets` name the layer `name`: by its role, an ending of its name, or `all`."""
-    return any(t in ("all", role(name)) or f".{name}".endswith(f".{t}") for t in targets)
+    what = role(name)
+    return any(t in ("all", what) or f".{name}".endswith(f".{t}") for t in targets)
 
 
 def is_linear(module: nn.Module) -> bool:

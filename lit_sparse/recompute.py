@@ -34,4 +34,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        model.activation_checkpointing_disable() if RENAMED else model.gradient_checkpointing_disable()
+        if RENAMED:
+            model.activation_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_disable()

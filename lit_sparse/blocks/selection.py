@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from lit_sparse.anatomy import Experts, has_values, role
@@ -179,6 +181,24 @@ def _unflatten(flat: Tensor, columns: int, size: Size) -> Blocks:
     return Blocks.of(size, torch.stack([flat // columns, flat % columns], dim=1))
 
 
+class _Watched(torch.autograd.Function):
+    """Pass `y` on, and give dy^T x to `add` in the backward pass. Saved as autograd does, `x` can be recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, add: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.add = add
+        # Not view: autograd forbids to change a view that a Function returns in place, as Falcon does.
+        return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (x,) = ctx.saved_tensors
+        ctx.add(dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype))
+        return dy, None, None
+
+
 class ScoreSheet:
     """Add up block scores over gradients. Each gradient is reduced to scores as soon as it is complete.
 
@@ -227,11 +247,8 @@ class ScoreSheet:
     def watch_layer(self, name: str, layer: nn.Module) -> None:
         """Add the gradients that the layer's weight would have: dy^T x, for weights that cannot require grad."""
 
-        def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if not output.requires_grad:  # a forward pass without a graph
-                return
-            x = args[0].detach()  # lives until the output's gradient is there, as the input of a trained layer does
-            output.register_hook(lambda dy: self.add(name, dy.flatten(0, -2).t() @ x.flatten(0, -2).to(dy.dtype)))
+        def watch(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return _Watched.apply(output, args[0].detach(), partial(self.add, name))  # pyright: ignore
 
         self._hooks.append(layer.register_forward_hook(watch))
 

@@ -31,9 +31,9 @@ def shape_of(linear: nn.Module) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """The linear layers and the fused experts in which blocks may lie, by name, and the targets that name them."""
+    """The linear layers and the fused experts in which blocks may lie, by name, and the targets that chose them."""
 
-    targets: Sequence[str]
+    chosen_by: Sequence[str]
     linears: Mapping[str, nn.Linear | Conv1D]
     fused: Mapping[str, Experts]
 
@@ -48,8 +48,8 @@ class Targets:
         Raises:
             BadInput: if there are none, or if fused experts among them are sharded.
         """
-        automatic = OF_ATTENTION if experts(model) else LEARN_MOST
-        targets = [name for target in targets for name in (automatic if target == "auto" else (target,))]
+        if "auto" in targets:
+            targets = [*(OF_ATTENTION if experts(model) else LEARN_MOST), *(t for t in targets if t != "auto")]
         fused = target_experts(model, targets)
         if sharded := [name for name, tensor in fused.items() if isinstance(tensor.parameter, DTensor)]:
             raise BadInput(
@@ -82,16 +82,16 @@ class Targets:
 
 
 def by_layer(model: nn.Module, groups: Iterable[Sequence[str]]) -> Iterator[list[str]]:
-    """Yield parts of the groups of modules, each in one decoder layer or outside all.
+    """Yield the groups of modules, in parts that are each in one decoder layer.
 
     A layer may be sharded, or recomputed, by itself: all cross-attentions of an encoder-decoder model read what the
     encoder gives, but none may compute for another.
     """
     layer_of = {module: number for number, layer in enumerate(decoder_layers(model)) for module in layer.modules()}
     for group in groups:
-        parts: dict[int | None, list[str]] = {}
+        parts: dict[int, list[str]] = {}
         for name in group:
-            parts.setdefault(layer_of.get(model.get_submodule(name)), []).append(name)
+            parts.setdefault(layer_of[model.get_submodule(name)], []).append(name)
         yield from parts.values()
 
 

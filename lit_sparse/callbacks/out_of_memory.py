@@ -89,11 +89,17 @@ def describe(exception: BaseException, module: LitSparse, optimizer: Optimizer |
 
 def place_of(traceback: TracebackType | None) -> str:
     """Return in which part of a step a traceback is, in words."""
+    names = functions_in(traceback)
+    return next((words for name, words in PLACES.items() if name in names), "outside of the passes")
+
+
+def functions_in(traceback: TracebackType | None) -> set[str]:
+    """Return the names of the functions in a traceback."""
     names: set[str] = set()
     while traceback is not None:
         names.add(traceback.tb_frame.f_code.co_name)
         traceback = traceback.tb_next
-    return next((words for name, words in PLACES.items() if name in names), "outside of the passes")
+    return names
 
 
 def listed(found: Sequence[Alive], key: Literal["category", "module"], indent: str = "  ") -> list[str]:
@@ -157,7 +163,8 @@ def alive(traceback: TracebackType | None, module: LitSparse, optimizer: Optimiz
         for leaf in tree_leaves(update.held()):
             yield from one_of(leaf, STATE, type(update).__name__, type(update).__name__)
     found = list(in_frames(traceback, model))
-    if not module.activation_checkpointing:  # which would recompute what is asked for
+    choosing = "configure_model" in functions_in(traceback)  # SMT checkpoints activations meanwhile
+    if not module.activation_checkpointing and not choosing:  # which would recompute what is asked for
         for tensor, place, name in saved(found, owners, layers):
             yield from one_of(tensor, SAVED, place, named(name, tensor))
     for tensor, place in found:

@@ -40,7 +40,7 @@ from lit_sparse.blocks.selection import (
     top_blocks,
     within_columns,
 )
-from lit_sparse.blocks.targets import Targets, by_layer, shape_of, trained_share
+from lit_sparse.blocks.targets import OF_ATTENTION, Targets, by_layer, shape_of, trained_share
 from lit_sparse.calls import shared_inputs
 from lit_sparse.errors import BadInput
 from lit_sparse.optim import AdamW, device_of
@@ -67,9 +67,7 @@ class SMT(UpdateStrategy):
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
             blocks), one number, or height and width. `diagonal`, `slab` and `coupled` have their own.
         targets: Linear layers and fused experts that may be trained: roles (q, k, v, qkv, o, gate, up, gate_up, down),
-            endings of module names, `all`, or `auto` (v, qkv, up, gate_up and down, which learn the most at the same
-            share; q, k, v and qkv of a model with fused experts). Blocks are selected in the matrix of each expert by
-            itself.
+            endings of module names, `all`, or `auto` (v, qkv, up, gate_up, down; q, k, v, qkv if experts are fused).
         score: Score of a block with gradient g: `abs_mean` (mean of |g|), `mean_abs` (|mean of g|, as in the authors'
             code), or `l2` (root of the sum of g^2). `principal` needs no data: the mean magnitude of the matrix's best
             low-rank approximation (LIFT's blocks, arXiv 2506.00772; it is for block sizes of 4 to 16, ranked per
@@ -95,7 +93,7 @@ class SMT(UpdateStrategy):
     trainable_fraction: float = 0.0084
     num_blocks: int | None = None
     block_size: int | tuple[int, int] | str = "auto"
-    targets: list[str] = dataclasses.field(default_factory=lambda: ["q", "k", "v", "qkv"])
+    targets: list[str] = dataclasses.field(default_factory=lambda: list(OF_ATTENTION))
     score: Score | Literal["principal"] = "abs_mean"
     ranking: Ranking = "global"
     kept_columns: float | None = None
@@ -176,7 +174,8 @@ class SMT(UpdateStrategy):
     def restore(self, model: nn.Module, state: Mapping[str, Any], context: Context) -> None:
         self._compute = context.compute
         choice = {name: Blocks((entry["size"][0], entry["size"][1]), entry["index"]) for name, entry in state.items()}
-        targets = Targets.of(model, self.targets, self._compute)
+        # What was chosen stays, whatever the targets are by now: those of smt.yaml have changed once.
+        targets = Targets.of(model, sorted({name.partition("[")[0] for name in choice}), self._compute)
         check_choice(choice, targets.shapes, "the checkpoint")
         model.requires_grad_(False)
         self._swap(model, choice, targets)
@@ -249,7 +248,7 @@ class SMT(UpdateStrategy):
         matrices = targets.shapes
         if self.blocks in BY_SHAPE:
             there = sum(matrix.numel() for matrix in matrices.values())
-            weights = wanted("SMT", self.trainable_fraction, weight_count(model), there, targets.targets)
+            weights = wanted("SMT", self.trainable_fraction, weight_count(model), there, targets.chosen_by)
             return blocks_by_shape(self.blocks, matrices, weights, self.seed, model.config)
         if self.blocks not in ("gradient", "random"):
             return read_choice(Path(self.blocks), matrices, type(self).__name__)
@@ -261,7 +260,8 @@ class SMT(UpdateStrategy):
             else self._score(model, targets, matrices, size, probe)
         )
         if self.kept_columns is not None:
-            scores = within_columns(scores, shared_inputs(model, targets.linears, self._compute), self.kept_columns)
+            groups = by_layer(model, shared_inputs(model, targets.linears, self._compute))
+            scores = within_columns(scores, list(groups), self.kept_columns)
         available = sum(int(values.isfinite().sum()) for values in scores.values())
         return top_blocks(scores, size, self._count(model, targets, size, available), self.ranking)
 
@@ -288,7 +288,7 @@ class SMT(UpdateStrategy):
             )
         if count > available:
             raise BadInput(
-                f"SMT: {count} blocks were asked for, but the targets {list(targets.targets)} have {available} of "
+                f"SMT: {count} blocks were asked for, but the targets {list(targets.chosen_by)} have {available} of "
                 f"{size[0]} x {size[1]}; give a smaller trainable_fraction or num_blocks, or more targets."
             )
         return count

@@ -32,9 +32,12 @@ def fit(method: str, *words: str) -> RunRecord:
     return RunRecord.read(max(Path("runs").glob(f"{method}-*/record.json")))
 
 
-@pytest.mark.parametrize("method", ["lora", "smt"])
-def test_what_is_said_first_is_what_is_measured_then(home, caplog, capsys, method):
-    record = fit(method)
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [("lora", []), ("smt", ["--model.updates.blocks=random"])],  # a plan has no gradients, and draws blocks
+)
+def test_what_is_said_first_is_what_is_measured_then(home, caplog, capsys, method, words):
+    record = fit(method, *words)
     said, loading = caplog.text.find("Predicted peak of memory"), caplog.text.find("Loading tiny")
     assert 0 <= said < loading
     assert "this will not fit" not in caplog.text

@@ -349,6 +349,15 @@ def test_automatic_targets_are_those_that_learn_most_and_leave_fused_experts_out
     assert {role(name) for name in strategy.choice} == roles
 
 
+def test_what_was_chosen_is_restored_whatever_the_targets_are_by_now():
+    _, before = attached("llama", targets=["q", "k", "v"], blocks="random", trainable_fraction=0.02)
+    model, now = tiny_llm("llama"), SMT(targets=["auto"], block_size=8)
+    now.restore(model, before.state_dict(), ALONE)
+    assert {name: blocks.index.tolist() for name, blocks in now.choice.items()} == {
+        name: blocks.index.tolist() for name, blocks in before.choice.items()
+    }
+
+
 def test_automatic_targets_are_named_where_they_do_not_suffice():
     model = FAMILIES["Mixtral"].tiny()
     with pytest.raises(BadInput, match=r"targets \['q', 'k', 'v', 'qkv'\] have"):
