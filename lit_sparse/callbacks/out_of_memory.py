@@ -27,13 +27,13 @@ SAVED, OTHERS = "saved for backward", "other tensors"
 ACTED_ON = {"activations": (SAVED, OTHERS), "trained": (WEIGHTS, GRADIENTS, STATE), "frozen": (FROZEN,)}
 """Categories by the part of the memory that a lever acts on."""
 PLACES = {
+    "configure_model": "in loading or selection, before the first step,",
     "validation_step": "in the evaluation",
     "training_step": "in the forward pass",
     "backward": "in the backward pass",
     "optimizer_step": "in the update",
-    "configure_model": "in loading or selection, before the first step,",
 }
-"""Where a fit is, by the name of a function in the traceback, innermost first."""
+"""Where a fit is, by the name of a function in the traceback; a selection has passes of its own."""
 SMALL = 0.01
 """Share below which a category or a lever is not told."""
 SHOWN = 6
@@ -82,7 +82,7 @@ def describe(exception: BaseException, module: LitSparse, optimizer: Optimizer |
             lines.append(f"  {name}: {amount(sum(one.size for one in part))} ({kinds})")
         lines.append("The largest tensors:")
         lines += [f"  {one.name}: {amount(one.size)}, {one.category}" for one in sorted(found, reverse=True)[:SHOWN]]
-        if module.activation_checkpointing:
+        if recomputes(module, exception.__traceback__):
             lines.append("What activation checkpointing keeps for the backward pass is not in these lists.")
     return "\n".join([*lines, "What would help:", *(f"  {way}" for way in helping(module, found))])
 
@@ -91,6 +91,11 @@ def place_of(traceback: TracebackType | None) -> str:
     """Return in which part of a step a traceback is, in words."""
     names = functions_in(traceback)
     return next((words for name, words in PLACES.items() if name in names), "outside of the passes")
+
+
+def recomputes(module: LitSparse, traceback: TracebackType | None) -> bool:
+    """Return true if layers may recompute their activations, as SMT has them do while it chooses blocks."""
+    return module.activation_checkpointing or "configure_model" in functions_in(traceback)
 
 
 def functions_in(traceback: TracebackType | None) -> set[str]:
@@ -163,8 +168,7 @@ def alive(traceback: TracebackType | None, module: LitSparse, optimizer: Optimiz
         for leaf in tree_leaves(update.held()):
             yield from one_of(leaf, STATE, type(update).__name__, type(update).__name__)
     found = list(in_frames(traceback, model))
-    choosing = "configure_model" in functions_in(traceback)  # SMT checkpoints activations meanwhile
-    if not module.activation_checkpointing and not choosing:  # which would recompute what is asked for
+    if not recomputes(module, traceback):  # which would recompute what is asked for
         for tensor, place, name in saved(found, owners, layers):
             yield from one_of(tensor, SAVED, place, named(name, tensor))
     for tensor, place in found:

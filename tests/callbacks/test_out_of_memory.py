@@ -107,6 +107,21 @@ def test_one_in_the_backward_pass_and_in_the_update_is_told_so(home, capsys, mon
         assert f"out of memory in the {place} of step 1, asked for 2.00 GiB more" in said
 
 
+def test_one_in_the_selection_is_told_so_and_recomputes_nothing(home, capsys, monkeypatch):
+    layers: list[str] = []
+
+    def full(self, name, gradient):
+        monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", lambda *_: layers.append(name))
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr("lit_sparse.blocks.selection.ScoreSheet.add", full)
+    said = told(capsys, monkeypatch, "fit", "--config", "smt.yaml", *F[2:])
+    assert "out of memory in loading or selection, before the first step, of step 1, asked for 2.00 GiB more" in said
+    assert "What activation checkpointing keeps for the backward pass is not in these lists" in said
+    assert "saved for backward" not in said
+    assert layers == []
+
+
 def test_other_verbs_say_it_in_a_sentence(home, capsys, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError(FULL)
