@@ -67,7 +67,7 @@ class SMT(UpdateStrategy):
         block_size: `auto` (the largest of 256, 128, ..., 8 that divides every target matrix and gives at least 16
             blocks), one number, or height and width. `diagonal`, `slab` and `coupled` have their own.
         targets: Linear layers and fused experts to choose from: roles (q, k, v, qkv, o, gate, up, gate_up, down),
-            endings of names, `all`, or `auto` (v, up, down). If experts are fused, `auto` is q, k, v; both take qkv too.
+            endings of names, `all`, or `auto` (v, up, down). If experts are fused, `auto` is q, k, v; both with qkv.
         score: Score of a block with gradient g: `abs_mean` (mean of |g|), `mean_abs` (|mean of g|, as in the authors'
             code), or `l2` (root of the sum of g^2). `principal` needs no data: the mean magnitude of the matrix's best
             low-rank approximation (LIFT's blocks, arXiv 2506.00772; it is for block sizes of 4 to 16, ranked per
